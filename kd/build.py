@@ -1,0 +1,238 @@
+"""Configuration to objects; the only module that instantiates."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+
+from kd import distributed
+from kd.data.datamodule import Examples, KDData, load_examples
+from kd.data.tasks import Task
+from kd.engines.distiller import Distiller, check_weights
+from kd.errors import InputError, one_of
+from kd.methods.base import Method
+from kd.models import Encoder, FrozenTeacher
+from kd.models.students import (
+    INIT_FROM,
+    build_student,
+    describe_init,
+    load_classifier,
+    load_config,
+    load_tokenizer,
+    new_classifier,
+    with_labels,
+)
+from kd.models.teachers import match_labels
+from kd.optimizers import OptimizerFactory
+from kd.runs import Run, backbone_of, source_of
+from kd.schedules import Schedule, as_schedule
+from kd.schema import RunSpec
+
+
+@dataclass
+class Models:
+    """Student and teachers with a method bound to them."""
+
+    student: Encoder
+    teachers: list[FrozenTeacher]
+    method: Method
+    weights: dict[str, Schedule]
+    init: str
+
+
+def make(node: Mapping[str, Any], key: str, **extra: Any) -> Any:
+    """Instantiate a `_target_` node.
+
+    Raises:
+        InputError: for a class that does not exist, or arguments that it does not take.
+    """
+    try:
+        return instantiate(dict(node), _convert_="all", **extra)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from error
+        cause = error.__cause__ or error
+        raise InputError(f"{node.get('_target_')} cannot be made: {str(cause).splitlines()[0]}", key) from error
+
+
+def build_method(node: Mapping[str, Any]) -> tuple[Method, dict[str, Schedule]]:
+    """A method, unbound, and the schedules of its weights.
+
+    Raises:
+        InputError: for an unknown argument, or weights and terms that do not match.
+    """
+    arguments = {name: value for name, value in node.items() if name not in ("name", "weights")}
+    method: Method = make(arguments, "method")
+    weights = node.get("weights", {})
+    check_weights(method.names, weights)
+    return method, {name: build_schedule(value, f"method.weights.{name}") for name, value in weights.items()}
+
+
+def build_schedule(value: Any, key: str) -> Schedule:
+    """A number, or a node of `kd.schedules`, as a schedule.
+
+    Raises:
+        InputError: for anything else.
+    """
+    made = make(value, key) if isinstance(value, Mapping) else value
+    try:
+        return as_schedule(made)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{key}={value!r} is neither a number nor a schedule", key) from error
+
+
+def build_optimizer(spec: RunSpec) -> OptimizerFactory:
+    """The optimiser's factory."""
+    part = spec.optimizer
+    return OptimizerFactory(make(part.factory, "optimizer.factory"), part.lr, part.weight_decay, part.schedule, part.warmup)
+
+
+def build_teachers(run: Run, task: Task, meta: bool) -> list[FrozenTeacher]:
+    """The frozen teachers, labels matched by name.
+
+    Args:
+        run: the run they serve.
+        task: whose labels they must have.
+        meta: shapes only.
+
+    Raises:
+        InputError: for labels that do not match, or weights that cannot be had.
+    """
+    teachers = []
+    for name, spec in run.spec.teacher.items():
+        made = run.inputs.get(f"teacher {name}")
+        key = f"teacher.{name}.{'model' if made is None else 'backbone'}"
+        ready = str(made.student) if made is not None else str(spec.model)
+        shape = str(spec.backbone) if made is not None and meta else ready
+        config = load_config(shape, key)
+        if made is None:
+            columns = teacher_columns(task, spec.labels or list(config.id2label.values()), f"teacher.{name}.labels")
+        else:
+            config = with_labels(config, task.labels)
+            columns = None
+        model = new_classifier(config, meta=True) if meta else load_classifier(ready, key, config)
+        teachers.append(FrozenTeacher(Encoder(model, load_tokenizer(shape, key)), name, columns))
+    return teachers
+
+
+def teacher_columns(task: Task, labels: list[str], key: str) -> list[int] | None:
+    """Columns of a ready teacher's logits in the task's order; None for regression."""
+    if task.labels is not None:
+        return match_labels(task.labels, labels, key)
+    if len(labels) != 1:
+        raise InputError(f"the task is a regression, the teacher has {len(labels)} outputs: {labels}", key)
+    return None
+
+
+def build_models(run: Run, task: Task, meta: bool = False) -> Models:
+    """Student, teachers and method, bound.
+
+    Args:
+        run: what to build.
+        task: its labels name the outputs.
+        meta: shapes only; checks a configuration before anything is loaded or trained.
+
+    Raises:
+        InputError: for whatever does not fit.
+    """
+    spec = run.spec
+    method, weights = build_method(spec.method)
+    if method.teachers is not None and method.teachers != len(spec.teacher):
+        raise InputError(
+            f"method={spec.method['name']} takes {method.teachers} teacher(s), teacher={list(spec.teacher)} has "
+            f"{len(spec.teacher)}",
+            "teacher",
+        )
+    teachers = build_teachers(run, task, meta)
+    initial = initial_source(run, meta)
+    torch.manual_seed(spec.seed)  # a student's fresh weights depend on the seed alone, not on its method or teachers
+    student = build_student(spec.student, backbone_of(spec), task.labels, initial, meta)
+    method.bind(student, teachers)
+    depth = load_config(initial, "student.init").num_hidden_layers if initial is not None else None
+    return Models(student, teachers, method, weights, describe_init(spec.student, student.depth, depth))
+
+
+def initial_source(run: Run, meta: bool) -> str | None:
+    """Where the student's weights come from; None for random.
+
+    Raises:
+        InputError: for an unknown `student.init_from`, or a fine-tuned teacher where there is none.
+    """
+    spec = run.spec.student
+    if spec.init == "random":
+        return None
+    if spec.init == "checkpoint":
+        return spec.checkpoint
+    if spec.init == "run":
+        stage = run.inputs["stage"]
+        return backbone_of(stage.spec) if meta else str(stage.student)
+    if spec.init_from not in INIT_FROM:
+        raise one_of(spec.init_from, INIT_FROM, "student.init_from")
+    if spec.init_from == "pretrained":
+        return backbone_of(run.spec)
+    if not run.spec.teacher:
+        raise InputError("student.init_from=teacher needs a teacher, teacher=[] has none", "student.init_from")
+    name, teacher = next(iter(run.spec.teacher.items()))
+    made = run.inputs.get(f"teacher {name}")
+    if made is None:
+        return teacher.model
+    return teacher.backbone if meta else str(made.student)
+
+
+def build_examples(run: Run) -> Examples:
+    """The task's text and labels, read and checked."""
+    return load_examples(run.spec.task, source_of(run.spec))
+
+
+def build_data(run: Run, examples: Examples, models: Models) -> KDData:
+    """Loaders over the task."""
+    spec = run.spec
+    return KDData(
+        examples,
+        models.student.tokenizer,
+        [teacher.tokenizer for teacher in models.teachers],
+        batch_size=spec.trainer.batch_size,
+        eval_batch_size=spec.trainer.eval_batch_size,
+        max_length=checked_length(spec, models),
+        seed=spec.seed,
+        workers=spec.trainer.num_workers,
+        rank=distributed.rank(),
+        world=distributed.world(),
+    )
+
+
+def checked_length(spec: RunSpec, models: Models) -> int:
+    """`task.max_length`, if every model has that many positions.
+
+    Raises:
+        InputError: if one has fewer.
+    """
+    for encoder in (models.student, *(teacher.encoder for teacher in models.teachers)):
+        # RoBERTa and MPNet number positions from the padding index on.
+        room = encoder.config.max_position_embeddings - (2 if encoder.config.pad_token_id == 1 else 0)
+        if not 2 < spec.task.max_length <= room:
+            raise InputError(
+                f"task.max_length={spec.task.max_length} must be from 3 to {room}, the positions of the model",
+                "task.max_length",
+            )
+    return spec.task.max_length
+
+
+def build_engine(run: Run, models: Models, task: Task) -> Distiller:
+    """The LightningModule."""
+    engine: Distiller = make(
+        {**run.spec.engine, "_partial_": True},
+        "engine",
+    )(
+        student=models.student,
+        teachers=models.teachers,
+        method=models.method,
+        task=task,
+        weights=models.weights,
+        optimizer=build_optimizer(run.spec),
+        seed=run.spec.seed,
+    )
+    return engine

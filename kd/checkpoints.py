@@ -1,0 +1,89 @@
+"""Checkpoints that a kill, a full disk or a crash cannot ruin."""
+
+import datetime
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from kd.data.tasks import higher_is_better
+from kd.errors import InputError
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames.
+
+    Lightning's own writer stages the file in the system's temporary folder; from another file system the last step is a
+    copy, which a kill or a full disk leaves truncated in place of the checkpoint that was there.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint, all or nothing."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_name(target.name + ".part")
+        try:
+            with draft.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, target)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+class EveryFewMinutes(ModelCheckpoint):
+    """Keeps `last.ckpt` fresh inside long epochs.
+
+    After an epoch's last batch it leaves the saving to the end of the epoch: Lightning would otherwise resume behind the
+    validation that chooses the best checkpoint.
+    """
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Save if the time has come."""
+        if not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, *args, **kwargs)
+
+
+def checkpoint_callbacks(folder: Path, monitor: str, minutes: float) -> list[pl.Callback]:
+    """`best.ckpt` by the monitored metric (weights only), and `last.ckpt` at the end of each epoch and every few minutes."""
+    best = ModelCheckpoint(
+        folder,
+        "best",
+        monitor=f"validation/{monitor}",
+        mode="max" if higher_is_better(monitor) else "min",
+        save_weights_only=True,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
+    last = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+    every = EveryFewMinutes(
+        folder, "last", train_time_interval=datetime.timedelta(minutes=minutes), enable_version_counter=False
+    )
+    return [best, last, every]
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of this program's own making.
+
+    Raises:
+        InputError: if the file is truncated or is none.
+    """
+    try:
+        # Written by this program into the run's own folder; it holds optimiser and loop states, not only tensors.
+        found = torch.load(path, map_location="cpu", weights_only=False)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, OSError) as error:
+        raise InputError(
+            f"the checkpoint '{path}' cannot be read, it is truncated or damaged ({str(error).splitlines()[0]}). "
+            "Begin this run again with resume=false",
+            "resume",
+        ) from error
+    if not isinstance(found, dict) or "state_dict" not in found:
+        raise InputError(f"'{path}' is not a checkpoint of this program. Begin this run again with resume=false", "resume")
+    return found

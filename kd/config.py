@@ -1,0 +1,119 @@
+"""Composing configurations, and what Hydra's errors mean in plain words."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kd.errors import InputError
+from kd.schema import RunSpec
+
+ROOT = "train"
+PARTS = tuple(RunSpec.__dataclass_fields__)
+
+
+def conf_folder() -> Path:
+    """The configuration tree: inside an installed wheel, or beside the package in a checkout."""
+    installed = Path(__file__).parent / "conf"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """The configuration of these overrides. Inside a Hydra job it sees what the job sees, `--config-dir` included.
+
+    Raises:
+        InputError: for a part, key or value that does not exist.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    try:
+        if GlobalHydra.instance().is_initialized():
+            return hydra_compose(ROOT, list(overrides))
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            return hydra_compose(ROOT, list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from error
+
+
+def explain(error: BaseException) -> InputError:
+    """A Hydra or OmegaConf error in plain words, naming the key."""
+    text = str(error).strip()
+    cause = str(error.__cause__ or "").strip()
+    if match := re.search(r"Could not (?:override|append to config\. .*?) '?([\w.@/]+)'?", text):
+        key = match.group(1)
+        return InputError(f"there is no key '{key}'{_near(key, cause or text)}", key)
+    if match := re.search(r"Could not find '([^']+)'\s*(.*)", text, re.DOTALL):
+        group, _, name = match.group(1).rpartition("/")
+        options = re.search(r"Available options in '[^']*':\s*(.*?)(?:\n\n|\nConfig search|\Z)", text, re.DOTALL)
+        known = options.group(1).split() if options else []
+        hint = f"; there are {', '.join(known)}" if known else ""
+        close = difflib.get_close_matches(name, known, n=1)
+        return InputError(f"there is no {group} '{name}'{hint}{_suggest(close)}", group)
+    if match := re.search(r"full_key: ([\w.\[\]]+)", f"{text}\n{cause}"):
+        return InputError(_first(text), match.group(1))
+    return InputError(_first(text) + (f" ({_first(cause)})" if cause and cause not in text else ""))
+
+
+def _first(text: str) -> str:
+    return " ".join(line.strip() for line in text.splitlines()[:2] if line.strip() and "object_type" not in line)
+
+
+def _suggest(close: Sequence[str]) -> str:
+    return f". Did you mean '{close[0]}'?" if close else ""
+
+
+def _near(key: str, text: str) -> str:
+    """A suggestion for a misspelt key, from the keys that its parent has in the default configuration."""
+    found = _KNOWN.get("keys") or _KNOWN.setdefault("keys", _all_keys())
+    return _suggest(difflib.get_close_matches(key, found, n=1, cutoff=0.75))
+
+
+_KNOWN: dict[str, list[str]] = {}
+
+
+def _all_keys() -> list[str]:
+    """Every key that a default configuration has, for suggestions; read as YAML, without composing."""
+    keys: list[str] = list(PARTS)
+    for file in conf_folder().glob("*/*.yaml"):
+        group = {"base": file.stem}.get(file.parent.name, file.parent.name)
+        group = {"classification": "task", "regression": "task"}.get(group, group)
+        content = OmegaConf.to_container(OmegaConf.load(file))
+        if isinstance(content, dict):
+            keys += [f"{group}.{path}" for path in _paths(content)]
+    return sorted(set(keys))
+
+
+def _paths(node: dict[Any, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name, value in node.items():
+        found.append(f"{prefix}{name}")
+        if isinstance(value, dict):
+            found += _paths(value, f"{prefix}{name}.")
+    return found
+
+
+def typed(config: DictConfig) -> RunSpec:
+    """The configuration as dataclasses, every value of its type.
+
+    Raises:
+        InputError: naming the key of a value that has the wrong type, or is missing.
+    """
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+        assert isinstance(plain, dict)
+        known = {name: value for name, value in plain.items() if name in PARTS}
+        merged = OmegaConf.merge(OmegaConf.structured(RunSpec), known)
+        for missing in sorted(OmegaConf.missing_keys(merged)):
+            raise InputError(f"'{missing}' has no value", missing)
+        spec = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise explain(error) from error
+    assert isinstance(spec, RunSpec)
+    return spec

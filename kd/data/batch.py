@@ -1,0 +1,48 @@
+"""One batch, as the engine sees it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """Inputs of the student and of each teacher, labels, and where the examples come from.
+
+    Attributes:
+        student: tokenizer output, each (batch, tokens).
+        teachers: the same for each teacher; usually the very same object, where tokenizers agree.
+        labels: (batch,), class indices in the task's order, or float scores.
+        index: (batch,), position of each example in its split; the key of every cache.
+    """
+
+    student: dict[str, Tensor]
+    teachers: tuple[dict[str, Tensor], ...]
+    labels: Tensor
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: Any, non_blocking: bool = False) -> "Batch":
+        """On a device; inputs that are shared are moved once and stay shared."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """In page-locked memory, for fast copies to an accelerator."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        done: dict[int, dict[str, Tensor]] = {}
+        for inputs in (self.student, *self.teachers):
+            if id(inputs) not in done:
+                done[id(inputs)] = {name: function(tensor) for name, tensor in inputs.items()}
+        return Batch(
+            done[id(self.student)],
+            tuple(done[id(inputs)] for inputs in self.teachers),
+            function(self.labels),
+            function(self.index),
+        )

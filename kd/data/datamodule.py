@@ -1,0 +1,252 @@
+"""Examples, tokenised once, and the loaders over them."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kd.data.batch import Batch
+from kd.data.sampler import LengthBatches
+from kd.data.sources import Source, Splits
+from kd.data.tasks import Classification, Regression, Task
+from kd.errors import InputError, one_of
+from kd.schema import TaskSpec
+
+LIMIT_SEED = 0
+"""Seed of the shuffle behind `task.limit_train`: fixed, so that students of every seed and their teacher see the same text."""
+
+
+@dataclass
+class Examples:
+    """The labelled text of a task, before any tokenizer.
+
+    Attributes:
+        task: labels, losses and metrics.
+        texts: split -> one tuple of one or two texts for each example.
+        labels: split -> encoded labels.
+    """
+
+    task: Task
+    texts: dict[str, list[tuple[str, ...]]]
+    labels: dict[str, list[float]]
+
+    @property
+    def evaluated(self) -> list[str]:
+        """Names of the splits that are not trained on, `validation` first."""
+        return [split for split in self.texts if split != "train"]
+
+
+def load_examples(spec: TaskSpec, source: Source) -> Examples:
+    """Read, label and check a task.
+
+    Raises:
+        InputError: for what is wrong in the files or the task's description.
+    """
+    raw = source.splits()
+    task = build_task(spec, raw)
+    if spec.limit_train is not None:
+        if spec.limit_train < 1:
+            raise InputError(f"task.limit_train={spec.limit_train} must be at least 1", "task.limit_train")
+        order = np.random.default_rng(LIMIT_SEED).permutation(len(raw["train"]))
+        raw["train"] = [raw["train"][place] for place in order[: spec.limit_train]]
+    for split, examples in raw.items():
+        if not examples:
+            raise InputError(f"the split '{split}' has no examples; the file is too small to be split", f"task.{split}")
+    texts = {split: [example.texts for example in examples] for split, examples in raw.items()}
+    labels = {split: [task.encode(example) for example in examples] for split, examples in raw.items()}
+    if task.labels is not None and len(set(labels["train"])) < 2:
+        only = task.labels[int(labels["train"][0])]
+        raise InputError(f"every training example has the label '{only}'; a classifier needs two or more", "task.label")
+    ordered = {"train": None, "validation": None, **dict.fromkeys(texts)}
+    return Examples(task, {split: texts[split] for split in ordered}, {split: labels[split] for split in ordered})
+
+
+def build_task(spec: TaskSpec, raw: Splits) -> Task:
+    """The task of a description; without `labels`, its classes are the sorted labels of the training split."""
+    kinds = ("classification", "regression")
+    if spec.kind not in kinds:
+        raise one_of(spec.kind, kinds, "task.kind")
+    if spec.kind == "regression":
+        return Regression(spec.name, spec.metrics, spec.monitor)
+    labels = spec.labels or sorted({str(example.label).strip() for example in raw["train"]})
+    if len(labels) < 2:
+        raise InputError(f"every training example has the label '{labels[0]}'; a classifier needs two or more", "task.label")
+    return Classification(spec.name, labels, spec.codes, spec.metrics, spec.monitor)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """What decides how a tokenizer cuts text: vocabulary and rules, without its padding and truncation settings."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules.pop("padding", None)
+    rules.pop("truncation", None)
+    return hashlib.blake2b(json.dumps(rules, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+class Tokens:
+    """The tokenised texts of one split: flat arrays, so that a million sentences cost no million objects."""
+
+    def __init__(self, tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int) -> None:
+        columns = [list(column) for column in zip(*texts, strict=True)]
+        encoded = tokenizer(*columns, truncation=True, max_length=max_length, padding=False)
+        self.offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in encoded["input_ids"]])])
+        self.columns = {
+            name: np.fromiter((value for row in encoded[name] for value in row), np.int64, self.offsets[-1])
+            for name in ("input_ids", "token_type_ids")
+            if name in encoded
+        }
+        self.fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, special ones included."""
+        return np.diff(self.offsets)
+
+    def pad(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Inputs of these examples, padded to the longest, each (batch, tokens)."""
+        lengths = self.lengths_of(rows)
+        shape = (len(rows), max(lengths))
+        mask = np.arange(shape[1]) < np.asarray(lengths)[:, None]
+        inputs = {}
+        for name, values in self.columns.items():
+            padded = np.full(shape, self.fill[name], dtype=np.int64)
+            padded[mask] = np.concatenate([values[self.offsets[row] : self.offsets[row + 1]] for row in rows])
+            inputs[name] = torch.from_numpy(padded)
+        inputs["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+        return inputs
+
+    def lengths_of(self, rows: Sequence[int]) -> list[int]:
+        """Tokens of these examples."""
+        return [int(self.offsets[row + 1] - self.offsets[row]) for row in rows]
+
+
+class Numbers(Dataset[int]):
+    """The numbers of a split's examples; `Collate` does the rest, a batch at a time."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+@dataclass
+class Collate:
+    """Example numbers -> `Batch`. Models whose tokenizers agree share one object."""
+
+    tokens: Mapping[str, Tokens]
+    student: str
+    teachers: Sequence[str]
+    labels: Sequence[float]
+    task: Task
+
+    def __call__(self, rows: Sequence[int]) -> Batch:
+        """The batch of these examples."""
+        inputs = {key: tokens.pad(rows) for key, tokens in self.tokens.items()}
+        return Batch(
+            inputs[self.student],
+            tuple(inputs[key] for key in self.teachers),
+            self.task.label_tensor([self.labels[row] for row in rows]),
+            torch.tensor(list(rows), dtype=torch.long),
+        )
+
+
+class KDData(pl.LightningDataModule):
+    """Loaders over a task, tokenised for one student and its teachers.
+
+    Args:
+        examples: the task's text and labels.
+        student: the student's tokenizer.
+        teachers: each teacher's tokenizer.
+        batch_size: examples of a global training batch, over all ranks.
+        eval_batch_size: examples of a global evaluation batch.
+        max_length: tokens a text, or a pair of texts, is cut to.
+        seed: of the shuffle.
+        workers: loader processes.
+        rank: this process.
+        world: processes.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        student: Any,
+        teachers: Sequence[Any],
+        batch_size: int,
+        eval_batch_size: int,
+        max_length: int,
+        seed: int,
+        workers: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        super().__init__()
+        self.examples = examples
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.seed, self.workers, self.rank, self.world = seed, workers, rank, world
+        self.student_key = tokenizer_fingerprint(student)
+        self.teacher_keys = [tokenizer_fingerprint(teacher) for teacher in teachers]
+        tokenizers = dict(zip([self.student_key, *self.teacher_keys], [student, *teachers], strict=True))
+        self.tokens = {
+            split: {key: Tokens(tokenizer, texts, max_length) for key, tokenizer in tokenizers.items()}
+            for split, texts in examples.texts.items()
+        }
+        self._train_sampler: LengthBatches | None = None
+        self._skip = 0
+
+    @property
+    def shared_tokenizer(self) -> bool:
+        """Whether student and teachers read the very same tokens."""
+        return set(self.teacher_keys) <= {self.student_key}
+
+    def collate(self, split: str) -> Collate:
+        """The collate function of a split."""
+        examples = self.examples
+        return Collate(self.tokens[split], self.student_key, self.teacher_keys, examples.labels[split], examples.task)
+
+    def loader(self, split: str, seed: int | None = None) -> DataLoader[Batch]:
+        """A loader over a split: shuffled with a seed, sorted by length without."""
+        lengths = self.tokens[split][self.student_key].lengths
+        size = self.eval_batch_size if seed is None else self.batch_size
+        sampler = LengthBatches(lengths.tolist(), size, seed, self.rank, self.world)
+        if seed is not None:
+            self._train_sampler = sampler
+            sampler.skip = self._skip
+        return DataLoader(
+            Numbers(len(lengths)),  # type: ignore[arg-type]
+            batch_sampler=sampler,
+            collate_fn=self.collate(split),
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.workers > 0,
+        )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Training batches."""
+        return self.loader("train", self.seed)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Validation batches."""
+        return self.loader("validation")
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches done in the current epoch, so that a resumed epoch goes on with the next one."""
+        if self.trainer is None:
+            return {"batch": 0}
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        return {"batch": 0 if progress.is_last_batch else progress.current.processed}  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take up where `state_dict` left off."""
+        self._skip = state["batch"]
+        if self._train_sampler is not None:
+            self._train_sampler.skip = self._skip

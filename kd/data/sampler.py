@@ -1,0 +1,63 @@
+"""Batches of examples of similar length: a pure function of seed and epoch, the same on every rank."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+POOL = 50
+"""Batches that are shuffled, sorted by length and cut together: large enough to save padding, small enough that what meets
+what in a batch stays chance. Our choice."""
+
+
+class LengthBatches(Sampler[list[int]]):
+    """Batches of example numbers, bucketed by length.
+
+    The global batches of an epoch do not depend on how many ranks there are; rank *r* of *n* takes every *n*-th example of
+    each, beginning with the *r*-th. No example is lost or repeated.
+
+    Args:
+        lengths: tokens of each example.
+        batch_size: examples of a *global* batch.
+        seed: of the shuffle; None keeps one order, sorted by length, for evaluation.
+        rank: this process, from 0.
+        world: processes.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int | None, rank: int = 0, world: int = 1) -> None:
+        self.lengths = np.asarray(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank, self.world = rank, world
+        self.epoch = 0
+        self.skip = 0
+        """Batches already trained on in an epoch that was interrupted; left out once."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def batches(self) -> list[np.ndarray]:
+        """The global batches of the current epoch."""
+        size = self.batch_size
+        if self.seed is None:
+            order = np.argsort(self.lengths, kind="stable")
+            return [order[start : start + size] for start in range(0, len(order), size)]
+        generator = np.random.default_rng([self.seed, self.epoch])
+        order = generator.permutation(len(self.lengths))
+        batches = []
+        for start in range(0, len(order), POOL * size):
+            pool = order[start : start + POOL * size]
+            pool = pool[np.argsort(self.lengths[pool], kind="stable")]
+            # A short batch, if any, is the last pool's longest sentences; where it lands is up to the shuffle below.
+            batches += [pool[begin : begin + size] for begin in range(0, len(pool), size)]
+        return [batches[place] for place in generator.permutation(len(batches))]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches, self.skip = self.batches()[self.skip :], 0
+        for batch in batches:
+            mine = batch[self.rank :: self.world]
+            yield mine.tolist()

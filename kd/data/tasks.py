@@ -1,0 +1,214 @@
+"""Tasks own the label names, the hard and the soft loss, and the metrics, so that no method asks what kind of task it is."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kd.data.sources import Example
+from kd.errors import InputError, one_of
+from kd.functional import logits as soft_losses
+
+
+class Task(Protocol):
+    """What a method and an engine need of a task."""
+
+    name: str
+    labels: list[str] | None
+    metrics: tuple[str, ...]
+    monitor: str
+    agreement: str
+    """The metric that, with a teacher's predictions in place of the labels, says how far a student agrees with it."""
+
+    def encode(self, example: Example) -> float:
+        """The number of a raw label."""
+        ...
+
+    def hard(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Loss against the labels; logits (batch, classes), labels (batch,); mean over the batch."""
+        ...
+
+    def soft(
+        self, student: Tensor, teacher: Tensor, temperature: float, loss: str = "kl", reduction: str = "batchmean"
+    ) -> Tensor:
+        """Loss against a teacher's logits, both (batch, classes)."""
+        ...
+
+    def predict(self, logits: Tensor) -> Tensor:
+        """Predictions (batch,) from logits (batch, classes)."""
+        ...
+
+    def label_tensor(self, values: Sequence[float]) -> Tensor:
+        """Labels of a batch as a tensor."""
+        ...
+
+    def metric(self, name: str) -> Any:
+        """A fresh torchmetrics metric over `predict(logits)` and labels."""
+        ...
+
+    def chance(self, labels: Tensor) -> dict[str, float]:
+        """What predicting without looking scores: the majority class, or the mean."""
+        ...
+
+
+CLASSIFICATION_METRICS = ("accuracy", "f1", "macro_f1", "matthews_corrcoef")
+REGRESSION_METRICS = ("pearson", "spearman", "mse")
+
+
+def _known(metrics: Sequence[str], monitor: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    for name in metrics:
+        if name not in allowed:
+            raise one_of(name, allowed, "task.metrics")
+    if monitor not in metrics:
+        raise one_of(monitor, tuple(metrics), "task.monitor")
+    return tuple(metrics)
+
+
+class Classification:
+    """One of several named classes.
+
+    Args:
+        name: of the task.
+        labels: class names; their order is the order of the logits.
+        codes: raw label -> class name, for files that hold numbers.
+        metrics: of `CLASSIFICATION_METRICS`; `f1` is the F1 of the second of two classes, as GLUE reports it.
+        monitor: the metric that chooses the best checkpoint.
+    """
+
+    agreement = "accuracy"
+
+    def __init__(
+        self, name: str, labels: Sequence[str], codes: Mapping[str, str], metrics: Sequence[str], monitor: str
+    ) -> None:
+        self.name = name
+        self.labels: list[str] | None = list(labels)
+        self.names = list(labels)
+        if len(self.names) < 2 or len(set(self.names)) != len(self.names):
+            raise InputError(f"a classification task needs two different labels or more, got {self.names}", "task.labels")
+        for raw, label in codes.items():
+            if label not in self.names:
+                raise InputError(f"task.codes maps '{raw}' to '{label}', which is not a label: {self.names}", "task.codes")
+        self.numbers = {name: number for number, name in enumerate(self.names)}
+        self.numbers.update({raw: self.numbers[label] for raw, label in codes.items() if raw not in self.numbers})
+        self.metrics = _known(metrics, monitor, CLASSIFICATION_METRICS)
+        self.monitor = monitor
+        if "f1" in self.metrics and len(self.names) != 2:
+            raise InputError(f"the metric f1 is for two classes, this task has {len(self.names)}; use macro_f1", "task.metrics")
+
+    def encode(self, example: Example) -> float:
+        """The class index of a raw label.
+
+        Raises:
+            InputError: for a label that the task does not have.
+        """
+        raw = str(example.label).strip()
+        if raw not in self.numbers:
+            raise InputError(f"{example.where}: unknown label '{raw}'; the labels are {', '.join(self.numbers)}", "task.labels")
+        return self.numbers[raw]
+
+    def label_tensor(self, values: Sequence[float]) -> Tensor:
+        """(batch,), long."""
+        return torch.tensor(values, dtype=torch.long)
+
+    def hard(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy, in nats."""
+        return F.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, labels)
+
+    def soft(
+        self, student: Tensor, teacher: Tensor, temperature: float, loss: str = "kl", reduction: str = "batchmean"
+    ) -> Tensor:
+        """`kl` (times temperature squared), `ce` (not), or `mse` of raw logits; see `kd.functional.logits`."""
+        if loss == "mse":
+            return soft_losses.squared_error(student, teacher, reduction)
+        function = {"kl": soft_losses.kl_divergence, "ce": soft_losses.soft_cross_entropy}[loss]
+        return function(student, teacher, temperature, reduction)
+
+    def predict(self, logits: Tensor) -> Tensor:
+        """The class with the largest logit, (batch,)."""
+        return logits.argmax(dim=-1)
+
+    def metric(self, name: str) -> Any:
+        """A torchmetrics metric."""
+        from torchmetrics import classification as tm
+
+        classes = len(self.names)
+        makers = {
+            "accuracy": lambda: tm.MulticlassAccuracy(classes, average="micro"),
+            "f1": lambda: tm.BinaryF1Score(),
+            "macro_f1": lambda: tm.MulticlassF1Score(classes, average="macro"),
+            "matthews_corrcoef": lambda: tm.MulticlassMatthewsCorrCoef(classes),
+        }
+        return makers[name]()
+
+    def chance(self, labels: Tensor) -> dict[str, float]:
+        """The majority class's share, as accuracy; 0 as Matthews correlation."""
+        counts = torch.bincount(labels.long(), minlength=len(self.names))
+        return {"accuracy": float(counts.max() / counts.sum()), "matthews_corrcoef": 0.0}
+
+
+class Regression:
+    """A score. Temperature and the form of the soft loss do not apply: both losses are mean squared errors.
+
+    Source: the losses of BERT-EMD's distillation loss for STS-B (Li et al., EMNLP 2020); arguments as `Classification`.
+    """
+
+    agreement = "pearson"
+
+    def __init__(self, name: str, metrics: Sequence[str], monitor: str) -> None:
+        self.name = name
+        self.labels: list[str] | None = None
+        self.metrics = _known(metrics, monitor, REGRESSION_METRICS)
+        self.monitor = monitor
+
+    def encode(self, example: Example) -> float:
+        """The score as a number.
+
+        Raises:
+            InputError: if it is none.
+        """
+        try:
+            value = float(example.label)
+        except (TypeError, ValueError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise InputError(f"{example.where}: the score '{example.label}' is not a finite number", "task.label")
+        return value
+
+    def label_tensor(self, values: Sequence[float]) -> Tensor:
+        """(batch,), float."""
+        return torch.tensor(values, dtype=torch.float)
+
+    def hard(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean squared error of logits (batch, 1) against labels (batch,)."""
+        scores = self.predict(logits)
+        return F.mse_loss(scores.float() if scores.dtype == torch.bfloat16 else scores, labels.to(scores.dtype))
+
+    def soft(
+        self, student: Tensor, teacher: Tensor, temperature: float, loss: str = "kl", reduction: str = "batchmean"
+    ) -> Tensor:
+        """Mean squared error of the two scores, whatever the other arguments."""
+        return soft_losses.squared_error(student, teacher, "elementmean")
+
+    def predict(self, logits: Tensor) -> Tensor:
+        """(batch, 1) -> (batch,)."""
+        if logits.shape[-1] != 1:
+            raise ValueError(f"a regression model has one output, not {logits.shape[-1]}")
+        return logits.squeeze(-1)
+
+    def metric(self, name: str) -> Any:
+        """A torchmetrics metric."""
+        import torchmetrics as tm
+
+        return {"pearson": tm.PearsonCorrCoef, "spearman": tm.SpearmanCorrCoef, "mse": tm.MeanSquaredError}[name]()
+
+    def chance(self, labels: Tensor) -> dict[str, float]:
+        """Correlations of 0; the variance, as mean squared error."""
+        return {"pearson": 0.0, "spearman": 0.0, "mse": float(labels.float().var(unbiased=False))}
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether more is better; true for every metric but an error."""
+    return metric != "mse"

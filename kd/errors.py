@@ -1,0 +1,27 @@
+"""The one exception for what a user can put right."""
+
+
+class InputError(Exception):
+    """A configuration or input that cannot work; `kd-train` prints it without a traceback and exits with 2.
+
+    Args:
+        message: what was found, and what is allowed.
+        key: the configuration key to change, where there is one.
+    """
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message, key)
+        self.message = message
+        self.key = key
+
+    def __str__(self) -> str:
+        return self.message if self.key is None else f"{self.message}\n  change: {self.key}"
+
+
+def one_of(value: object, allowed: list[str] | tuple[str, ...], key: str) -> InputError:
+    """The error for a word that is not in a closed list."""
+    import difflib
+
+    close = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    return InputError(f"'{value}' is not one of {', '.join(allowed)}.{hint}", key)

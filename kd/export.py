@@ -1,0 +1,93 @@
+"""The deployable folder of a run: a plain Hugging Face model, its tokenizer, and a model card."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kd.forward import Needs
+from kd.models import Encoder
+
+TOLERANCE = 1e-5
+"""Largest difference between the run's logits and the exported model's that is taken for rounding."""
+
+
+def export(student: Encoder, folder: Path, card: str) -> None:
+    """Write a student to a folder, all or nothing.
+
+    Args:
+        student: the model; its extras (projections) are not part of it.
+        folder: replaced if it is there.
+        card: text of `README.md`.
+    """
+    draft = folder.with_name(folder.name + ".part")
+    shutil.rmtree(draft, ignore_errors=True)
+    student.model.save_pretrained(draft)
+    student.tokenizer.save_pretrained(draft)
+    (draft / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(draft, folder)
+
+
+@torch.no_grad()
+def largest_difference(student: Encoder, folder: Path, inputs: Mapping[str, torch.Tensor]) -> float:
+    """Largest absolute difference between the logits of a student and of its exported folder, loaded by transformers alone."""
+    from transformers import AutoModelForSequenceClassification
+
+    student.eval()
+    found: Any = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    taken = {name: tensor for name, tensor in inputs.items() if name in student.family.inputs}
+    return float((found(**taken).logits - student(inputs, Needs()).logits).abs().max())
+
+
+def _rows(split: str, metrics: Mapping[str, float]) -> list[str]:
+    return [f"| {split} | {name} | {value:.4f} |" for name, value in metrics.items()]
+
+
+def model_card(result: Mapping[str, Any]) -> str:
+    """The model card: what this model is, where it comes from, what it scores and how that was measured."""
+    teachers = ", ".join(result["teacher"]) or "none"
+    selection = result["selection"]
+    labels = ", ".join(result["labels"]) if result["labels"] else "one score (regression)"
+    lineage = "\n".join(f"- {name}: run `{digest}`" for name, digest in result["inputs"].items()) or "- no other runs"
+    metrics = [row for split, values in result["metrics"].items() for row in _rows(split, values)]
+    agreement = [
+        f"| {split} | agreement with {name} | {value:.4f} |"
+        for split, values in result["agreement"].items()
+        for name, value in values.items()
+    ]
+    table = "\n".join(["| split | metric | value |", "|---|---|---|", *metrics, *agreement])
+    return f"""---
+library_name: transformers
+pipeline_tag: text-classification
+tags: [knowledge-distillation, {result["method"]}]
+---
+# {result["student"]} student of {teachers}, {result["method"]} on {result["task"]}
+
+Made with kd {result["versions"]["kd"]}, run `{result["digest"]}`, seed {result["seed"]}.
+
+```python
+from transformers import pipeline
+classify = pipeline("text-classification", model="path/to/this/folder")
+```
+
+- Labels: {labels}
+- Parameters: {result["parameters"]["student"]:,} (embeddings included)
+- Initialisation: {result["init"]}
+- Maximum length in training: {result["max_length"]} tokens
+
+## Results
+
+{table}
+
+One seed. The checkpoint is the {selection["kind"]} one, {selection["by"]}. Metrics are in float32.
+
+## Lineage
+
+{lineage}
+
+Method `{result["method"]}`, weights {result["weights"]}. Everything that made this model is in the run's `config.yaml`.
+"""

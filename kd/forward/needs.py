@@ -1,0 +1,62 @@
+"""What one forward pass must keep."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+KINDS = ("hidden", "attention", "value")
+
+
+def _layers(layers: Iterable[int]) -> frozenset[int]:
+    return frozenset(int(layer) for layer in layers)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """The tensors a method reads from one forward pass, declared before it runs.
+
+    Layer 0 is the embedding output, layer *l* the output of block *l*. Attention and values exist for layers 1 and up.
+
+    Attributes:
+        hidden: layers whose states are kept.
+        attention: layers whose queries and keys are kept; scores, probabilities and relations follow from them.
+        value: layers whose values are kept.
+        gradient: whether gradients are taken with respect to what the forward shows (integrated gradients, double
+            backward). A frozen model then runs with gradients enabled, and attention runs its plain kernel, because the
+            fused one cannot be differentiated twice.
+
+    >>> sorted((Needs(hidden=[1]) | Needs(hidden=[2])).hidden)
+    [1, 2]
+    """
+
+    hidden: frozenset[int] = frozenset()
+    attention: frozenset[int] = frozenset()
+    value: frozenset[int] = frozenset()
+    gradient: bool = False
+
+    def __init__(
+        self,
+        hidden: Iterable[int] = (),
+        attention: Iterable[int] = (),
+        value: Iterable[int] = (),
+        gradient: bool = False,
+    ) -> None:
+        object.__setattr__(self, "hidden", _layers(hidden))
+        object.__setattr__(self, "attention", _layers(attention))
+        object.__setattr__(self, "value", _layers(value))
+        object.__setattr__(self, "gradient", bool(gradient))
+
+    def __or__(self, other: "Needs") -> "Needs":
+        return Needs(
+            self.hidden | other.hidden,
+            self.attention | other.attention,
+            self.value | other.value,
+            self.gradient or other.gradient,
+        )
+
+    def deepest(self) -> int:
+        """The deepest layer declared; 0 if there is none."""
+        return max(self.hidden | self.attention | self.value, default=0)
+
+    def __str__(self) -> str:
+        parts = [f"{kind}={sorted(getattr(self, kind))}" for kind in KINDS if getattr(self, kind)]
+        return ", ".join(parts + ["gradient"] * self.gradient) or "logits only"

@@ -1,0 +1,102 @@
+"""What one forward pass showed."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from kd.forward.needs import Needs
+
+
+class UndeclaredRead(RuntimeError):
+    """A method read what its `needs()` did not declare."""
+
+
+def _heads(states: Tensor, heads: int) -> Tensor:
+    """(batch, tokens, width) -> (batch, heads, tokens, width / heads)."""
+    batch, tokens, width = states.shape
+    if width % heads:
+        raise ValueError(f"{heads} heads do not divide a width of {width}")
+    return states.view(batch, tokens, heads, width // heads).transpose(1, 2)
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """Scaled dot products of all pairs of tokens: (batch, heads, tokens, tokens)."""
+    products: Tensor = left @ right.transpose(-1, -2) / math.sqrt(left.shape[-1])
+    return products
+
+
+@dataclass
+class Outputs:
+    """Logits, and the tensors that `needs` declared, of one forward pass.
+
+    Attributes:
+        logits: (batch, classes); classes is 1 for regression.
+        mask: (batch, tokens), bool, False on padding.
+        needs: what was declared.
+        heads: attention heads of the model.
+        tensors: `kind -> layer -> (batch, tokens, width)` for kind in hidden, query, key, value.
+        score_bias: (1 or batch, heads, tokens, tokens) added to the attention scores, for relative positions; or None.
+    """
+
+    logits: Tensor
+    mask: Tensor
+    needs: Needs = field(default_factory=Needs)
+    heads: int = 1
+    tensors: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
+    score_bias: Callable[[], Tensor] | None = None
+
+    def hidden(self, layer: int) -> Tensor:
+        """States of a layer, (batch, tokens, width). Padding is not masked.
+
+        Raises:
+            UndeclaredRead: if `needs` did not declare it.
+        """
+        return self._take("hidden", "hidden", layer)
+
+    def query(self, layer: int) -> Tensor:
+        """Queries of a layer, (batch, tokens, width)."""
+        return self._take("attention", "query", layer)
+
+    def key(self, layer: int) -> Tensor:
+        """Keys of a layer, (batch, tokens, width)."""
+        return self._take("attention", "key", layer)
+
+    def value(self, layer: int) -> Tensor:
+        """Values of a layer, (batch, tokens, width)."""
+        return self._take("value", "value", layer)
+
+    def scores(self, layer: int) -> Tensor:
+        """Attention scores before softmax and before the padding mask, (batch, heads, tokens, tokens)."""
+        scores = _products(_heads(self.query(layer), self.heads), _heads(self.key(layer), self.heads))
+        return scores if self.score_bias is None else scores + self.score_bias()
+
+    def attention(self, layer: int) -> Tensor:
+        """Attention probabilities, (batch, heads, tokens, tokens): softmax of the scores over real tokens, no dropout."""
+        scores = self.scores(layer)
+        blocked = ~self.mask[:, None, None, :]
+        return scores.masked_fill(blocked, torch.finfo(scores.dtype).min).softmax(dim=-1)
+
+    def relation(self, kind: str, layer: int, heads: int) -> Tensor:
+        """Scaled dot products among queries, keys or values, (batch, heads, tokens, tokens), before softmax and mask.
+
+        Args:
+            kind: `query`, `key` or `value`.
+            layer: 1 and up.
+            heads: relation heads; any divisor of the width, so that models of different width and heads compare.
+
+        Source: Wang et al., MiniLMv2, Findings of ACL 2021, arXiv:2012.15828, section 3.1.
+        """
+        states = _heads({"query": self.query, "key": self.key, "value": self.value}[kind](layer), heads)
+        return _products(states, states)
+
+    def with_logits(self, logits: Tensor) -> "Outputs":
+        """The same pass with other logits, (batch, classes)."""
+        return replace(self, logits=logits)
+
+    def _take(self, declared: str, kind: str, layer: int) -> Tensor:
+        if layer not in getattr(self.needs, declared):
+            raise UndeclaredRead(f"{kind} of layer {layer} was read, but needs() declares only: {self.needs}")
+        return self.tensors[kind][layer]

@@ -1,0 +1,146 @@
+"""Where each backbone family keeps what a method may look at, and the hooks that look.
+
+Adding a family is adding a row to `FAMILIES`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from kd.errors import one_of
+from kd.forward.needs import Needs
+
+
+def _relative_positions(base: nn.Module, states: Tensor) -> Tensor:
+    bias: Tensor = base.get_submodule("encoder").compute_position_bias(states)  # type: ignore[operator]
+    return bias
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Semantic names of one backbone family of transformers 5. Paths are relative to the base model or to a block."""
+
+    base: str
+    blocks: str
+    query: str
+    key: str
+    value: str
+    inputs: tuple[str, ...]
+    dropouts: tuple[str, ...]
+    intermediate: str = "intermediate_size"
+    embeddings: str = "embeddings"
+    score_bias: Callable[[nn.Module, Tensor], Tensor] | None = None
+
+
+_BERT_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+
+FAMILIES: Mapping[str, Family] = {
+    "bert": Family(
+        base="bert",
+        blocks="encoder.layer",
+        query="attention.self.query",
+        key="attention.self.key",
+        value="attention.self.value",
+        inputs=("input_ids", "attention_mask", "token_type_ids"),
+        dropouts=_BERT_DROPOUTS,
+    ),
+    "roberta": Family(
+        base="roberta",
+        blocks="encoder.layer",
+        query="attention.self.query",
+        key="attention.self.key",
+        value="attention.self.value",
+        inputs=("input_ids", "attention_mask"),
+        dropouts=_BERT_DROPOUTS,
+    ),
+    "distilbert": Family(
+        base="distilbert",
+        blocks="transformer.layer",
+        query="attention.q_lin",
+        key="attention.k_lin",
+        value="attention.v_lin",
+        inputs=("input_ids", "attention_mask"),
+        dropouts=("dropout", "attention_dropout", "seq_classif_dropout"),
+        intermediate="hidden_dim",
+    ),
+    "mpnet": Family(
+        base="mpnet",
+        blocks="encoder.layer",
+        query="attention.attn.q",
+        key="attention.attn.k",
+        value="attention.attn.v",
+        inputs=("input_ids", "attention_mask"),
+        dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+        score_bias=_relative_positions,
+    ),
+}
+
+
+def family_of(model_type: str, key: str = "student.backbone") -> Family:
+    """The family of a transformers `model_type`.
+
+    Raises:
+        InputError: for a family that is not in the table.
+    """
+    if model_type not in FAMILIES:
+        raise one_of(model_type, tuple(FAMILIES), key)
+    return FAMILIES[model_type]
+
+
+def _first(output: Any) -> Tensor:
+    # A BERT block returns a tensor, an MPNet block a tuple that begins with it.
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
+
+
+@contextmanager
+def record(base: nn.Module, family: Family, needs: Needs) -> Iterator[dict[str, dict[int, Tensor]]]:
+    """Collect what `needs` declares while the base model runs once inside this context.
+
+    Layers are counted by calls, not by modules, so a block that is shared by several layers is read at the right one.
+
+    Yields:
+        `kind -> layer -> (batch, tokens, width)`, filled as the model runs.
+    """
+    seen: dict[str, dict[int, Tensor]] = {"hidden": {}, "query": {}, "key": {}, "value": {}}
+    layer = 0
+
+    def keep_embeddings(_: nn.Module, __: Any, output: Any) -> None:
+        nonlocal layer
+        layer = 0
+        if 0 in needs.hidden:
+            seen["hidden"][0] = _first(output)
+
+    def keep_block(_: nn.Module, __: Any, output: Any) -> None:
+        nonlocal layer
+        layer += 1
+        if layer in needs.hidden:
+            seen["hidden"][layer] = _first(output)
+
+    def keep_projection(kind: str, layers: frozenset[int]) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            if layer + 1 in layers:
+                seen[kind][layer + 1] = _first(output)
+
+        return keep
+
+    if needs.deepest() == 0 and not needs.hidden:
+        yield seen
+        return
+    with ExitStack() as stack:
+
+        def hook(module: nn.Module, function: Callable[[nn.Module, Any, Any], None]) -> None:
+            stack.callback(module.register_forward_hook(function).remove)
+
+        hook(base.get_submodule(family.embeddings), keep_embeddings)
+        for block in dict.fromkeys(base.get_submodule(family.blocks).children()):
+            hook(block, keep_block)
+            if needs.attention:
+                hook(block.get_submodule(family.query), keep_projection("query", needs.attention))
+                hook(block.get_submodule(family.key), keep_projection("key", needs.attention))
+            if needs.value:
+                hook(block.get_submodule(family.value), keep_projection("value", needs.value))
+        yield seen

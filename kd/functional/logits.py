@@ -1,0 +1,68 @@
+"""Losses between the logits of a student and of a teacher."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+REDUCTIONS = ("batchmean", "elementmean", "sum", "none")
+SOFT_LOSSES = ("kl", "ce", "mse")
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least float32: a softmax over half-precision logits loses the tail that distillation is about."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _reduce(values: Tensor, reduction: str) -> Tensor:
+    """(batch, classes) -> scalar, or (batch,) for `none`."""
+    if reduction == "batchmean":
+        return values.sum(dim=-1).mean()
+    if reduction == "elementmean":
+        return values.mean()
+    if reduction == "sum":
+        return values.sum()
+    if reduction == "none":
+        return values.sum(dim=-1)
+    raise ValueError(f"reduction '{reduction}' is not one of {', '.join(REDUCTIONS)}")
+
+
+def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, reduction: str = "batchmean") -> Tensor:
+    r"""Kullback-Leibler divergence :math:`KL(p_t \| p_s)` of tempered distributions, in nats, times temperature squared.
+
+    Source: Hinton, Vinyals, Dean, NeurIPS DL workshop 2014, arXiv:1503.02531, section 2 (the square keeps the gradient's
+    scale as the temperature changes).
+
+    Args:
+        student: (batch, classes) logits.
+        teacher: (batch, classes) logits; the target, no gradient flows to it.
+        temperature: > 0, applied to both.
+        reduction: `batchmean` sums over classes and averages over the batch (the divergence proper); `elementmean`
+            averages over both, which is `batchmean / classes`; `sum`; `none` gives (batch,).
+
+    >>> kl_divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])).item()  # doctest: +ELLIPSIS
+    0.3278...
+    """
+    log_student = F.log_softmax(_wide(student) / temperature, dim=-1)
+    log_teacher = F.log_softmax(_wide(teacher).detach() / temperature, dim=-1)
+    return _reduce(log_teacher.exp() * (log_teacher - log_student), reduction) * temperature**2
+
+
+def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0, reduction: str = "batchmean") -> Tensor:
+    """Cross entropy against the teacher's tempered distribution, in nats; *not* multiplied by temperature squared.
+
+    It differs from the divergence by the teacher's entropy, a constant. Shapes and arguments as `kl_divergence`.
+    """
+    log_student = F.log_softmax(_wide(student) / temperature, dim=-1)
+    target = F.softmax(_wide(teacher).detach() / temperature, dim=-1)
+    return _reduce(-target * log_student, reduction)
+
+
+def squared_error(student: Tensor, teacher: Tensor, reduction: str = "elementmean") -> Tensor:
+    """Squared difference of logits, (batch, classes) each.
+
+    Raises:
+        ValueError: if the shapes differ, because broadcasting (batch, 1) against (batch,) would give (batch, batch).
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"logits of student and teacher differ in shape: {tuple(student.shape)}, {tuple(teacher.shape)}")
+    return _reduce((_wide(student) - _wide(teacher).detach()) ** 2, reduction)

@@ -1,0 +1,91 @@
+"""The CSV history that every run keeps, and optional loggers beside it."""
+
+import csv
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+
+from kd.errors import InputError
+
+
+class History(Logger):
+    """`metrics.csv`: a row for each logged step, columns as they turn up.
+
+    Lightning's CSVLogger deletes the file of an interrupted run; this one goes on with it.
+
+    Args:
+        path: the file.
+        last_step: rows after this step are dropped, because a resumed run makes them again; None begins a new file.
+    """
+
+    def __init__(self, path: Path, last_step: int | None = None) -> None:
+        super().__init__()
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        if last_step is not None and path.is_file():
+            with path.open(newline="") as file:
+                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= last_step]
+            self.rows = [{name: value for name, value in row.items() if value} for row in kept]
+
+    @property
+    def name(self) -> str:
+        """A word for Lightning."""
+        return "history"
+
+    @property
+    def version(self) -> str:
+        """No versions: a run has one history."""
+        return ""
+
+    @property
+    def columns(self) -> list[str]:
+        """All names logged so far, step and epoch first."""
+        return list(dict.fromkeys(["step", "epoch", *(name for row in self.rows for name in row)]))
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: `config.yaml` holds them."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add to the row of this step."""
+        number = step or 0
+        if not self.rows or int(self.rows[-1]["step"]) != number:
+            self.rows.append({"step": number})
+        self.rows[-1].update({name: f"{value:g}" for name, value in metrics.items()})
+
+    def save(self) -> None:
+        """Write the file, all or nothing."""
+        draft = self.path.with_name(self.path.name + ".part")
+        with draft.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(draft, self.path)
+
+    def finalize(self, status: str) -> None:
+        """Write what is there."""
+        if self.rows:
+            self.save()
+
+
+def wandb_logger(folder: Path, name: str, config: Mapping[str, Any], project: str = "kd", **options: Any) -> Logger:
+    """Weights & Biases: online with an account, offline (`wandb sync` later) without one.
+
+    The run's digest is its id, so a resumed run goes on in the same place.
+
+    Raises:
+        InputError: if wandb is not installed.
+    """
+    try:
+        import wandb
+        from lightning.pytorch.loggers import WandbLogger
+    except ImportError as error:
+        raise InputError("logger=wandb needs the package: pip install 'kd[wandb]'", "logger") from error
+    if "offline" not in options and "WANDB_MODE" not in os.environ:
+        options["offline"] = not wandb.api.api_key
+    options.setdefault("id", name.rsplit("-", 1)[-1])
+    logger: Logger = WandbLogger(name=name, project=project, save_dir=folder, resume="allow", config=dict(config), **options)
+    return logger

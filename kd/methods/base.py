@@ -1,0 +1,111 @@
+"""The contract of a method: what one paper adds to fine-tuning."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from kd.data.batch import Batch
+from kd.data.tasks import Task
+from kd.forward import Forward, Needs
+from kd.models import Encoder, FrozenTeacher
+
+NO_TEACHER = 0
+ANY_TEACHERS = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far training has come.
+
+    Attributes:
+        step: optimiser steps done.
+        total: optimiser steps of the whole run.
+        epoch: epochs done.
+    """
+
+    step: int = 0
+    total: int = 1
+    epoch: int = 0
+
+    @property
+    def fraction(self) -> float:
+        """Fraction of training done, in [0, 1]."""
+        return min(self.step / max(self.total, 1), 1.0)
+
+
+@dataclass
+class Step:
+    """One training step as a method sees it. Forwards run when their outputs are first read."""
+
+    student: Forward
+    teachers: Sequence[Forward]
+    batch: Batch
+    task: Task
+    progress: Progress
+
+    @property
+    def teacher(self) -> Forward:
+        """The only teacher.
+
+        Raises:
+            ValueError: if there is none or more than one.
+        """
+        if len(self.teachers) != 1:
+            raise ValueError(f"this step has {len(self.teachers)} teachers, not one")
+        return self.teachers[0]
+
+    def with_(self, **changes: object) -> "Step":
+        """A copy with some parts replaced; for `Method.prepare`."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+class Method(nn.Module):
+    """What one paper adds to fine-tuning.
+
+    A subclass names its terms in `names`, says how many teachers it takes in `teachers`, builds what depends on the models
+    in `bind`, declares what it reads in `needs`, and computes unweighted scalars in `terms`. Weights come from the
+    configuration. What it learns is a submodule of it, and is not part of the exported student.
+    """
+
+    names: tuple[str, ...] = ("task",)
+    """Names of the terms, in the order they are shown."""
+
+    teachers: int | None = 1
+    """How many teachers it takes; None for any number."""
+
+    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+        """Look at the models: build projections, resolve layer maps, freeze what is not trained.
+
+        It is also called with models that have shapes but no weights, to check a configuration before it costs anything.
+
+        Raises:
+            InputError: if the method cannot work with these models.
+        """
+
+    def needs(self) -> tuple[Needs, Needs]:
+        """What the student's and what each teacher's forward must keep. Called after `bind`."""
+        return Needs(), Needs()
+
+    def prepare(self, step: Step) -> Step:
+        """The step with other inputs or teachers; on the device, before anything ran."""
+        return step
+
+    def terms(self, step: Step) -> dict[str, Tensor]:
+        """The loss terms: name -> unweighted scalar, one for each of `names`."""
+        raise NotImplementedError
+
+    def after_step(self, step: Step, terms: Mapping[str, Tensor]) -> None:
+        """After the optimiser stepped: delayed rewards, running statistics. `terms` are detached."""
+
+    def describe(self) -> dict[str, str]:
+        """What `bind` resolved, in words, for the preflight."""
+        return {}
+
+
+def match_width(student: int, teacher: int) -> nn.Module:
+    """A learned linear map from the student's width to the teacher's; the identity where they are equal.
+
+    Papers that need equal widths get the identity, so the map adds nothing to them (our choice for the others).
+    """
+    return nn.Identity() if student == teacher else nn.Linear(student, teacher)

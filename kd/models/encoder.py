@@ -1,0 +1,93 @@
+"""A transformers sequence classifier with taps."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kd.forward.lazy import Inputs
+from kd.forward.needs import Needs
+from kd.forward.outputs import Outputs
+from kd.forward.taps import family_of, record
+
+
+class Encoder(nn.Module):
+    """A BERT-style classifier or regressor whose insides can be read without editing it.
+
+    Args:
+        model: a transformers `...ForSequenceClassification` of a family in `kd.forward.taps.FAMILIES`.
+        tokenizer: the tokenizer that makes its inputs; None where no text is read (tests, shape checks).
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.family = family_of(model.config.model_type)  # type: ignore[union-attr,arg-type]
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return self.model.config
+
+    @property
+    def base(self) -> nn.Module:
+        """The model without its head."""
+        return self.model.get_submodule(self.family.base)  # type: ignore[no-any-return]
+
+    @property
+    def depth(self) -> int:
+        """Blocks."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def width(self) -> int:
+        """Size of a hidden state."""
+        return int(self.config.hidden_size)
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of a block."""
+        return int(self.config.num_attention_heads)
+
+    def forward(self, inputs: Inputs, needs: Needs) -> Outputs:
+        """One pass.
+
+        Args:
+            inputs: what a tokenizer made; names that this family does not take are left out, names it takes and the
+                tokenizer did not make get the model's defaults.
+            needs: what to keep.
+
+        Raises:
+            ValueError: if `needs` asks for a layer deeper than the model.
+        """
+        if needs.deepest() > self.depth:
+            raise ValueError(f"needs declare layer {needs.deepest()} of a model with {self.depth} layers: {needs}")
+        taken = {name: inputs[name] for name in self.family.inputs if name in inputs}
+        with record(self.base, self.family, needs) as seen:
+            if needs.gradient:
+                # The fused kernels have no second derivative; the plain one does, and gives the same numbers.
+                with sdpa_kernel(SDPBackend.MATH):
+                    logits: Tensor = self.model(**taken).logits
+            else:
+                logits = self.model(**taken).logits
+        score_bias = self.family.score_bias
+        states = inputs["input_ids"]
+        return Outputs(
+            logits=logits,
+            mask=inputs["attention_mask"].bool(),
+            needs=needs,
+            heads=self.heads,
+            tensors=seen,
+            score_bias=None if score_bias is None else lambda: score_bias(self.base, states),
+        )
+
+    def parameter_count(self) -> int:
+        """All parameters, embeddings included, shared ones counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def on_meta_device() -> torch.device:
+    """The device for models that have a shape but no weights; used to check a configuration before anything is paid for."""
+    return torch.device("meta")

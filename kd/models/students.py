@@ -1,0 +1,272 @@
+"""Students: a shape derived from a backbone, and an initialisation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from kd.errors import InputError, one_of
+from kd.forward.taps import Family, family_of
+from kd.models.encoder import Encoder, on_meta_device
+from kd.schema import StudentSpec
+from kd.sources import pretrained
+
+INITS = ("random", "first", "every", "last", "checkpoint", "run")
+INIT_FROM = ("pretrained", "teacher")
+
+
+def load_config(source: str, key: str) -> Any:
+    """The transformers configuration behind a source.
+
+    Raises:
+        InputError: if it cannot be had.
+    """
+    from transformers import AutoConfig
+
+    name, options = pretrained(source, key)
+    try:
+        return AutoConfig.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the model '{source}' cannot be loaded: {_first_line(error)}", key) from error
+
+
+def load_tokenizer(source: str, key: str) -> Any:
+    """The tokenizer behind a source.
+
+    Raises:
+        InputError: if it cannot be had.
+    """
+    from transformers import AutoTokenizer
+
+    name, options = pretrained(source, key)
+    try:
+        return AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the tokenizer of '{source}' cannot be loaded: {_first_line(error)}", key) from error
+
+
+def load_classifier(source: str, key: str, config: Any) -> nn.Module:
+    """The weights behind a source as a sequence classifier; a head that the source lacks is drawn afresh.
+
+    Raises:
+        InputError: if they cannot be had, or a file is truncated.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    name, options = pretrained(source, key)
+    family_of(config.model_type, key)
+    try:
+        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
+    except SafetensorError as error:
+        raise InputError(f"the weights of '{source}' are truncated or damaged ({error})", key) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"the weights of '{source}' cannot be loaded: {_first_line(error)}", key) from error
+    return model
+
+
+def chosen_layers(init: str | Sequence[int], student: int, source: int) -> list[int]:
+    """Which source blocks, counted from 1, become the student's blocks.
+
+    Args:
+        init: `first`, `every`, `last`, or a list of layers.
+        student: blocks of the student.
+        source: blocks of the model they come from.
+
+    Raises:
+        InputError: if the source is too shallow, or the list does not fit.
+
+    >>> chosen_layers("every", 3, 6)
+    [2, 4, 6]
+    """
+    if isinstance(init, str):
+        if init not in ("first", "every", "last"):
+            raise one_of(init, (*INITS, "[layer, ...]"), "student.init")
+        if student > source:
+            raise InputError(
+                f"student.init={init} takes {student} layers from a model that has {source}; "
+                "use student.init=random, or fewer student.layers",
+                "student.init",
+            )
+        if init == "first":
+            return list(range(1, student + 1))
+        if init == "last":
+            return list(range(source - student + 1, source + 1))
+        return [source * layer // student for layer in range(1, student + 1)]
+    layers = list(init)
+    if len(layers) != student or not all(type(layer) is int and 1 <= layer <= source for layer in layers):
+        raise InputError(
+            f"student.init={layers} must list {student} layers, each from 1 to {source}, one for every student layer",
+            "student.init",
+        )
+    return layers
+
+
+def student_config(spec: StudentSpec, backbone: str, labels: Sequence[str] | None) -> Any:
+    """The transformers configuration of a student.
+
+    Args:
+        spec: sizes; null means the backbone's.
+        backbone: source of the backbone.
+        labels: names in the task's order; None for regression.
+
+    Raises:
+        InputError: for a size that is not positive, or heads that do not divide the width.
+    """
+    from transformers import AutoConfig
+
+    source = load_config(backbone, "student.backbone")
+    family_of(source.model_type, "student.backbone")
+    if spec.family is not None and spec.family != source.model_type:
+        family_of(spec.family, "student.family")
+        config = AutoConfig.for_model(spec.family)
+        for name in ("vocab_size", "max_position_embeddings", "hidden_size", "num_attention_heads", "pad_token_id"):
+            setattr(config, name, getattr(source, name))
+        config.num_hidden_layers = source.num_hidden_layers
+        source_family, family = family_of(source.model_type), family_of(spec.family)
+        setattr(config, family.intermediate, getattr(source, source_family.intermediate))
+    else:
+        config, family = source, family_of(source.model_type)
+    sizes = {"layers": "num_hidden_layers", "width": "hidden_size", "heads": "num_attention_heads"}
+    for ours, theirs in {**sizes, "intermediate": family.intermediate}.items():
+        value = getattr(spec, ours)
+        if value is not None and value < 1:
+            raise InputError(f"student.{ours}={value} must be at least 1", f"student.{ours}")
+        if value is not None:
+            setattr(config, theirs, value)
+    if spec.width is not None and spec.intermediate is None:
+        setattr(config, family.intermediate, 4 * spec.width)  # the ratio of every published BERT
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(f"{config.num_attention_heads} heads do not divide a width of {config.hidden_size}", "student.heads")
+    if spec.dropout is not None:
+        if not 0.0 <= spec.dropout < 1.0:
+            raise InputError(f"student.dropout={spec.dropout} must be in [0, 1)", "student.dropout")
+        for name in family.dropouts:
+            setattr(config, name, spec.dropout)
+    return with_labels(config, labels)
+
+
+def with_labels(config: Any, labels: Sequence[str] | None) -> Any:
+    """The configuration with a head for these labels, in this order, names included; None for regression."""
+    names = list(labels) if labels is not None else ["score"]
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    config.problem_type = "regression" if labels is None else "single_label_classification"
+    return config
+
+
+def new_classifier(config: Any, meta: bool = False) -> nn.Module:
+    """A classifier with freshly drawn weights, or without any on the meta device."""
+    from transformers import AutoModelForSequenceClassification
+
+    if not meta:
+        return AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-any-return]
+    with on_meta_device():
+        return AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def copy_layers(target: nn.Module, source: nn.Module, family: Family, layers: Sequence[int], head: bool) -> None:
+    """Copy embeddings, everything else outside the blocks, and the chosen blocks; the head only if asked.
+
+    Args:
+        target: the student, a sequence classifier.
+        source: the model copied from, of the same family and width.
+        family: their taps.
+        layers: for each block of the target, the block of the source, counted from 1.
+        head: whether the classifier comes along.
+    """
+    blocks = f"{family.base}.{family.blocks}."
+    origin = {f"{blocks}{ours}.": f"{blocks}{theirs - 1}." for ours, theirs in enumerate(layers)}
+    weights = source.state_dict()
+    for name, tensor in target.state_dict().items():
+        prefix = next((prefix for prefix in origin if name.startswith(prefix)), "")
+        if head or name.startswith(f"{family.base}."):
+            tensor.copy_(weights[name.replace(prefix, origin[prefix], 1) if prefix else name])
+
+
+def check_copy(config: Any, source: Any, spec: StudentSpec) -> None:
+    """Whether weights of `source` fit a student of `config`.
+
+    Raises:
+        InputError: if they do not, saying what differs.
+    """
+    family = family_of(config.model_type)
+    names = ("model_type", "hidden_size", "num_attention_heads", family.intermediate, "vocab_size")
+    for name in names:
+        ours, theirs = getattr(config, name), getattr(source, name, None)
+        if ours != theirs:
+            raise InputError(
+                f"student.init={spec.init} copies weights, which needs the same {name}: the student has {ours}, "
+                f"the model it copies from {theirs}; use student.init=random",
+                "student.init",
+            )
+    chosen_layers(spec.init, config.num_hidden_layers, source.num_hidden_layers)
+
+
+def build_student(
+    spec: StudentSpec,
+    backbone: str,
+    labels: Sequence[str] | None,
+    initial: str | None,
+    meta: bool = False,
+) -> Encoder:
+    """A student, initialised.
+
+    Args:
+        spec: what to build.
+        backbone: source of its shape, vocabulary and tokenizer.
+        labels: names in the task's order; None for regression.
+        initial: source of its weights: the backbone, the fine-tuned teacher, a checkpoint or a run; None for random.
+        meta: shapes only, for checks; nothing is loaded.
+
+    Raises:
+        InputError: for sizes or an initialisation that do not fit.
+    """
+    config = student_config(spec, backbone, labels)
+    tokenizer = load_tokenizer(backbone, "student.backbone")
+    whole = spec.init in ("checkpoint", "run")
+    if initial is not None:
+        found = load_config(initial, "student.init")
+        if not whole:
+            check_copy(config, found, spec)
+    if meta:
+        return Encoder(new_classifier(config, meta=True), tokenizer)
+    if initial is None:
+        return Encoder(new_classifier(config), tokenizer)
+    if whole:
+        _check_same_shape(config, found)
+        return Encoder(load_classifier(initial, "student.init", config), tokenizer)
+    from_teacher = spec.init_from == "teacher"
+    source = load_classifier(initial, "student.init_from", with_labels(found, labels) if not from_teacher else found)
+    student = new_classifier(config)
+    layers = chosen_layers(spec.init, config.num_hidden_layers, found.num_hidden_layers)
+    same_head = list(found.id2label.values()) == list(config.id2label.values())
+    copy_layers(student, source, family_of(config.model_type), layers, head=from_teacher and same_head)
+    return Encoder(student, tokenizer)
+
+
+def _check_same_shape(config: Any, found: Any) -> None:
+    for name in ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+        ours, theirs = getattr(config, name), getattr(found, name, None)
+        if ours != theirs:
+            raise InputError(
+                f"the checkpoint has {name}={theirs}, the student {ours}; give the student the checkpoint's sizes",
+                "student.checkpoint",
+            )
+
+
+def describe_init(spec: StudentSpec, depth: int, source_depth: int | None) -> str:
+    """The initialisation in words, as every result row states it."""
+    if spec.init == "random":
+        return "random"
+    if spec.init in ("checkpoint", "run"):
+        return f"{spec.init} {spec.checkpoint or ' '.join(spec.run or [])}".strip()
+    layers = chosen_layers(spec.init, depth, source_depth or depth)
+    kind = spec.init if isinstance(spec.init, str) else "explicit"
+    return f"{kind} layers {layers} of the {'fine-tuned' if spec.init_from == 'teacher' else 'pre-trained'} backbone"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

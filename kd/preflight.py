@@ -1,0 +1,152 @@
+"""Checks before training: what usually goes wrong silently, found in seconds."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from kd.data.datamodule import KDData
+from kd.engines.distiller import Distiller
+from kd.errors import InputError
+from kd.forward import Needs
+from kd.runs import Run
+
+PROBE = 8
+"""Examples of the batch that is run."""
+LOOK = 256
+"""Validation examples that a ready teacher is tried on."""
+
+
+@dataclass
+class Report:
+    """What the checks found."""
+
+    lines: list[str] = field(default_factory=list)
+    warnings: int = 0
+
+    def ok(self, text: str) -> None:
+        """Something that is as it should be."""
+        self.lines.append(f"  ok    {text}")
+
+    def warn(self, text: str) -> None:
+        """Something that makes the result doubtful; training goes on."""
+        self.warnings += 1
+        self.lines.append(f"  WARN  {text}")
+
+    def note(self, text: str) -> None:
+        """Something to know."""
+        self.lines.append(f"        {text}")
+
+
+def preflight(run: Run, engine: Distiller, data: KDData, init: str) -> Report:
+    """Run every check.
+
+    Raises:
+        InputError: for what cannot work; what is merely doubtful is a warning in the report.
+    """
+    began = time.perf_counter()
+    report = Report()
+    check_data(report, data)
+    check_teachers(report, run, engine, data)
+    report.note(f"student starts from: {init}")
+    for name, text in engine.method.describe().items():
+        report.note(f"{name}: {text}")
+    check_one_batch(report, engine, data)
+    report.note(f"preflight took {time.perf_counter() - began:.1f} s; preflight=false skips it")
+    return report
+
+
+def check_data(report: Report, data: KDData) -> None:
+    """Sizes, text shared between splits, tokenizers."""
+    texts = data.examples.texts
+    report.ok("examples: " + ", ".join(f"{split} {len(found)}" for split, found in texts.items()))
+    seen = set(texts["train"])
+    for split in data.examples.evaluated:
+        if shared := sum(text in seen for text in texts[split]):
+            report.warn(f"{shared} of {len(texts[split])} texts of '{split}' are also in train")
+    if data.shared_tokenizer:
+        report.ok("student and teachers read the same tokens" if data.teacher_keys else "one tokenizer")
+    else:
+        report.ok("tokenizers differ: each batch carries the text tokenised for each model")
+
+
+def check_teachers(report: Report, run: Run, engine: Distiller, data: KDData) -> None:
+    """Labels agree (the build has matched them by name); each teacher beats chance."""
+    task, examples = engine.task, data.examples
+    chance = task.chance(task.label_tensor(examples.labels["validation"]))
+    name = next((metric for metric in task.metrics if metric in chance), None)
+    for place, teacher in enumerate(engine.teachers):
+        if task.labels is not None:
+            report.ok(f"labels of data and teacher '{teacher.name}' agree by name: {', '.join(task.labels)}")
+        if name is None:
+            continue
+        value = teacher_score(run, engine, data, place, name)
+        words = f"teacher '{teacher.name}' {name} {value:.4f} on validation, chance is {chance[name]:.4f}"
+        better = value < chance[name] if name == "mse" else value > chance[name]
+        if better:
+            report.ok(words)
+        else:
+            report.warn(f"{words}: it has nothing to teach")
+
+
+def teacher_score(run: Run, engine: Distiller, data: KDData, place: int, metric: str) -> float:
+    """A teacher's validation metric: from its run, or tried on some examples."""
+    teacher = engine.teachers[place]
+    made = run.inputs.get(f"teacher {teacher.name}")
+    if made is not None and made.result is not None:
+        return float(made.result["metrics"]["validation"][metric])
+    rows = list(range(min(LOOK, len(data.examples.labels["validation"]))))
+    meter = engine.task.metric(metric)
+    with uncounted(engine):
+        for start in range(0, len(rows), 32):
+            batch = data.collate("validation")(rows[start : start + 32])
+            logits = teacher(batch.teachers[place], Needs()).logits
+            meter.update(engine.task.predict(logits.float()), batch.labels)
+    return float(meter.compute())
+
+
+@contextlib.contextmanager
+def uncounted(engine: Distiller) -> Iterator[None]:
+    """What happens here is not part of the run: random state, gradients, method state and counters are as before after it."""
+    kept = {name: tensor.clone() for name, tensor in engine.method.state_dict().items()}
+    counts, training = [teacher.examples for teacher in engine.teachers], engine.training
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            engine.method.load_state_dict(kept)
+            engine.zero_grad(set_to_none=True)
+            engine.train(training)
+            for teacher, count in zip(engine.teachers, counts, strict=True):
+                teacher.examples = count
+
+
+def check_one_batch(report: Report, engine: Distiller, data: KDData) -> None:
+    """One batch forward and backward.
+
+    Raises:
+        InputError: if a trainable parameter gets no gradient, a teacher gets one or is not in eval mode, or a term is not a
+            finite scalar.
+    """
+    lengths = data.tokens["train"][data.student_key].lengths
+    batch = data.collate("train")(lengths.argsort()[:PROBE].tolist())
+    with uncounted(engine):
+        engine.train()
+        loss = engine.loss(batch)
+        for name, term in loss.terms.items():
+            if term.ndim or not torch.isfinite(term):
+                raise InputError(f"the term '{name}' is {term.tolist()} on the first batch", f"method.weights.{name}")
+        loss.total.backward()
+        idle = [name for name, parameter in engine.named_parameters() if parameter.requires_grad and parameter.grad is None]
+        if idle:
+            raise InputError(f"{len(idle)} trainable parameters get no gradient, the first is {idle[0]}", "method")
+        for teacher in engine.teachers:
+            if teacher.encoder.training:
+                raise InputError(f"teacher '{teacher.name}' is not in eval mode", f"teacher.{teacher.name}")
+            if any(parameter.grad is not None for parameter in teacher.encoder.parameters()):
+                raise InputError(f"teacher '{teacher.name}' gets gradients", f"teacher.{teacher.name}")
+        shares = {name: engine.weights[name](0.0) * float(term.detach()) for name, term in loss.terms.items()}
+    report.ok("one batch: every trainable parameter gets a gradient; teachers are frozen and in eval mode")
+    report.note("weighted terms at the start: " + ", ".join(f"{name} {value:.4g}" for name, value in shares.items()))

@@ -1,0 +1,84 @@
+"""What a person sees while training runs."""
+
+import sys
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+from tqdm.auto import tqdm
+
+PLAIN_SECONDS = 20.0
+"""Seconds between lines where the output is no terminal."""
+
+
+class Progress(pl.Callback):
+    """One bar for the whole training: loss terms, rate and time left. A line now and then where there is no terminal.
+
+    Args:
+        label: what is trained.
+        mode: `bar`, `plain`, `off`, or `auto` (a bar on a terminal).
+    """
+
+    def __init__(self, label: str, mode: str = "auto") -> None:
+        self.label = label
+        self.mode = ("bar" if sys.stderr.isatty() else "plain") if mode == "auto" else mode
+        self.bar: Any = None
+        self._began = self._shown = 0.0
+        self._first = 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Open the bar."""
+        self._began = self._shown = time.monotonic()
+        self._first = trainer.global_step
+        if self.mode == "bar" and trainer.is_global_zero:
+            self.bar = tqdm(
+                total=int(trainer.estimated_stepping_batches),
+                initial=trainer.global_step,
+                desc=self.label,
+                unit="step",
+                dynamic_ncols=True,
+                smoothing=0.05,
+            )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move on; read the terms only when they are shown, because reading them waits for the device."""
+        if not trainer.is_global_zero or self.mode == "off":
+            return
+        now = time.monotonic()
+        if self.bar is not None:
+            self.bar.update(trainer.global_step - self.bar.n)
+            if now - self._shown > 0.5:
+                self._shown = now
+                self.bar.set_postfix_str(self._words(trainer))
+        elif now - self._shown > PLAIN_SECONDS:
+            self._shown = now
+            total = int(trainer.estimated_stepping_batches)
+            done = trainer.global_step
+            left = (now - self._began) * (total - done) / max(done - self._first, 1)
+            print(f"{self.label}: step {done}/{total}  {self._words(trainer)}  {left:.0f} s left", flush=True)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """A line for each epoch."""
+        if trainer.is_global_zero and not trainer.sanity_checking and self.mode != "off":
+            found = {k.removeprefix("validation/"): v for k, v in trainer.callback_metrics.items() if k.startswith("val")}
+            words = "  ".join(f"{name} {float(value):.4f}" for name, value in found.items())
+            line = f"{self.label}: epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  validation {words}"
+            self.bar.write(line, file=sys.stdout) if self.bar is not None else print(line, flush=True)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Close the bar."""
+        self._close()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _words(self, trainer: pl.Trainer) -> str:
+        shown = {k.removeprefix("train/"): v for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
+        return " ".join(f"{name}={float(value):.3g}" for name, value in shown.items())

@@ -1,0 +1,277 @@
+"""A run is a pure function of its configuration, and its inputs are other runs.
+
+The digest of everything that changes a result names a run's directory. A teacher to fine-tune or a stage to begin from is a
+run of its own, made first if it is missing and reused if it is done.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kd import config as composition
+from kd.data.sources import Source
+from kd.errors import InputError, one_of
+from kd.hardware import PRECISIONS, resolve_precision
+from kd.schema import RunSpec, TeacherSpec
+from kd.sources import fingerprint
+
+FORMAT = 1
+"""Part of every digest; raised when a change of code makes old results incomparable."""
+
+COSTLESS = [
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "strategy",
+    "eval_batch_size",
+    "num_workers",
+    "checkpoint_minutes",
+    "progress",
+]
+"""Trainer keys that do not change a result."""
+
+PLACES = ("root", "train", "validation", "test")
+"""Keys that say where data is; their content enters the digest instead."""
+
+DEEPEST_CHAIN = 8
+"""Stages that may follow each other; a longer chain is a stage that begins from itself."""
+
+
+@dataclass
+class Run:
+    """One run: what it is, where it lives, what it needs first.
+
+    Attributes:
+        config: as composed, for `config.yaml`.
+        spec: the same, typed.
+        digest: of everything that changes the result.
+        directory: where it lives.
+        inputs: role -> run; `teacher <name>`, or `stage`.
+    """
+
+    config: DictConfig
+    spec: RunSpec
+    digest: str
+    directory: Path
+    inputs: dict[str, "Run"] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name of the directory."""
+        return self.directory.name
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The record of a finished run; None for any other. It is written last, and all at once."""
+        try:
+            found = json.loads((self.directory / "result.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) and found.get("digest") == self.digest else None
+
+    @property
+    def student(self) -> Path:
+        """The exported model."""
+        return self.directory / "student"
+
+    @property
+    def checkpoints(self) -> Path:
+        """`best.ckpt` and `last.ckpt`."""
+        return self.directory / "checkpoints"
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write the record that makes the run done."""
+        write_atomically(self.directory / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+
+    def begin(self, resume: bool) -> None:
+        """Make the directory; forget what is there unless it is to be resumed.
+
+        Raises:
+            InputError: if it cannot be made.
+        """
+        try:
+            if not resume:
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
+                (self.directory / "metrics.csv").unlink(missing_ok=True)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.directory / "config.yaml", OmegaConf.to_yaml(self.config))
+        except OSError as error:
+            raise InputError(f"cannot write to '{self.directory}': {error.strerror}", "paths.runs") from error
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run: a second process that needs it waits, then finds it done. A killed holder's lock is free."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make '{self.directory}': {error.strerror}", "paths.runs") from error
+        lock = FileLock(self.directory / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"{self.name}: another process is at this run; waiting for it", flush=True)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file, all or nothing."""
+    draft = path.with_name(path.name + ".part")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0) -> Run:
+    """The run of a configuration, with the runs it needs. Nothing is trained, loaded or written.
+
+    Args:
+        config: composed.
+        overrides: what it was composed from; a stage is stated relative to them.
+        depth: of the chain of stages.
+
+    Raises:
+        InputError: for a value of the wrong type, or an input that does not exist.
+    """
+    spec = composition.typed(config)
+    if spec.trainer.precision not in PRECISIONS:
+        raise one_of(spec.trainer.precision, PRECISIONS, "trainer.precision")
+    if spec.trainer.selection not in ("best", "last"):
+        raise one_of(spec.trainer.selection, ("best", "last"), "trainer.selection")
+    for key in ("max_epochs", "batch_size", "accumulate", "eval_batch_size"):
+        if getattr(spec.trainer, key) < 1:
+            raise InputError(f"trainer.{key}={getattr(spec.trainer, key)} must be at least 1", f"trainer.{key}")
+    spec.trainer.precision = resolve_precision(spec.trainer.precision, spec.trainer.accelerator)
+    inputs = {
+        f"teacher {name}": plan(teacher_config(config, spec, name, teacher), depth=depth)
+        for name, teacher in spec.teacher.items()
+        if needs_fine_tuning(name, teacher)
+    }
+    if spec.student.init == "run":
+        inputs["stage"] = plan(*stage_config(spec, overrides, depth), depth + 1)
+    digest = hashlib.blake2b(
+        json.dumps(identity(spec, inputs), sort_keys=True, default=str).encode(), digest_size=6
+    ).hexdigest()
+    name = f"{spec.method['name']}-{spec.student.name}-{spec.task.name}-s{spec.seed}-{digest}"
+    return Run(config, spec, digest, Path(spec.paths.runs).expanduser() / name, inputs)
+
+
+def needs_fine_tuning(name: str, teacher: TeacherSpec) -> bool:
+    """Whether a teacher is made by a run of its own.
+
+    Raises:
+        InputError: if it has neither or both of `model` and `backbone`.
+    """
+    if (teacher.model is None) == (teacher.backbone is None):
+        raise InputError(
+            f"the teacher '{name}' needs one of `model` (a ready classifier) and `backbone` (fine-tuned first)",
+            f"teacher.{name}.model",
+        )
+    return teacher.model is None
+
+
+def backbone_of(spec: RunSpec) -> str:
+    """Where the student's shape and vocabulary come from: its own backbone, the first teacher's, or the default."""
+    if spec.student.backbone is not None:
+        return spec.student.backbone
+    for teacher in spec.teacher.values():
+        return teacher.backbone or teacher.model or spec.backbone
+    return spec.backbone
+
+
+def source_of(spec: RunSpec) -> Source:
+    """The data source of a task.
+
+    Raises:
+        InputError: for a source that cannot be made.
+    """
+    node = dict(spec.task.source)
+    try:
+        return get_class(node.pop("_target_"))(**node)  # type: ignore[no-any-return]
+    except (KeyError, TypeError, ImportError, ValueError) as error:
+        raise InputError(f"the task's source cannot be made: {error}", "task.source") from error
+
+
+def identity(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
+    """Everything that changes the result, and nothing else."""
+    student, task, trainer = asdict(spec.student), asdict(spec.task), asdict(spec.trainer)
+    student["backbone"] = fingerprint(backbone_of(spec), "student.backbone")
+    if spec.student.init == "checkpoint":
+        if spec.student.checkpoint is None:
+            raise InputError("student.init=checkpoint needs student.checkpoint=<folder or source>", "student.checkpoint")
+        student["checkpoint"] = fingerprint(spec.student.checkpoint, "student.checkpoint")
+    student.pop("run")
+    source = {key: value for key, value in task.pop("source").items() if key not in PLACES}
+    return {
+        "format": FORMAT,
+        "method": spec.method,
+        "engine": spec.engine,
+        "student": student,
+        "teachers": {
+            name: {
+                "labels": teacher.labels,
+                "model": teacher.model and fingerprint(teacher.model, f"teacher.{name}.model"),
+            }
+            for name, teacher in spec.teacher.items()
+        },
+        "inputs": {role: run.digest for role, run in inputs.items()},
+        "task": {key: value for key, value in task.items() if key not in PLACES},
+        "data": {**source, **source_of(spec).fingerprint()},
+        "optimizer": asdict(spec.optimizer),
+        "trainer": {key: value for key, value in trainer.items() if key not in COSTLESS},
+        "seed": spec.seed,
+    }
+
+
+def teacher_config(parent: DictConfig, spec: RunSpec, name: str, teacher: TeacherSpec) -> DictConfig:
+    """The configuration of a teacher's fine-tuning: the defaults, the parent's task, places and hardware, and its `run`.
+
+    The student's method, optimiser, epochs and seed do not enter, so that a sweep over them has one teacher.
+    """
+    config = composition.compose(["method=finetune", "teacher=[]", "student=full"])
+    for part in ("task", "paths", "logger"):
+        OmegaConf.update(config, part, OmegaConf.to_container(parent[part], resolve=True), merge=False, force_add=True)
+    for key in (*COSTLESS, "precision"):
+        OmegaConf.update(config, f"trainer.{key}", getattr(spec.trainer, key), force_add=True)
+    OmegaConf.update(config, "student.backbone", teacher.backbone)
+    config.preflight, config.resume = spec.preflight, spec.resume
+    try:
+        OmegaConf.set_struct(config, True)
+        merged = OmegaConf.merge(config, teacher.run)
+    except OmegaConfBaseException as error:
+        explained = composition.explain(error)
+        raise InputError(
+            f"teacher.{name}.run does not fit a run's configuration: {explained.message}", f"teacher.{name}.run"
+        ) from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def stage_config(spec: RunSpec, overrides: Sequence[str], depth: int) -> tuple[DictConfig, list[str]]:
+    """The configuration of the run that this one begins from, and its overrides.
+
+    It is this command with `student.run` laid over it.
+    """
+    if not spec.student.run:
+        raise InputError("student.init=run needs student.run=[override, ...], the run to begin from", "student.run")
+    if depth >= DEEPEST_CHAIN:
+        raise InputError("student.run begins from itself; give the first stage another student.init", "student.run")
+    kept = [override for override in overrides if not override.startswith(("student.init=", "student.run="))]
+    merged = [*kept, *spec.student.run]
+    return composition.compose(merged), merged

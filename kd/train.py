@@ -1,0 +1,132 @@
+"""One run: plan, make the inputs, check, fit, evaluate, export, record.
+
+`kd-train`, or `python -m kd.train` for torchrun. Exit status 0 on success, 2 for something the user can put right, 130 on
+Ctrl-C. Nothing heavy is imported before it is needed, so `--help` and a finished run answer at once.
+"""
+
+import errno
+import os
+import sys
+import traceback
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from kd import distributed
+from kd.config import ROOT, conf_folder, explain
+from kd.errors import InputError
+from kd.runs import Run, plan
+
+INTERRUPTED = 130
+
+
+def execute(run: Run, purpose: str = "") -> dict[str, Any]:
+    """Make a run and what it needs, unless it is done; its record.
+
+    Raises:
+        InputError: for what the user can put right.
+    """
+    result: dict[str, Any] | None = distributed.agree(run.result)
+    if result is not None:
+        say(f"done already: {purpose or run.name}")
+        say(f"  {run.directory}")
+        return result
+    import contextlib
+
+    from kd.build import build_examples, build_models
+
+    with run.lock() if distributed.is_first() else contextlib.nullcontext():
+        result = distributed.agree(run.result)  # another process may have made it while this one waited
+        if result is not None:
+            return result
+        examples = build_examples(run)
+        build_models(run, examples.task, meta=True)  # wrong shapes are found before a teacher is trained
+        for role, needed in run.inputs.items():
+            execute(needed, f"{role}: {needed.name}")
+        from kd.fit import fit
+
+        say(f"\n{purpose or run.name}\n  {run.directory}")
+        return fit(run, examples)
+
+
+def say(text: str) -> None:
+    """Print, on the first rank only."""
+    if distributed.is_first():
+        print(text, flush=True)
+
+
+def job(config: DictConfig) -> None:
+    """What Hydra calls, once for each point of a sweep."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra_config = HydraConfig.get()
+    run = plan(config, list(hydra_config.overrides.task))
+    check_launch(run)
+    distributed.start(run.spec.trainer.accelerator)
+    result = execute(run)
+    if distributed.is_first():
+        from kd.report import closing_table
+
+        closing_table(result, run.directory)
+
+
+def check_launch(run: Run) -> None:
+    """Several processes are started by torchrun, never by Lightning, which would start this command again in each.
+
+    Raises:
+        InputError: if several devices are asked for in one process, or the batch is smaller than the ranks are many.
+    """
+    trainer = run.spec.trainer
+    wanted = trainer.devices if isinstance(trainer.devices, int) else 1
+    if distributed.world() == 1 and (wanted > 1 or trainer.num_nodes > 1):
+        raise InputError(
+            f"trainer.devices={trainer.devices} needs a process for each: "
+            f"torchrun --nproc-per-node={wanted} -m kd.train trainer=ddp ...",
+            "trainer.devices",
+        )
+    if trainer.batch_size % distributed.world():
+        raise InputError(
+            f"trainer.batch_size={trainer.batch_size} is the batch over all ranks; {distributed.world()} do not divide it",
+            "trainer.batch_size",
+        )
+
+
+def main() -> None:
+    """The command."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print its own report and exit with 1
+    command = hydra.main(config_path=str(conf_folder()), config_name=ROOT, version_base="1.3")(job)
+    try:
+        command()
+    except BrokenPipeError:  # `kd-train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        stop("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
+    except InputError as error:
+        stop(f"kd-train: {error}", 2)
+    except (HydraException, OmegaConfBaseException) as error:
+        stop(f"kd-train: {explain(error)}", 2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        stop(
+            f"kd-train: the disk is full{where}. Free some space, or change: paths.runs. What was saved before is whole; "
+            "the same command goes on from it",
+            2,
+        )
+
+
+def stop(message: str, status: int) -> None:
+    """End with a message and a status."""
+    if os.environ.get("KD_TRACEBACK"):
+        traceback.print_exc()
+    print(f"\n{message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
