@@ -1,0 +1,121 @@
+"""Small models and small data, made here: no test needs a network or a hub."""
+
+import csv
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+GOOD = "fine good great lovely warm bright clever funny moving rich".split()
+BAD = "poor bad awful dull cold bleak stupid tired boring thin".split()
+FILLER = "a the film story actor scene plot and but with is was it this that of".split()
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def tiny_tokenizer(words: list[str] | None = None) -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer over a few dozen words."""
+    vocabulary = {word: number for number, word in enumerate(SPECIAL + (words or FILLER + GOOD + BAD))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    ends = [("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def tiny_config(model_type: str = "bert", layers: int = 4, width: int = 32, heads: int = 4, **more: object):
+    """A configuration of any family, small enough for a test."""
+    config = AutoConfig.for_model(model_type)
+    config.vocab_size = len(SPECIAL + FILLER + GOOD + BAD)
+    config.num_hidden_layers, config.hidden_size, config.num_attention_heads = layers, width, heads
+    setattr(config, "hidden_dim" if model_type == "distilbert" else "intermediate_size", 2 * width)
+    config.max_position_embeddings = 64
+    config.pad_token_id = 0
+    for name, value in more.items():
+        setattr(config, name, value)
+    return config
+
+
+def tiny_model(seed: int = 0, **sizes: object):
+    """A random classifier of `tiny_config`, in eval mode."""
+    torch.manual_seed(seed)
+    return AutoModelForSequenceClassification.from_config(tiny_config(**sizes)).eval()
+
+
+def sentence(generator: random.Random, words: list[str]) -> str:
+    """A few filler words around one that decides the label."""
+    filler = [generator.choice(FILLER) for _ in range(generator.randint(2, 9))]
+    return " ".join([*filler, generator.choice(words), generator.choice(FILLER)])
+
+
+def write_csv(path: Path, count: int, seed: int = 0, labels: tuple[str, str] = ("negative", "positive")) -> Path:
+    """Sentences whose label follows from one word."""
+    generator = random.Random(seed)
+    rows = [(sentence(generator, (BAD, GOOD)[n % 2]), labels[n % 2]) for n in range(count)]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+    return path
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pre-trained-looking BERT, 4 x 32, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "backbone"
+    tiny_model(seed=1).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.csv, validation.csv and test.csv."""
+    folder = tmp_path_factory.mktemp("data")
+    for seed, (split, count) in enumerate({"train": 96, "validation": 32, "test": 32}.items()):
+        write_csv(folder / f"{split}.csv", count, seed)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(backbone: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """Overrides of a run that takes a second: `small("method=kd", "seed=1")`. They share a folder of runs."""
+    runs = tmp_path_factory.mktemp("runs")
+
+    def overrides(*more: str) -> list[str]:
+        return [
+            "student=2l",
+            "task=file",
+            *(f"task.{split}={reviews / split}.csv" for split in ("train", "validation", "test")),
+            f"teacher.minilm.backbone={backbone}",
+            f"backbone={backbone}",
+            "task.max_length=32",
+            f"paths.runs={runs}",
+            "trainer.progress=off",
+            "trainer.max_epochs=2",
+            "trainer.batch_size=16",
+            "optimizer.lr=1e-3",
+            *more,
+        ]
+
+    return overrides
