@@ -149,7 +149,7 @@ def build_models(run: Run, task: Task, meta: bool = False) -> Models:
     teachers = build_teachers(run, task, meta)
     initial = initial_source(run, meta)
     torch.manual_seed(spec.seed)  # a student's fresh weights depend on the seed alone, not on its method or teachers
-    student = build_student(spec.student, backbone_of(spec), task.labels, initial, meta)
+    student = build_student(spec.student, backbone_of(spec)[0], task.labels, initial, meta)
     method.bind(student, teachers)
     depth = load_config(initial, "student.init").num_hidden_layers if initial is not None else None
     return Models(student, teachers, method, weights, describe_init(spec.student, student.depth, depth))
@@ -168,11 +168,11 @@ def initial_source(run: Run, meta: bool) -> str | None:
         return spec.checkpoint
     if spec.init == "run":
         stage = run.inputs["stage"]
-        return backbone_of(stage.spec) if meta else str(stage.student)
+        return backbone_of(stage.spec)[0] if meta else str(stage.student)
     if spec.init_from not in INIT_FROM:
         raise one_of(spec.init_from, INIT_FROM, "student.init_from")
     if spec.init_from == "pretrained":
-        return backbone_of(run.spec)
+        return backbone_of(run.spec)[0]
     if not run.spec.teacher:
         raise InputError("student.init_from=teacher needs a teacher, teacher=[] has none", "student.init_from")
     name, teacher = next(iter(run.spec.teacher.items()))
@@ -236,3 +236,14 @@ def build_engine(run: Run, models: Models, task: Task) -> Distiller:
         seed=run.spec.seed,
     )
     return engine
+
+
+def check(run: Run, examples: Examples) -> None:
+    """Build a run with shapes in place of weights, so that what cannot work is found before anything is paid for.
+
+    Raises:
+        InputError: for whatever does not fit.
+    """
+    models = build_models(run, examples.task, meta=True)
+    checked_length(run.spec, models)
+    build_optimizer(run.spec)

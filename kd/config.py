@@ -48,11 +48,14 @@ def explain(error: BaseException) -> InputError:
     cause = str(error.__cause__ or "").strip()
     if match := re.search(r"Could not (?:override|append to config\. .*?) '?([\w.@/]+)'?", text):
         key = match.group(1)
+        if key.startswith("teacher."):
+            name = key.split(".")[1]
+            missing = f"either teacher=[...] does not list '{name}', or conf/teacher/{name}.yaml has no such key"
+            return InputError(f"there is no key '{key}': {missing}", "teacher")
         return InputError(f"there is no key '{key}'{_near(key, cause or text)}", key)
-    if match := re.search(r"Could not find '([^']+)'\s*(.*)", text, re.DOTALL):
-        group, _, name = match.group(1).rpartition("/")
-        options = re.search(r"Available options in '[^']*':\s*(.*?)(?:\n\n|\nConfig search|\Z)", text, re.DOTALL)
-        known = options.group(1).split() if options else []
+    if match := re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", text):
+        group, name = match.groups()
+        known = sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
         hint = f"; there are {', '.join(known)}" if known else ""
         close = difflib.get_close_matches(name, known, n=1)
         return InputError(f"there is no {group} '{name}'{hint}{_suggest(close)}", group)

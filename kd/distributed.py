@@ -14,6 +14,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def local_world() -> int:
+    """Processes of this job on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+
+
 def is_first() -> bool:
     """Whether this process writes."""
     return rank() == 0

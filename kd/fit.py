@@ -96,8 +96,8 @@ def build_trainer(run: Run, engine: Distiller, step: int | None) -> pl.Trainer:
         loggers.append(make(run.spec.logger.extra, "logger")(folder=run.directory, name=run.name, config=container))
     return pl.Trainer(
         accelerator=spec.accelerator,
-        devices=int(spec.devices) if str(spec.devices).isdigit() else spec.devices,
-        num_nodes=spec.num_nodes,
+        devices=distributed.local_world() if distributed.world() > 1 else spec.devices,
+        num_nodes=max(distributed.world() // distributed.local_world(), 1),
         strategy=spec.strategy,
         precision=spec.precision,  # type: ignore[arg-type]
         max_epochs=spec.max_epochs,

@@ -84,8 +84,8 @@ def wandb_logger(folder: Path, name: str, config: Mapping[str, Any], project: st
         from lightning.pytorch.loggers import WandbLogger
     except ImportError as error:
         raise InputError("logger=wandb needs the package: pip install 'kd[wandb]'", "logger") from error
-    if "offline" not in options and "WANDB_MODE" not in os.environ:
-        options["offline"] = not wandb.api.api_key
+    if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
+        options.setdefault("mode", "offline")
     options.setdefault("id", name.rsplit("-", 1)[-1])
     logger: Logger = WandbLogger(name=name, project=project, save_dir=folder, resume="allow", config=dict(config), **options)
     return logger

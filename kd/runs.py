@@ -32,7 +32,6 @@ FORMAT = 1
 COSTLESS = [
     "accelerator",
     "devices",
-    "num_nodes",
     "strategy",
     "eval_batch_size",
     "num_workers",
@@ -186,13 +185,17 @@ def needs_fine_tuning(name: str, teacher: TeacherSpec) -> bool:
     return teacher.model is None
 
 
-def backbone_of(spec: RunSpec) -> str:
-    """Where the student's shape and vocabulary come from: its own backbone, the first teacher's, or the default."""
+def backbone_of(spec: RunSpec) -> tuple[str, str]:
+    """Where the student's shape and vocabulary come from, and the key that says so.
+
+    Its own backbone, else the first teacher's, else the default.
+    """
     if spec.student.backbone is not None:
-        return spec.student.backbone
-    for teacher in spec.teacher.values():
-        return teacher.backbone or teacher.model or spec.backbone
-    return spec.backbone
+        return spec.student.backbone, "student.backbone"
+    for name, teacher in spec.teacher.items():
+        kind = "model" if teacher.backbone is None else "backbone"
+        return str(teacher.backbone or teacher.model), f"teacher.{name}.{kind}"
+    return spec.backbone, "backbone"
 
 
 def source_of(spec: RunSpec) -> Source:
@@ -211,7 +214,7 @@ def source_of(spec: RunSpec) -> Source:
 def identity(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
     """Everything that changes the result, and nothing else."""
     student, task, trainer = asdict(spec.student), asdict(spec.task), asdict(spec.trainer)
-    student["backbone"] = fingerprint(backbone_of(spec), "student.backbone")
+    student["backbone"] = fingerprint(*backbone_of(spec))
     if spec.student.init == "checkpoint":
         if spec.student.checkpoint is None:
             raise InputError("student.init=checkpoint needs student.checkpoint=<folder or source>", "student.checkpoint")

@@ -79,7 +79,6 @@ class TrainerSpec:
     selection: str = "best"
     accelerator: str = "cpu"
     devices: Any = 1
-    num_nodes: int = 1
     strategy: str = "auto"
     deterministic: bool = False
     eval_batch_size: int = 128

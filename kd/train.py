@@ -36,14 +36,14 @@ def execute(run: Run, purpose: str = "") -> dict[str, Any]:
         return result
     import contextlib
 
-    from kd.build import build_examples, build_models
+    from kd.build import build_examples, check
 
     with run.lock() if distributed.is_first() else contextlib.nullcontext():
         result = distributed.agree(run.result)  # another process may have made it while this one waited
         if result is not None:
             return result
         examples = build_examples(run)
-        build_models(run, examples.task, meta=True)  # wrong shapes are found before a teacher is trained
+        check(run, examples)  # before a teacher is trained for it
         for role, needed in run.inputs.items():
             execute(needed, f"{role}: {needed.name}")
         from kd.fit import fit
@@ -80,8 +80,8 @@ def check_launch(run: Run) -> None:
         InputError: if several devices are asked for in one process, or the batch is smaller than the ranks are many.
     """
     trainer = run.spec.trainer
-    wanted = trainer.devices if isinstance(trainer.devices, int) else 1
-    if distributed.world() == 1 and (wanted > 1 or trainer.num_nodes > 1):
+    wanted = int(trainer.devices) if str(trainer.devices).isdigit() else 1
+    if distributed.world() == 1 and wanted > 1:
         raise InputError(
             f"trainer.devices={trainer.devices} needs a process for each: "
             f"torchrun --nproc-per-node={wanted} -m kd.train trainer=ddp ...",

@@ -83,7 +83,7 @@ def _quiet() -> None:
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a pre-trained-looking BERT, 4 x 32, and its tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "backbone"
-    tiny_model(seed=1).save_pretrained(folder)
+    tiny_model(seed=1, initializer_range=0.1).save_pretrained(folder)  # large enough to be learnt from
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
@@ -103,18 +103,19 @@ def small(backbone: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactor
     runs = tmp_path_factory.mktemp("runs")
 
     def overrides(*more: str) -> list[str]:
+        teacher = [f"teacher.minilm.backbone={backbone}", "teacher.minilm.run.optimizer.lr=5e-3"]
         return [
             "student=2l",
             "task=file",
             *(f"task.{split}={reviews / split}.csv" for split in ("train", "validation", "test")),
-            f"teacher.minilm.backbone={backbone}",
+            *(() if any(word.startswith("teacher=") for word in more) else teacher),
             f"backbone={backbone}",
             "task.max_length=32",
             f"paths.runs={runs}",
             "trainer.progress=off",
             "trainer.max_epochs=2",
             "trainer.batch_size=16",
-            "optimizer.lr=1e-3",
+            "optimizer.lr=5e-3",
             *more,
         ]
 

@@ -1,0 +1,157 @@
+"""A small student, a deeper and wider teacher, a batch: what every method is tried on."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import tiny_config, tiny_model, tiny_tokenizer
+
+from kd.build import build_method
+from kd.config import compose, conf_folder
+from kd.data.batch import Batch
+from kd.data.tasks import Classification
+from kd.engines.distiller import Distiller
+from kd.forward import Outputs
+from kd.models import Encoder, FrozenTeacher
+from kd.optimizers import OptimizerFactory
+
+METHODS = sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))
+TASK = Classification("toy", ["no", "maybe", "yes"], {}, ["accuracy"], "accuracy")
+VOCABULARY = tiny_config().vocab_size
+
+
+def encoder(seed: int, **sizes: Any) -> Encoder:
+    """A random classifier for `TASK`, with weights large enough that its layers and classes differ."""
+    model = tiny_model(seed, num_labels=3, **sizes)
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+            if "word_embeddings" in name:
+                parameter.data[0] = 0
+    return Encoder(model, tiny_tokenizer())
+
+
+def batch_of(count: int = 8, tokens: int = 9, seed: int = 0) -> Batch:
+    """Random sentences of different lengths, padded."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, tokens + 1, (count,), generator=generator)
+    lengths[0] = tokens
+    mask = (torch.arange(tokens) < lengths[:, None]).long()
+    ids = torch.randint(5, VOCABULARY, (count, tokens), generator=generator) * mask
+    ids[:, 0] = 2
+    inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    labels = torch.randint(0, 3, (count,), generator=generator)
+    return Batch(inputs, (inputs,), labels, torch.arange(count))
+
+
+def take(batch: Batch, rows: torch.Tensor) -> Batch:
+    """Some examples of a batch, in this order."""
+
+    def rows_of(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor[rows] for name, tensor in inputs.items()}
+
+    teachers = tuple(rows_of(inputs) for inputs in batch.teachers)
+    return Batch(rows_of(batch.student), teachers, batch.labels[rows], batch.index[rows])
+
+
+def more_padding(batch: Batch, tokens: int = 4) -> Batch:
+    """The same batch with further padding, filled with a token that would show if it were read."""
+
+    def padded(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        fill = {"input_ids": 7, "attention_mask": 0, "token_type_ids": 0}
+        return {n: torch.nn.functional.pad(t, (0, tokens), value=fill[n]) for n, t in inputs.items()}
+
+    return Batch(padded(batch.student), tuple(padded(inputs) for inputs in batch.teachers), batch.labels, batch.index)
+
+
+class Bench:
+    """One method bound to models, in an engine.
+
+    Args:
+        name: of `conf/method/<name>.yaml`.
+        same: the teacher is a copy of the student.
+        dropout: of the student.
+        seed: of the weights.
+    """
+
+    def __init__(self, name: str, same: bool = False, dropout: float = 0.0, seed: int = 0) -> None:
+        self.config: Any = compose([f"method={name}", "teacher=[minilm]"])
+        torch.manual_seed(seed)
+        self.method, self.weights = build_method(dict(self.config.method))
+        shape = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+        student = encoder(seed + 1, layers=2, width=24, heads=2, **shape)
+        teacher = copy.deepcopy(student) if same else encoder(seed + 2, layers=4, width=32, heads=4)
+        self.teacher = FrozenTeacher(teacher, "teacher")
+        self.student = student
+        self.method.bind(student, [self.teacher])
+        optimizer = OptimizerFactory(torch.optim.SGD, lr=0.1, weight_decay=0.0, schedule="constant", warmup=0.0)
+        self.engine = Distiller(student, [self.teacher], self.method, TASK, self.weights, optimizer, seed=0)
+        self.engine.train()
+
+    def terms(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Unweighted terms, dropout off."""
+        self.engine.eval()
+        return {name: term.detach() for name, term in self.engine.loss(batch).terms.items()}
+
+    def update(self, batch: Batch) -> None:
+        """One optimiser step."""
+        optimizer = self.engine.optimizer_factory.optimizer(self.engine.student, self.engine.method)
+        self.engine.loss(batch).total.backward()
+        optimizer.step()
+
+
+class Recorded:
+    """Every read of an `Outputs`, by object."""
+
+    def __init__(self, monkeypatch: Any) -> None:
+        self.reads: list[tuple[int, str, int]] = []
+        original = Outputs._take
+
+        def spy(outputs: Outputs, declared: str, kind: str, layer: int) -> torch.Tensor:
+            self.reads.append((id(outputs), declared, layer))
+            return original(outputs, declared, kind, layer)
+
+        monkeypatch.setattr(Outputs, "_take", spy)
+
+    def of(self, outputs: Outputs) -> dict[str, set[int]]:
+        """What was read of one forward's outputs: kind -> layers."""
+        found: dict[str, set[int]] = {"hidden": set(), "attention": set(), "value": set()}
+        for owner, declared, layer in self.reads:
+            if owner == id(outputs):
+                found[declared].add(layer)
+        return found
+
+
+def save_two_rank_updates(rank: int, world: int, port: int, folder: Path) -> None:
+    """One rank of a two-rank step of every method; the first writes what the parameters became."""
+    import os
+
+    from torch import nn
+    from torch.nn.parallel import DistributedDataParallel
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+
+    class Stepper(nn.Module):
+        def __init__(self, engine: Distiller) -> None:
+            super().__init__()
+            self.engine = engine
+
+        def forward(self, batch: Batch) -> torch.Tensor:
+            return self.engine.loss(batch).total
+
+    found = {}
+    for name in METHODS:
+        bench = Bench(name)
+        optimizer = bench.engine.optimizer_factory.optimizer(bench.student, bench.method)
+        wrapped = DistributedDataParallel(Stepper(bench.engine))
+        whole = batch_of()
+        wrapped(take(whole, torch.arange(rank, len(whole), world))).backward()
+        optimizer.step()
+        found[name] = bench.engine.state_dict()
+    torch.save(found, folder / f"rank{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

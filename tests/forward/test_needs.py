@@ -1,0 +1,118 @@
+"""What is declared, what may be read, and when a forward runs."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from kd.forward import Forward, Needs, Outputs, UndeclaredRead
+
+READS = {
+    "hidden": lambda outputs, layer: outputs.hidden(layer),
+    "query": lambda outputs, layer: outputs.query(layer),
+    "key": lambda outputs, layer: outputs.key(layer),
+    "scores": lambda outputs, layer: outputs.scores(layer),
+    "attention": lambda outputs, layer: outputs.attention(layer),
+    "value": lambda outputs, layer: outputs.value(layer),
+    "relation": lambda outputs, layer: outputs.relation("value", layer, 1),
+    "query relation": lambda outputs, layer: outputs.relation("query", layer, 1),
+}
+DECLARED = {"hidden": "hidden", "value": "value", "relation": "value"}  # the others are declared as attention
+
+
+class Model:
+    """Counts its passes; shows whatever is asked for, and more."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, Needs]] = []
+
+    def __call__(self, inputs: object, needs: Needs) -> Outputs:
+        self.calls.append((inputs, needs))
+        states = {layer: torch.full((1, 2, 4), float(layer)) for layer in range(5)}
+        tensors = dict.fromkeys(("hidden", "query", "key", "value"), states)
+        return Outputs(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), needs, heads=2, tensors=tensors)
+
+
+def test_union_keeps_everything_either_declares() -> None:
+    union = Needs(hidden=[1], attention=[2]) | Needs(hidden=[3, 1], value=[2], gradient=True)
+    assert union == Needs(hidden=[3, 1], attention=[2], value=[2], gradient=True)
+    assert union | Needs() == union
+
+
+def test_order_and_repetition_do_not_matter() -> None:
+    assert Needs(hidden=[2, 1, 2]) == Needs(hidden=(1, 2))
+    assert hash(Needs(hidden=[2, 1])) == hash(Needs(hidden=[1, 2]))
+
+
+def test_needs_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Needs().gradient = True
+
+
+@pytest.mark.parametrize(
+    ("needs", "deepest"),
+    [(Needs(), 0), (Needs(hidden=[0]), 0), (Needs(hidden=[3, 1]), 3), (Needs(hidden=[1], attention=[2], value=[4]), 4)],
+    ids=str,
+)
+def test_deepest_layer_is_over_all_kinds(needs: Needs, deepest: int) -> None:
+    assert needs.deepest() == deepest
+
+
+def test_needs_say_what_they_declare() -> None:
+    assert str(Needs()) == "logits only"
+    assert str(Needs(hidden=[2, 0], value=[1], gradient=True)) == "hidden=[0, 2], value=[1], gradient"
+
+
+@pytest.mark.parametrize("layers", [{"attention": [0]}, {"value": [0]}, {"hidden": [-1]}], ids=str)
+def test_a_layer_that_no_model_has_cannot_be_declared(layers: dict[str, list[int]]) -> None:
+    with pytest.raises(ValueError, match="layer"):
+        Needs(**layers)
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_declared_layer_is_read_and_any_other_read_raises(read: str) -> None:
+    declared = DECLARED.get(read, "attention")
+    needs = Needs(**{declared: [2]})
+    outputs = Model()(None, needs)
+    assert READS[read](outputs, 2).isfinite().all()
+    with pytest.raises(UndeclaredRead, match=rf"layer 3 was read, but needs\(\) declares only: {declared}=\[2\]"):
+        READS[read](outputs, 3)
+    others = Needs(**{kind: [2] for kind in ("hidden", "attention", "value") if kind != declared})
+    with pytest.raises(UndeclaredRead):
+        READS[read](Model()(None, others), 2)
+
+
+def test_other_logits_leave_the_rest_as_it_was() -> None:
+    outputs = Model()(None, Needs(hidden=[1]))
+    changed = outputs.with_logits(torch.ones(1, 2))
+    assert changed.logits.sum() == 2
+    assert outputs.logits.sum() == 0
+    assert changed.hidden(1) is outputs.hidden(1)
+    with pytest.raises(UndeclaredRead):
+        changed.hidden(2)
+
+
+def test_forward_runs_on_first_look_and_only_once() -> None:
+    model, inputs, needs = Model(), {"input_ids": torch.zeros(1, 2)}, Needs(hidden=[1])
+    forward = Forward(model, inputs, needs)
+    assert not forward.ran
+    assert model.calls == []
+    first = forward.outputs
+    assert forward.ran
+    assert forward.outputs is first
+    assert len(model.calls) == 1
+    assert model.calls[0][0] is inputs
+    assert model.calls[0][1] is needs
+
+
+def test_a_further_pass_is_not_remembered() -> None:
+    model, needs = Model(), Needs(hidden=[1])
+    forward = Forward(model, {"input_ids": torch.zeros(1, 2)}, needs)
+    other, deeper = {"input_ids": torch.ones(1, 2)}, Needs(hidden=[3])
+    forward.run(other, deeper)
+    forward.run()
+    assert not forward.ran
+    assert model.calls[0] == (other, deeper)
+    assert model.calls[1] == (forward.inputs, needs)
+    assert forward.outputs is forward.outputs
+    assert len(model.calls) == 3

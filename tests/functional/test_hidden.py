@@ -1,0 +1,113 @@
+"""The patience loss: PKD's numbers, eq. 7 as loops, and what must hold for any states."""
+
+import math
+
+import pytest
+import torch
+
+from kd.functional.hidden import REDUCTIONS, patience
+
+STUDENT, TEACHER = torch.tensor([[[3.0, 4.0]]]).double(), torch.tensor([[[4.0, 3.0]]]).double()
+BATCH, LAYERS, WIDTH = 3, 2, 5
+
+
+def states(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = torch.randn(2, BATCH, LAYERS, WIDTH, generator=generator, dtype=torch.float64)
+    return student, 2 * teacher
+
+
+def naive(student: torch.Tensor, teacher: torch.Tensor, normalize: bool) -> float:
+    """Eq. 7: the sum over examples, layers and components."""
+    total = 0.0
+    for ours_of_example, theirs_of_example in zip(student.tolist(), teacher.tolist(), strict=True):
+        for ours, theirs in zip(ours_of_example, theirs_of_example, strict=True):
+            lengths = [math.sqrt(sum(x * x for x in vector)) if normalize else 1.0 for vector in (ours, theirs)]
+            total += sum((a / lengths[0] - b / lengths[1]) ** 2 for a, b in zip(ours, theirs, strict=True))
+    return total
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    ("reduction", "share"), [("sum", 1), ("elements", 1 / (BATCH * LAYERS * WIDTH)), ("vectors", 1 / (BATCH * LAYERS))]
+)
+def test_patience_equals_the_formula_written_as_loops(normalize: bool, reduction: str, share: float) -> None:
+    student, teacher = states()
+    expected = naive(student, teacher, normalize) * share
+    assert patience(student, teacher, normalize, reduction).item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("normalize", "reduction", "expected"),
+    [(True, "sum", 0.08), (True, "vectors", 0.08), (True, "elements", 0.04), (False, "elements", 1.0), (False, "sum", 2.0)],
+)
+def test_patience_gives_the_numbers_of_the_card(normalize: bool, reduction: str, expected: float) -> None:
+    assert patience(STUDENT, TEACHER, normalize, reduction).item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_normalised_patience_is_two_minus_two_cosines() -> None:
+    student, teacher = states()
+    cosines = torch.nn.functional.cosine_similarity(student, teacher, dim=-1)
+    torch.testing.assert_close(patience(student, teacher, reduction="vectors"), (2 - 2 * cosines).mean())
+
+
+@pytest.mark.parametrize("scales", [(5.0, 1.0), (1.0, 0.1), (3.0, 7.0)])
+def test_patience_ignores_scale_only_when_normalised(scales: tuple[float, float]) -> None:
+    student, teacher = states()
+    scaled = student * scales[0], teacher * scales[1]
+    torch.testing.assert_close(patience(*scaled), patience(student, teacher))
+    assert patience(*scaled, normalize=False) != pytest.approx(patience(student, teacher, normalize=False).item(), rel=0.01)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_patience_vanishes_at_identity(normalize: bool, reduction: str) -> None:
+    _, teacher = states()
+    student = teacher.clone().requires_grad_()
+    loss = patience(student, teacher, normalize, reduction)
+    loss.backward()
+    assert loss.item() == 0
+    assert student.grad.abs().max() == 0
+
+
+def test_zero_vectors_give_a_finite_loss_and_gradient() -> None:
+    student = torch.zeros(1, 1, WIDTH, requires_grad=True)
+    loss = patience(student, torch.ones(1, 1, WIDTH))
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad.isfinite().all()
+
+
+def test_gradient_of_normalised_patience_is_orthogonal_to_the_state() -> None:
+    student, teacher = states()
+    student.requires_grad_()
+    patience(student, teacher).backward()
+    assert student.grad.abs().sum() > 0
+    torch.testing.assert_close((student * student.grad).sum(-1), torch.zeros(BATCH, LAYERS).double(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_half_precision_is_widened_before_anything_is_computed(dtype: torch.dtype, normalize: bool) -> None:
+    student, teacher = (values.to(dtype) for values in states())
+    value = patience(student, teacher, normalize)
+    assert value.dtype == torch.float32
+    assert value.item() == patience(student.float(), teacher.float(), normalize).item()
+
+
+def test_no_gradient_reaches_the_teacher() -> None:
+    student, teacher = (values.requires_grad_() for values in states())
+    patience(student, teacher).backward()
+    assert teacher.grad is None
+    assert student.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("shape", [(BATCH, 1, WIDTH), (BATCH, LAYERS, 1), (BATCH, LAYERS + 1, WIDTH), (LAYERS, WIDTH)])
+def test_shapes_that_differ_are_refused_not_broadcast(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="shape"):
+        patience(states()[0], torch.zeros(shape, dtype=torch.float64))
+
+
+def test_unknown_reduction_is_named() -> None:
+    with pytest.raises(ValueError, match="'mean' is not one of elements, vectors, sum"):
+        patience(STUDENT, TEACHER, reduction="mean")

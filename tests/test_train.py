@@ -1,0 +1,478 @@
+"""Whole runs: what they leave behind, and that nothing is repeated or taken for done that is not."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_csv
+from lightning.pytorch import Callback
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from kd import fit as fitting
+from kd import train
+from kd.config import compose
+from kd.data.sources import Files
+from kd.errors import InputError
+from kd.runs import Run, plan
+
+Small = Callable[..., list[str]]
+
+
+def planned(overrides: list[str]) -> Run:
+    return plan(compose(overrides), overrides)
+
+
+def made(overrides: list[str]) -> tuple[Run, dict]:
+    run = planned(overrides)
+    return run, train.execute(run)
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return AutoModelForSequenceClassification.from_pretrained(run.student).state_dict()
+
+
+def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def command(overrides: list[str], **options: object) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "kd.train", *overrides],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(small: Small) -> tuple[Run, dict]:
+    """The default method on the toy task."""
+    return made(small())
+
+
+def test_result_holds_the_contracted_fields(finished: tuple[Run, dict]) -> None:
+    run, result = finished
+    assert json.loads((run.directory / "result.json").read_text()) == result
+    expected = {"method": "pkd", "student": "2l", "teacher": ["minilm"], "task": "file", "seed": 0, "digest": run.digest}
+    assert {name: result[name] for name in expected} == expected
+    assert set(result["metrics"]) == {"validation", "test"}
+    assert result["selection"]["kind"] == "best"
+    assert result["selection"]["by"] == "chosen by validation accuracy over 2 epochs"
+    assert result["seconds"]["train"] > 0
+    assert result["examples_per_second"] > 0
+    assert result["init"] == "first layers [1, 2] of the pre-trained backbone"
+    assert {"torch", "lightning", "transformers", "kd"} <= set(result["versions"])
+    assert result["hardware"]["cores"]
+    assert "git" in result
+    for name in ("config.yaml", "metrics.csv", "checkpoints", "student/config.json", "student/model.safetensors"):
+        assert (run.directory / name).exists(), name
+
+
+def test_training_learns_what_the_labels_say(small: Small, tmp_path: Path) -> None:
+    write_csv(tmp_path / "train.csv", 384)
+    longer = ("trainer.max_epochs=12", "optimizer.lr=2e-3", f"task.train={tmp_path / 'train.csv'}")
+    _, result = made(small("method=finetune", "teacher=[]", *longer))
+    assert result["metrics"]["validation"]["accuracy"] > 0.85
+    assert result["metrics"]["test"]["accuracy"] > 0.75
+
+
+def test_parameter_counts_include_embeddings(finished: tuple[Run, dict], backbone: Path) -> None:
+    run, result = finished
+    student = AutoModelForSequenceClassification.from_pretrained(run.student)
+    teacher = AutoModelForSequenceClassification.from_pretrained(backbone, num_labels=2)
+    assert result["parameters"]["student"] == sum(p.numel() for p in student.parameters())
+    assert result["parameters"]["teacher"] == sum(p.numel() for p in teacher.parameters())
+
+
+def test_teacher_runs_once_for_each_example_and_epoch_and_not_for_validation(finished: tuple[Run, dict]) -> None:
+    assert finished[1]["teacher_forward_examples"] == 2 * 96
+
+
+def test_baseline_never_runs_the_teacher(small: Small) -> None:
+    _, result = made(small("method=finetune"))
+    assert result["teacher_forward_examples"] == 0
+    assert result["teacher"] == ["minilm"]
+
+
+def test_exported_student_needs_transformers_alone(finished: tuple[Run, dict], reviews: Path) -> None:
+    run, result = finished
+    model = AutoModelForSequenceClassification.from_pretrained(run.student).eval()
+    tokenizer = AutoTokenizer.from_pretrained(run.student)
+    examples = Files(str(reviews / "train.csv"), ["text"], "label", test=str(reviews / "test.csv")).splits()["test"]
+    texts, labels = [example.texts[0] for example in examples], [example.label for example in examples]
+    with torch.no_grad():
+        logits = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+    found = [model.config.id2label[int(number)] for number in logits.argmax(-1)]
+    accuracy = sum(one == other for one, other in zip(found, labels, strict=True)) / len(labels)
+    assert accuracy == pytest.approx(result["metrics"]["test"]["accuracy"])
+    classify = pipeline("text-classification", model=str(run.student))
+    assert [answer["label"] for answer in classify(texts)] == found
+    assert result["export_difference"] <= 1e-5
+
+
+def test_model_card_states_lineage_and_protocol(finished: tuple[Run, dict]) -> None:
+    run, result = finished
+    card = (run.student / "README.md").read_text()
+    lineage = result["inputs"]["teacher minilm"]
+    for words in (run.digest, lineage, "first layers [1, 2]", "chosen by validation accuracy", "seed 0"):
+        assert words in card
+
+
+def test_history_has_terms_and_validation_of_every_epoch(finished: tuple[Run, dict]) -> None:
+    with (finished[0].directory / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {"train/task", "train/logits", "train/hidden", "train/loss", "validation/accuracy"} <= set(rows[0])
+    assert sum(bool(row["validation/accuracy"]) for row in rows) == 2
+
+
+def test_finished_run_is_not_repeated_and_its_teacher_is_shared(
+    finished: tuple[Run, dict], small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+    original = fitting.fit
+    monkeypatch.setattr(fitting, "fit", lambda run, examples: trained.append(run.name) or original(run, examples))
+    _, again = made(small())
+    assert again == finished[1]
+    assert trained == []
+    made(small("method=kd", "seed=3", "trainer.max_epochs=1"))
+    assert len(trained) == 1
+
+
+def test_closing_table_shows_student_and_teacher(finished: tuple[Run, dict], capsys: pytest.CaptureFixture[str]) -> None:
+    from kd.report import closing_table
+
+    closing_table(finished[1], finished[0].directory)
+    shown = capsys.readouterr().out
+    for words in ("student 2l", "teacher minilm", "parameters", "MB", "validation accuracy", "agreement", "latency ms"):
+        assert words in shown
+
+
+def test_student_begun_from_a_run_builds_that_run_first(small: Small) -> None:
+    stage = small("method=kd", "student.init=run", "student.run=['method=finetune','student.init=every','seed=7','optimizer.lr=5e-3']", "optimizer.lr=1e-9")
+    run, result = made(stage)
+    first = run.inputs["stage"]
+    assert first.spec.seed == 7
+    assert first.result is not None
+    begun = weights(first)
+    assert all(torch.allclose(tensor, begun[name], atol=1e-5) for name, tensor in weights(run).items())
+    assert result["inputs"]["stage"] == first.name
+
+
+class StopAfter(Callback):
+    """Ends the process at a batch, as a kill would: nothing is saved after it."""
+
+    def __init__(self, batches: int, error: type[BaseException] = RuntimeError) -> None:
+        self.left, self.error = batches, error
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.left -= 1
+        if not self.left:
+            raise self.error("stopped")
+
+
+def stopped_at(monkeypatch: pytest.MonkeyPatch, batches: int, error: type[BaseException] = RuntimeError) -> None:
+    original = fitting.build_trainer
+
+    def build(*arguments: object) -> object:
+        trainer = original(*arguments)
+        trainer.callbacks.append(StopAfter(batches, error))
+        return trainer
+
+    monkeypatch.setattr(fitting, "build_trainer", build)
+
+
+# An epoch has 6 batches; a checkpoint is written at the end of each and, with checkpoint_minutes=0, after every batch.
+@pytest.mark.parametrize(("minutes", "batches"), [(5, 4), (5, 8), (0, 4), (0, 6), (0, 7), (0, 11), (0, 12)])
+def test_stopped_run_ends_with_the_weights_of_an_unbroken_one(
+    finished: tuple[Run, dict], small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: int, batches: int
+) -> None:
+    unbroken, result = finished
+    teacher = unbroken.inputs["teacher minilm"].directory
+    shutil.copytree(teacher, tmp_path / teacher.name)
+    overrides = small(f"paths.runs={tmp_path}", f"trainer.checkpoint_minutes={minutes}")
+    run = planned(overrides)
+    with monkeypatch.context() as patch:
+        stopped_at(patch, batches)
+        with pytest.raises(RuntimeError, match="stopped"):
+            train.execute(run)
+    assert run.result is None
+    again = train.execute(run)
+    assert same_weights(weights(run), weights(unbroken))
+    assert again["metrics"] == result["metrics"]
+    assert again["selection"] == result["selection"]
+    if batches > 4 or minutes == 0:
+        assert again["teacher_forward_examples"] == result["teacher_forward_examples"]
+    with (run.directory / "metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert steps == sorted(set(steps))
+
+
+def test_interruption_is_reported_and_leaves_nothing_that_looks_done(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = planned(small("method=finetune", "teacher=[]", f"paths.runs={tmp_path}"))
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 8, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train.execute(run)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored
+    assert run.result is None
+    assert (run.checkpoints / "last.ckpt").is_file()
+    assert train.execute(run)["metrics"]
+
+
+@pytest.mark.slow
+def test_killed_process_goes_on(small: Small, tmp_path: Path) -> None:
+    overrides = small("method=finetune", "teacher=[]", "trainer.max_epochs=300", "optimizer.lr=1e-4", f"paths.runs={tmp_path}")
+    run = planned(overrides)
+    with command(overrides) as process:
+        while process.poll() is None and not (run.checkpoints / "last.ckpt").is_file():
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert run.result is None
+    with command(overrides) as process:
+        output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "going on from step" in output
+    assert run.result is not None
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_shared_teacher_once(small: Small, tmp_path: Path) -> None:
+    commands = [command(small(f"method={method}", f"paths.runs={tmp_path}")) for method in ("kd", "pkd")]
+    outputs = [process.communicate(timeout=240)[0] for process in commands]
+    assert [process.returncode for process in commands] == [0, 0], outputs
+    teacher = planned(small(f"paths.runs={tmp_path}")).inputs["teacher minilm"]
+    assert sum(f"{teacher.directory}\n  ok" in output for output in outputs) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_torchrun_on_two_ranks_gives_the_result_of_one(
+    finished: tuple[Run, dict], small: Small, tmp_path: Path
+) -> None:
+    teacher = finished[0].inputs["teacher minilm"].directory
+    shutil.copytree(teacher, tmp_path / teacher.name)
+    more = ("student.dropout=0", "trainer.eval_batch_size=5")
+    _, one = made(small(*more))
+    arguments = small(*more, f"paths.runs={tmp_path}", "trainer=ddp", "trainer.accelerator=cpu")
+    process = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29533", "-m", "kd.train", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    run = planned(arguments)
+    assert run.digest == one["digest"]
+    two = run.result
+    assert two is not None
+    assert two["ranks"] == 2
+    for split, metrics in two["metrics"].items():
+        assert metrics == pytest.approx(one["metrics"][split])
+    assert two["teacher_forward_examples"] == one["teacher_forward_examples"]
+    ours, theirs = weights(run), weights(planned(small(*more)))
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-4  # AdamW over 12 steps
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kd.data.tasks import Classification
+
+    run = planned(small("method=finetune", "teacher=[]", f"paths.runs={tmp_path}"))
+    calls = []
+    original = Classification.hard
+
+    def hard(task: Classification, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return original(task, logits, labels) * (float("nan") if len(calls) == 10 else 1.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classification, "hard", hard)
+        with pytest.raises(InputError, match=r"not finite at step 8: term 'task'"):
+            train.execute(run)
+    assert run.result is None
+    kept = torch.load(run.checkpoints / "last.ckpt", weights_only=False)
+    assert kept["global_step"] == 6
+    assert all(torch.isfinite(tensor).all() for tensor in kept["state_dict"].values())
+    assert train.execute(run)["metrics"]
+
+
+def test_truncated_checkpoint_is_refused_until_told_to_begin_again(small: Small, tmp_path: Path) -> None:
+    overrides = small("method=finetune", "teacher=[]", f"paths.runs={tmp_path}")
+    run = planned(overrides)
+    train.execute(run)
+    (run.directory / "result.json").unlink()
+    last = run.checkpoints / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(InputError, match="truncated") as error:
+        train.execute(run)
+    assert error.value.key == "resume"
+    assert train.execute(planned([*overrides, "resume=false"]))["metrics"]
+
+
+def test_truncated_teacher_is_refused(small: Small, tmp_path: Path) -> None:
+    teacher = planned(small("seed=9", f"paths.runs={tmp_path}")).inputs["teacher minilm"]
+    train.execute(teacher)
+    file = teacher.student / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match="truncated"):
+        made(small("seed=9", f"paths.runs={tmp_path}"))
+
+
+def test_full_disk_leaves_the_previous_checkpoint_whole(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = small("method=finetune", "teacher=[]", f"paths.runs={tmp_path}")
+    run, saves = planned(overrides), []
+    original = torch.save
+
+    def save(found: object, file: object) -> None:
+        saves.append(1)
+        if len(saves) == 4:  # best and last of the first epoch, best of the second, last of the second
+            file.write(b"half of")
+            raise OSError(28, "No space left on device")
+        original(found, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        patch.setattr(sys, "argv", ["kd-train", *overrides])
+        with pytest.raises(SystemExit) as stopped:
+            train.main()
+    assert stopped.value.code == 2
+    assert "the disk is full" in capsys.readouterr().err
+    assert torch.load(run.checkpoints / "last.ckpt", weights_only=False)["global_step"] == 6
+    assert not list(run.checkpoints.glob("*.part"))
+    assert train.execute(run)["metrics"]
+
+
+BAD = {
+    "unknown method": (["method=pdk"], "method", "Did you mean 'pkd'"),
+    "unknown student": (["student=33l"], "student", "there is no student '33l'"),
+    "unknown teacher": (["teacher=[minlm]"], "teacher", "Did you mean 'minilm'"),
+    "unknown task": (["task=sst"], "task", "Did you mean 'sst2'"),
+    "misspelt key": (["method.temprature=3"], "method.temprature", "Did you mean 'method.temperature'"),
+    "wrong type": (["optimizer.lr=fast"], "optimizer.lr", "fast"),
+    "weight without a term": (["+method.weights.attention=1"], "method.weights.attention", "has no term"),
+    "layer map too deep": (["method.layers=[[1,9]]"], "method.layers", "layer 9 of the teacher"),
+    "heads that do not divide": (["student.heads=5", "student.init=random"], "student.heads", "5 heads do not divide"),
+    "too many layers to copy": (["student.layers=9"], "student.init", "takes 9 layers from a model that has 4"),
+    "no teacher": (["method=kd", "teacher=[]"], "teacher", "takes 1 teacher"),
+    "missing file": (["task.train=nowhere.csv"], "task.train", "does not exist"),
+    "no such text column": (["task.text=[sentence]"], "task.text", "no column 'sentence'"),
+    "no such label column": (["task.label=class"], "task.label", "no column 'class'"),
+    "unknown label": (["task.labels=[bad,good]"], "task.labels", "unknown label 'negative'"),
+    "unknown metric": (["task.metrics=[acuracy]"], "task.metrics", "Did you mean 'accuracy'"),
+    "no model in the folder": (["teacher.minilm.backbone=nowhere"], "teacher.minilm.backbone", "holds no model"),
+    "negative rate": (["optimizer.lr=-1"], "optimizer.lr", "must be positive"),
+    "zero temperature": (["method.temperature=0"], "method.temperature", "must be positive"),
+    "no epochs": (["trainer.max_epochs=0"], "trainer.max_epochs", "at least 1"),
+    "too long": (["task.max_length=512"], "task.max_length", "positions of the model"),
+    "unwritable runs": (["paths.runs=/proc/nowhere"], "paths.runs", "cannot make"),
+    "several devices in one process": (["trainer.devices=2"], "trainer.devices", "torchrun"),
+    "misspelt key of a teacher's run": (
+        ["+teacher.minilm.run.optimizer.rate=1"],
+        "teacher.minilm.run",
+        "optimizer.rate",
+    ),
+}
+
+
+def fails(overrides: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(sys, "argv", ["kd-train", *overrides])
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2, error
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_exits_with_2_and_names_the_key(
+    case: str, small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong, key, words = BAD[case]
+    error = fails(small(f"paths.runs={tmp_path}", *wrong), capsys, monkeypatch)
+    assert words in error
+    assert f"change: {key}\n" in error
+    assert not list(tmp_path.glob("*/result.json")), "something was trained before the error was found"
+
+
+BROKEN_FILES = {
+    "empty": ("", "is empty", "task.train"),
+    "header only": ("text,label\n", "no examples", "task.train"),
+    "one class only": ("text,label\na film,negative\nthe film,negative\n", "two or more", "task.label"),
+    "broken line": ("text,label\na film,negative\nthe, film,positive\n", "line 3", "task.train"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_FILES)
+def test_broken_file_exits_with_2_and_names_the_key(
+    case: str, small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, words, key = BROKEN_FILES[case]
+    (tmp_path / "a.csv").write_text(content)
+    error = fails(small(f"task.train={tmp_path / 'a.csv'}", f"paths.runs={tmp_path}"), capsys, monkeypatch)
+    assert words in error
+    assert f"change: {key}\n" in error
+
+
+def test_ready_teacher_with_other_labels_is_refused_and_one_with_other_order_is_not(
+    finished: tuple[Run, dict], small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = finished[0].inputs["teacher minilm"]
+    folder = tmp_path / "ready"
+    shutil.copytree(source.student, folder)
+    config = json.loads((folder / "config.json").read_text())
+    ready = ["teacher=[hub]", f"teacher.hub.model={folder}", f"paths.runs={tmp_path}", "method=kd", "student.init=random"]
+    without = [word for word in small() if not word.startswith("teacher.minilm")]
+
+    def relabel(names: list[str]) -> None:
+        config["id2label"] = {str(number): name for number, name in enumerate(names)}
+        config["label2id"] = {name: number for number, name in enumerate(names)}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    relabel(["spam", "ham"])
+    error = fails([*without, *ready], capsys, monkeypatch)
+    assert "matched by name" in error
+    assert "change: teacher.hub.labels" in error
+
+    # The same model with its two outputs swapped, names and all, teaches the same.
+    model = AutoModelForSequenceClassification.from_pretrained(source.student)
+    with torch.no_grad():
+        model.classifier.weight.copy_(model.classifier.weight.flip(0))
+        model.classifier.bias.copy_(model.classifier.bias.flip(0))
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    relabel(["POSITIVE", "NEGATIVE"])
+    _, result = made([*without, *ready])
+    for split, metrics in result["metrics_teacher"]["hub"].items():
+        assert metrics == pytest.approx(finished[1]["metrics_teacher"]["minilm"][split])
+
+
+def test_weights_and_biases_without_an_account_is_offline(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run, result = made(small("method=finetune", "teacher=[]", "logger=wandb", f"paths.runs={tmp_path}"))
+    assert result["metrics"]
+    assert list(run.directory.glob("wandb/offline-run-*"))
