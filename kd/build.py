@@ -148,8 +148,9 @@ def build_models(run: Run, task: Task, meta: bool = False) -> Models:
         )
     teachers = build_teachers(run, task, meta)
     initial = initial_source(run, meta)
+    backbone, key = backbone_of(spec)
     torch.manual_seed(spec.seed)  # a student's fresh weights depend on the seed alone, not on its method or teachers
-    student = build_student(spec.student, backbone_of(spec)[0], task.labels, initial, meta)
+    student = build_student(spec.student, backbone, task.labels, initial, meta, key)
     method.bind(student, teachers)
     depth = load_config(initial, "student.init").num_hidden_layers if initial is not None else None
     return Models(student, teachers, method, weights, describe_init(spec.student, student.depth, depth))

@@ -81,6 +81,7 @@ def quieten() -> None:
         ".*resuming from a checkpoint that ended before the epoch ended.*",  # the sampler goes on where it stopped
         ".*number of training batches .* is smaller than the logging interval.*",
         ".*dataloader is not resumable.*",
+        ".*sync_dist=True.*",  # torchmetrics has reduced what is logged on epoch level
         ".*isinstance.treespec, LeafSpec.*",
         ".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*",
     ):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from kd.errors import InputError
 
@@ -49,6 +50,7 @@ class History(Logger):
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Nothing: `config.yaml` holds them."""
 
+    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add to the row of this step."""
         number = step or 0
@@ -56,6 +58,7 @@ class History(Logger):
             self.rows.append({"step": number})
         self.rows[-1].update({name: f"{value:g}" for name, value in metrics.items()})
 
+    @rank_zero_only
     def save(self) -> None:
         """Write the file, all or nothing."""
         draft = self.path.with_name(self.path.name + ".part")

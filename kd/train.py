@@ -4,10 +4,12 @@
 Ctrl-C. Nothing heavy is imported before it is needed, so `--help` and a finished run answer at once.
 """
 
+import contextlib
 import errno
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import hydra
@@ -34,8 +36,6 @@ def execute(run: Run, purpose: str = "") -> dict[str, Any]:
         say(f"done already: {purpose or run.name}")
         say(f"  {run.directory}")
         return result
-    import contextlib
-
     from kd.build import build_examples, check
 
     with run.lock() if distributed.is_first() else contextlib.nullcontext():
@@ -61,16 +61,20 @@ def say(text: str) -> None:
 def job(config: DictConfig) -> None:
     """What Hydra calls, once for each point of a sweep."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     hydra_config = HydraConfig.get()
-    run = plan(config, list(hydra_config.overrides.task))
-    check_launch(run)
-    distributed.start(run.spec.trainer.accelerator)
-    result = execute(run)
-    if distributed.is_first():
-        from kd.report import closing_table
+    alone = hydra_config.mode == RunMode.RUN
+    # In a sweep a point that fails must not take the others with it: Hydra keeps its error, and `main` reports it.
+    with plain_errors() if alone else contextlib.nullcontext():
+        run = plan(config, list(hydra_config.overrides.task))
+        check_launch(run)
+        distributed.start(run.spec.trainer.accelerator)
+        result = execute(run)
+        if distributed.is_first():
+            from kd.report import closing_table
 
-        closing_table(result, run.directory)
+            closing_table(result, run.directory)
 
 
 def check_launch(run: Run) -> None:
@@ -94,12 +98,11 @@ def check_launch(run: Run) -> None:
         )
 
 
-def main() -> None:
-    """The command."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print its own report and exit with 1
-    command = hydra.main(config_path=str(conf_folder()), config_name=ROOT, version_base="1.3")(job)
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """What the user can put right becomes one message and an exit status; anything else stays a traceback."""
     try:
-        command()
+        yield
     except BrokenPipeError:  # `kd-train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -114,8 +117,8 @@ def main() -> None:
             raise
         where = f" ({error.filename})" if error.filename else ""
         stop(
-            f"kd-train: the disk is full{where}. Free some space, or change: paths.runs. What was saved before is whole; "
-            "the same command goes on from it",
+            f"kd-train: the disk is full{where}. What was saved before is whole; free some space, and the same command "
+            "goes on from it\n  change: paths.runs",
             2,
         )
 
@@ -126,6 +129,14 @@ def stop(message: str, status: int) -> None:
         traceback.print_exc()
     print(f"\n{message}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def main() -> None:
+    """The command."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print its own report and exit with 1
+    command = hydra.main(config_path=str(conf_folder()), config_name=ROOT, version_base="1.3")(job)
+    with plain_errors():
+        command()
 
 
 if __name__ == "__main__":

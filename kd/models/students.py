@@ -103,21 +103,22 @@ def chosen_layers(init: str | Sequence[int], student: int, source: int) -> list[
     return layers
 
 
-def student_config(spec: StudentSpec, backbone: str, labels: Sequence[str] | None) -> Any:
+def student_config(spec: StudentSpec, backbone: str, labels: Sequence[str] | None, key: str = "student.backbone") -> Any:
     """The transformers configuration of a student.
 
     Args:
         spec: sizes; null means the backbone's.
         backbone: source of the backbone.
         labels: names in the task's order; None for regression.
+        key: the configuration key that names the backbone.
 
     Raises:
         InputError: for a size that is not positive, or heads that do not divide the width.
     """
     from transformers import AutoConfig
 
-    source = load_config(backbone, "student.backbone")
-    family_of(source.model_type, "student.backbone")
+    source = load_config(backbone, key)
+    family_of(source.model_type, key)
     if spec.family is not None and spec.family != source.model_type:
         family_of(spec.family, "student.family")
         config = AutoConfig.for_model(spec.family)
@@ -211,6 +212,7 @@ def build_student(
     labels: Sequence[str] | None,
     initial: str | None,
     meta: bool = False,
+    key: str = "student.backbone",
 ) -> Encoder:
     """A student, initialised.
 
@@ -220,12 +222,13 @@ def build_student(
         labels: names in the task's order; None for regression.
         initial: source of its weights: the backbone, the fine-tuned teacher, a checkpoint or a run; None for random.
         meta: shapes only, for checks; nothing is loaded.
+        key: the configuration key that names the backbone.
 
     Raises:
         InputError: for sizes or an initialisation that do not fit.
     """
-    config = student_config(spec, backbone, labels)
-    tokenizer = load_tokenizer(backbone, "student.backbone")
+    config = student_config(spec, backbone, labels, key)
+    tokenizer = load_tokenizer(backbone, key)
     whole = spec.init in ("checkpoint", "run")
     if initial is not None:
         found = load_config(initial, "student.init")

@@ -61,7 +61,10 @@ def module(examples: Examples, student: object, *teachers: object, **more: objec
 
 def pairs(examples: Examples) -> Examples:
     """Every text beside the next one."""
-    texts = {split: [(a[0], b[0]) for a, b in zip(found, [*found[1:], found[0]], strict=True)] for split, found in examples.texts.items()}
+    texts = {
+        split: [(a[0], b[0]) for a, b in zip(found, [*found[1:], found[0]], strict=True)]
+        for split, found in examples.texts.items()
+    }
     return Examples(examples.task, texts, examples.labels)
 
 
@@ -147,7 +150,9 @@ def test_a_fingerprint_is_blind_to_padding_and_truncation_only(tokenizer, other)
 
 
 def test_limit_train_is_a_fixed_subset_of_train_alone(load) -> None:
-    whole, ten, twenty, same = (load(*o) for o in ([], ["task.limit_train=10"], ["task.limit_train=20"], ["task.limit_train=10", "seed=5"]))
+    whole, ten, twenty, same = (
+        load(*o) for o in ([], ["task.limit_train=10"], ["task.limit_train=20"], ["task.limit_train=10", "seed=5"])
+    )
     assert ten.texts == same.texts
     assert ten.texts["train"] == twenty.texts["train"][:10]
     assert set(zip(twenty.texts["train"], twenty.labels["train"], strict=True)) <= set(

@@ -30,7 +30,9 @@ class Given:
     """A source of these labels."""
 
     def __init__(self, **labels: list[object]) -> None:
-        self.raw: Splits = {split: [example(label, line) for line, label in enumerate(found, 2)] for split, found in labels.items()}
+        self.raw: Splits = {
+            split: [example(label, line) for line, label in enumerate(found, 2)] for split, found in labels.items()
+        }
 
     def splits(self) -> Splits:
         return self.raw
@@ -180,9 +182,7 @@ def measured(task: Task, name: str, predicted: Tensor, labels: Tensor) -> float:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(
-    ("name", "naive"), [("accuracy", accuracy), ("f1", f1_of(1)), ("matthews_corrcoef", matthews)]
-)
+@pytest.mark.parametrize(("name", "naive"), [("accuracy", accuracy), ("f1", f1_of(1)), ("matthews_corrcoef", matthews)])
 def test_metrics_of_two_classes_equal_naive_ones(name: str, naive: Callable[[Tensor, Tensor], float], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     labels = (torch.rand(50, generator=generator) < 0.3).long()  # unbalanced, so that the F1 of the other class differs
@@ -205,7 +205,11 @@ def test_metrics_of_three_classes_equal_naive_ones() -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     ("name", "naive"),
-    [("pearson", pearson), ("spearman", spearman), ("mse", lambda p, t: sum((a - b) ** 2 for a, b in zip(p, t, strict=True)) / len(p))],
+    [
+        ("pearson", pearson),
+        ("spearman", spearman),
+        ("mse", lambda p, t: sum((a - b) ** 2 for a, b in zip(p, t, strict=True)) / len(p)),
+    ],
 )
 def test_metrics_of_scores_equal_naive_ones(name: str, naive: Callable[[Tensor, Tensor], float], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -231,7 +235,9 @@ def test_only_an_error_is_better_when_lower() -> None:
 
 def test_the_hard_loss_of_classes_is_the_mean_negative_log_likelihood() -> None:
     logits, labels = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2, 1, 1, 0])
-    naive = [-math.log(math.exp(row[n]) / sum(map(math.exp, row))) for row, n in zip(logits.tolist(), labels.tolist(), strict=True)]
+    naive = [
+        -math.log(math.exp(row[n]) / sum(map(math.exp, row))) for row, n in zip(logits.tolist(), labels.tolist(), strict=True)
+    ]
     assert float(classes(["a", "b", "c"]).hard(logits, labels)) == pytest.approx(sum(naive) / 5, abs=1e-6)
 
 

@@ -1,5 +1,7 @@
 """Layer maps: the papers' maps, explicit pairs, and what is refused."""
 
+import itertools
+
 import pytest
 
 from kd.errors import InputError
@@ -33,7 +35,7 @@ def test_uniform_map_runs_from_embeddings_to_the_last_layer(student: int, teache
 @pytest.mark.parametrize(("student", "teacher"), [(1, 1), (2, 3), (5, 7), (6, 6), (4, 24)])
 def test_named_maps_ascend_within_both_models(name: str, student: int, teacher: int) -> None:
     pairs = resolve(name, student, teacher)
-    for ours, theirs in zip(pairs, pairs[1:], strict=False):
+    for ours, theirs in itertools.pairwise(pairs):
         assert ours[0] < theirs[0]
         assert ours[1] < theirs[1]
     assert all(0 <= ours <= student and 0 <= theirs <= teacher for ours, theirs in pairs)

@@ -61,9 +61,7 @@ def test_loss_equals_the_formula_written_as_loops(loss, temperature: float, redu
     torch.testing.assert_close(call(loss, student, teacher, temperature, reduction=reduction), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("temperature", "expected"), [(1, 0.327813), (2, 0.443777), (4, 0.484798)], ids=["T=1", "T=2", "T=4"]
-)
+@pytest.mark.parametrize(("temperature", "expected"), [(1, 0.327813), (2, 0.443777), (4, 0.484798)], ids=["T=1", "T=2", "T=4"])
 def test_divergence_gives_the_numbers_of_the_card(temperature: float, expected: float) -> None:
     assert kl_divergence(STUDENT, TEACHER, temperature).item() == pytest.approx(expected, abs=1e-6)
 

@@ -1,0 +1,110 @@
+"""Optimisers: what decays, what the rate is at each step, and what is refused."""
+
+import math
+
+import pytest
+import torch
+from conftest import tiny_model
+from torch import nn
+
+from kd.errors import InputError
+from kd.optimizers import OptimizerFactory
+
+
+def factory(**changes: object) -> OptimizerFactory:
+    settings = {"make": torch.optim.AdamW, "lr": 1e-3, "weight_decay": 0.01, "schedule": "linear", "warmup": 0.1}
+    return OptimizerFactory(**{**settings, **changes})
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "mpnet"])
+def test_biases_and_normalisation_weights_do_not_decay(family: str) -> None:
+    model = tiny_model(model_type=family, layers=2)
+    groups = factory().optimizer(model).param_groups
+    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert len(decay) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        plain = name.endswith("bias") or "norm" in name.lower()
+        assert decay[id(parameter)] == (0.0 if plain else 0.01), name
+
+
+def test_shared_parameters_are_optimised_once() -> None:
+    student, method = nn.Linear(3, 3), nn.ModuleList([nn.Linear(3, 3)])
+    method.append(student)
+    method[0].weight = student.weight
+    parameters = [parameter for group in factory().groups([student, method]) for parameter in group["params"]]
+    assert len(parameters) == 3
+    assert len({id(parameter) for parameter in parameters}) == 3
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    model[1].requires_grad_(False)
+    model[0].bias.requires_grad_(False)
+    groups = factory().groups([model])
+    assert [group["params"] for group in groups] == [[model[0].weight]]
+
+
+def test_optimiser_has_the_peak_rate_and_the_given_class() -> None:
+    optimizer = factory(make=torch.optim.SGD, lr=0.3).optimizer(nn.Linear(2, 2))
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.3}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "total", "factors"),
+    [
+        # 4 steps of warm-up rise by fifths, because step 0 already trains; then the peak, then decay to zero at `total`.
+        ("linear", 0.4, 10, {0: 0.2, 1: 0.4, 3: 0.8, 4: 1.0, 7: 0.5, 9: 1 / 6, 10: 0.0, 12: 0.0}),
+        ("cosine", 0.4, 10, {0: 0.2, 4: 1.0, 6: 0.75, 7: 0.5, 10: 0.0}),
+        ("constant", 0.4, 10, {0: 0.2, 4: 1.0, 9: 1.0, 12: 1.0}),
+        ("linear", 0.0, 4, {0: 1.0, 1: 0.75, 3: 0.25, 4: 0.0}),
+        ("linear", 1.0, 3, {0: 0.25, 2: 0.75}),
+        ("linear", 0.1, 1, {0: 1.0}),
+        ("linear", 0.1, 0, {0: 1.0}),
+    ],
+    ids=lambda value: str(value) if isinstance(value, str | float) else "",
+)
+def test_rate_is_multiplied_by(schedule: str, warmup: float, total: int, factors: dict[int, float]) -> None:
+    made = factory(schedule=schedule, warmup=warmup)
+    assert {step: made.factor(step, total) for step in factors} == pytest.approx(factors)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("total", [1, 7, 50])
+def test_no_step_of_training_has_a_zero_rate(schedule: str, total: int) -> None:
+    made = factory(schedule=schedule)
+    assert all(0 < made.factor(step, total) <= 1 for step in range(total))
+
+
+def test_scheduler_steps_the_rate_of_every_group() -> None:
+    made = factory(warmup=0.5, lr=0.1)
+    optimizer = made.optimizer(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
+    scheduler = made.scheduler(optimizer, total=4)
+    seen = []
+    for _ in range(4):
+        seen.append({group["lr"] for group in optimizer.param_groups})
+        optimizer.step()
+        scheduler.step()
+    for rates, expected in zip(seen, (1 / 3, 2 / 3, 1, 1 / 2), strict=True):
+        assert list(rates) == pytest.approx([0.1 * expected])
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"lr": 0.0}, "optimizer.lr"),
+        ({"lr": -1e-3}, "optimizer.lr"),
+        ({"lr": math.nan}, "optimizer.lr"),
+        ({"warmup": 1.1}, "optimizer.warmup"),
+        ({"warmup": -0.1}, "optimizer.warmup"),
+        ({"warmup": math.nan}, "optimizer.warmup"),
+        ({"weight_decay": -0.01}, "optimizer.weight_decay"),
+        ({"schedule": "liner"}, "optimizer.schedule"),
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_refused_by_their_key(changes: dict[str, object], key: str) -> None:
+    with pytest.raises(InputError) as caught:
+        factory(**changes)
+    assert caught.value.key == key
+    assert str(next(iter(changes.values()))) in caught.value.message

@@ -1,0 +1,183 @@
+"""Tables of finished runs: what is grouped, what is averaged, what is left out."""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from kd import report
+
+
+def record(seed: int = 0, **more: Any) -> dict[str, Any]:
+    """The record of a run, as `result.json` has it."""
+    return {
+        "method": "kd",
+        "student": "2l",
+        "teacher": ["minilm"],
+        "task": "rte",
+        "seed": seed,
+        "init": "first 2 layers of minilm",
+        "limit_train": None,
+        "epochs": 3,
+        "lr": 5e-5,
+        "precision": "32-true",
+        "weights": {"task": 0.5, "logits": 0.5},
+        "digest": f"d{seed}",
+        "finished": f"2025-01-0{seed + 1}T00:00:00",
+        "metrics": {"validation": {"accuracy": 0.6 + seed / 100}, "test": {"accuracy": 0.5 + seed / 50}},
+        "metrics_teacher": {"minilm": {"validation": {"accuracy": 0.7}, "test": {"accuracy": 0.65}}},
+        "agreement": {"validation": {"minilm": 0.875}, "test": {"minilm": 0.8}},
+        "parameters": {"student": 12345678, "teacher": 22700000},
+        "megabytes": {"student": 47.1, "minilm": 86.7},
+        "latency_ms": {"student": 2.0 + seed, "minilm": 9.25},
+        "seconds": {"train": 30.0 + seed},
+        "selection": {"kind": "best", "by": "validation accuracy"},
+        **more,
+    }
+
+
+def write(folder: Path, *records: dict[str, Any]) -> Path:
+    for place, found in enumerate(records):
+        (folder / f"run{place}").mkdir(parents=True)
+        (folder / f"run{place}" / "result.json").write_text(json.dumps(found))
+    return folder
+
+
+def cells(table: Any) -> list[dict[str, str]]:
+    """The rows of a rich table, by column."""
+    rows = zip(*(column._cells for column in table.columns), strict=True)
+    return [dict(zip([str(column.header) for column in table.columns], row, strict=True)) for row in rows]
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["kd-report", *map(str, words)])
+    report.main()
+
+
+def test_seeds_are_averaged_with_their_sample_deviation() -> None:
+    (row,) = cells(report.report_table([record(0), record(1), record(2)]))
+    mean, spread = 100 * statistics.fmean([0.5, 0.52, 0.54]), 100 * statistics.stdev([0.5, 0.52, 0.54])
+    assert row["test accuracy"] == f"{mean:.2f} ± {spread:.2f}" == "52.00 ± 2.00"
+    assert row["validation accuracy"] == "61.00 ± 1.00"
+    assert row["agreement"] == "87.50 ± 0.00"
+    assert (row["seeds"], row["latency ms"], row["train s"]) == ("0, 1, 2", "3.00", "31")
+    assert (row["parameters"], row["MB"]) == ("12,345,678", "47.1")
+
+
+def test_one_seed_has_no_spread() -> None:
+    (row,) = cells(report.report_table([record(1)]))
+    assert row["test accuracy"] == "52.00"
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [
+        {"method": "pkd"},
+        {"task": "mrpc"},
+        {"student": "3l"},
+        {"teacher": ["hub"]},
+        {"init": "random"},
+        {"limit_train": 100},
+        {"epochs": 4},
+        {"lr": 1e-4},
+        {"precision": "bf16-mixed"},
+        {"weights": {"task": 0.3, "logits": 0.7}},
+    ],
+)
+def test_what_differs_in_more_than_the_seed_is_not_averaged(difference: dict[str, Any]) -> None:
+    assert len(report.grouped([record(0), record(1, **difference)])) == 2
+    assert len(report.grouped([record(0), record(1)])) == 1
+
+
+def test_a_family_keeps_apart_what_the_columns_do_not_show() -> None:
+    same = [record(0, family="a"), record(1, family="a")]
+    assert len(report.grouped([*same, record(2, family="b")])) == 2
+    assert len(report.grouped(same)) == 1
+
+
+def test_tasks_with_different_metrics_share_a_table_with_gaps() -> None:
+    other = record(
+        0, task="cola", metrics={"validation": {"matthews_corrcoef": 0.25}}, teacher=[], agreement={"validation": {}}
+    )
+    rte, cola = cells(report.report_table([record(0), other]))
+    assert (rte["validation matthews_corrcoef"], cola["validation matthews_corrcoef"]) == ("", "25.00")
+    assert (rte["test accuracy"], cola["test accuracy"]) == ("50.00", "")
+    assert (cola["teacher"], cola["agreement"]) == ("", "")
+
+
+def test_only_whole_records_of_finished_runs_are_read_oldest_first(tmp_path: Path) -> None:
+    write(tmp_path, record(2), record(0), record(1))
+    for name, content in {"killed": None, "cut": '{"method": "kd"', "list": "[]", "bytes": "\x00"}.items():
+        (tmp_path / name).mkdir()
+        if content is not None:
+            (tmp_path / name / "result.json").write_text(content)
+    found = report.load_results(tmp_path)
+    assert [(result["seed"], result["run"]) for result in found] == [(0, "run1"), (1, "run2"), (2, "run0")]
+
+
+def test_the_protocol_states_what_is_common_and_lists_what_differs() -> None:
+    words = report.protocol([record(0), record(1)])
+    assert "best checkpoint, validation accuracy; student starts from first 2 layers of minilm; trained in 32-true" in words
+    assert "student starts from {first 2 layers of minilm, random};" in report.protocol([record(0), record(1, init="random")])
+
+
+def test_the_closing_table_puts_student_and_teachers_side_by_side(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(report, "_console", lambda: Console(width=200))
+    report.closing_table(record(1), Path("runs/kd-2l"))
+    lines = capsys.readouterr().out.splitlines()
+    student = next(line for line in lines if "student 2l" in line)
+    teacher = next(line for line in lines if "teacher minilm" in line)
+    for word in ("12,345,678", "47.1", "0.6100", "0.5200", "0.8750", "3.00"):
+        assert word in student
+    for word in ("22,700,000", "86.7", "0.7000", "0.6500", "9.25"):
+        assert word in teacher
+    assert any("kd on rte, seed 1" in line for line in lines)
+    assert "run: runs/kd-2l" in lines
+    assert f"exported student: {Path('runs/kd-2l/student')}" in lines
+
+
+def test_the_closing_table_of_a_run_without_a_teacher_has_no_agreement(capsys: pytest.CaptureFixture[str]) -> None:
+    report.closing_table(record(0, teacher=[], agreement={"validation": {}}, metrics_teacher={}), Path("run"))
+    out = capsys.readouterr().out
+    assert "agreement" not in out
+    assert "teacher" not in out
+
+
+def test_the_command_prints_a_table_and_its_protocol(tmp_path: Path, monkeypatch, capsys) -> None:
+    command(monkeypatch, write(tmp_path, record(0), record(1)))
+    out = capsys.readouterr().out
+    assert "51.00 ± 1.41" in out
+    assert "Percent; mean ± standard deviation over seeds. best checkpoint" in out.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("words", "seeds"),
+    [
+        ([], [0, 1, 2]),
+        (["--task", "rte"], [0, 1]),
+        (["--method", "pkd"], [1]),
+        (["--method", "pkd,kd"], [0, 1, 2]),
+        (["--task", "rte", "--method", "kd"], [0]),
+    ],
+)
+def test_records_are_chosen_and_given_as_json(tmp_path: Path, monkeypatch, capsys, words: list[str], seeds: list[int]) -> None:
+    write(tmp_path, record(0), record(1, method="pkd"), record(2, task="cola"))
+    command(monkeypatch, tmp_path, "--json", *words)
+    found = json.loads(capsys.readouterr().out)
+    assert [result["seed"] for result in found] == seeds
+    assert found[0] == {**record(seeds[0], **{k: found[0][k] for k in ("method", "task")}), "run": f"run{seeds[0]}"}
+
+
+@pytest.mark.parametrize("words", [[], ["--task", "mrpc"], ["--json", "--method", "nothing"]])
+def test_no_runs_is_said_and_exits_with_two(tmp_path: Path, monkeypatch, capsys, words: list[str]) -> None:
+    folder = write(tmp_path, record(0)) if words else tmp_path / "nowhere"
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, folder, *words)
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert str(folder) in captured.err
+    assert captured.out == ""

@@ -1,0 +1,486 @@
+"""What names a run, what it needs first, and when it is done."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kd.config import compose
+from kd.errors import InputError
+from kd.runs import Run, plan, source_of, write_atomically
+
+Planner = Callable[..., Run]
+
+
+@pytest.fixture
+def planned(small: Callable[..., list[str]]) -> Planner:
+    """The run of `small` with further overrides."""
+
+    def planned(*more: str) -> Run:
+        overrides = small(*more)
+        return plan(compose(overrides), overrides)
+
+    return planned
+
+
+@pytest.fixture
+def alone(backbone: Path, reviews: Path) -> Planner:
+    """The run of a configuration without a teacher, which composes in half the time."""
+    base = ["method=finetune", "teacher=[]", "student=2l", "task=file", f"backbone={backbone}"]
+    base += [f"task.{split}={reviews / split}.csv" for split in ("train", "validation", "test")]
+
+    def planned(*more: str) -> Run:
+        return plan(compose([*base, *more]), [*base, *more])
+
+    return planned
+
+
+@pytest.fixture(scope="module")
+def digests() -> dict[str, str]:
+    """Digests of the runs that others are compared with, made once."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "paths.runs=elsewhere",
+        "paths.glue=elsewhere",
+        "logger=wandb",
+        "trainer=ddp",
+        "trainer.accelerator=gpu",
+        "trainer.devices=2",
+        "trainer.strategy=ddp",
+        "trainer.progress=off",
+        "trainer.eval_batch_size=7",
+        "trainer.num_workers=2",
+        "trainer.checkpoint_minutes=1",
+        "preflight=false",
+        "resume=false",
+    ],
+)
+def test_what_does_not_change_a_result_does_not_change_the_digest(
+    alone: Planner, digests: dict[str, str], override: str
+) -> None:
+    assert alone(override).digest == (digests.get("alone") or digests.setdefault("alone", alone().digest))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "optimizer.lr=1e-3",
+        "optimizer.weight_decay=0",
+        "optimizer.warmup=0.2",
+        "optimizer.schedule=constant",
+        "optimizer.factory.eps=1e-6",
+        "trainer.max_epochs=9",
+        "trainer.batch_size=8",
+        "trainer.accumulate=2",
+        "trainer.clip=null",
+        "trainer.precision=bf16-mixed",
+        "trainer.selection=last",
+        "trainer.deterministic=true",
+        "student=3l",
+        "student.layers=1",
+        "student.init=random",
+        "student.dropout=0",
+        "task.max_length=16",
+        "task.limit_train=10",
+        "task.labels=[positive,negative]",
+        "task.monitor=accuracy task.metrics=[accuracy,f1]",
+        "task.text=[label]",
+        "method.weights.task=2",
+        "method=kd",
+    ],
+)
+def test_what_changes_a_result_changes_the_digest(alone: Planner, digests: dict[str, str], override: str) -> None:
+    assert alone(*override.split(" ")).digest != (digests.get("alone") or digests.setdefault("alone", alone().digest))
+
+
+def test_a_precision_that_means_the_same_has_one_digest(alone: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kd.hardware.cpu_has_bf16", lambda: False)
+    assert alone("trainer.precision=auto").digest == alone("trainer.precision=32-true").digest
+
+
+def test_a_digest_follows_the_content_of_the_data_not_its_place(alone: Planner, reviews: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(reviews, tmp_path / "moved")
+    places = [f"task.{split}={moved / split}.csv" for split in ("train", "validation", "test")]
+    before = alone()
+    assert alone(*places).digest == before.digest
+    with (moved / "validation.csv").open("a") as file:
+        file.write("a fine film,positive\n")
+    assert alone(*places).digest != before.digest
+    assert alone(places[0], places[2]).digest == before.digest
+    assert alone("task.test=null").digest != before.digest
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_digest_follows_the_content_of_a_model_not_its_place(
+    alone: Planner, backbone: Path, tmp_path: Path, file: str
+) -> None:
+    moved = shutil.copytree(backbone, tmp_path / "moved")
+    before = alone()
+    assert alone(f"backbone={moved}").digest == alone(f"student.backbone={moved}").digest == before.digest
+    content = (moved / file).read_bytes()
+    (moved / file).write_bytes(content + b" ")
+    assert alone(f"backbone={moved}").digest != before.digest
+
+
+def test_a_checkpoints_weights_enter_the_digest(alone: Planner, backbone: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(backbone, tmp_path / "moved")
+    start = ["student.init=checkpoint", f"student.checkpoint={moved}"]
+    before = alone(*start).digest
+    assert before == alone("student.init=checkpoint", f"student.checkpoint={backbone}").digest
+    (moved / "model.safetensors").write_bytes((moved / "model.safetensors").read_bytes()[:-1] + b"?")
+    assert alone(*start).digest != before
+
+
+def test_the_hubs_split_names_enter_the_digest(alone: Planner, backbone: Path) -> None:
+    base = ["task=mnli", "method=finetune", "teacher=[]", f"backbone={backbone}"]
+    swapped = "task.source.validation.validation=[validation_mismatched,dev_mismatched]"
+    assert plan(compose(base)).digest != plan(compose([*base, swapped])).digest
+
+
+def test_the_order_of_teachers_enters_the_digest_because_the_first_gives_the_weights(backbone: Path, reviews: Path) -> None:
+    base = ["task=file", f"task.train={reviews / 'train.csv'}", "method=finetune", "student.init_from=teacher"]
+    base += [f"teacher.{name}.backbone={backbone}" for name in ("minilm", "hub")]
+    first, second = (plan(compose([f"teacher=[{names}]", *base])) for names in ("minilm,hub", "hub,minilm"))
+    assert first.inputs["teacher minilm"].digest != first.inputs["teacher hub"].digest  # other learning rates
+    assert first.digest != second.digest
+
+
+def test_the_name_of_a_run_tells_what_it_is(planned: Planner) -> None:
+    run = planned("method=kd", "seed=3")
+    assert run.name == f"kd-2l-file-s3-{run.digest}"
+    assert run.directory == Path(run.spec.paths.runs) / run.name
+    assert (run.student, run.checkpoints) == (run.directory / "student", run.directory / "checkpoints")
+
+
+def test_planning_writes_nothing(planned: Planner, tmp_path: Path) -> None:
+    planned(f"paths.runs={tmp_path / 'runs'}")
+    assert not list(tmp_path.iterdir())
+
+
+# Teachers
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "method=kd",
+        "method.temperature=2",
+        "seed=5",
+        "trainer.max_epochs=9",
+        "trainer.batch_size=4",
+        "trainer.selection=last",
+        "optimizer.lr=9e-5",
+        "student=3l",
+        "student.init=random",
+        "student.dropout=0",
+        "paths.runs=elsewhere",
+    ],
+)
+def test_one_teacher_serves_every_student(planned: Planner, digests: dict[str, str], override: str) -> None:
+    run = planned(override)
+    assert run.inputs["teacher minilm"].digest == with_teacher(planned, digests)[0]
+    assert (run.digest == with_teacher(planned, digests)[1]) == override.startswith("paths")
+
+
+def with_teacher(planned: Planner, digests: dict[str, str]) -> tuple[str, str]:
+    """Digests of the plain run's teacher and of the run itself."""
+    if "teacher" not in digests:
+        run = planned()
+        digests.update({"teacher": run.inputs["teacher minilm"].digest, "student": run.digest})
+    return digests["teacher"], digests["student"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "teacher.minilm.run.seed=1",
+        "teacher.minilm.run.trainer.max_epochs=1",
+        "teacher.minilm.run.optimizer.lr=1",
+        "task.limit_train=9",
+    ],
+)
+def test_another_teacher_makes_another_student(planned: Planner, digests: dict[str, str], override: str) -> None:
+    run, (teacher, student) = planned(override), with_teacher(planned, digests)
+    assert run.inputs["teacher minilm"].digest != teacher
+    assert run.digest != student
+
+
+def test_a_teacher_is_a_fine_tuning_run_with_the_students_task_places_and_hardware(planned: Planner, backbone: Path) -> None:
+    more = [
+        "teacher.minilm.run.optimizer.lr=3e-5",
+        "trainer.devices=2",
+        "trainer.num_workers=1",
+        "trainer.precision=bf16-mixed",
+        "preflight=false",
+        "resume=false",
+    ]
+    run = planned("seed=4", "task.limit_train=20", *more)
+    teacher = run.inputs["teacher minilm"]
+    spec = teacher.spec
+    assert (spec.method["name"], spec.student.name, spec.teacher, teacher.inputs) == ("finetune", "full", {}, {})
+    assert spec.student.backbone == str(backbone)
+    assert (spec.task, spec.paths, spec.logger) == (run.spec.task, run.spec.paths, run.spec.logger)
+    assert (spec.trainer.devices, spec.trainer.num_workers, spec.trainer.precision) == (2, 1, "bf16-mixed")
+    assert (spec.preflight, spec.resume) == (False, False)
+    assert (spec.seed, spec.trainer.max_epochs, spec.optimizer.lr) == (0, 3, 3e-5)  # 0 and 3 of conf/teacher/minilm.yaml
+    assert teacher.directory.parent == run.directory.parent
+
+
+def test_the_run_of_a_teacher_is_laid_over_its_configuration(planned: Planner) -> None:
+    run = planned("teacher.minilm.run.trainer.max_epochs=7", "+teacher.minilm.run.trainer.batch_size=4", "trainer.clip=null")
+    spec = run.inputs["teacher minilm"].spec
+    assert (spec.trainer.max_epochs, spec.trainer.batch_size, spec.trainer.clip) == (7, 4, 1.0)
+
+
+def test_a_teachers_run_refuses_unknown_keys(planned: Planner) -> None:
+    with pytest.raises(InputError, match="max_epoch") as caught:
+        planned("+teacher.minilm.run.trainer.max_epoch=3")
+    assert caught.value.key == "teacher.minilm.run"
+
+
+def test_a_ready_teacher_needs_no_run_and_its_weights_enter_the_digest(backbone: Path, reviews: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(backbone, tmp_path / "moved")
+
+    def made(folder: Path) -> Run:
+        return plan(
+            compose(["teacher=[hub]", f"teacher.hub.model={folder}", "task=file", f"task.train={reviews / 'train.csv'}"])
+        )
+
+    run = made(backbone)
+    assert run.inputs == {}
+    assert made(moved).digest == run.digest
+    (moved / "model.safetensors").write_bytes(b"other weights")
+    assert made(moved).digest != run.digest
+
+
+def test_a_teacher_is_either_ready_or_fine_tuned(backbone: Path) -> None:
+    both = [f"teacher.hub.model={backbone}", f"teacher.hub.backbone={backbone}"]
+    for given in ([], both):
+        with pytest.raises(InputError, match="needs one of") as caught:
+            plan(compose(["teacher=[hub]", *given]))
+        assert caught.value.key == "teacher.hub.model"
+
+
+@pytest.mark.parametrize("key", ["teacher.minilm.backbone", "student.backbone", "student.checkpoint"])
+def test_a_model_that_is_not_there_names_its_own_key(planned: Planner, key: str) -> None:
+    init = ["student.init=checkpoint"] if key.endswith("checkpoint") else []
+    with pytest.raises(InputError, match="/nowhere") as caught:
+        planned(f"{key}=/nowhere", *init)
+    assert caught.value.key == key
+
+
+# Stages
+
+
+def test_a_stage_is_this_command_with_its_overrides_laid_over(planned: Planner) -> None:
+    run = planned(
+        "seed=2",
+        "optimizer.lr=2e-3",
+        "student.init=run",
+        "student.run=['method=kd','trainer.max_epochs=5','student.init=random']",
+    )
+    stage = run.inputs["stage"]
+    assert (stage.spec.method["name"], stage.spec.trainer.max_epochs, stage.spec.student.init) == ("kd", 5, "random")
+    assert (stage.spec.seed, stage.spec.student.name, stage.spec.optimizer.lr) == (2, "2l", 2e-3)
+    assert stage.spec.student.run is None
+    assert stage.inputs["teacher minilm"].digest == run.inputs["teacher minilm"].digest
+    same = planned("seed=2", "optimizer.lr=2e-3", "method=kd", "trainer.max_epochs=5", "student.init=random")
+    assert (stage.digest, stage.directory) == (same.digest, same.directory)
+
+
+def test_another_stage_makes_another_run(alone: Planner) -> None:
+    def run(*stage: str) -> str:
+        words = ",".join(f"'{word}'" for word in ("student.init=random", *stage))
+        return alone("student.init=run", f"student.run=[{words}]").digest
+
+    plain = run()
+    assert run("optimizer.lr=2e-5") != plain
+    assert run("trainer.progress=off") == plain
+
+
+def test_stages_chain(planned: Planner) -> None:
+    first = "\"student.run=['method=finetune','student.init=random']\""
+    run = planned("student.init=run", f"student.run=['method=kd','student.init=run',{first}]")
+    stage = run.inputs["stage"]
+    assert (run.spec.method["name"], stage.spec.method["name"]) == ("pkd", "kd")
+    assert (stage.inputs["stage"].spec.method["name"], stage.inputs["stage"].spec.student.init) == ("finetune", "random")
+
+
+def test_a_stage_without_its_overrides_or_that_begins_from_itself_is_refused(planned: Planner) -> None:
+    for given in ([], ["student.run=[]"]):
+        with pytest.raises(InputError, match=r"needs student\.run") as caught:
+            planned("student.init=run", *given)
+        assert caught.value.key == "student.run"
+
+
+# Values
+
+
+@pytest.mark.parametrize("key", ["max_epochs", "batch_size", "accumulate", "eval_batch_size"])
+def test_counts_are_at_least_one(alone: Planner, key: str) -> None:
+    with pytest.raises(InputError, match="at least 1") as caught:
+        alone(f"trainer.{key}=0")
+    assert caught.value.key == f"trainer.{key}"
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("trainer.precision=fp16", "trainer.precision"),
+        ("trainer.selection=first", "trainer.selection"),
+        ("student.init=checkpoint", "student.checkpoint"),
+        ("task.train=/nowhere.csv", "task.train"),
+        ("task.validation=/nowhere.csv", "task.validation"),
+        ("+task.source.foo=1", "task.source"),
+        ("task.source._target_=kd.data.sources.Nope", "task.source"),
+        ("~task.source._target_", "task.source"),
+    ],
+)
+def test_a_plan_that_cannot_work_names_the_key(alone: Planner, override: str, key: str) -> None:
+    with pytest.raises(InputError) as caught:
+        alone(override)
+    assert caught.value.key == key
+
+
+def test_a_source_is_made_of_the_tasks_words(alone: Planner, reviews: Path) -> None:
+    source = source_of(alone().spec)
+    assert (source.train, source.text, source.label) == (str(reviews / "train.csv"), ["text"], "label")
+
+
+# Done, begun, held
+
+
+@pytest.fixture
+def run(alone: Planner, tmp_path: Path) -> Run:
+    return alone(f"paths.runs={tmp_path / 'runs'}")
+
+
+def test_a_run_is_done_once_its_whole_record_is_there(run: Run) -> None:
+    assert run.result is None
+    run.begin(resume=True)
+    assert run.result is None
+    record = {"digest": run.digest, "metrics": {"test": {"accuracy": 0.5}}, "note": "é"}
+    run.finish(record)
+    assert run.result == record
+    assert not list(run.directory.glob("*.part"))
+
+
+@pytest.mark.parametrize("content", ["", "{", '["digest"]', "{}", '{"digest": "000000000000"}', "null", "\x00"])
+def test_a_record_that_is_broken_or_of_another_run_is_none(run: Run, content: str) -> None:
+    run.begin(resume=True)
+    (run.directory / "result.json").write_text(content)
+    assert run.result is None
+
+
+def test_a_record_cut_short_at_any_byte_is_none(run: Run) -> None:
+    run.begin(resume=True)
+    run.finish({"digest": run.digest, "seed": 0})
+    text = (run.directory / "result.json").read_text().rstrip()
+    for size in range(len(text)):
+        (run.directory / "result.json").write_text(text[:size])
+        assert run.result is None
+
+
+def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "result.json"
+    write_atomically(path, "old")
+
+    def fail(*_: object) -> None:
+        raise OSError("the power went")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="power"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_beginning_again_keeps_what_is_resumed_and_forgets_it_otherwise(run: Run) -> None:
+    run.begin(resume=True)
+    (run.checkpoints / "last.ckpt").write_text("weights")
+    (run.directory / "metrics.csv").write_text("step\n1\n")
+    run.begin(resume=True)
+    assert (run.checkpoints / "last.ckpt").exists()
+    assert (run.directory / "metrics.csv").exists()
+    run.begin(resume=False)
+    assert not list(run.checkpoints.iterdir())
+    assert not (run.directory / "metrics.csv").exists()
+
+
+def test_the_configuration_that_is_written_makes_the_same_run(run: Run) -> None:
+    from omegaconf import OmegaConf
+
+    run.begin(resume=True)
+    assert plan(OmegaConf.load(run.directory / "config.yaml")).digest == run.digest
+
+
+def test_a_folder_that_cannot_be_made_names_the_key(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    blocked = replace(run, directory=tmp_path / "file" / "run")
+    with pytest.raises(InputError) as begun:
+        blocked.begin(resume=True)
+    with pytest.raises(InputError) as locked, blocked.lock():
+        pass
+    assert begun.value.key == locked.value.key == "paths.runs"
+
+
+def test_a_second_holder_waits_and_says_so(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    order: list[str] = []
+    waiting = threading.Event()
+
+    def second() -> None:
+        waiting.set()
+        with run.lock():
+            order.append("second")
+
+    with run.lock():
+        thread = threading.Thread(target=second)
+        thread.start()
+        waiting.wait()
+        thread.join(timeout=0.3)
+        order.append("first")
+    thread.join(timeout=10)
+    assert order == ["first", "second"]
+    assert f"{run.name}: another process is at this run" in capsys.readouterr().out
+
+
+def test_the_lock_is_free_after_an_error_and_after_a_kill(run: Run) -> None:
+    with pytest.raises(RuntimeError), run.lock():
+        raise RuntimeError
+    hold = "import sys, time, filelock as f; lock = f.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", hold, str(run.directory / ".lock")]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    got = threading.Event()
+
+    def take() -> None:
+        with run.lock():
+            got.set()
+
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    assert not got.wait(0.2)
+    holder.kill()
+    holder.wait()
+    assert got.wait(10)
+
+
+def test_a_result_is_readable_json_with_its_letters(run: Run) -> None:
+    run.begin(resume=True)
+    run.finish({"digest": run.digest, "task": "Übersetzung"})
+    text = (run.directory / "result.json").read_text(encoding="utf-8")
+    assert json.loads(text)["task"] == "Übersetzung"
+    assert "Übersetzung" in text
+    assert text.endswith("}\n")

@@ -1,0 +1,58 @@
+"""Schedules: values at chosen fractions, and what cannot be a schedule."""
+
+import pytest
+
+from kd.schedules import Constant, Cosine, Linear, Piecewise, as_schedule
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [
+        (Constant(3.0), {0.0: 3, 0.4: 3, 1.0: 3}),
+        (Linear(1.0, 0.0), {0.0: 1, 0.25: 0.75, 1.0: 0}),
+        (Linear(2.0, 6.0, begin=0.2, until=0.6), {0.0: 2, 0.2: 2, 0.3: 3, 0.4: 4, 0.6: 6, 1.0: 6}),
+        (Cosine(1.0, 0.0), {0.0: 1, 0.25: 0.8535533906, 0.5: 0.5, 1.0: 0}),
+        (Cosine(2.0, 10.0), {0.0: 2, 1 / 3: 4, 0.5: 6, 1.0: 10}),
+        (Piecewise([0.3, 0.6], [5.0, 7.0, 9.0]), {0.0: 5, 0.29: 5, 0.3: 7, 0.59: 7, 0.6: 9, 1.0: 9}),
+        (Piecewise([], [5.0]), {0.0: 5, 1.0: 5}),
+    ],
+    ids=str,
+)
+def test_schedule_has_these_values(schedule, values: dict[float, float]) -> None:
+    assert {fraction: schedule(fraction) for fraction in values} == pytest.approx(values)
+
+
+@pytest.mark.parametrize("schedule", [Linear(1.0, 4.0), Cosine(1.0, 4.0)], ids=str)
+def test_schedules_stay_flat_outside_of_training(schedule) -> None:
+    assert schedule(-0.5) == pytest.approx(1)
+    assert schedule(1.5) == pytest.approx(4)
+
+
+@pytest.mark.parametrize(("begin", "until"), [(0.5, 0.5), (0.6, 0.4), (-0.1, 1.0), (0.0, 1.1)])
+def test_linear_refuses_an_interval_that_is_none(begin: float, until: float) -> None:
+    with pytest.raises(ValueError, match=f"got begin={begin} until={until}"):
+        Linear(1.0, 0.0, begin=begin, until=until)
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "values"), [([0.5], [1.0]), ([0.5], [1.0, 2.0, 3.0]), ([0.6, 0.3], [1.0, 2.0, 3.0])], ids=str
+)
+def test_piecewise_refuses_what_does_not_fit(boundaries: list[float], values: list[float]) -> None:
+    with pytest.raises(ValueError, match="ascending boundaries and one value more"):
+        Piecewise(boundaries, values)
+
+
+@pytest.mark.parametrize("value", [2, 2.0, "2"])
+def test_a_number_is_a_constant_schedule(value: object) -> None:
+    assert as_schedule(value) == Constant(2.0)
+
+
+def test_a_schedule_stays_what_it_is() -> None:
+    schedule = Linear(1.0, 0.0)
+    assert as_schedule(schedule) is schedule
+
+
+@pytest.mark.parametrize("value", ["warm", None, [1.0]])
+def test_what_is_neither_is_refused(value: object) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        as_schedule(value)
