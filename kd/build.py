@@ -139,6 +139,7 @@ def build_models(run: Run, task: Task, meta: bool = False) -> Models:
         InputError: for whatever does not fit.
     """
     spec = run.spec
+    torch.manual_seed(spec.seed)
     method, weights = build_method(spec.method)
     if method.teachers is not None and method.teachers != len(spec.teacher):
         raise InputError(
@@ -213,7 +214,8 @@ def checked_length(spec: RunSpec, models: Models) -> int:
     """
     for encoder in (models.student, *(teacher.encoder for teacher in models.teachers)):
         # RoBERTa and MPNet number positions from the padding index on.
-        room = encoder.config.max_position_embeddings - (2 if encoder.config.pad_token_id == 1 else 0)
+        table: Any = encoder.base.get_submodule("embeddings.position_embeddings")
+        room = encoder.config.max_position_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
         if not 2 < spec.task.max_length <= room:
             raise InputError(
                 f"task.max_length={spec.task.max_length} must be from 3 to {room}, the positions of the model",

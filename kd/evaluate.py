@@ -1,5 +1,6 @@
 """What a model is worth: metrics, agreement, size, latency."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ LATENCY_REPEATS = 30
 @torch.no_grad()
 def evaluate(
     student: Encoder, teachers: Sequence[FrozenTeacher], loader: Iterable[Batch], task: Task, device: Any = "cpu"
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """Metrics of student and teachers over a loader, in float32, and how far the student agrees with each teacher.
 
     Agreement is the share of examples with the same predicted class, or the Pearson correlation of the scores.
@@ -29,7 +30,8 @@ def evaluate(
     Under DDP every rank sees its share and torchmetrics reduces over exactly the examples there are.
 
     Returns:
-        `student` and each teacher's name -> metric -> value; `agreement` -> teacher's name -> value.
+        `student` and each teacher's name -> metric -> value; `agreement` -> teacher's name -> value. None where a metric is
+        undefined.
     """
     student.to(device).eval()
     for teacher in teachers:
@@ -56,8 +58,10 @@ def _update(metrics: Mapping[str, Any], predictions: Tensor, labels: Tensor) -> 
         metric.update(predictions, labels)
 
 
-def _compute(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(metric.compute()) for name, metric in metrics.items()}
+def _compute(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    values = {name: float(metric.compute()) for name, metric in metrics.items()}
+    # A correlation with constant predictions is undefined; JSON has no word for it but null.
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def folder_megabytes(folder: Path, pattern: str = "*") -> float:

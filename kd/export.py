@@ -43,8 +43,9 @@ def largest_difference(student: Encoder, folder: Path, inputs: Mapping[str, torc
     return float((found(**taken).logits - student(inputs, Needs()).logits).abs().max())
 
 
-def _rows(split: str, metrics: Mapping[str, float]) -> list[str]:
-    return [f"| {split} | {name} | {value:.4f} |" for name, value in metrics.items()]
+def _rows(split: str, metrics: Mapping[str, float | None], prefix: str = "") -> list[str]:
+    shown = {name: "undefined" if value is None else f"{value:.4f}" for name, value in metrics.items()}
+    return [f"| {split} | {prefix}{name} | {value} |" for name, value in shown.items()]
 
 
 def model_card(result: Mapping[str, Any]) -> str:
@@ -54,11 +55,7 @@ def model_card(result: Mapping[str, Any]) -> str:
     labels = ", ".join(result["labels"]) if result["labels"] else "one score (regression)"
     lineage = "\n".join(f"- {name}: run `{digest}`" for name, digest in result["inputs"].items()) or "- no other runs"
     metrics = [row for split, values in result["metrics"].items() for row in _rows(split, values)]
-    agreement = [
-        f"| {split} | agreement with {name} | {value:.4f} |"
-        for split, values in result["agreement"].items()
-        for name, value in values.items()
-    ]
+    agreement = [row for split, values in result["agreement"].items() for row in _rows(split, values, "agreement with ")]
     table = "\n".join(["| split | metric | value |", "|---|---|---|", *metrics, *agreement])
     return f"""---
 library_name: transformers

@@ -168,6 +168,7 @@ def conclude(
         "task": run.spec.task.name,
         "seed": run.spec.seed,
         "digest": run.digest,
+        "family": run.family,
         "metrics": {
             **{split: scores[split]["student"] for split in splits},
             "test": scores.get("test", {}).get("student", {}),
@@ -194,6 +195,7 @@ def conclude(
         "ranks": distributed.world(),
         "lr": run.spec.optimizer.lr,
         "weights": run.spec.method.get("weights", {}),
+        "identity": run.identity,
         "inputs": {role: needed.name for role, needed in run.inputs.items()},
         "versions": versions(),
         "hardware": hardware(),

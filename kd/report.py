@@ -85,40 +85,57 @@ def load_results(folder: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda record: record.get("finished", ""))
 
 
-GROUP = ("task", "method", "student", "teacher", "init", "limit_train", "epochs", "lr", "precision", "weights")
-"""What results must share to be averaged over seeds; everything else that differs keeps them apart by run."""
-
-
 def grouped(results: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     """Results that differ in nothing but the seed, together."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
-        key = json.dumps([result.get("family") or [result[name] for name in GROUP]], sort_keys=True, default=str)
-        groups.setdefault(key, []).append(result)
+        groups.setdefault(result["family"], []).append(result)
     return list(groups.values())
 
 
-def _spread(values: Sequence[float]) -> str:
-    mean = statistics.fmean(values)
-    return f"{100 * mean:.2f}" if len(values) == 1 else f"{100 * mean:.2f} ± {100 * statistics.stdev(values):.2f}"
+def settings(identity: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A run's identity as `key.key` -> value."""
+    found: dict[str, Any] = {}
+    for name, value in identity.items():
+        found.update(settings(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
+    return found
+
+
+TOLD = ("method.name", "method._target_", "student.name", "task.name", "seed", "inputs.", "teachers.", "data.", "format")
+"""Settings that a row tells already, or that say nothing to a person."""
+
+
+def differences(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """For each group, the settings in which it differs from the others of the same task, method and student, in words."""
+    found = []
+    for group in groups:
+        first, own = group[0], settings(group[0]["identity"])
+        alike = [g[0] for g in groups if all(g[0][name] == first[name] for name in ("task", "method", "student", "teacher"))]
+        others = [settings(other["identity"]) for other in alike]
+        names = [n for n in own if not n.startswith(TOLD) and any(other.get(n) != own[n] for other in others)]
+        found.append(" ".join(f"{name.removeprefix('method.')}={own[name]}" for name in names))
+    return found
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values) or not known:
+        return "undefined"
+    mean = statistics.fmean(known)
+    return f"{100 * mean:.2f}" if len(known) == 1 else f"{100 * mean:.2f} ± {100 * statistics.stdev(known):.2f}"
 
 
 def report_table(results: Sequence[Mapping[str, Any]]) -> Table:
     """One row for each configuration, mean and standard deviation over seeds, in percent."""
     metrics = list(dict.fromkeys((s, n) for r in results for s, found in r["metrics"].items() for n in found))
+    groups = grouped(results)
+    told = differences(groups)
     table = Table(title_justify="left")
-    for column in ("task", "method", "student", "teacher", "seeds"):
+    for column in ("task", "method", "student", "teacher", *(["where"] if any(told) else []), "seeds"):
         table.add_column(column)
-    for column in (
-        "parameters",
-        "MB",
-        *(f"{split} {name}" for split, name in metrics),
-        "agreement",
-        "latency ms",
-        "train s",
-    ):
+    for column in ("parameters", "MB", *(f"{split} {name}" for split, name in metrics), "agreement", "latency ms", "train s"):
         table.add_column(column, justify="right")
-    for group in grouped(results):
+    for group, words in zip(groups, told, strict=True):
         first = group[0]
         agreements = [value for r in group for value in list(r["agreement"].get("validation", {}).values())[:1]]
         table.add_row(
@@ -126,6 +143,7 @@ def report_table(results: Sequence[Mapping[str, Any]]) -> Table:
             first["method"],
             first["student"],
             ", ".join(first["teacher"]),
+            *([words] if any(told) else []),
             ", ".join(str(r["seed"]) for r in group),
             f"{first['parameters']['student']:,}",
             _number(first["megabytes"]["student"], 1),

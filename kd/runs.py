@@ -57,6 +57,7 @@ class Run:
         digest: of everything that changes the result.
         directory: where it lives.
         inputs: role -> run; `teacher <name>`, or `stage`.
+        identity: what the digest is of.
     """
 
     config: DictConfig
@@ -64,11 +65,17 @@ class Run:
     digest: str
     directory: Path
     inputs: dict[str, "Run"] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """Name of the directory."""
         return self.directory.name
+
+    @property
+    def family(self) -> str:
+        """Digest of everything but the seed: what runs that may be averaged have in common."""
+        return digest_of({key: value for key, value in self.identity.items() if key != "seed"})
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -127,6 +134,12 @@ class Run:
             lock.release()
 
 
+def digest_of(identified: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits that stand for a configuration."""
+    text = json.dumps(identified, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file, all or nothing."""
     draft = path.with_name(path.name + ".part")
@@ -164,11 +177,10 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0) -> R
     }
     if spec.student.init == "run":
         inputs["stage"] = plan(*stage_config(spec, overrides, depth), depth + 1)
-    digest = hashlib.blake2b(
-        json.dumps(identity(spec, inputs), sort_keys=True, default=str).encode(), digest_size=6
-    ).hexdigest()
+    identified = identity(spec, inputs)
+    digest = digest_of(identified)
     name = f"{spec.method['name']}-{spec.student.name}-{spec.task.name}-s{spec.seed}-{digest}"
-    return Run(config, spec, digest, Path(spec.paths.runs).expanduser() / name, inputs)
+    return Run(config, spec, digest, Path(spec.paths.runs).expanduser() / name, inputs, identified)
 
 
 def needs_fine_tuning(name: str, teacher: TeacherSpec) -> bool:

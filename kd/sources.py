@@ -92,6 +92,10 @@ def fingerprint(source: str, key: str) -> str:
     if path is None:
         return source
     if source.startswith("package:"):
-        return f"{source}=={package_version(source.removeprefix('package:').partition('/')[0])}"
-    weights = [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin"), path / "config.json"]
-    return "files:" + "-".join(file_fingerprint(file) for file in sorted(weights))
+        version = package_version(source.removeprefix("package:").partition("/")[0])
+        if version != "unknown":
+            return f"{source}=={version}"
+    patterns = ("*.safetensors", "pytorch_model*.bin", "config.json", "tokenizer*.json", "vocab.*", "merges.txt")
+    files = {file for pattern in patterns for file in path.glob(pattern)}
+    digests = "".join(f"{file.name}={file_fingerprint(file)};" for file in sorted(files))
+    return "files:" + hashlib.blake2b(digests.encode(), digest_size=8).hexdigest()

@@ -76,7 +76,7 @@ def write_csv(path: Path, count: int, seed: int = 0, labels: tuple[str, str] = (
 def _quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # the models are so small that a second thread only gets in the way
 
 
 @pytest.fixture(scope="session")

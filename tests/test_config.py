@@ -226,6 +226,13 @@ def test_inside_a_hydra_job_its_configuration_folder_is_searched(tmp_path: Path)
     assert (made.student.name, made.student.layers) == ("mine", 5)
 
 
+def test_an_experiment_beats_the_keys_of_the_root(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 7\npreflight: false\n")
+    made = spec(f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine")
+    assert (made.seed, made.preflight) == (7, False)
+
+
 def test_a_configuration_survives_being_written_and_read() -> None:
     config = compose(["method=kd"])
     assert typed(OmegaConf.create(OmegaConf.to_yaml(config))) == typed(config)

@@ -160,7 +160,12 @@ def test_closing_table_shows_student_and_teacher(finished: tuple[Run, dict], cap
 
 
 def test_student_begun_from_a_run_builds_that_run_first(small: Small) -> None:
-    stage = small("method=kd", "student.init=run", "student.run=['method=finetune','student.init=every','seed=7','optimizer.lr=5e-3']", "optimizer.lr=1e-9")
+    stage = small(
+        "method=kd",
+        "student.init=run",
+        "student.run=['method=finetune','student.init=every','seed=7','optimizer.lr=5e-3']",
+        "optimizer.lr=1e-9",
+    )
     run, result = made(stage)
     first = run.inputs["stage"]
     assert first.spec.seed == 7
@@ -261,16 +266,23 @@ def test_two_processes_train_a_shared_teacher_once(small: Small, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.ddp
-def test_torchrun_on_two_ranks_gives_the_result_of_one(
-    finished: tuple[Run, dict], small: Small, tmp_path: Path
-) -> None:
+def test_torchrun_on_two_ranks_gives_the_result_of_one(finished: tuple[Run, dict], small: Small, tmp_path: Path) -> None:
     teacher = finished[0].inputs["teacher minilm"].directory
     shutil.copytree(teacher, tmp_path / teacher.name)
     more = ("student.dropout=0", "trainer.eval_batch_size=5")
     _, one = made(small(*more))
     arguments = small(*more, f"paths.runs={tmp_path}", "trainer=ddp", "trainer.accelerator=cpu")
     process = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29533", "-m", "kd.train", *arguments],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node=2",
+            "--master-port=29533",
+            "-m",
+            "kd.train",
+            *arguments,
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -435,7 +447,11 @@ def test_broken_file_exits_with_2_and_names_the_key(
 
 
 def test_ready_teacher_with_other_labels_is_refused_and_one_with_other_order_is_not(
-    finished: tuple[Run, dict], small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Run, dict],
+    small: Small,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = finished[0].inputs["teacher minilm"]
     folder = tmp_path / "ready"
@@ -467,7 +483,9 @@ def test_ready_teacher_with_other_labels_is_refused_and_one_with_other_order_is_
         assert metrics == pytest.approx(finished[1]["metrics_teacher"]["minilm"][split])
 
 
-def test_weights_and_biases_without_an_account_is_offline(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_without_an_account_is_offline(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))

@@ -115,7 +115,7 @@ class Classification:
 
     def hard(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy, in nats."""
-        return F.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, labels)
+        return F.cross_entropy(soft_losses.widened(logits), labels)
 
     def soft(
         self, student: Tensor, teacher: Tensor, temperature: float, loss: str = "kl", reduction: str = "batchmean"
@@ -183,8 +183,8 @@ class Regression:
 
     def hard(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean squared error of logits (batch, 1) against labels (batch,)."""
-        scores = self.predict(logits)
-        return F.mse_loss(scores.float() if scores.dtype == torch.bfloat16 else scores, labels.to(scores.dtype))
+        scores = soft_losses.widened(self.predict(logits))
+        return F.mse_loss(scores, labels.to(scores.dtype))
 
     def soft(
         self, student: Tensor, teacher: Tensor, temperature: float, loss: str = "kl", reduction: str = "batchmean"

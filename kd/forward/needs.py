@@ -44,6 +44,9 @@ class Needs:
         object.__setattr__(self, "attention", _layers(attention))
         object.__setattr__(self, "value", _layers(value))
         object.__setattr__(self, "gradient", bool(gradient))
+        for kind, lowest in (("hidden", 0), ("attention", 1), ("value", 1)):
+            if below := [layer for layer in getattr(self, kind) if layer < lowest]:
+                raise ValueError(f"{kind} of layer {min(below)} does not exist; its layers begin at {lowest}")
 
     def __or__(self, other: "Needs") -> "Needs":
         return Needs(

@@ -21,7 +21,11 @@ def _relative_positions(base: nn.Module, states: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Semantic names of one backbone family of transformers 5. Paths are relative to the base model or to a block."""
+    """Semantic names of one backbone family of transformers 5.
+
+    `base` and `outputs` (the last linear layer) are paths in the classifier, `blocks` and `embeddings` in the base model,
+    `query`, `key` and `value` in a block; `intermediate` and `dropouts` are names in the configuration.
+    """
 
     base: str
     blocks: str
@@ -32,6 +36,7 @@ class Family:
     dropouts: tuple[str, ...]
     intermediate: str = "intermediate_size"
     embeddings: str = "embeddings"
+    outputs: str = "classifier"
     score_bias: Callable[[nn.Module, Tensor], Tensor] | None = None
 
 
@@ -55,6 +60,7 @@ FAMILIES: Mapping[str, Family] = {
         value="attention.self.value",
         inputs=("input_ids", "attention_mask"),
         dropouts=_BERT_DROPOUTS,
+        outputs="classifier.out_proj",
     ),
     "distilbert": Family(
         base="distilbert",
@@ -74,6 +80,7 @@ FAMILIES: Mapping[str, Family] = {
         value="attention.attn.v",
         inputs=("input_ids", "attention_mask"),
         dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+        outputs="classifier.out_proj",
         score_bias=_relative_positions,
     ),
 }
@@ -108,11 +115,17 @@ def record(base: nn.Module, family: Family, needs: Needs) -> Iterator[dict[str, 
     seen: dict[str, dict[int, Tensor]] = {"hidden": {}, "query": {}, "key": {}, "value": {}}
     layer = 0
 
-    def keep_embeddings(_: nn.Module, __: Any, output: Any) -> None:
+    def keep_embeddings(_: nn.Module, __: Any, output: Any) -> Any:
         nonlocal layer
         layer = 0
+        states = _first(output)
+        # Nothing of a frozen model requires a gradient; its embeddings are then the place where one begins.
+        fresh = needs.gradient and not states.requires_grad
+        if fresh:
+            states = states.detach().requires_grad_()
         if 0 in needs.hidden:
-            seen["hidden"][0] = _first(output)
+            seen["hidden"][0] = states
+        return states if fresh else None
 
     def keep_block(_: nn.Module, __: Any, output: Any) -> None:
         nonlocal layer

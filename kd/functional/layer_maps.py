@@ -68,9 +68,18 @@ def resolve(spec: str | Sequence[Sequence[int]], student: int, teacher: int, key
                 key,
             )
         return NAMED[spec](student, teacher)
+    if not isinstance(spec, Sequence):
+        raise InputError(
+            f"'{spec}' is neither a layer map ({', '.join(NAMED)}) nor a list of pairs [student layer, teacher layer]", key
+        )
     pairs = []
     for pair in spec:
-        if isinstance(pair, str | int) or len(pair) != 2 or not all(type(layer) is int for layer in pair):
+        if (
+            not isinstance(pair, Sequence)
+            or isinstance(pair, str)
+            or len(pair) != 2
+            or not all(type(layer) is int for layer in pair)
+        ):
             raise InputError(f"'{pair}' is not a pair [student layer, teacher layer]", key)
         for layer, depth, whose in zip(pair, (student, teacher), ("student", "teacher"), strict=True):
             if not 0 <= layer <= depth:

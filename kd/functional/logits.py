@@ -8,7 +8,7 @@ REDUCTIONS = ("batchmean", "elementmean", "sum", "none")
 SOFT_LOSSES = ("kl", "ce", "mse")
 
 
-def _wide(logits: Tensor) -> Tensor:
+def widened(logits: Tensor) -> Tensor:
     """At least float32: a softmax over half-precision logits loses the tail that distillation is about."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
@@ -24,6 +24,11 @@ def _reduce(values: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return values.sum(dim=-1)
     raise ValueError(f"reduction '{reduction}' is not one of {', '.join(REDUCTIONS)}")
+
+
+def _check(student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
+        raise ValueError(f"logits of student and teacher differ in shape: {tuple(student.shape)}, {tuple(teacher.shape)}")
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, reduction: str = "batchmean") -> Tensor:
@@ -42,8 +47,9 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, re
     >>> kl_divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])).item()  # doctest: +ELLIPSIS
     0.3278...
     """
-    log_student = F.log_softmax(_wide(student) / temperature, dim=-1)
-    log_teacher = F.log_softmax(_wide(teacher).detach() / temperature, dim=-1)
+    _check(student, teacher)
+    log_student = F.log_softmax(widened(student) / temperature, dim=-1)
+    log_teacher = F.log_softmax(widened(teacher).detach() / temperature, dim=-1)
     return _reduce(log_teacher.exp() * (log_teacher - log_student), reduction) * temperature**2
 
 
@@ -52,8 +58,9 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.
 
     It differs from the divergence by the teacher's entropy, a constant. Shapes and arguments as `kl_divergence`.
     """
-    log_student = F.log_softmax(_wide(student) / temperature, dim=-1)
-    target = F.softmax(_wide(teacher).detach() / temperature, dim=-1)
+    _check(student, teacher)
+    log_student = F.log_softmax(widened(student) / temperature, dim=-1)
+    target = F.softmax(widened(teacher).detach() / temperature, dim=-1)
     return _reduce(-target * log_student, reduction)
 
 
@@ -63,6 +70,5 @@ def squared_error(student: Tensor, teacher: Tensor, reduction: str = "elementmea
     Raises:
         ValueError: if the shapes differ, because broadcasting (batch, 1) against (batch,) would give (batch, batch).
     """
-    if student.shape != teacher.shape:
-        raise ValueError(f"logits of student and teacher differ in shape: {tuple(student.shape)}, {tuple(teacher.shape)}")
-    return _reduce((_wide(student) - _wide(teacher).detach()) ** 2, reduction)
+    _check(student, teacher)
+    return _reduce((widened(student) - widened(teacher).detach()) ** 2, reduction)

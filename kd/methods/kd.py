@@ -59,7 +59,7 @@ def checked(value: str, allowed: tuple[str, ...], key: str) -> str:
 
 
 def checked_temperature(value: "float | Schedule") -> Schedule:
-    """A temperature as a schedule, positive at both ends.
+    """A temperature as a schedule, positive throughout.
 
     Raises:
         InputError: for something that is no number, or not positive.
@@ -68,7 +68,7 @@ def checked_temperature(value: "float | Schedule") -> Schedule:
         schedule = as_schedule(value)
     except (TypeError, ValueError) as error:
         raise InputError(f"method.temperature={value!r} is not a number", "method.temperature") from error
-    for fraction in (0.0, 1.0):
+    for fraction in (step / 100 for step in range(101)):
         if not schedule(fraction) > 0:
             raise InputError(f"method.temperature is {schedule(fraction)}, it must be positive", "method.temperature")
     return schedule

@@ -42,9 +42,12 @@ def load_tokenizer(source: str, key: str) -> Any:
 
     name, options = pretrained(source, key)
     try:
-        return AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise InputError(f"the tokenizer of '{source}' cannot be loaded: {_first_line(error)}", key) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
+        raise InputError(f"'{source}' has no tokenizer: there is no vocabulary in it", key)
+    return tokenizer
 
 
 def load_classifier(source: str, key: str, config: Any) -> nn.Module:
@@ -168,7 +171,9 @@ def new_classifier(config: Any, meta: bool = False) -> nn.Module:
 
 
 @torch.no_grad()
-def copy_layers(target: nn.Module, source: nn.Module, family: Family, layers: Sequence[int], head: bool) -> None:
+def copy_layers(
+    target: nn.Module, source: nn.Module, family: Family, layers: Sequence[int], head: Sequence[int] | None
+) -> None:
     """Copy embeddings, everything else outside the blocks, and the chosen blocks; the head only if asked.
 
     Args:
@@ -176,34 +181,39 @@ def copy_layers(target: nn.Module, source: nn.Module, family: Family, layers: Se
         source: the model copied from, of the same family and width.
         family: their taps.
         layers: for each block of the target, the block of the source, counted from 1.
-        head: whether the classifier comes along.
+        head: for each output of the target, the output of the source; None leaves the head as it is.
     """
     blocks = f"{family.base}.{family.blocks}."
     origin = {f"{blocks}{ours}.": f"{blocks}{theirs - 1}." for ours, theirs in enumerate(layers)}
     weights = source.state_dict()
     for name, tensor in target.state_dict().items():
         prefix = next((prefix for prefix in origin if name.startswith(prefix)), "")
-        if head or name.startswith(f"{family.base}."):
-            tensor.copy_(weights[name.replace(prefix, origin[prefix], 1) if prefix else name])
+        if prefix:
+            tensor.copy_(weights[name.replace(prefix, origin[prefix], 1)])
+        elif name.startswith(f"{family.base}."):
+            tensor.copy_(weights[name])
+        elif head is not None:
+            tensor.copy_(weights[name][list(head)] if name.startswith(f"{family.outputs}.") else weights[name])
 
 
-def check_copy(config: Any, source: Any, spec: StudentSpec) -> None:
+def check_copy(config: Any, source: Any, spec: StudentSpec, key: str = "student.init") -> None:
     """Whether weights of `source` fit a student of `config`.
 
     Raises:
         InputError: if they do not, saying what differs.
     """
     family = family_of(config.model_type)
-    names = ("model_type", "hidden_size", "num_attention_heads", family.intermediate, "vocab_size")
-    for name in names:
-        ours, theirs = getattr(config, name), getattr(source, name, None)
+    sizes = ("hidden_size", "num_attention_heads", family.intermediate)
+    tables = ("vocab_size", "max_position_embeddings", "type_vocab_size", "relative_attention_num_buckets")
+    for name in ("model_type", *sizes, *tables):
+        ours, theirs = getattr(config, name, None), getattr(source, name, None)
         if ours != theirs:
             raise InputError(
                 f"student.init={spec.init} copies weights, which needs the same {name}: the student has {ours}, "
                 f"the model it copies from {theirs}; use student.init=random",
-                "student.init",
+                key,
             )
-    chosen_layers(spec.init, config.num_hidden_layers, source.num_hidden_layers)
+    layers_to_copy(spec, config, source)
 
 
 def build_student(
@@ -230,34 +240,39 @@ def build_student(
     config = student_config(spec, backbone, labels, key)
     tokenizer = load_tokenizer(backbone, key)
     whole = spec.init in ("checkpoint", "run")
+    given = "student.checkpoint" if whole else "student.init_from"
     if initial is not None:
-        found = load_config(initial, "student.init")
-        if not whole:
-            check_copy(config, found, spec)
+        found = load_config(initial, given)
+        check_copy(config, found, spec, "student.checkpoint" if whole else "student.init")
     if meta:
         return Encoder(new_classifier(config, meta=True), tokenizer)
-    if initial is None:
-        return Encoder(new_classifier(config), tokenizer)
-    if whole:
-        _check_same_shape(config, found)
-        return Encoder(load_classifier(initial, "student.init", config), tokenizer)
-    from_teacher = spec.init_from == "teacher"
-    source = load_classifier(initial, "student.init_from", with_labels(found, labels) if not from_teacher else found)
     student = new_classifier(config)
-    layers = chosen_layers(spec.init, config.num_hidden_layers, found.num_hidden_layers)
-    same_head = list(found.id2label.values()) == list(config.id2label.values())
-    copy_layers(student, source, family_of(config.model_type), layers, head=from_teacher and same_head)
+    if initial is not None:
+        source = load_classifier(initial, given, found)
+        layers = layers_to_copy(spec, config, found)
+        head = None if spec.init_from == "pretrained" and not whole else head_rows(config, found)
+        copy_layers(student, source, family_of(config.model_type), layers, head)
     return Encoder(student, tokenizer)
 
 
-def _check_same_shape(config: Any, found: Any) -> None:
-    for name in ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
-        ours, theirs = getattr(config, name), getattr(found, name, None)
-        if ours != theirs:
-            raise InputError(
-                f"the checkpoint has {name}={theirs}, the student {ours}; give the student the checkpoint's sizes",
-                "student.checkpoint",
-            )
+def layers_to_copy(spec: StudentSpec, config: Any, source: Any) -> list[int]:
+    """For each block of the student, the source's block, counted from 1; a checkpoint is copied block by block.
+
+    Raises:
+        InputError: if the source is too shallow, or a checkpoint has another depth.
+    """
+    depth, theirs = config.num_hidden_layers, source.num_hidden_layers
+    if spec.init not in ("checkpoint", "run"):
+        return chosen_layers(spec.init, depth, theirs)
+    if depth != theirs:
+        raise InputError(f"the student has {depth} layers, the model it begins from {theirs}", "student.checkpoint")
+    return list(range(1, depth + 1))
+
+
+def head_rows(config: Any, source: Any) -> list[int] | None:
+    """For each output of the student, the source's output of the same name; None if the names are others."""
+    ours, theirs = ([str(name).casefold() for name in c.id2label.values()] for c in (config, source))
+    return [theirs.index(name) for name in ours] if sorted(ours) == sorted(theirs) else None
 
 
 def describe_init(spec: StudentSpec, depth: int, source_depth: int | None) -> str:
