@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_model
 from torch import nn
 
+from conftest import tiny_model
 from kd.errors import InputError
 from kd.optimizers import OptimizerFactory
 

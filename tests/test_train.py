@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_csv
 from lightning.pytorch import Callback
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from conftest import write_csv
 from kd import fit as fitting
 from kd import train
 from kd.config import compose

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import tiny_config, tiny_model, tiny_tokenizer
 
+from conftest import tiny_config, tiny_model, tiny_tokenizer
 from kd.build import build_method
 from kd.config import compose, conf_folder
 from kd.data.batch import Batch

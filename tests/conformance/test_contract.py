@@ -7,8 +7,8 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conformance.bench import METHODS, Bench, Recorded, batch_of, more_padding, save_two_rank_updates, take
 
+from conformance.bench import METHODS, Bench, Recorded, batch_of, more_padding, save_two_rank_updates, take
 from kd.config import compose
 from kd.errors import InputError
 

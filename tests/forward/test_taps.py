@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from conftest import tiny_model
 from kd.errors import InputError
 from kd.forward import Needs, Outputs
 from kd.forward.taps import FAMILIES, family_of

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import tiny_model
 from torch.nn import functional as F
 
+from conftest import tiny_model
 from kd.data.batch import Batch
 from kd.data.tasks import Classification, Regression, Task
 from kd.engines.distiller import Distiller

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from conftest import tiny_model
 from kd.data.batch import Batch
 from kd.data.tasks import Classification
 from kd.errors import InputError

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
+from conftest import tiny_model, tiny_tokenizer
 from kd.build import checked_length
 from kd.errors import InputError
 from kd.forward import Needs
@@ -374,7 +374,11 @@ def test_copy_from_other_embedding_tables_is_refused_not_broadcast(make: Make, s
 
 @pytest.mark.parametrize(
     ("sizes", "key"),
-    [({"layers": 3}, "student.checkpoint"), ({"width": 16}, "student.checkpoint"), ({"intermediate_size": 48}, "student.init")],
+    [
+        ({"layers": 3}, "student.checkpoint"),
+        ({"width": 16}, "student.checkpoint"),
+        ({"intermediate_size": 48}, "student.checkpoint"),
+    ],
     ids=str,
 )
 def test_checkpoint_of_another_shape_is_refused(make: Make, sizes: dict[str, int], key: str) -> None:
@@ -383,7 +387,7 @@ def test_checkpoint_of_another_shape_is_refused(make: Make, sizes: dict[str, int
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
-@pytest.mark.parametrize(("init", "key"), [("first", "student.init_from"), ("checkpoint", "student.init")])
+@pytest.mark.parametrize(("init", "key"), [("first", "student.init_from"), ("checkpoint", "student.checkpoint")])
 def test_truncated_weights_are_refused(make: Make, tmp_path: Path, init: str, key: str, kept: float) -> None:
     tiny_model().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import tiny_model
 from torch import Tensor
 
+from conftest import tiny_model
 from kd.data.tasks import Classification
 from kd.engines.distiller import Distiller
 from kd.errors import InputError
