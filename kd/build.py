@@ -169,8 +169,7 @@ def initial_source(run: Run, meta: bool) -> str | None:
     if spec.init == "checkpoint":
         return spec.checkpoint
     if spec.init == "run":
-        stage = run.inputs["stage"]
-        return backbone_of(stage.spec)[0] if meta else str(stage.student)
+        return None if meta else str(run.inputs["stage"].student)  # its shape is checked when it is there
     if spec.init_from not in INIT_FROM:
         raise one_of(spec.init_from, INIT_FROM, "student.init_from")
     if spec.init_from == "pretrained":

@@ -170,17 +170,32 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0) -> R
         if getattr(spec.trainer, key) < 1:
             raise InputError(f"trainer.{key}={getattr(spec.trainer, key)} must be at least 1", f"trainer.{key}")
     spec.trainer.precision = resolve_precision(spec.trainer.precision, spec.trainer.accelerator)
-    inputs = {
-        f"teacher {name}": plan(teacher_config(config, spec, name, teacher), depth=depth)
-        for name, teacher in spec.teacher.items()
-        if needs_fine_tuning(name, teacher)
-    }
+    inputs = {}
+    for name, teacher in spec.teacher.items():
+        if needs_fine_tuning(name, teacher):
+            with keys_of(f"teacher {name}"):
+                inputs[f"teacher {name}"] = plan(teacher_config(config, spec, name, teacher), depth=depth)
     if spec.student.init == "run":
         inputs["stage"] = plan(*stage_config(spec, overrides, depth), depth + 1)
     identified = identity(spec, inputs)
     digest = digest_of(identified)
     name = f"{spec.method['name']}-{spec.student.name}-{spec.task.name}-s{spec.seed}-{digest}"
     return Run(config, spec, digest, Path(spec.paths.runs).expanduser() / name, inputs, identified)
+
+
+@contextmanager
+def keys_of(role: str) -> Iterator[None]:
+    """Errors of an input's run name the key of the run that needs it: where the user can change it."""
+    try:
+        yield
+    except InputError as error:
+        if error.key is None or not role.startswith("teacher "):
+            raise
+        place = f"teacher.{role.removeprefix('teacher ')}"
+        part = error.key.partition(".")[0]
+        own = part in ("method", "student", "optimizer", "seed") or error.key == "trainer.max_epochs"
+        key = f"{place}.run.{error.key}" if own else error.key
+        raise InputError(error.message, f"{place}.backbone" if error.key == "student.backbone" else key) from error
 
 
 def needs_fine_tuning(name: str, teacher: TeacherSpec) -> bool:

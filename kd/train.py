@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kd import distributed
 from kd.config import ROOT, conf_folder, explain
 from kd.errors import InputError
-from kd.runs import Run, plan
+from kd.runs import Run, keys_of, plan
 
 INTERRUPTED = 130
 
@@ -45,7 +45,8 @@ def execute(run: Run, purpose: str = "") -> dict[str, Any]:
         examples = build_examples(run)
         check(run, examples)  # before a teacher is trained for it
         for role, needed in run.inputs.items():
-            execute(needed, f"{role}: {needed.name}")
+            with keys_of(role):
+                execute(needed, f"{role}: {needed.name}")
         from kd.fit import fit
 
         say(f"\n{purpose or run.name}\n  {run.directory}")

@@ -12,8 +12,9 @@ from rich.console import Console
 from kd import report
 
 
-def record(seed: int = 0, **more: Any) -> dict[str, Any]:
+def record(seed: int = 0, family: str = "f0", settings: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
     """The record of a run, as `result.json` has it."""
+    method = {"name": more.get("method", "kd"), "temperature": 4.0, "weights": {"task": 0.5, "logits": 0.5}}
     return {
         "method": "kd",
         "student": "2l",
@@ -27,6 +28,8 @@ def record(seed: int = 0, **more: Any) -> dict[str, Any]:
         "precision": "32-true",
         "weights": {"task": 0.5, "logits": 0.5},
         "digest": f"d{seed}",
+        "family": family,
+        "identity": {"seed": seed, "method": method, "trainer": {"max_epochs": 3}, **(settings or {})},
         "finished": f"2025-01-0{seed + 1}T00:00:00",
         "metrics": {"validation": {"accuracy": 0.6 + seed / 100}, "test": {"accuracy": 0.5 + seed / 50}},
         "metrics_teacher": {"minilm": {"validation": {"accuracy": 0.7}, "test": {"accuracy": 0.65}}},
@@ -73,35 +76,45 @@ def test_one_seed_has_no_spread() -> None:
     assert row["test accuracy"] == "52.00"
 
 
-@pytest.mark.parametrize(
-    "difference",
-    [
-        {"method": "pkd"},
-        {"task": "mrpc"},
-        {"student": "3l"},
-        {"teacher": ["hub"]},
-        {"init": "random"},
-        {"limit_train": 100},
-        {"epochs": 4},
-        {"lr": 1e-4},
-        {"precision": "bf16-mixed"},
-        {"weights": {"task": 0.3, "logits": 0.7}},
-    ],
-)
-def test_what_differs_in_more_than_the_seed_is_not_averaged(difference: dict[str, Any]) -> None:
-    assert len(report.grouped([record(0), record(1, **difference)])) == 2
-    assert len(report.grouped([record(0), record(1)])) == 1
+def test_only_runs_of_one_family_are_averaged() -> None:
+    groups = report.grouped([record(0), record(0, family="f1"), record(1), record(1, family="f1")])
+    assert [[(result["family"], result["seed"]) for result in group] for group in groups] == [
+        [("f0", 0), ("f0", 1)],
+        [("f1", 0), ("f1", 1)],
+    ]
 
 
-def test_a_family_keeps_apart_what_the_columns_do_not_show() -> None:
-    same = [record(0, family="a"), record(1, family="a")]
-    assert len(report.grouped([*same, record(2, family="b")])) == 2
-    assert len(report.grouped(same)) == 1
+def test_rows_that_look_alike_tell_the_settings_in_which_they_differ() -> None:
+    longer = record(0, family="f1", settings={"trainer": {"max_epochs": 9}})
+    hotter = record(
+        0, family="f2", settings={"method": {"name": "kd", "temperature": 8.0, "weights": {"task": 0.5, "logits": 0.5}}}
+    )
+    rows = cells(report.report_table([record(0), record(1), longer, hotter]))
+    assert [row["where"] for row in rows] == [
+        "temperature=4.0 trainer.max_epochs=3",
+        "temperature=4.0 trainer.max_epochs=9",
+        "temperature=8.0 trainer.max_epochs=3",
+    ]
+    other = record(0, family="f3", method="pkd")  # its own column tells
+    assert "where" not in cells(report.report_table([record(0), record(1), other]))[0]
+
+
+def test_a_metric_that_a_run_does_not_have_is_undefined_not_averaged_away() -> None:
+    (row,) = cells(
+        report.report_table([record(0), record(1, metrics={"validation": {"accuracy": None}, "test": {"accuracy": 0.5}})])
+    )
+    assert row["validation accuracy"] == "undefined"
+    assert row["test accuracy"] == "50.00 ± 0.00"
 
 
 def test_tasks_with_different_metrics_share_a_table_with_gaps() -> None:
     other = record(
-        0, task="cola", metrics={"validation": {"matthews_corrcoef": 0.25}}, teacher=[], agreement={"validation": {}}
+        0,
+        family="f1",
+        task="cola",
+        metrics={"validation": {"matthews_corrcoef": 0.25}},
+        teacher=[],
+        agreement={"validation": {}},
     )
     rte, cola = cells(report.report_table([record(0), other]))
     assert (rte["validation matthews_corrcoef"], cola["validation matthews_corrcoef"]) == ("", "25.00")

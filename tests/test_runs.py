@@ -316,6 +316,13 @@ def test_another_stage_makes_another_run(alone: Planner) -> None:
     assert run("trainer.progress=off") == plain
 
 
+@pytest.mark.parametrize("more", [[], ["student.init=run", "student.run=['student.init=random']"]])
+def test_a_family_is_of_runs_that_differ_in_the_seed_alone(alone: Planner, more: list[str]) -> None:
+    runs = [alone(f"seed={seed}", *more) for seed in range(2)]
+    assert runs[0].digest != runs[1].digest
+    assert runs[0].family == runs[1].family != alone("optimizer.lr=3e-3", *more).family
+
+
 def test_stages_chain(planned: Planner) -> None:
     first = "\"student.run=['method=finetune','student.init=random']\""
     run = planned("student.init=run", f"student.run=['method=kd','student.init=run',{first}]")
