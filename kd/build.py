@@ -67,6 +67,8 @@ def build_method(node: Mapping[str, Any]) -> tuple[Method, dict[str, Schedule]]:
     arguments = {name: value for name, value in node.items() if name not in ("name", "weights")}
     method: Method = make(arguments, "method")
     weights = node.get("weights", {})
+    if not isinstance(weights, Mapping):
+        raise InputError(f"method.weights={weights!r} is not a mapping of terms to numbers", "method.weights")
     check_weights(method.names, weights)
     return method, {name: build_schedule(value, f"method.weights.{name}") for name, value in weights.items()}
 

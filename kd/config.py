@@ -3,9 +3,11 @@
 import difflib
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -38,7 +40,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
             return hydra_compose(ROOT, list(overrides))
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
             return hydra_compose(ROOT, list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise explain(error) from error
 
 
@@ -47,40 +49,53 @@ def explain(error: BaseException) -> InputError:
     text = str(error).strip()
     cause = str(error.__cause__ or "").strip()
     if match := re.search(r"Could not (?:override|append to config\. .*?) '?([\w.@/]+)'?", text):
-        key = match.group(1)
-        if key.startswith("teacher."):
-            name = key.split(".")[1]
-            missing = f"either teacher=[...] does not list '{name}', or conf/teacher/{name}.yaml has no such key"
-            return InputError(f"there is no key '{key}': {missing}", "teacher")
-        return InputError(f"there is no key '{key}'{_near(key, cause or text)}", key)
+        return _no_such_key(match.group(1))
     if match := re.search(r"Could not (?:find|load) '(\w+)/([^']+)'", text):
         group, name = match.groups()
         known = sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
         hint = f"; there are {', '.join(known)}" if known else ""
         close = difflib.get_close_matches(name, known, n=1)
         return InputError(f"there is no {group} '{name}'{hint}{_suggest(close)}", group)
+    if "${method}_${task}" in text or "must be a string or a list" in text:
+        return InputError("a run has one method and one task, each named by a word: method=pkd task=rte", "method")
+    if isinstance(error, OverrideParseException):
+        return InputError(
+            f"'{error.override}' is no override: {_first(text)}. Values with brackets, commas or equals signs need quotes",
+            str(error.override).partition("=")[0].lstrip("+~"),
+        )
     if match := re.search(r"full_key: ([\w.\[\]]+)", f"{text}\n{cause}"):
         return InputError(_first(text), match.group(1))
     return InputError(_first(text) + (f" ({_first(cause)})" if cause and cause not in text else ""))
 
 
+def _no_such_key(key: str) -> InputError:
+    if key.startswith("teacher."):
+        name = key.split(".")[1]
+        own = conf_folder() / "teacher" / f"{name}.yaml"
+        if not own.is_file():
+            return InputError(f"there is no key '{key}': teacher=[...] does not list '{name}'", "teacher")
+        close = difflib.get_close_matches(key, _all_keys(), n=1, cutoff=0.75)
+        listed = _suggest(close) if close and close != [key] else f"; does teacher=[...] list '{name}'?"
+        return InputError(f"there is no key '{key}'{listed}", key)
+    if key in _all_keys():
+        return InputError(f"'{key}' cannot take this value here; what it does not hold yet is added with +{key}=...", key)
+    return InputError(f"there is no key '{key}'{_suggest(difflib.get_close_matches(key, _all_keys(), n=1, cutoff=0.75))}", key)
+
+
+LIBRARY_WORDS = ("full_key:", "object_type=", "reference_type=", "See https://")
+
+
 def _first(text: str) -> str:
-    return " ".join(line.strip() for line in text.splitlines()[:2] if line.strip() and "object_type" not in line)
+    """The first lines of a library's message, without what only its authors understand."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(LIBRARY_WORDS)]
+    return " ".join(lines[:2]).replace(" is not in struct", " does not exist")
 
 
 def _suggest(close: Sequence[str]) -> str:
     return f". Did you mean '{close[0]}'?" if close else ""
 
 
-def _near(key: str, text: str) -> str:
-    """A suggestion for a misspelt key, from the keys that its parent has in the default configuration."""
-    found = _KNOWN.get("keys") or _KNOWN.setdefault("keys", _all_keys())
-    return _suggest(difflib.get_close_matches(key, found, n=1, cutoff=0.75))
-
-
-_KNOWN: dict[str, list[str]] = {}
-
-
+@cache
 def _all_keys() -> list[str]:
     """Every key that a default configuration has, for suggestions; read as YAML, without composing."""
     keys: list[str] = list(PARTS)
@@ -111,6 +126,9 @@ def typed(config: DictConfig) -> RunSpec:
     try:
         plain = OmegaConf.to_container(config, resolve=True)
         assert isinstance(plain, dict)
+        for name in map(str, plain):
+            if name not in (*PARTS, "hydra"):
+                raise _no_such_key(name)
         known = {name: value for name, value in plain.items() if name in PARTS}
         merged = OmegaConf.merge(OmegaConf.structured(RunSpec), known)
         for missing in sorted(OmegaConf.missing_keys(merged)):

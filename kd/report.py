@@ -80,8 +80,8 @@ def load_results(folder: Path) -> list[dict[str, Any]]:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        record["run"] = path.parent.name
-        found.append(record)
+        if isinstance(record, dict):
+            found.append({**record, "run": path.parent.name})
     return sorted(found, key=lambda record: record.get("finished", ""))
 
 

@@ -75,7 +75,10 @@ class Run:
     @property
     def family(self) -> str:
         """Digest of everything but the seed: what runs that may be averaged have in common."""
-        return digest_of({key: value for key, value in self.identity.items() if key != "seed"})
+        inputs = dict(self.identity.get("inputs", {}))
+        if "stage" in self.inputs:  # it has the seed of the run that begins from it
+            inputs["stage"] = self.inputs["stage"].family
+        return digest_of({**self.identity, "inputs": inputs, "seed": None})
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -135,8 +138,16 @@ class Run:
 
 
 def digest_of(identified: Mapping[str, Any]) -> str:
-    """Twelve hexadecimal digits that stand for a configuration."""
-    text = json.dumps(identified, sort_keys=True, default=str)
+    """Twelve hexadecimal digits that stand for a configuration; 10 and 10.0 are the same number."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(name): plain(inner) for name, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(inner) for inner in value]
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    text = json.dumps(plain(identified), sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
@@ -253,13 +264,14 @@ def identity(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
         "method": spec.method,
         "engine": spec.engine,
         "student": student,
-        "teachers": {
-            name: {
+        "teachers": [  # a list: the order of a pool says whose weights a student begins from
+            {
+                "name": name,
                 "labels": teacher.labels,
                 "model": teacher.model and fingerprint(teacher.model, f"teacher.{name}.model"),
             }
             for name, teacher in spec.teacher.items()
-        },
+        ],
         "inputs": {role: run.digest for role, run in inputs.items()},
         "task": {key: value for key, value in task.items() if key not in PLACES},
         "data": {**source, **source_of(spec).fingerprint()},

@@ -75,6 +75,10 @@ def build_task(spec: TaskSpec, raw: Splits) -> Task:
         raise one_of(spec.kind, kinds, "task.kind")
     if spec.kind == "regression":
         return Regression(spec.name, spec.metrics, spec.monitor)
+    if spec.labels is None:
+        for example in raw["train"]:
+            if example.label is None or not str(example.label).strip():
+                raise InputError(f"{example.where}: the label is missing", "task.label")
     labels = spec.labels or sorted({str(example.label).strip() for example in raw["train"]})
     if len(labels) < 2:
         raise InputError(f"every training example has the label '{labels[0]}'; a classifier needs two or more", "task.label")
@@ -216,6 +220,8 @@ class KDData(pl.LightningDataModule):
     def loader(self, split: str, seed: int | None = None) -> DataLoader[Batch]:
         """A loader over a split: shuffled with a seed, sorted by length without."""
         lengths = self.tokens[split][self.student_key].lengths
+        if len(lengths) < self.world:
+            raise InputError(f"'{split}' has {len(lengths)} examples for {self.world} ranks", f"task.{split}")
         size = self.eval_batch_size if seed is None else self.batch_size
         sampler = LengthBatches(lengths.tolist(), size, seed, self.rank, self.world)
         if seed is not None:

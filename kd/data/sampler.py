@@ -42,19 +42,19 @@ class LengthBatches(Sampler[list[int]]):
 
     def batches(self) -> list[np.ndarray]:
         """The global batches of the current epoch."""
-        size = self.batch_size
         if self.seed is None:
-            order = np.argsort(self.lengths, kind="stable")
-            return [order[start : start + size] for start in range(0, len(order), size)]
+            return self._cut(np.argsort(self.lengths, kind="stable"))
         generator = np.random.default_rng([self.seed, self.epoch])
         order = generator.permutation(len(self.lengths))
         batches = []
-        for start in range(0, len(order), POOL * size):
-            pool = order[start : start + POOL * size]
-            pool = pool[np.argsort(self.lengths[pool], kind="stable")]
-            # A short batch, if any, is the last pool's longest sentences; where it lands is up to the shuffle below.
-            batches += [pool[begin : begin + size] for begin in range(0, len(pool), size)]
+        for start in range(0, len(order), POOL * self.batch_size):
+            pool = order[start : start + POOL * self.batch_size]
+            batches += self._cut(pool[np.argsort(self.lengths[pool], kind="stable")])
         return [batches[place] for place in generator.permutation(len(batches))]
+
+    def _cut(self, order: np.ndarray) -> list[np.ndarray]:
+        """Batches of a size that differs by one at most: no rank is left without an example by a short last batch."""
+        return np.array_split(order, -(-len(order) // self.batch_size))
 
     def __iter__(self) -> Iterator[list[int]]:
         batches, self.skip = self.batches()[self.skip :], 0

@@ -179,6 +179,7 @@ class Glue:
         local_columns: names of all columns, for TSV files without a header.
         validation: split -> name, both on the hub and, with `.tsv`, locally.
         repository: data set on the hub.
+        skip_broken: leave out lines of the TSV with another number of fields, and say how many. GLUE's own QQP has some.
     """
 
     subset: str
@@ -191,6 +192,7 @@ class Glue:
     local_columns: Sequence[str] | None = None
     validation: Mapping[str, Sequence[str]] | None = None
     repository: str = "nyu-mll/glue"
+    skip_broken: bool = False
 
     def _names(self) -> dict[str, Sequence[str]]:
         """Split -> [name on the hub, file name without `.tsv`]."""
@@ -222,7 +224,9 @@ class Glue:
         for split, path in self._files().items():
             if split == "test" and not self._labelled(path, label):
                 continue
-            found[split] = _examples(rows(path, "paths.glue", self.local_columns), path, text, label, "paths.glue")
+            found[split] = _examples(
+                rows(path, "paths.glue", self.local_columns, skip_broken=self.skip_broken), path, text, label, "paths.glue"
+            )
         return found
 
     def _labelled(self, path: Path, label: str) -> bool:
@@ -269,5 +273,6 @@ class Glue:
     def fingerprint(self) -> dict[str, str]:
         """Digests of the files, or the hub's name."""
         if self.root is None:
-            return {"hub": f"{self.repository}/{self.subset}"}
+            names = {split: name for split, (name, _) in self._names().items()}
+            return {"hub": f"{self.repository}/{self.subset}", **names}
         return {split: file_fingerprint(path) for split, path in self._files().items()}

@@ -351,7 +351,11 @@ def test_a_hub_that_cannot_be_reached_says_how_to_do_without(monkeypatch, answer
 
 
 def test_the_hub_is_not_asked_for_a_fingerprint() -> None:
-    assert Glue("rte", "RTE", ["a"], "label").fingerprint() == {"hub": "nyu-mll/glue/rte"}
+    assert Glue("rte", "RTE", ["a"], "label").fingerprint() == {
+        "hub": "nyu-mll/glue/rte",
+        "train": "train",
+        "validation": "validation",
+    }
 
 
 # An installed package
