@@ -87,8 +87,18 @@ def build_schedule(value: Any, key: str) -> Schedule:
 
 
 def build_optimizer(spec: RunSpec) -> OptimizerFactory:
-    """The optimiser's factory."""
+    """The optimiser's factory.
+
+    Raises:
+        InputError: for a value that cannot work.
+    """
     part = spec.optimizer
+    if spec.trainer.precision == "16-mixed" and part.factory.get("fused"):
+        raise InputError(
+            "trainer.precision=16-mixed scales gradients, which a fused optimiser undoes before they can be clipped; "
+            "use bf16-mixed, or optimizer.factory.fused=false",
+            "trainer.precision",
+        )
     return OptimizerFactory(make(part.factory, "optimizer.factory"), part.lr, part.weight_decay, part.schedule, part.warmup)
 
 

@@ -150,6 +150,22 @@ def test_finished_run_is_not_repeated_and_its_teacher_is_shared(
     assert len(trained) == 1
 
 
+def test_run_in_bfloat16_is_another_run_and_clips_gradients(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = []
+    original = torch.nn.utils.clip_grad_norm_
+
+    def clip(parameters: list[torch.Tensor], largest: float) -> torch.Tensor:
+        original(parameters, largest)
+        norms.append(float(torch.stack([p.grad.norm() for p in parameters]).norm()))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    run, result = made(small("method=finetune", "teacher=[]", "trainer.precision=bf16-mixed", "trainer.clip=0.01"))
+    assert result["precision"] == "bf16-mixed"
+    assert len(norms) == 12
+    assert max(norms) <= 0.01 + 1e-6
+    assert run.digest != planned(small("method=finetune", "teacher=[]", "trainer.clip=0.01")).digest
+
+
 def test_closing_table_shows_student_and_teacher(finished: tuple[Run, dict], capsys: pytest.CaptureFixture[str]) -> None:
     from kd.report import closing_table
 

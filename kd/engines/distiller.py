@@ -186,6 +186,20 @@ class Distiller(pl.LightningModule):
         scheduler = self.optimizer_factory.scheduler(optimizer, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the norm over all parameters.
+
+        Lightning's mixed-precision plugin refuses to clip for a fused optimiser, because with a gradient scaler it would clip
+        scaled gradients. bfloat16 has no scaler, so there is nothing to refuse.
+        """
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Counters, so that a resumed run reports its whole cost."""
         done = self.teacher_examples + sum(teacher.examples for teacher in self.teachers)
