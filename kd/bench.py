@@ -15,7 +15,7 @@ from typing import Any
 
 from kd.config import compose
 from kd.errors import InputError
-from kd.runs import Run, backbone_of, plan
+from kd.runs import Run, backbone_of, plan, without
 
 
 def prepare(run: Run, folder: Path) -> tuple[Any, Any, list[Any]]:
@@ -72,7 +72,8 @@ def bench(overrides: Sequence[str], steps: int, repeats: int) -> dict[str, Any]:
 
     quieten()
     chosen = plan(compose(overrides), overrides)
-    baseline = plan(compose([*overrides, "method=finetune"]))
+    plain = [*without(overrides, ["method=", "method."]), "method=finetune"]
+    baseline = plan(compose(plain), plain)
     runs = {str(chosen.spec.method["name"]): chosen, "finetune": baseline}
     with tempfile.TemporaryDirectory() as folder:
         made = {name: prepare(run, Path(folder) / name) for name, run in runs.items()}

@@ -1,5 +1,6 @@
 """Configuration to objects; the only module that instantiates."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,8 +55,8 @@ def make(node: Mapping[str, Any], key: str, **extra: Any) -> Any:
     except InstantiationException as error:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from error
-        cause = error.__cause__ or error
-        raise InputError(f"{node.get('_target_')} cannot be made: {str(cause).splitlines()[0]}", key) from error
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise InputError(f"{node.get('_target_')} cannot be made: {cause}", key) from error
 
 
 def build_method(node: Mapping[str, Any]) -> tuple[Method, dict[str, Schedule]]:
@@ -66,6 +67,8 @@ def build_method(node: Mapping[str, Any]) -> tuple[Method, dict[str, Schedule]]:
     """
     arguments = {name: value for name, value in node.items() if name not in ("name", "weights")}
     method: Method = make(arguments, "method")
+    if not isinstance(method, Method):
+        raise InputError(f"{node.get('_target_')} is not a Method", "method._target_")
     weights = node.get("weights", {})
     if not isinstance(weights, Mapping):
         raise InputError(f"method.weights={weights!r} is not a mapping of terms to numbers", "method.weights")
@@ -81,9 +84,13 @@ def build_schedule(value: Any, key: str) -> Schedule:
     """
     made = make(value, key) if isinstance(value, Mapping) else value
     try:
-        return as_schedule(made)
+        schedule = as_schedule(made)
+        finite = all(math.isfinite(schedule(step / 100)) for step in range(101))
     except (TypeError, ValueError) as error:
-        raise InputError(f"{key}={value!r} is neither a number nor a schedule", key) from error
+        raise InputError(f"{key}={value!r} is neither a number nor a schedule of numbers", key) from error
+    if not finite:
+        raise InputError(f"{key}={value!r} is not finite throughout training", key)
+    return schedule
 
 
 def build_optimizer(spec: RunSpec) -> OptimizerFactory:
@@ -260,4 +267,9 @@ def check(run: Run, examples: Examples) -> None:
     """
     models = build_models(run, examples.task, meta=True)
     checked_length(run.spec, models)
-    build_optimizer(run.spec)
+    try:
+        build_optimizer(run.spec).optimizer(torch.nn.Linear(2, 2))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the optimiser cannot be made: {error}", "optimizer.factory") from error
+    if run.spec.trainer.accelerator == "gpu" and not torch.cuda.is_available():
+        raise InputError("there is no GPU that torch can use here; use trainer=cpu", "trainer")

@@ -38,22 +38,40 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             draft.unlink(missing_ok=True)
 
 
-class EveryFewMinutes(ModelCheckpoint):
-    """Keeps `last.ckpt` fresh inside long epochs.
+class Checkpoint(ModelCheckpoint):
+    """A ModelCheckpoint whose folder may have moved: Lightning's forgets the best score when the path is another."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state up, with every path in the present folder."""
+
+        def moved(path: str) -> str:
+            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+        paths = ("best_model_path", "last_model_path", "kth_best_model_path")
+        state = {**state_dict, **{name: moved(state_dict.get(name, "")) for name in paths}, "dirpath": self.dirpath}
+        state["best_k_models"] = {moved(path): score for path, score in state_dict.get("best_k_models", {}).items()}
+        super().load_state_dict(state)
+
+
+class EveryFewMinutes(Checkpoint):
+    """Keeps `last.ckpt` fresh inside long epochs, between optimiser steps.
 
     After an epoch's last batch it leaves the saving to the end of the epoch: Lightning would otherwise resume behind the
-    validation that chooses the best checkpoint.
+    validation that chooses the best checkpoint. Between the batches of one optimiser step it waits: gradients that have
+    been accumulated are not part of a checkpoint.
     """
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Save if the time has come."""
-        if not trainer.is_last_batch:
-            super().on_train_batch_end(trainer, *args, **kwargs)
+        if not trainer.is_last_batch and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
 def checkpoint_callbacks(folder: Path, monitor: str, minutes: float) -> list[pl.Callback]:
     """`best.ckpt` by the monitored metric (weights only), and `last.ckpt` at the end of each epoch and every few minutes."""
-    best = ModelCheckpoint(
+    best = Checkpoint(
         folder,
         "best",
         monitor=f"validation/{monitor}",
@@ -62,7 +80,7 @@ def checkpoint_callbacks(folder: Path, monitor: str, minutes: float) -> list[pl.
         save_on_train_epoch_end=True,
         enable_version_counter=False,
     )
-    last = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+    last = Checkpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
     every = EveryFewMinutes(
         folder, "last", train_time_interval=datetime.timedelta(minutes=minutes), enable_version_counter=False
     )

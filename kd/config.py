@@ -63,6 +63,10 @@ def explain(error: BaseException) -> InputError:
             f"'{error.override}' is no override: {_first(text)}. Values with brackets, commas or equals signs need quotes",
             str(error.override).partition("=")[0].lstrip("+~"),
         )
+    if "is not a ListConfig" in text:
+        key = re.search(r"full_key: ([\w.]+)", f"{text}\n{cause}") or re.search(r"(task\.text)", "task.text")
+        name = key.group(1) if key else ""
+        return InputError(f"{name} takes a list: '{name}=[...]'", name)
     if match := re.search(r"full_key: ([\w.\[\]]+)", f"{text}\n{cause}"):
         return InputError(_first(text), match.group(1))
     return InputError(_first(text) + (f" ({_first(cause)})" if cause and cause not in text else ""))
@@ -78,7 +82,12 @@ def _no_such_key(key: str) -> InputError:
         listed = _suggest(close) if close and close != [key] else f"; does teacher=[...] list '{name}'?"
         return InputError(f"there is no key '{key}'{listed}", key)
     if key in _all_keys():
-        return InputError(f"'{key}' cannot take this value here; what it does not hold yet is added with +{key}=...", key)
+        group = key.partition(".")[0]
+        return InputError(
+            f"the chosen {group} has no key '{key}' (another one has), or it cannot take this value. conf/{group}/ holds the "
+            f"keys of each; an entry that is not there yet is added with +{key}=...",
+            key,
+        )
     return InputError(f"there is no key '{key}'{_suggest(difflib.get_close_matches(key, _all_keys(), n=1, cutoff=0.75))}", key)
 
 

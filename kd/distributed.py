@@ -1,4 +1,4 @@
-"""Ranks, as torchrun or SLURM started them."""
+"""Ranks, as torchrun started them."""
 
 import os
 from typing import Any

@@ -59,9 +59,12 @@ def _update(metrics: Mapping[str, Any], predictions: Tensor, labels: Tensor) -> 
 
 
 def _compute(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    values = {name: float(metric.compute()) for name, metric in metrics.items()}
-    # A correlation with constant predictions is undefined; JSON has no word for it but null.
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return {name: finite_or_none(float(metric.compute())) for name, metric in metrics.items()}
+
+
+def finite_or_none(value: float) -> float | None:
+    """A correlation with constant predictions is undefined; JSON has no word for it but null."""
+    return value if math.isfinite(value) else None
 
 
 def folder_megabytes(folder: Path, pattern: str = "*") -> float:

@@ -19,7 +19,7 @@ from kd.engines.distiller import Distiller
 from kd.evaluate import evaluate, folder_megabytes, latencies
 from kd.export import TOLERANCE, export, largest_difference, model_card
 from kd.hardware import git, hardware, versions
-from kd.loggers import History
+from kd.loggers import History, close_wandb
 from kd.preflight import preflight
 from kd.progress import Progress
 from kd.runs import Run, write_atomically
@@ -49,12 +49,11 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
         print(f"  going on from step {step}", flush=True)
     del checkpoint
     trainer = build_trainer(run, engine, step)
-    train(trainer, engine, data, last if step is not None else None)
+    try:
+        train(trainer, engine, data, last if step is not None else None)
+    finally:
+        close_wandb()
     device = trainer.strategy.root_device
-    history = trainer.callback_metrics
-    last_metrics = {
-        name: float(history[f"validation/{name}"]) for name in engine.task.metrics if f"validation/{name}" in history
-    }
     selection = select(run, engine)
     scores = {
         split: evaluate(models.student, models.teachers, data.loader(split), engine.task, device)
@@ -65,7 +64,7 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
     }
     record: dict[str, Any] | None = None
     if distributed.is_first():
-        record = conclude(run, models, data, engine, scores, selection, last_metrics, counts)
+        record = conclude(run, models, data, engine, scores, selection, counts)
     return distributed.agree(record)  # type: ignore[no-any-return]
 
 
@@ -142,7 +141,7 @@ def select(run: Run, engine: Distiller) -> dict[str, Any]:
     engine.load_state_dict(found["state_dict"])
     return {
         "kind": "best",
-        "by": f"chosen by {monitor} over {run.spec.trainer.max_epochs} epochs",
+        "by": f"chosen by {monitor} over {run.spec.trainer.max_epochs} epoch(s)",
         "epoch": found["epoch"] + 1,
     }
 
@@ -154,7 +153,6 @@ def conclude(
     engine: Distiller,
     scores: dict[str, Any],
     selection: dict[str, Any],
-    last_metrics: dict[str, float],
     counts: dict[str, int],
 ) -> dict[str, Any]:
     """Export the student, check the export, and write the record."""
@@ -173,7 +171,7 @@ def conclude(
             **{split: scores[split]["student"] for split in splits},
             "test": scores.get("test", {}).get("student", {}),
         },
-        "metrics_last": {"validation": last_metrics},
+        "metrics_last": {"validation": engine.validation},
         "metrics_teacher": {t.name: {split: scores[split][t.name] for split in splits} for t in models.teachers},
         "agreement": {split: scores[split]["agreement"] for split in splits},
         "selection": selection,

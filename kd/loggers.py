@@ -2,6 +2,7 @@
 
 import csv
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,9 @@ class History(Logger):
             with path.open(newline="") as file:
                 kept = [row for row in csv.DictReader(file) if int(row["step"]) <= last_step]
             self.rows = [{name: value for name, value in row.items() if value} for row in kept]
+        self._written = 0  # rows that the file has as they are
+        self._saved = 0  # rows that the file has
+        self._header: list[str] = []
 
     @property
     def name(self) -> str:
@@ -57,21 +61,34 @@ class History(Logger):
         if not self.rows or int(self.rows[-1]["step"]) != number:
             self.rows.append({"step": number})
         self.rows[-1].update({name: f"{value:g}" for name, value in metrics.items()})
+        self._written = min(self._written, len(self.rows) - 1)
 
     @rank_zero_only
     def save(self) -> None:
-        """Write the file, all or nothing."""
-        draft = self.path.with_name(self.path.name + ".part")
-        with draft.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(draft, self.path)
+        """Add the new rows to the file; write it anew, all or nothing, where a column is new or an old row grew."""
+        columns = self.columns
+        if columns == self._header and self._written == self._saved:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, columns).writerows(self.rows[self._written :])
+        else:
+            draft = self.path.with_name(self.path.name + ".part")
+            with draft.open("w", newline="") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(self.rows)
+            os.replace(draft, self.path)
+        self._header, self._written, self._saved = columns, len(self.rows), len(self.rows)
 
     def finalize(self, status: str) -> None:
         """Write what is there."""
         if self.rows:
             self.save()
+
+
+def close_wandb() -> None:
+    """End the run that is open: the next point of a sweep, in the same process, is another."""
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish()
 
 
 def wandb_logger(folder: Path, name: str, config: Mapping[str, Any], project: str = "kd", **options: Any) -> Logger:
@@ -86,7 +103,7 @@ def wandb_logger(folder: Path, name: str, config: Mapping[str, Any], project: st
         import wandb
         from lightning.pytorch.loggers import WandbLogger
     except ImportError as error:
-        raise InputError("logger=wandb needs the package: pip install 'kd[wandb]'", "logger") from error
+        raise InputError("logger=wandb needs the package: pip install wandb", "logger") from error
     if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
         options.setdefault("mode", "offline")
     options.setdefault("id", name.rsplit("-", 1)[-1])

@@ -36,7 +36,7 @@ class OptimizerFactory:
             raise InputError(f"optimizer.lr={lr} must be positive", "optimizer.lr")
         if not 0 <= warmup <= 1:
             raise InputError(f"optimizer.warmup={warmup} is a fraction of training, in [0, 1]", "optimizer.warmup")
-        if weight_decay < 0:
+        if not weight_decay >= 0:
             raise InputError(f"optimizer.weight_decay={weight_decay} must not be negative", "optimizer.weight_decay")
         if schedule not in SCHEDULES:
             raise one_of(schedule, tuple(SCHEDULES), "optimizer.schedule")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kd.data.datamodule import KDData
+from kd.data.tasks import higher_is_better
 from kd.engines.distiller import Distiller
 from kd.errors import InputError
 from kd.forward import Needs
@@ -83,22 +84,24 @@ def check_teachers(report: Report, run: Run, engine: Distiller, data: KDData) ->
         if name is None:
             continue
         value = teacher_score(run, engine, data, place, name)
-        words = f"teacher '{teacher.name}' {name} {value:.4f} on validation, chance is {chance[name]:.4f}"
-        better = value < chance[name] if name == "mse" else value > chance[name]
+        shown = "undefined" if value is None else f"{value:.4f}"
+        words = f"teacher '{teacher.name}' {name} {shown} on validation, chance is {chance[name]:.4f}"
+        better = value is not None and (value > chance[name]) == higher_is_better(name)
         if better:
             report.ok(words)
         else:
             report.warn(f"{words}: it has nothing to teach")
 
 
-def teacher_score(run: Run, engine: Distiller, data: KDData, place: int, metric: str) -> float:
+def teacher_score(run: Run, engine: Distiller, data: KDData, place: int, metric: str) -> float | None:
     """A teacher's validation metric: from its run, or tried on some examples."""
     teacher = engine.teachers[place]
     made = run.inputs.get(f"teacher {teacher.name}")
     if made is not None and made.result is not None:
-        return float(made.result["metrics"]["validation"][metric])
+        known: float | None = made.result["metrics"]["validation"][metric]
+        return known
     rows = list(range(min(LOOK, len(data.examples.labels["validation"]))))
-    meter = engine.task.metric(metric)
+    meter = engine.task.metric(metric, across_ranks=False)  # only the first rank is here
     with uncounted(engine):
         for start in range(0, len(rows), 32):
             batch = data.collate("validation")(rows[start : start + 32])

@@ -16,7 +16,7 @@ class Progress(pl.Callback):
 
     Args:
         label: what is trained.
-        mode: `bar`, `plain`, `off`, or `auto` (a bar on a terminal).
+        mode: `bar`, `plain`, `none`, or `auto` (a bar on a terminal).
     """
 
     def __init__(self, label: str, mode: str = "auto") -> None:
@@ -44,7 +44,7 @@ class Progress(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move on; read the terms only when they are shown, because reading them waits for the device."""
-        if not trainer.is_global_zero or self.mode == "off":
+        if not trainer.is_global_zero or self.mode == "none":
             return
         now = time.monotonic()
         if self.bar is not None:
@@ -61,7 +61,7 @@ class Progress(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """A line for each epoch."""
-        if trainer.is_global_zero and not trainer.sanity_checking and self.mode != "off":
+        if trainer.is_global_zero and not trainer.sanity_checking and self.mode != "none":
             found = {k.removeprefix("validation/"): v for k, v in trainer.callback_metrics.items() if k.startswith("val")}
             words = "  ".join(f"{name} {float(value):.4f}" for name, value in found.items())
             line = f"{self.label}: epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  validation {words}"

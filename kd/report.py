@@ -80,7 +80,7 @@ def load_results(folder: Path) -> list[dict[str, Any]]:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(record, dict):
+        if isinstance(record, dict) and "family" in record:  # else another program's
             found.append({**record, "run": path.parent.name})
     return sorted(found, key=lambda record: record.get("finished", ""))
 
@@ -117,29 +117,28 @@ def differences(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
     return found
 
 
-def _spread(values: Sequence[float | None]) -> str:
+def _spread(values: Sequence[float | None], scale: float = 100.0) -> str:
     known = [value for value in values if value is not None]
     if len(known) < len(values) or not known:
         return "undefined"
     mean = statistics.fmean(known)
-    return f"{100 * mean:.2f}" if len(known) == 1 else f"{100 * mean:.2f} ± {100 * statistics.stdev(known):.2f}"
+    return f"{scale * mean:.2f}" if len(known) == 1 else f"{scale * mean:.2f} ± {scale * statistics.stdev(known):.2f}"
 
 
 def report_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """One row for each configuration, mean and standard deviation over seeds, in percent."""
+    """One row for each configuration of one task: mean and standard deviation over seeds, in percent; errors as they are."""
     metrics = list(dict.fromkeys((s, n) for r in results for s, found in r["metrics"].items() for n in found))
     groups = grouped(results)
     told = differences(groups)
-    table = Table(title_justify="left")
-    for column in ("task", "method", "student", "teacher", *(["where"] if any(told) else []), "seeds"):
-        table.add_column(column)
+    table = Table(title=results[0]["task"], title_justify="left")
+    for column in ("method", "student", "teacher", *(["where"] if any(told) else []), "seeds"):
+        table.add_column(column, overflow="fold")
     for column in ("parameters", "MB", *(f"{split} {name}" for split, name in metrics), "agreement", "latency ms", "train s"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for group, words in zip(groups, told, strict=True):
         first = group[0]
         agreements = [value for r in group for value in list(r["agreement"].get("validation", {}).values())[:1]]
         table.add_row(
-            first["task"],
             first["method"],
             first["student"],
             ", ".join(first["teacher"]),
@@ -148,7 +147,9 @@ def report_table(results: Sequence[Mapping[str, Any]]) -> Table:
             f"{first['parameters']['student']:,}",
             _number(first["megabytes"]["student"], 1),
             *(
-                _spread([r["metrics"][split][name] for r in group]) if name in first["metrics"].get(split, {}) else ""
+                _spread([r["metrics"][split][name] for r in group], 1.0 if name == "mse" else 100.0)
+                if name in first["metrics"].get(split, {})
+                else ""
                 for split, name in metrics
             ),
             _spread(agreements) if agreements else "",
@@ -178,8 +179,10 @@ def main() -> None:
         print(json.dumps(results, indent=2, ensure_ascii=False))
         return
     console = _console()
-    console.print(report_table(results))
-    console.print(f"Percent; mean ± standard deviation over seeds. {protocol(results)}", highlight=False)
+    for task in dict.fromkeys(result["task"] for result in results):
+        chosen = [result for result in results if result["task"] == task]
+        console.print(report_table(chosen))
+        console.print(f"Percent; mean ± standard deviation over seeds. {protocol(chosen)}\n", highlight=False)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ run of its own, made first if it is missing and reused if it is done.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -101,7 +102,9 @@ class Run:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write the record that makes the run done."""
-        write_atomically(self.directory / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(
+            self.directory / "result.json", json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        )
 
     def begin(self, resume: bool) -> None:
         """Make the directory; forget what is there unless it is to be resumed.
@@ -173,13 +176,7 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0) -> R
         InputError: for a value of the wrong type, or an input that does not exist.
     """
     spec = composition.typed(config)
-    if spec.trainer.precision not in PRECISIONS:
-        raise one_of(spec.trainer.precision, PRECISIONS, "trainer.precision")
-    if spec.trainer.selection not in ("best", "last"):
-        raise one_of(spec.trainer.selection, ("best", "last"), "trainer.selection")
-    for key in ("max_epochs", "batch_size", "accumulate", "eval_batch_size"):
-        if getattr(spec.trainer, key) < 1:
-            raise InputError(f"trainer.{key}={getattr(spec.trainer, key)} must be at least 1", f"trainer.{key}")
+    check_values(spec)
     spec.trainer.precision = resolve_precision(spec.trainer.precision, spec.trainer.accelerator)
     inputs = {}
     for name, teacher in spec.teacher.items():
@@ -192,6 +189,40 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0) -> R
     digest = digest_of(identified)
     name = f"{spec.method['name']}-{spec.student.name}-{spec.task.name}-s{spec.seed}-{digest}"
     return Run(config, spec, digest, Path(spec.paths.runs).expanduser() / name, inputs, identified)
+
+
+def check_values(spec: RunSpec) -> None:
+    """What can be told from the values alone.
+
+    Raises:
+        InputError: for a word that is not in its list, or a number out of its range.
+    """
+    trainer = spec.trainer
+    words = {
+        "precision": PRECISIONS,
+        "selection": ("best", "last"),
+        "accelerator": ("cpu", "gpu", "auto"),
+        "strategy": ("auto", "ddp"),
+        "progress": ("auto", "bar", "plain", "none"),
+    }
+    for key, allowed in words.items():
+        if getattr(trainer, key) not in allowed:
+            raise one_of(getattr(trainer, key), allowed, f"trainer.{key}")
+    least = {"max_epochs": 1, "batch_size": 1, "accumulate": 1, "eval_batch_size": 1, "num_workers": 0, "checkpoint_minutes": 0}
+    for key, bound in least.items():
+        if not getattr(trainer, key) >= bound:
+            raise InputError(f"trainer.{key}={getattr(trainer, key)} must be at least {bound}", f"trainer.{key}")
+    if trainer.devices != "auto" and not (str(trainer.devices).isdigit() and int(trainer.devices) > 0):
+        raise InputError(f"trainer.devices={trainer.devices} must be auto or a number from 1", "trainer.devices")
+    if spec.seed < 0:
+        raise InputError(f"seed={spec.seed} must not be negative", "seed")
+    if not spec.paths.runs:
+        raise InputError("paths.runs is empty; it is the folder where runs live", "paths.runs")
+    for part, name in {"method": spec.method.get("name"), "student": spec.student.name, "task": spec.task.name}.items():
+        if not re.fullmatch(r"[\w.-]+", str(name)):
+            raise InputError(
+                f"{part}.name='{name}' is part of a folder's name: letters, digits, '.', '_' and '-'", f"{part}.name"
+            )
 
 
 @contextmanager
@@ -257,6 +288,10 @@ def identity(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
         if spec.student.checkpoint is None:
             raise InputError("student.init=checkpoint needs student.checkpoint=<folder or source>", "student.checkpoint")
         student["checkpoint"] = fingerprint(spec.student.checkpoint, "student.checkpoint")
+    else:
+        student["checkpoint"] = None
+    if spec.student.init in ("random", "checkpoint", "run"):
+        student["init_from"] = None
     student.pop("run")
     source = {key: value for key, value in task.pop("source").items() if key not in PLACES}
     return {
@@ -299,10 +334,16 @@ def teacher_config(parent: DictConfig, spec: RunSpec, name: str, teacher: Teache
     except OmegaConfBaseException as error:
         explained = composition.explain(error)
         raise InputError(
-            f"teacher.{name}.run does not fit a run's configuration: {explained.message}", f"teacher.{name}.run"
+            f"teacher.{name}.run does not fit a run's configuration: {explained.message} ({explained.key})",
+            f"teacher.{name}.run",
         ) from error
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def without(overrides: Sequence[str], starts: Sequence[str]) -> list[str]:
+    """The overrides that do not begin with any of these words, with or without a plus."""
+    return [override for override in overrides if not override.lstrip("+~").startswith(tuple(starts))]
 
 
 def stage_config(spec: RunSpec, overrides: Sequence[str], depth: int) -> tuple[DictConfig, list[str]]:
@@ -314,6 +355,8 @@ def stage_config(spec: RunSpec, overrides: Sequence[str], depth: int) -> tuple[D
         raise InputError("student.init=run needs student.run=[override, ...], the run to begin from", "student.run")
     if depth >= DEEPEST_CHAIN:
         raise InputError("student.run begins from itself; give the first stage another student.init", "student.run")
-    kept = [override for override in overrides if not override.startswith(("student.init=", "student.run="))]
-    merged = [*kept, *spec.student.run]
+    kept = without(overrides, ["student.init=", "student.run="])
+    # Another method has other keys: what was said of this one's does not carry over.
+    swapped = [override.partition("=")[0] for override in spec.student.run if "." not in override.partition("=")[0]]
+    merged = [*without(kept, [f"{group}." for group in swapped]), *spec.student.run]
     return composition.compose(merged), merged

@@ -87,7 +87,10 @@ def pretrained(source: str, key: str) -> tuple[str, dict[str, str]]:
 
 
 def fingerprint(source: str, key: str) -> str:
-    """What identifies the weights behind a source: a version, a digest of the files, or the hub's name and revision."""
+    """What identifies the weights behind a source: a package's version, or a digest of a folder's files.
+
+    Of the hub it is the name and the revision as given: only `hf:<id>@<revision>` says for certain which weights they are.
+    """
     path = _local(source, key)
     if path is None:
         return source
@@ -95,7 +98,6 @@ def fingerprint(source: str, key: str) -> str:
         version = package_version(source.removeprefix("package:").partition("/")[0])
         if version != "unknown":
             return f"{source}=={version}"
-    patterns = ("*.safetensors", "pytorch_model*.bin", "config.json", "tokenizer*.json", "vocab.*", "merges.txt")
-    files = {file for pattern in patterns for file in path.glob(pattern)}
+    files = [file for file in path.iterdir() if file.is_file() and file.suffix != ".md" and not file.name.startswith(".")]
     digests = "".join(f"{file.name}={file_fingerprint(file)};" for file in sorted(files))
     return "files:" + hashlib.blake2b(digests.encode(), digest_size=8).hexdigest()

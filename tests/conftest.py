@@ -112,7 +112,7 @@ def small(backbone: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactor
             f"backbone={backbone}",
             "task.max_length=32",
             f"paths.runs={runs}",
-            "trainer.progress=off",
+            "trainer.progress=none",
             "trainer.max_epochs=2",
             "trainer.batch_size=16",
             "optimizer.lr=5e-3",

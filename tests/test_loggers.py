@@ -91,7 +91,7 @@ def test_only_the_first_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_wandb_that_is_not_installed_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(InputError, match=r"kd\[wandb\]") as caught:
+    with pytest.raises(InputError, match="pip install wandb") as caught:
         wandb_logger(tmp_path, "pkd-3l-rte-s0-abc123", {})
     assert caught.value.key == "logger"
 

@@ -64,7 +64,7 @@ def digests() -> dict[str, str]:
         "trainer.accelerator=gpu",
         "trainer.devices=2",
         "trainer.strategy=ddp",
-        "trainer.progress=off",
+        "trainer.progress=none",
         "trainer.eval_batch_size=7",
         "trainer.num_workers=2",
         "trainer.checkpoint_minutes=1",
@@ -313,7 +313,7 @@ def test_another_stage_makes_another_run(alone: Planner) -> None:
 
     plain = run()
     assert run("optimizer.lr=2e-5") != plain
-    assert run("trainer.progress=off") == plain
+    assert run("trainer.progress=none") == plain
 
 
 @pytest.mark.parametrize("more", [[], ["student.init=run", "student.run=['student.init=random']"]])

@@ -86,7 +86,7 @@ def test_fingerprint_of_a_folder_follows_its_weights_and_configuration(model: Pa
     (model / file).write_bytes(b"something else")
     changed = sources.fingerprint(str(model), KEY)
     assert changed != before
-    (model / "notes.txt").write_text("not a weight")
+    (model / "README.md").write_text("not a weight")
     assert sources.fingerprint(str(model), KEY) == changed
 
 

@@ -21,6 +21,7 @@ from kd import fit as fitting
 from kd import train
 from kd.config import compose
 from kd.data.sources import Files
+from kd.engines.distiller import Distiller
 from kd.errors import InputError
 from kd.runs import Run, plan
 
@@ -56,6 +57,14 @@ def command(overrides: list[str], **options: object) -> subprocess.Popen:
     )
 
 
+def torchrun(overrides: list[str], port: int) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", "-m", "kd.train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *launcher, *overrides], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
 @pytest.fixture(scope="module")
 def finished(small: Small) -> tuple[Run, dict]:
     """The default method on the toy task."""
@@ -69,7 +78,7 @@ def test_result_holds_the_contracted_fields(finished: tuple[Run, dict]) -> None:
     assert {name: result[name] for name in expected} == expected
     assert set(result["metrics"]) == {"validation", "test"}
     assert result["selection"]["kind"] == "best"
-    assert result["selection"]["by"] == "chosen by validation accuracy over 2 epochs"
+    assert result["selection"]["by"] == "chosen by validation accuracy over 2 epoch(s)"
     assert result["seconds"]["train"] > 0
     assert result["examples_per_second"] > 0
     assert result["init"] == "first layers [1, 2] of the pre-trained backbone"
@@ -175,6 +184,25 @@ def test_closing_table_shows_student_and_teacher(finished: tuple[Run, dict], cap
         assert words in shown
 
 
+def test_stage_with_another_method_leaves_this_ones_keys_behind(small: Small) -> None:
+    command = small("student.init=run", "student.run=['method=kd','student.init=first']", "method.layers=last", "seed=4")
+    stage = planned(command).inputs["stage"]
+    assert stage.spec.method["name"] == "kd"
+    assert stage.spec.seed == 4
+
+
+def test_bench_takes_keys_of_the_method(
+    small: Small, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kd import bench
+
+    monkeypatch.setattr(sys, "argv", ["kd-bench", *small("method.weights.hidden=10"), "--steps=2", "--repeats=1"])
+    bench.main()
+    shown = capsys.readouterr().out
+    assert "pkd" in shown
+    assert "times fine-tuning's" in shown
+
+
 def test_student_begun_from_a_run_builds_that_run_first(small: Small) -> None:
     stage = small(
         "method=kd",
@@ -240,6 +268,41 @@ def test_stopped_run_ends_with_the_weights_of_an_unbroken_one(
     assert steps == sorted(set(steps))
 
 
+def test_run_stopped_between_the_batches_of_one_step_ends_like_an_unbroken_one(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = small("method=finetune", "teacher=[]", "trainer.accumulate=4", "trainer.checkpoint_minutes=0")
+    unbroken, _ = made(overrides)
+    run = planned([*overrides, f"paths.runs={tmp_path}"])
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 9)  # 6 batches an epoch: inside the window of an optimiser step
+        with pytest.raises(RuntimeError, match="stopped"):
+            train.execute(run)
+    train.execute(run)
+    assert same_weights(weights(run), weights(unbroken))
+
+
+def test_best_checkpoint_is_remembered_when_the_runs_have_moved(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = [0.9, 0.5, 0.6, 0.4]
+    overrides = small("method=finetune", "teacher=[]", "trainer.max_epochs=4", "seed=2")
+
+    def compute(engine: Distiller, split: str) -> dict[str, torch.Tensor]:
+        return {"accuracy": torch.tensor(scores[engine.current_epoch])}
+
+    monkeypatch.setattr(Distiller, "_compute", compute)
+    here, there = (planned([*overrides, f"paths.runs={tmp_path / place}"]) for place in ("here", "there"))
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 14)
+        with pytest.raises(RuntimeError, match="stopped"):
+            train.execute(here)
+    (tmp_path / "here").rename(tmp_path / "there")
+    result = train.execute(there)
+    assert result["selection"]["epoch"] == 1
+    assert result["metrics_last"]["validation"]["accuracy"] == pytest.approx(0.4)
+
+
 def test_interruption_is_reported_and_leaves_nothing_that_looks_done(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,7 +319,7 @@ def test_interruption_is_reported_and_leaves_nothing_that_looks_done(
 
 @pytest.mark.slow
 def test_killed_process_goes_on(small: Small, tmp_path: Path) -> None:
-    overrides = small("method=finetune", "teacher=[]", "trainer.max_epochs=300", "optimizer.lr=1e-4", f"paths.runs={tmp_path}")
+    overrides = small("method=finetune", "teacher=[]", "trainer.max_epochs=40", "optimizer.lr=1e-4", f"paths.runs={tmp_path}")
     run = planned(overrides)
     with command(overrides) as process:
         while process.poll() is None and not (run.checkpoints / "last.ckpt").is_file():
@@ -288,23 +351,7 @@ def test_torchrun_on_two_ranks_gives_the_result_of_one(finished: tuple[Run, dict
     more = ("student.dropout=0", "trainer.eval_batch_size=5")
     _, one = made(small(*more))
     arguments = small(*more, f"paths.runs={tmp_path}", "trainer=ddp", "trainer.accelerator=cpu")
-    process = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node=2",
-            "--master-port=29533",
-            "-m",
-            "kd.train",
-            *arguments,
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    process = torchrun(arguments, 29533)
     assert process.returncode == 0, process.stdout + process.stderr
     run = planned(arguments)
     assert run.digest == one["digest"]
@@ -316,6 +363,16 @@ def test_torchrun_on_two_ranks_gives_the_result_of_one(finished: tuple[Run, dict
     assert two["teacher_forward_examples"] == one["teacher_forward_examples"]
     ours, theirs = weights(run), weights(planned(small(*more)))
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-4  # AdamW over 12 steps
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_torchrun_with_a_ready_teacher_passes_the_preflight(finished: tuple[Run, dict], small: Small, tmp_path: Path) -> None:
+    ready = ("teacher=[hub]", f"teacher.hub.model={finished[0].inputs['teacher minilm'].student}", "method=kd")
+    arguments = small(*ready, f"paths.runs={tmp_path}", "trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=1")
+    process = torchrun(arguments, 29534)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert planned(arguments).result is not None
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
@@ -391,6 +448,26 @@ def test_full_disk_leaves_the_previous_checkpoint_whole(
 
 
 BAD = {
+    "three text columns": (["task.text=[text,label,text]"], "task.text", "one column, or two"),
+    "text that is no list": (["task.text=text"], "task.text", "takes a list"),
+    "negative seed": (["seed=-1"], "seed", "not be negative"),
+    "init that is no word": (["student.init=3"], "student.init", "'3' is not one of"),
+    "weight that is not finite": (["method.weights.hidden=nan"], "method.weights.hidden", "not finite"),
+    "schedule of words": (
+        ["method.weights.hidden={_target_: kd.schedules.Linear, start: a, end: 0}"],
+        "method.weights.hidden",
+        "schedule",
+    ),
+    "optimiser with other arguments": (["optimizer.factory._target_=torch.optim.SGD"], "optimizer.factory", "betas"),
+    "method that is none": (["method._target_=builtins.dict"], "method._target_", "is not a Method"),
+    "normalize that is no truth": (["method.normalize=maybe"], "method.normalize", "true, false"),
+    "no metric": (["task.metrics=[]"], "task.metrics", "needs a metric"),
+    "limit that leaves one class": (["task.limit_train=1"], "task.limit_train", "two or more"),
+    "name that is a path": (["task.name=a/b"], "task.name", "part of a folder"),
+    "unknown accelerator": (["trainer.accelerator=foo"], "trainer.accelerator", "cpu, gpu, auto"),
+    "no devices": (["trainer.devices=0"], "trainer.devices", "number from 1"),
+    "half precision with a fused optimiser": (["trainer.precision=16-mixed"], "trainer.precision", "bf16-mixed"),
+    "key of another method": (["method=kd", "method.layers=last"], "method.layers", "chosen method has no key"),
     "unknown method": (["method=pdk"], "method", "Did you mean 'pkd'"),
     "unknown student": (["student=33l"], "student", "there is no student '33l'"),
     "unknown teacher": (["teacher=[minlm]"], "teacher", "Did you mean 'minilm'"),

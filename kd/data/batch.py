@@ -17,12 +17,14 @@ class Batch:
         teachers: the same for each teacher; usually the very same object, where tokenizers agree.
         labels: (batch,), class indices in the task's order, or float scores.
         index: (batch,), position of each example in its split; the key of every cache.
+        weight: what this rank's loss counts for, 1 where the ranks share the global batch evenly.
     """
 
     student: dict[str, Tensor]
     teachers: tuple[dict[str, Tensor], ...]
     labels: Tensor
     index: Tensor
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -45,4 +47,5 @@ class Batch:
             tuple(done[id(inputs)] for inputs in self.teachers),
             function(self.labels),
             function(self.index),
+            self.weight,
         )

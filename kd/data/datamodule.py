@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kd.data.batch import Batch
-from kd.data.sampler import LengthBatches
+from kd.data.sampler import LengthBatches, Rows
 from kd.data.sources import Source, Splits
 from kd.data.tasks import Classification, Regression, Task
 from kd.errors import InputError, one_of
@@ -49,6 +49,8 @@ def load_examples(spec: TaskSpec, source: Source) -> Examples:
     Raises:
         InputError: for what is wrong in the files or the task's description.
     """
+    if len(spec.text) not in (1, 2):
+        raise InputError(f"task.text={spec.text} must name one column, or two for a pair", "task.text")
     raw = source.splits()
     task = build_task(spec, raw)
     if spec.limit_train is not None:
@@ -63,7 +65,8 @@ def load_examples(spec: TaskSpec, source: Source) -> Examples:
     labels = {split: [task.encode(example) for example in examples] for split, examples in raw.items()}
     if task.labels is not None and len(set(labels["train"])) < 2:
         only = task.labels[int(labels["train"][0])]
-        raise InputError(f"every training example has the label '{only}'; a classifier needs two or more", "task.label")
+        key = "task.label" if spec.limit_train is None else "task.limit_train"
+        raise InputError(f"every training example has the label '{only}'; a classifier needs two or more", key)
     ordered = {"train": None, "validation": None, **dict.fromkeys(texts)}
     return Examples(task, {split: texts[split] for split in ordered}, {split: labels[split] for split in ordered})
 
@@ -80,7 +83,7 @@ def build_task(spec: TaskSpec, raw: Splits) -> Task:
             if example.label is None or not str(example.label).strip():
                 raise InputError(f"{example.where}: the label is missing", "task.label")
     labels = spec.labels or sorted({str(example.label).strip() for example in raw["train"]})
-    if len(labels) < 2:
+    if len(labels) < 2 and spec.labels is None:
         raise InputError(f"every training example has the label '{labels[0]}'; a classifier needs two or more", "task.label")
     return Classification(spec.name, labels, spec.codes, spec.metrics, spec.monitor)
 
@@ -142,6 +145,10 @@ class Numbers(Dataset[int]):
     def __getitem__(self, index: int) -> int:
         return index
 
+    def __getitems__(self, rows: list[int]) -> list[int]:
+        """A whole batch at once, as the sampler made it."""
+        return rows
+
 
 @dataclass
 class Collate:
@@ -161,6 +168,7 @@ class Collate:
             tuple(inputs[key] for key in self.teachers),
             self.task.label_tensor([self.labels[row] for row in rows]),
             torch.tensor(list(rows), dtype=torch.long),
+            rows.weight if isinstance(rows, Rows) else 1.0,
         )
 
 

@@ -10,6 +10,19 @@ POOL = 50
 what in a batch stays chance. Our choice."""
 
 
+class Rows(list[int]):
+    """The examples of one rank's share of a global batch.
+
+    Attributes:
+        weight: the share's size relative to an equal one. The mean over ranks of weighted means is the mean over the global
+            batch, also where the ranks do not divide it.
+    """
+
+    def __init__(self, rows: Sequence[int], weight: float = 1.0) -> None:
+        super().__init__(rows)
+        self.weight = weight
+
+
 class LengthBatches(Sampler[list[int]]):
     """Batches of example numbers, bucketed by length.
 
@@ -60,4 +73,4 @@ class LengthBatches(Sampler[list[int]]):
         batches, self.skip = self.batches()[self.skip :], 0
         for batch in batches:
             mine = batch[self.rank :: self.world]
-            yield mine.tolist()
+            yield Rows(mine.tolist(), len(mine) * self.world / len(batch))

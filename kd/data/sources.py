@@ -158,8 +158,9 @@ class PackageFile:
 
     def fingerprint(self) -> dict[str, str]:
         """The package's version."""
-        package_folder(self.package, "task")
-        return {"package": f"{self.package}=={package_version(self.package)}"}
+        path = package_folder(self.package, "task") / self.file
+        version = package_version(self.package)
+        return {"package": file_fingerprint(path) if version == "unknown" else f"{self.package}=={version}"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +239,7 @@ class Glue:
             from datasets import load_dataset
         except ImportError as error:
             raise InputError(
-                "reading GLUE from the hub needs the package 'datasets' (pip install 'kd[hub]'); "
+                "reading GLUE from the hub needs the package 'datasets' (pip install datasets); "
                 "or point paths.glue at a folder of GLUE's TSV files",
                 "paths.glue",
             ) from error

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -45,8 +46,8 @@ class Task(Protocol):
         """Labels of a batch as a tensor."""
         ...
 
-    def metric(self, name: str) -> Any:
-        """A fresh torchmetrics metric over `predict(logits)` and labels."""
+    def metric(self, name: str, across_ranks: bool = True) -> Any:
+        """A fresh torchmetrics metric over `predict(logits)` and labels, reduced over all ranks or of this one alone."""
         ...
 
     def chance(self, labels: Tensor) -> dict[str, float]:
@@ -59,6 +60,8 @@ REGRESSION_METRICS = ("pearson", "spearman", "mse")
 
 
 def _known(metrics: Sequence[str], monitor: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    if not metrics:
+        raise InputError(f"a task needs a metric of {', '.join(allowed)}", "task.metrics")
     for name in metrics:
         if name not in allowed:
             raise one_of(name, allowed, "task.metrics")
@@ -130,18 +133,18 @@ class Classification:
         """The class with the largest logit, (batch,)."""
         return logits.argmax(dim=-1)
 
-    def metric(self, name: str) -> Any:
+    def metric(self, name: str, across_ranks: bool = True) -> Any:
         """A torchmetrics metric."""
         from torchmetrics import classification as tm
 
         classes = len(self.names)
         makers = {
-            "accuracy": lambda: tm.MulticlassAccuracy(classes, average="micro"),
-            "f1": lambda: tm.BinaryF1Score(),
-            "macro_f1": lambda: tm.MulticlassF1Score(classes, average="macro"),
-            "matthews_corrcoef": lambda: tm.MulticlassMatthewsCorrCoef(classes),
+            "accuracy": partial(tm.MulticlassAccuracy, classes, average="micro"),
+            "f1": tm.BinaryF1Score,
+            "macro_f1": partial(tm.MulticlassF1Score, classes, average="macro"),
+            "matthews_corrcoef": partial(tm.MulticlassMatthewsCorrCoef, classes),
         }
-        return makers[name]()
+        return makers[name](sync_on_compute=across_ranks)
 
     def chance(self, labels: Tensor) -> dict[str, float]:
         """The majority class's share, as accuracy; 0 as Matthews correlation."""
@@ -198,11 +201,12 @@ class Regression:
             raise ValueError(f"a regression model has one output, not {logits.shape[-1]}")
         return logits.squeeze(-1)
 
-    def metric(self, name: str) -> Any:
+    def metric(self, name: str, across_ranks: bool = True) -> Any:
         """A torchmetrics metric."""
         import torchmetrics as tm
 
-        return {"pearson": tm.PearsonCorrCoef, "spearman": tm.SpearmanCorrCoef, "mse": tm.MeanSquaredError}[name]()
+        makers = {"pearson": tm.PearsonCorrCoef, "spearman": tm.SpearmanCorrCoef, "mse": tm.MeanSquaredError}
+        return makers[name](sync_on_compute=across_ranks)
 
     def chance(self, labels: Tensor) -> dict[str, float]:
         """Correlations of 0; the variance, as mean squared error."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from kd.data.batch import Batch
 from kd.data.tasks import Task
 from kd.errors import InputError
+from kd.evaluate import finite_or_none
 from kd.forward import Forward, Needs
 from kd.methods.base import Method, Progress, Step
 from kd.models import Encoder, FrozenTeacher
@@ -97,6 +98,7 @@ class Distiller(pl.LightningModule):
         self.seconds = 0.0
         self.examples = 0
         self.teacher_examples = 0
+        self.validation: dict[str, float | None] = {}
         self._began = 0.0
         self._last: tuple[Step, dict[str, Tensor]] | None = None
 
@@ -133,7 +135,7 @@ class Distiller(pl.LightningModule):
         self.log_dict({f"train/{name}": term for name, term in terms.items()}, batch_size=len(batch))
         self.log("train/loss", loss.total.detach(), batch_size=len(batch))
         self._last = (loss.step, terms)
-        return loss.total
+        return loss.total * batch.weight
 
     def progress(self) -> Progress:
         """How far training has come."""
@@ -177,7 +179,9 @@ class Distiller(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log what was reduced over exactly the examples there are."""
-        self.log_dict({f"validation/{name}": value for name, value in self._compute("validation").items()})
+        found = self._compute("validation")
+        self.log_dict({f"validation/{name}": value for name, value in found.items()})
+        self.validation = {name: finite_or_none(float(value)) for name, value in found.items()}
 
     def configure_optimizers(self) -> Any:
         """The factory's optimiser over student and method, stepped every optimiser step."""
@@ -203,7 +207,12 @@ class Distiller(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Counters, so that a resumed run reports its whole cost."""
         done = self.teacher_examples + sum(teacher.examples for teacher in self.teachers)
-        checkpoint["kd"] = {"seconds": self.seconds, "examples": self.examples, "teacher_examples": done}
+        checkpoint["kd"] = {
+            "seconds": self.seconds,
+            "examples": self.examples,
+            "teacher_examples": done,
+            "validation": self.validation,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the counters up again."""
@@ -211,6 +220,7 @@ class Distiller(pl.LightningModule):
         self.seconds = kept.get("seconds", 0.0)
         self.examples = kept.get("examples", 0)
         self.teacher_examples = kept.get("teacher_examples", 0)
+        self.validation = kept.get("validation", {})
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Distiller":
         for teacher in self.teachers:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-REDUCTIONS = ("elements", "vectors", "sum")
+REDUCTIONS = ("elements", "vectors", "examples", "sum")
 
 
 def patience(student: Tensor, teacher: Tensor, normalize: bool = True, reduction: str = "elements") -> Tensor:
@@ -17,7 +17,8 @@ def patience(student: Tensor, teacher: Tensor, normalize: bool = True, reduction
         teacher: (batch, layers, width); the target, no gradient flows to it.
         normalize: scale every vector to unit length first. Eq. 7 does; the authors' code makes it a switch.
         reduction: `elements` averages over batch, layers and width (authors' code), `vectors` sums over width and
-            averages over batch and layers (= `elements` times width), `sum` sums over all (eq. 7).
+            averages over batch and layers (= `elements` times width), `examples` sums over layers and width and averages
+            over the batch, `sum` sums over all (eq. 7, = `examples` times batch).
 
     Padding does not enter: [CLS] is never padding.
 
@@ -36,6 +37,8 @@ def patience(student: Tensor, teacher: Tensor, normalize: bool = True, reduction
         return squares.mean()
     if reduction == "vectors":
         return squares.sum(dim=-1).mean()
+    if reduction == "examples":
+        return squares.sum(dim=(-2, -1)).mean()
     if reduction == "sum":
         return squares.sum()
     raise ValueError(f"reduction '{reduction}' is not one of {', '.join(REDUCTIONS)}")

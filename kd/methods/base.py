@@ -96,7 +96,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def after_step(self, step: Step, terms: Mapping[str, Tensor]) -> None:
-        """After the optimiser stepped: delayed rewards, running statistics. `terms` are detached."""
+        """After a batch, and the optimiser step if there was one: delayed rewards, running statistics. `terms` are detached."""
 
     def describe(self) -> dict[str, str]:
         """What `bind` resolved, in words, for the preflight."""

@@ -7,7 +7,8 @@ from kd.functional.logits import REDUCTIONS, SOFT_LOSSES
 from kd.methods.base import Method, Step
 from kd.schedules import Schedule, as_schedule
 
-BATCH_REDUCTIONS = tuple(name for name in REDUCTIONS if name != "none")
+BATCH_MEANS = tuple(name for name in REDUCTIONS if name not in ("sum", "none"))
+"""Reductions whose value does not depend on the batch size: a sum over the batch would change with ranks and accumulation."""
 
 
 class KD(Method):
@@ -25,8 +26,7 @@ class KD(Method):
     Args:
         temperature: T > 0, on both sides; a number or a schedule.
         loss: `kl`; `ce`, the soft cross entropy without T squared; or `mse` of raw logits.
-        reduction: `batchmean`; `elementmean`, which PKD's code uses and which divides the soft loss by the classes;
-            or `sum`.
+        reduction: `batchmean`; or `elementmean`, which PKD's code uses and which divides the soft loss by the classes.
     """
 
     names = ("task", "logits")
@@ -35,7 +35,7 @@ class KD(Method):
         super().__init__()
         self.temperature = checked_temperature(temperature)
         self.loss = checked(loss, SOFT_LOSSES, "method.loss")
-        self.reduction = checked(reduction, BATCH_REDUCTIONS, "method.reduction")
+        self.reduction = checked(reduction, BATCH_MEANS, "method.reduction")
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         """The hard and the soft loss."""

@@ -5,14 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kd.errors import InputError
+from kd.errors import InputError, one_of
 from kd.forward import Needs
 from kd.functional import hidden, layer_maps
 from kd.functional.logits import SOFT_LOSSES
 from kd.methods.base import Method, Step, match_width
-from kd.methods.kd import BATCH_REDUCTIONS, checked, checked_temperature
+from kd.methods.kd import BATCH_MEANS, checked, checked_temperature
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
+
+HIDDEN_MEANS = tuple(name for name in hidden.REDUCTIONS if name != "sum")
 
 
 class PKD(Method):
@@ -36,9 +38,13 @@ class PKD(Method):
         loss: of the soft labels. The paper writes the cross entropy (`ce`); the authors' code takes the divergence times
             T squared (`kl`, the default).
         reduction: of the soft labels. The default `elementmean` is the authors' code's, so the alphas they publish carry
-            over; `batchmean` is the divergence proper, `sum` the paper's.
+            over; `batchmean` is the divergence proper.
         hidden_reduction: of the patience term. The default `elements` is the authors' code's, so the betas they publish
-            carry over; `sum` is eq. 7, `vectors` averages over batch and layers only.
+            carry over; `vectors` averages over batch and layers only; `examples` averages over the batch only, which is
+            eq. 7 divided by the batch size.
+
+    The paper sums its terms over the batch. We offer means over the batch only, because a sum changes with the number of
+    ranks and of accumulated batches; the weight times the batch size gives the sum.
 
     The paper needs student and teacher of one width. Where widths differ we learn one linear map for all pairs from the
     student's width to the teacher's (our choice).
@@ -58,10 +64,12 @@ class PKD(Method):
         super().__init__()
         self.layers = layers
         self.temperature = checked_temperature(temperature)
+        if not isinstance(normalize, bool):
+            raise one_of(normalize, ("true", "false"), "method.normalize")
         self.normalize = normalize
         self.loss = checked(loss, SOFT_LOSSES, "method.loss")
-        self.reduction = checked(reduction, BATCH_REDUCTIONS, "method.reduction")
-        self.hidden_reduction = checked(hidden_reduction, hidden.REDUCTIONS, "method.hidden_reduction")
+        self.reduction = checked(reduction, BATCH_MEANS, "method.reduction")
+        self.hidden_reduction = checked(hidden_reduction, HIDDEN_MEANS, "method.hidden_reduction")
         self.pairs: layer_maps.Pairs = ()
         self.project: nn.Module = nn.Identity()
 

@@ -97,7 +97,9 @@ def chosen_layers(init: str | Sequence[int], student: int, source: int) -> list[
         if init == "last":
             return list(range(source - student + 1, source + 1))
         return [source * layer // student for layer in range(1, student + 1)]
-    layers = list(init)
+    if not isinstance(init, Sequence):
+        raise one_of(init, (*INITS, "[layer, ...]"), "student.init")
+    layers: list[Any] = list(init)
     if len(layers) != student or not all(type(layer) is int and 1 <= layer <= source for layer in layers):
         raise InputError(
             f"student.init={layers} must list {student} layers, each from 1 to {source}, one for every student layer",
@@ -240,10 +242,10 @@ def build_student(
     config = student_config(spec, backbone, labels, key)
     tokenizer = load_tokenizer(backbone, key)
     whole = spec.init in ("checkpoint", "run")
-    given = "student.checkpoint" if whole else "student.init_from"
+    given = f"student.{spec.init}" if whole else "student.init_from"
     if initial is not None:
         found = load_config(initial, given)
-        check_copy(config, found, spec, "student.checkpoint" if whole else "student.init")
+        check_copy(config, found, spec, given if whole else "student.init")
     if meta:
         return Encoder(new_classifier(config, meta=True), tokenizer)
     student = new_classifier(config)
@@ -265,7 +267,7 @@ def layers_to_copy(spec: StudentSpec, config: Any, source: Any) -> list[int]:
     if spec.init not in ("checkpoint", "run"):
         return chosen_layers(spec.init, depth, theirs)
     if depth != theirs:
-        raise InputError(f"the student has {depth} layers, the model it begins from {theirs}", "student.checkpoint")
+        raise InputError(f"the student has {depth} layers, the model it begins from {theirs}", f"student.{spec.init}")
     return list(range(1, depth + 1))
 
 

@@ -1,6 +1,7 @@
 """A small student, a deeper and wider teacher, a batch: what every method is tried on."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from conftest import tiny_config, tiny_model, tiny_tokenizer
 from kd.build import build_method
 from kd.config import compose, conf_folder
 from kd.data.batch import Batch
+from kd.data.sampler import LengthBatches
 from kd.data.tasks import Classification
 from kd.engines.distiller import Distiller
 from kd.forward import Outputs
@@ -74,10 +76,11 @@ class Bench:
         same: the teacher is a copy of the student.
         dropout: of the student.
         seed: of the weights.
+        more: overrides.
     """
 
-    def __init__(self, name: str, same: bool = False, dropout: float = 0.0, seed: int = 0) -> None:
-        self.config: Any = compose([f"method={name}", "teacher=[minilm]"])
+    def __init__(self, name: str, same: bool = False, dropout: float = 0.0, seed: int = 0, more: Sequence[str] = ()) -> None:
+        self.config: Any = compose([f"method={name}", "teacher=[minilm]", *more])
         torch.manual_seed(seed)
         self.method, self.weights = build_method(dict(self.config.method))
         shape = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
@@ -124,6 +127,37 @@ class Recorded:
         return found
 
 
+OPTIONS = {"reduction": ("batchmean", "elementmean"), "hidden_reduction": ("elements", "vectors", "examples")}
+"""Options that decide what a term is averaged over: two ranks must equal one with each of their values."""
+
+
+def two_rank_cases() -> list[tuple[str, tuple[str, ...], int]]:
+    """Every method, with every reduction it offers, on batches that two ranks share evenly and not."""
+    cases: list[tuple[str, tuple[str, ...], int]] = []
+    for name in METHODS:
+        offered = compose([f"method={name}"]).method
+        choices = [(f"method.{o}={value}",) for o, values in OPTIONS.items() if o in offered for value in values]
+        cases += [(name, more, count) for more in choices or [()] for count in (8, 7)]
+    return cases
+
+
+def case_name(name: str, more: tuple[str, ...], count: int) -> str:
+    """A word for one case."""
+    return " ".join([name, *more, f"{count} examples"])
+
+
+class Collated:
+    """Rows of a batch, weighted as the loader weighs them."""
+
+    def __init__(self, whole: Batch) -> None:
+        self.whole = whole
+
+    def __call__(self, rows: Any) -> Batch:
+        part = take(self.whole, torch.tensor(rows))
+        part.weight = rows.weight
+        return part
+
+
 def save_two_rank_updates(rank: int, world: int, port: int, folder: Path) -> None:
     """One rank of a two-rank step of every method; the first writes what the parameters became."""
     import os
@@ -144,14 +178,15 @@ def save_two_rank_updates(rank: int, world: int, port: int, folder: Path) -> Non
             return self.engine.loss(batch).total
 
     found = {}
-    for name in METHODS:
-        bench = Bench(name)
+    for name, more, count in two_rank_cases():
+        bench = Bench(name, more=more)
         optimizer = bench.engine.optimizer_factory.optimizer(bench.student, bench.method)
         wrapped = DistributedDataParallel(Stepper(bench.engine))
-        whole = batch_of()
-        wrapped(take(whole, torch.arange(rank, len(whole), world))).backward()
+        whole, sampler = batch_of(count), LengthBatches([9] * count, count, None, rank, world)
+        mine = Collated(whole)(next(iter(sampler)))
+        (wrapped(mine) * mine.weight).backward()
         optimizer.step()
-        found[name] = bench.engine.state_dict()
+        found[case_name(name, more, count)] = bench.engine.state_dict()
     torch.save(found, folder / f"rank{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -109,5 +109,5 @@ def test_shapes_that_differ_are_refused_not_broadcast(shape: tuple[int, ...]) ->
 
 
 def test_unknown_reduction_is_named() -> None:
-    with pytest.raises(ValueError, match="'mean' is not one of elements, vectors, sum"):
+    with pytest.raises(ValueError, match="'mean' is not one of elements, vectors, examples, sum"):
         patience(STUDENT, TEACHER, reduction="mean")

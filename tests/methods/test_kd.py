@@ -46,7 +46,7 @@ def test_terms_are_the_numbers_of_the_card(temperature: float, soft: float) -> N
     assert halved["logits"].item() == pytest.approx(soft / 2, abs=1e-6)
 
 
-@pytest.mark.parametrize("reduction", ["batchmean", "elementmean", "sum"])
+@pytest.mark.parametrize("reduction", ["batchmean", "elementmean"])
 @pytest.mark.parametrize("kind", ["kl", "ce", "mse"])
 def test_soft_loss_and_reduction_are_those_named(kind: str, reduction: str) -> None:
     expected = {

@@ -73,7 +73,7 @@ def test_without_normalisation_the_distance_is_of_raw_states() -> None:
 
 def test_terms_equal_equations_7_and_8_written_as_loops() -> None:
     student, teacher = encoder(3, seed=1), encoder(6)
-    method, step = bound(student, teacher, loss="ce", reduction="sum", hidden_reduction="sum", temperature=5.0)
+    method, step = bound(student, teacher, loss="ce", reduction="batchmean", hidden_reduction="examples", temperature=5.0)
     inputs = step.batch.student
     ours = student.model(**inputs, output_hidden_states=True)
     theirs = teacher.model(**inputs, output_hidden_states=True)
@@ -86,8 +86,8 @@ def test_terms_equal_equations_7_and_8_written_as_loops() -> None:
         soft -= sum((p[label] * (ours.logits[example] / 5).log_softmax(-1)[label]).item() for label in range(2))
         hard -= ours.logits[example].log_softmax(-1)[LABELS[example]].item() / 3
     terms = method.terms(step)
-    assert terms["hidden"].item() == pytest.approx(hidden, rel=1e-9)
-    assert terms["logits"].item() == pytest.approx(soft, rel=1e-9)
+    assert terms["hidden"].item() == pytest.approx(hidden / 3, rel=1e-9)  # the paper sums over the batch, we average
+    assert terms["logits"].item() == pytest.approx(soft / 3, rel=1e-9)
     assert terms["task"].item() == pytest.approx(hard, rel=1e-9)
 
 
