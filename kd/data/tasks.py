@@ -138,7 +138,7 @@ class Classification:
         from torchmetrics import classification as tm
 
         classes = len(self.names)
-        makers = {
+        makers: dict[str, Any] = {
             "accuracy": partial(tm.MulticlassAccuracy, classes, average="micro"),
             "f1": tm.BinaryF1Score,
             "macro_f1": partial(tm.MulticlassF1Score, classes, average="macro"),
@@ -205,7 +205,7 @@ class Regression:
         """A torchmetrics metric."""
         import torchmetrics as tm
 
-        makers = {"pearson": tm.PearsonCorrCoef, "spearman": tm.SpearmanCorrCoef, "mse": tm.MeanSquaredError}
+        makers: dict[str, Any] = {"pearson": tm.PearsonCorrCoef, "spearman": tm.SpearmanCorrCoef, "mse": tm.MeanSquaredError}
         return makers[name](sync_on_compute=across_ranks)
 
     def chance(self, labels: Tensor) -> dict[str, float]:
