@@ -1,0 +1,52 @@
+"""What a user installs."""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_wheel_carries_the_configuration_and_works_from_any_folder(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling")
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path], cwd=ROOT, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    packed = {path.relative_to(tmp_path / "site/kd/conf") for path in (tmp_path / "site/kd/conf").rglob("*.yaml")}
+    assert packed == {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml")}
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-m", "kd.train", "method=kd", "student=4l", "--cfg", "job"]
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "_target_: kd.methods.kd.KD" in found
+    assert "layers: 4" in found
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; sys.argv = ['kd-train', '--help']; import kd.train; kd.train.main(); print(sorted(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "kd-train" in shown
+    for module in ("torch", "lightning", "transformers", "wandb"):
+        assert f"'{module}'" not in shown
+
+
+def test_readme_names_every_method_student_task_and_trainer() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < 200
+    for group in ("method", "student", "teacher", "task", "trainer", "optimizer", "logger", "experiment"):
+        for path in (ROOT / "conf" / group).glob("*.yaml"):
+            assert re.search(rf"`\[?{path.stem}\]?`", text), f"{group}={path.stem} is not in the README"
+
+
+def test_lock_pins_torch_and_every_dependency_exactly() -> None:
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert pins["torch"] == "2.13.0"
+    declared = (ROOT / "pyproject.toml").read_text().split("dependencies = [")[1].split("]")[0]
+    for name in re.findall(r'"([\w-]+)', declared):
+        assert name in pins, name
