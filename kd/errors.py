@@ -1,4 +1,6 @@
-"""The one exception for what a user can put right."""
+"""The one exception for what a user can put right, and how to know a full disk."""
+
+import errno
 
 
 class InputError(Exception):
@@ -25,3 +27,18 @@ def one_of(value: object, allowed: list[str] | tuple[str, ...], key: str) -> Inp
     close = difflib.get_close_matches(str(value), allowed, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     return InputError(f"'{value}' is not one of {', '.join(allowed)}.{hint}", key)
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that a disk or a quota is full.
+
+    Each writer says it in its own way: the system by number, torch by a failed check while the system's error is handled,
+    safetensors and tokenizers in words.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "os error 28" in str(error) or "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

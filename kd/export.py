@@ -1,6 +1,5 @@
 """The deployable folder of a run: a plain Hugging Face model, its tokenizer, and a model card."""
 
-import errno
 import os
 import shutil
 from collections.abc import Mapping
@@ -26,13 +25,8 @@ def export(student: Encoder, folder: Path, card: str) -> None:
     """
     draft = folder.with_name(folder.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)
-    try:
-        student.model.save_pretrained(draft)
-        student.tokenizer.save_pretrained(draft)
-    except Exception as error:  # both writers have errors of their own for a full disk
-        if "os error 28" in str(error) or "No space left" in str(error):
-            raise OSError(errno.ENOSPC, "no space left on device", str(draft)) from error
-        raise
+    student.model.save_pretrained(draft)
+    student.tokenizer.save_pretrained(draft)
     (draft / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(draft, folder)

@@ -5,7 +5,6 @@ Ctrl-C. Nothing heavy is imported before it is needed, so `--help` and a finishe
 """
 
 import contextlib
-import errno
 import os
 import sys
 import traceback
@@ -19,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kd import distributed
 from kd.config import ROOT, conf_folder, explain
-from kd.errors import InputError
+from kd.errors import InputError, disk_is_full
 from kd.runs import Run, keys_of, plan
 
 INTERRUPTED = 130
@@ -113,13 +112,12 @@ def plain_errors() -> Iterator[None]:
         stop(f"kd-train: {error}", 2)
     except (HydraException, OmegaConfBaseException) as error:
         stop(f"kd-train: {explain(error)}", 2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not disk_is_full(error):
             raise
-        where = f" ({error.filename})" if error.filename else ""
         stop(
-            f"kd-train: the disk is full{where}. What was saved before is whole; free some space, and the same command "
-            "goes on from it\n  change: paths.runs",
+            "kd-train: the disk is full. What was saved before is whole; free some space, and the same command goes on from "
+            "it\n  change: paths.runs",
             2,
         )
 
