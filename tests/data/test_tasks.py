@@ -278,3 +278,13 @@ def test_losses_of_bfloat16_logits_are_computed_in_float32(task: Task, width: in
     assert task.hard(logits, labels).dtype == torch.float
     torch.testing.assert_close(task.hard(logits, labels), task.hard(logits.float(), labels))
     assert task.soft(logits, logits + 1, 2.0).dtype == torch.float
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("constant", ["predictions", "labels"])
+def test_matthews_correlation_with_a_constant_is_zero(classes: int, constant: str) -> None:
+    task = Classification("toy", [str(n) for n in range(classes)], {}, ["matthews_corrcoef"], "matthews_corrcoef")
+    varied, same = torch.arange(100) % 7 % classes, torch.ones(100, dtype=torch.long)
+    metric = task.metric("matthews_corrcoef")
+    metric.update(*((same, varied) if constant == "predictions" else (varied, same)))
+    assert metric.compute() == 0.0
