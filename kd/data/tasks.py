@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kd.data.metrics import CLASSIFICATION, REGRESSION
 from kd.data.sources import Example
 from kd.errors import InputError, one_of
 from kd.functional import logits as soft_losses
@@ -55,10 +55,6 @@ class Task(Protocol):
         ...
 
 
-CLASSIFICATION_METRICS = ("accuracy", "f1", "macro_f1", "matthews_corrcoef")
-REGRESSION_METRICS = ("pearson", "spearman", "mse")
-
-
 def _known(metrics: Sequence[str], monitor: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
     if not metrics:
         raise InputError(f"a task needs a metric of {', '.join(allowed)}", "task.metrics")
@@ -70,22 +66,6 @@ def _known(metrics: Sequence[str], monitor: str, allowed: tuple[str, ...]) -> tu
     return tuple(metrics)
 
 
-@cache
-def _matthews() -> Any:
-    """Matthews correlation that is 0 for a constant prediction, as scikit-learn and GLUE's scripts have it.
-
-    torchmetrics 1.9 gives 0.0256 where every one of CoLA's 1,043 dev sentences is called acceptable.
-    """
-    from torchmetrics.classification import MulticlassMatthewsCorrCoef
-
-    class Matthews(MulticlassMatthewsCorrCoef):
-        def compute(self) -> Tensor:
-            constant = any(int((self.confmat.sum(dim=axis) > 0).sum()) < 2 for axis in (0, 1))  # type: ignore[operator]
-            return torch.zeros((), device=self.device) if constant else super().compute()
-
-    return Matthews
-
-
 class Classification:
     """One of several named classes.
 
@@ -93,7 +73,7 @@ class Classification:
         name: of the task.
         labels: class names; their order is the order of the logits.
         codes: raw label -> class name, for files that hold numbers.
-        metrics: of `CLASSIFICATION_METRICS`; `f1` is the F1 of the second of two classes, as GLUE reports it.
+        metrics: of `kd.data.metrics.CLASSIFICATION`; `f1` is the F1 of the second of two classes, as GLUE reports it.
         monitor: the metric that chooses the best checkpoint.
     """
 
@@ -112,7 +92,7 @@ class Classification:
                 raise InputError(f"task.codes maps '{raw}' to '{label}', which is not a label: {self.names}", "task.codes")
         self.numbers = {name: number for number, name in enumerate(self.names)}
         self.numbers.update({raw: self.numbers[label] for raw, label in codes.items() if raw not in self.numbers})
-        self.metrics = _known(metrics, monitor, CLASSIFICATION_METRICS)
+        self.metrics = _known(metrics, monitor, tuple(CLASSIFICATION))
         self.monitor = monitor
         if "f1" in self.metrics and len(self.names) != 2:
             raise InputError(f"the metric f1 is for two classes, this task has {len(self.names)}; use macro_f1", "task.metrics")
@@ -151,16 +131,7 @@ class Classification:
 
     def metric(self, name: str, across_ranks: bool = True) -> Any:
         """A torchmetrics metric."""
-        from torchmetrics import classification as tm
-
-        classes = len(self.names)
-        makers: dict[str, Any] = {
-            "accuracy": partial(tm.MulticlassAccuracy, classes, average="micro"),
-            "f1": tm.BinaryF1Score,
-            "macro_f1": partial(tm.MulticlassF1Score, classes, average="macro"),
-            "matthews_corrcoef": partial(_matthews(), classes),
-        }
-        return makers[name](sync_on_compute=across_ranks)
+        return CLASSIFICATION[name](len(self.names), sync_on_compute=across_ranks)
 
     def chance(self, labels: Tensor) -> dict[str, float]:
         """The majority class's share, as accuracy; 0 as Matthews correlation."""
@@ -179,7 +150,7 @@ class Regression:
     def __init__(self, name: str, metrics: Sequence[str], monitor: str) -> None:
         self.name = name
         self.labels: list[str] | None = None
-        self.metrics = _known(metrics, monitor, REGRESSION_METRICS)
+        self.metrics = _known(metrics, monitor, tuple(REGRESSION))
         self.monitor = monitor
 
     def encode(self, example: Example) -> float:
@@ -219,10 +190,7 @@ class Regression:
 
     def metric(self, name: str, across_ranks: bool = True) -> Any:
         """A torchmetrics metric."""
-        import torchmetrics as tm
-
-        makers: dict[str, Any] = {"pearson": tm.PearsonCorrCoef, "spearman": tm.SpearmanCorrCoef, "mse": tm.MeanSquaredError}
-        return makers[name](sync_on_compute=across_ranks)
+        return REGRESSION[name](sync_on_compute=across_ranks)
 
     def chance(self, labels: Tensor) -> dict[str, float]:
         """Correlations of 0; the variance, as mean squared error."""

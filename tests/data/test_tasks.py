@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from kd.data.datamodule import build_task, load_examples
+from kd.data.metrics import CLASSIFICATION, REGRESSION
 from kd.data.sources import Example, Splits
-from kd.data.tasks import CLASSIFICATION_METRICS, REGRESSION_METRICS, Classification, Regression, Task, higher_is_better
+from kd.data.tasks import Classification, Regression, Task, higher_is_better
 from kd.errors import InputError
 from kd.schema import TaskSpec
 
@@ -19,7 +20,7 @@ def classes(labels: list[str], codes: dict[str, str] | None = None, metrics: tup
 
 
 def scores() -> Regression:
-    return Regression("t", REGRESSION_METRICS, "pearson")
+    return Regression("t", list(REGRESSION), "pearson")
 
 
 def example(label: object, line: int = 7) -> Example:
@@ -187,7 +188,7 @@ def test_metrics_of_two_classes_equal_naive_ones(name: str, naive: Callable[[Ten
     generator = torch.Generator().manual_seed(seed)
     labels = (torch.rand(50, generator=generator) < 0.3).long()  # unbalanced, so that the F1 of the other class differs
     logits = torch.randn(50, 2, generator=generator) + torch.nn.functional.one_hot(labels, 2)
-    task = classes(["a", "b"], metrics=CLASSIFICATION_METRICS)
+    task = classes(["a", "b"], metrics=list(CLASSIFICATION))
     predicted = task.predict(logits)
     assert measured(task, name, predicted, labels) == pytest.approx(naive(predicted, labels), abs=1e-5)
 
@@ -227,7 +228,7 @@ def test_chance_is_what_a_prediction_without_looking_scores() -> None:
 
 
 def test_only_an_error_is_better_when_lower() -> None:
-    assert [name for name in (*CLASSIFICATION_METRICS, *REGRESSION_METRICS) if not higher_is_better(name)] == ["mse"]
+    assert [name for name in (*CLASSIFICATION, *REGRESSION) if not higher_is_better(name)] == ["mse"]
 
 
 # Losses
