@@ -20,6 +20,7 @@ from conftest import write_csv
 from kd import fit as fitting
 from kd import train
 from kd.config import compose
+from kd.data.batch import Batch
 from kd.data.sources import Files
 from kd.engines.distiller import Distiller
 from kd.errors import InputError
@@ -107,6 +108,22 @@ def test_parameter_counts_include_embeddings(finished: tuple[Run, dict], backbon
 
 def test_teacher_runs_once_for_each_example_and_epoch_and_not_for_validation(finished: tuple[Run, dict]) -> None:
     assert finished[1]["teacher_forward_examples"] == 2 * 96
+
+
+def test_student_trains_with_dropout_and_its_teacher_without(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = Distiller.training_step
+
+    def step(engine: Distiller, batch: Batch, batch_idx: int) -> torch.Tensor:
+        modes = [{module.training for module in engine.student.modules()}]
+        modes += [{module.training for module in teacher.encoder.modules()} for teacher in engine.teachers]
+        seen.append((engine.current_epoch, modes))
+        return original(engine, batch, batch_idx)
+
+    monkeypatch.setattr(Distiller, "training_step", step)
+    made(small("method=kd", "seed=6"))
+    assert {epoch for epoch, _ in seen} == {0, 1}
+    assert all(modes == [{True}, {False}] for _, modes in seen)
 
 
 def test_baseline_never_runs_the_teacher(small: Small) -> None:
