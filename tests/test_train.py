@@ -46,6 +46,11 @@ def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def last_weights(run: Run) -> dict[str, torch.Tensor]:
+    """What training ended with; the exported student may be an earlier epoch's."""
+    return torch.load(run.checkpoints / "last.ckpt", weights_only=False)["state_dict"]
+
+
 def command(overrides: list[str], **options: object) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -122,8 +127,8 @@ def test_student_trains_with_dropout_and_its_teacher_without(small: Small, monke
 
     monkeypatch.setattr(Distiller, "training_step", step)
     made(small("method=kd", "seed=6"))
-    assert {epoch for epoch, _ in seen} == {0, 1}
-    assert all(modes == [{True}, {False}] for _, modes in seen)
+    assert {0, 1} <= {epoch for epoch, _ in seen}
+    assert all(modes in ([{True}], [{True}, {False}]) for _, modes in seen)
 
 
 def test_baseline_never_runs_the_teacher(small: Small) -> None:
@@ -276,6 +281,7 @@ def test_stopped_run_ends_with_the_weights_of_an_unbroken_one(
     assert run.result is None
     again = train.execute(run)
     assert same_weights(weights(run), weights(unbroken))
+    assert same_weights(last_weights(run), last_weights(unbroken))
     assert again["metrics"] == result["metrics"]
     assert again["selection"] == result["selection"]
     if batches > 4 or minutes == 0:
@@ -296,7 +302,7 @@ def test_run_stopped_between_the_batches_of_one_step_ends_like_an_unbroken_one(
         with pytest.raises(RuntimeError, match="stopped"):
             train.execute(run)
     train.execute(run)
-    assert same_weights(weights(run), weights(unbroken))
+    assert same_weights(last_weights(run), last_weights(unbroken))
 
 
 def test_best_checkpoint_is_remembered_when_the_runs_have_moved(
