@@ -79,6 +79,7 @@ def quieten() -> None:
         ".*resuming from a checkpoint that ended before the epoch ended.*",  # the sampler goes on where it stopped
         ".*number of training batches .* is smaller than the logging interval.*",
         ".*dataloader is not resumable.*",
+        ".*will save all targets and predictions in buffer.*",
         ".*sync_dist=True.*",  # torchmetrics has reduced what is logged on epoch level
         ".*isinstance.treespec, LeafSpec.*",
         ".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*",

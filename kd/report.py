@@ -117,6 +117,10 @@ def differences(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
     return found
 
 
+OWN_UNITS = ("mse",)
+"""Metrics in the units of the labels; all others are shown in percent."""
+
+
 def _spread(values: Sequence[float | None], scale: float = 100.0) -> str:
     known = [value for value in values if value is not None]
     if len(known) < len(values) or not known:
@@ -147,7 +151,7 @@ def report_table(results: Sequence[Mapping[str, Any]]) -> Table:
             f"{first['parameters']['student']:,}",
             _number(first["megabytes"]["student"], 1),
             *(
-                _spread([r["metrics"][split][name] for r in group], 1.0 if name == "mse" else 100.0)
+                _spread([r["metrics"][split][name] for r in group], 1.0 if name in OWN_UNITS else 100.0)
                 if name in first["metrics"].get(split, {})
                 else ""
                 for split, name in metrics
