@@ -10,7 +10,6 @@ from kd.data.tasks import Task
 from kd.forward import Forward, Needs
 from kd.models import Encoder, FrozenTeacher
 
-NO_TEACHER = 0
 ANY_TEACHERS = None
 
 

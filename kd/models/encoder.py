@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -86,8 +85,3 @@ class Encoder(nn.Module):
     def parameter_count(self) -> int:
         """All parameters, embeddings included, shared ones counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-
-def on_meta_device() -> torch.device:
-    """The device for models that have a shape but no weights; used to check a configuration before anything is paid for."""
-    return torch.device("meta")

@@ -9,7 +9,7 @@ from torch import nn
 
 from kd.errors import InputError, one_of
 from kd.forward.taps import Family, family_of
-from kd.models.encoder import Encoder, on_meta_device
+from kd.models.encoder import Encoder
 from kd.schema import StudentSpec
 from kd.sources import pretrained
 
@@ -168,7 +168,7 @@ def new_classifier(config: Any, meta: bool = False) -> nn.Module:
 
     if not meta:
         return AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-any-return]
-    with on_meta_device():
+    with torch.device("meta"):  # shapes without weights
         return AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-any-return]
 
 
