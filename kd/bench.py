@@ -15,7 +15,8 @@ from typing import Any
 
 from kd.config import compose
 from kd.errors import InputError
-from kd.runs import Run, backbone_of, plan, without
+from kd.planning import backbone_of, plan, without
+from kd.runs import Run
 
 
 def prepare(run: Run, folder: Path) -> tuple[Any, Any, list[Any]]:

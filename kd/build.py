@@ -28,7 +28,8 @@ from kd.models.students import (
 )
 from kd.models.teachers import match_labels
 from kd.optimizers import OptimizerFactory
-from kd.runs import Run, backbone_of, source_of
+from kd.planning import backbone_of, source_of
+from kd.runs import Run
 from kd.schedules import Schedule, as_schedule
 from kd.schema import RunSpec
 

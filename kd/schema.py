@@ -1,9 +1,13 @@
 """The typed shape of each part of a configuration. OmegaConf checks values against it and names the key that is wrong."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
+
+from kd.errors import InputError, one_of
+from kd.hardware import PRECISIONS
 
 
 @dataclass
@@ -120,3 +124,37 @@ class RunSpec:
     backbone: str = MISSING
     preflight: bool = True
     resume: bool = True
+
+
+def check_values(spec: RunSpec) -> None:
+    """What can be told from the values alone.
+
+    Raises:
+        InputError: for a word that is not in its list, or a number out of its range.
+    """
+    trainer = spec.trainer
+    words = {
+        "precision": PRECISIONS,
+        "selection": ("best", "last"),
+        "accelerator": ("cpu", "gpu", "auto"),
+        "strategy": ("auto", "ddp"),
+        "progress": ("auto", "bar", "plain", "none"),
+    }
+    for key, allowed in words.items():
+        if getattr(trainer, key) not in allowed:
+            raise one_of(getattr(trainer, key), allowed, f"trainer.{key}")
+    least = {"max_epochs": 1, "batch_size": 1, "accumulate": 1, "eval_batch_size": 1, "num_workers": 0, "checkpoint_minutes": 0}
+    for key, bound in least.items():
+        if not getattr(trainer, key) >= bound:
+            raise InputError(f"trainer.{key}={getattr(trainer, key)} must be at least {bound}", f"trainer.{key}")
+    if trainer.devices != "auto" and not (str(trainer.devices).isdigit() and int(trainer.devices) > 0):
+        raise InputError(f"trainer.devices={trainer.devices} must be auto or a number from 1", "trainer.devices")
+    if spec.seed < 0:
+        raise InputError(f"seed={spec.seed} must not be negative", "seed")
+    if not spec.paths.runs:
+        raise InputError("paths.runs is empty; it is the folder where runs live", "paths.runs")
+    for part, name in {"method": spec.method.get("name"), "student": spec.student.name, "task": spec.task.name}.items():
+        if not re.fullmatch(r"[\w.-]+", str(name)):
+            raise InputError(
+                f"{part}.name='{name}' is part of a folder's name: letters, digits, '.', '_' and '-'", f"{part}.name"
+            )

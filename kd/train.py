@@ -19,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from kd import distributed
 from kd.config import ROOT, conf_folder, explain
 from kd.errors import InputError, disk_is_full
-from kd.runs import Run, keys_of, plan
+from kd.planning import keys_of, plan
+from kd.runs import Run
 
 INTERRUPTED = 130
 

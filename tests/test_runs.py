@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 
 from kd.config import compose
 from kd.errors import InputError
-from kd.runs import Run, plan, source_of, write_atomically
+from kd.planning import plan, source_of
+from kd.runs import Run, write_atomically
 
 Planner = Callable[..., Run]
 

@@ -24,7 +24,8 @@ from kd.data.batch import Batch
 from kd.data.sources import Files
 from kd.engines.distiller import Distiller
 from kd.errors import InputError
-from kd.runs import Run, plan
+from kd.planning import plan
+from kd.runs import Run
 
 Small = Callable[..., list[str]]
 

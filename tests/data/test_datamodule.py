@@ -14,7 +14,7 @@ from kd.config import compose, typed
 from kd.data.batch import Batch
 from kd.data.datamodule import Examples, KDData, load_examples, tokenizer_fingerprint
 from kd.errors import InputError
-from kd.runs import source_of
+from kd.planning import source_of
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from kd.config import compose, typed
 from kd.data.datamodule import Examples, load_examples
 from kd.data.sources import Example, Files, Glue, PackageFile, hash_fraction, split_by_hash
 from kd.errors import InputError
-from kd.runs import source_of
+from kd.planning import source_of
 
 TEXTS = [f"review number {number} of a film" for number in range(600)]
 

@@ -1,0 +1,207 @@
+"""A run is a pure function of its configuration, and its inputs are other runs.
+
+The digest of everything that changes a result names a run's directory. A teacher to fine-tune or a stage to begin from is a
+run of its own, made first if it is missing and reused if it is done.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kd import config as composition
+from kd.data.sources import Source
+from kd.errors import InputError
+from kd.hardware import resolve_precision
+from kd.runs import Run, digest_of
+from kd.schema import RunSpec, TeacherSpec, check_values
+from kd.sources import fingerprint
+
+FORMAT = 1
+"""Part of every digest; raised when a change of code makes old results incomparable."""
+
+COSTLESS = [
+    "accelerator",
+    "devices",
+    "strategy",
+    "eval_batch_size",
+    "num_workers",
+    "checkpoint_minutes",
+    "progress",
+]
+"""Trainer keys that do not change a result."""
+
+PLACES = ("root", "train", "validation", "test")
+"""Keys that say where data is; their content enters the digest instead."""
+
+DEEPEST_CHAIN = 8
+"""Stages that may follow each other; a longer chain is a stage that begins from itself."""
+
+
+def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0) -> Run:
+    """The run of a configuration, with the runs it needs. Nothing is trained, loaded or written.
+
+    Args:
+        config: composed.
+        overrides: what it was composed from; a stage is stated relative to them.
+        depth: of the chain of stages.
+
+    Raises:
+        InputError: for a value of the wrong type, or an input that does not exist.
+    """
+    spec = composition.typed(config)
+    check_values(spec)
+    spec.trainer.precision = resolve_precision(spec.trainer.precision, spec.trainer.accelerator)
+    inputs = {}
+    for name, teacher in spec.teacher.items():
+        if needs_fine_tuning(name, teacher):
+            with keys_of(f"teacher {name}"):
+                inputs[f"teacher {name}"] = plan(teacher_config(config, spec, name, teacher), depth=depth)
+    if spec.student.init == "run":
+        inputs["stage"] = plan(*stage_config(spec, overrides, depth), depth + 1)
+    identified = identity(spec, inputs)
+    digest = digest_of(identified)
+    name = f"{spec.method['name']}-{spec.student.name}-{spec.task.name}-s{spec.seed}-{digest}"
+    return Run(config, spec, digest, Path(spec.paths.runs).expanduser() / name, inputs, identified)
+
+
+@contextmanager
+def keys_of(role: str) -> Iterator[None]:
+    """Errors of an input's run name the key of the run that needs it: where the user can change it."""
+    try:
+        yield
+    except InputError as error:
+        if error.key is None or not role.startswith("teacher "):
+            raise
+        place = f"teacher.{role.removeprefix('teacher ')}"
+        part = error.key.partition(".")[0]
+        own = part in ("method", "student", "optimizer", "seed") or error.key == "trainer.max_epochs"
+        key = f"{place}.run.{error.key}" if own else error.key
+        raise InputError(error.message, f"{place}.backbone" if error.key == "student.backbone" else key) from error
+
+
+def needs_fine_tuning(name: str, teacher: TeacherSpec) -> bool:
+    """Whether a teacher is made by a run of its own.
+
+    Raises:
+        InputError: if it has neither or both of `model` and `backbone`.
+    """
+    if (teacher.model is None) == (teacher.backbone is None):
+        raise InputError(
+            f"the teacher '{name}' needs one of `model` (a ready classifier) and `backbone` (fine-tuned first)",
+            f"teacher.{name}.model",
+        )
+    return teacher.model is None
+
+
+def backbone_of(spec: RunSpec) -> tuple[str, str]:
+    """Where the student's shape and vocabulary come from, and the key that says so.
+
+    Its own backbone, else the first teacher's, else the default.
+    """
+    if spec.student.backbone is not None:
+        return spec.student.backbone, "student.backbone"
+    for name, teacher in spec.teacher.items():
+        kind = "model" if teacher.backbone is None else "backbone"
+        return str(teacher.backbone or teacher.model), f"teacher.{name}.{kind}"
+    return spec.backbone, "backbone"
+
+
+def source_of(spec: RunSpec) -> Source:
+    """The data source of a task.
+
+    Raises:
+        InputError: for a source that cannot be made.
+    """
+    node = dict(spec.task.source)
+    try:
+        return get_class(node.pop("_target_"))(**node)  # type: ignore[no-any-return]
+    except (KeyError, TypeError, ImportError, ValueError) as error:
+        raise InputError(f"the task's source cannot be made: {error}", "task.source") from error
+
+
+def identity(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
+    """Everything that changes the result, and nothing else."""
+    student, task, trainer = asdict(spec.student), asdict(spec.task), asdict(spec.trainer)
+    student["backbone"] = fingerprint(*backbone_of(spec))
+    if spec.student.init == "checkpoint":
+        if spec.student.checkpoint is None:
+            raise InputError("student.init=checkpoint needs student.checkpoint=<folder or source>", "student.checkpoint")
+        student["checkpoint"] = fingerprint(spec.student.checkpoint, "student.checkpoint")
+    else:
+        student["checkpoint"] = None
+    if spec.student.init in ("random", "checkpoint", "run"):
+        student["init_from"] = None
+    student.pop("run")
+    source = {key: value for key, value in task.pop("source").items() if key not in PLACES}
+    return {
+        "format": FORMAT,
+        "method": spec.method,
+        "engine": spec.engine,
+        "student": student,
+        "teachers": [  # a list: the order of a pool says whose weights a student begins from
+            {
+                "name": name,
+                "labels": teacher.labels,
+                "model": teacher.model and fingerprint(teacher.model, f"teacher.{name}.model"),
+            }
+            for name, teacher in spec.teacher.items()
+        ],
+        "inputs": {role: run.digest for role, run in inputs.items()},
+        "task": {key: value for key, value in task.items() if key not in PLACES},
+        "data": {**source, **source_of(spec).fingerprint()},
+        "optimizer": asdict(spec.optimizer),
+        "trainer": {key: value for key, value in trainer.items() if key not in COSTLESS},
+        "seed": spec.seed,
+    }
+
+
+def teacher_config(parent: DictConfig, spec: RunSpec, name: str, teacher: TeacherSpec) -> DictConfig:
+    """The configuration of a teacher's fine-tuning: the defaults, the parent's task, places and hardware, and its `run`.
+
+    The student's method, optimiser, epochs and seed do not enter, so that a sweep over them has one teacher.
+    """
+    config = composition.compose(["method=finetune", "teacher=[]", "student=full"])
+    for part in ("task", "paths", "logger"):
+        OmegaConf.update(config, part, OmegaConf.to_container(parent[part], resolve=True), merge=False, force_add=True)
+    for key in (*COSTLESS, "precision"):
+        OmegaConf.update(config, f"trainer.{key}", getattr(spec.trainer, key), force_add=True)
+    OmegaConf.update(config, "student.backbone", teacher.backbone)
+    config.preflight, config.resume = spec.preflight, spec.resume
+    try:
+        OmegaConf.set_struct(config, True)
+        merged = OmegaConf.merge(config, teacher.run)
+    except OmegaConfBaseException as error:
+        explained = composition.explain(error)
+        raise InputError(
+            f"teacher.{name}.run does not fit a run's configuration: {explained.message} ({explained.key})",
+            f"teacher.{name}.run",
+        ) from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def without(overrides: Sequence[str], starts: Sequence[str]) -> list[str]:
+    """The overrides that do not begin with any of these words, with or without a plus."""
+    return [override for override in overrides if not override.lstrip("+~").startswith(tuple(starts))]
+
+
+def stage_config(spec: RunSpec, overrides: Sequence[str], depth: int) -> tuple[DictConfig, list[str]]:
+    """The configuration of the run that this one begins from, and its overrides.
+
+    It is this command with `student.run` laid over it.
+    """
+    if not spec.student.run:
+        raise InputError("student.init=run needs student.run=[override, ...], the run to begin from", "student.run")
+    if depth >= DEEPEST_CHAIN:
+        raise InputError("student.run begins from itself; give the first stage another student.init", "student.run")
+    kept = without(overrides, ["student.init=", "student.run="])
+    # Another method has other keys: what was said of this one's does not carry over.
+    swapped = [override.partition("=")[0] for override in spec.student.run if "." not in override.partition("=")[0]]
+    merged = [*without(kept, [f"{group}." for group in swapped]), *spec.student.run]
+    return composition.compose(merged), merged
