@@ -18,6 +18,7 @@ class Batch:
         labels: (batch,), class indices in the task's order, or float scores.
         index: (batch,), position of each example in its split; the key of every cache.
         weight: what this rank's loss counts for, 1 where the ranks share the global batch evenly.
+        peers: inputs of the further students, where several learn together.
     """
 
     student: dict[str, Tensor]
@@ -25,6 +26,12 @@ class Batch:
     labels: Tensor
     index: Tensor
     weight: float = 1.0
+    peers: tuple[dict[str, Tensor], ...] = ()
+
+    @property
+    def students(self) -> tuple[dict[str, Tensor], ...]:
+        """Inputs of every student, the first one's first."""
+        return (self.student, *self.peers)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -39,7 +46,7 @@ class Batch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         done: dict[int, dict[str, Tensor]] = {}
-        for inputs in (self.student, *self.teachers):
+        for inputs in (*self.students, *self.teachers):
             if id(inputs) not in done:
                 done[id(inputs)] = {name: function(tensor) for name, tensor in inputs.items()}
         return Batch(
@@ -48,4 +55,5 @@ class Batch:
             function(self.labels),
             function(self.index),
             self.weight,
+            tuple(done[id(inputs)] for inputs in self.peers),
         )

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import lightning.pytorch as pl
@@ -107,8 +108,11 @@ class Distiller(pl.LightningModule):
     def step(self, batch: Batch, progress: Progress) -> Step:
         """A step over a batch: forwards bound to inputs and needs, none of them run."""
         ours, theirs = self.method.needs()
-        forwards = [Forward(teacher, inputs, theirs) for teacher, inputs in zip(self.teachers, batch.teachers, strict=True)]
-        return Step(Forward(self.student, batch.student, ours), forwards, batch, self.task, progress)
+        forwards = [
+            Forward(teacher, inputs, needs)
+            for teacher, inputs, needs in zip(self.teachers, batch.teachers, theirs or cycle([Needs()]), strict=False)
+        ]
+        return Step(Forward(self.student, batch.student, ours), forwards, batch, self.task, progress, seed=self.seed)
 
     def loss(self, batch: Batch, progress: Progress | None = None) -> Loss:
         """The weighted sum of the method's terms over a batch."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-KINDS = ("hidden", "attention", "value")
+KINDS = ("hidden", "cls", "attention", "value")
 
 
 def _layers(layers: Iterable[int]) -> frozenset[int]:
@@ -17,7 +17,9 @@ class Needs:
     Layer 0 is the embedding output, layer *l* the output of block *l*. Attention and values exist for layers 1 and up.
 
     Attributes:
-        hidden: layers whose states are kept.
+        hidden: layers whose states are kept, of every token.
+        cls: layers of which the first token's state alone is kept: of a sentence vector there is one whatever the tokens,
+            so models with other tokenizers can be compared, and a cache stores a hundredth.
         attention: layers whose queries and keys are kept; scores, probabilities and relations follow from them.
         value: layers whose values are kept.
         gradient: whether gradients are taken with respect to what the forward shows (integrated gradients, double
@@ -29,6 +31,7 @@ class Needs:
     """
 
     hidden: frozenset[int] = frozenset()
+    cls: frozenset[int] = frozenset()
     attention: frozenset[int] = frozenset()
     value: frozenset[int] = frozenset()
     gradient: bool = False
@@ -39,12 +42,14 @@ class Needs:
         attention: Iterable[int] = (),
         value: Iterable[int] = (),
         gradient: bool = False,
+        cls: Iterable[int] = (),
     ) -> None:
         object.__setattr__(self, "hidden", _layers(hidden))
+        object.__setattr__(self, "cls", _layers(cls))
         object.__setattr__(self, "attention", _layers(attention))
         object.__setattr__(self, "value", _layers(value))
         object.__setattr__(self, "gradient", bool(gradient))
-        for kind, lowest in (("hidden", 0), ("attention", 1), ("value", 1)):
+        for kind, lowest in (("hidden", 0), ("cls", 0), ("attention", 1), ("value", 1)):
             if below := [layer for layer in getattr(self, kind) if layer < lowest]:
                 raise ValueError(f"{kind} of layer {min(below)} does not exist; its layers begin at {lowest}")
 
@@ -54,11 +59,17 @@ class Needs:
             self.attention | other.attention,
             self.value | other.value,
             self.gradient or other.gradient,
+            self.cls | other.cls,
         )
+
+    @property
+    def tokens(self) -> bool:
+        """Whether a tensor is declared that has a place for every token."""
+        return bool(self.hidden or self.attention or self.value)
 
     def deepest(self) -> int:
         """The deepest layer declared; 0 if there is none."""
-        return max(self.hidden | self.attention | self.value, default=0)
+        return max(self.hidden | self.cls | self.attention | self.value, default=0)
 
     def __str__(self) -> str:
         parts = [f"{kind}={sorted(getattr(self, kind))}" for kind in KINDS if getattr(self, kind)]

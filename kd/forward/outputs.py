@@ -37,7 +37,7 @@ class Outputs:
         mask: (batch, tokens), bool, False on padding.
         needs: what was declared.
         heads: attention heads of the model.
-        tensors: `kind -> layer -> (batch, tokens, width)` for kind in hidden, query, key, value.
+        tensors: `kind -> layer -> (batch, tokens, width)` for kind in hidden, query, key, value; (batch, width) for cls.
         score_bias: (1 or batch, heads, tokens, tokens) added to the attention scores, for relative positions; or None.
     """
 
@@ -55,6 +55,10 @@ class Outputs:
             UndeclaredRead: if `needs` did not declare it.
         """
         return self._take("hidden", "hidden", layer)
+
+    def cls(self, layer: int) -> Tensor:
+        """State of the first token of a layer, (batch, width); `Needs.cls` declares it."""
+        return self._take("cls", "cls", layer)
 
     def query(self, layer: int) -> Tensor:
         """Queries of a layer, (batch, tokens, width)."""

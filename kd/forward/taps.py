@@ -112,7 +112,7 @@ def record(base: nn.Module, family: Family, needs: Needs) -> Iterator[dict[str, 
     Yields:
         `kind -> layer -> (batch, tokens, width)`, filled as the model runs.
     """
-    seen: dict[str, dict[int, Tensor]] = {"hidden": {}, "query": {}, "key": {}, "value": {}}
+    seen: dict[str, dict[int, Tensor]] = {"hidden": {}, "cls": {}, "query": {}, "key": {}, "value": {}}
     layer = 0
 
     def keep_embeddings(_: nn.Module, __: Any, output: Any) -> Any:
@@ -125,6 +125,8 @@ def record(base: nn.Module, family: Family, needs: Needs) -> Iterator[dict[str, 
             states = states.detach().requires_grad_()
         if 0 in needs.hidden:
             seen["hidden"][0] = states
+        if 0 in needs.cls:
+            seen["cls"][0] = states[:, 0]
         return states if fresh else None
 
     def keep_block(_: nn.Module, __: Any, output: Any) -> None:
@@ -132,6 +134,8 @@ def record(base: nn.Module, family: Family, needs: Needs) -> Iterator[dict[str, 
         layer += 1
         if layer in needs.hidden:
             seen["hidden"][layer] = _first(output)
+        if layer in needs.cls:
+            seen["cls"][layer] = _first(output)[:, 0]
 
     def keep_projection(kind: str, layers: frozenset[int]) -> Callable[[nn.Module, Any, Any], None]:
         def keep(_: nn.Module, __: Any, output: Any) -> None:
@@ -140,7 +144,7 @@ def record(base: nn.Module, family: Family, needs: Needs) -> Iterator[dict[str, 
 
         return keep
 
-    if needs.deepest() == 0 and not needs.hidden:
+    if needs.deepest() == 0 and not needs.hidden | needs.cls:
         yield seen
         return
     with ExitStack() as stack:

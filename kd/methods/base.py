@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import Tensor, nn
 
 from kd.data.batch import Batch
@@ -42,6 +43,13 @@ class Step:
     batch: Batch
     task: Task
     progress: Progress
+    peers: Sequence[Forward] = ()
+    """The other students' forwards over the same examples, detached; only where several learn together."""
+    seed: int = 0
+
+    def chance(self) -> np.random.Generator:
+        """A generator that all ranks and all batches of one optimiser step share, and that a resumed run finds again."""
+        return np.random.default_rng([self.seed, self.progress.step])
 
     @property
     def teacher(self) -> Forward:
@@ -82,9 +90,12 @@ class Method(nn.Module):
             InputError: if the method cannot work with these models.
         """
 
-    def needs(self) -> tuple[Needs, Needs]:
-        """What the student's and what each teacher's forward must keep. Called after `bind`."""
-        return Needs(), Needs()
+    def needs(self) -> tuple[Needs, Sequence[Needs]]:
+        """What the student's forward must keep, and each teacher's; no entries where only logits are read.
+
+        Called after `bind`.
+        """
+        return Needs(), ()
 
     def prepare(self, step: Step) -> Step:
         """The step with other inputs or teachers; on the device, before anything ran."""

@@ -85,16 +85,16 @@ class PKD(Method):
             )
         self.project = match_width(student.width, teacher.width)
 
-    def needs(self) -> tuple[Needs, Needs]:
-        """The paired layers' states."""
-        return Needs(hidden=[ours for ours, _ in self.pairs]), Needs(hidden=[theirs for _, theirs in self.pairs])
+    def needs(self) -> tuple[Needs, Sequence[Needs]]:
+        """The paired layers' [CLS] states."""
+        return Needs(cls=[ours for ours, _ in self.pairs]), [Needs(cls=[theirs for _, theirs in self.pairs])]
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         """Eq. 8, term by term."""
         student, teacher = step.student.outputs, step.teacher.outputs
         temperature = self.temperature(step.progress.fraction)
-        ours = torch.stack([student.hidden(layer)[:, 0] for layer, _ in self.pairs], dim=1)
-        theirs = torch.stack([teacher.hidden(layer)[:, 0] for _, layer in self.pairs], dim=1)
+        ours = torch.stack([student.cls(layer) for layer, _ in self.pairs], dim=1)
+        theirs = torch.stack([teacher.cls(layer) for _, layer in self.pairs], dim=1)
         return {
             "task": step.task.hard(student.logits, step.batch.labels),
             "logits": step.task.soft(student.logits, teacher.logits, temperature, self.loss, self.reduction),

@@ -15,6 +15,7 @@ from kd.data.sampler import LengthBatches
 from kd.data.tasks import Classification
 from kd.engines.distiller import Distiller
 from kd.forward import Outputs
+from kd.forward.needs import KINDS
 from kd.models import Encoder, FrozenTeacher
 from kd.optimizers import OptimizerFactory
 
@@ -120,7 +121,7 @@ class Recorded:
 
     def of(self, outputs: Outputs) -> dict[str, set[int]]:
         """What was read of one forward's outputs: kind -> layers."""
-        found: dict[str, set[int]] = {"hidden": set(), "attention": set(), "value": set()}
+        found: dict[str, set[int]] = {kind: set() for kind in KINDS}
         for owner, declared, layer in self.reads:
             if owner == id(outputs):
                 found[declared].add(layer)

@@ -21,6 +21,7 @@ from conformance.bench import (
 )
 from kd.config import compose
 from kd.errors import InputError
+from kd.forward.needs import KINDS, Needs
 
 pytestmark = pytest.mark.parametrize("name", METHODS)
 
@@ -73,15 +74,17 @@ def test_every_trainable_parameter_gets_a_gradient_and_the_teacher_none(name: st
 def test_every_declared_need_is_used_and_nothing_else_is_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bench, reads = Bench(name), Recorded(monkeypatch)
     step = bench.engine.loss(batch_of()).step
-    for forward, needs in zip((step.student, *step.teachers), bench.method.needs(), strict=True):
+    ours, theirs = bench.method.needs()
+    for forward, needs in zip((step.student, *step.teachers), (ours, *(theirs or [Needs()])), strict=True):
         if not forward.ran:
-            assert (needs.hidden, needs.attention, needs.value) == (frozenset(),) * 3
+            assert not needs.tokens | bool(needs.cls)
             continue
         used = reads.of(forward.outputs)
-        assert used == {"hidden": set(needs.hidden), "attention": set(needs.attention), "value": set(needs.value)}
+        assert used == {kind: set(getattr(needs, kind)) for kind in KINDS}
         kept = {kind: set(layers) for kind, layers in forward.outputs.tensors.items()}
         assert kept == {
             "hidden": used["hidden"],
+            "cls": used["cls"],
             "query": used["attention"],
             "key": used["attention"],
             "value": used["value"],

@@ -12,12 +12,13 @@ READS = {
     "query": lambda outputs, layer: outputs.query(layer),
     "key": lambda outputs, layer: outputs.key(layer),
     "scores": lambda outputs, layer: outputs.scores(layer),
+    "cls": lambda outputs, layer: outputs.cls(layer),
     "attention": lambda outputs, layer: outputs.attention(layer),
     "value": lambda outputs, layer: outputs.value(layer),
     "relation": lambda outputs, layer: outputs.relation("value", layer, 1),
     "query relation": lambda outputs, layer: outputs.relation("query", layer, 1),
 }
-DECLARED = {"hidden": "hidden", "value": "value", "relation": "value"}  # the others are declared as attention
+DECLARED = {"hidden": "hidden", "cls": "cls", "value": "value", "relation": "value"}  # the others are declared as attention
 
 
 class Model:
@@ -29,7 +30,7 @@ class Model:
     def __call__(self, inputs: object, needs: Needs) -> Outputs:
         self.calls.append((inputs, needs))
         states = {layer: torch.full((1, 2, 4), float(layer)) for layer in range(5)}
-        tensors = dict.fromkeys(("hidden", "query", "key", "value"), states)
+        tensors = dict.fromkeys(("hidden", "cls", "query", "key", "value"), states)
         return Outputs(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), needs, heads=2, tensors=tensors)
 
 

@@ -14,7 +14,7 @@ from kd.forward.taps import FAMILIES, family_of
 from kd.models import Encoder
 
 LAYERS, WIDTH, HEADS, TOKENS = 3, 24, 3, 9
-ALL = Needs(hidden=range(LAYERS + 1), attention=range(1, LAYERS + 1), value=range(1, LAYERS + 1))
+ALL = Needs(hidden=range(LAYERS + 1), cls=range(LAYERS + 1), attention=range(1, LAYERS + 1), value=range(1, LAYERS + 1))
 CONTEXT = {  # the projection that takes attention times values
     "bert": "attention.output.dense",
     "roberta": "attention.output.dense",
@@ -70,6 +70,7 @@ def test_states_attention_and_logits_are_those_of_transformers(family: str, padd
     assert len(theirs.hidden_states) == LAYERS + 1
     for layer, expected in enumerate(theirs.hidden_states):
         torch.testing.assert_close(ours.hidden(layer)[real], expected[real], rtol=0, atol=1e-9)
+        torch.testing.assert_close(ours.cls(layer), expected[:, 0], rtol=0, atol=1e-9)
     assert len(theirs.attentions) == LAYERS
     for layer, expected in enumerate(theirs.attentions, start=1):
         found = ours.attention(layer).transpose(1, 2)[real]  # (real tokens, heads, tokens)
@@ -165,11 +166,14 @@ def test_shared_block_is_read_at_each_of_its_layers(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "needs", [Needs(), Needs(hidden=[2]), Needs(hidden=[0]), Needs(attention=[1]), Needs(value=[3])], ids=str
+    "needs",
+    [Needs(), Needs(hidden=[2]), Needs(hidden=[0]), Needs(cls=[0]), Needs(cls=[2]), Needs(attention=[1]), Needs(value=[3])],
+    ids=str,
 )
 def test_only_what_was_declared_is_kept(needs: Needs) -> None:
     kept = encoder()(inputs(), needs).tensors
     assert set(kept["hidden"]) == needs.hidden
+    assert set(kept["cls"]) == needs.cls
     assert set(kept["query"]) == set(kept["key"]) == needs.attention
     assert set(kept["value"]) == needs.value
 

@@ -37,17 +37,18 @@ def bound(student: Encoder, teacher: Encoder, **arguments: object) -> tuple[PKD,
     ids = torch.randint(5, 30, (3, 6), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(6) < torch.tensor([6, 4, 3])[:, None]).long()
     inputs = {"input_ids": ids * mask, "attention_mask": mask}
-    ours, theirs = method.needs()
+    ours, (theirs,) = method.needs()
     batch = Batch(inputs, (inputs,), LABELS, torch.arange(3))
     return method, Step(Forward(student, inputs, ours), [Forward(frozen, inputs, theirs)], batch, TASK, Progress())
 
 
 def shown(method: PKD, student: Tensor, teacher: Tensor, logits: list[Tensor]) -> Step:
-    """A step of one sentence whose models show these [CLS] vectors at layer 1, noise behind them, and these logits."""
+    """A step of one sentence whose models show these [CLS] vectors at layer 1, and these logits."""
     method.pairs = ((1, 1),)
     forwards = []
-    for states, row, needs in zip((student, teacher), logits, method.needs(), strict=True):
-        tensors = {"hidden": {1: torch.stack([states, torch.randn_like(states)], dim=1)}}
+    ours, (theirs,) = method.needs()
+    for states, row, needs in zip((student, teacher), logits, (ours, theirs), strict=True):
+        tensors = {"cls": {1: states}}
         outputs = Outputs(row, torch.ones(1, 2).bool(), needs, tensors=tensors)
         forwards.append(Forward(lambda _, __, outputs=outputs: outputs, {}, needs))
     return Step(forwards[0], forwards[1:], Batch({}, ({},), torch.tensor([0]), torch.arange(1)), TASK, Progress())
@@ -100,7 +101,7 @@ def test_defaults_are_the_reductions_of_the_authors_code() -> None:
     total = F.kl_div((s.logits / 5).log_softmax(-1), (t.logits / 5).softmax(-1), reduction="sum")
     kl = total / (3 * 2) * 5**2  # src/KD_loss.py averages over batch and classes
     torch.testing.assert_close(terms["logits"], kl)
-    ours, theirs = (F.normalize(states[:, :1], dim=2) for states in (s.hidden(1), t.hidden(2)))
+    ours, theirs = (F.normalize(states[:, :1], dim=2) for states in (s.cls(1)[:, None], t.cls(2)[:, None]))
     torch.testing.assert_close(terms["hidden"], F.mse_loss(ours, theirs))
 
 
@@ -118,12 +119,12 @@ def test_needs_are_the_layers_of_the_map(layers: object, depths: tuple[int, int]
     method, step = bound(encoder(depths[0], seed=1), encoder(depths[1]), layers=layers)
     assert method.pairs == pairs
     ours, theirs = method.needs()
-    assert ours == Needs(hidden=[pair[0] for pair in pairs])
-    assert theirs == Needs(hidden=[pair[1] for pair in pairs])
-    s, t = step.student.outputs, step.teacher.outputs
-    stacked = [
-        torch.stack([o.hidden(n)[:, 0] for n in which], 1) for o, which in zip((s, t), zip(*pairs, strict=True), strict=True)
-    ]
+    assert ours == Needs(cls=[pair[0] for pair in pairs])
+    assert theirs == [Needs(cls=[pair[1] for pair in pairs])]
+    stacked = []
+    for forward, which in zip((step.student, step.teacher), zip(*pairs, strict=True), strict=True):
+        whole = forward.run(needs=Needs(hidden=which))
+        stacked.append(torch.stack([whole.hidden(layer)[:, 0] for layer in which], 1))
     torch.testing.assert_close(method.terms(step)["hidden"], patience(*stacked))
     assert method.describe() == {"layer map (student<-teacher)": ", ".join(f"{a}<-{b}" for a, b in pairs)}
 
@@ -150,22 +151,12 @@ def test_patience_gives_the_last_layer_and_the_head_no_gradient_and_the_layers_b
     assert student.base.embeddings.word_embeddings.weight.grad.abs().sum() > 0
 
 
-def test_only_the_first_token_counts() -> None:
-    student, teacher = encoder(2, seed=1), encoder(4)
-    method, step = bound(student, teacher)
-    expected = method.terms(step)["hidden"]
-    for outputs in (step.student.outputs, step.teacher.outputs):
-        for states in outputs.tensors["hidden"].values():
-            states.data[:, 1:] = 0
-    assert method.terms(step)["hidden"] == expected
-
-
 @pytest.mark.parametrize("scale", [0.2, 30.0])
 def test_scale_of_the_teachers_states_matters_only_without_normalisation(scale: float) -> None:
     for normalize in (True, False):
         method, step = bound(encoder(2, seed=1), encoder(4), normalize=normalize)
         before = method.terms(step)["hidden"].item()
-        for states in step.teacher.outputs.tensors["hidden"].values():
+        for states in step.teacher.outputs.tensors["cls"].values():
             states *= scale
         assert (method.terms(step)["hidden"].item() == pytest.approx(before)) is normalize
 
@@ -187,8 +178,8 @@ def test_unequal_widths_learn_one_map_to_the_teachers_width() -> None:
     method, step = bound(encoder(2, width=16), encoder(4, width=32))
     assert [tuple(parameter.shape) for parameter in method.parameters()] == [(32, 16), (32,)]
     terms = method.terms(step)
-    projected = F.linear(step.student.outputs.hidden(1)[:, :1], method.project.weight, method.project.bias)
-    torch.testing.assert_close(terms["hidden"], patience(projected, step.teacher.outputs.hidden(2)[:, :1]))
+    projected = F.linear(step.student.outputs.cls(1)[:, None], method.project.weight, method.project.bias)
+    torch.testing.assert_close(terms["hidden"], patience(projected, step.teacher.outputs.cls(2)[:, None]))
     terms["hidden"].backward()
     assert method.project.weight.grad.abs().sum() > 0
 
