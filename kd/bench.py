@@ -42,7 +42,7 @@ def prepare(run: Run, folder: Path) -> tuple[Any, Any, list[Any]]:
     data = build_data(run, examples, models)
     engine = build_engine(run, models, examples.task)
     engine.train()
-    return engine, engine.optimizer_factory.optimizer(engine.student, engine.method), list(data.train_dataloader())
+    return engine, engine.optimizer_factory.optimizer(engine), list(data.train_dataloader())
 
 
 def measure(engine: Any, optimizer: Any, batches: Sequence[Any], precision: str, clip: float | None) -> float:

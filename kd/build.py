@@ -1,19 +1,24 @@
 """Configuration to objects; the only module that instantiates."""
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from kd import distributed
+from kd.cohorts import students_of
+from kd.config import typed
 from kd.data.datamodule import Examples, KDData, load_examples
-from kd.data.tasks import Task
-from kd.engines.distiller import Distiller, check_weights
+from kd.data.tasks import Task, higher_is_better
+from kd.engines.base import Engine, check_weights
 from kd.errors import InputError, one_of
+from kd.functional.policy import best, rank_probabilities
 from kd.methods.base import Method
 from kd.models import Encoder, FrozenTeacher
 from kd.models.students import (
@@ -24,25 +29,47 @@ from kd.models.students import (
     load_config,
     load_tokenizer,
     new_classifier,
+    student_config,
     with_labels,
 )
 from kd.models.teachers import match_labels
 from kd.optimizers import OptimizerFactory
-from kd.planning import backbone_of, source_of
+from kd.planning import backbone_of, keys_of, source_of, teacher_config
+from kd.pools import teachers_of
 from kd.runs import Run
 from kd.schedules import Schedule, as_schedule
-from kd.schema import RunSpec
+from kd.schema import CohortSpec, PoolSpec, RunSpec, StudentSpec
 
 
 @dataclass
 class Models:
-    """Student and teachers with a method bound to them."""
+    """Students with their methods, and the teachers.
 
-    student: Encoder
+    Attributes:
+        students: name -> student; `student` where there is one alone.
+        methods: name -> its method, bound.
+        teachers: frozen.
+        online: a teacher that is trained with the students.
+        weights: term -> schedule.
+        inits: name -> where the student starts from, in words.
+    """
+
+    students: dict[str, Encoder]
+    methods: dict[str, Method]
     teachers: list[FrozenTeacher]
-    method: Method
+    online: Encoder | None
     weights: dict[str, Schedule]
-    init: str
+    inits: dict[str, str]
+
+    @property
+    def student(self) -> Encoder:
+        """The first student."""
+        return next(iter(self.students.values()))
+
+    @property
+    def teaching(self) -> list[Encoder]:
+        """Every teacher's model, in the order of `Batch.teachers`."""
+        return [teacher.encoder for teacher in self.teachers] + ([] if self.online is None else [self.online])
 
 
 def make(node: Mapping[str, Any], key: str, **extra: Any) -> Any:
@@ -60,8 +87,16 @@ def make(node: Mapping[str, Any], key: str, **extra: Any) -> Any:
         raise InputError(f"{node.get('_target_')} cannot be made: {cause}", key) from error
 
 
-def build_method(node: Mapping[str, Any]) -> tuple[Method, dict[str, Schedule]]:
+def build_method(
+    node: Mapping[str, Any], pool: PoolSpec | None = None, cohort: CohortSpec | None = None, chances: Sequence[float] = ()
+) -> tuple[Method, dict[str, Schedule]]:
     """A method, unbound, and the schedules of its weights.
+
+    Args:
+        node: of the method.
+        pool: wraps it, if it has a wrapper.
+        cohort: adds the peers' term, if there are peers.
+        chances: a probability for each teacher of the pool.
 
     Raises:
         InputError: for an unknown argument, or weights and terms that do not match.
@@ -70,11 +105,44 @@ def build_method(node: Mapping[str, Any]) -> tuple[Method, dict[str, Schedule]]:
     method: Method = make(arguments, "method")
     if not isinstance(method, Method):
         raise InputError(f"{node.get('_target_')} is not a Method", "method._target_")
+    if pool is not None and pool.wrapper is not None:
+        method = make({**pool.wrapper, "_partial_": True}, "pool.wrapper")(method, chances)
+    if cohort is not None and cohort.peers is not None:
+        method = called(make({**cohort.peers, "_partial_": True}, "cohort.peers"), method, key="cohort.peers")
     weights = node.get("weights", {})
     if not isinstance(weights, Mapping):
         raise InputError(f"method.weights={weights!r} is not a mapping of terms to numbers", "method.weights")
     check_weights(method.names, weights)
     return method, {name: build_schedule(value, f"method.weights.{name}") for name, value in weights.items()}
+
+
+def called(maker: Any, *arguments: Any, key: str) -> Any:
+    """What a partial makes of these arguments.
+
+    Raises:
+        InputError: for options that it does not take.
+    """
+    try:
+        return maker(*arguments)
+    except TypeError as error:
+        raise InputError(f"{maker.func.__name__} cannot be made: {error}", key) from error
+
+
+def pool_chances(run: Run, task: Task, meta: bool) -> list[float]:
+    """The probability, or weight, of each teacher of a pool; even ones where pilots decide that have not run yet."""
+    pool, names = run.spec.pool, list(run.spec.teacher)
+    if isinstance(pool.distribution, list):
+        return [float(value) for value in pool.distribution]
+    if meta or pool.distribution == "uniform":
+        return [1 / len(names)] * len(names)
+    scores = []
+    for name in names:
+        record = run.inputs[f"pilot {name}"].result
+        assert record is not None  # inputs are done before a run is built
+        score = record["metrics"]["validation"][task.monitor]
+        scores.append(-math.inf if score is None else float(score))
+    higher = higher_is_better(task.monitor)
+    return best(scores, higher) if pool.distribution == "best" else rank_probabilities(scores, higher, pool.sharpness)
 
 
 def build_schedule(value: Any, key: str) -> Schedule:
@@ -122,20 +190,35 @@ def build_teachers(run: Run, task: Task, meta: bool) -> list[FrozenTeacher]:
         InputError: for labels that do not match, or weights that cannot be had.
     """
     teachers = []
-    for name, spec in run.spec.teacher.items():
+    for name in [] if run.spec.cohort.teacher == "online" else teachers_of(run.spec):
+        spec = run.spec.teacher[name]
         made = run.inputs.get(f"teacher {name}")
-        key = f"teacher.{name}.{'model' if made is None else 'backbone'}"
-        ready = str(made.student) if made is not None else str(spec.model)
-        shape = str(spec.backbone) if made is not None and meta else ready
-        config = load_config(shape, key)
         if made is None:
+            key, source = f"teacher.{name}.model", str(spec.model)
+            config = load_config(source, key)
             columns = teacher_columns(task, spec.labels or list(config.id2label.values()), f"teacher.{name}.labels")
+        elif meta:  # it has yet to be made: the shape that it will have
+            source, key = backbone_of(made.spec)
+            config, columns = student_config(made.spec.student, source, task.labels, key), None
         else:
-            config = with_labels(config, task.labels)
-            columns = None
-        model = new_classifier(config, meta=True) if meta else load_classifier(ready, key, config)
-        teachers.append(FrozenTeacher(Encoder(model, load_tokenizer(shape, key)), name, columns))
+            key, source = f"teacher.{name}.backbone", str(made.student)
+            config, columns = with_labels(load_config(source, key), task.labels), None
+        model = new_classifier(config, meta=True) if meta else load_classifier(source, key, config)
+        teachers.append(FrozenTeacher(Encoder(model, load_tokenizer(source, key)), name, columns))
     return teachers
+
+
+def build_online(run: Run, task: Task, meta: bool) -> Encoder | None:
+    """The teacher that is trained with its students: its run's student before any training; None where teachers are frozen."""
+    if run.spec.cohort.teacher != "online":
+        return None
+    ((name, teacher),) = run.spec.teacher.items()
+    with keys_of(f"teacher {name}"):
+        spec = typed(teacher_config(run.config, run.spec, name, teacher))
+        backbone, key = backbone_of(spec)
+        torch.manual_seed(spec.seed)
+        initial = None if spec.student.init == "random" else backbone
+        return build_student(spec.student, backbone, task.labels, initial, meta, key)
 
 
 def teacher_columns(task: Task, labels: list[str], key: str) -> list[int] | None:
@@ -148,7 +231,7 @@ def teacher_columns(task: Task, labels: list[str], key: str) -> list[int] | None
 
 
 def build_models(run: Run, task: Task, meta: bool = False) -> Models:
-    """Student, teachers and method, bound.
+    """Students, teachers and methods, bound.
 
     Args:
         run: what to build.
@@ -160,30 +243,39 @@ def build_models(run: Run, task: Task, meta: bool = False) -> Models:
     """
     spec = run.spec
     torch.manual_seed(spec.seed)
-    method, weights = build_method(spec.method)
-    if method.teachers is not None and method.teachers != len(spec.teacher):
+    chances = pool_chances(run, task, meta) if spec.pool.wrapper is not None else []
+    method, weights = build_method(spec.method, spec.pool, spec.cohort, chances)
+    seen = teachers_of(spec)
+    if method.teachers is not None and method.teachers != len(seen):
+        several = "; pool=stochastic and pool=wkd make one of several" if len(seen) > 1 else ""
         raise InputError(
-            f"method={spec.method['name']} takes {method.teachers} teacher(s), teacher={list(spec.teacher)} has "
-            f"{len(spec.teacher)}",
+            f"method={spec.method['name']} takes {method.teachers} teacher(s), teacher={seen} has {len(seen)}{several}",
             "teacher",
         )
-    teachers = build_teachers(run, task, meta)
-    initial = initial_source(run, meta)
+    teachers, online = build_teachers(run, task, meta), build_online(run, task, meta)
     backbone, key = backbone_of(spec)
-    torch.manual_seed(spec.seed)  # a student's fresh weights depend on the seed alone, not on its method or teachers
-    student = build_student(spec.student, backbone, task.labels, initial, meta, key)
-    method.bind(student, teachers)
-    depth = load_config(initial, "student.init").num_hidden_layers if initial is not None else None
-    return Models(student, teachers, method, weights, describe_init(spec.student, student.depth, depth))
+    cohort = students_of(spec)
+    models = Models({}, {}, teachers, online, weights, {})
+    for place, (name, student_spec) in enumerate(cohort.items()):
+        # A student's fresh weights depend on the seed and its place alone, not on its method or teachers.
+        torch.manual_seed(spec.seed if place == 0 else int(np.random.SeedSequence([spec.seed, place]).generate_state(1)[0]))
+        initial = initial_source(run, student_spec, meta)
+        student = build_student(student_spec, backbone, task.labels, initial, meta, key)
+        depth = load_config(initial, "student.init").num_hidden_layers if initial is not None else None
+        own = copy.deepcopy(method)
+        own.bind(student, teachers if online is None else [online])  # type: ignore[list-item]
+        label = name if len(cohort) > 1 else "student"
+        models.students[label], models.methods[label] = student, own
+        models.inits[label] = describe_init(student_spec, student.depth, depth)
+    return models
 
 
-def initial_source(run: Run, meta: bool) -> str | None:
-    """Where the student's weights come from; None for random.
+def initial_source(run: Run, spec: StudentSpec, meta: bool) -> str | None:
+    """Where a student's weights come from; None for random.
 
     Raises:
         InputError: for an unknown `student.init_from`, or a fine-tuned teacher where there is none.
     """
-    spec = run.spec.student
     if spec.init == "random":
         return None
     if spec.init == "checkpoint":
@@ -196,10 +288,10 @@ def initial_source(run: Run, meta: bool) -> str | None:
         return backbone_of(run.spec)[0]
     if not run.spec.teacher:
         raise InputError("student.init_from=teacher needs a teacher, teacher=[] has none", "student.init_from")
-    name, teacher = next(iter(run.spec.teacher.items()))
-    made = run.inputs.get(f"teacher {name}")
+    name = teachers_of(run.spec)[0]
+    teacher, made = run.spec.teacher[name], run.inputs.get(f"teacher {name}")
     if made is None:
-        return teacher.model
+        return teacher.model or teacher.backbone  # of one that is trained online the weights it begins from
     return teacher.backbone if meta else str(made.student)
 
 
@@ -213,8 +305,8 @@ def build_data(run: Run, examples: Examples, models: Models) -> KDData:
     spec = run.spec
     return KDData(
         examples,
-        models.student.tokenizer,
-        [teacher.tokenizer for teacher in models.teachers],
+        [student.tokenizer for student in models.students.values()],
+        [teacher.tokenizer for teacher in models.teaching],
         batch_size=spec.trainer.batch_size,
         eval_batch_size=spec.trainer.eval_batch_size,
         max_length=checked_length(spec, models),
@@ -231,7 +323,7 @@ def checked_length(spec: RunSpec, models: Models) -> int:
     Raises:
         InputError: if one has fewer.
     """
-    for encoder in (models.student, *(teacher.encoder for teacher in models.teachers)):
+    for encoder in (*models.students.values(), *models.teaching):
         # RoBERTa and MPNet number positions from the padding index on.
         table: Any = encoder.base.get_submodule("embeddings.position_embeddings")
         room = encoder.config.max_position_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
@@ -243,20 +335,33 @@ def checked_length(spec: RunSpec, models: Models) -> int:
     return spec.task.max_length
 
 
-def build_engine(run: Run, models: Models, task: Task) -> Distiller:
-    """The LightningModule."""
-    engine: Distiller = make(
-        {**run.spec.engine, "_partial_": True},
-        "engine",
-    )(
-        student=models.student,
-        teachers=models.teachers,
-        method=models.method,
-        task=task,
-        weights=models.weights,
-        optimizer=build_optimizer(run.spec),
-        seed=run.spec.seed,
-    )
+def build_engine(run: Run, models: Models, task: Task) -> Engine:
+    """The LightningModule.
+
+    Raises:
+        InputError: for an engine that does not fit the students, or that cannot do what the trainer is asked for.
+    """
+    trainer = run.spec.trainer
+    maker = make({**run.spec.engine, "_partial_": True}, "engine")
+    try:
+        engine: Engine = maker(
+            students=models.students,
+            methods=models.methods,
+            teachers=models.teachers,
+            online=models.online,
+            task=task,
+            weights=models.weights,
+            optimizer=build_optimizer(run.spec),
+            seed=run.spec.seed,
+            clip=trainer.clip,
+        )
+    except TypeError as error:
+        raise InputError(f"the engine cannot be made: {error}", "engine") from error
+    if not engine.automatic_optimization:  # it steps the optimiser itself, batch by batch
+        if trainer.accumulate > 1:
+            raise InputError("updates in turns need whole batches; use trainer.accumulate=1", "trainer.accumulate")
+        if trainer.precision == "16-mixed":
+            raise InputError("updates in turns have no gradient scaler; use trainer.precision=bf16-mixed", "trainer.precision")
     return engine
 
 
@@ -268,6 +373,7 @@ def check(run: Run, examples: Examples) -> None:
     """
     models = build_models(run, examples.task, meta=True)
     checked_length(run.spec, models)
+    build_engine(run, models, examples.task)
     try:
         build_optimizer(run.spec).optimizer(torch.nn.Linear(2, 2))
     except (TypeError, ValueError) as error:

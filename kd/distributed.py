@@ -1,6 +1,7 @@
 """Ranks, as torchrun started them."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -42,6 +43,18 @@ def agree(value: Any) -> Any:
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def mean(tensors: Sequence[Any]) -> list[Any]:
+    """The mean over all ranks of each tensor, in one exchange."""
+    if world() == 1:
+        return list(tensors)
+    import torch
+
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    torch.distributed.all_reduce(flat)
+    parts = (flat / world()).split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def total(value: int) -> int:

@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kd.data.batch import Batch
-from kd.data.tasks import Task
+from kd.data.tasks import Task, higher_is_better
 from kd.forward import Needs
 from kd.models import Encoder, FrozenTeacher
 
@@ -19,38 +20,77 @@ LATENCY_TOKENS = 32
 LATENCY_REPEATS = 30
 
 
+Scores = dict[str, float | None]
+
+
+@dataclass
+class Evaluation:
+    """What one split says of all models; None where a metric is undefined.
+
+    Attributes:
+        students: name -> metric -> value.
+        teachers: the same.
+        agreement: student -> teacher -> share of examples with the same predicted class, or Pearson correlation of the scores.
+        ensemble: metrics of the students' mean prediction; empty for one student.
+    """
+
+    students: dict[str, Scores]
+    teachers: dict[str, Scores]
+    agreement: dict[str, Scores]
+    ensemble: Scores
+
+
+def headline(task: Task, students: Mapping[str, Mapping[str, float | None]]) -> str:
+    """The name of the student with the best monitored metric; the first of equal ones."""
+    sign = 1.0 if higher_is_better(task.monitor) else -1.0
+
+    def value(name: str) -> float:
+        found = students[name][task.monitor]
+        return -math.inf if found is None else sign * found
+
+    return max(students, key=value)
+
+
 @torch.no_grad()
 def evaluate(
-    student: Encoder, teachers: Sequence[FrozenTeacher], loader: Iterable[Batch], task: Task, device: Any = "cpu"
-) -> dict[str, dict[str, float | None]]:
-    """Metrics of student and teachers over a loader, in float32, and how far the student agrees with each teacher.
-
-    Agreement is the share of examples with the same predicted class, or the Pearson correlation of the scores.
+    students: Mapping[str, Encoder], teachers: Sequence[FrozenTeacher], loader: Iterable[Batch], task: Task, device: Any = "cpu"
+) -> Evaluation:
+    """Metrics of students and teachers over a loader, in float32, and how far each student agrees with each teacher.
 
     Under DDP every rank sees its share and torchmetrics reduces over exactly the examples there are.
-
-    Returns:
-        `student` and each teacher's name -> metric -> value; `agreement` -> teacher's name -> value. None where a metric is
-        undefined.
     """
-    student.to(device).eval()
+    for student in students.values():
+        student.to(device).eval()
     for teacher in teachers:
         teacher.encoder.to(device)
-    metrics = {
-        name: {metric: task.metric(metric).to(device) for metric in task.metrics}
-        for name in ("student", *(teacher.name for teacher in teachers))
-    }
-    agreement = {teacher.name: task.metric(task.agreement).to(device) for teacher in teachers}
+
+    def meters() -> dict[str, Any]:
+        return {metric: task.metric(metric).to(device) for metric in task.metrics}
+
+    ours, theirs = {name: meters() for name in students}, {teacher.name: meters() for teacher in teachers}
+    together = meters() if len(students) > 1 else {}
+    agreement = {name: {teacher.name: task.metric(task.agreement).to(device) for teacher in teachers} for name in students}
     for batch in loader:
         batch = batch.to(device)
-        ours = task.predict(student(batch.student, Needs()).logits.float())
-        _update(metrics["student"], ours, batch.labels)
+        logits = {
+            name: student(inputs, Needs()).logits.float()
+            for (name, student), inputs in zip(students.items(), batch.students, strict=True)
+        }
+        for name, found in logits.items():
+            _update(ours[name], task.predict(found), batch.labels)
+        if together:
+            _update(together, task.predict(task.ensemble(list(logits.values()))), batch.labels)
         for teacher, inputs in zip(teachers, batch.teachers, strict=True):
-            theirs = task.predict(teacher(inputs, Needs()).logits.float())
-            _update(metrics[teacher.name], theirs, batch.labels)
-            agreement[teacher.name].update(ours, theirs)
-    found = {name: _compute(values) for name, values in metrics.items()}
-    return {**found, "agreement": _compute(agreement)}
+            predicted = task.predict(teacher(inputs, Needs()).logits.float())
+            _update(theirs[teacher.name], predicted, batch.labels)
+            for name, found in logits.items():
+                agreement[name][teacher.name].update(task.predict(found), predicted)
+    return Evaluation(
+        {name: _compute(metrics) for name, metrics in ours.items()},
+        {name: _compute(metrics) for name, metrics in theirs.items()},
+        {name: _compute(metrics) for name, metrics in agreement.items()},
+        _compute(together),
+    )
 
 
 def _update(metrics: Mapping[str, Any], predictions: Tensor, labels: Tensor) -> None:

@@ -14,14 +14,15 @@ from kd import distributed
 from kd.build import Models, build_data, build_engine, build_models, make
 from kd.checkpoints import AtomicCheckpointIO, checkpoint_callbacks, read_checkpoint
 from kd.data.datamodule import Examples, KDData
-from kd.engines.distiller import Distiller
-from kd.evaluate import evaluate, folder_megabytes, latencies
+from kd.engines.base import Engine
+from kd.evaluate import Evaluation, evaluate, folder_megabytes, headline, latencies
 from kd.export import TOLERANCE, export, largest_difference, model_card
 from kd.hardware import git, hardware, versions
 from kd.loggers import History, close_wandb
+from kd.models import Encoder, FrozenTeacher
 from kd.preflight import preflight
 from kd.progress import Progress
-from kd.runs import Run, write_atomically
+from kd.runs import Run
 
 
 def fit(run: Run, examples: Examples) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
     if distributed.is_first():
         run.begin(spec.resume)
         if spec.preflight:
-            print("\n".join(preflight(run, engine, data, models.init).lines), flush=True)
+            print("\n".join(preflight(run, engine, data, models.inits).lines), flush=True)
     distributed.agree(None)
     last = run.checkpoints / "last.ckpt"
     checkpoint = read_checkpoint(last) if last.is_file() else None
@@ -54,13 +55,17 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
         close_wandb()
     device = trainer.strategy.root_device
     selection = select(run, engine)
+    if models.online is not None:  # from here on it is a teacher like any other
+        models.teachers.append(FrozenTeacher(models.online, next(iter(spec.teacher))))
     scores = {
-        split: evaluate(models.student, models.teachers, data.loader(split), engine.task, device)
+        split: evaluate(models.students, models.teachers, data.loader(split), engine.task, device)
         for split in examples.evaluated
     }
-    counts = {
-        name: distributed.total(value) for name, value in (("examples", engine.examples), ("teacher", engine.teacher_examples))
+    work = {
+        name: {"passes": done["passes"], "examples": distributed.total(done["examples"])}
+        for name, done in engine.teacher_work.items()
     }
+    counts = {"examples": distributed.total(engine.examples), "teachers": work}
     record: dict[str, Any] | None = None
     if distributed.is_first():
         record = conclude(run, models, data, engine, scores, selection, counts)
@@ -87,7 +92,7 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def build_trainer(run: Run, engine: Distiller, step: int | None) -> pl.Trainer:
+def build_trainer(run: Run, engine: Engine, step: int | None) -> pl.Trainer:
     """The Lightning trainer of a run."""
     spec = run.spec.trainer
     loggers: list[Any] = [History(run.directory / "metrics.csv", step)]
@@ -102,7 +107,7 @@ def build_trainer(run: Run, engine: Distiller, step: int | None) -> pl.Trainer:
         precision=spec.precision,  # type: ignore[arg-type]
         max_epochs=spec.max_epochs,
         accumulate_grad_batches=spec.accumulate,
-        gradient_clip_val=spec.clip,
+        gradient_clip_val=spec.clip if engine.automatic_optimization else None,
         deterministic=spec.deterministic,
         logger=loggers,
         callbacks=[
@@ -118,7 +123,7 @@ def build_trainer(run: Run, engine: Distiller, step: int | None) -> pl.Trainer:
     )
 
 
-def train(trainer: pl.Trainer, engine: Distiller, data: KDData, checkpoint: Path | None) -> None:
+def train(trainer: pl.Trainer, engine: Engine, data: KDData, checkpoint: Path | None) -> None:
     """Fit; Ctrl-C comes out as what it is."""
     try:
         trainer.fit(engine, datamodule=data, ckpt_path=checkpoint, weights_only=False)
@@ -126,7 +131,7 @@ def train(trainer: pl.Trainer, engine: Distiller, data: KDData, checkpoint: Path
         raise KeyboardInterrupt from error
 
 
-def select(run: Run, engine: Distiller) -> dict[str, Any]:
+def select(run: Run, engine: Engine) -> dict[str, Any]:
     """Put the chosen weights into the student; what was chosen and by what."""
     best = run.checkpoints / "best.ckpt"
     monitor = f"validation {engine.task.monitor}"
@@ -145,39 +150,33 @@ def conclude(
     run: Run,
     models: Models,
     data: KDData,
-    engine: Distiller,
-    scores: dict[str, Any],
+    engine: Engine,
+    scores: dict[str, Evaluation],
     selection: dict[str, Any],
-    counts: dict[str, int],
+    counts: dict[str, Any],
 ) -> dict[str, Any]:
-    """Export the student, check the export, and write the record."""
-    student = models.student.to("cpu")
-    encoders = {"student": student, **{teacher.name: teacher.encoder for teacher in models.teachers}}
-    splits = data.examples.evaluated
+    """Export the students, check the exports, and write the record. The best student on validation is the run's."""
+    for student in models.students.values():
+        student.to("cpu")
+    first = headline(engine.task, scores["validation"].students)
+    teachers = {teacher.name: teacher.encoder for teacher in models.teachers}
     record = {
         "method": run.spec.method["name"],
-        "student": run.spec.student.name,
+        "student": run.spec.student.name if len(models.students) == 1 else first,
         "teacher": list(run.spec.teacher),
+        "pool": run.spec.pool.name,
         "task": run.spec.task.name,
         "seed": run.spec.seed,
         "digest": run.digest,
         "family": run.family,
-        "metrics": {
-            **{split: scores[split]["student"] for split in splits},
-            "test": scores.get("test", {}).get("student", {}),
-        },
         "metrics_last": {"validation": engine.validation},
-        "metrics_teacher": {t.name: {split: scores[split][t.name] for split in splits} for t in models.teachers},
-        "agreement": {split: scores[split]["agreement"] for split in splits},
+        "metrics_teacher": {name: {split: scores[split].teachers[name] for split in scores} for name in teachers},
+        "metrics_ensemble": {split: scores[split].ensemble for split in scores if scores[split].ensemble},
         "selection": selection,
-        "parameters": {
-            "student": student.parameter_count(),
-            "teacher": models.teachers[0].encoder.parameter_count() if models.teachers else None,
-        },
         "seconds": {"train": round(engine.seconds, 3)},
         "examples_per_second": round(counts["examples"] / max(engine.seconds, 1e-9), 3),
-        "teacher_forward_examples": counts["teacher"],
-        "init": models.init,
+        "teacher_forward_examples": sum(work["examples"] for work in counts["teachers"].values()),
+        "teacher_forwards": counts["teachers"],
         "labels": engine.task.labels,
         "max_length": run.spec.task.max_length,
         "limit_train": run.spec.task.limit_train,
@@ -195,16 +194,53 @@ def conclude(
         "git": git(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    export(student, run.student, model_card(record))
-    batch = data.collate("validation")(list(range(min(16, len(data.examples.labels["validation"])))))
-    difference = largest_difference(student, run.student, batch.student)
-    if not difference <= TOLERANCE:
-        raise RuntimeError(f"the exported student's logits differ from the run's by {difference:g}; nothing was recorded")
-    weights = {name: sum(t.numel() * t.element_size() for t in e.state_dict().values()) / 1e6 for name, e in encoders.items()}
-    weights["student"] = folder_megabytes(run.student, "*.safetensors")
-    record["megabytes"] = {name: round(value, 2) for name, value in weights.items()}
-    record["latency_ms"] = {name: round(value, 3) for name, value in latencies(encoders).items()}
-    record["export_difference"] = difference
-    write_atomically(run.student / "README.md", model_card(record))
+    speeds = latencies({**{f"student {name}": each for name, each in models.students.items()}, **teachers})
+    folders = {name: run.student if name == first else run.directory / "peers" / name for name in models.students}
+    students = {}
+    for place, (name, student) in enumerate(models.students.items()):
+        own: dict[str, Any] = {
+            "metrics": {**{split: found.students[name] for split, found in scores.items()}},
+            "agreement": {split: found.agreement[name] for split, found in scores.items()},
+            "parameters": student.parameter_count(),
+            "latency_ms": round(speeds[f"student {name}"], 3),
+            "init": models.inits[name],
+            "folder": str(folders[name].relative_to(run.directory)),
+        }
+        own["metrics"].setdefault("test", {})
+        shown = {**record, **own, "student": record["student"] if len(models.students) == 1 else name}
+        export(student, folders[name], model_card({**shown, "parameters": {"student": own["parameters"]}}))
+        own["export_difference"] = exported_alike(student, place, folders[name], data)
+        own["megabytes"] = round(folder_megabytes(folders[name], "*.safetensors"), 2)
+        students[name] = own
+    chosen = students[first]
+    record |= {key: chosen[key] for key in ("metrics", "agreement", "init", "export_difference")}
+    counted = {name: each.parameter_count() for name, each in teachers.items()}
+    record["parameters"] = {
+        "student": chosen["parameters"],
+        "teacher": next(iter(counted.values()), None),
+        "teachers": counted,
+    }
+    record["megabytes"] = {"student": chosen["megabytes"], **{name: megabytes(each) for name, each in teachers.items()}}
+    record["latency_ms"] = {"student": chosen["latency_ms"], **{name: round(speeds[name], 3) for name in teachers}}
+    record |= {"headline": first, "students": students}
     run.finish(record)
     return record
+
+
+def exported_alike(student: Encoder, place: int, folder: Path, data: KDData) -> float:
+    """Largest difference between a student's logits and those of its exported folder.
+
+    Raises:
+        RuntimeError: if it is more than rounding.
+    """
+    rows = list(range(min(16, len(data.examples.labels["validation"]))))
+    difference = largest_difference(student, folder, data.collate("validation")(rows).students[place])
+    if not difference <= TOLERANCE:
+        raise RuntimeError(f"the exported student's logits differ from the run's by {difference:g}; nothing was recorded")
+    return difference
+
+
+def megabytes(model: Encoder) -> float:
+    """Size of a model's weights in memory, in units of 10^6 bytes."""
+    count: int = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    return round(count / 1e6, 2)

@@ -15,11 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kd import config as composition
+from kd.cohorts import VARIED, check_cohort, students_of
 from kd.data.sources import Source
 from kd.errors import InputError
 from kd.hardware import resolve_precision
+from kd.pools import RANKED, check_pool, teachers_of
 from kd.runs import Run, digest_of
-from kd.schema import RunSpec, TeacherSpec, check_values
+from kd.schema import PoolSpec, RunSpec, TeacherSpec, check_values
 from kd.sources import fingerprint
 
 FORMAT = 1
@@ -57,14 +59,20 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0) -> R
     spec = composition.typed(config)
     check_values(spec)
     spec.trainer.precision = resolve_precision(spec.trainer.precision, spec.trainer.accelerator)
+    check_cohort(spec)
+    check_pool(spec)
     inputs = {}
-    for name, teacher in spec.teacher.items():
-        if needs_fine_tuning(name, teacher):
-            with keys_of(f"teacher {name}"):
-                inputs[f"teacher {name}"] = plan(teacher_config(config, spec, name, teacher), depth=depth)
+    for role, needed in teacher_configs(config, spec):
+        with keys_of(role):
+            inputs[role] = plan(needed, depth=depth)
     if spec.student.init == "run":
         inputs["stage"] = plan(*stage_config(spec, overrides, depth), depth + 1)
     identified = identity(spec, inputs)
+    if spec.cohort.teacher == "online":  # it has no run of its own, so its shape and start are part of this one
+        ((name, teacher),) = spec.teacher.items()
+        with keys_of(f"teacher {name}"):
+            made = composition.typed(teacher_config(config, spec, name, teacher))
+        identified["online"] = {key: value for key, value in identity(made, {}).items() if key in ("student", "seed")}
     digest = digest_of(identified)
     name = f"{spec.method['name']}-{spec.student.name}-{spec.task.name}-s{spec.seed}-{digest}"
     return Run(config, spec, digest, Path(spec.paths.runs).expanduser() / name, inputs, identified)
@@ -76,9 +84,10 @@ def keys_of(role: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        if error.key is None or not role.startswith("teacher "):
+        kind, _, name = role.partition(" ")
+        if error.key is None or kind not in ("teacher", "pilot"):
             raise
-        place = f"teacher.{role.removeprefix('teacher ')}"
+        place = f"teacher.{name}"
         part = error.key.partition(".")[0]
         own = part in ("method", "student", "optimizer", "seed") or error.key == "trainer.max_epochs"
         key = f"{place}.run.{error.key}" if own else error.key
@@ -153,12 +162,57 @@ def identity(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
             for name, teacher in spec.teacher.items()
         ],
         "inputs": {role: run.digest for role, run in inputs.items()},
+        "pool": asdict(spec.pool),
+        "cohort": {
+            **asdict(spec.cohort),
+            "students": [{key: getattr(each, key) for key in VARIED} for each in students_of(spec).values()],
+        },
         "task": {key: value for key, value in task.items() if key not in PLACES},
         "data": {**source, **source_of(spec).fingerprint()},
         "optimizer": asdict(spec.optimizer),
         "trainer": {key: value for key, value in trainer.items() if key not in COSTLESS},
         "seed": spec.seed,
     }
+
+
+def teacher_configs(config: DictConfig, spec: RunSpec) -> Iterator[tuple[str, DictConfig]]:
+    """Role and configuration of every run that makes or ranks a teacher."""
+    if spec.cohort.teacher == "online":
+        return
+    for name in teachers_of(spec):
+        teacher = spec.teacher[name]
+        if needs_fine_tuning(name, teacher):
+            made = teacher_config(config, spec, name, teacher)
+            yield f"teacher {name}", link_config(config, spec, made) if spec.pool.chain else made
+    if spec.pool.distribution in RANKED:
+        for name, teacher in spec.teacher.items():
+            of_student = spec.pool.distribution == "student_rank"
+            pilot = one_teacher(config, [name]) if of_student else teacher_config(config, spec, name, teacher)
+            OmegaConf.update(pilot, "task.holdout", spec.pool.holdout, force_add=True)
+            yield f"pilot {name}", pilot
+
+
+def link_config(parent: DictConfig, spec: RunSpec, last: DictConfig) -> DictConfig:
+    """The last link of a chain of teachers: it is taught by those before it, in the way the student is taught by it."""
+    before = list(spec.teacher)[:-1]
+    chain = one_teacher(parent, before) if len(before) == 1 else parent
+    config = last.copy()
+    OmegaConf.set_struct(config, False)
+    for part in ("method", "engine", "pool"):
+        config[part] = chain[part]
+    config.teacher = {name: parent.teacher[name] for name in before}
+    OmegaConf.set_struct(config, True)
+    return config
+
+
+def one_teacher(parent: DictConfig, names: Sequence[str]) -> DictConfig:
+    """The same configuration with these teachers and no pool."""
+    config = parent.copy()
+    OmegaConf.set_struct(config, False)
+    config.teacher = {name: parent.teacher[name] for name in names}
+    config.pool = asdict(PoolSpec())
+    OmegaConf.set_struct(config, True)
+    return config
 
 
 def teacher_config(parent: DictConfig, spec: RunSpec, name: str, teacher: TeacherSpec) -> DictConfig:

@@ -2,14 +2,14 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from kd.data.datamodule import KDData
 from kd.data.tasks import higher_is_better
-from kd.engines.distiller import Distiller
+from kd.engines.base import Engine
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.runs import Run
@@ -41,7 +41,7 @@ class Report:
         self.lines.append(f"        {text}")
 
 
-def preflight(run: Run, engine: Distiller, data: KDData, init: str) -> Report:
+def preflight(run: Run, engine: Engine, data: KDData, inits: Mapping[str, str]) -> Report:
     """Run every check.
 
     Raises:
@@ -51,9 +51,11 @@ def preflight(run: Run, engine: Distiller, data: KDData, init: str) -> Report:
     report = Report()
     check_data(report, data)
     check_teachers(report, run, engine, data)
-    report.note(f"student starts from: {init}")
-    for name, text in engine.method.describe().items():
-        report.note(f"{name}: {text}")
+    for student, learner in engine.learners.items():
+        whose = "student" if len(engine.learners) == 1 else f"student {student}"
+        report.note(f"{whose} starts from: {inits[student]}")
+        for name, text in learner.method.describe().items():
+            report.note(f"{name}: {text}")
     check_one_batch(report, engine, data)
     report.note(f"preflight took {time.perf_counter() - began:.1f} s; preflight=false skips it")
     return report
@@ -73,7 +75,7 @@ def check_data(report: Report, data: KDData) -> None:
         report.ok("tokenizers differ: each batch carries the text tokenised for each model")
 
 
-def check_teachers(report: Report, run: Run, engine: Distiller, data: KDData) -> None:
+def check_teachers(report: Report, run: Run, engine: Engine, data: KDData) -> None:
     """Labels agree (the build has matched them by name); each teacher beats chance."""
     task, examples = engine.task, data.examples
     chance = task.chance(task.label_tensor(examples.labels["validation"]))
@@ -93,7 +95,7 @@ def check_teachers(report: Report, run: Run, engine: Distiller, data: KDData) ->
             report.warn(f"{words}: it has nothing to teach")
 
 
-def teacher_score(run: Run, engine: Distiller, data: KDData, place: int, metric: str) -> float | None:
+def teacher_score(run: Run, engine: Engine, data: KDData, place: int, metric: str) -> float | None:
     """A teacher's validation metric: from its run, or tried on some examples."""
     teacher = engine.teachers[place]
     made = run.inputs.get(f"teacher {teacher.name}")
@@ -111,22 +113,24 @@ def teacher_score(run: Run, engine: Distiller, data: KDData, place: int, metric:
 
 
 @contextlib.contextmanager
-def uncounted(engine: Distiller) -> Iterator[None]:
+def uncounted(engine: Engine) -> Iterator[None]:
     """What happens here is not part of the run: random state, gradients, method state and counters are as before after it."""
-    kept = {name: tensor.clone() for name, tensor in engine.method.state_dict().items()}
-    counts, training = [teacher.examples for teacher in engine.teachers], engine.training
+    methods = [learner.method for learner in engine.learners.values()]
+    kept = [{name: tensor.clone() for name, tensor in method.state_dict().items()} for method in methods]
+    counts, training = [(teacher.passes, teacher.examples) for teacher in engine.teachers], engine.training
     with torch.random.fork_rng():
         try:
             yield
         finally:
-            engine.method.load_state_dict(kept)
+            for method, state in zip(methods, kept, strict=True):
+                method.load_state_dict(state)
             engine.zero_grad(set_to_none=True)
             engine.train(training)
             for teacher, count in zip(engine.teachers, counts, strict=True):
-                teacher.examples = count
+                teacher.passes, teacher.examples = count
 
 
-def check_one_batch(report: Report, engine: Distiller, data: KDData) -> None:
+def check_one_batch(report: Report, engine: Engine, data: KDData) -> None:
     """One batch forward and backward.
 
     Raises:
@@ -140,7 +144,7 @@ def check_one_batch(report: Report, engine: Distiller, data: KDData) -> None:
         loss = engine.loss(batch)
         for name, term in loss.terms.items():
             if term.ndim or not torch.isfinite(term):
-                raise InputError(f"the term '{name}' is {term.tolist()} on the first batch", f"method.weights.{name}")
+                raise InputError(f"the term '{name}' is {term.tolist()} on the first batch", "method.weights")
         loss.total.backward()
         idle = [name for name, parameter in engine.named_parameters() if parameter.requires_grad and parameter.grad is None]
         if idle:
@@ -150,6 +154,7 @@ def check_one_batch(report: Report, engine: Distiller, data: KDData) -> None:
                 raise InputError(f"teacher '{teacher.name}' is not in eval mode", f"teacher.{teacher.name}")
             if any(parameter.grad is not None for parameter in teacher.encoder.parameters()):
                 raise InputError(f"teacher '{teacher.name}' gets gradients", f"teacher.{teacher.name}")
-        shares = {name: engine.weights[name](0.0) * float(term.detach()) for name, term in loss.terms.items()}
+        weight = {name: engine.weights[name.rpartition("/")[2]](0.0) for name in loss.terms}
+        shares = {name: weight[name] * float(term.detach()) for name, term in loss.terms.items()}
     report.ok("one batch: every trainable parameter gets a gradient; teachers are frozen and in eval mode")
     report.note("weighted terms at the start: " + ", ".join(f"{name} {value:.4g}" for name, value in shares.items()))

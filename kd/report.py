@@ -22,40 +22,49 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 
 def closing_table(result: Mapping[str, Any], directory: Path) -> None:
-    """What a finished run prints: student and teachers side by side, and how it was measured."""
+    """What a finished run prints: students, their ensemble and the teachers, and how it was measured."""
     table = Table(title=f"{result['method']} on {result['task']}, seed {result['seed']}", title_justify="left")
     metrics = [(split, name) for split, found in result["metrics"].items() for name in found]
-    columns = ["model", "parameters", "MB", *(f"{split} {name}" for split, name in metrics)]
-    columns += [f"agreement ({split})" for split in list(result["agreement"])[:1]] if result["teacher"] else []
-    columns.append("latency ms")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "model" else "right")
     first = next(iter(result["agreement"]))
-    agreement = [_number(next(iter(result["agreement"][first].values()), None))] if result["teacher"] else []
-    latency, size = result["latency_ms"], result["megabytes"]
-    table.add_row(
-        f"student {result['student']}",
-        f"{result['parameters']['student']:,}",
-        _number(size["student"], 1),
-        *(_number(result["metrics"][split][name]) for split, name in metrics),
-        *agreement,
-        _number(latency["student"], 2),
-    )
-    for place, name in enumerate(result["teacher"]):
-        scores = result["metrics_teacher"][name]
-        count = f"{result['parameters']['teacher']:,}" if place == 0 else ""
+    teachers = list(result["metrics_teacher"])
+    for column in ("model", "parameters", "MB", *(f"{split} {name}" for split, name in metrics)):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name in teachers:
+        table.add_column(f"agreement ({first})" if len(teachers) == 1 else f"agreement with {name} ({first})", justify="right")
+    table.add_column("latency ms", justify="right")
+
+    def scores(found: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+        return [_number(found.get(split, {}).get(metric)) for split, metric in metrics]
+
+    students = result["students"]
+    for name, student in students.items():
+        label = f"student {result['student'] if len(students) == 1 else name}"
+        table.add_row(
+            label + (" (the run's)" if len(students) > 1 and name == result["headline"] else ""),
+            f"{student['parameters']:,}",
+            _number(student["megabytes"], 1),
+            *scores(student["metrics"]),
+            *(_number(student["agreement"][first].get(teacher)) for teacher in teachers),
+            _number(student["latency_ms"], 2),
+        )
+    if result["metrics_ensemble"]:
+        table.add_row("ensemble of the students", "", "", *scores(result["metrics_ensemble"]), *[""] * len(teachers), "")
+    for name in teachers:
         table.add_row(
             f"teacher {name}",
-            count,
-            _number(size[name], 1),
-            *(_number(scores.get(split, {}).get(metric)) for split, metric in metrics),
-            *([""] if agreement else []),
-            _number(latency[name], 2),
+            f"{result['parameters']['teachers'][name]:,}",
+            _number(result["megabytes"][name], 1),
+            *scores(result["metrics_teacher"][name]),
+            *[""] * len(teachers),
+            _number(result["latency_ms"][name], 2),
         )
     console = _console()
     console.print(table)
     console.print(protocol([result]), highlight=False)
     console.print(f"run: {directory}\nexported student: {directory / 'student'}", highlight=False, soft_wrap=True)
+    if len(students) > 1:
+        words = "the run's student is the best on validation; the others are in"
+        console.print(f"{words} {directory / 'peers'}", highlight=False, soft_wrap=True)
 
 
 def protocol(results: Sequence[Mapping[str, Any]]) -> str:

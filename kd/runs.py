@@ -46,8 +46,9 @@ class Run:
     def family(self) -> str:
         """Digest of everything but the seed: what runs that may be averaged have in common."""
         inputs = dict(self.identity.get("inputs", {}))
-        if "stage" in self.inputs:  # it has the seed of the run that begins from it
-            inputs["stage"] = self.inputs["stage"].family
+        for role, needed in self.inputs.items():
+            if not role.startswith("teacher "):  # a stage or pilot has the seed of the run that it is for
+                inputs[role] = needed.family
         return digest_of({**self.identity, "inputs": inputs, "seed": None})
 
     @property

@@ -39,6 +39,28 @@ class TeacherSpec:
 
 
 @dataclass
+class PoolSpec:
+    """What a method sees of several teachers."""
+
+    name: str = "none"
+    wrapper: dict[str, Any] | None = None
+    chain: bool = False
+    distribution: Any = None
+    sharpness: float = 1.0
+    holdout: float = 0.1
+
+
+@dataclass
+class CohortSpec:
+    """Students that learn together."""
+
+    name: str = "single"
+    students: Any = 1
+    teacher: str = "frozen"
+    peers: dict[str, Any] | None = None
+
+
+@dataclass
 class TaskSpec:
     """A task: where its text is, what its labels are called, how it is scored."""
 
@@ -53,6 +75,7 @@ class TaskSpec:
     monitor: str = MISSING
     max_length: int = 128
     limit_train: int | None = None
+    holdout: float | None = None
     train: str | None = None
     validation: str | None = None
     test: str | None = None
@@ -115,6 +138,8 @@ class RunSpec:
     engine: dict[str, Any] = MISSING
     student: StudentSpec = MISSING
     teacher: dict[str, TeacherSpec] = field(default_factory=dict)
+    pool: PoolSpec = field(default_factory=PoolSpec)
+    cohort: CohortSpec = field(default_factory=CohortSpec)
     task: TaskSpec = MISSING
     optimizer: OptimizerSpec = MISSING
     trainer: TrainerSpec = MISSING

@@ -15,7 +15,7 @@ from kd import report
 def record(seed: int = 0, family: str = "f0", settings: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
     """The record of a run, as `result.json` has it."""
     method = {"name": more.get("method", "kd"), "temperature": 4.0, "weights": {"task": 0.5, "logits": 0.5}}
-    return {
+    found = {
         "method": "kd",
         "student": "2l",
         "teacher": ["minilm"],
@@ -34,13 +34,18 @@ def record(seed: int = 0, family: str = "f0", settings: dict[str, Any] | None = 
         "metrics": {"validation": {"accuracy": 0.6 + seed / 100}, "test": {"accuracy": 0.5 + seed / 50}},
         "metrics_teacher": {"minilm": {"validation": {"accuracy": 0.7}, "test": {"accuracy": 0.65}}},
         "agreement": {"validation": {"minilm": 0.875}, "test": {"minilm": 0.8}},
-        "parameters": {"student": 12345678, "teacher": 22700000},
+        "metrics_ensemble": {},
+        "headline": "student",
+        "parameters": {"student": 12345678, "teacher": 22700000, "teachers": {"minilm": 22700000}},
         "megabytes": {"student": 47.1, "minilm": 86.7},
         "latency_ms": {"student": 2.0 + seed, "minilm": 9.25},
         "seconds": {"train": 30.0 + seed},
         "selection": {"kind": "best", "by": "validation accuracy"},
         **more,
     }
+    one = {key: found[key] for key in ("metrics", "agreement", "init")}
+    student = {**one, "parameters": 12345678, "megabytes": 47.1, "latency_ms": 2.0 + seed}
+    return {"students": {"student": student}, **found}
 
 
 def write(folder: Path, *records: dict[str, Any]) -> Path:
@@ -158,6 +163,21 @@ def test_the_closing_table_of_a_run_without_a_teacher_has_no_agreement(capsys: p
     out = capsys.readouterr().out
     assert "agreement" not in out
     assert "teacher" not in out
+
+
+def test_the_closing_table_shows_every_student_and_their_ensemble(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(report, "_console", lambda: Console(width=200))
+    found = record(0)
+    one = found["students"]["student"]
+    weaker = {**one, "metrics": {"validation": {"accuracy": 0.4321}, "test": {"accuracy": 0.4}}, "parameters": 999}
+    ensemble = {"validation": {"accuracy": 0.6543}, "test": {"accuracy": 0.5432}}
+    found |= {"students": {"3l": one, "2l": weaker}, "headline": "3l", "metrics_ensemble": ensemble}
+    report.closing_table(found, Path("run"))
+    lines = capsys.readouterr().out.splitlines()
+    assert any("student 3l (the run's)" in line and "0.6000" in line for line in lines)
+    assert any("student 2l" in line and "0.4321" in line and "999" in line and "(the run's)" not in line for line in lines)
+    assert any("ensemble of the students" in line and "0.6543" in line and "0.5432" in line for line in lines)
+    assert any("the others are in" in line for line in lines)
 
 
 def test_the_command_prints_a_table_and_its_protocol(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -1,7 +1,7 @@
 """One batch, as the engine sees it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,11 @@ class Batch:
     def students(self) -> tuple[dict[str, Tensor], ...]:
         """Inputs of every student, the first one's first."""
         return (self.student, *self.peers)
+
+    def seen_by(self, place: int) -> "Batch":
+        """The batch as the student at this place sees it: its own inputs as `student`, the others' as `peers`."""
+        others = self.students[:place] + self.students[place + 1 :]
+        return replace(self, student=self.students[place], peers=others)
 
     def __len__(self) -> int:
         return len(self.labels)

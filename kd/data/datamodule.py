@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kd.data.batch import Batch
 from kd.data.sampler import LengthBatches, Rows
-from kd.data.sources import Source, Splits
+from kd.data.sources import Source, Splits, hash_fraction
 from kd.data.tasks import Classification, Regression, Task
 from kd.errors import InputError, one_of
 from kd.schema import TaskSpec
@@ -58,6 +58,8 @@ def load_examples(spec: TaskSpec, source: Source) -> Examples:
             raise InputError(f"task.limit_train={spec.limit_train} must be at least 1", "task.limit_train")
         order = np.random.default_rng(LIMIT_SEED).permutation(len(raw["train"]))
         raw["train"] = [raw["train"][place] for place in order[: spec.limit_train]]
+    if spec.holdout is not None:
+        raw = held_out(raw, spec.holdout)
     for split, examples in raw.items():
         if not examples:
             raise InputError(f"the split '{split}' has no examples; the file is too small to be split", f"task.{split}")
@@ -69,6 +71,22 @@ def load_examples(spec: TaskSpec, source: Source) -> Examples:
         raise InputError(f"every training example has the label '{only}'; a classifier needs two or more", key)
     ordered = {"train": None, "validation": None, **dict.fromkeys(texts)}
     return Examples(task, {split: texts[split] for split in ordered}, {split: labels[split] for split in ordered})
+
+
+def held_out(raw: Splits, share: float) -> Splits:
+    """Train cut in two by a hash of the text: train, and validation in place of the task's own evaluation splits.
+
+    Raises:
+        InputError: for a share outside (0, 1).
+    """
+    if not 0 < share < 1:
+        raise InputError(f"task.holdout={share} is a share of train, between 0 and 1", "task.holdout")
+    # Salted: where the task's own splits come from the same hash, the unsalted one would put nothing into the last share.
+    held = [hash_fraction(("held out", *example.texts)) < share for example in raw["train"]]
+    return {
+        "train": [example for example, out in zip(raw["train"], held, strict=True) if not out],
+        "validation": [example for example, out in zip(raw["train"], held, strict=True) if out],
+    }
 
 
 def build_task(spec: TaskSpec, raw: Splits) -> Task:
@@ -155,7 +173,7 @@ class Collate:
     """Example numbers -> `Batch`. Models whose tokenizers agree share one object."""
 
     tokens: Mapping[str, Tokens]
-    student: str
+    students: Sequence[str]
     teachers: Sequence[str]
     labels: Sequence[float]
     task: Task
@@ -164,20 +182,21 @@ class Collate:
         """The batch of these examples."""
         inputs = {key: tokens.pad(rows) for key, tokens in self.tokens.items()}
         return Batch(
-            inputs[self.student],
+            inputs[self.students[0]],
             tuple(inputs[key] for key in self.teachers),
             self.task.label_tensor([self.labels[row] for row in rows]),
             torch.tensor(list(rows), dtype=torch.long),
             rows.weight if isinstance(rows, Rows) else 1.0,
+            tuple(inputs[key] for key in self.students[1:]),
         )
 
 
 class KDData(pl.LightningDataModule):
-    """Loaders over a task, tokenised for one student and its teachers.
+    """Loaders over a task, tokenised for its students and teachers.
 
     Args:
         examples: the task's text and labels.
-        student: the student's tokenizer.
+        students: each student's tokenizer; the first one's lengths make the batches.
         teachers: each teacher's tokenizer.
         batch_size: examples of a global training batch, over all ranks.
         eval_batch_size: examples of a global evaluation batch.
@@ -191,7 +210,7 @@ class KDData(pl.LightningDataModule):
     def __init__(
         self,
         examples: Examples,
-        student: Any,
+        students: Sequence[Any],
         teachers: Sequence[Any],
         batch_size: int,
         eval_batch_size: int,
@@ -205,9 +224,9 @@ class KDData(pl.LightningDataModule):
         self.examples = examples
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.seed, self.workers, self.rank, self.world = seed, workers, rank, world
-        self.student_key = tokenizer_fingerprint(student)
+        self.student_keys = [tokenizer_fingerprint(student) for student in students]
         self.teacher_keys = [tokenizer_fingerprint(teacher) for teacher in teachers]
-        tokenizers = dict(zip([self.student_key, *self.teacher_keys], [student, *teachers], strict=True))
+        tokenizers = dict(zip([*self.student_keys, *self.teacher_keys], [*students, *teachers], strict=True))
         self.tokens = {
             split: {key: Tokens(tokenizer, texts, max_length) for key, tokenizer in tokenizers.items()}
             for split, texts in examples.texts.items()
@@ -218,12 +237,17 @@ class KDData(pl.LightningDataModule):
     @property
     def shared_tokenizer(self) -> bool:
         """Whether student and teachers read the very same tokens."""
-        return set(self.teacher_keys) <= {self.student_key}
+        return len({*self.student_keys, *self.teacher_keys}) == 1
+
+    @property
+    def student_key(self) -> str:
+        """Of the first student's tokens."""
+        return self.student_keys[0]
 
     def collate(self, split: str) -> Collate:
         """The collate function of a split."""
         examples = self.examples
-        return Collate(self.tokens[split], self.student_key, self.teacher_keys, examples.labels[split], examples.task)
+        return Collate(self.tokens[split], self.student_keys, self.teacher_keys, examples.labels[split], examples.task)
 
     def loader(self, split: str, seed: int | None = None) -> DataLoader[Batch]:
         """A loader over a split: shuffled with a seed, sorted by length without."""

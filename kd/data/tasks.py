@@ -42,6 +42,10 @@ class Task(Protocol):
         """Predictions (batch,) from logits (batch, classes)."""
         ...
 
+    def ensemble(self, logits: Sequence[Tensor]) -> Tensor:
+        """Logits (batch, classes) of the mean prediction of several models."""
+        ...
+
     def label_tensor(self, values: Sequence[float]) -> Tensor:
         """Labels of a batch as a tensor."""
         ...
@@ -129,6 +133,12 @@ class Classification:
         """The class with the largest logit, (batch,)."""
         return logits.argmax(dim=-1)
 
+    def ensemble(self, logits: Sequence[Tensor]) -> Tensor:
+        """Log of the mean of the probabilities."""
+        return torch.stack([soft_losses.widened(each).log_softmax(dim=-1) for each in logits]).logsumexp(0) - math.log(
+            len(logits)
+        )
+
     def metric(self, name: str, across_ranks: bool = True) -> Any:
         """A torchmetrics metric."""
         return CLASSIFICATION[name](len(self.names), sync_on_compute=across_ranks)
@@ -187,6 +197,10 @@ class Regression:
         if logits.shape[-1] != 1:
             raise ValueError(f"a regression model has one output, not {logits.shape[-1]}")
         return logits.squeeze(-1)
+
+    def ensemble(self, logits: Sequence[Tensor]) -> Tensor:
+        """The mean of the scores."""
+        return torch.stack([soft_losses.widened(each) for each in logits]).mean(0)
 
     def metric(self, name: str, across_ranks: bool = True) -> Any:
         """A torchmetrics metric."""

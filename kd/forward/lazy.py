@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from kd.forward.needs import Needs
@@ -47,3 +48,26 @@ class Forward:
     def run(self, inputs: Inputs | None = None, needs: Needs | None = None) -> Outputs:
         """A further pass, by default over the same inputs with the same needs; not remembered."""
         return self.model(self.inputs if inputs is None else inputs, self.needs if needs is None else needs)
+
+
+class Detached(Forward):
+    """Another model's forward, as a constant: nobody learns through it. The pass itself is shared with its owner."""
+
+    def __init__(self, forward: Forward) -> None:
+        super().__init__(forward.model, forward.inputs, forward.needs)
+        self.shared = forward
+
+    @property
+    def outputs(self) -> Outputs:
+        """What the owner's pass showed, without its graph."""
+        return self.shared.outputs.detached()
+
+    @property
+    def ran(self) -> bool:
+        """Whether the pass has happened."""
+        return self.shared.ran
+
+    def run(self, inputs: Inputs | None = None, needs: Needs | None = None) -> Outputs:
+        """A further pass, without a graph."""
+        with torch.no_grad():
+            return super().run(inputs, needs)

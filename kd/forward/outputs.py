@@ -96,6 +96,11 @@ class Outputs:
         states = _heads({"query": self.query, "key": self.key, "value": self.value}[kind](layer), heads)
         return _products(states, states)
 
+    def detached(self) -> "Outputs":
+        """The same pass as constants."""
+        tensors = {kind: {layer: t.detach() for layer, t in layers.items()} for kind, layers in self.tensors.items()}
+        return replace(self, logits=self.logits.detach(), tensors=tensors)
+
     def with_logits(self, logits: Tensor) -> "Outputs":
         """The same pass with other logits, (batch, classes)."""
         return replace(self, logits=logits)

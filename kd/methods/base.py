@@ -47,9 +47,13 @@ class Step:
     """The other students' forwards over the same examples, detached; only where several learn together."""
     seed: int = 0
 
-    def chance(self) -> np.random.Generator:
-        """A generator that all ranks and all batches of one optimiser step share, and that a resumed run finds again."""
-        return np.random.default_rng([self.seed, self.progress.step])
+    def chance(self, what: str) -> np.random.Generator:
+        """A generator that all ranks and all batches of one optimiser step share, and that a resumed run finds again.
+
+        Args:
+            what: is decided; draws for different things are independent.
+        """
+        return np.random.default_rng([self.seed, self.progress.step, *what.encode()])
 
     @property
     def teacher(self) -> Forward:

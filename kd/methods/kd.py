@@ -58,7 +58,7 @@ def checked(value: str, allowed: tuple[str, ...], key: str) -> str:
     return value
 
 
-def checked_temperature(value: "float | Schedule") -> Schedule:
+def checked_temperature(value: "float | Schedule", key: str = "method.temperature") -> Schedule:
     """A temperature as a schedule, positive throughout.
 
     Raises:
@@ -67,8 +67,8 @@ def checked_temperature(value: "float | Schedule") -> Schedule:
     try:
         schedule = as_schedule(value)
     except (TypeError, ValueError) as error:
-        raise InputError(f"method.temperature={value!r} is not a number", "method.temperature") from error
+        raise InputError(f"{key}={value!r} is not a number", key) from error
     for fraction in (step / 100 for step in range(101)):
         if not schedule(fraction) > 0:
-            raise InputError(f"method.temperature is {schedule(fraction)}, it must be positive", "method.temperature")
+            raise InputError(f"{key} is {schedule(fraction)}, it must be positive", key)
     return schedule

@@ -46,6 +46,8 @@ class FrozenTeacher:
         self.encoder = encoder.eval().requires_grad_(False)
         self.name = name
         self.columns = None if columns is None or list(columns) == sorted(columns) else list(columns)
+        self.passes = 0
+        """Forward passes so far, on this rank."""
         self.examples = 0
         """Examples forwarded so far, on this rank."""
 
@@ -72,6 +74,7 @@ class FrozenTeacher:
     def __call__(self, inputs: Inputs, needs: Needs) -> Outputs:
         """One pass, without gradients unless `needs.gradient`; logits are in the task's label order."""
         self.encoder.eval()
+        self.passes += 1
         self.examples += len(inputs["input_ids"])
         with torch.set_grad_enabled(needs.gradient):
             outputs: Outputs = self.encoder(inputs, needs)

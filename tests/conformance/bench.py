@@ -2,24 +2,37 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
 
 from conftest import tiny_config, tiny_model, tiny_tokenizer
 from kd.build import build_method
-from kd.config import compose, conf_folder
+from kd.cohorts import students_of
+from kd.config import compose, conf_folder, typed
 from kd.data.batch import Batch
 from kd.data.sampler import LengthBatches
 from kd.data.tasks import Classification
-from kd.engines.distiller import Distiller
+from kd.engines.base import Engine
 from kd.forward import Outputs
 from kd.forward.needs import KINDS
 from kd.models import Encoder, FrozenTeacher
 from kd.optimizers import OptimizerFactory
 
 METHODS = sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))
+COMPOSED = (
+    "pkd pool=stochastic teacher=[minilm,minilm_4l]",
+    "pkd pool=wkd teacher=[minilm,minilm_4l,minilm_3l]",
+    "pkd cohort=mutual",
+    "dml cohort.students=3 cohort.peers.target=mean cohort.peers.temperature=2",
+    "p2p_mutual cohort.teacher=online",
+    "p2p_mutual pool=stochastic teacher=[minilm,minilm_4l]",
+)
+"""Methods with parts of others: the contract holds for what is composed as well."""
+CASES = (*METHODS, *COMPOSED)
 TASK = Classification("toy", ["no", "maybe", "yes"], {}, ["accuracy"], "accuracy")
 VOCABULARY = tiny_config().vocab_size
 
@@ -36,7 +49,7 @@ def encoder(seed: int, **sizes: Any) -> Encoder:
     return Encoder(model, tiny_tokenizer())
 
 
-def batch_of(count: int = 8, tokens: int = 9, seed: int = 0) -> Batch:
+def batch_of(count: int = 8, tokens: int = 9, seed: int = 0, teachers: int = 1, students: int = 1) -> Batch:
     """Random sentences of different lengths, padded."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, tokens + 1, (count,), generator=generator)
@@ -46,53 +59,82 @@ def batch_of(count: int = 8, tokens: int = 9, seed: int = 0) -> Batch:
     ids[:, 0] = 2
     inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
     labels = torch.randint(0, 3, (count,), generator=generator)
-    return Batch(inputs, (inputs,), labels, torch.arange(count))
+    return Batch(inputs, (inputs,) * teachers, labels, torch.arange(count), 1.0, (inputs,) * (students - 1))
 
 
 def take(batch: Batch, rows: torch.Tensor) -> Batch:
     """Some examples of a batch, in this order."""
-
-    def rows_of(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: tensor[rows] for name, tensor in inputs.items()}
-
-    teachers = tuple(rows_of(inputs) for inputs in batch.teachers)
-    return Batch(rows_of(batch.student), teachers, batch.labels[rows], batch.index[rows])
+    return batch._map(lambda tensor: tensor[rows])
 
 
 def more_padding(batch: Batch, tokens: int = 4) -> Batch:
     """The same batch with further padding, filled with a token that would show if it were read."""
+    fill = {"input_ids": 7, "attention_mask": 0, "token_type_ids": 0}
 
     def padded(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        fill = {"input_ids": 7, "attention_mask": 0, "token_type_ids": 0}
         return {n: torch.nn.functional.pad(t, (0, tokens), value=fill[n]) for n, t in inputs.items()}
 
-    return Batch(padded(batch.student), tuple(padded(inputs) for inputs in batch.teachers), batch.labels, batch.index)
+    teachers, peers = (tuple(padded(inputs) for inputs in each) for each in (batch.teachers, batch.peers))
+    return replace(batch, student=padded(batch.student), teachers=teachers, peers=peers)
+
+
+SHAPES = (
+    {"layers": 2, "width": 24, "heads": 2},
+    {"layers": 3, "width": 16, "heads": 2},
+    {"layers": 2, "width": 16, "heads": 4},
+)
+"""Of students that learn together."""
 
 
 class Bench:
-    """One method bound to models, in an engine.
+    """One method bound to models, in its engine.
 
     Args:
-        name: of `conf/method/<name>.yaml`.
-        same: the teacher is a copy of the student.
-        dropout: of the student.
+        case: a name of `conf/method`, and overrides after it.
+        same: teachers and peers are copies of the student.
+        dropout: of the students.
         seed: of the weights.
-        more: overrides.
+        more: further overrides.
     """
 
-    def __init__(self, name: str, same: bool = False, dropout: float = 0.0, seed: int = 0, more: Sequence[str] = ()) -> None:
-        self.config: Any = compose([f"method={name}", "teacher=[minilm]", *more])
+    def __init__(self, case: str, same: bool = False, dropout: float = 0.0, seed: int = 0, more: Sequence[str] = ()) -> None:
+        name, *overrides = case.split()
+        spec = typed(compose([f"method={name}", *overrides, *more]))
+        self.weights = spec.method["weights"]
+        names, online = list(spec.teacher), spec.cohort.teacher == "online"
         torch.manual_seed(seed)
-        self.method, self.weights = build_method(dict(self.config.method))
+        chances = [1 / len(names)] * len(names)
+        method, weights = build_method(spec.method, spec.pool, spec.cohort, chances)
         shape = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-        student = encoder(seed + 1, layers=2, width=24, heads=2, **shape)
-        teacher = copy.deepcopy(student) if same else encoder(seed + 2, layers=4, width=32, heads=4)
-        self.teacher = FrozenTeacher(teacher, "teacher")
-        self.student = student
-        self.method.bind(student, [self.teacher])
+        count = len(students_of(spec))
+        places = [f"s{place}" for place in range(count)]
+        first = encoder(seed + 1, **SHAPES[0], **shape)
+        others = [copy.deepcopy(first) if same else encoder(seed + 10 * n, **SHAPES[n], **shape) for n in range(1, count)]
+        self.students = dict(zip(places, (first, *others), strict=True))
+        teaching = [
+            copy.deepcopy(first) if same else encoder(seed + 2 + n, layers=4 + n, width=32, heads=4, **shape if online else {})
+            for n in range(len(names))
+        ]
+        self.teachers = [] if online else [FrozenTeacher(one, name) for one, name in zip(teaching, names, strict=True)]
+        self.methods = {place: copy.deepcopy(method) for place in places}
+        for place, own in self.methods.items():
+            own.bind(self.students[place], teaching if online else self.teachers)
         optimizer = OptimizerFactory(torch.optim.SGD, lr=0.1, weight_decay=0.0, schedule="constant", warmup=0.0)
-        self.engine = Distiller(student, [self.teacher], self.method, TASK, self.weights, optimizer, seed=0)
+        self.engine: Engine = instantiate(dict(spec.engine), _partial_=True)(
+            students=self.students,
+            methods=self.methods,
+            teachers=self.teachers,
+            online=teaching[0] if online else None,
+            task=TASK,
+            weights=weights,
+            optimizer=optimizer,
+        )
         self.engine.train()
+        self.counts = {"teachers": len(names), "students": count}
+
+    def batch(self, count: int = 8, seed: int = 0) -> Batch:
+        """A batch for these models."""
+        return batch_of(count, seed=seed, **self.counts)
 
     def terms(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Unweighted terms, dropout off."""
@@ -101,7 +143,7 @@ class Bench:
 
     def update(self, batch: Batch) -> None:
         """One optimiser step."""
-        optimizer = self.engine.optimizer_factory.optimizer(self.engine.student, self.engine.method)
+        optimizer = self.engine.optimizer_factory.optimizer(self.engine)
         self.engine.loss(batch).total.backward()
         optimizer.step()
 
@@ -135,9 +177,10 @@ OPTIONS = {"reduction": ("batchmean", "elementmean"), "hidden_reduction": ("elem
 def two_rank_cases() -> list[tuple[str, tuple[str, ...], int]]:
     """Every method, with every reduction it offers, on batches that two ranks share evenly and not."""
     cases: list[tuple[str, tuple[str, ...], int]] = []
-    for name in METHODS:
-        offered = compose([f"method={name}"]).method
-        choices = [(f"method.{o}={value}",) for o, values in OPTIONS.items() if o in offered for value in values]
+    for name in CASES:
+        offered = compose([f"method={name.split()[0]}"]).method
+        options = OPTIONS.items() if name in METHODS else ()
+        choices = [(f"method.{o}={value}",) for o, values in options if o in offered for value in values]
         cases += [(name, more, count) for more in choices or [()] for count in (8, 7)]
     return cases
 
@@ -171,7 +214,7 @@ def save_two_rank_updates(rank: int, world: int, port: int, folder: Path) -> Non
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
 
     class Stepper(nn.Module):
-        def __init__(self, engine: Distiller) -> None:
+        def __init__(self, engine: Engine) -> None:
             super().__init__()
             self.engine = engine
 
@@ -181,9 +224,9 @@ def save_two_rank_updates(rank: int, world: int, port: int, folder: Path) -> Non
     found = {}
     for name, more, count in two_rank_cases():
         bench = Bench(name, more=more)
-        optimizer = bench.engine.optimizer_factory.optimizer(bench.student, bench.method)
+        optimizer = bench.engine.optimizer_factory.optimizer(bench.engine)
         wrapped = DistributedDataParallel(Stepper(bench.engine))
-        whole, sampler = batch_of(count), LengthBatches([9] * count, count, None, rank, world)
+        whole, sampler = bench.batch(count), LengthBatches([9] * count, count, None, rank, world)
         mine = Collated(whole)(next(iter(sampler)))
         (wrapped(mine) * mine.weight).backward()
         optimizer.step()

@@ -1,6 +1,7 @@
 """The contract of a plug-in (design, section 6), applied to every file in `conf/method`."""
 
 import copy
+import functools
 import pickle
 import socket
 
@@ -9,10 +10,9 @@ import torch
 import torch.multiprocessing as mp
 
 from conformance.bench import (
-    METHODS,
+    CASES,
     Bench,
     Recorded,
-    batch_of,
     case_name,
     more_padding,
     save_two_rank_updates,
@@ -21,9 +21,11 @@ from conformance.bench import (
 )
 from kd.config import compose
 from kd.errors import InputError
+from kd.forward.lazy import Detached
 from kd.forward.needs import KINDS, Needs
+from kd.methods.base import Progress
 
-pytestmark = pytest.mark.parametrize("name", METHODS)
+pytestmark = pytest.mark.parametrize("name", CASES)
 
 
 def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float) -> None:
@@ -33,125 +35,147 @@ def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], toleranc
 
 
 def test_configuration_carries_the_name_of_its_file_and_refuses_unknown_keys(name: str) -> None:
-    assert compose([f"method={name}"]).method.name == name
+    method, *overrides = name.split()
+    assert compose([f"method={method}", *overrides]).method.name == method
     with pytest.raises(InputError) as error:
-        compose([f"method={name}", "method.no_such_key=1"])
+        compose([f"method={method}", *overrides, "method.no_such_key=1"])
     assert error.value.key == "method.no_such_key"
 
 
 def test_method_survives_pickling(name: str) -> None:
     bench = Bench(name)
-    copied = pickle.loads(pickle.dumps(bench.method))
-    assert copied.needs() == bench.method.needs()
-    assert copied.names == bench.method.names
+    for method in bench.methods.values():
+        copied = pickle.loads(pickle.dumps(method))
+        assert copied.needs() == method.needs()
+        assert copied.names == method.names
 
 
 def test_terms_are_finite_scalars_named_like_the_weights(name: str) -> None:
-    terms = Bench(name).engine.loss(batch_of()).terms
-    weights = compose([f"method={name}"]).method.weights
-    assert list(terms) == list(weights)
-    for term in terms.values():
+    bench = Bench(name)
+    loss = bench.engine.loss(bench.batch())
+    assert len(loss.steps) == len(bench.students)
+    for _, _, own in loss.steps:
+        assert set(own) == set(bench.weights)
+    for term in loss.terms.values():
         assert term.shape == ()
         assert torch.isfinite(term)
 
 
 def test_every_trainable_parameter_gets_a_gradient_and_the_teacher_none(name: str) -> None:
     bench = Bench(name, dropout=0.1)
-    before = copy.deepcopy(bench.teacher.encoder.state_dict())
-    bench.update(batch_of())
+    before = [copy.deepcopy(teacher.encoder.state_dict()) for teacher in bench.teachers]
+    bench.update(bench.batch())
     for parameter_name, parameter in bench.engine.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, parameter_name
         else:
             assert parameter.grad is None, parameter_name
-    for parameter in bench.teacher.encoder.parameters():
-        assert not parameter.requires_grad
-        assert parameter.grad is None
-    for key, tensor in bench.teacher.encoder.state_dict().items():
-        assert torch.equal(tensor, before[key]), key
+    for teacher, state in zip(bench.teachers, before, strict=True):
+        for parameter in teacher.encoder.parameters():
+            assert not parameter.requires_grad
+            assert parameter.grad is None
+        for key, tensor in teacher.encoder.state_dict().items():
+            assert torch.equal(tensor, state[key]), key
 
 
 def test_every_declared_need_is_used_and_nothing_else_is_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bench, reads = Bench(name), Recorded(monkeypatch)
-    step = bench.engine.loss(batch_of()).step
-    ours, theirs = bench.method.needs()
-    for forward, needs in zip((step.student, *step.teachers), (ours, *(theirs or [Needs()])), strict=True):
-        if not forward.ran:
-            assert not needs.tokens | bool(needs.cls)
-            continue
-        used = reads.of(forward.outputs)
-        assert used == {kind: set(getattr(needs, kind)) for kind in KINDS}
-        kept = {kind: set(layers) for kind, layers in forward.outputs.tensors.items()}
-        assert kept == {
-            "hidden": used["hidden"],
-            "cls": used["cls"],
-            "query": used["attention"],
-            "key": used["attention"],
-            "value": used["value"],
-        }
+    used: dict[int, dict[str, set[int]]] = {}
+    losses = []  # kept, so that no two forwards share an address
+    for done in range(12):  # a pool shows another teacher each time
+        loss = bench.engine.loss(bench.batch(), Progress(done, 100))
+        losses.append(loss)
+        for _, step, _ in loss.steps:
+            for forward in (step.student, *step.teachers):
+                if isinstance(forward, Detached) or not forward.ran:
+                    continue
+                seen = used.setdefault(id(forward.model), {kind: set() for kind in KINDS})
+                for kind, layers in reads.of(forward.outputs).items():
+                    seen[kind] |= layers
+                kept = {kind: set(layers) for kind, layers in forward.outputs.tensors.items()}
+                declared = {kind: set(getattr(forward.needs, kind)) for kind in KINDS}
+                projections = {"query": declared["attention"], "key": declared["attention"], "value": declared["value"]}
+                assert kept == {"hidden": declared["hidden"], "cls": declared["cls"], **projections}
+    needs = [method.needs() for method in bench.methods.values()]
+    for student, (ours, _) in zip(bench.students.values(), needs, strict=True):
+        assert used[id(student)] == {kind: set(getattr(ours, kind)) for kind in KINDS}
+    for place, teacher in enumerate(bench.teachers):
+        theirs = functools.reduce(Needs.__or__, [each[place] for _, each in needs if each], Needs())
+        found = used.get(id(teacher), {kind: set() for kind in KINDS})
+        assert found == {kind: set(getattr(theirs, kind)) for kind in KINDS}
 
 
 def test_padding_changes_no_term(name: str) -> None:
-    bench, batch = Bench(name), batch_of()
+    bench = Bench(name)
+    batch = bench.batch()
     close(bench.terms(batch), bench.terms(more_padding(batch)), 1e-5)
 
 
-def test_a_student_that_equals_its_teacher_is_at_every_minimum(name: str) -> None:
+def test_a_student_that_equals_its_teachers_and_peers_is_at_every_minimum(name: str) -> None:
     bench = Bench(name, same=True)
     bench.engine.eval()
-    terms = {term: value for term, value in bench.engine.loss(batch_of()).terms.items() if term != "task"}
-    for term, value in terms.items():
-        at_identity = float(value.detach())
-        parameters = [p for p in bench.student.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-        largest = max(float(g.abs().max()) for g in gradients if g is not None)
-        assert largest < 1e-5, f"{term} is not stationary at the teacher: gradient {largest}"
+    batch = bench.batch()
+    steps = bench.engine.loss(batch).steps
+    for place, (_, _, terms) in enumerate(steps):
+        parameters = [p for p in list(bench.students.values())[place].parameters() if p.requires_grad]
         moved = Bench(name, same=True)
         with torch.no_grad():
-            for parameter in moved.student.parameters():
+            for parameter in list(moved.students.values())[place].parameters():
                 parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
-        assert float(moved.terms(batch_of())[term]) > at_identity + 1e-6, f"{term} does not rise away from the teacher"
+        moved.engine.eval()
+        away = moved.engine.loss(batch).steps[place][2]
+        for term, value in terms.items():
+            if term == "task":
+                continue
+            gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+            largest = max(float(g.abs().max()) for g in gradients if g is not None)
+            assert largest < 1e-5, f"{term} is not stationary at the teacher: gradient {largest}"
+            assert float(away[term].detach()) > float(value.detach()) + 1e-6, f"{term} does not rise away from the teacher"
 
 
 def test_order_of_the_batch_changes_no_term(name: str) -> None:
-    bench, batch = Bench(name), batch_of()
+    bench = Bench(name)
+    batch = bench.batch()
     shuffled = take(batch, torch.randperm(len(batch), generator=torch.Generator().manual_seed(1)))
     close(bench.terms(batch), bench.terms(shuffled), 1e-6)
 
 
-def test_checkpoint_holds_no_teacher_and_restores_the_next_loss(name: str) -> None:
+def test_checkpoint_holds_no_frozen_teacher_and_restores_the_next_loss(name: str) -> None:
     bench = Bench(name)
-    bench.update(batch_of())
+    bench.update(bench.batch())
     state = copy.deepcopy(bench.engine.state_dict())
     size = sum(tensor.numel() for tensor in state.values())
-    own = sum(t.numel() for module in (bench.student, bench.method) for t in module.state_dict().values())
-    assert size == own
-    assert not any("teacher" in key for key in state)
+    trained = [*bench.students.values(), *bench.methods.values(), *filter(None, [getattr(bench.engine, "online", None)])]
+    assert size == sum(t.numel() for module in trained for t in module.state_dict().values())
     other = Bench(name, seed=5)
-    other.teacher.encoder.load_state_dict(bench.teacher.encoder.state_dict())
+    for one, frozen in zip(other.teachers, bench.teachers, strict=True):
+        one.encoder.load_state_dict(frozen.encoder.state_dict())
+    other.engine.seed = bench.engine.seed
     other.engine.load_state_dict(state, strict=True)
-    close(bench.terms(batch_of(seed=4)), other.terms(batch_of(seed=4)), 0.0)
+    close(bench.terms(bench.batch(seed=4)), other.terms(bench.batch(seed=4)), 0.0)
 
 
 def test_teachers_stay_in_eval_mode_and_dropout_does_not_reach_them(name: str) -> None:
     bench = Bench(name, dropout=0.5)
-    for module in bench.teacher.encoder.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.5
+    for teacher in bench.teachers:
+        for module in teacher.encoder.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.5
     bench.engine.train()
-    step = bench.engine.loss(batch_of()).step
-    assert bench.student.training
-    assert not any(module.training for module in bench.teacher.encoder.modules())
-    again = bench.engine.loss(batch_of()).step
-    for one, other in zip(step.teachers, again.teachers, strict=True):
-        assert torch.equal(one.outputs.logits, other.outputs.logits)
-    assert not torch.equal(step.student.outputs.logits, again.student.outputs.logits)
+    steps, again = (bench.engine.loss(bench.batch()).steps for _ in range(2))
+    assert all(student.training for student in bench.students.values())
+    assert not any(module.training for teacher in bench.teachers for module in teacher.encoder.modules())
+    for (_, step, _), (_, other, _) in zip(steps, again, strict=True):
+        for one, two in zip(step.teachers, other.teachers, strict=True):
+            if not isinstance(one, Detached):  # one that is trained with its students has dropout as they have
+                assert torch.equal(one.outputs.logits, two.outputs.logits)
+        assert not torch.equal(step.student.outputs.logits, other.student.outputs.logits)
 
 
 def test_step_in_bf16_autocast_is_finite(name: str) -> None:
     bench = Bench(name)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = bench.engine.loss(batch_of())
+        loss = bench.engine.loss(bench.batch())
     loss.total.backward()
     assert torch.isfinite(loss.total)
     assert all(torch.isfinite(p.grad).all() for p in bench.engine.parameters() if p.grad is not None)
@@ -161,7 +185,7 @@ def test_one_seed_gives_one_result(name: str) -> None:
     def trained() -> dict[str, torch.Tensor]:
         bench = Bench(name, dropout=0.1)
         torch.manual_seed(11)
-        bench.update(batch_of())
+        bench.update(bench.batch())
         return bench.engine.state_dict()
 
     one, other = trained(), trained()
@@ -186,7 +210,7 @@ def test_two_ranks_with_their_shares_equal_one_with_the_whole(name: str, two_ran
             continue
         case, bench = case_name(method, more, count), Bench(name, more=more)
         before = copy.deepcopy(bench.engine.state_dict())
-        bench.update(batch_of(count))
+        bench.update(bench.batch(count))
         moved = 0.0
         for key, tensor in bench.engine.state_dict().items():
             one, other = (rank[case][key] for rank in two_ranks)

@@ -56,7 +56,7 @@ def load(reviews: Path) -> Callable[..., Examples]:
 
 def module(examples: Examples, student: object, *teachers: object, **more: object) -> KDData:
     given = {"batch_size": 8, "eval_batch_size": 16, "max_length": 32, "seed": 0, **more}
-    return KDData(examples, student, teachers, **given)
+    return KDData(examples, [student], teachers, **given)
 
 
 def pairs(examples: Examples) -> Examples:

@@ -26,7 +26,8 @@ def engine(task: Task, teachers: int = 0, weight: float = 1.0) -> tuple[Distille
     ids = torch.randint(5, 30, (2, 5), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     batch = Batch(inputs, (inputs,) * teachers, task.label_tensor([2, 1]), torch.arange(2))
-    return Distiller(models[0], frozen, Finetune(), task, {"task": Constant(weight)}, factory).eval(), batch
+    students, methods = {"student": models[0]}, {"student": Finetune()}
+    return Distiller(students, methods, frozen, task, {"task": Constant(weight)}, factory).eval(), batch
 
 
 @pytest.mark.parametrize("task", [CLASSES, SCORES], ids=["classes", "scores"])

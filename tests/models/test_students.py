@@ -293,7 +293,8 @@ def test_a_student_of_another_family_takes_every_length_that_is_allowed(make: Ma
     def allowed(tokens: int) -> bool:
         try:
             checked_length(
-                SimpleNamespace(task=SimpleNamespace(max_length=tokens)), SimpleNamespace(student=built, teachers=[])
+                SimpleNamespace(task=SimpleNamespace(max_length=tokens)),
+                SimpleNamespace(students={"student": built}, teaching=[]),
             )
         except InputError:
             return False

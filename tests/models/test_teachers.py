@@ -31,7 +31,7 @@ def distiller(teacher: FrozenTeacher) -> Distiller:
     task = Classification("nli", LABELS, {}, ["accuracy"], "accuracy")
     weights = {"task": Constant(0.5), "logits": Constant(0.5)}
     factory = OptimizerFactory(torch.optim.AdamW, 1e-3, 0.0, "linear", 0.0)
-    return Distiller(encoder(1, seed=1), [teacher], KD(), task, weights, factory)
+    return Distiller({"student": encoder(1, seed=1)}, {"student": KD()}, [teacher], task, weights, factory)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,292 @@
+"""What every engine does: the clock, the counters, the metrics, the optimiser. An engine is one shape of update."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kd.data.batch import Batch
+from kd.data.tasks import Task
+from kd.errors import InputError
+from kd.evaluate import finite_or_none, headline
+from kd.forward import Needs
+from kd.methods.base import Method, Progress, Step
+from kd.models import Encoder, FrozenTeacher
+from kd.optimizers import OptimizerFactory
+from kd.schedules import Schedule
+
+
+class NonFiniteLoss(InputError):
+    """A term became NaN or infinite. Training stops; the last good checkpoint is kept."""
+
+    def __init__(self, terms: Mapping[str, float], step: int) -> None:
+        bad = [name for name, value in terms.items() if not torch.isfinite(torch.tensor(value))]
+        shown = ", ".join(f"{name}={value:g}" for name, value in terms.items())
+        super().__init__(
+            f"the loss is not finite at step {step}: term {' and '.join(f'{name!r}' for name in bad) or 'sum'} ({shown}). "
+            "Training stopped; the last checkpoint before it is kept. A smaller learning rate, or a smaller weight "
+            "for that term, is the usual cure",
+            "optimizer.lr",
+        )
+        self.terms, self.step = dict(terms), step
+
+
+def check_weights(names: Sequence[str], weights: Mapping[str, Any]) -> None:
+    """Every weight has its term and every term its weight.
+
+    Raises:
+        InputError: naming the ones that do not.
+    """
+    if spare := [name for name in weights if name not in names]:
+        raise InputError(
+            f"the weight '{spare[0]}' has no term; the terms of this method are {', '.join(names)}",
+            f"method.weights.{spare[0]}",
+        )
+    if lacking := [name for name in names if name not in weights]:
+        raise InputError(f"the term '{lacking[0]}' has no weight", f"method.weights.{lacking[0]}")
+
+
+@dataclass
+class Learner:
+    """A student and the method that is bound to it."""
+
+    student: Encoder
+    method: Method
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained of both."""
+        both = (*self.student.parameters(), *self.method.parameters())
+        return list(dict.fromkeys(parameter for parameter in both if parameter.requires_grad))
+
+
+@dataclass
+class Loss:
+    """The weighted sum, the raw terms it was made from, and the steps that made them: (method, step, its terms)."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    steps: list[tuple[Method, Step, dict[str, Tensor]]] = field(default_factory=list)
+
+
+class Engine(pl.LightningModule):
+    """Trains students by the weighted sums of their methods' terms.
+
+    Students and methods are submodules, so DDP synchronises both; frozen teachers ride along outside.
+
+    Args:
+        teachers: frozen; may be empty.
+        task: losses and metrics.
+        weights: term -> schedule, the same for every student.
+        optimizer: factory.
+        seed: every random draw of a training step follows from it, the rank and the step.
+        clip: largest gradient norm of one learner; None is off. Only for engines that step the optimiser themselves: the
+            trainer clips for the others.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[FrozenTeacher],
+        task: Task,
+        weights: Mapping[str, Schedule],
+        optimizer: OptimizerFactory,
+        seed: int = 0,
+        clip: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.teachers = list(teachers)  # a plain list on purpose: not submodules
+        self.task = task
+        self.weights = dict(weights)
+        self.optimizer_factory = optimizer
+        self.seed, self.clip = seed, clip
+        self.metrics = nn.ModuleDict()
+        self.seconds = 0.0
+        self.examples = 0
+        self.teacher_work: dict[str, dict[str, int]] = {}
+        self.validation: dict[str, float | None] = {}
+        self._began = 0.0
+        self._last: Loss | None = None
+
+    @property
+    def learners(self) -> Mapping[str, Learner]:
+        """Name -> student and method, in the order of `Batch.students`."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch, progress: Progress | None = None) -> Loss:
+        """What is minimised over a batch. Needs no trainer."""
+        raise NotImplementedError
+
+    def trained(self) -> list[list[nn.Parameter]]:
+        """Trainable parameters in the groups whose gradients are clipped together: one for each learner."""
+        return [learner.parameters for learner in self.learners.values()]
+
+    def weighted(self, terms: Mapping[str, Tensor], progress: Progress) -> Tensor:
+        """The weighted sum of one method's terms."""
+        check_weights(list(terms), self.weights)
+        total = sum(self.weights[name](progress.fraction) * term for name, term in terms.items())
+        assert isinstance(total, Tensor)
+        return total
+
+    # -- Lightning ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        """One batch. Logs every term raw, and the sum.
+
+        Raises:
+            NonFiniteLoss: naming the term and the step.
+        """
+        loss = self.loss(batch, self.progress())
+        self.check(loss)
+        self.note(loss, batch)
+        return loss.total * batch.weight
+
+    def check(self, loss: Loss) -> None:
+        """Stop before a loss that is no number moves anything.
+
+        Raises:
+            NonFiniteLoss: naming the term and the step.
+        """
+        if not torch.isfinite(loss.total):
+            raise NonFiniteLoss({name: float(term.detach()) for name, term in loss.terms.items()}, self.global_step)
+
+    def note(self, loss: Loss, batch: Batch) -> None:
+        """Log a loss, and keep it for what methods do after a step."""
+        self.log_dict({f"train/{name}": term.detach() for name, term in loss.terms.items()}, batch_size=len(batch))
+        self.log("train/loss", loss.total.detach(), batch_size=len(batch))
+        self._last = loss
+
+    def progress(self) -> Progress:
+        """How far training has come."""
+        return Progress(self.global_step, int(self.trainer.estimated_stepping_batches), self.current_epoch)
+
+    def on_train_epoch_start(self) -> None:
+        """A model from `from_pretrained` is in eval mode, and Lightning does not change that."""
+        self.train()
+
+    def on_train_start(self) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Dropout is a function of seed, rank, epoch and batch: a resumed run draws what an unbroken one draws."""
+        place = [self.seed, self.global_rank, self.current_epoch, batch_idx]
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Delayed work of the methods, and the clock."""
+        if self._last is not None:
+            for method, step, terms in self._last.steps:
+                method.after_step(step, {name: term.detach() for name, term in terms.items()})
+            self._last = None
+        now = time.perf_counter()
+        self.seconds, self._began = self.seconds + now - self._began, now
+        self.examples += len(batch)
+
+    def on_train_end(self) -> None:
+        """Stop the clock; validation and checkpoints count as training time."""
+        self.seconds += time.perf_counter() - self._began
+        self.teacher_work = self.work_of_teachers()
+
+    def work_of_teachers(self) -> dict[str, dict[str, int]]:
+        """Name -> passes and examples forwarded so far, on this rank."""
+        return {teacher.name: {"passes": teacher.passes, "examples": teacher.examples} for teacher in self.teachers}
+
+    def on_validation_epoch_start(self) -> None:
+        """Fresh metrics."""
+        for name in self.evaluated:
+            self._reset(name)
+
+    @property
+    def evaluated(self) -> list[str]:
+        """What validation scores: each student, and their ensemble where there are several."""
+        names = list(self.learners)
+        return names if len(names) == 1 else [*names, "ensemble"]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The students alone; a teacher has nothing new to say about it."""
+        learners = self.learners.items()
+        logits = {
+            name: learner.student(inputs, Needs()).logits
+            for (name, learner), inputs in zip(learners, batch.students, strict=True)
+        }
+        if len(logits) > 1:
+            logits["ensemble"] = self.task.ensemble(list(logits.values()))
+        for name, found in logits.items():
+            self._update(name, found, batch.labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what was reduced over exactly the examples there are; the best student's metrics are the run's."""
+        found = {name: self._compute(name) for name in self.evaluated}
+        scores = {name: {m: finite_or_none(float(v)) for m, v in metrics.items()} for name, metrics in found.items()}
+        best = headline(self.task, {name: scores[name] for name in self.learners})
+        self.log_dict({f"validation/{metric}": value for metric, value in found[best].items()})
+        if len(found) > 1:
+            self.log_dict({f"validation/{name}/{m}": value for name, values in found.items() for m, value in values.items()})
+        self.validation = scores[best]
+
+    def configure_optimizers(self) -> Any:
+        """The factory's optimiser over everything that is trained, and its schedule by optimiser steps."""
+        optimizer = self.optimizer_factory.optimizer(self)
+        total = int(self.trainer.estimated_stepping_batches)
+        scheduler = self.optimizer_factory.scheduler(optimizer, total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip the gradient's norm, of each learner on its own.
+
+        Lightning's mixed-precision plugin refuses to clip for a fused optimiser, because with a gradient scaler it would clip
+        scaled gradients. bfloat16 has no scaler, so there is nothing to refuse. With a scaler the plugin has unscaled them.
+        """
+        if gradient_clip_val:
+            for parameters in self.trained():
+                nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Counters, so that a resumed run reports its whole cost."""
+        checkpoint["kd"] = {
+            "seconds": self.seconds,
+            "examples": self.examples,
+            "teacher_work": self.work_of_teachers(),
+            "validation": self.validation,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the counters up again."""
+        kept = checkpoint.get("kd", {})
+        self.seconds = kept.get("seconds", 0.0)
+        self.examples = kept.get("examples", 0)
+        self.validation = kept.get("validation", {})
+        for teacher in self.teachers:
+            work = kept.get("teacher_work", {}).get(teacher.name, {})
+            teacher.passes, teacher.examples = work.get("passes", 0), work.get("examples", 0)
+        self.teacher_work = self.work_of_teachers()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Engine":
+        for teacher in self.teachers:
+            teacher.apply(fn)
+        super()._apply(fn, recurse)
+        return self
+
+    # -- metrics -----------------------------------------------------------------------------------------------------
+
+    def _reset(self, name: str) -> None:
+        if name not in self.metrics:
+            self.metrics[name] = nn.ModuleDict({metric: self.task.metric(metric) for metric in self.task.metrics})
+        for metric in self.metrics[name].values():  # type: ignore[operator,union-attr]
+            metric.to(self.device).reset()
+
+    def _update(self, name: str, logits: Tensor, labels: Tensor) -> None:
+        predictions = self.task.predict(logits.float())
+        for metric in self.metrics[name].values():  # type: ignore[operator,union-attr]
+            metric.update(predictions, labels)
+
+    def _compute(self, name: str) -> dict[str, Tensor]:
+        metrics = self.metrics[name].items()  # type: ignore[operator,union-attr]
+        return {metric: found.compute() for metric, found in metrics}

@@ -1,0 +1,193 @@
+"""Several students that learn together, and perhaps the teacher with them."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kd import distributed
+from kd.data.batch import Batch
+from kd.data.tasks import Task
+from kd.engines.base import Engine, Learner, Loss, check_weights
+from kd.engines.distiller import bound_teachers
+from kd.errors import InputError, one_of
+from kd.forward import Forward, Needs
+from kd.forward.lazy import Detached
+from kd.methods.base import Method, Progress, Step
+from kd.models import Encoder, FrozenTeacher
+from kd.optimizers import OptimizerFactory
+from kd.schedules import Schedule
+
+UPDATES = ("simultaneous", "sequential")
+TEACHER = "teacher"
+
+
+class Mutual(Engine):
+    """K students, each with a method of its own whose step shows it the others' predictions as constants.
+
+    With peers held constant, the gradient of the sum of the students' losses is each student's own gradient, so one optimiser
+    serves all. Gradients are clipped for each student on its own.
+
+    Args:
+        students: name -> student; two or more.
+        methods: one for each student, bound to it and the teachers.
+        teachers: frozen, shared by all students.
+        task: losses and metrics.
+        weights: term -> schedule, the same for every student.
+        optimizer: factory.
+        seed: every random draw of a training step follows from it, the rank and the step.
+        clip: largest gradient norm of a student, where updates are sequential; None is off.
+        online: a teacher that is trained at the same time, on the labels alone. The students' feedback to it is unknown in the
+            peer-to-peer paper; ours gets none.
+        update: `simultaneous`: all students move after all have predicted. `sequential`: they move one after the other on the
+            same batch, and the later ones see the predictions of those that have moved (the algorithm of DML's paper).
+    """
+
+    def __init__(
+        self,
+        students: Mapping[str, Encoder],
+        methods: Mapping[str, Method],
+        teachers: Sequence[FrozenTeacher],
+        task: Task,
+        weights: Mapping[str, Schedule],
+        optimizer: OptimizerFactory,
+        seed: int = 0,
+        clip: float | None = None,
+        online: Encoder | None = None,
+        update: str = "simultaneous",
+    ) -> None:
+        super().__init__(teachers, task, weights, optimizer, seed, clip)
+        if len(students) < 2:
+            raise InputError(f"students that learn from each other are two or more, not {len(students)}", "cohort.students")
+        if update not in UPDATES:
+            raise one_of(update, UPDATES, "engine.update")
+        for method in methods.values():
+            check_weights(method.names, weights)
+            if online is not None and any(needs.gradient for needs in method.needs()[1]):
+                raise InputError(
+                    "the method takes gradients through its teacher, and one that is trained at the same time is a constant "
+                    "to its students; use cohort.teacher=frozen",
+                    "cohort.teacher",
+                )
+        self.students = nn.ModuleDict(students)
+        self.methods = nn.ModuleDict(methods)
+        self.online = online
+        self.update = update
+        self.automatic_optimization = update == "simultaneous"
+
+    @property
+    def learners(self) -> Mapping[str, Learner]:
+        """Every student with its method."""
+        return {name: Learner(self.students[name], self.methods[name]) for name in self.students}  # type: ignore[arg-type]
+
+    def trained(self) -> list[list[nn.Parameter]]:
+        """One group for each student, and one for a teacher that learns with them."""
+        groups = super().trained()
+        return groups if self.online is None else [list(self.online.parameters()), *groups]
+
+    def forwards(self, batch: Batch) -> dict[str, Forward]:
+        """Every trained model's forward over a batch, none of them run."""
+        learners = self.learners
+        found = {
+            name: Forward(learner.student, inputs, learner.method.needs()[0])
+            for (name, learner), inputs in zip(learners.items(), batch.students, strict=True)
+        }
+        if self.online is not None:
+            needs = Needs()
+            for learner in learners.values():
+                for theirs in learner.method.needs()[1]:
+                    needs = needs | theirs
+            found[TEACHER] = Forward(self.online, batch.teachers[0], needs)
+        return found
+
+    def frozen(self, batch: Batch) -> list[Forward]:
+        """The frozen teachers' forwards over a batch, shared by all students."""
+        declared = [learner.method.needs()[1] for learner in self.learners.values()]
+        return bound_teachers(self.teachers, batch, declared) if self.teachers else []
+
+    def loss_of(
+        self, name: str, forwards: Mapping[str, Forward], frozen: Sequence[Forward], batch: Batch, progress: Progress
+    ) -> Loss:
+        """One learner's loss; everybody else is a constant to it."""
+        if name == TEACHER:
+            term = self.task.hard(forwards[TEACHER].outputs.logits, batch.labels)
+            return Loss(term, {f"{TEACHER}/task": term})
+        place = list(self.students).index(name)
+        step = Step(
+            forwards[name],
+            [Detached(forwards[TEACHER])] if self.online is not None else frozen,
+            batch.seen_by(place),
+            self.task,
+            progress,
+            [Detached(forwards[other]) for other in self.students if other != name],
+            self.seed,
+        )
+        method = self.learners[name].method
+        step = method.prepare(step)
+        terms = method.terms(step)
+        return Loss(
+            self.weighted(terms, progress), {f"{name}/{term}": value for term, value in terms.items()}, [(method, step, terms)]
+        )
+
+    def loss(self, batch: Batch, progress: Progress | None = None) -> Loss:
+        """The sum of all learners' losses over a batch, before any of them moves."""
+        progress = progress or Progress()
+        forwards, frozen = self.forwards(batch), self.frozen(batch)
+        losses = [self.loss_of(name, forwards, frozen, batch, progress) for name in forwards]
+        total = torch.stack([loss.total for loss in losses]).sum()
+        return Loss(
+            total,
+            {name: term for loss in losses for name, term in loss.terms.items()},
+            [step for loss in losses for step in loss.steps],
+        )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        """One batch: all at once, or one learner after the other.
+
+        Raises:
+            NonFiniteLoss: naming the term and the step.
+        """
+        if self.automatic_optimization:
+            return super().training_step(batch, batch_idx)
+        self.take_turns(batch)
+        return None
+
+    def take_turns(self, batch: Batch) -> None:
+        """Move the learners one after the other, the teacher first; each sees what has moved before it.
+
+        A learner's parameters are the only ones with a gradient when the optimiser steps, and the optimiser's state is by
+        parameter, so one optimiser is as good as one for each.
+        """
+        progress = self.progress()
+        forwards, frozen = self.forwards(batch), self.frozen(batch)
+        order = sorted(forwards, key=lambda name: name != TEACHER)
+        optimizer = self.optimizers()
+        losses = []
+        for name in order:
+            loss = self.loss_of(name, forwards, frozen, batch, progress)
+            self.check(loss)
+            losses.append(loss)
+            parameters = self.parameters_of(name)
+            with torch.autocast(self.device.type, enabled=False):
+                gradients = torch.autograd.grad(loss.total * batch.weight, parameters)
+            for parameter, gradient in zip(parameters, distributed.mean(gradients), strict=True):
+                parameter.grad = gradient
+            if self.clip:
+                nn.utils.clip_grad_norm_(parameters, self.clip)
+            # Lightning counts the steps of its own wrapper: the last turn makes one step of the batch.
+            stepper = optimizer if name == order[-1] else optimizer.optimizer  # type: ignore[union-attr]
+            stepper.step()  # type: ignore[union-attr]
+            optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
+            forwards[name] = self.forwards(batch)[name]  # whoever looks at it from now on sees the moved one
+        scheduler = self.lr_schedulers()
+        scheduler.step()  # type: ignore[union-attr,call-arg]
+        total = torch.stack([loss.total.detach() for loss in losses]).sum()
+        terms = {name: term.detach() for loss in losses for name, term in loss.terms.items()}
+        self.note(Loss(total, terms, [step for loss in losses for step in loss.steps]), batch)
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        """What moves in one learner's turn."""
+        if name == TEACHER:
+            assert self.online is not None
+            return [parameter for parameter in self.online.parameters() if parameter.requires_grad]
+        return self.learners[name].parameters

@@ -1,0 +1,75 @@
+"""Mutual learning: what peers add to a method."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from kd.errors import one_of
+from kd.forward import Needs
+from kd.methods.base import Method, Step
+from kd.methods.kd import checked_temperature
+from kd.models import Encoder, FrozenTeacher
+from kd.schedules import Schedule
+
+TARGETS = ("each", "sum", "mean")
+
+
+class Mutual(Method):
+    r"""Deep mutual learning (Zhang, Xiang, Hospedales, Lu, CVPR 2018, arXiv:1706.00384) around any method.
+
+    Each of K students adds to its own loss the divergence from its peers' predictions to its own,
+    :math:`\frac{1}{K-1} \sum_{l \ne k} KL(p_l \| p_k)`, peers held constant. Around plain fine-tuning this is DML
+    (`conf/method/dml.yaml`); around distillation from a teacher it is peer-to-peer mutual learning (Niyaz and Bathula, 2021,
+    arXiv:2110.11023; `conf/method/p2p_mutual.yaml`); around a patient method it is mutual learning with a patient term.
+
+    Terms: the inner method's, and
+        `mutual`: the divergence from the peers, in nats, summed over classes, mean over the batch. Weight gamma.
+
+    Args:
+        inner: any method, not bound.
+        temperature: T' > 0 of the peer term, a number or a schedule; 1 in DML. For others the term is multiplied by its square,
+            as in distillation (our choice; the peer-to-peer paper does not say).
+        target: `each` averages over the peers; `sum` adds them up, as DML's own code does for more than two; `mean` takes the
+            divergence from the peers' mean prediction (DML_e).
+    """
+
+    def __init__(self, inner: Method, temperature: "float | Schedule" = 1.0, target: str = "each") -> None:
+        super().__init__()
+        if target not in TARGETS:
+            raise one_of(target, TARGETS, "cohort.peers.target")
+        self.inner = inner
+        self.names = (*inner.names, "mutual")
+        self.teachers = inner.teachers
+        self.temperature = checked_temperature(temperature, "cohort.peers.temperature")
+        self.target = target
+
+    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+        """Of the inner method."""
+        self.inner.bind(student, teachers)
+
+    def needs(self) -> tuple[Needs, Sequence[Needs]]:
+        """The inner method's; peers show their logits."""
+        return self.inner.needs()
+
+    def prepare(self, step: Step) -> Step:
+        """Of the inner method."""
+        return self.inner.prepare(step)
+
+    def terms(self, step: Step) -> dict[str, Tensor]:
+        """The inner method's terms, and the peers'."""
+        own, temperature = step.student.outputs.logits, self.temperature(step.progress.fraction)
+        peers = [peer.outputs.logits for peer in step.peers]
+        if self.target == "mean":
+            # The mean is of tempered probabilities; `soft` divides by the temperature again.
+            peers = [step.task.ensemble([logits / temperature for logits in peers]) * temperature]
+        terms = torch.stack([step.task.soft(own, logits, temperature, "kl", "batchmean") for logits in peers])
+        return {**self.inner.terms(step), "mutual": terms.sum() if self.target == "sum" else terms.mean()}
+
+    def after_step(self, step: Step, terms: Mapping[str, Tensor]) -> None:
+        """Of the inner method."""
+        self.inner.after_step(step, {name: term for name, term in terms.items() if name != "mutual"})
+
+    def describe(self) -> dict[str, str]:
+        """Of the inner method."""
+        return self.inner.describe()

@@ -1,0 +1,109 @@
+"""Stochastic knowledge distillation: one teacher of a pool, drawn for each optimiser step."""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from kd.errors import InputError
+from kd.forward import Needs
+from kd.methods.base import Method, Step
+from kd.models import Encoder, FrozenTeacher
+
+
+class Stochastic(Method):
+    r"""Stochastic knowledge distillation (SKDBERT: Ding et al., AAAI 2023, arXiv:2211.14466), around a method of one teacher.
+
+    At each optimiser step a teacher :math:`i \sim Cat(p_1 .. p_N)` is drawn and the step is the inner method's with that
+    teacher alone. The paper's inner loss is the soft cross entropy (`conf/method/skdbert.yaml`); any method of one teacher
+    will do. Ranks and accumulated batches share the draw, a resumed run finds it again, and only the drawn teacher runs.
+
+    In expectation the gradient for `ce` and `kl` is that of distilling the probability-averaged ensemble (`Ensemble`).
+
+    What the inner method learns (projections) is learnt for each teacher separately. Of a teacher that is not drawn it takes
+    part in the sum with weight zero, so that every rank has a gradient for every parameter.
+
+    Terms: the inner method's.
+
+    Args:
+        inner: a method of one teacher, not bound.
+        probabilities: one for each teacher, adding up to 1.
+    """
+
+    def __init__(self, inner: Method, probabilities: Sequence[float]) -> None:
+        super().__init__()
+        self.names = inner.names
+        self.teachers = len(probabilities)
+        self.probabilities = list(probabilities)
+        self.each = copies(inner, len(probabilities))
+
+    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+        """Bind one copy of the inner method to each teacher."""
+        bind_each(self.each, student, teachers)
+
+    def needs(self) -> tuple[Needs, Sequence[Needs]]:
+        """Of the student whatever any teacher asks for; of a teacher what it is asked for itself."""
+        return needs_of_each(self.each)
+
+    def drawn(self, step: Step) -> int:
+        """The place of the teacher of this step."""
+        return int(step.chance("teacher").choice(len(self.each), p=self.probabilities))
+
+    def prepare(self, step: Step) -> Step:
+        """The step with the drawn teacher alone."""
+        place = self.drawn(step)
+        return inner_of(self.each, place).prepare(step.with_(teachers=[step.teachers[place]]))
+
+    def terms(self, step: Step) -> dict[str, Tensor]:
+        """The inner method's terms with the drawn teacher."""
+        place = self.drawn(step)
+        one = step if len(step.teachers) == 1 else step.with_(teachers=[step.teachers[place]])
+        terms = inner_of(self.each, place).terms(one)
+        idle = [p for other in self.each if other is not self.each[place] for p in other.parameters() if p.requires_grad]
+        first = self.names[0]
+        for parameter in idle:
+            terms[first] = terms[first] + 0.0 * parameter.sum()
+        return terms
+
+    def after_step(self, step: Step, terms: Mapping[str, Tensor]) -> None:
+        """Of the drawn teacher's copy."""
+        inner_of(self.each, self.drawn(step)).after_step(step, terms)
+
+    def describe(self) -> dict[str, str]:
+        """The distribution."""
+        shown = " ".join(f"{p:.3f}" for p in self.probabilities)
+        return {"teacher of a step, probabilities": shown, **inner_of(self.each, 0).describe()}
+
+
+def copies(inner: Method, count: int) -> nn.ModuleList:
+    """A copy of a method of one teacher for each of several.
+
+    Raises:
+        InputError: if it takes several itself.
+    """
+    if inner.teachers is not None and inner.teachers != 1:
+        raise InputError(f"a pool shows a method one teacher at a time, this method takes {inner.teachers}", "pool")
+    return nn.ModuleList(copy.deepcopy(inner) for _ in range(count))
+
+
+def inner_of(each: nn.ModuleList, place: int) -> Method:
+    """The copy that is bound to the teacher at this place."""
+    found = each[place]
+    assert isinstance(found, Method)
+    return found
+
+
+def bind_each(each: nn.ModuleList, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+    """Bind each copy to its teacher."""
+    for place, teacher in enumerate(teachers):
+        inner_of(each, place).bind(student, [teacher])
+
+
+def needs_of_each(each: nn.ModuleList) -> tuple[Needs, Sequence[Needs]]:
+    """The union of what the copies need of the student, and what each needs of its teacher."""
+    ours, theirs = Needs(), []
+    for place in range(len(each)):
+        of_student, of_teacher = inner_of(each, place).needs()
+        ours = ours | of_student
+        theirs.append(of_teacher[0] if of_teacher else Needs())
+    return ours, theirs

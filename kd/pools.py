@@ -1,0 +1,59 @@
+"""What a method sees of several teachers, as far as the configuration tells."""
+
+from kd.cohorts import students_of
+from kd.errors import InputError, one_of
+from kd.schema import RunSpec
+
+
+def teachers_of(spec: RunSpec) -> list[str]:
+    """Names of the teachers whose outputs a method can see: of a chain the last one alone."""
+    return list(spec.teacher)[-1:] if spec.pool.chain else list(spec.teacher)
+
+
+RANKED = ("teacher_rank", "best", "student_rank")
+"""Distributions that follow from how well teachers do on a part of train that was held out."""
+
+
+def check_pool(spec: RunSpec) -> None:
+    """Whether a pool and its teachers fit.
+
+    Raises:
+        InputError: for a pool of one, or a distribution that is none.
+    """
+    pool, names = spec.pool, list(spec.teacher)
+    if pool.wrapper is None and not pool.chain:
+        return
+    if len(names) < 2:
+        raise InputError(
+            f"pool={pool.name} needs two teachers or more, teacher={names} has {len(names)}; list more, or use pool=none",
+            "teacher",
+        )
+    if pool.chain:
+        return
+    given = pool.distribution
+    if isinstance(given, list):
+        numbers = [value for value in given if isinstance(value, int | float) and value >= 0]
+        if len(numbers) != len(names) or len(given) != len(names):
+            raise InputError(
+                f"pool.distribution={given} must give a probability, not negative, for each teacher of {names}",
+                "pool.distribution",
+            )
+        if abs(sum(numbers) - 1) > 1e-6:
+            raise InputError(f"pool.distribution={given} adds up to {sum(numbers):g}, not 1", "pool.distribution")
+    elif given not in ("uniform", *RANKED):
+        raise one_of(given, ("uniform", *RANKED, "[probability, ...]"), "pool.distribution")
+    if not (pool.sharpness >= 0 and 0 < pool.holdout < 1):
+        wrong = "holdout" if pool.sharpness >= 0 else "sharpness"
+        raise InputError(f"pool.{wrong}={getattr(pool, wrong)} is out of range", f"pool.{wrong}")
+    if given in RANKED and spec.task.holdout is not None:
+        raise InputError("a pilot cannot have pilots of its own: task.holdout is set already", "task.holdout")
+    if given in RANKED and given != "student_rank":
+        for name, teacher in spec.teacher.items():
+            if teacher.model is not None:
+                raise InputError(
+                    f"pool.distribution={given} fine-tunes each teacher on a part of train and scores it on the rest; "
+                    f"'{name}' is a ready classifier. Give the probabilities instead: 'pool.distribution=[...]'",
+                    "pool.distribution",
+                )
+    if given == "student_rank" and len(students_of(spec)) > 1:
+        raise InputError("pool.distribution=student_rank ranks teachers by one student; use teacher_rank", "pool.distribution")
