@@ -89,7 +89,7 @@ def load_results(folder: Path) -> list[dict[str, Any]]:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(record, dict) and "family" in record:  # else another program's
+        if isinstance(record, dict) and "students" in record:  # else another program's
             found.append({**record, "run": path.parent.name})
     return sorted(found, key=lambda record: record.get("finished", ""))
 
@@ -138,8 +138,15 @@ def _spread(values: Sequence[float | None], scale: float = 100.0) -> str:
     return f"{scale * mean:.2f}" if len(known) == 1 else f"{scale * mean:.2f} ± {scale * statistics.stdev(known):.2f}"
 
 
+Scores = Mapping[str, Mapping[str, float | None]]
+
+
 def report_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """One row for each configuration of one task: mean and standard deviation over seeds, in percent; errors as they are."""
+    """One row for each configuration of one task: mean and standard deviation over seeds, in percent; errors as they are.
+
+    Where several students learnt together, the first row is of the one that is best on validation, seed by seed; then come
+    each student and their ensemble.
+    """
     metrics = list(dict.fromkeys((s, n) for r in results for s, found in r["metrics"].items() for n in found))
     groups = grouped(results)
     told = differences(groups)
@@ -148,27 +155,41 @@ def report_table(results: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(column, overflow="fold")
     for column in ("parameters", "MB", *(f"{split} {name}" for split, name in metrics), "agreement", "latency ms", "train s"):
         table.add_column(column, justify="right", overflow="fold")
+
+    def scores(found: Sequence[Scores]) -> list[str]:
+        return [
+            _spread([each[split][name] for each in found], 1.0 if name in OWN_UNITS else 100.0)
+            if name in found[0].get(split, {})
+            else ""
+            for split, name in metrics
+        ]
+
+    def model(found: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Cells of one student over the seeds."""
+        agreements = [value for each in found for value in list(each["agreement"].get("validation", {}).values())[:1]]
+        sizes = {f"{each['parameters']:,}": _number(each["megabytes"], 1) for each in found}
+        cells = [" / ".join(sizes), " / ".join(sizes.values()), *scores([each["metrics"] for each in found])]
+        return [
+            *cells,
+            _spread(agreements) if agreements else "",
+            _number(statistics.median(e["latency_ms"] for e in found), 2),
+        ]
+
     for group, words in zip(groups, told, strict=True):
         first = group[0]
-        agreements = [value for r in group for value in list(r["agreement"].get("validation", {}).values())[:1]]
-        table.add_row(
-            first["method"],
-            first["student"],
-            ", ".join(first["teacher"]),
-            *([words] if any(told) else []),
-            ", ".join(str(r["seed"]) for r in group),
-            f"{first['parameters']['student']:,}",
-            _number(first["megabytes"]["student"], 1),
-            *(
-                _spread([r["metrics"][split][name] for r in group], 1.0 if name in OWN_UNITS else 100.0)
-                if name in first["metrics"].get(split, {})
-                else ""
-                for split, name in metrics
-            ),
-            _spread(agreements) if agreements else "",
-            _number(statistics.median(r["latency_ms"]["student"] for r in group), 2),
-            _number(statistics.fmean(r["seconds"]["train"] for r in group), 0),
-        )
+        names = list(first["students"])
+        seeds = ", ".join(str(r["seed"]) for r in group)
+        together = f"{' + '.join(names)}: the best" if len(names) > 1 else first["student"]
+        seconds = _number(statistics.fmean(r["seconds"]["train"] for r in group), 0)
+        where = [words] if any(told) else []
+        best = model([r["students"][r["headline"]] for r in group])
+        table.add_row(first["method"], together, ", ".join(first["teacher"]), *where, seeds, *best, seconds)
+        if len(names) == 1:
+            continue
+        blank = [""] * len(where)
+        for name in names:
+            table.add_row("", name, "", *blank, "", *model([r["students"][name] for r in group]), "")
+        table.add_row("", "ensemble", "", *blank, "", "", "", *scores([r["metrics_ensemble"] for r in group]), "", "", "")
     return table
 
 
