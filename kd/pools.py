@@ -29,6 +29,8 @@ def check_pool(spec: RunSpec) -> None:
             "teacher",
         )
     if pool.chain:
+        if spec.cohort.peers is not None:
+            raise InputError(f"pool={pool.name} makes its links by the student's method, and a link has no peers", "pool")
         return
     given = pool.distribution
     if isinstance(given, list):
