@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from kd.errors import InputError
 
@@ -124,13 +124,15 @@ def says(message: str) -> bool:
     return _watch is None or _watch.says(message)
 
 
-def end(status: int) -> None:
+def end(status: int) -> NoReturn:
     """End this process. With other ranks it does so at once: an interpreter that tidies up may wait for them."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if world() > 1:
+    if world() == 1:
+        sys.exit(status)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # also where nobody listens any more
         os._exit(status)
-    sys.exit(status)
 
 
 def end_without(error: BaseException) -> None:

@@ -173,9 +173,11 @@ def stop(message: str, status: int) -> None:
     """End with a message and a status."""
     if os.environ.get("KD_TRACEBACK"):
         traceback.print_exc()
-    if distributed.says(message):
-        print(f"\n{message}", file=sys.stderr, flush=True)
-    distributed.end(status)
+    try:
+        if distributed.says(message):
+            print(f"\n{message}", file=sys.stderr, flush=True)
+    finally:
+        distributed.end(status)
 
 
 def main() -> None:

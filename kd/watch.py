@@ -108,9 +108,11 @@ class Watch:
     def end(self, what: str, status: int) -> None:
         """End this process because of what happened elsewhere; said once a machine, and only if nothing was said there."""
         if not self.over.is_set():
-            if self.first(self.spoken):
-                os.write(2, f"\nkd-train: {what}. {GOES_ON.capitalize()}\n".encode())
-            os._exit(status)
+            try:
+                if self.first(self.spoken):
+                    os.write(2, f"\nkd-train: {what}. {GOES_ON.capitalize()}\n".encode())
+            finally:  # also where nobody listens any more
+                os._exit(status)
 
     def says(self, message: str) -> bool:
         """Whether this rank is the one to print an error that other ranks may find too."""

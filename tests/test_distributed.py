@@ -279,6 +279,7 @@ def test_input_error_of_every_rank_is_printed_once(small: Small, tmp_path: Path)
     assert "exitcode  : 2" in output
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 @pytest.mark.parametrize(
     ("second", "message"),
@@ -385,6 +386,18 @@ def test_batch_that_the_ranks_do_not_divide_is_refused(case: str, small: Small, 
     with pytest.raises(InputError, match="batch_size=15 is the batch over all ranks") as error:
         train.check_launch(planned(small(*wrong)))
     assert error.value.key == key
+
+
+def test_rank_ends_also_where_nobody_listens() -> None:
+    lines = (
+        "import os, threading",
+        "from kd.watch import Watch",
+        "watch = Watch.__new__(Watch)",
+        "watch.over, watch.store_lost, watch.spoken = threading.Event(), True, 'spoken'",
+        "os.close(2)",
+        "watch.end('rank 1 is gone', 3)",
+    )
+    assert subprocess.run([sys.executable, "-c", "\n".join(lines)], check=False).returncode == 3
 
 
 GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:4567. This is typical"
