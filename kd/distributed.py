@@ -1,8 +1,23 @@
 """Ranks, as torchrun started them."""
 
 import os
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from kd.errors import InputError
+
+if TYPE_CHECKING:
+    from kd.watch import Watch
+
+T = TypeVar("T")
+
+LONGEST_WAIT = timedelta(days=7)
+"""Of a collective: the first rank may wait for another job's lock, or export, while the others wait for it. A rank that is
+gone is found by the watch."""
+
+_watch: "Watch | None" = None
 
 
 def world() -> int:
@@ -25,16 +40,37 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def join() -> None:
+    """Meet the other ranks, if there are any, and begin to watch them."""
+    global _watch
+    if world() > 1 and _watch is None:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it would show a stack where a connection ends
+        from kd.watch import Watch
+
+        _watch = Watch(rank(), world())
+
+
 def start(accelerator: str) -> None:
-    """Join the other processes, if there are any; done once."""
+    """Open the channel for collectives, if there are other ranks; done once."""
     import torch
 
     if world() > 1 and not torch.distributed.is_initialized():
         gpu = accelerator != "cpu" and torch.cuda.is_available()
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=LONGEST_WAIT)
 
 
-def agree(value: Any) -> Any:
+def leave() -> None:
+    """Wait until every rank has done its work, so that nobody takes one that is done for dead."""
+    if _watch is not None:
+        import torch
+
+        if torch.distributed.is_initialized():
+            gather(None)
+            torch.distributed.destroy_process_group()
+        _watch.leave()
+
+
+def agree(value: T) -> T:
     """The first rank's value, on every rank."""
     if world() == 1:
         return value
@@ -57,12 +93,81 @@ def mean(tensors: Sequence[Any]) -> list[Any]:
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def total(value: int) -> int:
-    """The sum over all ranks."""
+def on_first(make: Callable[[], T]) -> T:
+    """What the first rank makes, on every rank; if it fails by an InputError, all do."""
     if world() == 1:
-        return value
+        return make()
+    made: Any = None
+    failed: InputError | None = None
+    if is_first():
+        try:
+            made = make()
+        except InputError as error:
+            failed = error
+    made, wrong = agree((made, failed and (failed.message, failed.key)))
+    if wrong:
+        raise failed or InputError(*wrong)
+    return made  # type: ignore[no-any-return]
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, on every rank."""
+    if world() == 1:
+        return [value]
     import torch
 
     box: list[Any] = [None] * world()
     torch.distributed.all_gather_object(box, value)
-    return sum(box)
+    return box
+
+
+def total(value: int) -> int:
+    """The sum over all ranks."""
+    return sum(gather(value))
+
+
+def alike(step: str, error: Exception) -> bool:
+    """Whether every rank fails at a step in the same way, so that they can go on together."""
+    return _watch is None or _watch.alike(step, f"{type(error).__name__}: {error}")
+
+
+def says(message: str) -> bool:
+    """Whether this rank is the one to print an error: what all ranks find is printed once."""
+    return _watch is None or _watch.says(message)
+
+
+def end(status: int) -> NoReturn:
+    """End this process. With other ranks it does so at once: an interpreter that tidies up may wait for them."""
+    if world() == 1:
+        sys.exit(status)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # also where nobody listens any more
+        os._exit(status)
+
+
+def end_without(error: BaseException) -> None:
+    """End this process if an error says that another rank is gone; return if it does not."""
+    lost = lost_peer(error)
+    if _watch is not None and lost is not None:
+        from kd.watch import PEER_LOST
+
+        _watch.end(f"another rank has ended or cannot be reached ({lost}); this rank stops too", PEER_LOST)
+
+
+def lost_peer(error: BaseException | None) -> str | None:
+    """What an error, or one that it came from, says of a rank that is gone; None if it says nothing of the kind.
+
+    Gloo's errors are RuntimeErrors whose text names its transport, NCCL's and those of the store have classes.
+    """
+    from torch.distributed import DistBackendError, DistNetworkError
+
+    while error is not None:
+        text = str(error)
+        gloo = "gloo/transport" in text
+        nccl = isinstance(error, DistBackendError) and "remote process exited" in text
+        if gloo or nccl or isinstance(error, DistNetworkError):
+            return text.removeprefix("[").partition("] ")[2].partition(". ")[0] or type(error).__name__
+        error = error.__cause__ or error.__context__
+    return None

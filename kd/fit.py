@@ -3,11 +3,13 @@
 import logging
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import transformers
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from omegaconf import OmegaConf
 
 from kd import distributed
@@ -33,15 +35,10 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
         KeyboardInterrupt: on Ctrl-C, after Lightning has shut down.
     """
     quieten()
-    spec = run.spec
     models = build_models(run, examples.task)
     data = build_data(run, examples, models)
     engine = build_engine(run, models, examples.task)
-    if distributed.is_first():
-        run.begin(spec.resume)
-        if spec.preflight:
-            print("\n".join(preflight(run, engine, data, models.inits).lines), flush=True)
-    distributed.agree(None)
+    distributed.on_first(lambda: begin(run, engine, data, models.inits))
     last = run.checkpoints / "last.ckpt"
     checkpoint = read_checkpoint(last) if last.is_file() else None
     step = None if checkpoint is None else int(checkpoint["global_step"])
@@ -56,7 +53,7 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
     device = trainer.strategy.root_device
     selection = select(run, engine)
     if models.online is not None:  # from here on it is a teacher like any other
-        models.teachers.append(FrozenTeacher(models.online, next(iter(spec.teacher))))
+        models.teachers.append(FrozenTeacher(models.online, next(iter(run.spec.teacher))))
     scores = {
         split: evaluate(models.students, models.teachers, data.loader(split), engine.task, device)
         for split in examples.evaluated
@@ -66,10 +63,14 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
         for name, done in engine.teacher_work.items()
     }
     counts = {"examples": distributed.total(engine.examples), "teachers": work}
-    record: dict[str, Any] | None = None
-    if distributed.is_first():
-        record = conclude(run, models, data, engine, scores, selection, counts)
-    return distributed.agree(record)  # type: ignore[no-any-return]
+    return distributed.on_first(lambda: conclude(run, models, data, engine, scores, selection, counts))
+
+
+def begin(run: Run, engine: Engine, data: KDData, inits: Mapping[str, str]) -> None:
+    """Make the run's folder, and look for what usually goes wrong."""
+    run.begin(run.spec.resume)
+    if run.spec.preflight:
+        print("\n".join(preflight(run, engine, data, inits).lines), flush=True)
 
 
 def quieten() -> None:
@@ -114,7 +115,8 @@ def build_trainer(run: Run, engine: Engine, step: int | None) -> pl.Trainer:
             Progress(run.name, spec.progress),
             *checkpoint_callbacks(run.checkpoints, engine.task.monitor, spec.checkpoint_minutes),
         ],
-        plugins=[AtomicCheckpointIO()],
+        # One process is alone also inside a SLURM job: Lightning would take the job's tasks for its own and bypass SIGTERM.
+        plugins=[AtomicCheckpointIO(), *([LightningEnvironment()] if distributed.world() == 1 else [])],
         log_every_n_steps=10,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # the batch sampler shards without loss or repetition

@@ -88,8 +88,8 @@ def keys_of(role: str) -> Iterator[None]:
         if error.key is None or kind not in ("teacher", "pilot"):
             raise
         place = f"teacher.{name}"
-        part = error.key.partition(".")[0]
-        own = part in ("method", "student", "optimizer", "seed") or error.key == "trainer.max_epochs"
+        part, _, rest = error.key.partition(".")
+        own = part in ("method", "student", "optimizer", "seed") or (part == "trainer" and rest not in (*COSTLESS, "precision"))
         key = f"{place}.run.{error.key}" if own else error.key
         raise InputError(error.message, f"{place}.backbone" if error.key == "student.backbone" else key) from error
 

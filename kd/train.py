@@ -31,15 +31,18 @@ def execute(run: Run, purpose: str = "") -> dict[str, Any]:
     Raises:
         InputError: for what the user can put right.
     """
-    result: dict[str, Any] | None = distributed.agree(run.result)
+    result = distributed.on_first(lambda: run.result)
     if result is not None:
         say(f"done already: {purpose or run.name}")
         say(f"  {run.directory}")
         return result
     from kd.build import build_examples, check
 
-    with run.lock() if distributed.is_first() else contextlib.nullcontext():
-        result = distributed.agree(run.result)  # another process may have made it while this one waited
+    with contextlib.ExitStack() as held:
+        distributed.on_first(lambda: held.enter_context(run.lock()))
+        if not all(distributed.gather(run.directory.is_dir())):
+            raise InputError(f"'{run.spec.paths.runs}' is not a folder that all machines share", "paths.runs")
+        result = distributed.on_first(lambda: run.result)  # another process may have made it while this one waited
         if result is not None:
             return result
         examples = build_examples(run)
@@ -66,11 +69,11 @@ def job(config: DictConfig) -> None:
 
     hydra_config = HydraConfig.get()
     alone = hydra_config.mode == RunMode.RUN
-    # In a sweep a point that fails must not take the others with it: Hydra keeps its error, and `main` reports it.
-    with plain_errors() if alone else contextlib.nullcontext():
+    with plain_errors() if alone else point(str(hydra_config.job.num)):
         run = plan(config, list(hydra_config.overrides.task))
         check_launch(run)
         distributed.start(run.spec.trainer.accelerator)
+        check_ranks(run)
         result = execute(run)
         if distributed.is_first():
             from kd.report import closing_table
@@ -78,11 +81,16 @@ def job(config: DictConfig) -> None:
             closing_table(result, run.directory)
 
 
-def check_launch(run: Run) -> None:
+def check_launch(run: Run, key: str = "trainer.batch_size") -> None:
     """Several processes are started by torchrun, never by Lightning, which would start this command again in each.
 
+    Args:
+        run: what is to be made.
+        key: where its batch size can be changed.
+
     Raises:
-        InputError: if several devices are asked for in one process, or the batch is smaller than the ranks are many.
+        InputError: if several devices are asked for in one process, or a batch, of this run or one that it needs, cannot be
+            shared equally by the ranks.
     """
     trainer = run.spec.trainer
     wanted = int(trainer.devices) if str(trainer.devices).isdigit() else 1
@@ -95,8 +103,42 @@ def check_launch(run: Run) -> None:
     if trainer.batch_size % distributed.world():
         raise InputError(
             f"trainer.batch_size={trainer.batch_size} is the batch over all ranks; {distributed.world()} do not divide it",
-            "trainer.batch_size",
+            key,
         )
+    for role, needed in run.inputs.items():
+        with keys_of(role):
+            check_launch(needed, "student.run" if role == "stage" else "trainer.batch_size")
+
+
+def check_ranks(run: Run) -> None:
+    """Ranks of several machines come from several commands, which have to say the same.
+
+    Raises:
+        InputError: if they do not.
+    """
+    names = distributed.gather(run.name)
+    for rank, name in enumerate(names):
+        if name != names[0]:
+            raise InputError(f"the ranks are not at the same run: rank 0 is at {names[0]}, rank {rank} at {name}")
+    counts = sorted(set(distributed.gather(distributed.local_world())))
+    if len(counts) > 1:
+        raise InputError(f"every machine has to start as many ranks: {counts} were started; see --nproc-per-node")
+
+
+@contextlib.contextmanager
+def point(number: str) -> Iterator[None]:
+    """A point of a sweep; one that fails must not take the others with it. Hydra keeps its error, and `main` reports it.
+
+    Ranks that do not fail alike cannot go on together, so that ends the job.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not distributed.alike(number, error):
+            with plain_errors():
+                raise
+        if distributed.is_first():  # the others are done, and wait in `distributed.leave` for what it has to say
+            raise
 
 
 @contextlib.contextmanager
@@ -114,21 +156,28 @@ def plain_errors() -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         stop(f"kd-train: {explain(error)}", 2)
     except Exception as error:
-        if not disk_is_full(error):
+        if disk_is_full(error):
+            stop(
+                "kd-train: the disk is full. What was saved before is whole; free some space, and the same command goes on "
+                "from it\n  change: paths.runs",
+                2,
+            )
+        distributed.end_without(error)
+        if distributed.world() == 1:
             raise
-        stop(
-            "kd-train: the disk is full. What was saved before is whole; free some space, and the same command goes on from "
-            "it\n  change: paths.runs",
-            2,
-        )
+        traceback.print_exc()
+        distributed.end(1)
 
 
 def stop(message: str, status: int) -> None:
     """End with a message and a status."""
     if os.environ.get("KD_TRACEBACK"):
         traceback.print_exc()
-    print(f"\n{message}", file=sys.stderr, flush=True)
-    sys.exit(status)
+    try:
+        if distributed.says(message):
+            print(f"\n{message}", file=sys.stderr, flush=True)
+    finally:
+        distributed.end(status)
 
 
 def main() -> None:
@@ -136,7 +185,9 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print its own report and exit with 1
     command = hydra.main(config_path=str(conf_folder()), config_name=ROOT, version_base="1.3")(job)
     with plain_errors():
+        distributed.join()
         command()
+        distributed.leave()
 
 
 if __name__ == "__main__":

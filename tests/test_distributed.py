@@ -1,0 +1,414 @@
+"""Several processes: they give one process's result, and what happens when one of them is in trouble."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import last_weights, planned, same_weights, weights
+
+from conftest import write_csv
+from kd import distributed, train
+from kd.errors import InputError
+
+Small = Callable[..., list[str]]
+Weights = dict[str, torch.Tensor]
+
+PATIENCE = 4
+"""Seconds after which ranks give each other up, where a test waits for it: a busy machine makes a healthy rank late."""
+
+TROUBLE = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from kd import fit, train
+from kd.engines.distiller import Distiller
+from kd.errors import InputError
+
+kind, folder, rank = os.environ["TROUBLE"], Path(os.environ["FOLDER"]), int(os.environ["RANK"])
+(folder / f"rank{rank}").write_text(str(os.getpid()))
+step = Distiller.training_step
+
+def troubled(engine, batch, batch_idx):
+    loss = step(engine, batch, batch_idx)
+    if kind == "preflight" or (rank, engine.current_epoch, batch_idx) != (1, 1, 3):
+        return loss
+    if kind == "nan":
+        from kd.engines.base import NonFiniteLoss
+        raise NonFiniteLoss({"task": float("nan")}, engine.global_step)
+    if kind == "wait":
+        time.sleep(0.5)
+        os.kill(int((folder / "rank0").read_text()), signal.SIGTERM)
+        time.sleep(100)
+    if kind == "unplug":
+        subprocess.run(["ip", "link", "set", os.environ["GLOO_SOCKET_IFNAME"], "down"], check=True)
+        return loss
+    os.kill(os.getpid(), getattr(signal, kind))
+    return loss
+
+def refuse(*arguments):  # on the first rank only
+    raise InputError("refused by the preflight")
+
+Distiller.training_step = troubled
+if kind == "preflight":
+    fit.preflight = refuse
+train.main()
+"""
+"""kd-train with trouble on rank 1: in the second epoch, at its fourth batch, between those of one optimiser step."""
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def start(
+    overrides: list[str],
+    *options: str,
+    before: tuple[str, ...] = (),
+    trouble: tuple[str, Path] | None = None,
+    **environment: str,
+) -> subprocess.Popen[str]:
+    """A torchrun of two ranks on this machine, or of one machine's rank with `options`."""
+    what = ["-m", "kd.train"]
+    if trouble is not None:
+        kind, folder = trouble
+        (folder / "trouble.py").write_text(TROUBLE)
+        what = [str(folder / "trouble.py")]
+        environment |= {"TROUBLE": kind, "FOLDER": str(folder)}
+    place = options or ("--nproc-per-node=2", f"--master-port={free_port()}")
+    return subprocess.Popen(
+        [*before, sys.executable, "-m", "torch.distributed.run", *place, *what, *overrides],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def line_of(process: subprocess.Popen[str], words: str, within: float = 60) -> str:
+    """The first line with these words, or all that was said till then."""
+    assert process.stdout is not None
+    os.set_blocking(process.stdout.fileno(), False)
+    said, until = "", time.monotonic() + within
+    while time.monotonic() < until:
+        with contextlib.suppress(TypeError):  # of a text file that has nothing to give yet
+            said += process.stdout.read()
+        if found := [line for line in said.splitlines() if words in line]:
+            return found[0]
+        time.sleep(0.1)
+    return said
+
+
+def end_all(processes: list[subprocess.Popen[str]], folder: Path) -> None:
+    """Kill what is left of a launch with trouble."""
+    for process in processes:
+        process.kill()
+    for file in folder.glob("rank?"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(file.read_text()), signal.SIGKILL)
+    for process in processes:
+        process.communicate(timeout=10)
+
+
+def output_of(process: subprocess.Popen[str], timeout: float = 120) -> str:
+    try:
+        return process.communicate(timeout=timeout)[0]
+    finally:
+        process.kill()
+
+
+def far(one: Weights, other: Weights) -> float:
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.fixture(scope="module")
+def uneven(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[str]]:
+    """A run in a folder: two ranks divide neither its batches of 15 nor its splits; it accumulates and clips."""
+    data = tmp_path_factory.mktemp("uneven")
+    for seed, (split, count) in enumerate({"train": 90, "validation": 31, "test": 33}.items()):
+        write_csv(data / f"{split}.csv", count, seed, labels=("0.5", "4"))
+
+    def overrides(runs: Path) -> list[str]:
+        return small(
+            "method=finetune",
+            "teacher=[]",
+            "student.dropout=0",
+            "task.kind=regression",
+            "task.metrics=[mse]",  # every example tells in it, also while the model is poor
+            "task.monitor=mse",
+            *(f"task.{split}={data / split}.csv" for split in ("train", "validation", "test")),
+            "trainer=ddp",
+            "trainer.accelerator=cpu",
+            "trainer.accumulate=2",
+            "trainer.clip=0.1",
+            "trainer.eval_batch_size=5",
+            "trainer.checkpoint_minutes=0",
+            f"paths.runs={runs}",
+        )
+
+    return overrides
+
+
+@pytest.fixture(scope="module")
+def of_one(uneven: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Weights, dict]:
+    """What one process makes of it."""
+    run = planned(uneven(tmp_path_factory.mktemp("one")))
+    result = train.execute(run)
+    return weights(run), result
+
+
+@pytest.fixture(scope="module")
+def of_two(uneven: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks on one machine make of it, where SLURM says that they are something else."""
+    runs = tmp_path_factory.mktemp("two")
+    slurm = {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
+    process = start(uneven(runs), SLURM_NODEID="0", SLURM_JOB_NAME="kd", **slurm)
+    output = output_of(process)
+    assert process.returncode == 0, output
+    return runs
+
+
+def check_equal(overrides: list[str], of_one: tuple[Weights, dict]) -> None:
+    theirs, one = of_one
+    run = planned(overrides)
+    two = run.result
+    assert two is not None
+    assert (two["ranks"], two["digest"]) == (2, one["digest"])
+    for part in ("metrics", "metrics_last"):
+        for split, found in two[part].items():
+            assert found == pytest.approx(one[part][split], rel=1e-5), (part, split)
+    assert far(weights(run), theirs) < 1e-4  # AdamW over 6 steps
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_two_ranks_of_half_a_batch_equal_one_of_a_whole_batch_and_torchrun_beats_slurm(
+    of_two: Path, of_one: tuple[Weights, dict], uneven: Callable[[Path], list[str]]
+) -> None:
+    check_equal(uneven(of_two), of_one)
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_killed_rank_ends_the_other_and_the_next_start_ends_with_the_same_weights(
+    of_two: Path, uneven: Callable[[Path], list[str]], tmp_path: Path
+) -> None:
+    overrides = uneven(tmp_path)
+    unbroken, run = planned(uneven(of_two)), planned(overrides)
+    began = time.monotonic()
+    process = start(overrides, trouble=("SIGKILL", tmp_path))
+    output = output_of(process)
+    assert process.returncode != 0
+    assert time.monotonic() - began < 60
+    assert output.count("goes on from the last checkpoint") == 1, output
+    assert "another rank has ended" in output or "stopped by SIGTERM" in output
+    assert output.count("Traceback") == 1, output  # torchrun's own
+    assert run.result is None
+    process = start(overrides)
+    output = output_of(process)
+    assert process.returncode == 0, output
+    assert "going on from step 4" in output
+    assert same_weights(weights(run), weights(unbroken))
+    assert same_weights(last_weights(run), last_weights(unbroken))
+    assert (run.result or {})["metrics"] == (unbroken.result or {})["metrics"]
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_rank_that_does_not_answer_is_given_up(uneven: Callable[[Path], list[str]], tmp_path: Path) -> None:
+    process = start(uneven(tmp_path), trouble=("SIGSTOP", tmp_path), KD_PATIENCE=str(PATIENCE))
+    try:
+        said = line_of(process, "kd-train:")
+        assert said.startswith("kd-train: no answer from rank 1 (")
+        assert said.endswith(f"for {PATIENCE} s; this rank stops too. The same command goes on from the last checkpoint")
+    finally:
+        end_all([process], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_sigterm_ends_a_rank_that_waits_in_a_collective(uneven: Callable[[Path], list[str]], tmp_path: Path) -> None:
+    process = start(uneven(tmp_path), trouble=("wait", tmp_path))
+    output = output_of(process, 25)  # torchrun kills after 30
+    assert output.count("kd-train: stopped by SIGTERM") == 1, output
+    assert output.count("exitcode  : 143") == 2
+    assert output.count("Traceback") == 1, output
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_point_that_fails_on_every_rank_leaves_the_rest_of_a_sweep_alone(
+    uneven: Callable[[Path], list[str]], tmp_path: Path
+) -> None:
+    overrides = uneven(tmp_path)
+    sweep = ["--multirun", "student.layers=9,2", "preflight=true,false"]
+    process = start([*sweep, *overrides], trouble=("preflight", tmp_path))
+    output = output_of(process)
+    assert planned(overrides).result is not None, output
+    assert output.count("takes 9 layers from a model that has 4") == 1
+    assert output.count("Error executing job") == 1
+    assert "exitcode  : 2" in output
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_point_that_fails_on_one_rank_ends_the_sweep(uneven: Callable[[Path], list[str]], tmp_path: Path) -> None:
+    overrides = [*uneven(tmp_path), "preflight=false"]
+    process = start(["--multirun", "seed=1,2", *overrides], trouble=("nan", tmp_path), KD_PATIENCE=str(PATIENCE))
+    output = output_of(process)
+    assert process.returncode != 0
+    assert output.count("the loss is not finite at step 4") == 1, output
+    assert output.count("Traceback") == 1, output
+    assert not planned([*overrides, "seed=2"]).directory.exists()
+
+
+@pytest.mark.ddp
+def test_input_error_of_every_rank_is_printed_once(small: Small, tmp_path: Path) -> None:
+    process = start(small("trainer.batch_size=15", f"paths.runs={tmp_path}"))
+    output = output_of(process)
+    assert output.count("trainer.batch_size=15 is the batch over all ranks; 2 do not divide it") == 1, output
+    assert "exitcode  : 2" in output
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [("paths.runs={folder}/b", "is not a folder that all machines share"), ("seed=2", "not at the same run")],
+)
+def test_machines_that_do_not_do_the_same_are_told(
+    second: str, message: str, uneven: Callable[[Path], list[str]], tmp_path: Path
+) -> None:
+    place = ("--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={free_port()}")
+    own = ([], [second.format(folder=tmp_path)])
+    processes = [start([*uneven(tmp_path), *more], *place, f"--node-rank={rank}") for rank, more in enumerate(own)]
+    outputs = [output_of(process) for process in processes]
+    assert any(message in output for output in outputs), outputs
+    assert all(process.returncode for process in processes)
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[list[str]]:
+    """Two network namespaces, 10.213.7.1 and 10.213.7.2, joined by a veth pair; their ends have the namespaces' names."""
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        pytest.skip("network namespaces need the command `ip` and root")
+    names = [f"kd{os.getpid() % 100000}{end}" for end in "ab"]
+
+    def ip(*words: str) -> None:
+        made = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+        if made.returncode:
+            pytest.skip(f"network namespaces cannot be made here: ip {' '.join(words)}: {made.stderr.strip()}")
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", names[0], "netns", names[0], "type", "veth", "peer", "name", names[1], "netns", names[1])
+        for number, name in enumerate(names, 1):
+            ip("-n", name, "addr", "add", f"10.213.7.{number}/24", "dev", name)
+            for device in ("lo", name):
+                ip("-n", name, "link", "set", device, "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def start_on(
+    hosts: list[str], overrides: list[str], trouble: tuple[str, Path] | None = None, **environment: str
+) -> list[subprocess.Popen[str]]:
+    place = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-endpoint=10.213.7.1:29500")
+    return [
+        start(
+            overrides,
+            *place,
+            f"--node-rank={rank}",
+            before=("ip", "netns", "exec", name),
+            trouble=trouble,
+            GLOO_SOCKET_IFNAME=name,
+            **environment,
+        )
+        for rank, name in enumerate(hosts)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_two_hosts_equal_one_process(
+    hosts: list[str], of_one: tuple[Weights, dict], uneven: Callable[[Path], list[str]], tmp_path: Path
+) -> None:
+    processes = start_on(hosts, uneven(tmp_path))
+    outputs = [output_of(process) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    check_equal(uneven(tmp_path), of_one)
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_hosts_that_lose_each_other_both_end(hosts: list[str], uneven: Callable[[Path], list[str]], tmp_path: Path) -> None:
+    processes = start_on(hosts, uneven(tmp_path), ("unplug", tmp_path), KD_PATIENCE=str(PATIENCE))
+    try:
+        for process in processes:
+            assert "no answer from" in line_of(process, "kd-train:")
+    finally:
+        subprocess.run(["ip", "-n", hosts[1], "link", "set", hosts[1], "up"], check=False)
+        end_all(processes, tmp_path)
+
+
+def test_one_process_inside_a_slurm_job_is_alone(
+    uneven: Callable[[Path], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "kd", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert train.execute(planned(uneven(tmp_path)))["ranks"] == 1
+
+
+NEEDED = {
+    "its own": (["trainer.batch_size=15"], "trainer.batch_size"),
+    "its teacher's": (["+teacher.minilm.run.trainer.batch_size=15"], "teacher.minilm.run.trainer.batch_size"),
+    "its stage's": (["student.init=run", "student.run=['student.init=first','trainer.batch_size=15']"], "student.run"),
+}
+
+
+@pytest.mark.parametrize("case", NEEDED)
+def test_batch_that_the_ranks_do_not_divide_is_refused(case: str, small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong, key = NEEDED[case]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    train.check_launch(planned(small()))
+    with pytest.raises(InputError, match="batch_size=15 is the batch over all ranks") as error:
+        train.check_launch(planned(small(*wrong)))
+    assert error.value.key == key
+
+
+def test_rank_ends_also_where_nobody_listens() -> None:
+    lines = (
+        "import os, threading",
+        "from kd.watch import Watch",
+        "watch = Watch.__new__(Watch)",
+        "watch.over, watch.store_lost, watch.spoken = threading.Event(), True, 'spoken'",
+        "os.close(2)",
+        "watch.end('rank 1 is gone', 3)",
+    )
+    assert subprocess.run([sys.executable, "-c", "\n".join(lines)], check=False).returncode == 3
+
+
+GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:4567. This is typical"
+
+
+def test_only_errors_of_a_connection_say_that_a_rank_is_gone() -> None:
+    assert distributed.lost_peer(RuntimeError(GLOO)) == "Connection closed by peer [10.0.0.2]:4567"
+    outer = ValueError("while it was handled")
+    outer.__context__ = RuntimeError(GLOO)
+    assert distributed.lost_peer(outer)
+    nccl = torch.distributed.DistBackendError
+    assert distributed.lost_peer(nccl("NCCL error: remote process exited or there was a network error"))
+    assert distributed.lost_peer(nccl("NCCL error: invalid usage")) is None
+    assert distributed.lost_peer(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")) is None
