@@ -1,37 +1,45 @@
 """Configuration to objects; the only module that instantiates."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 
 from kd import distributed
-from kd.data.datamodule import Examples, KDData, load_examples
+from kd.data.datamodule import Examples, KDData, load_examples, tokenizer_fingerprint
 from kd.data.tasks import Task
+from kd.data.text import OTHER_VOCABULARY, MaskedData
 from kd.engines.distiller import Distiller, check_weights
 from kd.errors import InputError, one_of
+from kd.forward import Needs
 from kd.methods.base import Method
 from kd.models import Encoder, FrozenTeacher
+from kd.models.heads import HEADS
 from kd.models.students import (
     INIT_FROM,
     build_student,
+    check_head,
     describe_init,
-    load_classifier,
     load_config,
+    load_model,
     load_tokenizer,
-    new_classifier,
+    new_model,
     with_labels,
 )
+from kd.models.surgery import Material, Surgery
 from kd.models.teachers import match_labels
 from kd.optimizers import OptimizerFactory
 from kd.planning import backbone_of, source_of
 from kd.runs import Run
 from kd.schedules import Schedule, as_schedule
 from kd.schema import RunSpec
+
+DATA: Mapping[str, type[KDData]] = {"classifier": KDData, "masked_lm": MaskedData}
+"""What makes batches for a head of `kd.models.heads.HEADS`."""
 
 
 @dataclass
@@ -128,12 +136,16 @@ def build_teachers(run: Run, task: Task, meta: bool) -> list[FrozenTeacher]:
         ready = str(made.student) if made is not None else str(spec.model)
         shape = str(spec.backbone) if made is not None and meta else ready
         config = load_config(shape, key)
-        if made is None:
+        head, columns = HEADS[task.head], None
+        if made is not None:
+            config = with_labels(config, task.labels, task.head)
+        elif not head.is_in(config):
+            found = ", ".join(config.architectures)
+            raise InputError(f"'{spec.model}' has no head for this task: it is {found}, not ...{head.suffix}", key)
+        elif head.labelled:
             columns = teacher_columns(task, spec.labels or list(config.id2label.values()), f"teacher.{name}.labels")
-        else:
-            config = with_labels(config, task.labels)
-            columns = None
-        model = new_classifier(config, meta=True) if meta else load_classifier(ready, key, config)
+        check_head(config, task.head, key)
+        model = new_model(config, task.head, meta=True) if meta else load_model(ready, key, config, task.head)
         teachers.append(FrozenTeacher(Encoder(model, load_tokenizer(shape, key)), name, columns))
     return teachers
 
@@ -147,13 +159,14 @@ def teacher_columns(task: Task, labels: list[str], key: str) -> list[int] | None
     return None
 
 
-def build_models(run: Run, task: Task, meta: bool = False) -> Models:
+def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple[str, ...]] = ()) -> Models:
     """Student, teachers and method, bound.
 
     Args:
         run: what to build.
         task: its labels name the outputs.
         meta: shapes only; checks a configuration before anything is loaded or trained.
+        texts: of the training examples; what a surgery learns a vocabulary from.
 
     Raises:
         InputError: for whatever does not fit.
@@ -171,10 +184,69 @@ def build_models(run: Run, task: Task, meta: bool = False) -> Models:
     initial = initial_source(run, meta)
     backbone, key = backbone_of(spec)
     torch.manual_seed(spec.seed)  # a student's fresh weights depend on the seed alone, not on its method or teachers
-    student = build_student(spec.student, backbone, task.labels, initial, meta, key)
+    student = build_student(spec.student, backbone, task.labels, initial, meta, key, task.head)
+    student, done = operate(run, student, None if meta else [text for pair in texts for text in pair])
     method.bind(student, teachers)
+    check_vocabularies(run, task, method, student, teachers)
     depth = load_config(initial, "student.init").num_hidden_layers if initial is not None else None
-    return Models(student, teachers, method, weights, describe_init(spec.student, student.depth, depth))
+    init = "; ".join([describe_init(spec.student, student.depth, depth), *done])
+    return Models(student, teachers, method, weights, init)
+
+
+def operate(run: Run, student: Encoder, texts: Sequence[str] | None) -> tuple[Encoder, list[str]]:
+    """The student after its surgeries, and what they did, in words.
+
+    Args:
+        run: whose configuration lists them.
+        student: initialised.
+        texts: the training texts; None on the meta device.
+
+    Raises:
+        InputError: for a surgery that cannot be made on this student.
+    """
+    done = []
+    for name, node in run.spec.surgery.items():
+        surgery: Surgery = make({key: value for key, value in node.items() if key != "run"}, f"surgery.{name}")
+        needed = run.inputs.get(f"surgery {name}")
+        folder = None if texts is None or needed is None else needed.student
+        student, words = surgery(student, Material(texts, folder))
+        done += [words] if words else []
+    return student, done
+
+
+def vocabulary_key(run: Run) -> str | None:
+    """The key that gives a student a vocabulary of its own, as far as the configuration shows; None if there is none."""
+    for node in run.spec.surgery.values():
+        if getattr(get_class(str(node.get("_target_"))), "changes_vocabulary", False):
+            return "surgery"
+    stage = run.inputs.get("stage")
+    return "student.run" if stage is not None and vocabulary_key(stage) is not None else None
+
+
+def check_vocabularies(run: Run, task: Task, method: Method, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+    """Tokens of different vocabularies do not stand for each other: what is compared token by token needs one vocabulary.
+
+    Raises:
+        InputError: for a method that reads token-level tensors of a teacher with another vocabulary, or a masked language
+            model beside a teacher with another one.
+    """
+    own, key = tokenizer_fingerprint(student.tokenizer), vocabulary_key(run)
+    theirs = method.needs()[1] or [Needs()] * len(teachers)
+    for teacher, needs in zip(teachers, theirs, strict=True):
+        if key is None and tokenizer_fingerprint(teacher.tokenizer) == own:
+            continue
+        if not HEADS[task.head].labelled:
+            raise InputError(OTHER_VOCABULARY, key or "student.backbone")
+        if needs.tokens:
+            cure = {"surgery": "use surgery=[]", "student.run": "begin from another run"}.get(
+                key or "", "give the student the teacher's backbone"
+            )
+            raise InputError(
+                f"method={run.spec.method['name']} compares student and teacher '{teacher.name}' token by token ({needs}), but "
+                f"the student has a vocabulary of its own, so its tokens are others than the teacher's; {cure}, or take a "
+                "method that reads only logits or [CLS] states",
+                key or "student.backbone",
+            )
 
 
 def initial_source(run: Run, meta: bool) -> str | None:
@@ -211,7 +283,7 @@ def build_examples(run: Run) -> Examples:
 def build_data(run: Run, examples: Examples, models: Models) -> KDData:
     """Loaders over the task."""
     spec = run.spec
-    return KDData(
+    return DATA[examples.task.head](
         examples,
         models.student.tokenizer,
         [teacher.tokenizer for teacher in models.teachers],

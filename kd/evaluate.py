@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kd.data.batch import Batch
 from kd.data.tasks import Task
@@ -43,19 +42,14 @@ def evaluate(
     agreement = {teacher.name: task.metric(task.agreement).to(device) for teacher in teachers}
     for batch in loader:
         batch = batch.to(device)
-        ours = task.predict(student(batch.student, Needs()).logits.float())
-        _update(metrics["student"], ours, batch.labels)
+        ours = student(batch.student, Needs()).logits.float()
+        task.score(metrics["student"], ours, batch.labels)
         for teacher, inputs in zip(teachers, batch.teachers, strict=True):
-            theirs = task.predict(teacher(inputs, Needs()).logits.float())
-            _update(metrics[teacher.name], theirs, batch.labels)
-            agreement[teacher.name].update(ours, theirs)
+            theirs = teacher(inputs, Needs()).logits.float()
+            task.score(metrics[teacher.name], theirs, batch.labels)
+            agreement[teacher.name].update(task.predict(ours), task.predict(theirs))
     found = {name: _compute(values) for name, values in metrics.items()}
     return {**found, "agreement": _compute(agreement)}
-
-
-def _update(metrics: Mapping[str, Any], predictions: Tensor, labels: Tensor) -> None:
-    for metric in metrics.values():
-        metric.update(predictions, labels)
 
 
 def _compute(metrics: Mapping[str, Any]) -> dict[str, float | None]:

@@ -19,6 +19,7 @@ from kd.evaluate import evaluate, folder_megabytes, latencies
 from kd.export import TOLERANCE, export, largest_difference, model_card
 from kd.hardware import git, hardware, versions
 from kd.loggers import History, close_wandb
+from kd.models.heads import HEADS
 from kd.preflight import preflight
 from kd.progress import Progress
 from kd.runs import Run, write_atomically
@@ -33,7 +34,7 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
     """
     quieten()
     spec = run.spec
-    models = build_models(run, examples.task)
+    models = build_models(run, examples.task, texts=examples.texts["train"])
     data = build_data(run, examples, models)
     engine = build_engine(run, models, examples.task)
     if distributed.is_first():
@@ -172,6 +173,7 @@ def conclude(
         "selection": selection,
         "parameters": {
             "student": student.parameter_count(),
+            "exported": sum(parameter.numel() for parameter in student.plain().parameters()),
             "teacher": models.teachers[0].encoder.parameter_count() if models.teachers else None,
         },
         "seconds": {"train": round(engine.seconds, 3)},
@@ -179,6 +181,7 @@ def conclude(
         "teacher_forward_examples": counts["teacher"],
         "init": models.init,
         "labels": engine.task.labels,
+        "pipeline": HEADS[engine.task.head].pipeline,
         "max_length": run.spec.task.max_length,
         "limit_train": run.spec.task.limit_train,
         "examples": {split: len(found) for split, found in data.examples.texts.items()},
@@ -196,8 +199,7 @@ def conclude(
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     export(student, run.student, model_card(record))
-    batch = data.collate("validation")(list(range(min(16, len(data.examples.labels["validation"])))))
-    difference = largest_difference(student, run.student, batch.student)
+    difference = largest_difference(student, run.student, data.probe("validation", 16).student, HEADS[engine.task.head].auto)
     if not difference <= TOLERANCE:
         raise RuntimeError(f"the exported student's logits differ from the run's by {difference:g}; nothing was recorded")
     weights = {name: sum(t.numel() * t.element_size() for t in e.state_dict().values()) / 1e6 for name, e in encoders.items()}

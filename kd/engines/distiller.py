@@ -112,7 +112,8 @@ class Distiller(pl.LightningModule):
             Forward(teacher, inputs, needs)
             for teacher, inputs, needs in zip(self.teachers, batch.teachers, theirs or cycle([Needs()]), strict=False)
         ]
-        return Step(Forward(self.student, batch.student, ours), forwards, batch, self.task, progress, seed=self.seed)
+        student, task = Forward(self.student, batch.student, ours), self.task.of(batch.labels)
+        return Step(student, forwards, batch, task, progress, seed=self.seed)
 
     def loss(self, batch: Batch, progress: Progress | None = None) -> Loss:
         """The weighted sum of the method's terms over a batch."""
@@ -241,9 +242,7 @@ class Distiller(pl.LightningModule):
             metric.to(self.device).reset()
 
     def _update(self, split: str, logits: Tensor, labels: Tensor) -> None:
-        predictions = self.task.predict(logits.float())
-        for metric in self.metrics[split].values():  # type: ignore[operator,union-attr]
-            metric.update(predictions, labels)
+        self.task.score(self.metrics[split], logits, labels)  # type: ignore[arg-type]
 
     def _compute(self, split: str) -> dict[str, Tensor]:
         metrics = self.metrics[split].items()  # type: ignore[operator,union-attr]
