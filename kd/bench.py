@@ -29,16 +29,16 @@ def prepare(run: Run, folder: Path) -> tuple[Any, Any, list[Any]]:
         folder: for the untrained teachers.
     """
     from kd.build import build_data, build_engine, build_examples, build_models
-    from kd.models.students import load_classifier, load_config, load_tokenizer, with_labels
+    from kd.models.students import load_config, load_model, load_tokenizer, with_labels
 
     examples = build_examples(run)
     for role, needed in run.inputs.items():
         source, key = backbone_of(needed.spec)
         needed.directory = folder / role.replace(" ", "_")
-        config = with_labels(load_config(source, key), examples.task.labels)
-        load_classifier(source, key, config).save_pretrained(needed.student)  # type: ignore[operator]
+        config = with_labels(load_config(source, key), examples.task.labels, examples.task.head)
+        load_model(source, key, config, examples.task.head).save_pretrained(needed.student)  # type: ignore[operator]
         load_tokenizer(source, key).save_pretrained(needed.student)
-    models = build_models(run, examples.task)
+    models = build_models(run, examples.task, texts=examples.texts["train"])
     data = build_data(run, examples, models)
     engine = build_engine(run, models, examples.task)
     engine.train()

@@ -9,29 +9,34 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 
 from kd import distributed
 from kd.cohorts import students_of
 from kd.config import typed
-from kd.data.datamodule import Examples, KDData, load_examples
+from kd.data.datamodule import Examples, KDData, load_examples, tokenizer_fingerprint
 from kd.data.tasks import Task, higher_is_better
+from kd.data.text import OTHER_VOCABULARY, MaskedData
 from kd.engines.base import Engine, check_weights
 from kd.errors import InputError, one_of
+from kd.forward import Needs
 from kd.functional.policy import best, rank_probabilities
 from kd.methods.base import Method
 from kd.models import Encoder, FrozenTeacher
+from kd.models.heads import HEADS
 from kd.models.students import (
     INIT_FROM,
     build_student,
+    check_head,
     describe_init,
-    load_classifier,
     load_config,
+    load_model,
     load_tokenizer,
-    new_classifier,
+    new_model,
     student_config,
     with_labels,
 )
+from kd.models.surgery import Material, Surgery
 from kd.models.teachers import match_labels
 from kd.optimizers import OptimizerFactory
 from kd.planning import backbone_of, keys_of, source_of, teacher_config
@@ -39,6 +44,9 @@ from kd.pools import teachers_of
 from kd.runs import Run
 from kd.schedules import Schedule, as_schedule
 from kd.schema import CohortSpec, PoolSpec, RunSpec, StudentSpec
+
+DATA: Mapping[str, type[KDData]] = {"classifier": KDData, "masked_lm": MaskedData}
+"""What makes batches for a head of `kd.models.heads.HEADS`."""
 
 
 @dataclass
@@ -193,17 +201,23 @@ def build_teachers(run: Run, task: Task, meta: bool) -> list[FrozenTeacher]:
     for name in [] if run.spec.cohort.teacher == "online" else teachers_of(run.spec):
         spec = run.spec.teacher[name]
         made = run.inputs.get(f"teacher {name}")
+        head, columns = HEADS[task.head], None
         if made is None:
             key, source = f"teacher.{name}.model", str(spec.model)
             config = load_config(source, key)
-            columns = teacher_columns(task, spec.labels or list(config.id2label.values()), f"teacher.{name}.labels")
+            if not head.is_in(config):
+                found = ", ".join(config.architectures)
+                raise InputError(f"'{spec.model}' has no head for this task: it is {found}, not ...{head.suffix}", key)
+            if head.labelled:
+                columns = teacher_columns(task, spec.labels or list(config.id2label.values()), f"teacher.{name}.labels")
         elif meta:  # it has yet to be made: the shape that it will have
             source, key = backbone_of(made.spec)
-            config, columns = student_config(made.spec.student, source, task.labels, key), None
+            config = student_config(made.spec.student, source, task.labels, key, task.head)
         else:
             key, source = f"teacher.{name}.backbone", str(made.student)
-            config, columns = with_labels(load_config(source, key), task.labels), None
-        model = new_classifier(config, meta=True) if meta else load_classifier(source, key, config)
+            config = with_labels(load_config(source, key), task.labels, task.head)
+        check_head(config, task.head, key)
+        model = new_model(config, task.head, meta=True) if meta else load_model(source, key, config, task.head)
         teachers.append(FrozenTeacher(Encoder(model, load_tokenizer(source, key)), name, columns))
     return teachers
 
@@ -230,13 +244,14 @@ def teacher_columns(task: Task, labels: list[str], key: str) -> list[int] | None
     return None
 
 
-def build_models(run: Run, task: Task, meta: bool = False) -> Models:
+def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple[str, ...]] = ()) -> Models:
     """Students, teachers and methods, bound.
 
     Args:
         run: what to build.
         task: its labels name the outputs.
         meta: shapes only; checks a configuration before anything is loaded or trained.
+        texts: of the training examples; what a surgery learns a vocabulary from.
 
     Raises:
         InputError: for whatever does not fit.
@@ -260,14 +275,72 @@ def build_models(run: Run, task: Task, meta: bool = False) -> Models:
         # A student's fresh weights depend on the seed and its place alone, not on its method or teachers.
         torch.manual_seed(spec.seed if place == 0 else int(np.random.SeedSequence([spec.seed, place]).generate_state(1)[0]))
         initial = initial_source(run, student_spec, meta)
-        student = build_student(student_spec, backbone, task.labels, initial, meta, key)
-        depth = load_config(initial, "student.init").num_hidden_layers if initial is not None else None
+        student = build_student(student_spec, backbone, task.labels, initial, meta, key, task.head)
+        student, done = operate(run, student, None if meta else [text for pair in texts for text in pair])
         own = copy.deepcopy(method)
         own.bind(student, teachers if online is None else [online])  # type: ignore[list-item]
+        check_vocabularies(run, task, own, student, models.teaching)
+        depth = load_config(initial, "student.init").num_hidden_layers if initial is not None else None
         label = name if len(cohort) > 1 else "student"
         models.students[label], models.methods[label] = student, own
-        models.inits[label] = describe_init(student_spec, student.depth, depth)
+        models.inits[label] = "; ".join([describe_init(student_spec, student.depth, depth), *done])
     return models
+
+
+def operate(run: Run, student: Encoder, texts: Sequence[str] | None) -> tuple[Encoder, list[str]]:
+    """The student after its surgeries, and what they did, in words.
+
+    Args:
+        run: whose configuration lists them.
+        student: initialised.
+        texts: the training texts; None on the meta device.
+
+    Raises:
+        InputError: for a surgery that cannot be made on this student.
+    """
+    done = []
+    for name, node in run.spec.surgery.items():
+        surgery: Surgery = make({key: value for key, value in node.items() if key != "run"}, f"surgery.{name}")
+        needed = run.inputs.get(f"surgery {name}")
+        folder = None if texts is None or needed is None else needed.student
+        student, words = surgery(student, Material(texts, folder))
+        done += [words] if words else []
+    return student, done
+
+
+def vocabulary_key(run: Run) -> str | None:
+    """The key that gives a student a vocabulary of its own, as far as the configuration shows; None if there is none."""
+    for node in run.spec.surgery.values():
+        if getattr(get_class(str(node.get("_target_"))), "changes_vocabulary", False):
+            return "surgery"
+    stage = run.inputs.get("stage")
+    return "student.run" if stage is not None and vocabulary_key(stage) is not None else None
+
+
+def check_vocabularies(run: Run, task: Task, method: Method, student: Encoder, teachers: Sequence[Encoder]) -> None:
+    """Tokens of different vocabularies do not stand for each other: what is compared token by token needs one vocabulary.
+
+    Raises:
+        InputError: for a method that reads token-level tensors of a teacher with another vocabulary, or a masked language
+            model beside a teacher with another one.
+    """
+    own, key = tokenizer_fingerprint(student.tokenizer), vocabulary_key(run)
+    theirs = method.needs()[1] or [Needs()] * len(teachers)
+    for teacher, needs in zip(teachers, theirs, strict=True):
+        if key is None and tokenizer_fingerprint(teacher.tokenizer) == own:
+            continue
+        if not HEADS[task.head].labelled:
+            raise InputError(OTHER_VOCABULARY, key or "student.backbone")
+        if needs.tokens:
+            cure = {"surgery": "use surgery=[]", "student.run": "begin from another run"}.get(
+                key or "", "give the student the teacher's backbone"
+            )
+            raise InputError(
+                f"method={run.spec.method['name']} compares the student and its teacher token by token ({needs}), but "
+                f"the student has a vocabulary of its own, so its tokens are others than the teacher's; {cure}, or take a "
+                "method that reads only logits or [CLS] states",
+                key or "student.backbone",
+            )
 
 
 def initial_source(run: Run, spec: StudentSpec, meta: bool) -> str | None:
@@ -303,7 +376,7 @@ def build_examples(run: Run) -> Examples:
 def build_data(run: Run, examples: Examples, models: Models) -> KDData:
     """Loaders over the task."""
     spec = run.spec
-    return KDData(
+    return DATA[examples.task.head](
         examples,
         [student.tokenizer for student in models.students.values()],
         [teacher.tokenizer for teacher in models.teaching],

@@ -110,7 +110,7 @@ def _all_keys() -> list[str]:
     keys: list[str] = list(PARTS)
     for file in conf_folder().glob("*/*.yaml"):
         group = {"base": file.stem}.get(file.parent.name, file.parent.name)
-        group = {"classification": "task", "regression": "task"}.get(group, group)
+        group = {"classification": "task", "regression": "task", "masked_lm": "task"}.get(group, group)
         content = OmegaConf.to_container(OmegaConf.load(file))
         if isinstance(content, dict):
             keys += [f"{group}.{path}" for path in _paths(content)]

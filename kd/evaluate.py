@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kd.data.batch import Batch
 from kd.data.tasks import Task, higher_is_better
@@ -77,25 +76,20 @@ def evaluate(
             for (name, student), inputs in zip(students.items(), batch.students, strict=True)
         }
         for name, found in logits.items():
-            _update(ours[name], task.predict(found), batch.labels)
+            task.score(ours[name], found, batch.labels)
         if together:
-            _update(together, task.predict(task.ensemble(list(logits.values()))), batch.labels)
+            task.score(together, task.ensemble(list(logits.values())), batch.labels)
         for teacher, inputs in zip(teachers, batch.teachers, strict=True):
-            predicted = task.predict(teacher(inputs, Needs()).logits.float())
-            _update(theirs[teacher.name], predicted, batch.labels)
+            taught = teacher(inputs, Needs()).logits.float()
+            task.score(theirs[teacher.name], taught, batch.labels)
             for name, found in logits.items():
-                agreement[name][teacher.name].update(task.predict(found), predicted)
+                agreement[name][teacher.name].update(task.predict(found), task.predict(taught))
     return Evaluation(
         {name: _compute(metrics) for name, metrics in ours.items()},
         {name: _compute(metrics) for name, metrics in theirs.items()},
         {name: _compute(metrics) for name, metrics in agreement.items()},
         _compute(together),
     )
-
-
-def _update(metrics: Mapping[str, Any], predictions: Tensor, labels: Tensor) -> None:
-    for metric in metrics.values():
-        metric.update(predictions, labels)
 
 
 def _compute(metrics: Mapping[str, Any]) -> dict[str, float | None]:

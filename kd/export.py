@@ -10,6 +10,7 @@ import torch
 
 from kd.forward import Needs
 from kd.models import Encoder
+from kd.models.heads import HEADS
 
 TOLERANCE = 1e-5
 """Largest difference between the run's logits and the exported model's that is taken for rounding."""
@@ -25,22 +26,32 @@ def export(student: Encoder, folder: Path, card: str) -> None:
     """
     draft = folder.with_name(folder.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)
-    student.model.save_pretrained(draft)
-    student.tokenizer.save_pretrained(draft)
+    student.save(draft)
     (draft / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(draft, folder)
 
 
 @torch.no_grad()
-def largest_difference(student: Encoder, folder: Path, inputs: Mapping[str, torch.Tensor]) -> float:
-    """Largest absolute difference between the logits of a student and of its exported folder, loaded by transformers alone."""
-    from transformers import AutoModelForSequenceClassification
+def largest_difference(student: Encoder, folder: Path, inputs: Mapping[str, torch.Tensor], loader: Any = None) -> float:
+    """Largest absolute difference between the logits of a student and of its exported folder, loaded by transformers alone.
 
+    Args:
+        student: the run's.
+        folder: exported.
+        inputs: a batch.
+        loader: class of transformers; a sequence classifier's by default.
+    """
     student.eval()
-    found: Any = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    found: Any = (loader or HEADS["classifier"].auto).from_pretrained(folder).eval()
     taken = {name: tensor for name, tensor in inputs.items() if name in student.family.inputs}
-    return float((found(**taken).logits - student(inputs, Needs()).logits).abs().max())
+    ours, theirs = student(inputs, Needs()).logits, found(**taken).logits
+    if "predicted" in inputs:
+        theirs = theirs[inputs["predicted"]]
+    outputs = theirs.shape[-1]
+    if not ours[..., outputs:].isneginf().all():  # a vocabulary that is not exported must not have been chosen from
+        raise RuntimeError(f"the run's model has {ours.shape[-1]} outputs, the exported one {outputs}")
+    return float((theirs - ours[..., :outputs]).abs().max())
 
 
 def _rows(split: str, metrics: Mapping[str, float | None], prefix: str = "") -> list[str]:
@@ -52,14 +63,19 @@ def model_card(result: Mapping[str, Any]) -> str:
     """The model card: what this model is, where it comes from, what it scores and how that was measured."""
     teachers = ", ".join(result["teacher"]) or "none"
     selection = result["selection"]
-    labels = ", ".join(result["labels"]) if result["labels"] else "one score (regression)"
+    pipeline = result["pipeline"]
+    unnamed = {"fill-mask": "the vocabulary (masked language model)"}.get(pipeline, "one score (regression)")
+    labels = ", ".join(result["labels"]) if result["labels"] else unnamed
+    parameters = f"{result['parameters']['student']:,} (embeddings included)"
+    if result["parameters"]["exported"] != result["parameters"]["student"]:
+        parameters += f" in training, {result['parameters']['exported']:,} in this folder, which transformers reads as it is"
     lineage = "\n".join(f"- {name}: run `{digest}`" for name, digest in result["inputs"].items()) or "- no other runs"
     metrics = [row for split, values in result["metrics"].items() for row in _rows(split, values)]
     agreement = [row for split, values in result["agreement"].items() for row in _rows(split, values, "agreement with ")]
     table = "\n".join(["| split | metric | value |", "|---|---|---|", *metrics, *agreement])
     return f"""---
 library_name: transformers
-pipeline_tag: text-classification
+pipeline_tag: {pipeline}
 tags: [knowledge-distillation, {result["method"]}]
 ---
 # {result["student"]} student of {teachers}, {result["method"]} on {result["task"]}
@@ -68,11 +84,11 @@ Made with kd {result["versions"]["kd"]}, run `{result["digest"]}`, seed {result[
 
 ```python
 from transformers import pipeline
-classify = pipeline("text-classification", model="path/to/this/folder")
+use = pipeline("{pipeline}", model="path/to/this/folder")
 ```
 
 - Labels: {labels}
-- Parameters: {result["parameters"]["student"]:,} (embeddings included)
+- Parameters: {parameters}
 - Initialisation: {result["init"]}
 - Maximum length in training: {result["max_length"]} tokens
 

@@ -22,6 +22,7 @@ from kd.export import TOLERANCE, export, largest_difference, model_card
 from kd.hardware import git, hardware, versions
 from kd.loggers import History, close_wandb
 from kd.models import Encoder, FrozenTeacher
+from kd.models.heads import HEADS
 from kd.preflight import preflight
 from kd.progress import Progress
 from kd.runs import Run
@@ -35,7 +36,7 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
         KeyboardInterrupt: on Ctrl-C, after Lightning has shut down.
     """
     quieten()
-    models = build_models(run, examples.task)
+    models = build_models(run, examples.task, texts=examples.texts["train"])
     data = build_data(run, examples, models)
     engine = build_engine(run, models, examples.task)
     distributed.on_first(lambda: begin(run, engine, data, models.inits))
@@ -180,6 +181,7 @@ def conclude(
         "teacher_forward_examples": sum(work["examples"] for work in counts["teachers"].values()),
         "teacher_forwards": counts["teachers"],
         "labels": engine.task.labels,
+        "pipeline": HEADS[engine.task.head].pipeline,
         "max_length": run.spec.task.max_length,
         "limit_train": run.spec.task.limit_train,
         "examples": {split: len(found) for split, found in data.examples.texts.items()},
@@ -204,13 +206,15 @@ def conclude(
             "metrics": {**{split: found.students[name] for split, found in scores.items()}},
             "agreement": {split: found.agreement[name] for split, found in scores.items()},
             "parameters": student.parameter_count(),
+            "exported": sum(parameter.numel() for parameter in student.plain().parameters()),
             "latency_ms": round(speeds[f"student {name}"], 3),
             "init": models.inits[name],
             "folder": str(folders[name].relative_to(run.directory)),
         }
         own["metrics"].setdefault("test", {})
-        shown = {**record, **own, "student": record["student"] if len(models.students) == 1 else name}
-        export(student, folders[name], model_card({**shown, "parameters": {"student": own["parameters"]}}))
+        counts_of_it = {"student": own["parameters"], "exported": own["exported"]}
+        label = record["student"] if len(models.students) == 1 else name
+        export(student, folders[name], model_card({**record, **own, "student": label, "parameters": counts_of_it}))
         own["export_difference"] = exported_alike(student, place, folders[name], data)
         own["megabytes"] = round(folder_megabytes(folders[name], "*.safetensors"), 2)
         students[name] = own
@@ -219,6 +223,7 @@ def conclude(
     counted = {name: each.parameter_count() for name, each in teachers.items()}
     record["parameters"] = {
         "student": chosen["parameters"],
+        "exported": chosen["exported"],
         "teacher": next(iter(counted.values()), None),
         "teachers": counted,
     }
@@ -235,8 +240,8 @@ def exported_alike(student: Encoder, place: int, folder: Path, data: KDData) -> 
     Raises:
         RuntimeError: if it is more than rounding.
     """
-    rows = list(range(min(16, len(data.examples.labels["validation"]))))
-    difference = largest_difference(student, folder, data.collate("validation")(rows).students[place])
+    inputs = data.probe("validation", 16).students[place]
+    difference = largest_difference(student, folder, inputs, HEADS[data.examples.task.head].auto)
     if not difference <= TOLERANCE:
         raise RuntimeError(f"the exported student's logits differ from the run's by {difference:g}; nothing was recorded")
     return difference

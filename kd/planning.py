@@ -4,6 +4,7 @@ The digest of everything that changes a result names a run's directory. A teache
 run of its own, made first if it is missing and reused if it is done.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -66,7 +67,11 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0) -> R
         with keys_of(role):
             inputs[role] = plan(needed, depth=depth)
     if spec.student.init == "run":
-        inputs["stage"] = plan(*stage_config(spec, overrides, depth), depth + 1)
+        inputs["stage"] = plan(*stage_config(spec.student.run, "student.run", overrides, depth), depth + 1)
+    for name, surgery in spec.surgery.items():
+        if surgery.get("run") is not None:
+            key = f"surgery.{name}.run"
+            inputs[f"surgery {name}"] = plan(*stage_config(surgery["run"], key, overrides, depth), depth + 1)
     identified = identity(spec, inputs)
     if spec.cohort.teacher == "online":  # it has no run of its own, so its shape and start are part of this one
         ((name, teacher),) = spec.teacher.items()
@@ -147,6 +152,10 @@ def identity(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
     if spec.student.init in ("random", "checkpoint", "run"):
         student["init_from"] = None
     student.pop("run")
+    surgeries = [  # a list: they are applied in this order
+        {"name": name, **{key: value for key, value in surgery.items() if key != "run"}}
+        for name, surgery in spec.surgery.items()
+    ]
     source = {key: value for key, value in task.pop("source").items() if key not in PLACES}
     return {
         "format": FORMAT,
@@ -161,6 +170,7 @@ def identity(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
             }
             for name, teacher in spec.teacher.items()
         ],
+        **({"surgery": surgeries} if surgeries else {}),
         "inputs": {role: run.digest for role, run in inputs.items()},
         "pool": asdict(spec.pool),
         "cohort": {
@@ -245,17 +255,33 @@ def without(overrides: Sequence[str], starts: Sequence[str]) -> list[str]:
     return [override for override in overrides if not override.lstrip("+~").startswith(tuple(starts))]
 
 
-def stage_config(spec: RunSpec, overrides: Sequence[str], depth: int) -> tuple[DictConfig, list[str]]:
-    """The configuration of the run that this one begins from, and its overrides.
+def stage_config(stage: Any, key: str, overrides: Sequence[str], depth: int) -> tuple[DictConfig, list[str]]:
+    """The configuration of a run that this one needs, and its overrides: this command with the stage's laid over it.
 
-    It is this command with `student.run` laid over it.
+    Args:
+        stage: a list of overrides, or a mapping with `overrides`, with `run` (the stage's own `student.run`, so that a chain
+            needs no nested quotes), and with whatever its overrides interpolate.
+        key: where it stands.
+        overrides: of this command.
+        depth: of the chain of stages.
+
+    Raises:
+        InputError: if there is none, or the chain is endless.
     """
-    if not spec.student.run:
-        raise InputError("student.init=run needs student.run=[override, ...], the run to begin from", "student.run")
+    parts = stage if isinstance(stage, Mapping) else {"overrides": stage}
+    given = parts.get("overrides")
+    if not given or isinstance(given, str):
+        about = "student.init=run needs student.run" if key == "student.run" else f"{key} must be"
+        raise InputError(f"{about}=[override, ...], or a mapping with `overrides`: the run to begin from", key)
     if depth >= DEEPEST_CHAIN:
-        raise InputError("student.run begins from itself; give the first stage another student.init", "student.run")
+        raise InputError(f"{key} begins from itself; give the first stage another student.init", key)
+    # A null that was interpolated into a word reads None.
+    laid = [re.sub("=None$", "=null", str(word)) for word in given]
     kept = without(overrides, ["student.init=", "student.run="])
     # Another method has other keys: what was said of this one's does not carry over.
-    swapped = [override.partition("=")[0] for override in spec.student.run if "." not in override.partition("=")[0]]
-    merged = [*without(kept, [f"{group}." for group in swapped]), *spec.student.run]
-    return composition.compose(merged), merged
+    swapped = [word.partition("=")[0] for word in laid if "." not in word.partition("=")[0]]
+    merged = [*without(kept, [f"{group}." for group in swapped]), *laid]
+    config = composition.compose(merged)
+    if parts.get("run") is not None:
+        OmegaConf.update(config, "student.run", parts["run"], merge=False)
+    return config, merged

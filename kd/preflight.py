@@ -102,13 +102,13 @@ def teacher_score(run: Run, engine: Engine, data: KDData, place: int, metric: st
     if made is not None and made.result is not None:
         known: float | None = made.result["metrics"]["validation"][metric]
         return known
-    rows = list(range(min(LOOK, len(data.examples.labels["validation"]))))
+    rows = data.rows("validation", LOOK)
     meter = engine.task.metric(metric, across_ranks=False)  # only the first rank is here
     with uncounted(engine):
         for start in range(0, len(rows), 32):
             batch = data.collate("validation")(rows[start : start + 32])
             logits = teacher(batch.teachers[place], Needs()).logits
-            meter.update(engine.task.predict(logits.float()), batch.labels)
+            engine.task.score({metric: meter}, logits, batch.labels)
     return float(meter.compute())
 
 

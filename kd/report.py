@@ -126,8 +126,8 @@ def differences(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
     return found
 
 
-OWN_UNITS = ("mse",)
-"""Metrics in the units of the labels; all others are shown in percent."""
+OWN_UNITS = ("mse", "loss")
+"""Metrics in the units of the labels, or in nats; all others are shown in percent."""
 
 
 def _spread(values: Sequence[float | None], scale: float = 100.0) -> str:

@@ -26,7 +26,7 @@ class Run:
         spec: the same, typed.
         digest: of everything that changes the result.
         directory: where it lives.
-        inputs: role -> run; `teacher <name>`, or `stage`.
+        inputs: role -> run; `teacher <name>`, `stage`, or `surgery <name>`.
         identity: what the digest is of.
     """
 

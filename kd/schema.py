@@ -24,7 +24,7 @@ class StudentSpec:
     init: Any = "first"
     init_from: str = "pretrained"
     checkpoint: str | None = None
-    run: list[str] | None = None
+    run: Any = None
     dropout: float | None = None
 
 
@@ -68,7 +68,7 @@ class TaskSpec:
     kind: str = "classification"
     source: dict[str, Any] = MISSING
     text: list[str] = MISSING
-    label: str = MISSING
+    label: str | None = MISSING
     labels: list[str] | None = None
     codes: dict[str, str] = field(default_factory=dict)
     metrics: list[str] = MISSING
@@ -145,6 +145,8 @@ class RunSpec:
     trainer: TrainerSpec = MISSING
     logger: LoggerSpec = MISSING
     paths: PathsSpec = MISSING
+    surgery: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pretrain: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     backbone: str = MISSING
     preflight: bool = True

@@ -13,9 +13,10 @@ class Batch:
     """Inputs of the student and of each teacher, labels, and where the examples come from.
 
     Attributes:
-        student: tokenizer output, each (batch, tokens).
+        student: tokenizer output, each (batch, tokens); of a masked language model also `predicted`, bool.
         teachers: the same for each teacher; usually the very same object, where tokenizers agree.
-        labels: (batch,), class indices in the task's order, or float scores.
+        labels: (batch,), class indices in the task's order, or float scores; of a masked language model (batch, tokens), the
+            tokens to predict and `kd.data.tasks.NOT_PREDICTED`.
         index: (batch,), position of each example in its split; the key of every cache.
         weight: what this rank's loss counts for, 1 where the ranks share the global batch evenly.
         peers: inputs of the further students, where several learn together.

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from kd.data.batch import Batch
 from kd.data.sampler import LengthBatches, Rows
 from kd.data.sources import Source, Splits, hash_fraction
-from kd.data.tasks import Classification, Regression, Task
+from kd.data.tasks import Classification, MaskedLM, Regression, Task
 from kd.errors import InputError, one_of
 from kd.schema import TaskSpec
 
@@ -25,7 +25,7 @@ LIMIT_SEED = 0
 
 @dataclass
 class Examples:
-    """The labelled text of a task, before any tokenizer.
+    """The text of a task and its labels, before any tokenizer.
 
     Attributes:
         task: labels, losses and metrics.
@@ -91,11 +91,13 @@ def held_out(raw: Splits, share: float) -> Splits:
 
 def build_task(spec: TaskSpec, raw: Splits) -> Task:
     """The task of a description; without `labels`, its classes are the sorted labels of the training split."""
-    kinds = ("classification", "regression")
+    kinds = ("classification", "regression", "masked_lm")
     if spec.kind not in kinds:
         raise one_of(spec.kind, kinds, "task.kind")
     if spec.kind == "regression":
         return Regression(spec.name, spec.metrics, spec.monitor)
+    if spec.kind == "masked_lm":
+        return MaskedLM(spec.name, spec.metrics, spec.monitor)
     if spec.labels is None:
         for example in raw["train"]:
             if example.label is None or not str(example.label).strip():
@@ -108,10 +110,13 @@ def build_task(spec: TaskSpec, raw: Splits) -> Task:
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """What decides how a tokenizer cuts text: vocabulary and rules, without its padding and truncation settings."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules.pop("padding", None)
-    rules.pop("truncation", None)
-    return hashlib.blake2b(json.dumps(rules, sort_keys=True).encode(), digest_size=8).hexdigest()
+    found = []
+    for part in getattr(tokenizer, "parts", (tokenizer,)):  # a mixed one has two
+        rules = json.loads(part.backend_tokenizer.to_str())
+        rules.pop("padding", None)
+        rules.pop("truncation", None)
+        found.append(json.dumps(rules, sort_keys=True))
+    return hashlib.blake2b("".join(found).encode(), digest_size=8).hexdigest()
 
 
 class Tokens:
@@ -228,11 +233,15 @@ class KDData(pl.LightningDataModule):
         self.teacher_keys = [tokenizer_fingerprint(teacher) for teacher in teachers]
         tokenizers = dict(zip([*self.student_keys, *self.teacher_keys], [*students, *teachers], strict=True))
         self.tokens = {
-            split: {key: Tokens(tokenizer, texts, max_length) for key, tokenizer in tokenizers.items()}
+            split: {key: self.read(tokenizer, texts, max_length) for key, tokenizer in tokenizers.items()}
             for split, texts in examples.texts.items()
         }
         self._train_sampler: LengthBatches | None = None
         self._skip = 0
+
+    def read(self, tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int) -> Any:
+        """The texts of one split, tokenised."""
+        return Tokens(tokenizer, texts, max_length)
 
     @property
     def shared_tokenizer(self) -> bool:
@@ -244,7 +253,15 @@ class KDData(pl.LightningDataModule):
         """Of the first student's tokens."""
         return self.student_keys[0]
 
-    def collate(self, split: str) -> Collate:
+    def rows(self, split: str, count: int) -> list[int]:
+        """The first examples of a split, at most so many."""
+        return list(range(min(count, len(self.tokens[split][self.student_key].lengths))))
+
+    def probe(self, split: str, count: int) -> Batch:
+        """A few examples of a split as the exported model reads them."""
+        return self.collate(split)(self.rows(split, count))  # type: ignore[no-any-return]
+
+    def collate(self, split: str) -> Any:
         """The collate function of a split."""
         examples = self.examples
         return Collate(self.tokens[split], self.student_keys, self.teacher_keys, examples.labels[split], examples.task)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanSquaredError, PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics import MeanMetric, MeanSquaredError, Metric, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
 
 
@@ -19,6 +19,27 @@ class Matthews(MulticlassMatthewsCorrCoef):
         """The correlation, in [-1, 1]."""
         constant = any(int((self.confmat.sum(dim=axis) > 0).sum()) < 2 for axis in (0, 1))  # type: ignore[operator]
         return torch.zeros((), device=self.device) if constant else super().compute()
+
+
+class Matches(Metric):
+    """Share of equal entries, in [0, 1]; it need not know how many classes there are."""
+
+    equal: Tensor
+    count: Tensor
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_state("equal", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, predictions: Tensor, labels: Tensor) -> None:
+        """Count; both (positions,)."""
+        self.equal += (predictions == labels).sum()
+        self.count += labels.numel()
+
+    def compute(self) -> Tensor:
+        """The share."""
+        return self.equal / self.count
 
 
 CLASSIFICATION: Mapping[str, Callable[..., Any]] = {
@@ -35,3 +56,9 @@ REGRESSION: Mapping[str, Callable[..., Any]] = {
     "mse": MeanSquaredError,
 }
 """Name -> maker."""
+
+MASKED_LM: Mapping[str, Callable[..., Any]] = {
+    "accuracy": Matches,
+    "loss": MeanMetric,
+}
+"""Name -> maker; over the predicted positions, `loss` in nats."""

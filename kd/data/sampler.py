@@ -16,11 +16,13 @@ class Rows(list[int]):
     Attributes:
         weight: the share's size relative to an equal one. The mean over ranks of weighted means is the mean over the global
             batch, also where the ranks do not divide it.
+        epoch: that they are drawn in, so that a loader's worker knows it too; None outside training.
     """
 
-    def __init__(self, rows: Sequence[int], weight: float = 1.0) -> None:
+    def __init__(self, rows: Sequence[int], weight: float = 1.0, epoch: int | None = None) -> None:
         super().__init__(rows)
         self.weight = weight
+        self.epoch = epoch
 
 
 class LengthBatches(Sampler[list[int]]):
@@ -71,6 +73,7 @@ class LengthBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         batches, self.skip = self.batches()[self.skip :], 0
+        epoch = None if self.seed is None else self.epoch
         for batch in batches:
             mine = batch[self.rank :: self.world]
-            yield Rows(mine.tolist(), len(mine) * self.world / len(batch))
+            yield Rows(mine.tolist(), len(mine) * self.world / len(batch), epoch)

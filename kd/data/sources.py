@@ -58,10 +58,18 @@ def split_by_hash(examples: Sequence[Example], shares: Mapping[str, float]) -> S
     return splits
 
 
-def _examples(table: Iterator[tuple[int, Row]], path: Path, text: Sequence[str], label: str, key: str) -> list[Example]:
+def examples_of(
+    table: Iterator[tuple[int, Row]], path: Path, text: Sequence[str], label: str | None, key: str
+) -> list[Example]:
+    """The rows of a table as examples; without a label column they have no label.
+
+    Raises:
+        InputError: if a column is missing, a text is none, or there is no row.
+    """
     found = []
+    columns = [*text, *([] if label is None else [label])]
     for line, row in table:
-        missing = [name for name in (*text, label) if name not in row]
+        missing = [name for name in columns if name not in row]
         if missing:
             wrong = "task.label" if missing == [label] else "task.text"
             raise InputError(
@@ -70,7 +78,8 @@ def _examples(table: Iterator[tuple[int, Row]], path: Path, text: Sequence[str],
         for name in text:
             if not isinstance(row[name], str):
                 raise InputError(f"'{path}', line {line}: '{name}' is {row[name]!r}, not text", "task.text")
-        found.append(Example(tuple(row[name] for name in text), row[label], f"'{path}', line {line}"))
+        value = None if label is None else row[label]
+        found.append(Example(tuple(row[name] for name in text), value, f"'{path}', line {line}"))
     if not found:
         raise InputError(f"the file '{path}' has no examples", key)
     return found
@@ -104,7 +113,7 @@ class Files:
             InputError: if a file is missing, empty, lacks a column, or has a broken line.
         """
         found = {
-            split: _examples(rows(path, f"task.{split}", quoted=self.quoted), path, self.text, self.label, f"task.{split}")
+            split: examples_of(rows(path, f"task.{split}", quoted=self.quoted), path, self.text, self.label, f"task.{split}")
             for split, path in self._paths().items()
         }
         if "validation" not in found:
@@ -125,24 +134,26 @@ class Files:
 
 @dataclass(frozen=True, slots=True)
 class PackageFile:
-    """A CSV file that an installed package ships, split 80/10/10 by a hash of the text.
+    """A CSV file that an installed package ships, split by a hash of the text.
 
     Args:
         package: module name.
         file: path inside the package.
         text: text columns.
-        label: label column.
+        label: label column; None for text without labels.
         where: column -> value; rows with another value are left out.
+        shares: split -> share of the text, 80/10/10 by default.
     """
 
     package: str
     file: str
     text: Sequence[str]
-    label: str
+    label: str | None
     where: Mapping[str, str]
+    shares: Mapping[str, float] | None = None
 
     def splits(self) -> Splits:
-        """The examples of `train`, `validation` and `test`.
+        """The examples of each split.
 
         Raises:
             InputError: if the package is not installed.
@@ -153,8 +164,8 @@ class PackageFile:
             for line, row in rows(path, "task")
             if all(row.get(column) == value for column, value in self.where.items())
         )
-        examples = _examples(table, path, self.text, self.label, "task")
-        return split_by_hash(examples, {"train": 0.8, "validation": 0.1, "test": 0.1})
+        examples = examples_of(table, path, self.text, self.label, "task")
+        return split_by_hash(examples, self.shares or {"train": 0.8, "validation": 0.1, "test": 0.1})
 
     def fingerprint(self) -> dict[str, str]:
         """The package's version."""
@@ -225,7 +236,7 @@ class Glue:
         for split, path in self._files().items():
             if split == "test" and not self._labelled(path, label):
                 continue
-            found[split] = _examples(
+            found[split] = examples_of(
                 rows(path, "paths.glue", self.local_columns, skip_broken=self.skip_broken), path, text, label, "paths.glue"
             )
         return found

@@ -1,23 +1,29 @@
 """Tasks own the label names, the hard and the soft loss, and the metrics, so that no method asks what kind of task it is."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kd.data.metrics import CLASSIFICATION, REGRESSION
+from kd.data.metrics import CLASSIFICATION, MASKED_LM, REGRESSION
 from kd.data.sources import Example
 from kd.errors import InputError, one_of
 from kd.functional import logits as soft_losses
+
+NOT_PREDICTED = -100
+"""Label of a position that a masked language model does not predict."""
 
 
 class Task(Protocol):
     """What a method and an engine need of a task."""
 
     name: str
+    head: str
+    """What its models end in, of `kd.models.heads.HEADS`."""
     labels: list[str] | None
     metrics: tuple[str, ...]
     monitor: str
@@ -38,12 +44,20 @@ class Task(Protocol):
         """Loss against a teacher's logits, both (batch, classes)."""
         ...
 
+    def of(self, labels: Tensor) -> Self:
+        """The task as it stands for one batch, whose labels may say what a mean is taken over."""
+        ...
+
     def predict(self, logits: Tensor) -> Tensor:
         """Predictions (batch,) from logits (batch, classes)."""
         ...
 
     def ensemble(self, logits: Sequence[Tensor]) -> Tensor:
         """Logits (batch, classes) of the mean prediction of several models."""
+        ...
+
+    def score(self, metrics: Mapping[str, Any], logits: Tensor, labels: Tensor) -> None:
+        """Update metrics, by name, with a batch."""
         ...
 
     def label_tensor(self, values: Sequence[float]) -> Tensor:
@@ -59,6 +73,26 @@ class Task(Protocol):
         ...
 
 
+class Labelled:
+    """What tasks with one label for each example have in common."""
+
+    head = "classifier"
+
+    def of(self, labels: Tensor) -> Self:
+        """Itself: a mean over the batch is a mean over its rows."""
+        return self
+
+    def predict(self, logits: Tensor) -> Tensor:
+        """Predictions, (batch,)."""
+        raise NotImplementedError
+
+    def score(self, metrics: Mapping[str, Any], logits: Tensor, labels: Tensor) -> None:
+        """Update metrics with the predictions of a batch."""
+        predictions = self.predict(logits.float())
+        for metric in metrics.values():
+            metric.update(predictions, labels)
+
+
 def _known(metrics: Sequence[str], monitor: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
     if not metrics:
         raise InputError(f"a task needs a metric of {', '.join(allowed)}", "task.metrics")
@@ -70,7 +104,7 @@ def _known(metrics: Sequence[str], monitor: str, allowed: tuple[str, ...]) -> tu
     return tuple(metrics)
 
 
-class Classification:
+class Classification(Labelled):
     """One of several named classes.
 
     Args:
@@ -135,9 +169,7 @@ class Classification:
 
     def ensemble(self, logits: Sequence[Tensor]) -> Tensor:
         """Log of the mean of the probabilities."""
-        return torch.stack([soft_losses.widened(each).log_softmax(dim=-1) for each in logits]).logsumexp(0) - math.log(
-            len(logits)
-        )
+        return log_mean_probability(logits)
 
     def metric(self, name: str, across_ranks: bool = True) -> Any:
         """A torchmetrics metric."""
@@ -149,7 +181,7 @@ class Classification:
         return {"accuracy": float(counts.max() / counts.sum()), "matthews_corrcoef": 0.0}
 
 
-class Regression:
+class Regression(Labelled):
     """A score. Temperature and the form of the soft loss do not apply: both losses are mean squared errors.
 
     Source: the losses of BERT-EMD's distillation loss for STS-B (Li et al., EMNLP 2020); arguments as `Classification`.
@@ -211,6 +243,121 @@ class Regression:
         return {"pearson": 0.0, "spearman": 0.0, "mse": float(labels.float().var(unbiased=False))}
 
 
+class MaskedLM:
+    """Masked tokens of text without labels, to be predicted from the others.
+
+    Labels are (batch, tokens), `NOT_PREDICTED` wherever nothing is predicted; logits are (predicted positions, vocabulary) in
+    row-major order. A mean is over the predicted positions of each example, then over the examples (our choice; BERT's is over
+    all positions of the batch): it then depends neither on how many ranks share a batch nor on how many batches make a step.
+
+    Source: Devlin et al., NAACL 2019, arXiv:1810.04805, section 3.1.
+
+    Args:
+        name: of the task.
+        metrics: of `kd.data.metrics.MASKED_LM`, over the predicted positions; `loss` in nats.
+        monitor: the metric that chooses the best checkpoint.
+    """
+
+    head = "masked_lm"
+    agreement = "accuracy"
+
+    def __init__(self, name: str, metrics: Sequence[str], monitor: str) -> None:
+        self.name = name
+        self.labels: list[str] | None = None
+        self.metrics = _known(metrics, monitor, tuple(MASKED_LM))
+        self.monitor = monitor
+        self._labels: Tensor | None = None
+
+    def encode(self, example: Example) -> float:
+        """Text has no label; what is predicted is drawn when a batch is made."""
+        return 0.0
+
+    def label_tensor(self, values: Sequence[float]) -> Tensor:
+        """(batch,), for what knows no better."""
+        return torch.tensor(values)
+
+    def of(self, labels: Tensor) -> Self:
+        """The task of a batch with these labels, which say to which example a position belongs."""
+        task = copy.copy(self)
+        task._labels = labels
+        return task
+
+    def hard(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross entropy in nats, logits (predicted positions, vocabulary), labels (batch, tokens)."""
+        losses = F.cross_entropy(soft_losses.widened(logits), labels[labels != NOT_PREDICTED], reduction="none")
+        return by_example(losses, labels).mean()
+
+    def soft(
+        self, student: Tensor, teacher: Tensor, temperature: float, loss: str = "kl", reduction: str = "batchmean"
+    ) -> Tensor:
+        """As of a classification, with the mean over an example's positions in place of an example.
+
+        Raises:
+            ValueError: without the labels of a batch, see `of`.
+        """
+        if self._labels is None:
+            raise ValueError("which positions belong together is known of a batch only: task.of(batch.labels).soft(...)")
+        if loss == "mse":
+            losses = soft_losses.squared_error(student, teacher, "none")
+        else:
+            function = {"kl": soft_losses.kl_divergence, "ce": soft_losses.soft_cross_entropy}[loss]
+            losses = function(student, teacher, temperature, "none")
+        found = by_example(losses, self._labels)
+        mean = found.mean()
+        return {"none": found, "sum": found.sum(), "batchmean": mean, "elementmean": mean / student.shape[-1]}[reduction]
+
+    def predict(self, logits: Tensor) -> Tensor:
+        """The token with the largest logit, (predicted positions,)."""
+        return logits.argmax(dim=-1)
+
+    def ensemble(self, logits: Sequence[Tensor]) -> Tensor:
+        """Log of the mean of the probabilities."""
+        return log_mean_probability(logits)
+
+    def score(self, metrics: Mapping[str, Any], logits: Tensor, labels: Tensor) -> None:
+        """Update metrics with the predicted positions of a batch."""
+        wanted, logits = labels[labels != NOT_PREDICTED], logits.float()
+        given = {
+            "accuracy": lambda: (self.predict(logits), wanted),
+            "loss": lambda: (F.cross_entropy(logits, wanted, reduction="none"),),
+        }
+        for name, metric in metrics.items():
+            metric.update(*given[name]())
+
+    def metric(self, name: str, across_ranks: bool = True) -> Any:
+        """A torchmetrics metric."""
+        return MASKED_LM[name](sync_on_compute=across_ranks)
+
+    def chance(self, labels: Tensor) -> dict[str, float]:
+        """Unknown: it is a matter of the vocabulary."""
+        return {}
+
+
+def log_mean_probability(logits: Sequence[Tensor]) -> Tensor:
+    """Log of the mean of several models' probabilities, (..., classes) each.
+
+    >>> log_mean_probability([torch.tensor([0.0, 0.0]), torch.tensor([0.0, -torch.inf])]).exp()
+    tensor([0.7500, 0.2500])
+    """
+    each = torch.stack([soft_losses.widened(one).log_softmax(dim=-1) for one in logits])
+    return each.logsumexp(0) - math.log(len(logits))
+
+
+def by_example(values: Tensor, labels: Tensor) -> Tensor:
+    """The mean over the predicted positions of each example, (batch,).
+
+    Args:
+        values: (predicted positions,), in row-major order.
+        labels: (batch, tokens); every row has a predicted position.
+
+    >>> by_example(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([[7, -100, 7], [-100, 7, -100]]))
+    tensor([2., 5.])
+    """
+    predicted = labels != NOT_PREDICTED
+    row = predicted.nonzero()[:, 0]
+    return values.new_zeros(len(labels)).index_add(0, row, values) / predicted.sum(dim=1)
+
+
 def higher_is_better(metric: str) -> bool:
     """Whether more is better; true for every metric but an error."""
-    return metric != "mse"
+    return metric not in ("mse", "loss")

@@ -283,9 +283,7 @@ class Engine(pl.LightningModule):
             metric.to(self.device).reset()
 
     def _update(self, name: str, logits: Tensor, labels: Tensor) -> None:
-        predictions = self.task.predict(logits.float())
-        for metric in self.metrics[name].values():  # type: ignore[operator,union-attr]
-            metric.update(predictions, labels)
+        self.task.score(self.metrics[name], logits.float(), labels)  # type: ignore[arg-type]
 
     def _compute(self, name: str) -> dict[str, Tensor]:
         metrics = self.metrics[name].items()  # type: ignore[operator,union-attr]

@@ -60,7 +60,8 @@ class Distiller(Engine):
         """A step over a batch: forwards bound to inputs and needs, none of them run."""
         ours, theirs = self.method.needs()
         teachers = bound_teachers(self.teachers, batch, [theirs])
-        return Step(Forward(self.student, batch.student, ours), teachers, batch, self.task, progress, seed=self.seed)
+        student, task = Forward(self.student, batch.student, ours), self.task.of(batch.labels)
+        return Step(student, teachers, batch, task, progress, seed=self.seed)
 
     def loss(self, batch: Batch, progress: Progress | None = None) -> Loss:
         """The weighted sum of the method's terms over a batch."""

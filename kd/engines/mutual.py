@@ -117,7 +117,7 @@ class Mutual(Engine):
             forwards[name],
             [Detached(forwards[TEACHER])] if self.online is not None else frozen,
             batch.seen_by(place),
-            self.task,
+            self.task.of(batch.labels),
             progress,
             [Detached(forwards[other]) for other in self.students if other != name],
             self.seed,

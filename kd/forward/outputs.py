@@ -33,7 +33,7 @@ class Outputs:
     """Logits, and the tensors that `needs` declared, of one forward pass.
 
     Attributes:
-        logits: (batch, classes); classes is 1 for regression.
+        logits: (batch, classes); classes is 1 for regression. Of a masked language model (predicted positions, vocabulary).
         mask: (batch, tokens), bool, False on padding.
         needs: what was declared.
         heads: attention heads of the model.

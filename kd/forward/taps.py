@@ -23,8 +23,9 @@ def _relative_positions(base: nn.Module, states: Tensor) -> Tensor:
 class Family:
     """Semantic names of one backbone family of transformers 5.
 
-    `base` and `outputs` (the last linear layer) are paths in the classifier, `blocks` and `embeddings` in the base model,
-    `query`, `key` and `value` in a block; `intermediate` and `dropouts` are names in the configuration.
+    `base` and `outputs` (the last linear layer) are paths in the classifier, `masked_lm` is the path of the whole masked-LM
+    head in a model that has one (None where a family keeps it in pieces), `blocks` and `embeddings` are paths in the base
+    model, `query`, `key` and `value` in a block; `intermediate` and `dropouts` are names in the configuration.
     """
 
     base: str
@@ -37,6 +38,7 @@ class Family:
     intermediate: str = "intermediate_size"
     embeddings: str = "embeddings"
     outputs: str = "classifier"
+    masked_lm: str | None = None
     score_bias: Callable[[nn.Module, Tensor], Tensor] | None = None
 
 
@@ -51,6 +53,7 @@ FAMILIES: Mapping[str, Family] = {
         value="attention.self.value",
         inputs=("input_ids", "attention_mask", "token_type_ids"),
         dropouts=_BERT_DROPOUTS,
+        masked_lm="cls",
     ),
     "roberta": Family(
         base="roberta",
@@ -61,6 +64,7 @@ FAMILIES: Mapping[str, Family] = {
         inputs=("input_ids", "attention_mask"),
         dropouts=_BERT_DROPOUTS,
         outputs="classifier.out_proj",
+        masked_lm="lm_head",
     ),
     "distilbert": Family(
         base="distilbert",
@@ -81,6 +85,7 @@ FAMILIES: Mapping[str, Family] = {
         inputs=("input_ids", "attention_mask"),
         dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
         outputs="classifier.out_proj",
+        masked_lm="lm_head",
         score_bias=_relative_positions,
     ),
 }

@@ -1,5 +1,7 @@
-"""A transformers sequence classifier with taps."""
+"""A transformers sequence classifier or masked language model with taps."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,10 +14,10 @@ from kd.forward.taps import family_of, record
 
 
 class Encoder(nn.Module):
-    """A BERT-style classifier or regressor whose insides can be read without editing it.
+    """A BERT-style classifier, regressor or masked language model whose insides can be read without editing it.
 
     Args:
-        model: a transformers `...ForSequenceClassification` of a family in `kd.forward.taps.FAMILIES`.
+        model: a transformers `...ForSequenceClassification` or `...ForMaskedLM` of a family in `kd.forward.taps.FAMILIES`.
         tokenizer: the tokenizer that makes its inputs; None where no text is read (tests, shape checks).
     """
 
@@ -55,7 +57,9 @@ class Encoder(nn.Module):
 
         Args:
             inputs: what a tokenizer made; names that this family does not take are left out, names it takes and the
-                tokenizer did not make get the model's defaults.
+                tokenizer did not make get the model's defaults. With `predicted`, (batch, tokens), bool, a masked language
+                model computes its logits at these positions alone, (predicted positions, vocabulary) in row-major order: a
+                vocabulary's worth of numbers for every token would not fit.
             needs: what to keep.
 
         Raises:
@@ -68,9 +72,9 @@ class Encoder(nn.Module):
             if needs.gradient:
                 # The fused kernels have no second derivative; the plain one does, and gives the same numbers.
                 with sdpa_kernel(SDPBackend.MATH):
-                    logits: Tensor = self.model(**taken).logits
+                    logits = self._logits(taken, inputs.get("predicted"))
             else:
-                logits = self.model(**taken).logits
+                logits = self._logits(taken, inputs.get("predicted"))
         score_bias = self.family.score_bias
         states = inputs["input_ids"]
         return Outputs(
@@ -82,6 +86,51 @@ class Encoder(nn.Module):
             score_bias=None if score_bias is None else lambda: score_bias(self.base, states),
         )
 
+    def _logits(self, taken: Inputs, predicted: Tensor | None) -> Tensor:
+        if predicted is None:
+            logits: Tensor = self.model(**taken).logits
+            return logits
+        return self.logits_of(self.base(**taken)[0][predicted], taken["input_ids"][predicted])
+
+    def logits_of(self, states: Tensor, ids: Tensor) -> Tensor:
+        """Masked-LM logits of some positions.
+
+        Args:
+            states: (positions, width), of the last layer.
+            ids: (positions,), the tokens that were read there.
+
+        Returns:
+            (positions, vocabulary).
+        """
+        logits: Tensor = self.model.get_submodule(str(self.family.masked_lm))(states)
+        return logits
+
+    def plain(self) -> Any:
+        """The transformers model alone: a part that transformers does not know is replaced by what it amounts to.
+
+        Such a part has a method `plain` that gives a module of transformers or torch with the same outputs.
+        """
+        model = copy.deepcopy(self.model)
+        found = [module for module in model.modules() if hasattr(module, "plain")]
+        for module in found:
+            replace_module(model, module, module.plain())
+        if found:
+            model.tie_weights()
+        return model
+
+    def save(self, folder: Path) -> None:
+        """Write model and tokenizer as transformers reads them."""
+        self.plain().save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
     def parameter_count(self) -> int:
         """All parameters, embeddings included, shared ones counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place, or the places, of another."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, name, new)

@@ -1,6 +1,6 @@
 """Students: a shape derived from a backbone, and an initialisation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,8 +8,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from kd.errors import InputError, one_of
-from kd.forward.taps import Family, family_of
+from kd.forward.taps import FAMILIES, Family, family_of
 from kd.models.encoder import Encoder
+from kd.models.heads import HEADS
 from kd.schema import StudentSpec
 from kd.sources import pretrained
 
@@ -50,23 +51,33 @@ def load_tokenizer(source: str, key: str) -> Any:
     return tokenizer
 
 
-def load_classifier(source: str, key: str, config: Any) -> nn.Module:
-    """The weights behind a source as a sequence classifier; a head that the source lacks is drawn afresh.
+def load_model(source: str, key: str, config: Any, head: str = "classifier") -> nn.Module:
+    """The weights behind a source with a head of `kd.models.heads.HEADS`; one that the source lacks is drawn afresh.
 
     Raises:
-        InputError: if they cannot be had, or a file is truncated.
+        InputError: if they cannot be had, a file is truncated, or the family keeps no such head.
     """
-    from transformers import AutoModelForSequenceClassification
-
     name, options = pretrained(source, key)
-    family_of(config.model_type, key)
+    check_head(config, head, key)
     try:
-        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(name, config=config, **options)
+        model: nn.Module = HEADS[head].auto.from_pretrained(name, config=config, **options)
     except SafetensorError as error:
         raise InputError(f"the weights of '{source}' are truncated or damaged ({error})", key) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"the weights of '{source}' cannot be loaded: {_first_line(error)}", key) from error
     return model
+
+
+def check_head(config: Any, head: str, key: str) -> None:
+    """Whether a model's family can have a head.
+
+    Raises:
+        InputError: for a family that is not known, or has no masked-LM head in one piece.
+    """
+    family = family_of(config.model_type, key)
+    if head == "masked_lm" and family.masked_lm is None:
+        able = ", ".join(name for name, known in FAMILIES.items() if known.masked_lm is not None)
+        raise InputError(f"masked language modelling works with {able}, not with {config.model_type}", key)
 
 
 def chosen_layers(init: str | Sequence[int], student: int, source: int) -> list[int]:
@@ -108,7 +119,13 @@ def chosen_layers(init: str | Sequence[int], student: int, source: int) -> list[
     return layers
 
 
-def student_config(spec: StudentSpec, backbone: str, labels: Sequence[str] | None, key: str = "student.backbone") -> Any:
+def student_config(
+    spec: StudentSpec,
+    backbone: str,
+    labels: Sequence[str] | None,
+    key: str = "student.backbone",
+    head: str = "classifier",
+) -> Any:
     """The transformers configuration of a student.
 
     Args:
@@ -116,6 +133,7 @@ def student_config(spec: StudentSpec, backbone: str, labels: Sequence[str] | Non
         backbone: source of the backbone.
         labels: names in the task's order; None for regression.
         key: the configuration key that names the backbone.
+        head: of `kd.models.heads.HEADS`.
 
     Raises:
         InputError: for a size that is not positive, or heads that do not divide the width.
@@ -150,11 +168,17 @@ def student_config(spec: StudentSpec, backbone: str, labels: Sequence[str] | Non
             raise InputError(f"student.dropout={spec.dropout} must be in [0, 1)", "student.dropout")
         for name in family.dropouts:
             setattr(config, name, spec.dropout)
-    return with_labels(config, labels)
+    check_head(config, head, key if spec.family is None else "student.family")
+    return with_labels(config, labels, head)
 
 
-def with_labels(config: Any, labels: Sequence[str] | None) -> Any:
-    """The configuration with a head for these labels, in this order, names included; None for regression."""
+def with_labels(config: Any, labels: Sequence[str] | None, head: str = "classifier") -> Any:
+    """The configuration with a head for these labels, in this order, names included; None for regression.
+
+    A head whose outputs are no labels leaves it as it is.
+    """
+    if not HEADS[head].labelled:
+        return config
     names = list(labels) if labels is not None else ["score"]
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
@@ -162,14 +186,10 @@ def with_labels(config: Any, labels: Sequence[str] | None) -> Any:
     return config
 
 
-def new_classifier(config: Any, meta: bool = False) -> nn.Module:
-    """A classifier with freshly drawn weights, or without any on the meta device."""
-    from transformers import AutoModelForSequenceClassification
-
-    if not meta:
-        return AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-any-return]
-    with torch.device("meta"):  # shapes without weights
-        return AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-any-return]
+def new_model(config: Any, head: str = "classifier", meta: bool = False) -> nn.Module:
+    """A model with freshly drawn weights, or without any on the meta device."""
+    with torch.device("meta" if meta else "cpu"):  # on the former, shapes without weights
+        return HEADS[head].auto.from_config(config)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -179,11 +199,12 @@ def copy_layers(
     """Copy embeddings, everything else outside the blocks, and the chosen blocks; the head only if asked.
 
     Args:
-        target: the student, a sequence classifier.
+        target: the student.
         source: the model copied from, of the same family and width.
         family: their taps.
         layers: for each block of the target, the block of the source, counted from 1.
-        head: for each output of the target, the output of the source; None leaves the head as it is.
+        head: for each output of the target, the output of the source; None leaves the head as it is. The outputs of a
+            masked language model are its vocabulary, which is tied to the embeddings and copied as it is.
     """
     blocks = f"{family.base}.{family.blocks}."
     origin = {f"{blocks}{ours}.": f"{blocks}{theirs - 1}." for ours, theirs in enumerate(layers)}
@@ -225,35 +246,38 @@ def build_student(
     initial: str | None,
     meta: bool = False,
     key: str = "student.backbone",
+    head: str = "classifier",
 ) -> Encoder:
     """A student, initialised.
 
     Args:
         spec: what to build.
-        backbone: source of its shape, vocabulary and tokenizer.
+        backbone: source of its shape, and of vocabulary and tokenizer unless a checkpoint or a run brings its own.
         labels: names in the task's order; None for regression.
         initial: source of its weights: the backbone, the fine-tuned teacher, a checkpoint or a run; None for random.
         meta: shapes only, for checks; nothing is loaded.
         key: the configuration key that names the backbone.
+        head: of `kd.models.heads.HEADS`.
 
     Raises:
         InputError: for sizes or an initialisation that do not fit.
     """
-    config = student_config(spec, backbone, labels, key)
-    tokenizer = load_tokenizer(backbone, key)
+    config = student_config(spec, backbone, labels, key, head)
     whole = spec.init in ("checkpoint", "run")
     given = f"student.{spec.init}" if whole else "student.init_from"
     if initial is not None:
         found = load_config(initial, given)
+        if whole:  # it may have a vocabulary of its own, which goes with its weights
+            config.vocab_size, config.pad_token_id = found.vocab_size, found.pad_token_id
         check_copy(config, found, spec, given if whole else "student.init")
+    tokenizer = load_tokenizer(initial, given) if whole and initial is not None else load_tokenizer(backbone, key)
     if meta:
-        return Encoder(new_classifier(config, meta=True), tokenizer)
-    student = new_classifier(config)
+        return Encoder(new_model(config, head, meta=True), tokenizer)
+    student = new_model(config, head)
     if initial is not None:
-        source = load_classifier(initial, given, found)
-        layers = layers_to_copy(spec, config, found)
-        head = None if spec.init_from == "pretrained" and not whole else head_rows(config, found)
-        copy_layers(student, source, family_of(config.model_type), layers, head)
+        rows = head_rows(config, found, head, pretrained=spec.init_from == "pretrained" and not whole)
+        source = load_model(initial, given, found, head)
+        copy_layers(student, source, family_of(config.model_type), layers_to_copy(spec, config, found), rows)
     return Encoder(student, tokenizer)
 
 
@@ -271,8 +295,16 @@ def layers_to_copy(spec: StudentSpec, config: Any, source: Any) -> list[int]:
     return list(range(1, depth + 1))
 
 
-def head_rows(config: Any, source: Any) -> list[int] | None:
-    """For each output of the student, the source's output of the same name; None if the names are others."""
+def head_rows(config: Any, source: Any, head: str = "classifier", pretrained: bool = False) -> list[int] | None:
+    """For each output of the student, the source's output of the same name; None if the head is to be drawn afresh.
+
+    That is where the source has no such head, or its outputs have other names, or a backbone brings a classifier of another
+    task. The masked-LM head that a backbone was pre-trained with is kept.
+    """
+    if not HEADS[head].is_in(source) or (pretrained and HEADS[head].labelled):
+        return None
+    if not HEADS[head].labelled:
+        return list(range(config.vocab_size))
     ours, theirs = ([str(name).casefold() for name in c.id2label.values()] for c in (config, source))
     return [theirs.index(name) for name in ours] if sorted(ours) == sorted(theirs) else None
 
@@ -282,10 +314,15 @@ def describe_init(spec: StudentSpec, depth: int, source_depth: int | None) -> st
     if spec.init == "random":
         return "random"
     if spec.init in ("checkpoint", "run"):
-        return f"{spec.init} {spec.checkpoint or ' '.join(spec.run or [])}".strip()
+        return f"{spec.init} {spec.checkpoint if spec.init == 'checkpoint' else ' '.join(run_overrides(spec.run))}".strip()
     layers = chosen_layers(spec.init, depth, source_depth or depth)
     kind = spec.init if isinstance(spec.init, str) else "explicit"
     return f"{kind} layers {layers} of the {'fine-tuned' if spec.init_from == 'teacher' else 'pre-trained'} backbone"
+
+
+def run_overrides(run: Any) -> list[str]:
+    """The overrides of `student.run`, which is a list of them or a mapping that holds it."""
+    return [str(word) for word in (run.get("overrides", []) if isinstance(run, Mapping) else run or [])]
 
 
 def _first_line(error: BaseException) -> str:

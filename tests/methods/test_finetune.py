@@ -57,7 +57,7 @@ def test_teachers_change_nothing_and_never_run(teachers: int) -> None:
     distiller, batch = engine(CLASSES, teachers)
     loss = distiller.loss(batch)
     assert torch.equal(loss.total, engine(CLASSES)[0].loss(batch_without_teachers(batch)).total)
-    assert [forward.ran for forward in loss.step.teachers] == [False] * teachers
+    assert [forward.ran for forward in loss.steps[0][1].teachers] == [False] * teachers
     assert [teacher.examples for teacher in distiller.teachers] == [0] * teachers
 
 

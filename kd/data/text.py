@@ -1,0 +1,323 @@
+"""Unlabelled text for masked language modelling: where it is, how it is cut into examples, how positions are masked."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kd.data.batch import Batch
+from kd.data.datamodule import Examples, KDData
+from kd.data.sampler import Rows
+from kd.data.sources import Example, Splits, examples_of, split_by_hash
+from kd.data.tables import rows as table_rows
+from kd.data.tasks import NOT_PREDICTED
+from kd.errors import InputError
+from kd.sources import file_fingerprint
+
+PREDICTED = 0.15
+"""Share of an example's tokens that are predicted. Devlin et al., NAACL 2019, section 3.1, as the two that follow."""
+
+MASKED, REPLACED = 0.8, 0.1
+"""Of the predicted ones: the share that is masked, and the share that another token stands for. The rest stays as it is."""
+
+HELD_OUT = 0.05
+"""Share of a text that is kept for validation, where there is no file for it. Our choice."""
+
+DRAW_MASKS, DRAW_VOCABULARIES = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class TextFiles:
+    """A user's own text: the lines of a `.txt` file, or a column of CSV, TSV or JSON Lines.
+
+    Without a validation file, `train` is split 95/5 by a hash of the text.
+    """
+
+    train: str | None
+    text: Sequence[str]
+    validation: str | None = None
+    quoted: bool | None = None
+
+    def _paths(self) -> dict[str, Path]:
+        if self.train is None:
+            raise InputError("task=text needs task.train=<file.txt|.csv|.tsv|.jsonl>", "task.train")
+        named = {"train": self.train, "validation": self.validation}
+        return {split: Path(path).expanduser() for split, path in named.items() if path is not None}
+
+    def splits(self) -> Splits:
+        """The texts of `train` and `validation`.
+
+        Raises:
+            InputError: if a file is missing, empty, not text, lacks the column, or has a broken line.
+        """
+        found = {split: self._read(path, f"task.{split}") for split, path in self._paths().items()}
+        if "validation" not in found:
+            found = split_by_hash(found["train"], {"train": 1 - HELD_OUT, "validation": HELD_OUT})
+        return found
+
+    def _read(self, path: Path, key: str) -> list[Example]:
+        if path.suffix.lower() != ".txt":
+            return examples_of(table_rows(path, key, quoted=self.quoted), path, self.text, None, key)
+        if not path.is_file():
+            raise InputError(f"the file '{path}' does not exist", key)
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise InputError(f"'{path}': not UTF-8 text ({error.reason} at byte {error.start})", key) from error
+        return [Example((line,), None, f"'{path}', line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+    def fingerprint(self) -> dict[str, str]:
+        """A digest of every file's bytes."""
+        found = {}
+        for split, path in self._paths().items():
+            if not path.is_file():
+                raise InputError(f"the file '{path}' does not exist", f"task.{split}")
+            found[split] = file_fingerprint(path)
+        return found
+
+
+@dataclass(frozen=True)
+class MixedTokenizer:
+    """Two vocabularies that read one text, each word by one of them.
+
+    Both have the same normaliser and pre-tokeniser, so that they agree on what a word is. Tokens of the second vocabulary are
+    numbered behind the first one's. The special tokens around a text are the first one's.
+
+    Args:
+        first: the tokenizer of the model, which is exported with it.
+        second: the small vocabulary.
+        shift: what is added to the second vocabulary's ids: the rows of the first one's table.
+        probability: of a word to be cut by the second vocabulary, in [0, 1].
+    """
+
+    first: Any
+    second: Any
+    shift: int
+    probability: float
+
+    @property
+    def parts(self) -> tuple[Any, Any]:
+        """Both tokenizers."""
+        return self.first, self.second
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Save the first tokenizer in a folder, the second one in `vocabulary/` inside it."""
+        self.first.save_pretrained(folder)
+        self.second.save_pretrained(Path(folder) / "vocabulary")
+
+
+class Vocabulary:
+    """The words of a split's texts as one tokenizer cuts them: flat arrays.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        texts: to cut.
+        shift: added to every id.
+    """
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str], shift: int = 0) -> None:
+        ids, starts, words, total = [], [], [], 0
+        for encoding in tokenizer(list(texts), add_special_tokens=False, truncation=False, padding=False).encodings:
+            # Ids of words are what both vocabularies agree on, since normaliser and pre-tokeniser are the same.
+            places = np.asarray([-1 if place is None else place for place in encoding.word_ids], dtype=np.int64)
+            begins = np.flatnonzero(np.diff(places, prepend=-2))
+            ids.append(np.asarray(encoding.ids, dtype=np.int64))
+            words.append(len(begins))
+            starts.append(begins + total)
+            total += len(places)
+        special = set(tokenizer.all_special_ids)
+        self.ids = np.concatenate(ids) + shift
+        self.starts = np.concatenate([*starts, [total]])
+        self.words = np.asarray(words)
+        """Words of each text."""
+        self.mask = tokenizer.mask_token_id + shift
+        everything = sorted(tokenizer.get_vocab().values())
+        self.ordinary = np.asarray([number + shift for number in everything if number not in special])
+        """What may stand for a predicted token: every token that is not special."""
+        self.predictable = ~np.isin(self.ids, np.asarray(sorted(special)) + shift)
+
+    def word(self, place: int) -> slice:
+        """Where a word's tokens are."""
+        return slice(self.starts[place], self.starts[place + 1])
+
+    def known(self) -> np.ndarray:
+        """Whether a word has a token that may be predicted, for each word."""
+        counts: np.ndarray = np.diff(np.concatenate([[0], np.cumsum(self.predictable)])[self.starts])
+        return counts > 0
+
+
+class MaskedTokens:
+    """The texts of one split, cut into chunks of whole words, and masked anew for each epoch.
+
+    What is masked, and which vocabulary cuts which word, are functions of seed, epoch and example alone, so that neither ranks
+    nor a resumption nor what else is in a batch matters. Without an epoch they are functions of the example.
+
+    Args:
+        tokenizer: a fast tokenizer, or a `MixedTokenizer`.
+        texts: one text for each example.
+        max_length: tokens of a chunk at most, special ones included. A longer text gives several chunks.
+        seed: of the draws.
+
+    Raises:
+        InputError: if a tokenizer has no mask token, or no text has a token to predict.
+    """
+
+    def __init__(self, tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int, seed: int) -> None:
+        parts = getattr(tokenizer, "parts", (tokenizer,))
+        self.probability = float(getattr(tokenizer, "probability", 0.0))
+        self.seed = seed
+        if parts[0].mask_token_id is None:
+            raise InputError("the tokenizer has no mask token, which masked language modelling needs", "task")
+        plain = [" ".join(text) for text in texts]
+        shifts = [0, int(getattr(tokenizer, "shift", 0))]
+        self.vocabularies = [Vocabulary(part, plain, shift) for part, shift in zip(parts, shifts, strict=False)]
+        first = self.vocabularies[0]
+        if any(not np.array_equal(other.words, first.words) for other in self.vocabularies):
+            raise ValueError("the two vocabularies do not agree on what a word is")
+        ends = parts[0]("")["input_ids"]
+        self.before, self.after = ends[:1], ends[1:]
+        self.room = max_length - len(ends)
+        self.columns = [name for name in parts[0].model_input_names if name == "token_type_ids"]
+        self.fill = {"input_ids": parts[0].pad_token_id, "token_type_ids": parts[0].pad_token_type_id}
+        sizes = np.stack([np.diff(vocabulary.starts) for vocabulary in self.vocabularies])
+        known = np.logical_and.reduce([vocabulary.known() for vocabulary in self.vocabularies])
+        self.chunks = np.asarray(list(self._cut(sizes.max(axis=0), first.words, known)), dtype=np.int64).reshape(-1, 2)
+        """First and last word of each chunk, the last one excluded."""
+        if not len(self.chunks):
+            raise InputError("no text has a token that could be predicted", "task.text")
+        share = self.probability if len(self.vocabularies) > 1 else 0.0
+        expected = np.concatenate([[0.0], np.cumsum((1 - share) * sizes[0] + share * sizes[-1])])
+        cut = expected[self.chunks[:, 1]] - expected[self.chunks[:, 0]]
+        self.lengths = np.minimum(np.rint(cut).astype(np.int64), self.room) + len(ends)
+        """Tokens of each chunk; the expected number where two vocabularies share it."""
+
+    def _cut(self, sizes: np.ndarray, words_of_texts: np.ndarray, known: np.ndarray) -> Iterator[tuple[int, int]]:
+        """Chunks that fit however their words are cut, each with a token to predict."""
+        end = 0
+        for words in words_of_texts:
+            begin, end, used = end, end + int(words), 0
+            for place in range(begin, end):
+                size = min(int(sizes[place]), self.room)
+                if used + size > self.room:
+                    if known[begin:place].any():
+                        yield begin, place
+                    begin, used = place, 0
+                used += size
+            if known[begin:end].any():
+                yield begin, end
+
+    def generator(self, row: int, epoch: int | None, draw: int) -> np.random.Generator:
+        """What decides one thing about one example in one epoch."""
+        place = [0, 0] if epoch is None else [self.seed, epoch + 1]
+        return np.random.default_rng([*place, row, draw])
+
+    def read(self, row: int, epoch: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The tokens of a chunk without special ones around it, whether each may be predicted, and its vocabulary's number."""
+        begin, end = self.chunks[row]
+        if len(self.vocabularies) == 1:
+            which = np.zeros(end - begin, dtype=np.int64)
+        else:
+            which = (self.generator(row, epoch, DRAW_VOCABULARIES).random(end - begin) < self.probability).astype(np.int64)
+        places = [(self.vocabularies[v], self.vocabularies[v].word(w)) for v, w in zip(which, range(begin, end), strict=True)]
+        ids = np.concatenate([vocabulary.ids[place] for vocabulary, place in places])
+        known = np.concatenate([vocabulary.predictable[place] for vocabulary, place in places])
+        owner = np.repeat(which, [place.stop - place.start for _, place in places])
+        return ids[: self.room], known[: self.room], owner[: self.room]
+
+    def mask(self, row: int, epoch: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of a chunk as the model reads them, special ones included, and the labels, both (tokens,)."""
+        ids, known, owner = self.read(row, epoch)
+        generator = self.generator(row, epoch, DRAW_MASKS)
+        candidates = np.flatnonzero(known)
+        count = max(1, round(PREDICTED * len(candidates)))
+        chosen = generator.permutation(candidates)[:count]
+        kinds, draws = generator.random(count), generator.random(count)
+        labels = np.full(len(ids), NOT_PREDICTED, dtype=np.int64)
+        labels[chosen] = ids[chosen]
+        masked = ids.copy()
+        for place, kind, draw in zip(chosen, kinds, draws, strict=True):
+            # Mask and replacement are of the vocabulary that cut the word: it must show which softmax is meant.
+            vocabulary = self.vocabularies[owner[place]]
+            if kind < MASKED:
+                masked[place] = vocabulary.mask
+            elif kind < MASKED + REPLACED:
+                masked[place] = vocabulary.ordinary[int(draw * len(vocabulary.ordinary))]
+        nothing = [NOT_PREDICTED]
+        return (
+            np.concatenate([self.before, masked, self.after]),
+            np.concatenate([nothing * len(self.before), labels, nothing * len(self.after)]),
+        )
+
+    def pad(self, rows: Sequence[int], epoch: int | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        """Inputs and labels of these chunks, padded to the longest, each (batch, tokens)."""
+        masked = [self.mask(row, epoch) for row in rows]
+        lengths = np.asarray([len(ids) for ids, _ in masked])
+        real = np.arange(lengths.max()) < lengths[:, None]
+        ids = np.full(real.shape, self.fill["input_ids"], dtype=np.int64)
+        labels = np.full(real.shape, NOT_PREDICTED, dtype=np.int64)
+        ids[real] = np.concatenate([ids for ids, _ in masked])
+        labels[real] = np.concatenate([labels for _, labels in masked])
+        inputs = {"input_ids": torch.from_numpy(ids)}
+        for name in self.columns:
+            inputs[name] = torch.from_numpy(np.where(real, 0, self.fill[name]))
+        inputs["attention_mask"] = torch.from_numpy(real.astype(np.int64))
+        inputs["predicted"] = torch.from_numpy(labels != NOT_PREDICTED)
+        return inputs, torch.from_numpy(labels)
+
+
+@dataclass
+class MaskedCollate:
+    """Chunk numbers -> `Batch`. Student and teachers read the same masked tokens."""
+
+    tokens: MaskedTokens
+    teachers: int
+    students: int = 1
+
+    def __call__(self, rows: Sequence[int]) -> Batch:
+        """The batch of these chunks."""
+        inputs, labels = self.tokens.pad(rows, rows.epoch if isinstance(rows, Rows) else None)
+        weight = rows.weight if isinstance(rows, Rows) else 1.0
+        index, peers = torch.tensor(list(rows), dtype=torch.long), (inputs,) * (self.students - 1)
+        return Batch(inputs, (inputs,) * self.teachers, labels, index, weight, peers)
+
+
+class MaskedData(KDData):
+    """Loaders over unlabelled text; arguments as of `KDData`.
+
+    Raises:
+        InputError: for a teacher with another vocabulary: the student's logits could not be compared with its.
+    """
+
+    def __init__(
+        self, examples: Examples, students: Sequence[Any], teachers: Sequence[Any], *sizes: Any, **options: Any
+    ) -> None:
+        super().__init__(examples, students, teachers, *sizes, **options)
+        if not self.shared_tokenizer:
+            raise InputError(OTHER_VOCABULARY, "teacher")
+
+    def read(self, tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int) -> Any:
+        """The texts of one split, to be masked."""
+        return MaskedTokens(tokenizer, texts, max_length, self.seed)
+
+    def collate(self, split: str) -> Any:
+        """The collate function of a split."""
+        return MaskedCollate(self.tokens[split][self.student_key], len(self.teacher_keys), len(self.student_keys))
+
+    def probe(self, split: str, count: int) -> Batch:
+        """A few examples of a split, cut by the vocabulary of the exported model alone."""
+        tokens = self.tokens[split][self.student_key]
+        probability, tokens.probability = tokens.probability, 0.0
+        try:
+            return self.collate(split)(self.rows(split, count))  # type: ignore[no-any-return]
+        finally:
+            tokens.probability = probability
+
+
+OTHER_VOCABULARY = (
+    "the logits of a masked language model are over its vocabulary, and the student's is another than the teacher's: there is "
+    "nothing to compare. Use teacher=[], or a student with the teacher's vocabulary"
+)

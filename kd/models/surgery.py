@@ -1,0 +1,260 @@
+"""Surgeries on a student's embeddings, which any method can add: they are made after it is initialised, in the order given."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kd import distributed
+from kd.errors import InputError
+from kd.models.encoder import Encoder
+from kd.models.vocabularies import (
+    check_wordpiece,
+    learned_tokens,
+    set_outputs,
+    set_vocabulary,
+    special_tokens,
+    used_tokens,
+    with_vocabulary,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What a surgery may read.
+
+    Attributes:
+        texts: the training texts; None on the meta device, where a surgery checks what it can without them.
+        folder: the exported student of the run that the surgery asks for with `run`, if it does.
+    """
+
+    texts: Sequence[str] | None
+    folder: Path | None = None
+
+
+class Surgery(Protocol):
+    """What `kd.build` needs of a surgery."""
+
+    changes_vocabulary: bool
+
+    def __call__(self, student: Encoder, material: Material) -> tuple[Encoder, str]:
+        """The student after it, and what was done, in words.
+
+        Raises:
+            InputError: if it cannot be made on this student.
+        """
+        ...
+
+
+def word_table(student: Encoder, name: str) -> nn.Embedding:
+    """The table of word embeddings.
+
+    Raises:
+        InputError: if another surgery has replaced it.
+    """
+    table = student.model.get_input_embeddings()
+    if type(table) is not nn.Embedding:
+        found = type(table).__name__
+        raise InputError(f"{name} must come before the surgery that replaced the word embeddings ({found})", "surgery")
+    return table
+
+
+def whole_number(value: Any, least: int, key: str) -> int:
+    """A number of the configuration.
+
+    Raises:
+        InputError: if it is none, or too small.
+    """
+    if type(value) is not int or value < least:
+        raise InputError(f"{key}={value} must be a whole number from {least}", key)
+    return value
+
+
+class CutVocabulary:
+    """The vocabulary cut to the tokens that the training texts use. Rows of the embeddings are kept as they are.
+
+    With `min_count=1` the training texts are segmented as before, so the model's outputs on them are unchanged; other texts
+    may be cut into more and shorter pieces.
+
+    Args:
+        min_count: how often a token must occur to be kept, from 1. Special tokens, and the single characters of the texts,
+            always are.
+    """
+
+    changes_vocabulary = True
+
+    def __init__(self, min_count: int = 1) -> None:
+        self.min_count = whole_number(min_count, 1, "surgery.cut_vocabulary.min_count")
+
+    def __call__(self, student: Encoder, material: Material) -> tuple[Encoder, str]:
+        """The student with fewer rows."""
+        table, old = word_table(student, "cut_vocabulary"), student.tokenizer
+        check_wordpiece(old, "surgery.cut_vocabulary")
+        if material.texts is None:
+            return student, ""
+        tokens = distributed.agree(used_tokens(old, material.texts, self.min_count))
+        rows = torch.tensor(old.convert_tokens_to_ids(tokens))
+        outputs = student.model.get_output_embeddings()
+        student.tokenizer = with_vocabulary(old, tokens)
+        bias = None if outputs is None else outputs.bias.detach()[rows]
+        set_vocabulary(student.model, table.weight.detach()[rows], bias, student.tokenizer.pad_token_id)
+        return student, f"vocabulary cut from {len(old)} to {len(tokens)} tokens"
+
+
+class LearnedVocabulary:
+    """A new WordPiece vocabulary, learned from the training texts, with embeddings drawn afresh.
+
+    Args:
+        size: tokens, special ones included.
+    """
+
+    changes_vocabulary = True
+
+    def __init__(self, size: int) -> None:
+        self.size = whole_number(size, 1, "surgery.learned_vocabulary.size")
+
+    def __call__(self, student: Encoder, material: Material) -> tuple[Encoder, str]:
+        """The student with another vocabulary."""
+        word_table(student, "learned_vocabulary")
+        check_wordpiece(student.tokenizer, "surgery.learned_vocabulary")
+        if material.texts is None:
+            return student, ""
+        key = "surgery.learned_vocabulary.size"
+        tokens = distributed.agree(learned_tokens(student.tokenizer, material.texts, self.size, key))
+        student.tokenizer = with_vocabulary(student.tokenizer, tokens)
+        padding = student.tokenizer.pad_token_id
+        set_vocabulary(student.model, drawn_table(len(tokens), student.width, student.config, padding), None, padding)
+        return student, f"vocabulary of {len(tokens)} tokens learned from the task's text"
+
+
+def drawn_table(size: int, width: int, config: Any, padding: int | None = None) -> Tensor:
+    """Fresh embeddings (size, width) as BERT draws them; zeros for padding."""
+    table = torch.empty(size, width).normal_(std=config.initializer_range)
+    if padding is not None:
+        table[padding] = 0
+    return table
+
+
+class FactorizedEmbedding(nn.Module):
+    """Word embeddings as a product: (vocabulary, rank) times (rank, width).
+
+    Args:
+        vocabulary: rows.
+        rank: of the product.
+        width: of an embedding.
+        padding: id of the padding token.
+    """
+
+    def __init__(self, vocabulary: int, rank: int, width: int, padding: int | None) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(vocabulary, rank, padding_idx=padding)
+        self.basis = nn.Linear(rank, width, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The table that it stands for, (vocabulary, width)."""
+        return self.rows.weight @ self.basis.weight.T
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Embeddings (..., width) of ids (...)."""
+        return self.basis(self.rows(ids))  # type: ignore[no-any-return]
+
+    def plain(self) -> nn.Embedding:
+        """The product, multiplied out."""
+        table = self.weight.detach().clone()
+        size, width = table.shape
+        return nn.Embedding(size, width, padding_idx=self.rows.padding_idx, _weight=table)
+
+
+class FactorizedOutputs(nn.Module):
+    """The outputs of a masked language model that are tied to factorised embeddings.
+
+    Args:
+        words: the embeddings.
+        bias: (vocabulary,).
+    """
+
+    def __init__(self, words: FactorizedEmbedding, bias: nn.Parameter) -> None:
+        super().__init__()
+        self.words = words
+        self.bias = bias
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Logits (..., vocabulary) of states (..., width)."""
+        return F.linear(states @ self.words.basis.weight, self.words.rows.weight, self.bias)
+
+    def plain(self) -> nn.Linear:
+        """One matrix; the caller ties it."""
+        table = self.words.weight.detach().clone()
+        outputs = nn.Linear(table.shape[1], table.shape[0])
+        outputs.weight, outputs.bias = nn.Parameter(table), self.bias
+        return outputs
+
+
+def truncated_svd(table: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Two factors whose product is the best approximation of a matrix by one of this rank, in the Frobenius norm.
+
+    Source: Eckart and Young, Psychometrika 1936. The singular values are shared evenly between the factors (our choice).
+
+    Args:
+        table: (rows, columns).
+        rank: from 1 to the smaller side.
+
+    Returns:
+        (rows, rank) and (rank, columns).
+    """
+    left, values, right = torch.linalg.svd(table.float(), full_matrices=False)
+    root = values[:rank].sqrt()
+    return left[:, :rank] * root, root[:, None] * right[:rank]
+
+
+class Factorized:
+    """The word embeddings replaced by a product of two matrices, begun at the truncated SVD of the table.
+
+    transformers has no BERT with such embeddings: the exported folder holds the product.
+
+    Args:
+        rank: of the product, from 1 to the width. It saves parameters where it is smaller than vocabulary x width /
+            (vocabulary + width).
+    """
+
+    changes_vocabulary = False
+
+    def __init__(self, rank: int) -> None:
+        self.rank = whole_number(rank, 1, "surgery.factorized.rank")
+
+    def __call__(self, student: Encoder, material: Material) -> tuple[Encoder, str]:
+        """The student with a factorised table."""
+        table = word_table(student, "factorized")
+        size, width = table.weight.shape
+        if self.rank > min(size, width):
+            key = "surgery.factorized.rank"
+            raise InputError(f"{key}={self.rank} is more than the width of the embeddings, {min(size, width)}", key)
+        with torch.device(table.weight.device):
+            words = FactorizedEmbedding(size, self.rank, width, table.padding_idx)
+        if material.texts is not None:
+            with torch.no_grad():
+                rows, basis = truncated_svd(table.weight, self.rank)
+                words.rows.weight.copy_(rows)
+                words.basis.weight.copy_(basis.T)
+        outputs = student.model.get_output_embeddings()
+        if outputs is not None:
+            set_outputs(student.model, FactorizedOutputs(words, outputs.bias))
+        student.model.set_input_embeddings(words)
+        kept = sum(parameter.numel() for parameter in words.parameters())
+        return student, f"word embeddings of rank {self.rank} ({kept:,} parameters for {table.weight.numel():,})"
+
+
+def check_special_tokens(tokenizer: Any, key: str) -> None:
+    """Whether a tokenizer has what masked language modelling with two vocabularies needs.
+
+    Raises:
+        InputError: if a special token is missing.
+    """
+    for name in ("cls_token", "sep_token", "pad_token", "mask_token", "unk_token"):
+        if getattr(tokenizer, name) is None:
+            raise InputError(f"the student's tokenizer has no {name}; it has {', '.join(special_tokens(tokenizer))}", key)

@@ -1,0 +1,154 @@
+"""Vocabularies: learning one, cutting one, and giving a model another."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, trainers
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from kd.errors import InputError
+
+ALPHABET = 100
+"""Characters that a learned vocabulary can spell: the most frequent ones. Latin letters, digits and punctuation fit; each takes
+two entries, at the start of a word and inside it. Our choice."""
+
+
+def check_wordpiece(tokenizer: Any, key: str) -> None:
+    """Whether a tokenizer is a WordPiece one.
+
+    Raises:
+        InputError: if it is not: byte-level and unigram vocabularies depend on merges and scores, which cannot be cut.
+    """
+    kind = type(tokenizer.backend_tokenizer.model).__name__
+    if kind != "WordPiece":
+        raise InputError(f"it needs a WordPiece vocabulary, as BERT and MPNet have; the student's is {kind}", key)
+
+
+def with_vocabulary(tokenizer: Any, tokens: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer with the same rules and another vocabulary.
+
+    Args:
+        tokenizer: WordPiece; its normaliser, pre-tokeniser, post-processor and special tokens are kept.
+        tokens: of the new vocabulary, in the order of their ids; the special ones are among them.
+    """
+    numbers = {token: number for number, token in enumerate(tokens)}
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules["padding"] = rules["truncation"] = None
+    rules["model"]["vocab"] = numbers
+    rules["added_tokens"] = [
+        {**token, "id": numbers[token["content"]]} for token in rules["added_tokens"] if token["content"] in numbers
+    ]
+    processor = rules["post_processor"] or {}
+    for name, entry in processor.get("special_tokens", {}).items():
+        entry["ids"] = [numbers[name]]
+    for end in ("sep", "cls"):  # BERT's and RoBERTa's own processors
+        if end in processor:
+            processor[end][1] = numbers[processor[end][0]]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(rules)),
+        model_input_names=list(tokenizer.model_input_names),
+        model_max_length=tokenizer.model_max_length,
+        **tokenizer.special_tokens_map,
+    )
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """Special tokens in the order of their ids, which padding and positions of some families depend on."""
+    return sorted(tokenizer.all_special_tokens, key=tokenizer.convert_tokens_to_ids)
+
+
+def characters(tokenizer: Any, texts: Sequence[str]) -> Counter[str]:
+    """How often each character occurs in normalised texts; white space separates words and is left out."""
+    rules = tokenizer.backend_tokenizer.normalizer
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text if rules is None else rules.normalize_str(text))
+    return Counter({character: count for character, count in counts.items() if not character.isspace()})
+
+
+def used_tokens(tokenizer: Any, texts: Sequence[str], least: int) -> list[str]:
+    """The part of a vocabulary that texts use, in its own order.
+
+    Special tokens, every token that occurs at least so many times, and the single characters of the texts, with which words
+    that do not occur in them can still be spelt.
+    """
+    prefix = tokenizer.backend_tokenizer.model.continuing_subword_prefix
+    vocabulary = tokenizer.get_vocab()
+    counts = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    for encoding in tokenizer(list(texts), add_special_tokens=False, truncation=False, padding=False).encodings:
+        np.add.at(counts, np.asarray(encoding.ids, dtype=np.int64), 1)
+    kept = set(special_tokens(tokenizer))
+    kept |= {token for token, number in vocabulary.items() if counts[number] >= least}
+    kept |= {piece for letter in characters(tokenizer, texts) for piece in (letter, prefix + letter) if piece in vocabulary}
+    return sorted(kept, key=vocabulary.__getitem__)
+
+
+def learned_tokens(tokenizer: Any, texts: Sequence[str], size: int, key: str) -> list[str]:
+    """A WordPiece vocabulary learned from texts with a tokenizer's own normaliser and pre-tokeniser.
+
+    It is a function of the texts: `tokenizers` numbers inside-of-word characters as its hash map happens to hold them, and
+    breaks ties by number, so two processes would learn two vocabularies. Here the alphabet is numbered before it learns.
+
+    Raises:
+        InputError: for a size that the texts do not support, or that is taken up by single characters.
+    """
+    rules = tokenizer.backend_tokenizer
+    prefix = rules.model.continuing_subword_prefix
+    counts = characters(tokenizer, texts)
+    alphabet = sorted(sorted(counts, key=lambda character: (-counts[character], character))[:ALPHABET])
+    start = [*special_tokens(tokenizer), *alphabet, *(prefix + character for character in alphabet)]
+    if size <= len(start):
+        raise InputError(
+            f"{key}={size} leaves no room for words: special tokens and single characters alone are {len(start)}", key
+        )
+    learner = Tokenizer(models.WordPiece(unk_token=tokenizer.unk_token))
+    learner.normalizer, learner.pre_tokenizer = rules.normalizer, rules.pre_tokenizer
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size,
+        special_tokens=start,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        continuing_subword_prefix=prefix,
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    found = learner.get_vocab()
+    if len(found) < size:
+        raise InputError(f"{key}={size} is more than the text supports: it gives {len(found)} tokens", key)
+    return sorted(found, key=found.__getitem__)
+
+
+def set_vocabulary(model: Any, table: Tensor, bias: Tensor | None, padding: int) -> None:
+    """Give a model another table of word embeddings and, if it is a masked language model, the outputs tied to it.
+
+    Args:
+        model: of transformers.
+        table: (vocabulary, width).
+        bias: (vocabulary,), of the outputs; None for zeros.
+        padding: id of the padding token.
+    """
+    size, width = table.shape
+    words = nn.Embedding(size, width, padding_idx=padding, _weight=table)
+    old = model.get_output_embeddings()
+    model.set_input_embeddings(words)
+    model.config.vocab_size, model.config.pad_token_id = size, padding
+    if old is not None:
+        outputs = nn.Linear(width, size, device=table.device)
+        with torch.no_grad():
+            outputs.bias.copy_(torch.zeros(size) if bias is None else bias)
+        outputs.weight = words.weight
+        set_outputs(model, outputs)
+
+
+def set_outputs(model: Any, outputs: nn.Module) -> None:
+    """Put a layer in the place of a masked language model's last one; its bias is also the head's own."""
+    old = model.get_output_embeddings()
+    for parent in list(model.modules()):
+        if any(child is old for child in parent.children()):
+            parent.decoder = outputs
+            parent.bias = outputs.bias
