@@ -301,6 +301,8 @@ def operate(run: Run, student: Encoder, texts: Sequence[str] | None) -> tuple[En
     done = []
     for name, node in run.spec.surgery.items():
         surgery: Surgery = make({key: value for key, value in node.items() if key != "run"}, f"surgery.{name}")
+        if not callable(surgery):
+            raise InputError(f"surgery.{name} has no class: its _target_ is missing", f"surgery.{name}")
         needed = run.inputs.get(f"surgery {name}")
         folder = None if texts is None or needed is None else needed.student
         student, words = surgery(student, Material(texts, folder))

@@ -260,7 +260,7 @@ def stage_config(stage: Any, key: str, overrides: Sequence[str], depth: int) -> 
 
     Args:
         stage: a list of overrides, or a mapping with `overrides`, with `run` (the stage's own `student.run`, so that a chain
-            needs no nested quotes), and with whatever its overrides interpolate.
+            needs no nested quotes), `name` (what results call it), and whatever its overrides interpolate.
         key: where it stands.
         overrides: of this command.
         depth: of the chain of stages.

@@ -10,13 +10,13 @@ from kd.config import compose, conf_folder, typed
 from kd.errors import InputError
 from kd.schema import RunSpec
 
-GROUPS = ("method", "student", "teacher", "task", "optimizer", "trainer", "logger", "paths", "sweep", "experiment", "tuned")
-GROUPS += ("pool", "cohort", "engine")
+GROUPS = ("method", "student", "teacher", "surgery", "task", "pretrain", "optimizer", "trainer", "logger", "paths", "sweep")
+GROUPS = (*GROUPS, "experiment", "tuned", "pool", "cohort", "engine")
 FILES = [(group, file.stem) for group in GROUPS for file in sorted((conf_folder() / group).glob("*.yaml"))]
 
 
 def chosen(group: str, name: str) -> str:
-    return f"teacher=[{name}]" if group == "teacher" else f"{group}={name}"
+    return f"{group}=[{name}]" if group in ("teacher", "surgery") else f"{group}={name}"
 
 
 def spec(*overrides: str) -> RunSpec:
@@ -172,7 +172,6 @@ def test_an_unknown_name_lists_the_known_ones(override: str, key: str, words: li
         ("optimizer.lr=null", "None"),
         ("student.layers=[1]", "1"),
         ("student.width=wide", "wide"),
-        ("student.run=x", ""),
         ("task.text=sentence", ""),
         ("task.source=null", ""),
         ("task.name=???", "no value"),

@@ -38,7 +38,18 @@ def test_help_imports_nothing_heavy() -> None:
 def test_readme_names_every_method_student_task_and_trainer() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) < 200
-    for group in ("method", "student", "teacher", "task", "trainer", "optimizer", "logger", "experiment"):
+    for group in (
+        "method",
+        "student",
+        "teacher",
+        "surgery",
+        "task",
+        "pretrain",
+        "trainer",
+        "optimizer",
+        "logger",
+        "experiment",
+    ):
         for path in (ROOT / "conf" / group).glob("*.yaml"):
             assert re.search(rf"`\[?{path.stem}\]?`", text), f"{group}={path.stem} is not in the README"
 

@@ -314,15 +314,16 @@ def describe_init(spec: StudentSpec, depth: int, source_depth: int | None) -> st
     if spec.init == "random":
         return "random"
     if spec.init in ("checkpoint", "run"):
-        return f"{spec.init} {spec.checkpoint if spec.init == 'checkpoint' else ' '.join(run_overrides(spec.run))}".strip()
+        return f"{spec.init} {spec.checkpoint if spec.init == 'checkpoint' else run_in_words(spec.run)}".strip()
     layers = chosen_layers(spec.init, depth, source_depth or depth)
     kind = spec.init if isinstance(spec.init, str) else "explicit"
     return f"{kind} layers {layers} of the {'fine-tuned' if spec.init_from == 'teacher' else 'pre-trained'} backbone"
 
 
-def run_overrides(run: Any) -> list[str]:
-    """The overrides of `student.run`, which is a list of them or a mapping that holds it."""
-    return [str(word) for word in (run.get("overrides", []) if isinstance(run, Mapping) else run or [])]
+def run_in_words(run: Any) -> str:
+    """`student.run` in words: its overrides, or the name of a mapping that has one."""
+    parts = run if isinstance(run, Mapping) else {"overrides": run or []}
+    return str(parts.get("name") or " ".join(map(str, parts.get("overrides", []))))
 
 
 def _first_line(error: BaseException) -> str:

@@ -201,6 +201,7 @@ def test_checkpoint_with_labels_in_another_order_is_not_taken_by_position(make: 
 
 def test_head_that_a_checkpoint_lacks_is_drawn_afresh(make: Make, tmp_path: Path) -> None:
     tiny_model(layers=2).bert.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
     built = student(make(), tmp_path, labels=["a", "b", "c"], init="checkpoint", layers=2)
     assert built.model.classifier.weight.shape == (3, 32)
     assert built.model.classifier.weight.std() > 0
@@ -391,6 +392,7 @@ def test_checkpoint_of_another_shape_is_refused(make: Make, sizes: dict[str, int
 @pytest.mark.parametrize(("init", "key"), [("first", "student.init_from"), ("checkpoint", "student.checkpoint")])
 def test_truncated_weights_are_refused(make: Make, tmp_path: Path, init: str, key: str, kept: float) -> None:
     tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
     with refused(key, "truncated or damaged"):
