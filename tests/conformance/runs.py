@@ -1,14 +1,17 @@
 """Whole runs on the toy task: planned, made, and stopped on the way."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from omegaconf import OmegaConf
 
 from kd import fit as fitting
 from kd import train
+from kd.build import build_examples, check
 from kd.config import compose
 from kd.planning import plan
 from kd.runs import Run
@@ -26,6 +29,24 @@ def pool(backbone: Path, *names: str) -> list[str]:
 def planned(overrides: list[str]) -> Run:
     """The run of these overrides."""
     return plan(compose(overrides), overrides)
+
+
+def over(base: list[str]) -> Callable[..., Run]:
+    """Runs of these overrides with further ones. Plain keys are laid over without composing again, to save time."""
+    composed = compose(base)
+
+    def laid_over(*more: str) -> Run:
+        if all(re.match(r"(seed|\w+(\.\w+)+)=", word) for word in more):
+            return plan(OmegaConf.merge(composed, OmegaConf.from_dotlist(list(more))), [*base, *more])
+        return planned([*base, *more])
+
+    return laid_over
+
+
+def checked(plan_of: Callable[..., Run], *more: str) -> None:
+    """Plan a run and build it with shapes in place of weights, as is done before anything is trained."""
+    run = plan_of(*more)
+    check(run, build_examples(run))
 
 
 def made(overrides: list[str]) -> tuple[Run, dict]:
