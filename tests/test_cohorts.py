@@ -1,5 +1,6 @@
 """Cohorts: who learns together, where each begins, and what is refused."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from kd.cohorts import students_of
 from kd.errors import InputError
 from kd.models import Encoder
 from kd.runs import Run
+from kd.schema import StudentSpec
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +209,59 @@ def test_a_weight_for_peers_needs_a_cohort(small: Small) -> None:
     with pytest.raises(InputError, match="'mutual' has no term") as caught:
         checked(over(small("method=kd")), "+method.weights.mutual=1")
     assert caught.value.key == "method.weights.mutual"
+
+
+WRONG_VALUES = {
+    "layers that are a word": "[{layers: two},{}]",
+    "dropout that is a word": "[{dropout: much},{}]",
+    "a run that is not there": "[{init: run},{}]",
+    "a checkpoint that is not there": "[{init: checkpoint},{}]",
+    "a number for a name": "[{name: 3},{}]",
+    "no name": "[{name: null},{}]",
+    "a name that is a path": "[{name: ../../elsewhere},{}]",
+    "the ensemble's name": "[{name: ensemble},{}]",
+}
+
+
+@pytest.mark.parametrize("case", WRONG_VALUES)
+def test_a_value_that_a_student_cannot_have_is_found_when_planning(case: str, dml) -> None:
+    with pytest.raises(InputError) as caught:
+        checked(dml, f"cohort.students={WRONG_VALUES[case]}")
+    assert caught.value.key.startswith(("cohort.students", "student."))
+
+
+def refusal(action: Callable[[], object]) -> InputError | None:
+    """What was refused, if anything was."""
+    try:
+        action()
+    except InputError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("name", ["half", "items", "type"])
+def test_a_name_that_torch_uses_itself_is_a_name_or_refused(dml, name: str) -> None:
+    error = refusal(lambda: checked(dml, f"cohort.students=[{{name: {name}}},{{}}]"))
+    assert error is None or error.key == "cohort.students"
+
+
+def test_a_student_called_teacher_is_not_taken_for_the_one_trained_online(small: Small) -> None:
+    run = over(small("method=p2p_mutual", "cohort.teacher=online"))
+    with pytest.raises(InputError, match="teacher") as caught:
+        checked(run, "cohort.students=[{name: teacher},{}]")
+    assert caught.value.key == "cohort.students"
+
+
+@pytest.mark.parametrize("words", ["student.init=random", "student.init=checkpoint student.checkpoint={backbone}"])
+def test_students_by_name_begin_as_the_command_says_or_not_at_all(dml, backbone: Path, words: str) -> None:
+    given = words.format(backbone=backbone).split()
+    found: dict[str, StudentSpec] = {}
+    error = refusal(lambda: found.update(students_of(dml("cohort.students=[2l,3l]", *given).spec)))
+    assert error is None or error.key in ("student.init", "cohort.students")
+    assert {each.init for each in found.values()} <= {given[0].partition("=")[2]}
+
+
+def test_the_message_for_a_cohort_without_peers_says_what_to_do(dml) -> None:
+    with pytest.raises(InputError) as caught:
+        dml("cohort.peers=null")
+    assert "use cohort=mutual" not in caught.value.message, "that is what was used"

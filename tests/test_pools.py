@@ -10,12 +10,16 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from conformance.runs import Small, checked, made, over, planned, pool
+from conftest import tiny_model, tiny_tokenizer
 from kd import train
-from kd.build import build_examples, build_models, pool_chances
+from kd.build import build_examples, build_models, check, pool_chances
+from kd.data.batch import Batch
 from kd.data.datamodule import Examples
 from kd.errors import InputError
+from kd.methods.base import Progress, Step
 from kd.methods.skdbert import Stochastic
 from kd.methods.wkd import Ensemble
+from kd.planning import backbone_of
 from kd.runs import Run
 
 NAMES = ("minilm", "minilm_4l", "minilm_3l")
@@ -311,3 +315,76 @@ def test_a_ready_classifier_has_no_pilot_of_its_own(small: Small, backbone: Path
     run = planned(small("method=skdbert", *ready, "pool.distribution=student_rank"))
     assert list(run.inputs) == ["teacher minilm", "pilot minilm", "pilot hub"]
     assert run.inputs["pilot hub"].inputs == {}
+
+
+def test_probabilities_that_pass_the_check_can_be_drawn_from(of_count: Callable[[int], Callable[..., Run]]) -> None:
+    words = "pool.distribution=[0.3333333,0.3333333,0.3333333]"
+    run = of_count(3)(words)  # or refused here; at step one it is too late
+    method = build_models(run, build_examples(run).task, meta=True).methods["student"]
+    task = build_examples(run).task
+    batch = Batch({}, ({},) * 3, torch.tensor([0]), torch.arange(1))
+    assert method.drawn(Step(None, [None] * 3, batch, task, Progress())) in range(3)
+
+
+def test_an_endless_sharpness_is_refused(of_count: Callable[[int], Callable[..., Run]]) -> None:
+    with pytest.raises(InputError) as caught:
+        of_count(3)("pool.sharpness=.inf")
+    assert caught.value.key == "pool.sharpness"
+
+
+def test_an_undefined_error_ranks_last(of_count: Callable[[int], Callable[..., Run]]) -> None:
+    run = of_count(3)()
+    assert chances(run, "mse", [None, 0.5, 0.2]) == pytest.approx([1 / 6, 2 / 6, 3 / 6])
+    assert chances(run, "mse", [None, 0.5, 0.2], "best") == [0, 0, 1]
+
+
+def test_a_chain_for_a_cohort_is_of_single_links(of_count: Callable[[int], Callable[..., Run]]) -> None:
+    run = of_count(3)("pool=takd", "cohort=mutual")
+    link = run.inputs["teacher minilm_3l"]
+    check(link, build_examples(link))  # found only after the first link has been trained
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_only_the_first_of_a_chain_is_a_ready_classifier(small: Small, backbone: Path, place: int) -> None:
+    names = ["minilm", "hub"][:: 1 if place else -1]
+    ready = [f"teacher=[{','.join(names)}]", f"teacher.minilm.backbone={backbone}", f"teacher.hub.model={backbone}"]
+    words = small("method=skdbert", "pool=takd", *ready)
+    if place == 0:
+        assert list(planned(words).inputs) == ["teacher minilm"]
+        return
+    with pytest.raises(InputError, match="hub") as caught:  # nobody taught it; those before it would be left out in silence
+        planned(words)
+    assert caught.value.key == "teacher.hub.model"
+
+
+def test_a_pilots_stage_is_of_the_same_task(of_count: Callable[[int], Callable[..., Run]]) -> None:
+    stage = ["student.init=run", "student.run=['student.init=random']"]
+    run = of_count(2)("pool.distribution=student_rank", *stage)
+    for name in NAMES[:2]:
+        found = run.inputs[f"pilot {name}"].inputs["stage"]
+        assert found.spec.task.name == "file"
+        assert found.spec.task.holdout == 0.1, "a stage that has seen the part held out leaks it"
+
+
+def test_pilots_by_student_rank_teachers_by_one_student(small: Small, backbone: Path, tmp_path: Path) -> None:
+    wider = tmp_path / "wider"
+    tiny_model(seed=2, width=64).save_pretrained(wider)
+    tiny_tokenizer().save_pretrained(wider)
+    changed = [*pool(backbone, *TWO), f"teacher.minilm_3l.backbone={wider}"]
+    run = planned(small("method=skdbert", *changed, "pool.distribution=student_rank"))
+    shapes = [backbone_of(each.spec)[0] for each in (run, *(run.inputs[f"pilot {name}"] for name in TWO))]
+    assert shapes == [str(backbone)] * 3
+
+
+def test_what_is_wrong_with_a_student_is_not_put_down_to_a_teachers_run(of_count: Callable[[int], Callable[..., Run]]) -> None:
+    with pytest.raises(InputError, match="/nowhere") as caught:
+        of_count(2)("pool.distribution=student_rank", "student.init=checkpoint", "student.checkpoint=/nowhere")
+    assert caught.value.key == "student.checkpoint"
+
+
+def test_a_part_too_small_to_rank_by_names_its_key_before_anything_is_trained(
+    of_count: Callable[[int], Callable[..., Run]],
+) -> None:
+    with pytest.raises(InputError) as caught:
+        checked(of_count(2), "pool.distribution=best", "pool.holdout=0.0001")
+    assert caught.value.key == "pool.holdout"

@@ -398,3 +398,23 @@ def test_the_first_student_of_a_cohort_without_exchange_ends_as_a_lone_student(s
     alone, _ = made(small("method=finetune", "teacher=[]", "seed=5"))
     first, lone = last_weights(cohort, "students.2l."), last_weights(alone, "student.")
     assert same_weights(first, lone)
+
+
+def test_a_cohort_that_takes_turns_keeps_checkpoints_inside_an_epoch(
+    cohort: tuple[Run, dict], tmp_path: Path, small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unbroken, _ = cohort
+    run = planned(small(*COHORT, f"paths.runs={tmp_path}", "trainer.checkpoint_minutes=0"))
+    broken_off(run, 8, monkeypatch)
+    assert torch.load(run.checkpoints / "last.ckpt", weights_only=False)["global_step"] in (7, 8)
+    train.execute(run)
+    assert same_weights(last_weights(run), last_weights(unbroken))
+
+
+def test_preflight_shows_the_online_teachers_loss_with_the_weight_it_has(
+    small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made(small(*LEARNERS, "method.weights.task=0", "trainer.max_epochs=1", f"paths.runs={tmp_path}"))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "weighted terms at the start" in line]
+    assert "2l/task 0," in line
+    assert not line.endswith("teacher/task 0"), "no weight of the students' applies to it"

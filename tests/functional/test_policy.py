@@ -55,3 +55,7 @@ def test_the_best_has_all_probability_and_of_equal_ones_the_first() -> None:
     assert best(SCORES) == [0.0, 1.0, 0.0, 0.0]
     assert best([0.3, 0.7, 0.7]) == [0.0, 1.0, 0.0]
     assert best([-math.inf, -math.inf]) == [1.0, 0.0]
+
+
+def test_any_sharpness_gives_numbers() -> None:
+    assert rank_probabilities(SCORES, sharpness=1000.0) == pytest.approx(best(SCORES), abs=1e-6)
