@@ -1,0 +1,96 @@
+"""Whole runs on the toy task: planned, made, and stopped on the way."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from omegaconf import OmegaConf
+
+from kd import fit as fitting
+from kd import train
+from kd.build import build_examples, check
+from kd.config import compose
+from kd.planning import plan
+from kd.runs import Run
+
+Small = Callable[..., list[str]]
+
+
+def pool(backbone: Path, *names: str) -> list[str]:
+    """Overrides of teachers that are fine-tuned on the toy task in a moment."""
+    each = [(f"teacher.{name}.backbone={backbone}", f"teacher.{name}.run.optimizer.lr=5e-3") for name in names]
+    epochs = [f"teacher.{name}.run.trainer.max_epochs=1" for name in names]
+    return [f"teacher=[{','.join(names)}]", *(word for words in each for word in words), *epochs]
+
+
+def planned(overrides: list[str]) -> Run:
+    """The run of these overrides."""
+    return plan(compose(overrides), overrides)
+
+
+def over(base: list[str]) -> Callable[..., Run]:
+    """Runs of these overrides with further ones. Plain keys are laid over without composing again, to save time."""
+    composed = compose(base)
+
+    def laid_over(*more: str) -> Run:
+        if all(re.match(r"(seed|\w+(\.\w+)+)=", word) for word in more):
+            return plan(OmegaConf.merge(composed, OmegaConf.from_dotlist(list(more))), [*base, *more])
+        return planned([*base, *more])
+
+    return laid_over
+
+
+def checked(plan_of: Callable[..., Run], *more: str) -> None:
+    """Plan a run and build it with shapes in place of weights, as is done before anything is trained."""
+    run = plan_of(*more)
+    check(run, build_examples(run))
+
+
+def made(overrides: list[str]) -> tuple[Run, dict]:
+    """The run of these overrides, and its record."""
+    run = planned(overrides)
+    return run, train.execute(run)
+
+
+def last_weights(run: Run, prefix: str = "") -> dict[str, torch.Tensor]:
+    """What training ended with; the exported student may be an earlier epoch's."""
+    found = torch.load(run.checkpoints / "last.ckpt", weights_only=False)["state_dict"]
+    return {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
+
+
+def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether two state dictionaries are equal to the bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class StopAfter(Callback):
+    """Ends a run at a batch, as a kill would: nothing is saved after it."""
+
+    def __init__(self, batches: int) -> None:
+        self.left = batches
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.left -= 1
+        if not self.left:
+            raise RuntimeError("stopped")
+
+
+def broken_off(run: Run, batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin a run, its inputs done, and end it after so many batches."""
+    for needed in run.inputs.values():
+        train.execute(needed)
+    original = fitting.build_trainer
+
+    def build(*arguments: object) -> object:
+        trainer = original(*arguments)
+        trainer.callbacks.append(StopAfter(batches))
+        return trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "build_trainer", build)
+        with pytest.raises(RuntimeError, match="stopped"):
+            train.execute(run)
+    assert run.result is None
