@@ -140,16 +140,16 @@ def pool_chances(run: Run, task: Task, meta: bool) -> list[float]:
     """The probability, or weight, of each teacher of a pool; even ones where pilots decide that have not run yet."""
     pool, names = run.spec.pool, list(run.spec.teacher)
     if isinstance(pool.distribution, list):
-        return [float(value) for value in pool.distribution]
+        return [float(value) / sum(pool.distribution) for value in pool.distribution]  # to the last bit, as numpy wants it
     if meta or pool.distribution == "uniform":
         return [1 / len(names)] * len(names)
-    scores = []
+    higher = higher_is_better(task.monitor)
+    scores, worst = [], -math.inf if higher else math.inf
     for name in names:
         record = run.inputs[f"pilot {name}"].result
         assert record is not None  # inputs are done before a run is built
         score = record["metrics"]["validation"][task.monitor]
-        scores.append(-math.inf if score is None else float(score))
-    higher = higher_is_better(task.monitor)
+        scores.append(worst if score is None else float(score))
     return best(scores, higher) if pool.distribution == "best" else rank_probabilities(scores, higher, pool.sharpness)
 
 
@@ -446,6 +446,11 @@ def check(run: Run, examples: Examples) -> None:
     Raises:
         InputError: for whatever does not fit.
     """
+    for role, needed in run.inputs.items():
+        if role.startswith("pilot "):  # all of them hold out the same examples
+            with keys_of(role):
+                build_examples(needed)
+            break
     models = build_models(run, examples.task, meta=True)
     checked_length(run.spec, models)
     build_engine(run, models, examples.task)

@@ -1,8 +1,8 @@
 """Checkpoints that a kill, a full disk or a crash cannot ruin."""
 
-import datetime
 import os
 import pickle
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -59,14 +59,24 @@ class EveryFewMinutes(Checkpoint):
     After an epoch's last batch it leaves the saving to the end of the epoch: Lightning would otherwise resume behind the
     validation that chooses the best checkpoint. Between the batches of one optimiser step it waits: gradients that have
     been accumulated are not part of a checkpoint.
+
+    The clock is its own, because Lightning's does not run for an engine that steps its optimiser itself.
     """
+
+    def __init__(self, folder: Path, minutes: float) -> None:
+        super().__init__(folder, "last", every_n_train_steps=0, enable_version_counter=False)
+        self.seconds = 60 * minutes
+        self.saved = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if the time has come."""
-        if not trainer.is_last_batch and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if trainer.strategy.broadcast(time.monotonic() - self.saved >= self.seconds):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+            self.saved = time.monotonic()
 
 
 def checkpoint_callbacks(folder: Path, monitor: str, minutes: float) -> list[pl.Callback]:
@@ -81,10 +91,7 @@ def checkpoint_callbacks(folder: Path, monitor: str, minutes: float) -> list[pl.
         enable_version_counter=False,
     )
     last = Checkpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
-    every = EveryFewMinutes(
-        folder, "last", train_time_interval=datetime.timedelta(minutes=minutes), enable_version_counter=False
-    )
-    return [best, last, every]
+    return [best, last, EveryFewMinutes(folder, minutes)]
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

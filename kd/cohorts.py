@@ -1,7 +1,10 @@
 """Which students learn together."""
 
-from dataclasses import replace
+import re
 from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from kd import config as composition
 from kd.errors import InputError, one_of
@@ -21,7 +24,8 @@ def check_cohort(spec: RunSpec) -> None:
             f"cohort={cohort.name} needs two students or more, cohort.students={cohort.students} has {count}", "cohort.students"
         )
     if cohort.peers is None and count > 1:
-        raise InputError(f"cohort={cohort.name} has one student; for {count} use cohort=mutual", "cohort")
+        cure = "use cohort=mutual" if cohort.name != "mutual" else "cohort.peers says how they learn from each other"
+        raise InputError(f"cohort={cohort.name} without peers has one student, not {count}; {cure}", "cohort")
     if cohort.teacher not in ("frozen", "online"):
         raise one_of(cohort.teacher, ("frozen", "online"), "cohort.teacher")
     if cohort.teacher == "online":
@@ -33,6 +37,12 @@ def check_cohort(spec: RunSpec) -> None:
                 "cohort.teacher",
             )
 
+
+PEERS = "mutual"
+"""The term that peers add."""
+
+RESERVED = ("teacher", "ensemble")
+"""Names that mean something else in logs and results."""
 
 VARIED = ("name", "layers", "width", "heads", "intermediate", "init", "init_from", "dropout")
 """What may differ between the students of a cohort."""
@@ -59,14 +69,7 @@ def students_of(spec: RunSpec) -> dict[str, StudentSpec]:
     found: dict[str, StudentSpec] = {}
     for entry in entries:
         changes = named_student(entry) if isinstance(entry, str) else entry
-        if not isinstance(changes, dict) or not set(changes) <= set(VARIED):
-            raise InputError(
-                f"cohort.students: '{entry}' is neither a name of conf/student nor a mapping of {', '.join(VARIED)}",
-                "cohort.students",
-            )
-        if changes and spec.student.init == "run":
-            raise InputError("students that begin from one run are all alike: cohort.students=2", "cohort.students")
-        student = replace(spec.student, **changes)
+        student = varied(spec.student, entry, changes)
         name, number = student.name.replace(".", "_"), 1
         while name in found:
             number += 1
@@ -75,10 +78,44 @@ def students_of(spec: RunSpec) -> dict[str, StudentSpec]:
     return found
 
 
+WHOLE = ("run", "checkpoint")
+"""Initialisations that take all of a model, whose shape the student must have."""
+
+
+def varied(student: StudentSpec, entry: Any, changes: Any) -> StudentSpec:
+    """A student with some keys of its own.
+
+    Raises:
+        InputError: for a key or a value that a student of a cohort cannot have.
+    """
+    if not isinstance(changes, dict) or not set(changes) <= set(VARIED):
+        raise InputError(
+            f"cohort.students: '{entry}' is neither a name of conf/student nor a mapping of {', '.join(VARIED)}",
+            "cohort.students",
+        )
+    try:
+        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(student), changes))
+    except OmegaConfBaseException as error:
+        raise InputError(f"cohort.students: '{entry}': {str(error).splitlines()[0]}", "cohort.students") from error
+    assert isinstance(merged, StudentSpec)
+    if not isinstance(merged.name, str) or not re.fullmatch(r"[\w.-]+", merged.name) or merged.name in RESERVED:
+        raise InputError(
+            f"cohort.students: the name '{merged.name}' is part of a folder's: letters, digits, '.', '_' and '-', and not "
+            f"{' or '.join(RESERVED)}",
+            "cohort.students",
+        )
+    if merged.init in WHOLE and merged.init != student.init:
+        raise InputError(f"cohort.students: init={merged.init} is set for all of them, as student.init", "cohort.students")
+    if changes and student.init in WHOLE:
+        raise InputError(f"students that begin from one {student.init} are all alike: cohort.students=2", "cohort.students")
+    return merged
+
+
 def named_student(name: str) -> dict[str, Any]:
-    """Sizes and initialisation of a student of `conf/student`."""
+    """Sizes of a student of `conf/student`; where its width is its own, its initialisation too."""
     if not (composition.conf_folder() / "student" / f"{name}.yaml").is_file():
         known = tuple(sorted(path.stem for path in (composition.conf_folder() / "student").glob("*.yaml")))
         raise one_of(name, known, "cohort.students")
     student = composition.compose([f"student={name}"]).student
-    return {key: student[key] for key in ("name", "layers", "width", "heads", "intermediate", "init")}
+    own = ("name", "layers", "width", "heads", "intermediate", *(("init",) if student.width is not None else ()))
+    return {key: student[key] for key in own}

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kd import config as composition
-from kd.cohorts import VARIED, check_cohort, students_of
+from kd.cohorts import PEERS, VARIED, check_cohort, students_of
 from kd.data.sources import Source
 from kd.errors import InputError
 from kd.hardware import resolve_precision
@@ -64,8 +64,8 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0) -> R
     check_pool(spec)
     inputs = {}
     for role, needed in teacher_configs(config, spec):
-        with keys_of(role):
-            inputs[role] = plan(needed, depth=depth)
+        with keys_of(role, is_student(role, spec)):
+            inputs[role] = plan(needed, pilot_overrides(role, spec, overrides), depth)
     if spec.student.init == "run":
         inputs["stage"] = plan(*stage_config(spec.student.run, "student.run", overrides, depth), depth + 1)
     for name, surgery in spec.surgery.items():
@@ -84,13 +84,20 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0) -> R
 
 
 @contextmanager
-def keys_of(role: str) -> Iterator[None]:
-    """Errors of an input's run name the key of the run that needs it: where the user can change it."""
+def keys_of(role: str, own_student: bool = False) -> Iterator[None]:
+    """Errors of an input's run name the key of the run that needs it: where the user can change it.
+
+    Args:
+        role: of the input.
+        own_student: whether it has the very keys of the run that needs it.
+    """
     try:
         yield
     except InputError as error:
         kind, _, name = role.partition(" ")
-        if error.key is None or kind not in ("teacher", "pilot"):
+        if error.key == "task.holdout" and kind == "pilot":
+            raise InputError(error.message, "pool.holdout") from error
+        if error.key is None or kind not in ("teacher", "pilot") or own_student:
             raise
         place = f"teacher.{name}"
         part, _, rest = error.key.partition(".")
@@ -199,7 +206,24 @@ def teacher_configs(config: DictConfig, spec: RunSpec) -> Iterator[tuple[str, Di
             of_student = spec.pool.distribution == "student_rank"
             pilot = one_teacher(config, [name]) if of_student else teacher_config(config, spec, name, teacher)
             OmegaConf.update(pilot, "task.holdout", spec.pool.holdout, force_add=True)
+            if of_student:  # one student, whichever teacher is tried on it
+                OmegaConf.update(pilot, "student.backbone", backbone_of(spec)[0], force_add=True)
             yield f"pilot {name}", pilot
+
+
+def is_student(role: str, spec: RunSpec) -> bool:
+    """Whether an input is this run's own student, tried with one teacher: then its keys are this run's."""
+    return role.startswith("pilot ") and spec.pool.distribution == "student_rank"
+
+
+def pilot_overrides(role: str, spec: RunSpec, overrides: Sequence[str]) -> list[str]:
+    """What a student's pilot would be composed from, for the stage that it begins from; nothing for other inputs."""
+    if not is_student(role, spec):
+        return []
+    name = role.removeprefix("pilot ")
+    others = [f"teacher.{other}." for other in spec.teacher if other != name]
+    kept = without(overrides, ["pool=", "pool.", "teacher=", *others])
+    return [*kept, "pool=none", f"teacher=[{name}]", f"++task.holdout={spec.pool.holdout}"]
 
 
 def link_config(parent: DictConfig, spec: RunSpec, last: DictConfig) -> DictConfig:
@@ -208,8 +232,12 @@ def link_config(parent: DictConfig, spec: RunSpec, last: DictConfig) -> DictConf
     chain = one_teacher(parent, before) if len(before) == 1 else parent
     config = last.copy()
     OmegaConf.set_struct(config, False)
-    for part in ("method", "engine", "pool"):
+    for part in ("method", "pool"):
         config[part] = chain[part]
+    if spec.cohort.peers is None:
+        config.engine = chain.engine
+    else:  # a link is one model, without peers
+        del config.method.weights[PEERS]
     config.teacher = {name: parent.teacher[name] for name in before}
     OmegaConf.set_struct(config, True)
     return config

@@ -1,5 +1,7 @@
 """What a method sees of several teachers, as far as the configuration tells."""
 
+import math
+
 from kd.cohorts import students_of
 from kd.errors import InputError, one_of
 from kd.schema import RunSpec
@@ -29,12 +31,17 @@ def check_pool(spec: RunSpec) -> None:
             "teacher",
         )
     if pool.chain:
-        if spec.cohort.peers is not None:
-            raise InputError(f"pool={pool.name} makes its links by the student's method, and a link has no peers", "pool")
+        for name in names[1:]:
+            if spec.teacher[name].model is not None:
+                raise InputError(
+                    f"in a chain every teacher but the first is taught by the one before it; '{name}' is a ready classifier: "
+                    "list it first, or give its backbone",
+                    f"teacher.{name}.model",
+                )
         return
     given = pool.distribution
     if isinstance(given, list):
-        numbers = [value for value in given if isinstance(value, int | float) and value >= 0]
+        numbers = [value for value in given if type(value) in (int, float) and value >= 0]
         if len(numbers) != len(names) or len(given) != len(names):
             raise InputError(
                 f"pool.distribution={given} must give a probability, not negative, for each teacher of {names}",
@@ -44,9 +51,10 @@ def check_pool(spec: RunSpec) -> None:
             raise InputError(f"pool.distribution={given} adds up to {sum(numbers):g}, not 1", "pool.distribution")
     elif given not in ("uniform", *RANKED):
         raise one_of(given, ("uniform", *RANKED, "[probability, ...]"), "pool.distribution")
-    if not (pool.sharpness >= 0 and 0 < pool.holdout < 1):
-        wrong = "holdout" if pool.sharpness >= 0 else "sharpness"
-        raise InputError(f"pool.{wrong}={getattr(pool, wrong)} is out of range", f"pool.{wrong}")
+    if not 0 <= pool.sharpness < math.inf:
+        raise InputError(f"pool.sharpness={pool.sharpness} must be a number from 0", "pool.sharpness")
+    if not 0 < pool.holdout < 1:
+        raise InputError(f"pool.holdout={pool.holdout} is a share of train, between 0 and 1", "pool.holdout")
     if given in RANKED and spec.task.holdout is not None:
         raise InputError("a pilot cannot have pilots of its own: task.holdout is set already", "task.holdout")
     if given in RANKED and given != "student_rank":

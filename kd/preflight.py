@@ -12,6 +12,7 @@ from kd.data.tasks import higher_is_better
 from kd.engines.base import Engine
 from kd.errors import InputError
 from kd.forward import Needs
+from kd.methods.base import Progress
 from kd.runs import Run
 
 PROBE = 8
@@ -154,7 +155,6 @@ def check_one_batch(report: Report, engine: Engine, data: KDData) -> None:
                 raise InputError(f"teacher '{teacher.name}' is not in eval mode", f"teacher.{teacher.name}")
             if any(parameter.grad is not None for parameter in teacher.encoder.parameters()):
                 raise InputError(f"teacher '{teacher.name}' gets gradients", f"teacher.{teacher.name}")
-        weight = {name: engine.weights[name.rpartition("/")[2]](0.0) for name in loss.terms}
-        shares = {name: weight[name] * float(term.detach()) for name, term in loss.terms.items()}
+        shares = {name: engine.weight_of(name, Progress()) * float(term.detach()) for name, term in loss.terms.items()}
     report.ok("one batch: every trainable parameter gets a gradient; teachers are frozen and in eval mode")
     report.note("weighted terms at the start: " + ", ".join(f"{name} {value:.4g}" for name, value in shares.items()))

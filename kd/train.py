@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kd import distributed
 from kd.config import ROOT, conf_folder, explain
 from kd.errors import InputError, disk_is_full
-from kd.planning import keys_of, plan
+from kd.planning import is_student, keys_of, plan
 from kd.runs import Run
 
 INTERRUPTED = 130
@@ -48,7 +48,7 @@ def execute(run: Run, purpose: str = "") -> dict[str, Any]:
         examples = build_examples(run)
         check(run, examples)  # before a teacher is trained for it
         for role, needed in run.inputs.items():
-            with keys_of(role):
+            with keys_of(role, is_student(role, run.spec)):
                 execute(needed, f"{role}: {needed.name}")
         from kd.fit import fit
 
@@ -106,7 +106,7 @@ def check_launch(run: Run, key: str = "trainer.batch_size") -> None:
             key,
         )
     for role, needed in run.inputs.items():
-        with keys_of(role):
+        with keys_of(role, is_student(role, run.spec)):
             check_launch(needed, "student.run" if role == "stage" else "trainer.batch_size")
 
 

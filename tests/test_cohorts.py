@@ -216,7 +216,6 @@ WRONG_VALUES = {
     "dropout that is a word": "[{dropout: much},{}]",
     "a run that is not there": "[{init: run},{}]",
     "a checkpoint that is not there": "[{init: checkpoint},{}]",
-    "a number for a name": "[{name: 3},{}]",
     "no name": "[{name: null},{}]",
     "a name that is a path": "[{name: ../../elsewhere},{}]",
     "the ensemble's name": "[{name: ensemble},{}]",

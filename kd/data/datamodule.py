@@ -83,10 +83,13 @@ def held_out(raw: Splits, share: float) -> Splits:
         raise InputError(f"task.holdout={share} is a share of train, between 0 and 1", "task.holdout")
     # Salted: where the task's own splits come from the same hash, the unsalted one would put nothing into the last share.
     held = [hash_fraction(("held out", *example.texts)) < share for example in raw["train"]]
-    return {
+    found = {
         "train": [example for example, out in zip(raw["train"], held, strict=True) if not out],
         "validation": [example for example, out in zip(raw["train"], held, strict=True) if out],
     }
+    if not all(found.values()):
+        raise InputError(f"a share of {share} of {len(held)} examples leaves nothing to score, or to train on", "task.holdout")
+    return found
 
 
 def build_task(spec: TaskSpec, raw: Splits) -> Task:

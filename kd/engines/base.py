@@ -125,6 +125,10 @@ class Engine(pl.LightningModule):
         """Trainable parameters in the groups whose gradients are clipped together: one for each learner."""
         return [learner.parameters for learner in self.learners.values()]
 
+    def weight_of(self, name: str, progress: Progress) -> float:
+        """What a logged term counts for; `student/term` where there are several students."""
+        return self.weights[name.rpartition("/")[2]](progress.fraction)
+
     def weighted(self, terms: Mapping[str, Tensor], progress: Progress) -> Tensor:
         """The weighted sum of one method's terms."""
         check_weights(list(terms), self.weights)
@@ -277,14 +281,15 @@ class Engine(pl.LightningModule):
     # -- metrics -----------------------------------------------------------------------------------------------------
 
     def _reset(self, name: str) -> None:
-        if name not in self.metrics:
-            self.metrics[name] = nn.ModuleDict({metric: self.task.metric(metric) for metric in self.task.metrics})
-        for metric in self.metrics[name].values():  # type: ignore[operator,union-attr]
+        key = f"of-{name}"  # torch takes no name that is an attribute of its own
+        if key not in self.metrics:
+            self.metrics[key] = nn.ModuleDict({metric: self.task.metric(metric) for metric in self.task.metrics})
+        for metric in self.metrics[key].values():  # type: ignore[operator,union-attr]
             metric.to(self.device).reset()
 
     def _update(self, name: str, logits: Tensor, labels: Tensor) -> None:
-        self.task.score(self.metrics[name], logits.float(), labels)  # type: ignore[arg-type]
+        self.task.score(self.metrics[f"of-{name}"], logits.float(), labels)  # type: ignore[arg-type]
 
     def _compute(self, name: str) -> dict[str, Tensor]:
-        metrics = self.metrics[name].items()  # type: ignore[operator,union-attr]
+        metrics = self.metrics[f"of-{name}"].items()  # type: ignore[operator,union-attr]
         return {metric: found.compute() for metric, found in metrics}

@@ -69,8 +69,10 @@ class Mutual(Engine):
                     "to its students; use cohort.teacher=frozen",
                     "cohort.teacher",
                 )
-        self.students = nn.ModuleDict(students)
-        self.methods = nn.ModuleDict(methods)
+        self.names = list(students)
+        # Prefixed, because torch takes no name that is an attribute of its own.
+        self.students = nn.ModuleDict({f"student-{name}": student for name, student in students.items()})
+        self.methods = nn.ModuleDict({f"student-{name}": method for name, method in methods.items()})
         self.online = online
         self.update = update
         self.automatic_optimization = update == "simultaneous"
@@ -78,7 +80,12 @@ class Mutual(Engine):
     @property
     def learners(self) -> Mapping[str, Learner]:
         """Every student with its method."""
-        return {name: Learner(self.students[name], self.methods[name]) for name in self.students}  # type: ignore[arg-type]
+        pairs = zip(self.students.values(), self.methods.values(), strict=True)
+        return {name: Learner(*pair) for name, pair in zip(self.names, pairs, strict=True)}  # type: ignore[arg-type]
+
+    def weight_of(self, name: str, progress: Progress) -> float:
+        """The online teacher's loss has no weight: its parameters are nobody else's."""
+        return 1.0 if name == f"{TEACHER}/task" else super().weight_of(name, progress)
 
     def trained(self) -> list[list[nn.Parameter]]:
         """One group for each student, and one for a teacher that learns with them."""
@@ -112,14 +119,14 @@ class Mutual(Engine):
         if name == TEACHER:
             term = self.task.hard(forwards[TEACHER].outputs.logits, batch.labels)
             return Loss(term, {f"{TEACHER}/task": term})
-        place = list(self.students).index(name)
+        place = self.names.index(name)
         step = Step(
             forwards[name],
             [Detached(forwards[TEACHER])] if self.online is not None else frozen,
             batch.seen_by(place),
             self.task.of(batch.labels),
             progress,
-            [Detached(forwards[other]) for other in self.students if other != name],
+            [Detached(forwards[other]) for other in self.names if other != name],
             self.seed,
         )
         method = self.learners[name].method

@@ -22,7 +22,7 @@ def rank_probabilities(scores: Sequence[float], higher_is_better: bool = True, s
     values = np.asarray(scores, dtype=float) * (1 if higher_is_better else -1)
     below = (values[None, :] < values[:, None]).sum(axis=1)
     equal = (values[None, :] == values[:, None]).sum(axis=1)
-    shares = (below + (equal + 1) / 2) ** sharpness
+    shares = ((below + (equal + 1) / 2) / len(values)) ** sharpness
     return [float(share) for share in shares / shares.sum()]
 
 

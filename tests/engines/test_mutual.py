@@ -290,7 +290,7 @@ def test_validation_scores_every_student_and_their_ensemble() -> None:
     assert float(logged["validation/accuracy"]) == pytest.approx(max(expected["s0"], expected["s1"]))
     assert bench.engine.validation["accuracy"] == pytest.approx(max(expected["s0"], expected["s1"]))
     assert not [m for m in bench.engine.state_dict() if "metrics" in m], "metrics are no part of a checkpoint"
-    assert isinstance(bench.engine.metrics["s0"]["accuracy"], Metric)
+    assert isinstance(bench.engine.metrics["of-s0"]["accuracy"], Metric)
 
 
 # What cannot be
@@ -396,7 +396,7 @@ def test_a_cohort_that_takes_turns_resumes_to_the_weights_of_an_unbroken_one(
 def test_the_first_student_of_a_cohort_without_exchange_ends_as_a_lone_student(small: Small) -> None:
     cohort, _ = made(small("method=dml", "teacher=[]", "method.weights.mutual=0", "seed=5"))
     alone, _ = made(small("method=finetune", "teacher=[]", "seed=5"))
-    first, lone = last_weights(cohort, "students.2l."), last_weights(alone, "student.")
+    first, lone = last_weights(cohort, "students.student-2l."), last_weights(alone, "student.")
     assert same_weights(first, lone)
 
 
