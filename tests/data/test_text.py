@@ -101,7 +101,9 @@ def test_loader_masks_anew_in_each_epoch_also_in_worker_processes() -> None:
         for one, two in zip(*batches, strict=True):
             assert torch.equal(one.labels, two.labels)
             assert torch.equal(one.student["input_ids"], two.student["input_ids"])
-        seen.append({int(i): row[row != NOT_PREDICTED].tolist() for b in batches[0] for i, row in zip(b.index, b.labels)})
+        seen.append(
+            {int(i): row[row != NOT_PREDICTED].tolist() for b in batches[0] for i, row in zip(b.index, b.labels, strict=True)}
+        )
     assert seen[0].keys() == seen[1].keys()
     assert sum(seen[0][row] != seen[1][row] for row in seen[0]) > 20
 
@@ -156,7 +158,7 @@ def test_switch_is_per_word_and_masks_are_of_the_vocabulary_that_cut_the_word() 
     found, shift = mixed(0.5), len(tiny_tokenizer())
     shares = []
     for row in range(40):
-        ids, _, owner = found.read(row, epoch=0)
+        owner = found.read(row, epoch=0)[2]
         shares.append(owner.mean())
         masked, labels = found.mask(row, epoch=0)
         chosen = labels != NOT_PREDICTED
