@@ -22,7 +22,8 @@ from kd.runs import Run
 def prepare(run: Run, folder: Path) -> tuple[Any, Any, list[Any]]:
     """Engine, optimiser and training batches of a run.
 
-    Teachers that a run would fine-tune are taken as they are, with a new head: speed does not depend on the weights.
+    Teachers that a run would fine-tune are taken as they are, with a new head: speed does not depend on the weights. For the
+    same reason a student that would begin from another run begins at random; it has the backbone's vocabulary then.
 
     Args:
         run: to be measured; nothing is trained, and its directory is not touched.
@@ -32,7 +33,11 @@ def prepare(run: Run, folder: Path) -> tuple[Any, Any, list[Any]]:
     from kd.models.students import load_config, load_model, load_tokenizer, with_labels
 
     examples = build_examples(run)
+    if run.inputs.pop("stage", None) is not None:
+        run.spec.student.init = "random"
     for role, needed in run.inputs.items():
+        if not role.startswith("teacher "):
+            raise InputError(f"the {role} needs a run that a benchmark does not make", "surgery")
         source, key = backbone_of(needed.spec)
         needed.directory = folder / role.replace(" ", "_")
         config = with_labels(load_config(source, key), examples.task.labels, examples.task.head)

@@ -11,7 +11,7 @@ from conftest import FILLER, GOOD, SPECIAL, tiny_tokenizer
 from kd.config import compose, typed
 from kd.data.datamodule import Examples, load_examples
 from kd.data.sampler import Rows
-from kd.data.tasks import NOT_PREDICTED, MaskedLM, by_example
+from kd.data.tasks import NOT_PREDICTED, MaskedLM, by_example, higher_is_better
 from kd.data.text import MaskedData, MaskedTokens, MixedTokenizer, TextFiles
 from kd.errors import InputError
 from kd.models.vocabularies import learned_tokens, with_vocabulary
@@ -158,7 +158,7 @@ def test_switch_is_per_word_and_masks_are_of_the_vocabulary_that_cut_the_word() 
     found, shift = mixed(0.5), len(tiny_tokenizer())
     shares = []
     for row in range(40):
-        _, _, owner = found.read(row, epoch=0)
+        owner = found.read(row, epoch=0)[2]
         shares.append(owner.mean())
         masked, labels = found.mask(row, epoch=0)
         chosen = labels != NOT_PREDICTED
@@ -229,6 +229,11 @@ def test_metrics_are_over_positions() -> None:
     wanted = labels[labels != NOT_PREDICTED]
     assert float(metrics["accuracy"].compute()) == pytest.approx(float((logits.argmax(-1) == wanted).float().mean()))
     assert float(metrics["loss"].compute()) == pytest.approx(float(torch.nn.functional.cross_entropy(logits, wanted)), abs=1e-5)
+
+
+def test_less_loss_is_better() -> None:
+    assert not higher_is_better("loss")
+    assert higher_is_better("accuracy")
 
 
 # -- files ---------------------------------------------------------------------------------------------------------------

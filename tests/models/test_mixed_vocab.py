@@ -129,6 +129,13 @@ def test_small_words_are_embedded_through_the_affine_map() -> None:
     assert torch.equal(found[[0, 3]], words.large.weight[[1, 4]])
 
 
+def test_tied_small_logits_are_products_with_the_lifted_embeddings_without_their_offset() -> None:
+    torch.manual_seed(0)
+    small, states = LiftedEmbedding(torch.randn(5, 3), 4), torch.randn(2, 4)
+    naive = [[sum(h[i] * small.lift.weight[i] @ e for i in range(4)) for e in small.table] for h in states]
+    assert torch.allclose(small.logits(states), torch.tensor(naive), atol=1e-6)
+
+
 def test_a_free_small_softmax_is_a_matrix_of_its_own() -> None:
     tied, free = staged(), staged(tied=False)
     assert free.parameter_count() - tied.parameter_count() == 70 * 32
