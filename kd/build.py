@@ -1,4 +1,4 @@
-"""Configuration to objects; the only module that instantiates."""
+"""A planned run to its models, data and engine, with whatever can be checked before they are trained."""
 
 import copy
 import math
@@ -8,25 +8,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
 
 from kd import distributed
 from kd.cohorts import students_of
 from kd.config import typed
-from kd.data.datamodule import Examples, KDData, load_examples, tokenizer_fingerprint
+from kd.data.datamodule import Examples, KDData, load_examples
 from kd.data.tasks import Task, higher_is_better
-from kd.data.text import OTHER_VOCABULARY, MaskedData
-from kd.engines.base import Engine, check_weights
+from kd.data.text import MaskedData
+from kd.engines.base import Engine
 from kd.errors import InputError, one_of
-from kd.forward import Needs
 from kd.functional.policy import best, rank_probabilities
+from kd.make import build_method, build_optimizer, make
 from kd.methods.base import Method
 from kd.models import Encoder, FrozenTeacher
 from kd.models.heads import HEADS
 from kd.models.students import (
     INIT_FROM,
     build_student,
+    check_copy,
     check_head,
     describe_init,
     load_config,
@@ -36,14 +35,13 @@ from kd.models.students import (
     student_config,
     with_labels,
 )
-from kd.models.surgery import Material, Surgery
 from kd.models.teachers import match_labels
-from kd.optimizers import OptimizerFactory
 from kd.planning import backbone_of, keys_of, source_of, teacher_config
 from kd.pools import teachers_of
 from kd.runs import Run
-from kd.schedules import Schedule, as_schedule
-from kd.schema import CohortSpec, PoolSpec, RunSpec, StudentSpec
+from kd.schedules import Schedule
+from kd.schema import RunSpec, StudentSpec
+from kd.surgeries import check_vocabularies, operate, surgeries
 
 DATA: Mapping[str, type[KDData]] = {"classifier": KDData, "masked_lm": MaskedData}
 """What makes batches for a head of `kd.models.heads.HEADS`."""
@@ -80,62 +78,6 @@ class Models:
         return [teacher.encoder for teacher in self.teachers] + ([] if self.online is None else [self.online])
 
 
-def make(node: Mapping[str, Any], key: str, **extra: Any) -> Any:
-    """Instantiate a `_target_` node.
-
-    Raises:
-        InputError: for a class that does not exist, or arguments that it does not take.
-    """
-    try:
-        return instantiate(dict(node), _convert_="all", **extra)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, InputError):
-            raise error.__cause__ from error
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise InputError(f"{node.get('_target_')} cannot be made: {cause}", key) from error
-
-
-def build_method(
-    node: Mapping[str, Any], pool: PoolSpec | None = None, cohort: CohortSpec | None = None, chances: Sequence[float] = ()
-) -> tuple[Method, dict[str, Schedule]]:
-    """A method, unbound, and the schedules of its weights.
-
-    Args:
-        node: of the method.
-        pool: wraps it, if it has a wrapper.
-        cohort: adds the peers' term, if there are peers.
-        chances: a probability for each teacher of the pool.
-
-    Raises:
-        InputError: for an unknown argument, or weights and terms that do not match.
-    """
-    arguments = {name: value for name, value in node.items() if name not in ("name", "weights")}
-    method: Method = make(arguments, "method")
-    if not isinstance(method, Method):
-        raise InputError(f"{node.get('_target_')} is not a Method", "method._target_")
-    if pool is not None and pool.wrapper is not None:
-        method = make({**pool.wrapper, "_partial_": True}, "pool.wrapper")(method, chances)
-    if cohort is not None and cohort.peers is not None:
-        method = called(make({**cohort.peers, "_partial_": True}, "cohort.peers"), method, key="cohort.peers")
-    weights = node.get("weights", {})
-    if not isinstance(weights, Mapping):
-        raise InputError(f"method.weights={weights!r} is not a mapping of terms to numbers", "method.weights")
-    check_weights(method.names, weights)
-    return method, {name: build_schedule(value, f"method.weights.{name}") for name, value in weights.items()}
-
-
-def called(maker: Any, *arguments: Any, key: str) -> Any:
-    """What a partial makes of these arguments.
-
-    Raises:
-        InputError: for options that it does not take.
-    """
-    try:
-        return maker(*arguments)
-    except TypeError as error:
-        raise InputError(f"{maker.func.__name__} cannot be made: {error}", key) from error
-
-
 def pool_chances(run: Run, task: Task, meta: bool) -> list[float]:
     """The probability, or weight, of each teacher of a pool; even ones where pilots decide that have not run yet."""
     pool, names = run.spec.pool, list(run.spec.teacher)
@@ -151,39 +93,6 @@ def pool_chances(run: Run, task: Task, meta: bool) -> list[float]:
         score = record["metrics"]["validation"][task.monitor]
         scores.append(worst if score is None else float(score))
     return best(scores, higher) if pool.distribution == "best" else rank_probabilities(scores, higher, pool.sharpness)
-
-
-def build_schedule(value: Any, key: str) -> Schedule:
-    """A number, or a node of `kd.schedules`, as a schedule.
-
-    Raises:
-        InputError: for anything else.
-    """
-    made = make(value, key) if isinstance(value, Mapping) else value
-    try:
-        schedule = as_schedule(made)
-        finite = all(math.isfinite(schedule(step / 100)) for step in range(101))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{key}={value!r} is neither a number nor a schedule of numbers", key) from error
-    if not finite:
-        raise InputError(f"{key}={value!r} is not finite throughout training", key)
-    return schedule
-
-
-def build_optimizer(spec: RunSpec) -> OptimizerFactory:
-    """The optimiser's factory.
-
-    Raises:
-        InputError: for a value that cannot work.
-    """
-    part = spec.optimizer
-    if spec.trainer.precision == "16-mixed" and part.factory.get("fused"):
-        raise InputError(
-            "trainer.precision=16-mixed scales gradients, which a fused optimiser undoes before they can be clipped; "
-            "use bf16-mixed, or optimizer.factory.fused=false",
-            "trainer.precision",
-        )
-    return OptimizerFactory(make(part.factory, "optimizer.factory"), part.lr, part.weight_decay, part.schedule, part.warmup)
 
 
 def build_teachers(run: Run, task: Task, meta: bool) -> list[FrozenTeacher]:
@@ -280,69 +189,15 @@ def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple
         own = copy.deepcopy(method)
         own.bind(student, teachers if online is None else [online])  # type: ignore[list-item]
         check_vocabularies(run, task, own, student, models.teaching)
+        if meta and student_spec.init == "run":  # it has yet to be made: the shape that it will have
+            stage = run.inputs["stage"].spec
+            found = student_config(stage.student, backbone_of(stage)[0], task.labels, "student.run", task.head)
+            check_copy(student.config, found, student_spec, "student.run")
         depth = load_config(initial, "student.init").num_hidden_layers if initial is not None else None
         label = name if len(cohort) > 1 else "student"
         models.students[label], models.methods[label] = student, own
         models.inits[label] = "; ".join([describe_init(student_spec, student.depth, depth), *done])
     return models
-
-
-def operate(run: Run, student: Encoder, texts: Sequence[str] | None) -> tuple[Encoder, list[str]]:
-    """The student after its surgeries, and what they did, in words.
-
-    Args:
-        run: whose configuration lists them.
-        student: initialised.
-        texts: the training texts; None on the meta device.
-
-    Raises:
-        InputError: for a surgery that cannot be made on this student.
-    """
-    done = []
-    for name, node in run.spec.surgery.items():
-        surgery: Surgery = make({key: value for key, value in node.items() if key != "run"}, f"surgery.{name}")
-        if not callable(surgery):
-            raise InputError(f"surgery.{name} has no class: its _target_ is missing", f"surgery.{name}")
-        needed = run.inputs.get(f"surgery {name}")
-        folder = None if texts is None or needed is None else needed.student
-        student, words = surgery(student, Material(texts, folder))
-        done += [words] if words else []
-    return student, done
-
-
-def vocabulary_key(run: Run) -> str | None:
-    """The key that gives a student a vocabulary of its own, as far as the configuration shows; None if there is none."""
-    for node in run.spec.surgery.values():
-        if getattr(get_class(str(node.get("_target_"))), "changes_vocabulary", False):
-            return "surgery"
-    stage = run.inputs.get("stage")
-    return "student.run" if stage is not None and vocabulary_key(stage) is not None else None
-
-
-def check_vocabularies(run: Run, task: Task, method: Method, student: Encoder, teachers: Sequence[Encoder]) -> None:
-    """Tokens of different vocabularies do not stand for each other: what is compared token by token needs one vocabulary.
-
-    Raises:
-        InputError: for a method that reads token-level tensors of a teacher with another vocabulary, or a masked language
-            model beside a teacher with another one.
-    """
-    own, key = tokenizer_fingerprint(student.tokenizer), vocabulary_key(run)
-    theirs = method.needs()[1] or [Needs()] * len(teachers)
-    for teacher, needs in zip(teachers, theirs, strict=True):
-        if key is None and tokenizer_fingerprint(teacher.tokenizer) == own:
-            continue
-        if not HEADS[task.head].labelled:
-            raise InputError(OTHER_VOCABULARY, key or "student.backbone")
-        if needs.tokens:
-            cure = {"surgery": "use surgery=[]", "student.run": "begin from another run"}.get(
-                key or "", "give the student the teacher's backbone"
-            )
-            raise InputError(
-                f"method={run.spec.method['name']} compares the student and its teacher token by token ({needs}), but "
-                f"the student has a vocabulary of its own, so its tokens are others than the teacher's; {cure}, or take a "
-                "method that reads only logits or [CLS] states",
-                key or "student.backbone",
-            )
 
 
 def initial_source(run: Run, spec: StudentSpec, meta: bool) -> str | None:
@@ -453,6 +308,10 @@ def check(run: Run, examples: Examples) -> None:
             break
     models = build_models(run, examples.task, meta=True)
     checked_length(run.spec, models)
+    texts = [text for pair in examples.texts["train"] for text in pair]
+    for surgery in surgeries(run.spec).values():
+        if hasattr(surgery, "rehearse"):
+            surgery.rehearse(models.student.tokenizer, texts)
     build_engine(run, models, examples.task)
     try:
         build_optimizer(run.spec).optimizer(torch.nn.Linear(2, 2))

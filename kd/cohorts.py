@@ -36,6 +36,18 @@ def check_cohort(spec: RunSpec) -> None:
                 "from a backbone: teacher=[minilm]",
                 "cohort.teacher",
             )
+        if any(student.init_from == "teacher" for student in students_of(spec).values()):
+            raise InputError(
+                "students cannot begin from a teacher that is trained with them; use student.init_from=pretrained",
+                "student.init_from",
+            )
+        ((name, teacher),) = spec.teacher.items()
+        begins = teacher.run.get("student", {}).get("init", "first")
+        if begins in WHOLE or teacher.run.get("surgery"):
+            raise InputError(
+                f"a teacher that is trained online begins from layers of its backbone or at random, not from a {begins}",
+                f"teacher.{name}.run.student.init",
+            )
 
 
 PEERS = "mutual"
@@ -68,7 +80,7 @@ def students_of(spec: RunSpec) -> dict[str, StudentSpec]:
         raise InputError(f"cohort.students={given} leaves nobody to train", "cohort.students")
     found: dict[str, StudentSpec] = {}
     for entry in entries:
-        changes = named_student(entry) if isinstance(entry, str) else entry
+        changes = named_student(entry, spec.student) if isinstance(entry, str) else entry
         student = varied(spec.student, entry, changes)
         name, number = student.name.replace(".", "_"), 1
         while name in found:
@@ -98,7 +110,7 @@ def varied(student: StudentSpec, entry: Any, changes: Any) -> StudentSpec:
     except OmegaConfBaseException as error:
         raise InputError(f"cohort.students: '{entry}': {str(error).splitlines()[0]}", "cohort.students") from error
     assert isinstance(merged, StudentSpec)
-    if not isinstance(merged.name, str) or not re.fullmatch(r"[\w.-]+", merged.name) or merged.name in RESERVED:
+    if not isinstance(merged.name, str) or not re.fullmatch(r"[\w-][\w.-]*", merged.name) or merged.name in RESERVED:
         raise InputError(
             f"cohort.students: the name '{merged.name}' is part of a folder's: letters, digits, '.', '_' and '-', and not "
             f"{' or '.join(RESERVED)}",
@@ -111,11 +123,17 @@ def varied(student: StudentSpec, entry: Any, changes: Any) -> StudentSpec:
     return merged
 
 
-def named_student(name: str) -> dict[str, Any]:
-    """Sizes of a student of `conf/student`; where its width is its own, its initialisation too."""
-    if not (composition.conf_folder() / "student" / f"{name}.yaml").is_file():
+def known_student(name: str) -> bool:
+    """Whether `conf/student` has it."""
+    return (composition.conf_folder() / "student" / f"{name}.yaml").is_file()
+
+
+def named_student(name: str, base: StudentSpec) -> dict[str, Any]:
+    """Sizes of a student of `conf/student`, and its initialisation unless the command has set another for all."""
+    if not known_student(name):
         known = tuple(sorted(path.stem for path in (composition.conf_folder() / "student").glob("*.yaml")))
         raise one_of(name, known, "cohort.students")
     student = composition.compose([f"student={name}"]).student
-    own = ("name", "layers", "width", "heads", "intermediate", *(("init",) if student.width is not None else ()))
-    return {key: student[key] for key in own}
+    own = {key: student[key] for key in ("name", "layers", "width", "heads", "intermediate")}
+    plain = composition.compose([f"student={base.name}"]).student if known_student(base.name) else None
+    return {**own, "init": student.init} if plain is not None and plain.init == base.init else own

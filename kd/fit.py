@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from omegaconf import OmegaConf
 
 from kd import distributed
-from kd.build import Models, build_data, build_engine, build_models, make
+from kd.build import Models, build_data, build_engine, build_models
 from kd.checkpoints import AtomicCheckpointIO, checkpoint_callbacks, read_checkpoint
 from kd.data.datamodule import Examples, KDData
 from kd.engines.base import Engine
@@ -21,6 +21,7 @@ from kd.evaluate import Evaluation, evaluate, folder_megabytes, headline, latenc
 from kd.export import TOLERANCE, export, largest_difference, model_card
 from kd.hardware import git, hardware, versions
 from kd.loggers import History, close_wandb
+from kd.make import make
 from kd.models import Encoder, FrozenTeacher
 from kd.models.heads import HEADS
 from kd.preflight import preflight
@@ -142,9 +143,10 @@ def select(run: Run, engine: Engine) -> dict[str, Any]:
         return {"kind": "last", "by": "at the end of training", "epoch": run.spec.trainer.max_epochs}
     found = read_checkpoint(best)
     engine.load_state_dict(found["state_dict"])
+    whose = "" if len(engine.learners) == 1 else f" of the best of {len(engine.learners)} students"
     return {
         "kind": "best",
-        "by": f"chosen by {monitor} over {run.spec.trainer.max_epochs} epoch(s)",
+        "by": f"chosen by {monitor}{whose} over {run.spec.trainer.max_epochs} epoch(s)",
         "epoch": found["epoch"] + 1,
     }
 
@@ -172,7 +174,7 @@ def conclude(
         "seed": run.spec.seed,
         "digest": run.digest,
         "family": run.family,
-        "metrics_last": {"validation": engine.validation},
+        "metrics_last": {"validation": engine.validation.get(first, {})},
         "metrics_teacher": {name: {split: scores[split].teachers[name] for split in scores} for name in teachers},
         "metrics_ensemble": {split: scores[split].ensemble for split in scores if scores[split].ensemble},
         "selection": selection,

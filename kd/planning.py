@@ -20,7 +20,7 @@ from kd.cohorts import PEERS, VARIED, check_cohort, students_of
 from kd.data.sources import Source
 from kd.errors import InputError
 from kd.hardware import resolve_precision
-from kd.pools import RANKED, check_pool, teachers_of
+from kd.pools import RANKED, check_pool, pool_identity, teachers_of
 from kd.runs import Run, digest_of
 from kd.schema import PoolSpec, RunSpec, TeacherSpec, check_values
 from kd.sources import fingerprint
@@ -179,7 +179,7 @@ def identity(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
         ],
         **({"surgery": surgeries} if surgeries else {}),
         "inputs": {role: run.digest for role, run in inputs.items()},
-        "pool": asdict(spec.pool),
+        "pool": pool_identity(spec),
         "cohort": {
             **asdict(spec.cohort),
             "students": [{key: getattr(each, key) for key in VARIED} for each in students_of(spec).values()],
@@ -201,7 +201,7 @@ def teacher_configs(config: DictConfig, spec: RunSpec) -> Iterator[tuple[str, Di
         if needs_fine_tuning(name, teacher):
             made = teacher_config(config, spec, name, teacher)
             yield f"teacher {name}", link_config(config, spec, made) if spec.pool.chain else made
-    if spec.pool.distribution in RANKED:
+    if spec.pool.wrapper is not None and spec.pool.distribution in RANKED:
         for name, teacher in spec.teacher.items():
             of_student = spec.pool.distribution == "student_rank"
             pilot = one_teacher(config, [name]) if of_student else teacher_config(config, spec, name, teacher)
@@ -265,6 +265,14 @@ def teacher_config(parent: DictConfig, spec: RunSpec, name: str, teacher: Teache
         OmegaConf.update(config, f"trainer.{key}", getattr(spec.trainer, key), force_add=True)
     OmegaConf.update(config, "student.backbone", teacher.backbone)
     config.preflight, config.resume = spec.preflight, spec.resume
+    if teacher.run.get("student", {}).get("init") == "run" or any(
+        (surgery or {}).get("run") for surgery in teacher.run.get("surgery", {}).values()
+    ):
+        raise InputError(
+            "a teacher's run cannot begin from a further run; make that run by a command of its own, and give its folder as "
+            f"teacher.{name}.model or as student.checkpoint",
+            f"teacher.{name}.run.student.init",
+        )
     try:
         OmegaConf.set_struct(config, True)
         merged = OmegaConf.merge(config, teacher.run)

@@ -1,6 +1,7 @@
 """What a method sees of several teachers, as far as the configuration tells."""
 
 import math
+from typing import Any
 
 from kd.cohorts import students_of
 from kd.errors import InputError, one_of
@@ -16,6 +17,17 @@ RANKED = ("teacher_rank", "best", "student_rank")
 """Distributions that follow from how well teachers do on a part of train that was held out."""
 
 
+def pool_identity(spec: RunSpec) -> dict[str, Any]:
+    """What of a pool changes the result."""
+    pool = spec.pool
+    if pool.wrapper is None:
+        return {"chain": True} if pool.chain else {}
+    ranked = {"sharpness": pool.sharpness, "holdout": pool.holdout} if pool.distribution in RANKED else {}
+    if pool.distribution == "best":
+        ranked.pop("sharpness")
+    return {"wrapper": pool.wrapper, "distribution": pool.distribution, **ranked}
+
+
 def check_pool(spec: RunSpec) -> None:
     """Whether a pool and its teachers fit.
 
@@ -23,6 +35,12 @@ def check_pool(spec: RunSpec) -> None:
         InputError: for a pool of one, or a distribution that is none.
     """
     pool, names = spec.pool, list(spec.teacher)
+    if pool.wrapper is None and pool.distribution is not None:
+        raise InputError(
+            f"pool={pool.name} has no distribution: it shows the method all teachers, or the end of a chain. "
+            "pool=stochastic and pool=wkd have one",
+            "pool.distribution",
+        )
     if pool.wrapper is None and not pool.chain:
         return
     if len(names) < 2:

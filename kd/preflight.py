@@ -1,6 +1,7 @@
 """Checks before training: what usually goes wrong silently, found in seconds."""
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ def preflight(run: Run, engine: Engine, data: KDData, inits: Mapping[str, str]) 
         report.note(f"{whose} starts from: {inits[student]}")
         for name, text in learner.method.describe().items():
             report.note(f"{name}: {text}")
+    check_students(report, engine)
     check_one_batch(report, engine, data)
     report.note(f"preflight took {time.perf_counter() - began:.1f} s; preflight=false skips it")
     return report
@@ -129,6 +131,16 @@ def uncounted(engine: Engine) -> Iterator[None]:
             engine.train(training)
             for teacher, count in zip(engine.teachers, counts, strict=True):
                 teacher.passes, teacher.examples = count
+
+
+def check_students(report: Report, engine: Engine) -> None:
+    """Students that begin alike have little to say to each other."""
+    states = {name: learner.student.state_dict() for name, learner in engine.learners.items()}
+    for (one, left), (other, right) in itertools.combinations(states.items(), 2):
+        if left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left):
+            report.warn(
+                f"students {one} and {other} begin with the same weights, heads included: only dropout tells them apart"
+            )
 
 
 def check_one_batch(report: Report, engine: Engine, data: KDData) -> None:

@@ -114,12 +114,18 @@ TOLD = ("method.name", "method._target_", "student.name", "task.name", "seed", "
 """Settings that a row tells already, or that say nothing to a person."""
 
 
+def models(result: Mapping[str, Any]) -> list[str]:
+    """Names of the students of a run."""
+    return list(result["students"]) if len(result["students"]) > 1 else [result["student"]]
+
+
 def differences(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
     """For each group, the settings in which it differs from the others of the same task, method and student, in words."""
     found = []
     for group in groups:
         first, own = group[0], settings(group[0]["identity"])
-        alike = [g[0] for g in groups if all(g[0][name] == first[name] for name in ("task", "method", "student", "teacher"))]
+        same = ("task", "method", "teacher")
+        alike = [g[0] for g in groups if all(g[0][name] == first[name] for name in same) and models(g[0]) == models(first)]
         others = [settings(other["identity"]) for other in alike]
         names = [n for n in own if not n.startswith(TOLD) and any(other.get(n) != own[n] for other in others)]
         found.append(" ".join(f"{name.removeprefix('method.')}={own[name]}" for name in names))

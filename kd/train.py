@@ -20,13 +20,18 @@ from kd import distributed
 from kd.config import ROOT, conf_folder, explain
 from kd.errors import InputError, disk_is_full
 from kd.planning import is_student, keys_of, plan
-from kd.runs import Run
+from kd.runs import Run, digest_of
 
 INTERRUPTED = 130
 
 
-def execute(run: Run, purpose: str = "") -> dict[str, Any]:
+def execute(run: Run, purpose: str = "", first: bool = True) -> dict[str, Any]:
     """Make a run and what it needs, unless it is done; its record.
+
+    Args:
+        run: to be made.
+        purpose: what it is for, where another run needs it.
+        first: whether it is what the command asks for; then all that it needs is checked before any of it is made.
 
     Raises:
         InputError: for what the user can put right.
@@ -36,7 +41,7 @@ def execute(run: Run, purpose: str = "") -> dict[str, Any]:
         say(f"done already: {purpose or run.name}")
         say(f"  {run.directory}")
         return result
-    from kd.build import build_examples, check
+    from kd.build import build_examples
 
     with contextlib.ExitStack() as held:
         distributed.on_first(lambda: held.enter_context(run.lock()))
@@ -45,15 +50,39 @@ def execute(run: Run, purpose: str = "") -> dict[str, Any]:
         result = distributed.on_first(lambda: run.result)  # another process may have made it while this one waited
         if result is not None:
             return result
+        if first:
+            check_all(run)  # before anything is trained for it
         examples = build_examples(run)
-        check(run, examples)  # before a teacher is trained for it
         for role, needed in run.inputs.items():
             with keys_of(role, is_student(role, run.spec)):
-                execute(needed, f"{role}: {needed.name}")
+                execute(needed, f"{role}: {needed.name}", first=False)
         from kd.fit import fit
 
         say(f"\n{purpose or run.name}\n  {run.directory}")
         return fit(run, examples)
+
+
+def check_all(run: Run, known: dict[str, Any] | None = None) -> None:
+    """Check a run and, before them all, whatever has yet to be made for it.
+
+    Args:
+        run: not done.
+        known: examples that have been read already, by what identifies them.
+
+    Raises:
+        InputError: for what cannot work, naming the key of the command.
+    """
+    from kd.build import build_examples, check
+
+    known = {} if known is None else known
+    text = digest_of({part: run.identity[part] for part in ("task", "data")})
+    if text not in known:
+        known[text] = build_examples(run)
+    check(run, known[text])
+    for role, needed in run.inputs.items():
+        if needed.result is None:
+            with keys_of(role, is_student(role, run.spec)):
+                check_all(needed, known)
 
 
 def say(text: str) -> None:

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kd.data.batch import Batch
+from kd.data.language import MaskedLM
 from kd.data.sampler import LengthBatches, Rows
 from kd.data.sources import Source, Splits, hash_fraction
-from kd.data.tasks import Classification, MaskedLM, Regression, Task
+from kd.data.tasks import Classification, Regression, Task
 from kd.errors import InputError, one_of
 from kd.schema import TaskSpec
 
@@ -276,6 +277,13 @@ class KDData(pl.LightningDataModule):
             raise InputError(f"'{split}' has {len(lengths)} examples for {self.world} ranks", f"task.{split}")
         size = self.eval_batch_size if seed is None else self.batch_size
         sampler = LengthBatches(lengths.tolist(), size, seed, self.rank, self.world)
+        if sampler.smallest() < self.world:
+            key = "trainer.eval_batch_size" if seed is None else "trainer.batch_size"
+            raise InputError(
+                f"{key}={size} cuts '{split}' into batches of which one has {sampler.smallest()} examples for {self.world} "
+                "ranks to share; it should be twice the ranks or more",
+                key,
+            )
         if seed is not None:
             self._train_sampler = sampler
             sampler.skip = self._skip

@@ -1,5 +1,6 @@
 """Batches of examples of similar length: a pure function of seed and epoch, the same on every rank."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -53,7 +54,9 @@ class LengthBatches(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.lengths) // self.batch_size)
+        count = len(self.lengths)
+        bounds = [0, *(self._pools(count) if self.seed is not None else []), count]
+        return sum(-(-(end - start) // self.batch_size) for start, end in itertools.pairwise(bounds))
 
     def batches(self) -> list[np.ndarray]:
         """The global batches of the current epoch."""
@@ -62,13 +65,24 @@ class LengthBatches(Sampler[list[int]]):
         generator = np.random.default_rng([self.seed, self.epoch])
         order = generator.permutation(len(self.lengths))
         batches = []
-        for start in range(0, len(order), POOL * self.batch_size):
-            pool = order[start : start + POOL * self.batch_size]
+        for pool in np.split(order, self._pools(len(order))):
             batches += self._cut(pool[np.argsort(self.lengths[pool], kind="stable")])
         return [batches[place] for place in generator.permutation(len(batches))]
 
+    def _pools(self, count: int) -> list[int]:
+        """Where one pool ends and the next begins. One that would be less than a batch is part of the one before it."""
+        size = POOL * self.batch_size
+        return [start for start in range(size, count, size) if count - start >= self.batch_size]
+
+    def smallest(self) -> int:
+        """Examples of the smallest global batch; the same in every epoch."""
+        count = len(self.lengths)
+        bounds = [0, *(self._pools(count) if self.seed is not None else []), count]
+        sizes = [end - start for start, end in itertools.pairwise(bounds)]
+        return min(size // -(-size // self.batch_size) for size in sizes)
+
     def _cut(self, order: np.ndarray) -> list[np.ndarray]:
-        """Batches of a size that differs by one at most: no rank is left without an example by a short last batch."""
+        """Batches of a size that differs by one at most: a short last batch might leave a rank without an example."""
         return np.array_split(order, -(-len(order) // self.batch_size))
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -1,6 +1,5 @@
 """Tasks own the label names, the hard and the soft loss, and the metrics, so that no method asks what kind of task it is."""
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self
@@ -9,13 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kd.data.metrics import CLASSIFICATION, MASKED_LM, REGRESSION
+from kd.data.metrics import CLASSIFICATION, REGRESSION
 from kd.data.sources import Example
 from kd.errors import InputError, one_of
 from kd.functional import logits as soft_losses
-
-NOT_PREDICTED = -100
-"""Label of a position that a masked language model does not predict."""
 
 
 class Task(Protocol):
@@ -93,7 +89,12 @@ class Labelled:
             metric.update(predictions, labels)
 
 
-def _known(metrics: Sequence[str], monitor: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+def known_metrics(metrics: Sequence[str], monitor: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """The metrics of a task, if all of them are allowed and the monitored one is among them.
+
+    Raises:
+        InputError: for one that is not.
+    """
     if not metrics:
         raise InputError(f"a task needs a metric of {', '.join(allowed)}", "task.metrics")
     for name in metrics:
@@ -130,7 +131,7 @@ class Classification(Labelled):
                 raise InputError(f"task.codes maps '{raw}' to '{label}', which is not a label: {self.names}", "task.codes")
         self.numbers = {name: number for number, name in enumerate(self.names)}
         self.numbers.update({raw: self.numbers[label] for raw, label in codes.items() if raw not in self.numbers})
-        self.metrics = _known(metrics, monitor, tuple(CLASSIFICATION))
+        self.metrics = known_metrics(metrics, monitor, tuple(CLASSIFICATION))
         self.monitor = monitor
         if "f1" in self.metrics and len(self.names) != 2:
             raise InputError(f"the metric f1 is for two classes, this task has {len(self.names)}; use macro_f1", "task.metrics")
@@ -192,7 +193,7 @@ class Regression(Labelled):
     def __init__(self, name: str, metrics: Sequence[str], monitor: str) -> None:
         self.name = name
         self.labels: list[str] | None = None
-        self.metrics = _known(metrics, monitor, tuple(REGRESSION))
+        self.metrics = known_metrics(metrics, monitor, tuple(REGRESSION))
         self.monitor = monitor
 
     def encode(self, example: Example) -> float:
@@ -243,96 +244,6 @@ class Regression(Labelled):
         return {"pearson": 0.0, "spearman": 0.0, "mse": float(labels.float().var(unbiased=False))}
 
 
-class MaskedLM:
-    """Masked tokens of text without labels, to be predicted from the others.
-
-    Labels are (batch, tokens), `NOT_PREDICTED` wherever nothing is predicted; logits are (predicted positions, vocabulary) in
-    row-major order. A mean is over the predicted positions of each example, then over the examples (our choice; BERT's is over
-    all positions of the batch): it then depends neither on how many ranks share a batch nor on how many batches make a step.
-
-    Source: Devlin et al., NAACL 2019, arXiv:1810.04805, section 3.1.
-
-    Args:
-        name: of the task.
-        metrics: of `kd.data.metrics.MASKED_LM`, over the predicted positions; `loss` in nats.
-        monitor: the metric that chooses the best checkpoint.
-    """
-
-    head = "masked_lm"
-    agreement = "accuracy"
-
-    def __init__(self, name: str, metrics: Sequence[str], monitor: str) -> None:
-        self.name = name
-        self.labels: list[str] | None = None
-        self.metrics = _known(metrics, monitor, tuple(MASKED_LM))
-        self.monitor = monitor
-        self._labels: Tensor | None = None
-
-    def encode(self, example: Example) -> float:
-        """Text has no label; what is predicted is drawn when a batch is made."""
-        return 0.0
-
-    def label_tensor(self, values: Sequence[float]) -> Tensor:
-        """(batch,), for what knows no better."""
-        return torch.tensor(values)
-
-    def of(self, labels: Tensor) -> Self:
-        """The task of a batch with these labels, which say to which example a position belongs."""
-        task = copy.copy(self)
-        task._labels = labels
-        return task
-
-    def hard(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy in nats, logits (predicted positions, vocabulary), labels (batch, tokens)."""
-        losses = F.cross_entropy(soft_losses.widened(logits), labels[labels != NOT_PREDICTED], reduction="none")
-        return by_example(losses, labels).mean()
-
-    def soft(
-        self, student: Tensor, teacher: Tensor, temperature: float, loss: str = "kl", reduction: str = "batchmean"
-    ) -> Tensor:
-        """As of a classification, with the mean over an example's positions in place of an example.
-
-        Raises:
-            ValueError: without the labels of a batch, see `of`.
-        """
-        if self._labels is None:
-            raise ValueError("which positions belong together is known of a batch only: task.of(batch.labels).soft(...)")
-        if loss == "mse":
-            losses = soft_losses.squared_error(student, teacher, "none")
-        else:
-            function = {"kl": soft_losses.kl_divergence, "ce": soft_losses.soft_cross_entropy}[loss]
-            losses = function(student, teacher, temperature, "none")
-        found = by_example(losses, self._labels)
-        mean = found.mean()
-        return {"none": found, "sum": found.sum(), "batchmean": mean, "elementmean": mean / student.shape[-1]}[reduction]
-
-    def predict(self, logits: Tensor) -> Tensor:
-        """The token with the largest logit, (predicted positions,)."""
-        return logits.argmax(dim=-1)
-
-    def ensemble(self, logits: Sequence[Tensor]) -> Tensor:
-        """Log of the mean of the probabilities."""
-        return log_mean_probability(logits)
-
-    def score(self, metrics: Mapping[str, Any], logits: Tensor, labels: Tensor) -> None:
-        """Update metrics with the predicted positions of a batch."""
-        wanted, logits = labels[labels != NOT_PREDICTED], logits.float()
-        given = {
-            "accuracy": lambda: (self.predict(logits), wanted),
-            "loss": lambda: (F.cross_entropy(logits, wanted, reduction="none"),),
-        }
-        for name, metric in metrics.items():
-            metric.update(*given[name]())
-
-    def metric(self, name: str, across_ranks: bool = True) -> Any:
-        """A torchmetrics metric."""
-        return MASKED_LM[name](sync_on_compute=across_ranks)
-
-    def chance(self, labels: Tensor) -> dict[str, float]:
-        """Unknown: it is a matter of the vocabulary."""
-        return {}
-
-
 def log_mean_probability(logits: Sequence[Tensor]) -> Tensor:
     """Log of the mean of several models' probabilities, (..., classes) each.
 
@@ -341,21 +252,6 @@ def log_mean_probability(logits: Sequence[Tensor]) -> Tensor:
     """
     each = torch.stack([soft_losses.widened(one).log_softmax(dim=-1) for one in logits])
     return each.logsumexp(0) - math.log(len(logits))
-
-
-def by_example(values: Tensor, labels: Tensor) -> Tensor:
-    """The mean over the predicted positions of each example, (batch,).
-
-    Args:
-        values: (predicted positions,), in row-major order.
-        labels: (batch, tokens); every row has a predicted position.
-
-    >>> by_example(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([[7, -100, 7], [-100, 7, -100]]))
-    tensor([2., 5.])
-    """
-    predicted = labels != NOT_PREDICTED
-    row = predicted.nonzero()[:, 0]
-    return values.new_zeros(len(labels)).index_add(0, row, values) / predicted.sum(dim=1)
 
 
 def higher_is_better(metric: str) -> bool:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from kd.data.batch import Batch
 from kd.data.datamodule import Examples, KDData
+from kd.data.language import NOT_PREDICTED
 from kd.data.sampler import Rows
 from kd.data.sources import Example, Splits, examples_of, split_by_hash
 from kd.data.tables import rows as table_rows
-from kd.data.tasks import NOT_PREDICTED
 from kd.errors import InputError
 from kd.sources import file_fingerprint
 

@@ -108,7 +108,8 @@ class Engine(pl.LightningModule):
         self.seconds = 0.0
         self.examples = 0
         self.teacher_work: dict[str, dict[str, int]] = {}
-        self.validation: dict[str, float | None] = {}
+        self.validation: dict[str, dict[str, float | None]] = {}
+        """Of the last validation: student -> metric -> value."""
         self._began = 0.0
         self._last: Loss | None = None
 
@@ -231,7 +232,7 @@ class Engine(pl.LightningModule):
         self.log_dict({f"validation/{metric}": value for metric, value in found[best].items()})
         if len(found) > 1:
             self.log_dict({f"validation/{name}/{m}": value for name, values in found.items() for m, value in values.items()})
-        self.validation = scores[best]
+        self.validation = scores
 
     def configure_optimizers(self) -> Any:
         """The factory's optimiser over everything that is trained, and its schedule by optimiser steps."""

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kd.forward import Needs
 from kd.methods.base import Method, Step
-from kd.methods.skdbert import bind_each, copies, inner_of, needs_of_each
+from kd.methods.each import bind_each, copies, inner_of, needs_of_each
 from kd.models import Encoder, FrozenTeacher
 
 

@@ -12,6 +12,7 @@ its word, by a softmax of its own. Stage II (`MixedVocab`): the small student be
 masked language modelling by itself. Then the task.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,10 @@ class MixedStage:
             key = "surgery.mixed_stage.probability"
             raise InputError(f"{key}={probability} must be in [0, 1]", key)
         self.probability, self.tied = float(probability), tied
+
+    def rehearse(self, tokenizer: Any, texts: Sequence[str]) -> None:
+        """Learn the vocabulary and forget it, to see whether the texts support it before anything is trained."""
+        learned_tokens(tokenizer, texts, self.size, "surgery.mixed_stage.size")
 
     def __call__(self, student: Encoder, material: Material) -> tuple[Encoder, str]:
         """The model with two vocabularies."""

@@ -41,6 +41,14 @@ class Surgery(Protocol):
 
     changes_vocabulary: bool
 
+    def rehearse(self, tokenizer: Any, texts: Sequence[str]) -> None:
+        """Whatever can be found out from the training texts before anything is trained. Optional.
+
+        Raises:
+            InputError: if the surgery cannot be made with these texts.
+        """
+        ...
+
     def __call__(self, student: Encoder, material: Material) -> tuple[Encoder, str]:
         """The student after it, and what was done, in words.
 
@@ -116,6 +124,10 @@ class LearnedVocabulary:
 
     def __init__(self, size: int) -> None:
         self.size = whole_number(size, 1, "surgery.learned_vocabulary.size")
+
+    def rehearse(self, tokenizer: Any, texts: Sequence[str]) -> None:
+        """Learn the vocabulary and forget it, to see whether the texts support it before anything is trained."""
+        learned_tokens(tokenizer, texts, self.size, "surgery.learned_vocabulary.size")
 
     def __call__(self, student: Encoder, material: Material) -> tuple[Encoder, str]:
         """The student with another vocabulary."""

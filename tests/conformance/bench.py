@@ -10,7 +10,6 @@ import torch
 from hydra.utils import instantiate
 
 from conftest import tiny_config, tiny_model, tiny_tokenizer
-from kd.build import build_method
 from kd.cohorts import students_of
 from kd.config import compose, conf_folder, typed
 from kd.data.batch import Batch
@@ -19,6 +18,7 @@ from kd.data.tasks import Classification
 from kd.engines.base import Engine
 from kd.forward import Outputs
 from kd.forward.needs import KINDS
+from kd.make import build_method
 from kd.models import Encoder, FrozenTeacher
 from kd.optimizers import OptimizerFactory
 

@@ -10,8 +10,9 @@ import torch
 from conftest import FILLER, GOOD, SPECIAL, tiny_tokenizer
 from kd.config import compose, typed
 from kd.data.datamodule import Examples, load_examples
+from kd.data.language import NOT_PREDICTED, MaskedLM, by_example
 from kd.data.sampler import Rows
-from kd.data.tasks import NOT_PREDICTED, MaskedLM, by_example, higher_is_better
+from kd.data.tasks import higher_is_better
 from kd.data.text import MaskedData, MaskedTokens, MixedTokenizer, TextFiles
 from kd.errors import InputError
 from kd.models.vocabularies import learned_tokens, with_vocabulary

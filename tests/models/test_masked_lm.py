@@ -10,7 +10,7 @@ from transformers import AutoModelForMaskedLM
 from conftest import FILLER, tiny_config, tiny_tokenizer
 from kd.data.batch import Batch
 from kd.data.datamodule import Examples
-from kd.data.tasks import NOT_PREDICTED, MaskedLM
+from kd.data.language import NOT_PREDICTED, MaskedLM
 from kd.data.text import MaskedData
 from kd.engines.distiller import Distiller
 from kd.errors import InputError

@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertMo
 from conftest import FILLER, GOOD, tiny_config, tiny_tokenizer
 from kd.data.batch import Batch
 from kd.data.datamodule import Examples
-from kd.data.tasks import NOT_PREDICTED, MaskedLM
+from kd.data.language import NOT_PREDICTED, MaskedLM
 from kd.data.text import MaskedData
 from kd.errors import InputError
 from kd.export import largest_difference

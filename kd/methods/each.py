@@ -1,0 +1,45 @@
+"""A method of one teacher, copied for each of several: what pools have in common."""
+
+import copy
+from collections.abc import Sequence
+
+from torch import nn
+
+from kd.errors import InputError
+from kd.forward import Needs
+from kd.methods.base import Method
+from kd.models import Encoder, FrozenTeacher
+
+
+def copies(inner: Method, count: int) -> nn.ModuleList:
+    """A copy of a method of one teacher for each of several.
+
+    Raises:
+        InputError: if it takes several itself.
+    """
+    if inner.teachers is not None and inner.teachers != 1:
+        raise InputError(f"a pool shows a method one teacher at a time, this method takes {inner.teachers}", "pool")
+    return nn.ModuleList(copy.deepcopy(inner) for _ in range(count))
+
+
+def inner_of(each: nn.ModuleList, place: int) -> Method:
+    """The copy that is bound to the teacher at this place."""
+    found = each[place]
+    assert isinstance(found, Method)
+    return found
+
+
+def bind_each(each: nn.ModuleList, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+    """Bind each copy to its teacher."""
+    for place, teacher in enumerate(teachers):
+        inner_of(each, place).bind(student, [teacher])
+
+
+def needs_of_each(each: nn.ModuleList) -> tuple[Needs, Sequence[Needs]]:
+    """The union of what the copies need of the student, and what each needs of its teacher."""
+    ours, theirs = Needs(), []
+    for place in range(len(each)):
+        of_student, of_teacher = inner_of(each, place).needs()
+        ours = ours | of_student
+        theirs.append(of_teacher[0] if of_teacher else Needs())
+    return ours, theirs

@@ -1,0 +1,83 @@
+"""The surgeries of a run, and whether its student still reads what its teachers read."""
+
+from collections.abc import Sequence
+
+from hydra.utils import get_class
+
+from kd.data.datamodule import tokenizer_fingerprint
+from kd.data.tasks import Task
+from kd.data.text import OTHER_VOCABULARY
+from kd.errors import InputError
+from kd.forward import Needs
+from kd.make import make
+from kd.methods.base import Method
+from kd.models import Encoder
+from kd.models.heads import HEADS
+from kd.models.surgery import Material, Surgery
+from kd.runs import Run
+from kd.schema import RunSpec
+
+
+def surgeries(spec: RunSpec) -> dict[str, Surgery]:
+    """Name -> surgery, in the order in which they are made."""
+    found = {}
+    for name, node in spec.surgery.items():
+        found[name] = make({key: value for key, value in node.items() if key != "run"}, f"surgery.{name}")
+        if not callable(found[name]):
+            raise InputError(f"surgery.{name} has no class: its _target_ is missing", f"surgery.{name}")
+    return found
+
+
+def operate(run: Run, student: Encoder, texts: Sequence[str] | None) -> tuple[Encoder, list[str]]:
+    """The student after its surgeries, and what they did, in words.
+
+    Args:
+        run: whose configuration lists them.
+        student: initialised.
+        texts: the training texts; None on the meta device.
+
+    Raises:
+        InputError: for a surgery that cannot be made on this student.
+    """
+    done = []
+    for name, surgery in surgeries(run.spec).items():
+        needed = run.inputs.get(f"surgery {name}")
+        folder = None if texts is None or needed is None else needed.student
+        student, words = surgery(student, Material(texts, folder))
+        done += [words] if words else []
+    return student, done
+
+
+def vocabulary_key(run: Run) -> str | None:
+    """The key that gives a student a vocabulary of its own, as far as the configuration shows; None if there is none."""
+    for node in run.spec.surgery.values():
+        if getattr(get_class(str(node.get("_target_"))), "changes_vocabulary", False):
+            return "surgery"
+    stage = run.inputs.get("stage")
+    return "student.run" if stage is not None and vocabulary_key(stage) is not None else None
+
+
+def check_vocabularies(run: Run, task: Task, method: Method, student: Encoder, teachers: Sequence[Encoder]) -> None:
+    """Tokens of different vocabularies do not stand for each other: what is compared token by token needs one vocabulary.
+
+    Raises:
+        InputError: for a method that reads token-level tensors of a teacher with another vocabulary, or a masked language
+            model beside a teacher with another one.
+    """
+    own, key = tokenizer_fingerprint(student.tokenizer), vocabulary_key(run)
+    theirs = method.needs()[1] or [Needs()] * len(teachers)
+    for teacher, needs in zip(teachers, theirs, strict=True):
+        if key is None and tokenizer_fingerprint(teacher.tokenizer) == own:
+            continue
+        if not HEADS[task.head].labelled:
+            raise InputError(OTHER_VOCABULARY, key or "student.backbone")
+        if needs.tokens:
+            cure = {"surgery": "use surgery=[]", "student.run": "begin from another run"}.get(
+                key or "", "give the student the teacher's backbone"
+            )
+            raise InputError(
+                f"method={run.spec.method['name']} compares the student and its teacher token by token ({needs}), but "
+                f"the student has a vocabulary of its own, so its tokens are others than the teacher's; {cure}, or take a "
+                "method that reads only logits or [CLS] states",
+                key or "student.backbone",
+            )
