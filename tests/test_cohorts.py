@@ -264,3 +264,21 @@ def test_the_message_for_a_cohort_without_peers_says_what_to_do(dml) -> None:
     with pytest.raises(InputError) as caught:
         dml("cohort.peers=null")
     assert "use cohort=mutual" not in caught.value.message, "that is what was used"
+
+
+def test_a_named_student_begins_as_its_file_says_whatever_the_first_one_is(dml) -> None:
+    found = students_of(dml("student=bert_3l_192", "cohort.students=[3l,bert_3l_192]").spec)
+    assert {name: each.init for name, each in found.items()} == {"3l": "first", "bert_3l_192": "random"}
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["student.init_from=teacher"], "student.init_from"),
+        (["+teacher.minilm.run.student.init=checkpoint"], "teacher.minilm.run.student.init"),
+    ],
+)
+def test_what_an_online_teacher_would_ignore_is_refused(small: Small, words: list[str], key: str) -> None:
+    with pytest.raises(InputError) as caught:
+        planned(small("method=p2p_mutual", "cohort.teacher=online", *words))
+    assert caught.value.key == key

@@ -390,3 +390,41 @@ def test_a_part_too_small_to_rank_by_names_its_key_before_anything_is_trained(
     with pytest.raises(InputError) as caught:
         checked(of_count(2), "pool.distribution=best", "pool.holdout=0.0001")
     assert caught.value.key == "pool.holdout"
+
+
+@pytest.mark.parametrize("words", [["pool.distribution=teacher_rank"], ["pool.distribution=[0.3,0.7]"]])
+@pytest.mark.parametrize("kind", ["none", "takd"])
+def test_a_pool_without_a_draw_has_no_distribution(
+    of_count: Callable[[int], Callable[..., Run]], kind: str, words: list
+) -> None:
+    with pytest.raises(InputError) as caught:
+        of_count(2)(f"pool={kind}", *words)
+    assert caught.value.key == "pool.distribution"
+
+
+def test_what_a_pool_does_not_use_is_not_in_the_digest(of_count: Callable[[int], Callable[..., Run]]) -> None:
+    run = of_count(2)
+    assert run("pool.sharpness=2", "pool.holdout=0.3").digest == run().digest
+    assert run("pool.distribution=teacher_rank", "pool.sharpness=2").digest != run("pool.distribution=teacher_rank").digest
+    assert run("pool=best").digest == run("pool.distribution=best").digest
+
+
+def test_a_stage_of_a_teacher_is_refused(of_count: Callable[[int], Callable[..., Run]]) -> None:
+    with pytest.raises(InputError) as caught:
+        of_count(2)("+teacher.minilm.run.student.init=run", "+teacher.minilm.run.student.run=['seed=1']")
+    assert caught.value.key == "teacher.minilm.run.student.init"
+
+
+def test_nothing_is_trained_before_everything_that_is_needed_has_been_checked(
+    small: Small, backbone: Path, tmp_path: Path
+) -> None:
+    words = ["method=kd", "surgery=[learned_vocabulary]", "surgery.learned_vocabulary.size=100000", f"paths.runs={tmp_path}"]
+    run = planned(small(*words))
+    with pytest.raises(InputError) as caught:
+        train.execute(run)
+    assert caught.value.key == "surgery.learned_vocabulary.size"
+    stage = planned(small("method=kd", "student.init=run", "student.run=['student=1l','student.init=first']", words[-1]))
+    with pytest.raises(InputError) as caught:
+        train.execute(stage)
+    assert caught.value.key == "student.run"
+    assert not list(tmp_path.glob("*/result.json"))

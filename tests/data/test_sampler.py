@@ -93,3 +93,15 @@ def test_it_stays_a_shuffle() -> None:
     mates = {place: set(batch) for batch in second for place in batch}
     kept = [len(mates[place] & set(batch)) - 1 for batch in batches for place in batch]
     assert np.mean(kept) < 0.5 * 15
+
+
+@pytest.mark.parametrize(("count", "size"), [(1601, 32), (97, 2), (POOL * 4 + 1, 4), (1003, 16), (POOL * 8 + 7, 8)])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_smallest_batch_is_known_beforehand_and_at_least_half_a_batch(count: int, size: int, seed: int | None) -> None:
+    lengths = [LENGTHS[place % len(LENGTHS)] for place in range(count)]
+    sampler = LengthBatches(lengths, size, seed)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        sizes = [len(batch) for batch in sampler]
+        assert (min(sizes), len(sizes)) == (sampler.smallest(), len(sampler))
+    assert sampler.smallest() >= size // 2
