@@ -24,7 +24,7 @@ def check_cohort(spec: RunSpec) -> None:
             f"cohort={cohort.name} needs two students or more, cohort.students={cohort.students} has {count}", "cohort.students"
         )
     if cohort.peers is None and count > 1:
-        cure = "use cohort=mutual" if cohort.name != "mutual" else "cohort.peers says how they learn from each other"
+        cure = "cohort.peers says how several learn from each other, and cohort=mutual has it"
         raise InputError(f"cohort={cohort.name} without peers has one student, not {count}; {cure}", "cohort")
     if cohort.teacher not in ("frozen", "online"):
         raise one_of(cohort.teacher, ("frozen", "online"), "cohort.teacher")

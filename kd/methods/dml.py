@@ -68,7 +68,7 @@ class Mutual(Method):
 
     def after_step(self, step: Step, terms: Mapping[str, Tensor]) -> None:
         """Of the inner method."""
-        self.inner.after_step(step, {name: term for name, term in terms.items() if name != "mutual"})
+        self.inner.after_step(step, {name: terms[name] for name in self.inner.names})
 
     def describe(self) -> dict[str, str]:
         """Of the inner method."""
