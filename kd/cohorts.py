@@ -1,6 +1,7 @@
 """Which students learn together."""
 
 import re
+from dataclasses import asdict
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -58,6 +59,14 @@ RESERVED = ("teacher", "ensemble")
 
 VARIED = ("name", "layers", "width", "heads", "intermediate", "init", "init_from", "dropout")
 """What may differ between the students of a cohort."""
+
+
+def cohort_identity(spec: RunSpec) -> dict[str, Any]:
+    """What of a cohort changes the result; nothing where there is one student."""
+    if spec.cohort.peers is None:
+        return {}
+    students = [{key: getattr(each, key) for key in VARIED} for each in students_of(spec).values()]
+    return {**asdict(spec.cohort), "students": students}
 
 
 def students_of(spec: RunSpec) -> dict[str, StudentSpec]:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kd import config as composition
-from kd.cohorts import PEERS, VARIED, check_cohort, students_of
+from kd.cohorts import PEERS, check_cohort, cohort_identity
 from kd.data.sources import Source
 from kd.errors import InputError
 from kd.hardware import resolve_precision
@@ -180,10 +180,7 @@ def identity(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
         **({"surgery": surgeries} if surgeries else {}),
         "inputs": {role: run.digest for role, run in inputs.items()},
         "pool": pool_identity(spec),
-        "cohort": {
-            **asdict(spec.cohort),
-            "students": [{key: getattr(each, key) for key in VARIED} for each in students_of(spec).values()],
-        },
+        "cohort": cohort_identity(spec),
         "task": {key: value for key, value in task.items() if key not in PLACES},
         "data": {**source, **source_of(spec).fingerprint()},
         "optimizer": asdict(spec.optimizer),

@@ -185,7 +185,10 @@ class Mutual(Engine):
             stepper = optimizer if name == order[-1] else optimizer.optimizer  # type: ignore[union-attr]
             stepper.step()  # type: ignore[union-attr]
             optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
-            forwards[name] = self.forwards(batch)[name]  # whoever looks at it from now on sees the moved one
+            if name != order[-1]:  # whoever looks at it from now on sees the moved one, as a constant
+                forwards[name] = self.forwards(batch)[name]
+                with torch.no_grad():
+                    _ = forwards[name].outputs
         scheduler = self.lr_schedulers()
         scheduler.step()  # type: ignore[union-attr,call-arg]
         total = torch.stack([loss.total.detach() for loss in losses]).sum()
