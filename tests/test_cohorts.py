@@ -164,7 +164,7 @@ BAD = {
     "several without a cohort": (
         ["cohort=single", "cohort.students=2", "~method.weights.mutual"],
         "cohort",
-        "use cohort=mutual",
+        "cohort=mutual has it",
     ),
     "a weight without peers": (["cohort=single", "engine=distiller"], "method.weights.mutual", "'mutual' has no term"),
     "no weight on peers": (["~method.weights.mutual"], "method.weights.mutual", "'mutual' has no weight"),
