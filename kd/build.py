@@ -1,15 +1,17 @@
 """A planned run to its models, data and engine, with whatever can be checked before they are trained."""
 
 import copy
+import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from kd import distributed
+from kd.caching import remembered
 from kd.cohorts import students_of
 from kd.config import typed
 from kd.data.datamodule import Examples, KDData, load_examples
@@ -19,7 +21,7 @@ from kd.engines.base import Engine
 from kd.errors import InputError, one_of
 from kd.functional.policy import best, rank_probabilities
 from kd.make import build_method, build_optimizer, make
-from kd.methods.base import Method
+from kd.methods.base import Method, needs_of_teachers
 from kd.models import Encoder, FrozenTeacher
 from kd.models.heads import HEADS
 from kd.models.students import (
@@ -36,7 +38,7 @@ from kd.models.students import (
     with_labels,
 )
 from kd.models.teachers import match_labels
-from kd.planning import backbone_of, keys_of, source_of, teacher_config
+from kd.planning import backbone_of, keys_of, source_of, teacher_config, teacher_source
 from kd.pools import teachers_of
 from kd.runs import Run
 from kd.schedules import Schedule
@@ -58,6 +60,7 @@ class Models:
         online: a teacher that is trained with the students.
         weights: term -> schedule.
         inits: name -> where the student starts from, in words.
+        caches: teacher -> whether it is remembered, and what that took, as a record states it.
     """
 
     students: dict[str, Encoder]
@@ -66,6 +69,7 @@ class Models:
     online: Encoder | None
     weights: dict[str, Schedule]
     inits: dict[str, str]
+    caches: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def student(self) -> Encoder:
@@ -74,8 +78,8 @@ class Models:
 
     @property
     def teaching(self) -> list[Encoder]:
-        """Every teacher's model, in the order of `Batch.teachers`."""
-        return [teacher.encoder for teacher in self.teachers] + ([] if self.online is None else [self.online])
+        """Every teacher's model, perhaps without weights, in the order of `Batch.teachers`."""
+        return [teacher.shape for teacher in self.teachers] + ([] if self.online is None else [self.online])
 
 
 def pool_chances(run: Run, task: Task, meta: bool) -> list[float]:
@@ -96,7 +100,7 @@ def pool_chances(run: Run, task: Task, meta: bool) -> list[float]:
 
 
 def build_teachers(run: Run, task: Task, meta: bool) -> list[FrozenTeacher]:
-    """The frozen teachers, labels matched by name.
+    """The frozen teachers, labels matched by name. Their weights are read when they are first looked at.
 
     Args:
         run: the run they serve.
@@ -111,8 +115,8 @@ def build_teachers(run: Run, task: Task, meta: bool) -> list[FrozenTeacher]:
         spec = run.spec.teacher[name]
         made = run.inputs.get(f"teacher {name}")
         head, columns = HEADS[task.head], None
+        source, key = teacher_source(run, name)
         if made is None:
-            key, source = f"teacher.{name}.model", str(spec.model)
             config = load_config(source, key)
             if not head.is_in(config):
                 found = ", ".join(config.architectures)
@@ -123,11 +127,11 @@ def build_teachers(run: Run, task: Task, meta: bool) -> list[FrozenTeacher]:
             source, key = backbone_of(made.spec)
             config = student_config(made.spec.student, source, task.labels, key, task.head)
         else:
-            key, source = f"teacher.{name}.backbone", str(made.student)
             config = with_labels(load_config(source, key), task.labels, task.head)
         check_head(config, task.head, key)
-        model = new_model(config, task.head, meta=True) if meta else load_model(source, key, config, task.head)
-        teachers.append(FrozenTeacher(Encoder(model, load_tokenizer(source, key)), name, columns))
+        shape = Encoder(new_model(config, task.head, meta=True), load_tokenizer(source, key))
+        load = None if meta else functools.partial(load_model, source, key, config, task.head)
+        teachers.append(FrozenTeacher(shape, name, columns, load))
     return teachers
 
 
@@ -231,9 +235,9 @@ def build_examples(run: Run) -> Examples:
 
 
 def build_data(run: Run, examples: Examples, models: Models) -> KDData:
-    """Loaders over the task."""
+    """Loaders over the task. Teachers that can be remembered are from here on (`Models.teachers`)."""
     spec = run.spec
-    return DATA[examples.task.head](
+    data = DATA[examples.task.head](
         examples,
         [student.tokenizer for student in models.students.values()],
         [teacher.tokenizer for teacher in models.teaching],
@@ -245,6 +249,10 @@ def build_data(run: Run, examples: Examples, models: Models) -> KDData:
         rank=distributed.rank(),
         world=distributed.world(),
     )
+    wanted = needs_of_teachers(models.methods.values(), len(models.teachers))
+    for place, (teacher, needs) in enumerate(zip(models.teachers, wanted, strict=True)):
+        models.teachers[place], models.caches[teacher.name] = remembered(run, data, place, teacher, needs)
+    return data
 
 
 def checked_length(spec: RunSpec, models: Models) -> int:

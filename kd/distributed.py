@@ -30,6 +30,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def local_rank() -> int:
+    """This process among those on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", rank()))
+
+
 def local_world() -> int:
     """Processes of this job on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world()))

@@ -61,7 +61,7 @@ def evaluate(
     for student in students.values():
         student.to(device).eval()
     for teacher in teachers:
-        teacher.encoder.to(device)
+        teacher.apply(lambda tensor: tensor.to(device))
 
     def meters() -> dict[str, Any]:
         return {metric: task.metric(metric).to(device) for metric in task.metrics}

@@ -22,7 +22,7 @@ from kd.export import TOLERANCE, export, largest_difference, model_card
 from kd.hardware import git, hardware, versions
 from kd.loggers import History, close_wandb
 from kd.make import make
-from kd.models import Encoder, FrozenTeacher
+from kd.models import CachedTeacher, Encoder, FrozenTeacher
 from kd.models.heads import HEADS
 from kd.preflight import preflight
 from kd.progress import Progress
@@ -178,10 +178,14 @@ def conclude(
         "metrics_teacher": {name: {split: scores[split].teachers[name] for split in scores} for name in teachers},
         "metrics_ensemble": {split: scores[split].ensemble for split in scores if scores[split].ensemble},
         "selection": selection,
-        "seconds": {"train": round(engine.seconds, 3)},
+        "seconds": {
+            "train": round(engine.seconds, 3),
+            "cache": sum(made.get("seconds", 0.0) for made in models.caches.values()),
+        },
         "examples_per_second": round(counts["examples"] / max(engine.seconds, 1e-9), 3),
         "teacher_forward_examples": sum(work["examples"] for work in counts["teachers"].values()),
         "teacher_forwards": counts["teachers"],
+        "cache": models.caches,
         "labels": engine.task.labels,
         "pipeline": HEADS[engine.task.head].pipeline,
         "max_length": run.spec.task.max_length,
@@ -200,7 +204,9 @@ def conclude(
         "git": git(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    speeds = latencies({**{f"student {name}": each for name, each in models.students.items()}, **teachers})
+    remembered = {teacher.name: teacher.latency for teacher in models.teachers if isinstance(teacher, CachedTeacher)}
+    present = {name: each for name, each in teachers.items() if name not in remembered}
+    speeds = latencies({**{f"student {name}": each for name, each in models.students.items()}, **present})
     folders = {name: run.student if name == first else run.directory / "peers" / name for name in models.students}
     students = {}
     for place, (name, student) in enumerate(models.students.items()):
@@ -230,7 +236,11 @@ def conclude(
         "teachers": counted,
     }
     record["megabytes"] = {"student": chosen["megabytes"], **{name: megabytes(each) for name, each in teachers.items()}}
-    record["latency_ms"] = {"student": chosen["latency_ms"], **{name: round(speeds[name], 3) for name in teachers}}
+    known = {name: speeds.get(name, remembered.get(name)) for name in teachers}
+    record["latency_ms"] = {
+        "student": chosen["latency_ms"],
+        **{name: value and round(value, 3) for name, value in known.items()},
+    }
     record |= {"headline": first, "students": students}
     run.finish(record)
     return record

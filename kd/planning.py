@@ -133,6 +133,14 @@ def backbone_of(spec: RunSpec) -> tuple[str, str]:
     return spec.backbone, "backbone"
 
 
+def teacher_source(run: Run, name: str) -> tuple[str, str]:
+    """Where a frozen teacher's weights are, and the key that says so: its run's student, or the classifier it is given as."""
+    made = run.inputs.get(f"teacher {name}")
+    if made is None:
+        return str(run.spec.teacher[name].model), f"teacher.{name}.model"
+    return str(made.student), f"teacher.{name}.backbone"
+
+
 def source_of(spec: RunSpec) -> Source:
     """The data source of a task.
 
@@ -261,7 +269,7 @@ def teacher_config(parent: DictConfig, spec: RunSpec, name: str, teacher: Teache
     for key in (*COSTLESS, "precision"):
         OmegaConf.update(config, f"trainer.{key}", getattr(spec.trainer, key), force_add=True)
     OmegaConf.update(config, "student.backbone", teacher.backbone)
-    config.preflight, config.resume = spec.preflight, spec.resume
+    config.preflight, config.resume, config.cache = spec.preflight, spec.resume, spec.cache
     if teacher.run.get("student", {}).get("init") == "run" or any(
         (surgery or {}).get("run") for surgery in teacher.run.get("surgery", {}).values()
     ):

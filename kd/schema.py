@@ -149,8 +149,29 @@ class RunSpec:
     pretrain: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     backbone: str = MISSING
+    cache: Any = "auto"
     preflight: bool = True
     resume: bool = True
+
+
+def cache_limit(setting: Any) -> float | None:
+    """Bytes that a teacher's cache may take: 0 for `off`, endless for `on`, None where it is for the program to say (`auto`).
+
+    Raises:
+        InputError: for anything else that is no size.
+
+    >>> cache_limit("20GB"), cache_limit("1.5 mb"), cache_limit("off")
+    (20000000000.0, 1500000.0, 0.0)
+    """
+    word = str(setting).strip().lower()
+    word = {"true": "on", "false": "off"}.get(word, word)  # what YAML makes of the bare words
+    named: dict[str, float | None] = {"auto": None, "on": float("inf"), "off": 0.0}
+    if word in named:
+        return named[word]
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", word)
+    if size is None:
+        raise InputError(f"cache={setting} must be auto, on, off, or a size as 500MB or 20GB", "cache")
+    return float(size[1]) * 1000.0 ** " kmgt".index(size[2] or " ")
 
 
 def check_values(spec: RunSpec) -> None:
@@ -176,6 +197,7 @@ def check_values(spec: RunSpec) -> None:
             raise InputError(f"trainer.{key}={getattr(trainer, key)} must be at least {bound}", f"trainer.{key}")
     if trainer.devices != "auto" and not (str(trainer.devices).isdigit() and int(trainer.devices) > 0):
         raise InputError(f"trainer.devices={trainer.devices} must be auto or a number from 1", "trainer.devices")
+    cache_limit(spec.cache)
     if spec.seed < 0:
         raise InputError(f"seed={spec.seed} must not be negative", "seed")
     if not spec.paths.runs:

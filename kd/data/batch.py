@@ -14,7 +14,8 @@ class Batch:
 
     Attributes:
         student: tokenizer output, each (batch, tokens); of a masked language model also `predicted`, bool.
-        teachers: the same for each teacher; usually the very same object, where tokenizers agree.
+        teachers: the same for each teacher; usually the very same object, where tokenizers agree. Of a teacher that is
+            remembered, what it said (`kd.data.store.Remembered`).
         labels: (batch,), class indices in the task's order, or float scores; of a masked language model (batch, tokens), the
             tokens to predict and `kd.data.tasks.NOT_PREDICTED`.
         index: (batch,), position of each example in its split; the key of every cache.

@@ -16,6 +16,7 @@ from kd.data.batch import Batch
 from kd.data.language import MaskedLM
 from kd.data.sampler import LengthBatches, Rows
 from kd.data.sources import Source, Splits, hash_fraction
+from kd.data.store import Remembered
 from kd.data.tasks import Classification, Regression, Task
 from kd.errors import InputError, one_of
 from kd.schema import TaskSpec
@@ -181,7 +182,7 @@ class Numbers(Dataset[int]):
 class Collate:
     """Example numbers -> `Batch`. Models whose tokenizers agree share one object."""
 
-    tokens: Mapping[str, Tokens]
+    tokens: Mapping[str, Tokens | Remembered]
     students: Sequence[str]
     teachers: Sequence[str]
     labels: Sequence[float]
@@ -203,6 +204,8 @@ class Collate:
 class KDData(pl.LightningDataModule):
     """Loaders over a task, tokenised for its students and teachers.
 
+    A class whose text is another in each epoch says so in `changes`, in words: of it a teacher cannot be remembered.
+
     Args:
         examples: the task's text and labels.
         students: each student's tokenizer; the first one's lengths make the batches.
@@ -215,6 +218,8 @@ class KDData(pl.LightningDataModule):
         rank: this process.
         world: processes.
     """
+
+    changes = ""
 
     def __init__(
         self,
@@ -240,17 +245,20 @@ class KDData(pl.LightningDataModule):
             split: {key: self.read(tokenizer, texts, max_length) for key, tokenizer in tokenizers.items()}
             for split, texts in examples.texts.items()
         }
+        self.shared_tokenizer = len(tokenizers) == 1
+        """Whether student and teachers read the very same tokens."""
         self._train_sampler: LengthBatches | None = None
         self._skip = 0
+
+    def remember(self, place: int, splits: Mapping[str, Remembered]) -> None:
+        """From now on, batches carry what the teacher at this place said of each split in the place of its tokens."""
+        self.teacher_keys[place] = f"teacher {place}"
+        for split, remembered in splits.items():
+            self.tokens[split][self.teacher_keys[place]] = remembered
 
     def read(self, tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int) -> Any:
         """The texts of one split, tokenised."""
         return Tokens(tokenizer, texts, max_length)
-
-    @property
-    def shared_tokenizer(self) -> bool:
-        """Whether student and teachers read the very same tokens."""
-        return len({*self.student_keys, *self.teacher_keys}) == 1
 
     @property
     def student_key(self) -> str:
@@ -268,7 +276,8 @@ class KDData(pl.LightningDataModule):
     def collate(self, split: str) -> Any:
         """The collate function of a split."""
         examples = self.examples
-        return Collate(self.tokens[split], self.student_keys, self.teacher_keys, examples.labels[split], examples.task)
+        read = {key: self.tokens[split][key] for key in (*self.student_keys, *self.teacher_keys)}
+        return Collate(read, self.student_keys, self.teacher_keys, examples.labels[split], examples.task)
 
     def loader(self, split: str, seed: int | None = None) -> DataLoader[Batch]:
         """A loader over a split: shuffled with a seed, sorted by length without."""

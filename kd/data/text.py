@@ -292,6 +292,8 @@ class MaskedData(KDData):
         InputError: for a teacher with another vocabulary: the student's logits could not be compared with its.
     """
 
+    changes = "the text is masked anew in every epoch"
+
     def __init__(
         self, examples: Examples, students: Sequence[Any], teachers: Sequence[Any], *sizes: Any, **options: Any
     ) -> None:

@@ -270,7 +270,8 @@ class Engine(pl.LightningModule):
         self.validation = kept.get("validation", {})
         for teacher in self.teachers:
             work = kept.get("teacher_work", {}).get(teacher.name, {})
-            teacher.passes, teacher.examples = work.get("passes", 0), work.get("examples", 0)
+            teacher.passes += work.get("passes", 0)  # beside those that filled a cache since
+            teacher.examples += work.get("examples", 0)
         self.teacher_work = self.work_of_teachers()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Engine":

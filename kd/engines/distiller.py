@@ -1,13 +1,13 @@
 """One student, any number of frozen teachers, one optimiser."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from kd.data.batch import Batch
 from kd.data.tasks import Task
 from kd.engines.base import Engine, Learner, Loss, check_weights
 from kd.errors import InputError
-from kd.forward import Forward, Needs
-from kd.methods.base import Method, Progress, Step
+from kd.forward import Forward
+from kd.methods.base import Method, Progress, Step, needs_of_teachers
 from kd.models import Encoder, FrozenTeacher
 from kd.optimizers import OptimizerFactory
 from kd.schedules import Schedule
@@ -58,9 +58,8 @@ class Distiller(Engine):
 
     def step(self, batch: Batch, progress: Progress) -> Step:
         """A step over a batch: forwards bound to inputs and needs, none of them run."""
-        ours, theirs = self.method.needs()
-        teachers = bound_teachers(self.teachers, batch, [theirs])
-        student, task = Forward(self.student, batch.student, ours), self.task.of(batch.labels)
+        teachers = bound_teachers(self.teachers, batch, [self.method])
+        student, task = Forward(self.student, batch.student, self.method.needs()[0]), self.task.of(batch.labels)
         return Step(student, teachers, batch, task, progress, seed=self.seed)
 
     def loss(self, batch: Batch, progress: Progress | None = None) -> Loss:
@@ -71,18 +70,13 @@ class Distiller(Engine):
         return Loss(self.weighted(terms, progress), terms, [(self.method, step, terms)])
 
 
-def bound_teachers(teachers: Sequence[FrozenTeacher], batch: Batch, declared: Sequence[Sequence[Needs]]) -> list[Forward]:
+def bound_teachers(teachers: Sequence[FrozenTeacher], batch: Batch, methods: Iterable[Method]) -> list[Forward]:
     """Each teacher's forward over a batch; it keeps what any of the methods declares.
 
     Args:
         teachers: in the order of `batch.teachers`.
         batch: their inputs.
-        declared: for each method, the needs of each teacher, or nothing where it reads logits alone.
+        methods: that will look.
     """
-    forwards = []
-    for place, (teacher, inputs) in enumerate(zip(teachers, batch.teachers, strict=True)):
-        needs = Needs()
-        for theirs in declared:
-            needs = needs | (theirs[place] if theirs else Needs())
-        forwards.append(Forward(teacher, inputs, needs))
-    return forwards
+    needs = needs_of_teachers(methods, len(teachers))
+    return [Forward(*each) for each in zip(teachers, batch.teachers, needs, strict=True)]

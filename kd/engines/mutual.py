@@ -109,8 +109,8 @@ class Mutual(Engine):
 
     def frozen(self, batch: Batch) -> list[Forward]:
         """The frozen teachers' forwards over a batch, shared by all students."""
-        declared = [learner.method.needs()[1] for learner in self.learners.values()]
-        return bound_teachers(self.teachers, batch, declared) if self.teachers else []
+        methods = [learner.method for learner in self.learners.values()]
+        return bound_teachers(self.teachers, batch, methods) if self.teachers else []
 
     def loss_of(
         self, name: str, forwards: Mapping[str, Forward], frozen: Sequence[Forward], batch: Batch, progress: Progress

@@ -25,6 +25,8 @@ class Needs:
         gradient: whether gradients are taken with respect to what the forward shows (integrated gradients, double
             backward). A frozen model then runs with gradients enabled, and attention runs its plain kernel, because the
             fused one cannot be differentiated twice.
+        live: why a frozen model has to run at every step: its text changes, or its dropout is on. Empty where it says the same
+            of an example each time, so that it may be remembered (`kd.caching`).
 
     >>> sorted((Needs(hidden=[1]) | Needs(hidden=[2])).hidden)
     [1, 2]
@@ -35,6 +37,7 @@ class Needs:
     attention: frozenset[int] = frozenset()
     value: frozenset[int] = frozenset()
     gradient: bool = False
+    live: str = ""
 
     def __init__(
         self,
@@ -43,12 +46,14 @@ class Needs:
         value: Iterable[int] = (),
         gradient: bool = False,
         cls: Iterable[int] = (),
+        live: str = "",
     ) -> None:
         object.__setattr__(self, "hidden", _layers(hidden))
         object.__setattr__(self, "cls", _layers(cls))
         object.__setattr__(self, "attention", _layers(attention))
         object.__setattr__(self, "value", _layers(value))
         object.__setattr__(self, "gradient", bool(gradient))
+        object.__setattr__(self, "live", live)
         for kind, lowest in (("hidden", 0), ("cls", 0), ("attention", 1), ("value", 1)):
             if below := [layer for layer in getattr(self, kind) if layer < lowest]:
                 raise ValueError(f"{kind} of layer {min(below)} does not exist; its layers begin at {lowest}")
@@ -60,7 +65,18 @@ class Needs:
             self.value | other.value,
             self.gradient or other.gradient,
             self.cls | other.cls,
+            "; ".join(dict.fromkeys(why for why in (self.live, other.live) if why)),
         )
+
+    @property
+    def tensors(self) -> list[str]:
+        """Names of the tensors that a forward with these needs shows.
+
+        >>> Needs(cls=[2, 4], attention=[3]).tensors
+        ['logits', 'cls-2', 'cls-4', 'query-3', 'key-3']
+        """
+        kinds = {"hidden": self.hidden, "cls": self.cls, "query": self.attention, "key": self.attention, "value": self.value}
+        return ["logits", *(f"{kind}-{layer}" for kind, layers in kinds.items() for layer in sorted(layers))]
 
     @property
     def tokens(self) -> bool:
@@ -73,4 +89,4 @@ class Needs:
 
     def __str__(self) -> str:
         parts = [f"{kind}={sorted(getattr(self, kind))}" for kind in KINDS if getattr(self, kind)]
-        return ", ".join(parts + ["gradient"] * self.gradient) or "logits only"
+        return ", ".join(parts + ["gradient"] * self.gradient + ["live"] * bool(self.live)) or "logits only"

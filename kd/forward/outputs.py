@@ -101,6 +101,26 @@ class Outputs:
         tensors = {kind: {layer: t.detach() for layer, t in layers.items()} for kind, layers in self.tensors.items()}
         return replace(self, logits=self.logits.detach(), tensors=tensors)
 
+    def named(self) -> dict[str, Tensor]:
+        """Every tensor by its name, as in `Needs.tensors`."""
+        tensors = {f"{kind}-{layer}": tensor for kind, layers in self.tensors.items() for layer, tensor in layers.items()}
+        return {"logits": self.logits, **tensors}
+
+    @classmethod
+    def from_named(cls, named: Mapping[str, Tensor], mask: Tensor, needs: Needs, heads: int) -> "Outputs":
+        """The pass that showed these tensors: the reverse of `named`, where attention has no positional bias.
+
+        Raises:
+            UndeclaredRead: if `needs` asks for one that is not there.
+        """
+        if absent := [name for name in needs.tensors if name not in named]:
+            raise UndeclaredRead(f"{absent[0]} is not among what is there: {', '.join(named)}")
+        tensors: dict[str, dict[int, Tensor]] = {}
+        for name in needs.tensors[1:]:
+            kind, _, layer = name.partition("-")
+            tensors.setdefault(kind, {})[int(layer)] = named[name]
+        return cls(named["logits"], mask, needs, heads, tensors)
+
     def with_logits(self, logits: Tensor) -> "Outputs":
         """The same pass with other logits, (batch, classes)."""
         return replace(self, logits=logits)

@@ -1,6 +1,6 @@
 """The contract of a method: what one paper adds to fine-tuning."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -115,6 +115,15 @@ class Method(nn.Module):
     def describe(self) -> dict[str, str]:
         """What `bind` resolved, in words, for the preflight."""
         return {}
+
+
+def needs_of_teachers(methods: Iterable[Method], count: int) -> list[Needs]:
+    """What each of some frozen teachers must keep: whatever any of the methods declares."""
+    found = [Needs()] * count
+    for method in methods:
+        theirs = method.needs()[1] or [Needs()] * count
+        found = [both | needs for both, needs in zip(found, theirs, strict=True)]
+    return found
 
 
 def match_width(student: int, teacher: int) -> nn.Module:

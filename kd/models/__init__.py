@@ -1,6 +1,6 @@
 """Students and teachers."""
 
 from kd.models.encoder import Encoder
-from kd.models.teachers import FrozenTeacher
+from kd.models.teachers import CachedTeacher, FrozenTeacher
 
-__all__ = ["Encoder", "FrozenTeacher"]
+__all__ = ["CachedTeacher", "Encoder", "FrozenTeacher"]

@@ -4,11 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from kd.errors import InputError
 from kd.forward.lazy import Inputs
 from kd.forward.needs import Needs
-from kd.forward.outputs import Outputs
+from kd.forward.outputs import Outputs, UndeclaredRead
 from kd.models.encoder import Encoder
 
 
@@ -37,13 +38,23 @@ class FrozenTeacher:
     It is not a module on purpose. The engine moves it between devices.
 
     Args:
-        encoder: the fine-tuned model.
+        encoder: the fine-tuned model, or its shape, on the meta device, where `load` gives it its weights.
         name: what messages and results call it.
         columns: for each label of the task, its column in this teacher's logits; None keeps them as they are.
+        load: reads the weights, when they are first needed.
     """
 
-    def __init__(self, encoder: Encoder, name: str = "teacher", columns: Sequence[int] | None = None) -> None:
-        self.encoder = encoder.eval().requires_grad_(False)
+    def __init__(
+        self,
+        encoder: Encoder,
+        name: str = "teacher",
+        columns: Sequence[int] | None = None,
+        load: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        self.shape = encoder.eval().requires_grad_(False)
+        """The model, perhaps without weights."""
+        self.load = load
+        self.loaded = encoder if load is None else None
         self.name = name
         self.columns = None if columns is None or list(columns) == sorted(columns) else list(columns)
         self.passes = 0
@@ -52,34 +63,86 @@ class FrozenTeacher:
         """Examples forwarded so far, on this rank."""
 
     @property
+    def encoder(self) -> Encoder:
+        """The model with its weights; they are read when this is first looked at."""
+        if self.loaded is None:
+            assert self.load is not None
+            with torch.random.fork_rng(devices=[]):  # what loading draws is nobody's business
+                self.loaded = Encoder(self.load(), self.shape.tokenizer).eval().requires_grad_(False)
+        return self.loaded
+
+    @property
     def depth(self) -> int:
         """Blocks."""
-        return self.encoder.depth
+        return self.shape.depth
 
     @property
     def width(self) -> int:
         """Size of a hidden state."""
-        return self.encoder.width
+        return self.shape.width
 
     @property
     def heads(self) -> int:
         """Attention heads of a block."""
-        return self.encoder.heads
+        return self.shape.heads
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer that makes its inputs."""
-        return self.encoder.tokenizer
+        return self.shape.tokenizer
 
     def __call__(self, inputs: Inputs, needs: Needs) -> Outputs:
         """One pass, without gradients unless `needs.gradient`; logits are in the task's label order."""
-        self.encoder.eval()
         self.passes += 1
         self.examples += len(inputs["input_ids"])
+        return self.in_order(self.run(inputs, needs))
+
+    def run(self, inputs: Inputs, needs: Needs) -> Outputs:
+        """The same with the logits in the teacher's own order, and not counted."""
+        self.encoder.eval()
         with torch.set_grad_enabled(needs.gradient):
             outputs: Outputs = self.encoder(inputs, needs)
+        return outputs
+
+    def in_order(self, outputs: Outputs) -> Outputs:
+        """The same with the logits in the task's label order."""
         return outputs if self.columns is None else outputs.with_logits(outputs.logits[:, self.columns])
 
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Move or convert every tensor, as `nn.Module._apply` does for modules."""
         self.encoder._apply(function)
+
+
+class CachedTeacher(FrozenTeacher):
+    """A frozen teacher that is not there: its inputs are what it said of the examples when it was run once (`kd.caching`).
+
+    Args:
+        teacher: that was run; it can be forgotten.
+        passes: that it took to fill the cache, in this run and on this rank.
+        examples: forwarded in them, training examples alone.
+        latency: milliseconds for one sentence, measured when the cache was filled.
+    """
+
+    def __init__(self, teacher: FrozenTeacher, passes: int = 0, examples: int = 0, latency: float | None = None) -> None:
+        super().__init__(teacher.shape, teacher.name, teacher.columns)
+        self.passes, self.examples, self.latency = passes, examples, latency
+
+    def __call__(self, inputs: Inputs, needs: Needs) -> Outputs:
+        """What it said.
+
+        Args:
+            inputs: of a `kd.data.store.Remembered`: tensors by name, as `Needs.tensors` names them.
+            needs: what of it to show.
+
+        Raises:
+            UndeclaredRead: for other inputs, or more needs, than were declared when the cache was filled.
+        """
+        if "logits" not in inputs:
+            raise UndeclaredRead(
+                f"the teacher '{self.name}' is remembered and cannot read other text; a method whose teachers have to run "
+                "declares Needs(live='the reason') for them"
+            )
+        return self.in_order(Outputs.from_named(inputs, inputs["attention_mask"].bool(), needs, self.heads))
+
+    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """There is nothing to move."""

@@ -1,0 +1,332 @@
+"""A frozen teacher says the same of an example each time, so it is run once: here is the pass, and whether it is made.
+
+What it says of a split is kept with the teacher's run, for all students, methods and seeds, under a digest of the teacher's
+weights, the text as tokenised and the precision. What cannot be kept, or would be too large, is computed at every step.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+
+from kd import distributed
+from kd.data.store import Entry, Remembered, Share, Store, stored_as
+from kd.errors import InputError
+from kd.evaluate import latencies
+from kd.forward import Needs
+from kd.models.teachers import CachedTeacher, FrozenTeacher
+from kd.planning import teacher_source
+from kd.runs import Run, digest_of, write_atomically
+from kd.schema import cache_limit
+from kd.sources import fingerprint
+
+if TYPE_CHECKING:
+    from kd.data.datamodule import KDData
+
+FORMAT = 1
+"""Raised when a change of code makes what is kept unreadable."""
+AUTO_LIMIT = 8e9
+"""Bytes that `cache=auto` takes at most for one teacher, if a quarter of the free disk is not less. Our choice."""
+BATCH_TOKENS = 2048
+"""Tokens of a batch of the pass, padding included. Our choice: enough to keep the kernels busy, little memory."""
+PROBE = 32
+"""Examples that are run to learn sizes and speed."""
+PRECISIONS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+@dataclass
+class Plan:
+    """What has to be written for one split."""
+
+    split: str
+    tokens: Any
+    store: Store
+    names: tuple[str, ...]
+    needs: Needs
+    precision: str
+    absent: list[str] = field(default_factory=list)
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes that have yet to be written."""
+        return sum(entry.size for entry in self.entries.values())
+
+
+def remembered(
+    run: Run, data: "KDData", place: int, teacher: FrozenTeacher, needs: Needs
+) -> tuple[FrozenTeacher, dict[str, Any]]:
+    """The teacher as training will see it, and what a record says of it.
+
+    Either one that is remembered, its weights not in memory, with `data` set to read what it said; or the teacher itself,
+    loaded.
+
+    Args:
+        run: that it serves.
+        data: tokenised; of every split something is kept: of train what the methods need, of the others the logits.
+        place: of the teacher in a batch.
+        teacher: frozen.
+        needs: of it, by all methods.
+
+    Raises:
+        InputError: if the teacher cannot be loaded, or the disk has no room for what `cache=on` asks for.
+    """
+    why = reason_to_run(run, data, teacher, needs)
+    if why is None:
+        with _locked(folder_of(run, teacher)):
+            found = cached(run, data, place, teacher, needs)
+        if not isinstance(found, str):
+            return found
+        why = found
+    if cache_limit(run.spec.cache) != 0:
+        _say(f"  teacher '{teacher.name}' runs at every step: {why}")
+    _ = teacher.encoder  # now, so that weights that cannot be read end the run before it begins
+    return teacher, {"used": False, "why": why}
+
+
+def reason_to_run(run: Run, data: "KDData", teacher: FrozenTeacher, needs: Needs) -> str | None:
+    """Why a teacher cannot be remembered, whatever the size; None if it can."""
+    if cache_limit(run.spec.cache) == 0:
+        return "cache=off"
+    if data.changes:
+        return data.changes
+    if needs.live:
+        return needs.live
+    if needs.gradient:
+        return "gradients are taken through it"
+    if needs.attention and teacher.shape.family.score_bias is not None:
+        return f"the positional bias of {teacher.shape.config.model_type}'s attention is not kept"
+    return None
+
+
+def cached(
+    run: Run, data: "KDData", place: int, teacher: FrozenTeacher, needs: Needs
+) -> tuple[CachedTeacher, dict[str, Any]] | str:
+    """A remembered teacher, after the pass if there had to be one; or why there is none."""
+    plans = [plan_of(run, data, place, teacher, split, needs if split == "train" else Needs()) for split in data.tokens]
+    seconds = distributed.on_first(lambda: estimate(run, teacher, plans))
+    lacking = distributed.agree([(plan.absent, plan.entries) for plan in plans])
+    for plan, (absent, entries) in zip(plans, lacking, strict=True):
+        plan.absent, plan.entries = absent, entries
+    if isinstance(seconds, str):
+        return seconds
+    began, passes, examples = time.perf_counter(), 0, 0
+    missing = [plan for plan in plans if plan.absent]
+    latency = distributed.on_first(lambda: _latency(run, teacher, bool(missing)))
+    for plan in missing:
+        done = write(run, teacher, plan)
+        if plan.split == "train":
+            passes, examples = done
+    for plan in plans:
+        data.remember(place, {plan.split: Remembered(plan.store, plan.names)})
+    taken = time.perf_counter() - began if missing else 0.0
+    size, kept = sum(plan.store.size(plan.names) for plan in plans), " ".join(plans[0].names)
+    what = f"made in {taken:.1f} s" if missing else "made before, teacher not loaded"
+    _say(f"  teacher '{teacher.name}' is remembered: {kept}, {_megabytes(size)}, {what}")
+    record = {"used": True, "bytes": size, "seconds": round(taken, 3), "written": [plan.split for plan in missing]}
+    return CachedTeacher(teacher, passes, examples, latency), record
+
+
+def folder_of(run: Run, teacher: FrozenTeacher) -> Path:
+    """Where what a teacher says is kept: in its run, or beside the runs if it was brought."""
+    source, key = teacher_source(run, teacher.name)
+    made = run.inputs.get(f"teacher {teacher.name}")
+    if made is not None:
+        return made.directory / "cache"
+    return Path(run.spec.paths.runs).expanduser() / ".teachers" / digest_of({"weights": fingerprint(source, key)})
+
+
+def plan_of(run: Run, data: "KDData", place: int, teacher: FrozenTeacher, split: str, needs: Needs) -> Plan:
+    """Where a split's tensors are, or will be."""
+    tokens = data.tokens[split][data.teacher_keys[place]]
+    training = run.spec.trainer.precision
+    # Evaluation is in float32 whatever training is in.
+    precision = training if split == "train" or training == "64-true" else "32-true"
+    text = hashlib.blake2b(tokens.offsets.tobytes(), digest_size=8)
+    for column in tokens.columns.values():
+        text.update(np.ascontiguousarray(column).tobytes())
+    about = {
+        "format": FORMAT,
+        "weights": fingerprint(*teacher_source(run, teacher.name)),
+        "text": text.hexdigest(),
+        "precision": precision,
+    }
+    folder = folder_of(run, teacher) / f"{split}-{digest_of(about)}"
+    if distributed.is_first():
+        _begin(folder, {"teacher": teacher.name, "task": run.spec.task.name, "split": split, **about})
+    return Plan(split, tokens, Store(folder, tokens.offsets), tuple(needs.tensors), needs, precision)
+
+
+def _begin(folder: Path, about: Mapping[str, Any]) -> None:
+    """Make a folder that says what it is of; say so if others hold the same split with other text or other weights."""
+    if (folder / "about.json").is_file():
+        return
+    for other in folder.parent.glob(f"{about['split']}-*/about.json"):
+        with contextlib.suppress(OSError, ValueError):
+            known = json.loads(other.read_text(encoding="utf-8"))
+            changed = [what for what in ("text", "weights") if known[what] != about[what]]
+            if changed and known["precision"] == about["precision"] and known["task"] == about["task"]:
+                _say(f"  the cache {other.parent} was made of other {' and '.join(changed)}; it is not used")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "about.json", json.dumps(about, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a teacher's cache: a second process that needs the same waits, then finds it."""
+    with contextlib.ExitStack() as held:
+
+        def hold() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                _say(f"  another process is at {folder}; waiting for it")
+                lock.acquire()
+            held.callback(lock.release)
+
+        distributed.on_first(hold)
+        yield
+
+
+def estimate(run: Run, teacher: FrozenTeacher, plans: Sequence[Plan]) -> float | str:
+    """Seconds that the pass will take, said before it begins; or why it is not made. Finds what is absent, and its sizes."""
+    for plan in plans:
+        plan.store.sweep()
+        if damaged := plan.store.damaged(plan.names):
+            _say(f"  the cache {plan.store.folder} is damaged ({', '.join(damaged)}); that part is made again")
+            plan.store.remove(damaged)
+        plan.absent = plan.store.missing(plan.names)
+    missing = [plan for plan in plans if plan.absent]
+    if not missing:
+        return 0.0
+    seconds = sum(probe(run, teacher, plan) for plan in missing) / distributed.world()
+    size = sum(plan.size for plan in missing)
+    free = shutil.disk_usage(missing[0].store.folder).free
+    limit, asked = cache_limit(run.spec.cache), run.spec.cache
+    if limit is None:
+        limit = min(AUTO_LIMIT, free / 4)
+    needed = f"what it says takes {_megabytes(size)} ({missing[0].needs})"
+    if size > limit:
+        return f"{needed}, more than cache={asked} takes here, {_megabytes(limit)}; cache=on or a size takes more"
+    if size > free:
+        raise InputError(f"teacher '{teacher.name}': {needed}, and {_megabytes(free)} are free; use cache=off", "cache")
+    count = ", ".join(f"{plan.split} {plan.store.examples}" for plan in missing)
+    _say(f"  teacher '{teacher.name}' is run once over {count}: {_megabytes(size)}, about {seconds:.0f} s")
+    return seconds
+
+
+def probe(run: Run, teacher: FrozenTeacher, plan: Plan) -> float:
+    """Seconds of a pass over a split, from a few examples of middling length; sets the entries of what is absent."""
+    order = np.argsort(np.diff(plan.store.offsets), kind="stable")
+    middle = max(len(order) // 2 - PROBE // 2, 0)
+    rows = order[middle : middle + PROBE].tolist()
+    with _teaching(run, teacher, plan.precision) as device:
+        said = _said(teacher, plan, rows, device)
+        began = time.perf_counter()
+        _said(teacher, plan, rows, device)
+        seconds = time.perf_counter() - began
+    for name in plan.absent:
+        kind = stored_as(said[name].dtype, plan.precision)
+        shape = (plan.store.rows(name), said[name].shape[-1])
+        plan.entries[name] = Entry(shape, *(str(dtype).removeprefix("torch.") for dtype in (kind, said[name].dtype)))
+    tokens = len(rows) * max(plan.tokens.lengths_of(rows))
+    return float(seconds * plan.store.offsets[-1] / tokens)
+
+
+def write(run: Run, teacher: FrozenTeacher, plan: Plan) -> tuple[int, int]:
+    """Run a teacher over this rank's share of a split and keep what it says; passes and examples of this rank.
+
+    Tensors appear all at once at the end, so a pass that is killed leaves nothing that looks whole.
+    """
+    rank, world = distributed.rank(), distributed.world()
+    span = (plan.store.examples * rank // world, plan.store.examples * (rank + 1) // world)
+    passes, again = 0, plan.entries
+    while again:
+        shares = {name: Share(plan.store, name, entry, span, rank) for name, entry in again.items()}
+        narrow: set[str] = set()
+        with _teaching(run, teacher, plan.precision) as device:
+            for rows in batches(plan.store.offsets, span):
+                said = _said(teacher, plan, rows, device)
+                passes += 1
+                narrow |= {name for name, share in shares.items() if not share.write(rows, said[name])}
+        for share in shares.values():
+            share.close()
+        too_narrow = set().union(*distributed.gather(narrow))
+
+        def commit(done: Mapping[str, Entry] = again, but: set[str] = too_narrow) -> None:
+            for name, entry in done.items():
+                if name not in but:
+                    plan.store.commit(name, entry, world)
+
+        distributed.on_first(commit)
+        # The type on disk could not hold what came: the whole tensor once more, as it is.
+        again = {name: replace(plan.entries[name], stored=plan.entries[name].shown) for name in too_narrow}
+        if again:
+            _say(f"  {', '.join(sorted(again))} of '{plan.split}' do not fit 16 bits; they are kept in full")
+    return passes, span[1] - span[0]
+
+
+def batches(offsets: np.ndarray, span: tuple[int, int]) -> Iterator[list[int]]:
+    """The examples of a span in batches of similar length, `BATCH_TOKENS` at most."""
+    lengths = np.diff(offsets)[span[0] : span[1]]
+    batch: list[int] = []
+    for place in np.argsort(lengths, kind="stable"):
+        if batch and (len(batch) + 1) * lengths[place] > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(span[0] + int(place))
+    if batch:
+        yield batch
+
+
+@contextlib.contextmanager
+def _teaching(run: Run, teacher: FrozenTeacher, precision: str) -> Iterator[torch.device]:
+    """The teacher where and in what it would run in training."""
+    gpu = run.spec.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", distributed.local_rank()) if gpu else torch.device("cpu")
+    kind = torch.float64 if precision == "64-true" else torch.float32
+    teacher.encoder.to(device, kind)
+    mixed = PRECISIONS.get(precision)
+    with torch.no_grad(), torch.autocast(device.type, mixed, enabled=mixed is not None):
+        try:
+            yield device
+        finally:
+            teacher.encoder.to("cpu")
+
+
+def _said(teacher: FrozenTeacher, plan: Plan, rows: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
+    inputs = {name: tensor.to(device) for name, tensor in plan.tokens.pad(rows).items()}
+    outputs = teacher.run(inputs, plan.needs)
+    return {name: tensor for name, tensor in outputs.named().items() if name in plan.names}
+
+
+def _latency(run: Run, teacher: FrozenTeacher, loaded: bool) -> float | None:
+    """Of the teacher, measured while it is there and kept for the runs in which it is not."""
+    path = folder_of(run, teacher) / "latency.json"
+    if loaded:
+        milliseconds = latencies({"teacher": teacher.encoder})["teacher"]
+        write_atomically(path, json.dumps(milliseconds))
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _say(text: str) -> None:
+    if distributed.is_first():
+        print(text, flush=True)
