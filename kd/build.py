@@ -249,9 +249,11 @@ def build_data(run: Run, examples: Examples, models: Models) -> KDData:
         rank=distributed.rank(),
         world=distributed.world(),
     )
-    wanted = needs_of_teachers(models.methods.values(), len(models.teachers))
+    listeners = [method for method in models.methods.values() if method.listens]
+    wanted = needs_of_teachers(listeners, len(models.teachers))
     for place, (teacher, needs) in enumerate(zip(models.teachers, wanted, strict=True)):
-        models.teachers[place], models.caches[teacher.name] = remembered(run, data, place, teacher, needs)
+        found = remembered(run, data, place, teacher, needs if listeners else None)
+        models.teachers[place], models.caches[teacher.name] = found
     return data
 
 

@@ -63,7 +63,7 @@ class Plan:
 
 
 def remembered(
-    run: Run, data: "KDData", place: int, teacher: FrozenTeacher, needs: Needs
+    run: Run, data: "KDData", place: int, teacher: FrozenTeacher, needs: Needs | None
 ) -> tuple[FrozenTeacher, dict[str, Any]]:
     """The teacher as training will see it, and what a record says of it.
 
@@ -75,7 +75,7 @@ def remembered(
         data: tokenised; of every split something is kept: of train what the methods need, of the others the logits.
         place: of the teacher in a batch.
         teacher: frozen.
-        needs: of it, by all methods.
+        needs: of it, by all methods; None where no method listens to it. It is then compared with on the other splits only.
 
     Raises:
         InputError: if the teacher cannot be loaded, or the disk has no room for what `cache=on` asks for.
@@ -93,12 +93,14 @@ def remembered(
     return teacher, {"used": False, "why": why}
 
 
-def reason_to_run(run: Run, data: "KDData", teacher: FrozenTeacher, needs: Needs) -> str | None:
+def reason_to_run(run: Run, data: "KDData", teacher: FrozenTeacher, needs: Needs | None) -> str | None:
     """Why a teacher cannot be remembered, whatever the size; None if it can."""
     if cache_limit(run.spec.cache) == 0:
         return "cache=off"
     if data.changes:
         return data.changes
+    if needs is None:
+        return None
     if needs.live:
         return needs.live
     if needs.gradient:
@@ -109,10 +111,11 @@ def reason_to_run(run: Run, data: "KDData", teacher: FrozenTeacher, needs: Needs
 
 
 def cached(
-    run: Run, data: "KDData", place: int, teacher: FrozenTeacher, needs: Needs
+    run: Run, data: "KDData", place: int, teacher: FrozenTeacher, needs: Needs | None
 ) -> tuple[CachedTeacher, dict[str, Any]] | str:
     """A remembered teacher, after the pass if there had to be one; or why there is none."""
-    plans = [plan_of(run, data, place, teacher, split, needs if split == "train" else Needs()) for split in data.tokens]
+    asked = {split: needs if split == "train" else Needs() for split in data.tokens}
+    plans = [plan_of(run, data, place, teacher, split, of) for split, of in asked.items() if of is not None]
     seconds = distributed.on_first(lambda: estimate(run, teacher, plans))
     lacking = distributed.agree([(plan.absent, plan.entries) for plan in plans])
     for plan, (absent, entries) in zip(plans, lacking, strict=True):

@@ -60,10 +60,7 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
         split: evaluate(models.students, models.teachers, data.loader(split), engine.task, device)
         for split in examples.evaluated
     }
-    work = {
-        name: {"passes": done["passes"], "examples": distributed.total(done["examples"])}
-        for name, done in engine.teacher_work.items()
-    }
+    work = {name: {**done, "examples": distributed.total(done["examples"])} for name, done in engine.teacher_work.items()}
     counts = {"examples": distributed.total(engine.examples), "teachers": work}
     return distributed.on_first(lambda: conclude(run, models, data, engine, scores, selection, counts))
 

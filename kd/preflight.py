@@ -120,7 +120,7 @@ def uncounted(engine: Engine) -> Iterator[None]:
     """What happens here is not part of the run: random state, gradients, method state and counters are as before after it."""
     methods = [learner.method for learner in engine.learners.values()]
     kept = [{name: tensor.clone() for name, tensor in method.state_dict().items()} for method in methods]
-    counts, training = [(teacher.passes, teacher.examples) for teacher in engine.teachers], engine.training
+    counts, training = [teacher.work for teacher in engine.teachers], engine.training
     with torch.random.fork_rng():
         try:
             yield
@@ -130,7 +130,7 @@ def uncounted(engine: Engine) -> Iterator[None]:
             engine.zero_grad(set_to_none=True)
             engine.train(training)
             for teacher, count in zip(engine.teachers, counts, strict=True):
-                teacher.passes, teacher.examples = count
+                teacher.work = count
 
 
 def check_students(report: Report, engine: Engine) -> None:

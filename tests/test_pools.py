@@ -247,7 +247,7 @@ def test_a_pool_wraps_the_method_that_was_chosen(plans: dict[str, Run], kind: st
 def test_a_chain_of_teachers_ends_in_a_student_of_the_last(small: Small, backbone: Path) -> None:
     run, result = made(small("method=skdbert", *pool(backbone, *NAMES), "pool=takd"))
     assert set(result["teacher_forwards"]) == {"minilm_3l"}
-    assert result["teacher_forwards"]["minilm_3l"]["passes"] == 12
+    assert result["teacher_forwards"]["minilm_3l"]["looks"] == 12
     third = run.inputs["teacher minilm_3l"]
     assert set(third.result["teacher_forwards"]) == {"minilm_4l"}
     assert set(third.inputs["teacher minilm_4l"].result["teacher_forwards"]) == {"minilm"}
@@ -265,7 +265,7 @@ def test_ranks_by_students_reach_the_draws(small: Small, backbone: Path) -> None
     scores = [run.inputs[f"pilot {name}"].result["metrics"]["validation"]["accuracy"] for name in TWO]
     wanted = [1 / 3, 2 / 3] if scores[0] < scores[1] else [2 / 3, 1 / 3] if scores[0] > scores[1] else [0.5, 0.5]
     assert method.probabilities == pytest.approx(wanted)
-    assert sum(each["passes"] for each in result["teacher_forwards"].values()) == 6
+    assert sum(each["looks"] for each in result["teacher_forwards"].values()) == 6
     assert set(result["inputs"]) == {f"{role} {name}" for role in ("teacher", "pilot") for name in TWO}
 
 

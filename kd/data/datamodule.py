@@ -252,9 +252,8 @@ class KDData(pl.LightningDataModule):
 
     def remember(self, place: int, splits: Mapping[str, Remembered]) -> None:
         """From now on, batches carry what the teacher at this place said of each split in the place of its tokens."""
-        self.teacher_keys[place] = f"teacher {place}"
         for split, remembered in splits.items():
-            self.tokens[split][self.teacher_keys[place]] = remembered
+            self.tokens[split][f"teacher {place}"] = remembered
 
     def read(self, tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int) -> Any:
         """The texts of one split, tokenised."""
@@ -275,9 +274,11 @@ class KDData(pl.LightningDataModule):
 
     def collate(self, split: str) -> Any:
         """The collate function of a split."""
-        examples = self.examples
-        read = {key: self.tokens[split][key] for key in (*self.student_keys, *self.teacher_keys)}
-        return Collate(read, self.student_keys, self.teacher_keys, examples.labels[split], examples.task)
+        tokens, examples = self.tokens[split], self.examples
+        teachers = [f"teacher {place}" for place in range(len(self.teacher_keys))]
+        teachers = [own if own in tokens else key for own, key in zip(teachers, self.teacher_keys, strict=True)]
+        read = {key: tokens[key] for key in (*self.student_keys, *teachers)}
+        return Collate(read, self.student_keys, teachers, examples.labels[split], examples.task)
 
     def loader(self, split: str, seed: int | None = None) -> DataLoader[Batch]:
         """A loader over a split: shuffled with a seed, sorted by length without."""

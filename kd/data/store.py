@@ -91,7 +91,7 @@ class Store:
             return Entry(tuple(found.pop("shape")), **found)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return Entry((0, 0), "uint8", "uint8")  # no file has these bytes: it is damaged
 
     def damaged(self, names: Iterable[str]) -> list[str]:

@@ -198,8 +198,8 @@ class Engine(pl.LightningModule):
         self.teacher_work = self.work_of_teachers()
 
     def work_of_teachers(self) -> dict[str, dict[str, int]]:
-        """Name -> passes and examples forwarded so far, on this rank."""
-        return {teacher.name: {"passes": teacher.passes, "examples": teacher.examples} for teacher in self.teachers}
+        """Name -> passes, examples and looks so far, on this rank."""
+        return {teacher.name: teacher.work for teacher in self.teachers}
 
     def on_validation_epoch_start(self) -> None:
         """Fresh metrics."""
@@ -269,9 +269,9 @@ class Engine(pl.LightningModule):
         self.examples = kept.get("examples", 0)
         self.validation = kept.get("validation", {})
         for teacher in self.teachers:
-            work = kept.get("teacher_work", {}).get(teacher.name, {})
-            teacher.passes += work.get("passes", 0)  # beside those that filled a cache since
-            teacher.examples += work.get("examples", 0)
+            before = kept.get("teacher_work", {}).get(teacher.name, {})
+            # Beside what a cache took that had to be filled again.
+            teacher.work = {name: count + before.get(name, 0) for name, count in teacher.work.items()}
         self.teacher_work = self.work_of_teachers()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Engine":

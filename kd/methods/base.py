@@ -85,6 +85,9 @@ class Method(nn.Module):
     teachers: int | None = 1
     """How many teachers it takes; None for any number."""
 
+    listens = True
+    """Whether it looks at its teachers at all; those of fine-tuning are there to be compared with."""
+
     def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
         """Look at the models: build projections, resolve layer maps, freeze what is not trained.
 

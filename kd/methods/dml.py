@@ -40,7 +40,7 @@ class Mutual(Method):
             raise one_of(target, TARGETS, "cohort.peers.target")
         self.inner = inner
         self.names = (*inner.names, "mutual")
-        self.teachers = inner.teachers
+        self.teachers, self.listens = inner.teachers, inner.listens
         self.temperature = checked_temperature(temperature, "cohort.peers.temperature")
         self.target = target
 

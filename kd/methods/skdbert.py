@@ -31,7 +31,7 @@ class Stochastic(Method):
 
     def __init__(self, inner: Method, probabilities: Sequence[float]) -> None:
         super().__init__()
-        self.names = inner.names
+        self.names, self.listens = inner.names, inner.listens
         self.teachers = len(probabilities)
         self.probabilities = list(probabilities)
         self.each = copies(inner, len(probabilities))

@@ -1,6 +1,6 @@
 """Frozen teachers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,17 @@ class FrozenTeacher:
         """Forward passes so far, on this rank."""
         self.examples = 0
         """Examples forwarded so far, on this rank."""
+        self.looks = 0
+        """Batches so far in which a method looked at what it says, on this rank; the passes if it runs."""
+
+    @property
+    def work(self) -> dict[str, int]:
+        """Passes, examples and looks so far, on this rank."""
+        return {"passes": self.passes, "examples": self.examples, "looks": self.looks}
+
+    @work.setter
+    def work(self, counts: Mapping[str, int]) -> None:
+        self.passes, self.examples, self.looks = (counts.get(name, 0) for name in ("passes", "examples", "looks"))
 
     @property
     def encoder(self) -> Encoder:
@@ -94,6 +105,7 @@ class FrozenTeacher:
     def __call__(self, inputs: Inputs, needs: Needs) -> Outputs:
         """One pass, without gradients unless `needs.gradient`; logits are in the task's label order."""
         self.passes += 1
+        self.looks += 1
         self.examples += len(inputs["input_ids"])
         return self.in_order(self.run(inputs, needs))
 
@@ -142,6 +154,7 @@ class CachedTeacher(FrozenTeacher):
                 f"the teacher '{self.name}' is remembered and cannot read other text; a method whose teachers have to run "
                 "declares Needs(live='the reason') for them"
             )
+        self.looks += 1
         return self.in_order(Outputs.from_named(inputs, inputs["attention_mask"].bool(), needs, self.heads))
 
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -14,12 +14,14 @@ from kd.cohorts import students_of
 from kd.config import compose, conf_folder, typed
 from kd.data.batch import Batch
 from kd.data.sampler import LengthBatches
+from kd.data.store import Entry, Remembered, Share, Store
 from kd.data.tasks import Classification
 from kd.engines.base import Engine
 from kd.forward import Outputs
 from kd.forward.needs import KINDS
 from kd.make import build_method
-from kd.models import Encoder, FrozenTeacher
+from kd.methods.base import needs_of_teachers
+from kd.models import CachedTeacher, Encoder, FrozenTeacher
 from kd.optimizers import OptimizerFactory
 
 METHODS = sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))
@@ -135,6 +137,27 @@ class Bench:
     def batch(self, count: int = 8, seed: int = 0) -> Batch:
         """A batch for these models."""
         return batch_of(count, seed=seed, **self.counts)
+
+    def remember(self, batch: Batch, folder: Path) -> Batch:
+        """Replace the frozen teachers by what they say of a batch, written to disk and read again; the batch that reads it."""
+        needs = needs_of_teachers(self.methods.values(), len(self.teachers))
+        found = []
+        for place, teacher in enumerate(self.teachers):  # one that is trained with the students is not among them
+            inputs = batch.teachers[place]
+            lengths = inputs["attention_mask"].sum(dim=1)
+            offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).numpy()
+            store, said = Store(folder / str(place), offsets), teacher.run(inputs, needs[place]).named()
+            store.folder.mkdir(parents=True)
+            for name in needs[place].tensors:
+                kind = str(said[name].dtype).removeprefix("torch.")
+                entry = Entry((store.rows(name), said[name].shape[-1]), kind, kind)
+                share = Share(store, name, entry, (0, len(batch)), 0)
+                assert share.write(range(len(batch)), said[name])
+                share.close()
+                store.commit(name, entry, 1)
+            found.append(Remembered(store, tuple(needs[place].tensors)).pad(range(len(batch))))
+            self.engine.teachers[place] = CachedTeacher(teacher)
+        return replace(batch, teachers=tuple(found) or batch.teachers)
 
     def terms(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Unweighted terms, dropout off."""

@@ -4,6 +4,8 @@ import copy
 import functools
 import pickle
 import socket
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,11 +21,12 @@ from conformance.bench import (
     take,
     two_rank_cases,
 )
+from kd.caching import reason_to_run
 from kd.config import compose
 from kd.errors import InputError
 from kd.forward.lazy import Detached
 from kd.forward.needs import KINDS, Needs
-from kd.methods.base import Progress
+from kd.methods.base import Progress, needs_of_teachers
 
 pytestmark = pytest.mark.parametrize("name", CASES)
 
@@ -170,6 +173,27 @@ def test_teachers_stay_in_eval_mode_and_dropout_does_not_reach_them(name: str) -
             if not isinstance(one, Detached):  # one that is trained with its students has dropout as they have
                 assert torch.equal(one.outputs.logits, two.outputs.logits)
         assert not torch.equal(step.student.outputs.logits, other.student.outputs.logits)
+
+
+def test_a_remembered_teacher_is_as_good_as_one_that_runs(name: str, tmp_path: Path) -> None:
+    live, remembered = Bench(name, dropout=0.1), Bench(name, dropout=0.1)
+    needs = needs_of_teachers(live.methods.values(), len(live.teachers))
+    if any(need.live or need.gradient for need in needs):  # it says so, and the command runs its teachers at every step
+        run, data = SimpleNamespace(spec=SimpleNamespace(cache="on")), SimpleNamespace(changes="")
+        assert all(reason_to_run(run, data, *each) for each in zip(live.teachers, needs, strict=True))
+        return
+    batch = live.batch()
+    read = remembered.remember(batch, tmp_path)
+    gradients = []
+    for bench, seen in ((live, batch), (remembered, read)):
+        torch.manual_seed(0)
+        bench.engine.loss(seen).total.backward()
+        gradients.append({key: parameter.grad for key, parameter in bench.engine.named_parameters()})
+    assert not any(teacher.passes for teacher in remembered.engine.teachers)
+    for key, gradient in gradients[0].items():
+        assert (gradient is None) == (gradients[1][key] is None), key
+        if gradient is not None:
+            assert torch.allclose(gradient, gradients[1][key], rtol=0, atol=1e-6), key
 
 
 def test_step_in_bf16_autocast_is_finite(name: str) -> None:

@@ -1,0 +1,376 @@
+"""A frozen teacher is run once: what is kept, when it counts, and when the teacher runs after all."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from conformance.runs import Small, last_weights, made, planned, pool
+from kd import caching, train
+from kd.build import Models, build_data, build_examples, build_models
+from kd.data.datamodule import KDData
+from kd.errors import InputError
+from kd.forward import Needs, UndeclaredRead
+from kd.models import CachedTeacher, FrozenTeacher
+from kd.runs import Run
+from kd.schema import cache_limit
+
+TRAIN, VALIDATION, TEST = 96, 32, 32
+
+
+@pytest.fixture(scope="module")
+def teacher(small: Small) -> Path:
+    """A finished run of the teacher, without a cache."""
+    run = planned(small()).inputs["teacher minilm"]
+    train.execute(run)
+    return run.directory
+
+
+@pytest.fixture
+def fresh(small: Small, teacher: Path, tmp_path: Path):
+    """Overrides of runs in a folder of their own, with the teacher done and nothing kept of it."""
+    shutil.copytree(teacher, tmp_path / "runs" / teacher.name, ignore=shutil.ignore_patterns("cache"))
+    return lambda *more: small(*more, f"paths.runs={tmp_path / 'runs'}")
+
+
+def built(overrides: list[str]) -> tuple[Run, Models, KDData]:
+    """A run's models and data as training sees them."""
+    run = planned(overrides)
+    for needed in run.inputs.values():
+        train.execute(needed)
+    examples = build_examples(run)
+    models = build_models(run, examples.task, texts=examples.texts["train"])
+    return run, models, build_data(run, examples, models)
+
+
+def cache_of(overrides: list[str]) -> Path:
+    """Where what the teacher says is kept."""
+    return planned(overrides).inputs["teacher minilm"].directory / "cache"
+
+
+def kept(overrides: list[str]) -> dict[str, set[str]]:
+    """Split -> tensors that are whole."""
+    return {
+        folder.name.partition("-")[0]: {path.stem for path in folder.glob("*.json")} - {"about"}
+        for folder in cache_of(overrides).iterdir()
+        if folder.is_dir()
+    }
+
+
+# That it is as good as running
+
+
+SGD = ("optimizer.factory._target_=torch.optim.SGD", "~optimizer.factory.betas", "~optimizer.factory.eps")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("method=pkd",), ("method=kd",), ("method=kd", *SGD), ("method=p2p_mutual", *SGD), ("method=pkd", "pool=wkd")],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_cached_and_live_training_end_with_the_same_weights(fresh, backbone: Path, words: tuple[str, ...]) -> None:
+    teachers = pool(backbone, "minilm", "minilm_3l") if "pool=wkd" in words else []
+    words = (*teachers, *words, "student.dropout=0.1")
+    cached, one = made(fresh(*words, "cache=on"))
+    ours = last_weights(cached)
+    shutil.rmtree(cached.directory)
+    live, other = made(fresh(*words, "cache=off"))
+    assert cached.digest == live.digest, "how a teacher is read changes no result"
+    theirs = last_weights(live)
+    assert ours.keys() == theirs.keys()
+    apart = {name: float((ours[name] - theirs[name]).abs().max()) for name in ours}
+    if SGD[0] not in words:
+        # Keys' biases change no attention, so their gradients are rounding alone, which AdamW scales up to its step.
+        apart = {name: largest for name, largest in apart.items() if not name.endswith("self.key.bias")}
+    assert max(apart.values()) <= 1e-6, max(apart, key=lambda name: apart[name])
+    for key in ("metrics", "metrics_teacher", "agreement"):
+        assert one[key] == other[key], key
+
+
+def test_the_second_of_a_sweep_does_not_load_the_teacher(fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, first = made(fresh("method=kd"))
+
+    def refuse(_: FrozenTeacher) -> None:
+        raise AssertionError("the teacher is loaded")
+
+    monkeypatch.setattr(FrozenTeacher, "encoder", property(refuse))
+    monkeypatch.setattr(CachedTeacher, "encoder", property(lambda teacher: teacher.shape))
+    results = [made(fresh("method=kd", f"seed={seed}"))[1] for seed in (1, 2)]
+    assert [each["teacher_forward_examples"] for each in (first, *results)] == [TRAIN, 0, 0]
+    assert [each["cache"]["minilm"]["written"] for each in (first, *results)] == [["train", "validation", "test"], [], []]
+    for result in results:
+        assert result["metrics_teacher"] == first["metrics_teacher"]
+        assert result["parameters"]["teacher"] == first["parameters"]["teacher"]
+        assert result["megabytes"]["minilm"] == first["megabytes"]["minilm"]
+        assert result["latency_ms"]["minilm"] == first["latency_ms"]["minilm"]
+
+
+def test_what_is_read_is_what_the_teacher_says_of_that_example(fresh) -> None:
+    _, live, plain = built(fresh("method=pkd", "cache=off"))
+    _, cached, data = built(fresh("method=pkd", "cache=on"))
+    needs = cached.methods["student"].needs()[1][0]
+    assert needs.cls
+    for split, asked in (("train", needs), ("validation", Needs()), ("test", Needs())):
+        for rows in ([5], [3, 0, 7], list(range(20, 8, -1))):
+            expected = live.teachers[0](plain.collate(split)(rows).teachers[0], asked).named()
+            found = cached.teachers[0](data.collate(split)(rows).teachers[0], asked).named()
+            assert expected.keys() == found.keys()
+            for name, tensor in expected.items():
+                assert torch.allclose(tensor, found[name], rtol=0, atol=2e-6), (split, name)
+
+
+def test_metrics_do_not_depend_on_what_shares_a_batch(small: Small) -> None:
+    found = [made(small("method=kd", "seed=4", f"trainer.eval_batch_size={size}", "cache=off")) for size in (1,)]
+    run, bucketed = found[0]
+    shutil.rmtree(run.directory)
+    for size in (7, 32):
+        run, other = made(small("method=kd", "seed=4", f"trainer.eval_batch_size={size}", "cache=off"))
+        shutil.rmtree(run.directory)
+        assert {k: other[k] for k in ("metrics", "agreement")} == {k: bucketed[k] for k in ("metrics", "agreement")}
+
+
+# What is kept
+
+
+def test_more_needs_extend_what_is_there(fresh, capsys: pytest.CaptureFixture[str]) -> None:
+    built(fresh("method=kd"))
+    assert kept(fresh()) == {"train": {"logits"}, "validation": {"logits"}, "test": {"logits"}}
+    cache = cache_of(fresh())
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.bin")}
+    _, models, _ = built(fresh("method=pkd", "method.layers=[[1,1],[1,3]]"))
+    assert kept(fresh())["train"] == {"logits", "cls-1", "cls-3"}
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert models.caches["minilm"]["written"] == ["train"]
+    capsys.readouterr()
+    built(fresh("method=pkd", "method.layers=[[1,3]]"))
+    assert "teacher not loaded" in capsys.readouterr().out
+
+
+def test_fine_tuning_has_nothing_kept_that_it_does_not_read(fresh) -> None:
+    _, result = made(fresh("method=finetune"))
+    assert set(kept(fresh())) == {"validation", "test"}
+    assert result["teacher_forward_examples"] == 0
+    assert result["metrics_teacher"]["minilm"]["test"]["accuracy"] > 0
+
+
+def test_mixed_precision_keeps_16_bits_for_training_and_all_for_scores(fresh) -> None:
+    _, _, data = built(fresh("method=pkd", "trainer.precision=bf16-mixed"))
+    entries = {split: data.tokens[split]["teacher 0"].store.entry("logits") for split in data.tokens}
+    assert entries["train"].stored == "bfloat16"
+    assert (entries["validation"].stored, entries["test"].stored) == ("float32", "float32")
+    store = data.tokens["train"]["teacher 0"].store
+    assert [store.entry(name).stored for name in data.tokens["train"]["teacher 0"].names[1:]] == ["float16"]
+
+
+def test_numbers_that_16_bits_cannot_hold_are_kept_in_full(fresh, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    original = caching._said
+
+    def large(*arguments: object) -> dict[str, torch.Tensor]:
+        said = original(*arguments)
+        return {name: tensor * 1e7 if name.startswith("cls") else tensor for name, tensor in said.items()}
+
+    monkeypatch.setattr(caching, "_said", large)
+    _, _, data = built(fresh("method=pkd", "trainer.precision=bf16-mixed"))
+    store = data.tokens["train"]["teacher 0"].store
+    (name,) = data.tokens["train"]["teacher 0"].names[1:]
+    assert store.entry(name).stored == "float32"
+    assert store.entry("logits").stored == "bfloat16"
+    assert "do not fit 16 bits" in capsys.readouterr().out
+    assert float(store.read([name], range(TRAIN))[name].abs().max()) > 1e6
+
+
+def test_another_text_or_other_weights_are_not_served_from_what_is_there(
+    fresh, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["teacher=[hub]", f"teacher.hub.model={teacher / 'student'}"]
+    small = fresh("method=kd", *words)
+    built(small)
+    capsys.readouterr()
+    built([*small, "task.max_length=6"])
+    assert "was made of other text" in capsys.readouterr().out
+    built(small)
+    assert "teacher not loaded" in capsys.readouterr().out, "the first is still there"
+
+
+def test_weights_that_change_under_one_name_are_noticed(fresh, teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    built(fresh("method=kd"))
+    weights = planned(fresh()).inputs["teacher minilm"].student / "model.safetensors"
+    found = bytearray(weights.read_bytes())
+    found[-5] ^= 1
+    weights.write_bytes(found)
+    capsys.readouterr()
+    built(fresh("method=kd"))
+    assert "was made of other weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bad", ["truncated", "flipped"])
+def test_damage_is_said_and_made_good(fresh, bad: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run, result = made(fresh("method=kd"))
+    path = next((run.inputs["teacher minilm"].directory / "cache").glob("train-*/logits.bin"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4] if bad == "truncated" else bytes([whole[0] ^ 1]) + whole[1:])
+    shutil.rmtree(run.directory)
+    capsys.readouterr()
+    _, again = made(fresh("method=kd"))
+    assert "is damaged (logits); that part is made again" in capsys.readouterr().out
+    assert again["cache"]["minilm"]["written"] == ["train"]
+    assert path.read_bytes() == whole
+    assert again["metrics"] == result["metrics"]
+
+
+# When the teacher runs after all
+
+
+@pytest.mark.parametrize(
+    ("setting", "limit"),
+    [
+        ("auto", None),
+        ("on", float("inf")),
+        (True, float("inf")),
+        ("off", 0),
+        (False, 0),
+        ("2GB", 2e9),
+        ("1.5 mb", 1.5e6),
+        (7, 7),
+    ],
+)
+def test_limits(setting: object, limit: float | None) -> None:
+    assert cache_limit(setting) == limit
+
+
+@pytest.mark.parametrize("setting", ["sometimes", "-1GB", "GB", "", None, "nan"])
+def test_a_setting_that_is_none(small: Small, setting: object) -> None:
+    with pytest.raises(InputError, match="auto, on, off, or a size") as caught:
+        planned(small(f"cache={'null' if setting is None else repr(setting)}"))
+    assert caught.value.key == "cache"
+
+
+@pytest.mark.parametrize("word", ["cache=off", "cache=100"])
+def test_a_limit_is_kept(fresh, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, result = made(fresh("method=pkd", word))
+    assert result["cache"]["minilm"]["used"] is False
+    assert result["teacher_forward_examples"] == 2 * TRAIN
+    if word == "cache=off":
+        assert not cache_of(fresh()).exists()
+    else:
+        assert not any(kept(fresh()).values())
+    said = capsys.readouterr().out
+    assert ("runs at every step: what it says takes" in said) == (word == "cache=100")
+
+
+def test_the_estimate_is_the_size(fresh, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    said: list[float] = []
+    monkeypatch.setattr(caching, "_megabytes", lambda size: said.append(size) or f"{size} B")
+    built(fresh("method=pkd"))
+    written = sum(path.stat().st_size for path in cache_of(fresh()).rglob("*.bin"))
+    assert set(said) == {written}
+    assert (
+        f"is run once over train {TRAIN}, validation {VALIDATION}, test {TEST}: {written} B, about" in capsys.readouterr().out
+    )
+
+
+def test_no_room_is_said_before_the_pass(fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caching.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match=r"takes .* MB .* and 0\.0 MB are free; use cache=off") as caught:
+        built(fresh("method=kd", "cache=on"))
+    assert caught.value.key == "cache"
+    _, models, _ = built(fresh("method=kd"))
+    assert models.caches["minilm"]["used"] is False
+
+
+@pytest.mark.parametrize(
+    ("needs", "data", "reason"),
+    [
+        (Needs(live="it smooths the text"), SimpleNamespace(changes=""), "it smooths the text"),
+        (Needs(gradient=True), SimpleNamespace(changes=""), "gradients"),
+        (Needs(), SimpleNamespace(changes="masked anew"), "masked anew"),
+        (Needs() | Needs(live="a") | Needs(live="b"), SimpleNamespace(changes=""), "a; b"),
+    ],
+)
+def test_a_method_that_cannot_says_so(small: Small, needs: Needs, data: SimpleNamespace, reason: str) -> None:
+    _, models, _ = built(small("method=kd", "cache=off"))
+    assert caching.reason_to_run(planned(small("cache=on")), data, models.teachers[0], needs).startswith(reason)
+
+
+def test_a_remembered_teacher_reads_no_other_text(fresh) -> None:
+    _, models, data = built(fresh("method=kd"))
+    inputs = {"input_ids": torch.zeros(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    with pytest.raises(UndeclaredRead, match="Needs\\(live="):
+        models.teachers[0](inputs, Needs())
+    with pytest.raises(UndeclaredRead, match="hidden-1"):
+        models.teachers[0](data.collate("train")([0]).teachers[0], Needs(hidden=[1]))
+
+
+def test_batches_of_the_pass_hold_every_example_once_and_are_bounded() -> None:
+    lengths = np.random.default_rng(0).integers(3, 600, 200)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    for span in ((0, 200), (50, 51), (120, 200)):
+        found = list(caching.batches(offsets, span))
+        assert sorted(row for rows in found for row in rows) == list(range(*span))
+        assert all(len(rows) * lengths[rows].max() <= caching.BATCH_TOKENS or len(rows) == 1 for rows in found)
+    assert list(caching.batches(offsets, (7, 7))) == []
+
+
+# Interruptions and company
+
+KILLED = """
+import os, signal, sys
+from kd import caching
+from kd.data.store import Store
+original, calls = Store.commit, []
+def commit(self, name, entry, ranks):
+    if len(calls) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    calls.append(name)
+    original(self, name, entry, ranks)
+Store.commit = commit
+from conformance.runs import planned
+from test_caching import built
+built(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_kill_leaves_what_was_there_or_nothing(fresh, after: int) -> None:
+    words = fresh("method=pkd")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(after), *words], env=environment, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(kept(words)["train"]) == after
+    _, result = made(words)
+    shutil.rmtree(planned(words).inputs["teacher minilm"].directory / "cache")
+    shutil.rmtree(planned(words).directory)
+    _, clean = made(words)
+    assert result["metrics"] == clean["metrics"]
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_pass(fresh) -> None:
+    commands = [
+        subprocess.Popen(
+            [sys.executable, "-m", "kd.train", *fresh("method=kd", f"seed={seed}")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for seed in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in commands]
+    assert [process.returncode for process in commands] == [0, 0], outputs
+    results = [planned(fresh("method=kd", f"seed={seed}")).result for seed in (0, 1)]
+    assert sorted(result["teacher_forward_examples"] for result in results) == [0, TRAIN]
+
+
+def test_each_teacher_of_a_pool_has_a_cache_of_its_own(fresh, backbone: Path) -> None:
+    words = fresh("method=pkd", "pool=stochastic", *pool(backbone, "minilm", "minilm_3l"))
+    _, result = made([*words, "teacher.minilm_3l.run.seed=5"])
+    assert {name: made["used"] for name, made in result["cache"].items()} == {"minilm": True, "minilm_3l": True}
+    assert result["teacher_forward_examples"] == 2 * TRAIN
+    assert sum(each["looks"] for each in result["teacher_forwards"].values()) == 12
