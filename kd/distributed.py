@@ -65,7 +65,11 @@ def start(accelerator: str) -> None:
 
 
 def leave() -> None:
-    """Wait until every rank has done its work, so that nobody takes one that is done for dead."""
+    """Wait until every rank has done its work, so that nobody takes one that is done for dead; end, if there are others.
+
+    The process ends at once: a thread of torch's or of the watch that is inside C++ when the interpreter goes away would take
+    a finished job down with it.
+    """
     if _watch is not None:
         import torch
 
@@ -73,6 +77,7 @@ def leave() -> None:
             gather(None)
             torch.distributed.destroy_process_group()
         _watch.leave()
+        end(0)
 
 
 def agree(value: T) -> T:

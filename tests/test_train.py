@@ -386,7 +386,9 @@ def test_torchrun_on_two_ranks_gives_the_result_of_one(finished: tuple[Run, dict
         assert metrics == pytest.approx(one["metrics"][split])
     assert two["teacher_forward_examples"] == 96  # the pass over train, shared by the ranks
     ours, theirs = weights(run), weights(planned(small(*more)))
-    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-4  # AdamW over 12 steps
+    # Keys' biases change no attention, so their gradients are rounding alone, which AdamW scales up to its step.
+    apart = {name: float((ours[name] - theirs[name]).abs().max()) for name in ours if not name.endswith("self.key.bias")}
+    assert max(apart.values()) < 1e-5, apart
 
 
 @pytest.mark.slow
