@@ -45,6 +45,8 @@ def main() -> None:
     except WorkerDied as error:
         print(f"kd-bench: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
     report(found, arguments.json, arguments.picture, arguments.out)
 
 

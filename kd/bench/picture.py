@@ -38,7 +38,8 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.38 * widest)
     axes.set_xlabel("time for the same examples, relative to fine-tuning the same student (shorter is better)", fontsize=9)
-    axes.set_title(title(found), fontsize=9, loc="left")
+    how = f"median and range of {found['repeats']} rounds, batches of {found['batch_size']}, {found['precision']}"
+    axes.set_title(f"{title(found)}\n{how}", fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.savefig(path, dpi=160)

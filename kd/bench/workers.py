@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import multiprocessing
+import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ class Gate:
 
 def work(channel: Connection, job: Job) -> None:
     """What a worker does: it builds its contestant, and trains in turns until it is told to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends its workers
     module, _, function = job.contestant.worker.partition(":")
     try:
         getattr(importlib.import_module(module), function)(job, Gate(channel, job))
