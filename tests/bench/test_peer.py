@@ -22,6 +22,9 @@ from kd.bench.peer import train as train_peer
 
 Small = Callable[..., list[str]]
 
+LATER = ["student.layers=3", "student.init=last"]
+"""Two pairs of layers, whose states differ: those of the first layers are the teacher's own."""
+
 
 def job(contestant: Contestant, overrides: list[str], folder: Path, steps: int = 2, turns: int = 3) -> Job:
     return Job(contestant, tuple(contestant.overrides(overrides)), steps, turns, folder)
@@ -34,9 +37,9 @@ def job(contestant: Contestant, overrides: list[str], folder: Path, steps: int =
         ["method=kd", "method.loss=ce", "method.reduction=elementmean", "method.temperature=3"],
         ["method=kd", "method.loss=mse"],
         ["method=kd", "method.loss=mse", "method.reduction=elementmean"],
-        ["method=pkd", "student.layers=3"],
-        ["method=pkd", "method.hidden_reduction=vectors", "method.weights.hidden=2", "student.layers=3"],
-        ["method=pkd", "method.hidden_reduction=examples", "method.reduction=batchmean", "student.layers=3"],
+        ["method=pkd", "method.weights.hidden=1000", *LATER],
+        ["method=pkd", "method.hidden_reduction=vectors", "method.weights.hidden=2", *LATER],
+        ["method=pkd", "method.hidden_reduction=examples", "method.reduction=batchmean", *LATER],
     ],
     ids=" ".join,
 )
@@ -45,7 +48,9 @@ def test_gradients_equal_the_methods(small: Small, tmp_path: Path, options: list
     engine = build_engine(prepared.run, prepared.models, prepared.examples.task).eval()
     batch = next(iter(prepared.data.train_dataloader()))
     parameters = list(prepared.models.student.parameters())
-    ours = torch.autograd.grad(engine.loss(batch).total, parameters)
+    loss = engine.loss(batch)
+    assert all(float(term.detach()) > 1e-4 for term in loss.terms.values())
+    ours = torch.autograd.grad(loss.total, parameters)
     distiller = build_distiller(prepared, str(tmp_path), 1)
     theirs = torch.autograd.grad(distiller.train_on_batch(Padded(prepared, 32)(batch.index.tolist()), {})[0], parameters)
     assert max(float(each.abs().max()) for each in ours) > 1e-3
