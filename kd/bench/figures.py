@@ -64,6 +64,7 @@ def figures(
             **({"losses": known["losses"]} if "losses" in known else {}),
             "warm_up_seconds": rounds[0][name].seconds,
             "seconds": seconds,
+            "cpu_seconds": [each[name].cpu_seconds for each in rounds[1:]],
             "setup_seconds": known["setup_seconds"],
             "examples_per_second": spread([known["examples"] / each for each in seconds]),
             "tokens_per_second": spread([known["tokens"] / each for each in seconds]),

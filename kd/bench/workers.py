@@ -40,9 +40,17 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn: its seconds, the examples it trained on, and the process's peak memory so far, in bytes."""
+    """One turn.
+
+    Attributes:
+        seconds: on the clock.
+        cpu_seconds: of all its threads; less than the clock's on a machine that others keep busy.
+        examples: trained on.
+        peak_bytes: of the process so far.
+    """
 
     seconds: float
+    cpu_seconds: float
     examples: int
     peak_bytes: int
 
@@ -71,7 +79,7 @@ class Gate:
     def __init__(self, channel: Connection, job: Job) -> None:
         self.channel, self.job = channel, job
         self.accelerator = "cpu"
-        self._began = 0.0
+        self._began = self._cpu_began = 0.0
 
     def ready(self, facts: Mapping[str, Any], accelerator: str) -> None:
         """Say what was built, before the first turn."""
@@ -90,15 +98,15 @@ class Gate:
         if self.channel.recv() == STOP:
             raise Finished
         synchronise(self.accelerator)
-        self._began = time.perf_counter()
+        self._began, self._cpu_began = time.perf_counter(), time.process_time()
 
     def close(self, examples: int) -> None:
         """Stop the clock and say how long it took."""
         from kd.bench.cost import peak_bytes, synchronise
 
         synchronise(self.accelerator)
-        seconds = time.perf_counter() - self._began
-        self.channel.send(Turn(seconds, examples, peak_bytes(self.accelerator)))
+        seconds, cpu_seconds = time.perf_counter() - self._began, time.process_time() - self._cpu_began
+        self.channel.send(Turn(seconds, cpu_seconds, examples, peak_bytes(self.accelerator)))
 
 
 def work(channel: Connection, job: Job) -> None:

@@ -36,7 +36,7 @@ def test_bench_prints_writes_and_draws(
     assert found["order"] == [[*names[first:], *names[:first]] for first in range(3)]
     assert found["examples_per_turn"] == 32
     assert found["examples_per_epoch"] == 96
-    assert {len(one["seconds"]) for one in found["contestants"].values()} == {2}
+    assert {len(one[part]) for one in found["contestants"].values() for part in ("seconds", "cpu_seconds")} == {2}
     assert found["contestants"]["finetune"]["time_relative_to_finetune"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     for one in found["contestants"].values():
         assert one["label"] in shown

@@ -23,7 +23,7 @@ def found() -> dict[str, Any]:
     facts["live"] |= {"precision": "bf16-mixed", "dtype": "bfloat16"}
     facts["textbrewer"]["losses"] = {"temperature": 10.0}
     peak = {name: [megabytes * 10**6 + place for place in range(4)] for name, megabytes in MEGABYTES.items()}
-    rounds = [{name: Turn(SECONDS[name][place], 60, peak[name][place]) for name in LABELS} for place in range(4)]
+    rounds = [{name: Turn(SECONDS[name][place], 0.5, 60, peak[name][place]) for name in LABELS} for place in range(4)]
     rates = {"float32": [8e9, 16e9, 4e9], "bfloat16": [32e9]}
     setting = {"method": "pkd", "student": "2l", "teacher": ["minilm"], "task": "file", "precision": "32-true", "repeats": 3}
     machine = {"batch_size": 20, "hardware": {"cpu": "a cpu", "threads": 2, "gpus": []}}
