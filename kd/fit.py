@@ -3,7 +3,7 @@
 import logging
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +92,22 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def build_trainer(run: Run, engine: Engine, step: int | None) -> pl.Trainer:
-    """The Lightning trainer of a run."""
+def build_trainer(
+    run: Run, engine: Engine, step: int | None, callbacks: Sequence[pl.Callback] | None = None, **options: Any
+) -> pl.Trainer:
+    """The Lightning trainer of a run.
+
+    Args:
+        run: whose trainer it is.
+        engine: what it trains.
+        step: to go on from; None at the beginning.
+        callbacks: in place of progress and checkpoints.
+        options: of the trainer, beside those that follow from the run.
+    """
     spec = run.spec.trainer
+    if callbacks is None:
+        checkpoints = checkpoint_callbacks(run.checkpoints, engine.task.monitor, spec.checkpoint_minutes)
+        callbacks = [Progress(run.name, spec.progress), *checkpoints]
     loggers: list[Any] = [History(run.directory / "metrics.csv", step)]
     if run.spec.logger.extra and distributed.is_first():
         container = OmegaConf.to_container(run.config, resolve=True)
@@ -110,10 +123,7 @@ def build_trainer(run: Run, engine: Engine, step: int | None) -> pl.Trainer:
         gradient_clip_val=spec.clip if engine.automatic_optimization else None,
         deterministic=spec.deterministic,
         logger=loggers,
-        callbacks=[
-            Progress(run.name, spec.progress),
-            *checkpoint_callbacks(run.checkpoints, engine.task.monitor, spec.checkpoint_minutes),
-        ],
+        callbacks=list(callbacks),
         # One process is alone also inside a SLURM job: Lightning would take the job's tasks for its own and bypass SIGTERM.
         plugins=[AtomicCheckpointIO(), *([LightningEnvironment()] if distributed.world() == 1 else [])],
         log_every_n_steps=10,
@@ -121,6 +131,7 @@ def build_trainer(run: Run, engine: Engine, step: int | None) -> pl.Trainer:
         use_distributed_sampler=False,  # the batch sampler shards without loss or repetition
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
 
 

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -51,10 +52,10 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
+def versions(more: Sequence[str] = ()) -> dict[str, str]:
+    """Versions of what decides a result, and of further packages."""
     found = {"python": sys.version.split()[0]}
-    for name in ("kd", "torch", "lightning", "transformers", "tokenizers", "torchmetrics", "hydra-core", "numpy"):
+    for name in ("kd", "torch", "lightning", "transformers", "tokenizers", "torchmetrics", "hydra-core", "numpy", *more):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

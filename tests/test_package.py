@@ -27,10 +27,12 @@ def test_wheel_carries_the_configuration_and_works_from_any_folder(tmp_path: Pat
     assert "layers: 4" in found
 
 
-def test_help_imports_nothing_heavy() -> None:
-    code = "import sys; sys.argv = ['kd-train', '--help']; import kd.train; kd.train.main(); print(sorted(sys.modules))"
+@pytest.mark.parametrize("command", ["train", "bench"])
+def test_help_imports_nothing_heavy(command: str) -> None:
+    show = f"try: kd.{command}.main()\nexcept SystemExit: pass\nprint(sorted(sys.modules))"
+    code = f"import sys; sys.argv = ['kd-{command}', '--help']; import kd.{command}\n{show}"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "kd-train" in shown
+    assert f"kd-{command}" in shown
     for module in ("torch", "lightning", "transformers", "wandb"):
         assert f"'{module}'" not in shown
 

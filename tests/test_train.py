@@ -214,18 +214,6 @@ def test_stage_with_another_method_leaves_this_ones_keys_behind(small: Small) ->
     assert stage.spec.seed == 4
 
 
-def test_bench_takes_keys_of_the_method(
-    small: Small, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from kd import bench
-
-    monkeypatch.setattr(sys, "argv", ["kd-bench", *small("method.weights.hidden=10"), "--steps=2", "--repeats=1"])
-    bench.main()
-    shown = capsys.readouterr().out
-    assert "pkd" in shown
-    assert "times fine-tuning's" in shown
-
-
 def test_student_begun_from_a_run_builds_that_run_first(small: Small) -> None:
     stage = small(
         "method=kd",

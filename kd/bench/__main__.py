@@ -1,0 +1,6 @@
+"""`python -m kd.bench`."""
+
+from kd.bench import main
+
+if __name__ == "__main__":
+    main()

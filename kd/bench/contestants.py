@@ -1,0 +1,56 @@
+"""What is compared."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kd.planning import without
+
+HARNESS, PEER = "kd.bench.harness:train", "kd.bench.peer:train"
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """One side of the comparison.
+
+    Attributes:
+        name: of its figures.
+        label: in tables, with `{method}` and `{max_length}`.
+        drops: beginnings of those of the command's overrides that do not apply to it.
+        adds: overrides that follow the command's.
+        bare: leave teachers out once the student is built; they gave it its shape and weights.
+        worker: `module:function` that does its turns.
+        padded: of the peer, whether every batch is padded to `task.max_length`.
+    """
+
+    name: str
+    label: str
+    drops: tuple[str, ...] = ()
+    adds: tuple[str, ...] = ()
+    bare: bool = False
+    worker: str = HARNESS
+    padded: bool = False
+
+    def overrides(self, command: Sequence[str]) -> list[str]:
+        """The overrides of its run."""
+        return [*without(command, self.drops), *self.adds]
+
+
+FINETUNE = Contestant(
+    "finetune",
+    "fine-tuning, no teacher",
+    drops=tuple(f"{group}{end}" for group in ("method", "cohort", "pool", "engine") for end in ("=", ".")),
+    adds=("method=finetune",),
+    bare=True,
+)
+"""What the others are measured by."""
+
+LIVE = Contestant("live", "{method}, teacher live")
+
+CONTESTANTS: tuple[Contestant, ...] = (FINETUNE, LIVE)
+"""In the order of the table."""
+
+TEXTBREWER = Contestant("textbrewer", "TextBrewer, padded to {max_length}", worker=PEER, padded=True)
+TEXTBREWER_CUT = Contestant("textbrewer_per_batch", "TextBrewer, padded per batch", worker=PEER)
+
+PEERS: tuple[Contestant, ...] = (TEXTBREWER, TEXTBREWER_CUT)
+"""Added by `--peer`."""

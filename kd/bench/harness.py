@@ -1,0 +1,160 @@
+"""A contestant that trains as `kd-train` does: the same models, data, engine, trainer and loop."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+
+from kd.bench.cost import DTYPES, device_of, training_flops
+from kd.bench.workers import Gate, Job
+from kd.build import Models, build_data, build_engine, build_examples, build_models
+from kd.config import compose
+from kd.data.datamodule import LIMIT_SEED, Examples, KDData
+from kd.errors import InputError
+from kd.fit import build_trainer, quieten
+from kd.models.students import load_config, load_model, load_tokenizer, with_labels
+from kd.planning import backbone_of, plan
+from kd.progress import Progress
+from kd.runs import Run
+
+
+@dataclass
+class Prepared:
+    """A run that is ready to be measured.
+
+    Attributes:
+        run: its directory is in the job's folder.
+        examples: of a turn.
+        models: its students and teachers.
+        data: loaders over `examples`.
+        turns_in_epoch: training examples altogether, for each one of a turn.
+        began: when its making began, on the performance counter.
+    """
+
+    run: Run
+    examples: Examples
+    models: Models
+    data: KDData
+    turns_in_epoch: float
+    began: float
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example of a turn, as the student reads them."""
+        lengths: np.ndarray = self.data.tokens["train"][self.data.student_key].lengths
+        return lengths
+
+    def facts(self, precision: str) -> dict[str, Any]:
+        """What the parent has to know of it."""
+        spec = self.run.spec
+        classifier = self.examples.task.head == "classifier"
+        return {
+            "precision": precision,
+            "dtype": DTYPES[precision],
+            "accelerator": spec.trainer.accelerator,
+            "device": device_of(spec.trainer.accelerator),
+            "examples": len(self.lengths),
+            "tokens": int(self.lengths.sum()),
+            "turns_in_epoch": self.turns_in_epoch,
+            "flops": sum(training_flops(each, self.lengths) for each in self.models.students.values()) if classifier else None,
+            "students": list(self.models.inits.values()),
+            "setup_seconds": time.perf_counter() - self.began,
+        }
+
+
+def prepare(job: Job) -> Prepared:
+    """Plan and build a contestant's run over a turn's examples. Nothing is trained, and the runs' folder is not touched.
+
+    Teachers that the run would fine-tune are taken as they are, with a new head. For the same reason a student that would begin
+    from another run begins at random; it has the backbone's vocabulary then.
+
+    Raises:
+        InputError: for what cannot be built, or needs a run that is not made here.
+    """
+    began = time.perf_counter()
+    quieten()
+    run = plan(compose(job.overrides), job.overrides)
+    trainer, folder = run.spec.trainer, job.folder / job.contestant.name
+    run.directory = folder / run.name
+    run.directory.mkdir(parents=True)
+    trainer.max_epochs, trainer.progress = job.turns + 1, "none"  # it parks before the epoch after the last turn
+    run.spec.logger.extra = {}
+    examples = build_examples(run)
+    whole = len(examples.texts["train"])
+    examples = some(examples, job.steps * trainer.accumulate * trainer.batch_size)
+    if run.inputs.pop("stage", None) is not None:
+        run.spec.student.init = "random"
+    for role, needed in run.inputs.items():
+        if not role.startswith("teacher "):
+            raise InputError(f"the {role} needs a run that a benchmark does not make", "surgery")
+        make_untrained(needed, examples, folder / role.replace(" ", "_"), run.spec.seed)
+    models = build_models(run, examples.task, texts=examples.texts["train"])
+    if job.contestant.bare:
+        models.teachers = []
+    data = build_data(run, examples, models)
+    return Prepared(run, examples, models, data, whole / len(examples.texts["train"]), began)
+
+
+def some(examples: Examples, count: int) -> Examples:
+    """The same with so many training examples, drawn as `task.limit_train` draws them; all where there are no more."""
+    order = np.random.default_rng(LIMIT_SEED).permutation(len(examples.texts["train"]))[:count]
+    texts = {**examples.texts, "train": [examples.texts["train"][place] for place in order]}
+    labels = {**examples.labels, "train": [examples.labels["train"][place] for place in order]}
+    return Examples(examples.task, texts, labels)
+
+
+def make_untrained(needed: Run, examples: Examples, folder: Path, seed: int) -> None:
+    """A teacher's run as if it were done, at no cost: its backbone with a head that is drawn afresh.
+
+    Raises:
+        InputError: if the backbone cannot be had.
+    """
+    source, key = backbone_of(needed.spec)
+    needed.directory = folder
+    config = with_labels(load_config(source, key), examples.task.labels, examples.task.head)
+    torch.manual_seed(seed)
+    load_model(source, key, config, examples.task.head).save_pretrained(needed.student)  # type: ignore[operator]
+    load_tokenizer(source, key).save_pretrained(needed.student)
+
+
+class Turns(pl.Callback):
+    """Makes an epoch a turn."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+        self.examples = 0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Wait for the turn."""
+        self.examples = 0
+        self.gate.open()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count."""
+        self.examples += len(batch)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say how long it took."""
+        self.gate.close(self.examples)
+
+
+def train(job: Job, gate: Gate) -> None:
+    """Do a contestant's turns: what `kd.fit.fit` does between its preflight and its evaluation, without checkpoints.
+
+    Raises:
+        Finished: when there are no more turns.
+        InputError: for what the user can put right.
+    """
+    prepared = prepare(job)
+    run = prepared.run
+    engine = build_engine(run, prepared.models, prepared.examples.task)
+    gate.ready(prepared.facts(run.spec.trainer.precision), run.spec.trainer.accelerator)
+    callbacks = [Progress(run.name, run.spec.trainer.progress), Turns(gate)]
+    trainer = build_trainer(run, engine, None, callbacks, limit_val_batches=0, enable_checkpointing=False)
+    trainer.fit(engine, datamodule=prepared.data)

@@ -1,0 +1,230 @@
+"""TextBrewer 0.2.1.post1 on the same student, teacher, examples and batch size, set up as its own examples are.
+
+As in its SST-2 notebook: a shuffled `DataLoader`, AdamW with its defaults, a linear schedule with a tenth of warm-up, the
+teacher live, hidden states of every layer from both models, no logging to tensorboard. It computes in float32, because its
+mixed precision needs apex. It has it easier than in its examples in one thing: texts are tokenised, and padded to the maximum
+length, before the clock runs.
+
+Yang et al., ACL 2020 demonstrations, arXiv:2002.12620; github.com/airaria/TextBrewer, `examples/notebook_examples/sst2.ipynb`.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from kd.bench.cost import device_of
+from kd.bench.harness import Prepared, prepare
+from kd.bench.workers import Gate, Job
+from kd.cohorts import students_of
+from kd.data.datamodule import Numbers
+from kd.errors import InputError
+from kd.runs import Run
+
+PRECISION = "32-true"
+
+
+def soft_terms(method: Any, weight: float, classes: int) -> dict[str, Any]:
+    """Its options whose gradient is that of our soft loss.
+
+    Its `ce` is the cross entropy at a temperature, summed over classes and averaged over the batch. Our `kl` differs from it by
+    T squared and by the teacher's entropy, which has no gradient. Its `mse` is of logits divided by T.
+    """
+    temperature = method.temperature(0.0)
+    square = temperature**2
+    scale = {"kl": square, "ce": 1.0, "mse": square}[method.loss]
+    if method.loss == "mse":
+        scale *= classes if method.reduction == "batchmean" else 1.0
+    else:
+        scale /= classes if method.reduction == "elementmean" else 1.0
+    return {
+        "temperature": temperature,
+        "kd_loss_type": "mse" if method.loss == "mse" else "ce",
+        "kd_loss_weight": weight * scale,
+    }
+
+
+def no_matches(method: Any, weights: Mapping[str, float], widths: tuple[int, int]) -> list[dict[str, Any]]:
+    """Nothing between hidden states."""
+    return []
+
+
+def patience_matches(method: Any, weights: Mapping[str, float], widths: tuple[int, int]) -> list[dict[str, Any]]:
+    """One match of its `pkd` loss for each pair of layers.
+
+    That loss is the squared distance of [CLS] states of unit length, summed over the width and averaged over the batch, of one
+    pair: ours is its mean over pairs, and, by `hidden_reduction`, over the width. It has no loss of states as they are, so
+    `normalize=false` gets the same one, at the same cost. Where widths differ it learns a map for each pair, over every token.
+    """
+    count, width = len(method.pairs), widths[1]
+    share = {"elements": 1 / (count * width), "vectors": 1 / count, "examples": 1.0}[method.hidden_reduction]
+    match = {"feature": "hidden", "loss": "pkd", "weight": weights["hidden"] * share}
+    if widths[0] != widths[1]:
+        match["proj"] = ["linear", *widths]
+    return [{"layer_S": ours, "layer_T": theirs, **match} for ours, theirs in method.pairs]
+
+
+MATCHES: Mapping[str, Callable[[Any, Mapping[str, float], tuple[int, int]], list[dict[str, Any]]]] = {
+    "kd": no_matches,
+    "pkd": patience_matches,
+}
+"""Methods of `conf/method` that TextBrewer can be asked for -> its `intermediate_matches`."""
+
+
+def check_peer(run: Run) -> None:
+    """Whether TextBrewer can do what a run does; before anything is built.
+
+    Raises:
+        InputError: naming what it cannot.
+    """
+    spec = run.spec
+    if spec.method["name"] not in MATCHES:
+        known = ", ".join(MATCHES)
+        raise InputError(f"TextBrewer is set up for {known}, not for method={spec.method['name']}; leave out --peer", "--peer")
+    alone = spec.pool.wrapper is None and spec.cohort.peers is None and len(students_of(spec)) == 1
+    if not alone or len(spec.teacher) != 1:
+        raise InputError("TextBrewer is set up for one frozen teacher and one student; leave out --peer", "--peer")
+    if spec.task.kind != "classification":
+        raise InputError(f"TextBrewer is set up for classification, not for task={spec.task.name}; leave out --peer", "--peer")
+
+
+def distillation(prepared: Prepared) -> dict[str, Any]:
+    """The arguments of its `DistillationConfig` that come nearest to our method: equal gradients, except as said above."""
+    models, name = prepared.models, prepared.run.spec.method["name"]
+    (method,), (teacher,) = models.methods.values(), models.teachers
+    weights = {term: schedule(0.0) for term, schedule in models.weights.items()}
+    return {
+        **soft_terms(method, weights["logits"], models.student.config.num_labels),
+        "hard_label_weight": weights["task"],
+        "intermediate_matches": MATCHES[name](method, weights, (models.student.width, teacher.width)),
+    }
+
+
+class Padded:
+    """Collates rows of a turn's examples into what the models are called with.
+
+    Args:
+        prepared: whose student's tokens they are.
+        length: tokens to pad every batch to; None pads to the longest of each.
+    """
+
+    def __init__(self, prepared: Prepared, length: int | None) -> None:
+        data = prepared.data
+        family = prepared.models.student.family
+        self.tokens = data.tokens["train"][data.student_key]
+        self.labels = prepared.examples.task.label_tensor(prepared.examples.labels["train"])
+        self.whole: dict[str, Tensor] | None = None
+        self.names = [name for name in family.inputs if name == "attention_mask" or name in self.tokens.columns]
+        if length is not None:
+            found = self.tokens.pad(range(len(self.labels)))
+            spare = length - found["attention_mask"].shape[1]
+            fill = {**self.tokens.fill, "attention_mask": 0}
+            self.whole = {name: torch.nn.functional.pad(found[name], (0, spare), value=fill[name]) for name in self.names}
+
+    def __call__(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Inputs, each (batch, tokens), and labels, (batch,)."""
+        places = torch.as_tensor(rows)
+        if self.whole is None:
+            found = self.tokens.pad(rows)
+            inputs = {name: found[name] for name in self.names}
+        else:
+            inputs = {name: values[places] for name, values in self.whole.items()}
+        return {**inputs, "labels": self.labels[places]}
+
+
+class TakingTurns:
+    """A loader that makes an epoch a turn: whoever asks for the next epoch has done the last step of this one.
+
+    Args:
+        loader: one epoch.
+        gate: says when.
+    """
+
+    def __init__(self, loader: "DataLoader[Any]", gate: Gate) -> None:
+        self.loader, self.gate = loader, gate
+        self.examples: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        if self.examples is not None:
+            self.gate.close(self.examples)
+        self.gate.open()
+        self.examples = 0
+        for batch in self.loader:
+            self.examples += len(batch["labels"])
+            yield batch
+
+
+def build_distiller(prepared: Prepared, folder: str, turns: int) -> Any:
+    """Its `GeneralDistiller` over a run's own models.
+
+    Raises:
+        InputError: where student and teacher read different tokens.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # it compares words with `is`
+        from textbrewer import DistillationConfig, GeneralDistiller, TrainingConfig
+
+    if not prepared.data.shared_tokenizer:
+        raise InputError("TextBrewer is set up for one tokenizer of student and teacher; leave out --peer", "--peer")
+    spec, (teacher,) = prepared.run.spec, prepared.models.teachers
+    device = device_of(spec.trainer.accelerator)
+    options = distillation(prepared)
+    models = [encoder.model.to(device) for encoder in (teacher.encoder, prepared.models.student)]
+    for model in models:
+        model.config.output_hidden_states = bool(options["intermediate_matches"])
+    columns = teacher.columns
+
+    def seen(batch: Any, outputs: Any) -> dict[str, Any]:
+        return {"logits": outputs.logits, "hidden": outputs.hidden_states, "losses": outputs.loss}
+
+    def seen_of_teacher(batch: Any, outputs: Any) -> dict[str, Any]:
+        logits = outputs.logits if columns is None else outputs.logits[:, columns]
+        return {"logits": logits, "hidden": outputs.hidden_states}
+
+    training = TrainingConfig(
+        gradient_accumulation_steps=spec.trainer.accumulate,
+        ckpt_epoch_frequency=turns + 2,  # of its epochs none is the one, and the last is not reached: it saves nothing
+        output_dir=folder,
+        device=device,
+    )
+    return GeneralDistiller(training, DistillationConfig(**options), *models, seen_of_teacher, seen)
+
+
+def train(job: Job, gate: Gate) -> None:
+    """Do its turns.
+
+    Raises:
+        Finished: when there are no more turns.
+        InputError: for what the user can put right.
+    """
+    from transformers import get_linear_schedule_with_warmup
+
+    prepared = prepare(job)
+    spec = prepared.run.spec
+    distiller = build_distiller(prepared, str(prepared.run.directory), job.turns)
+    collate = Padded(prepared, spec.task.max_length if job.contestant.padded else None)
+    torch.manual_seed(spec.seed)
+    numbers: Any = Numbers(len(prepared.lengths))
+    loader = DataLoader(
+        numbers, spec.trainer.batch_size, shuffle=True, collate_fn=collate, num_workers=spec.trainer.num_workers
+    )
+    optimizer = torch.optim.AdamW(distiller.model_S.parameters(), lr=spec.optimizer.lr)
+    steps = len(loader) // spec.trainer.accumulate * job.turns
+    facts = {**prepared.facts(PRECISION), "losses": distillation(prepared)}
+    gate.ready(facts, spec.trainer.accelerator)
+    with distiller:
+        distiller.train(
+            optimizer,
+            TakingTurns(loader, gate),
+            num_epochs=job.turns + 1,
+            scheduler_class=get_linear_schedule_with_warmup,
+            scheduler_args={"num_warmup_steps": int(0.1 * steps), "num_training_steps": steps},
+            max_grad_norm=spec.trainer.clip or -1.0,
+            callback=None,
+        )

@@ -1,0 +1,129 @@
+"""The command, from start to end, and what goes wrong on the way."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kd import bench
+from kd.bench import contest as contests
+from kd.bench.contest import contest
+from kd.bench.contestants import CONTESTANTS, FINETUNE, LIVE
+from kd.bench.workers import Job, Worker, WorkerDied
+from kd.errors import InputError
+
+Small = Callable[..., list[str]]
+
+
+@pytest.mark.slow
+def test_bench_prints_writes_and_draws(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peer = ["--peer"] if importlib.util.find_spec("textbrewer") else []
+    drawn = ["--out", str(tmp_path / "out")] if importlib.util.find_spec("matplotlib") else []
+    command = [*small("method.weights.hidden=10"), "--steps=2", "--repeats=2", "--json", str(tmp_path / "bench.json")]
+    monkeypatch.setattr(sys, "argv", ["kd-bench", *command, *peer, *drawn])
+    monkeypatch.setattr("kd.bench.cost.SIZES", {"cpu": (128,)})
+    bench.main()
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "bench.json").read_text())
+    names = ["finetune", "live", *(["textbrewer", "textbrewer_per_batch"] if peer else [])]
+    assert list(found["contestants"]) == names
+    assert found["order"] == [[*names[first:], *names[:first]] for first in range(3)]
+    assert found["examples_per_turn"] == 32
+    assert found["examples_per_epoch"] == 96
+    assert {len(one[part]) for one in found["contestants"].values() for part in ("seconds", "cpu_seconds")} == {2}
+    assert found["contestants"]["finetune"]["time_relative_to_finetune"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    for one in found["contestants"].values():
+        assert one["label"] in shown
+        assert one["peak_megabytes"] > 100
+        assert 0 < one["share_of_matrix_product_rate"]["low"] < 1
+        rates = [found["examples_per_turn"] / seconds for seconds in one["seconds"]]
+        assert one["examples_per_second"]["median"] == pytest.approx(sum(rates) / 2)
+    assert "method.weights.hidden=10" in found["contestants"]["live"]["overrides"]
+    assert "method.weights.hidden=10" not in found["contestants"]["finetune"]["overrides"]
+    assert ("textbrewer" in found["versions"]) == bool(peer)
+    if drawn:
+        assert json.loads((tmp_path / "out" / "bench.json").read_text()) == found
+        assert (tmp_path / "out" / "bench.png").stat().st_size > 1000
+        assert "time / fine-tuning" in (tmp_path / "out" / "table.md").read_text()
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    """Exit status and message of a command."""
+    monkeypatch.setattr(sys, "argv", ["kd-bench", *words])
+    with pytest.raises(SystemExit) as caught:
+        bench.main()
+    return int(str(caught.value.code)), capsys.readouterr().err
+
+
+def test_missing_extra_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for option, package in ((["--peer"], "textbrewer"), (["--out", str(tmp_path)], "matplotlib")):
+        status, said = failing(monkeypatch, capsys, *option)
+        assert status == 2
+        assert package in said
+        assert "pip install 'kd[bench]'" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [(["method.temprature=3"], "method.temprature"), (["trainer=ddp"], "trainer"), (["student.layers=0"], "student.layers")],
+)
+def test_what_the_user_can_put_right_exits_with_2(
+    small: Small, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], key: str
+) -> None:
+    status, said = failing(monkeypatch, capsys, *small(*words))
+    assert status == 2
+    assert f"change: {key}" in said
+    assert "Traceback" not in said
+
+
+def test_a_worker_that_dies_is_named(small: Small, tmp_path: Path) -> None:
+    broken = replace(LIVE, worker="kd.bench.nowhere:train")
+    with pytest.raises(WorkerDied, match="process of 'live' ended with status 1 before its turns were done"):
+        contest(small(), 1, 1, contestants=[broken])
+
+
+def test_a_worker_that_is_killed_is_named_and_its_fellows_are_ended(
+    small: Small, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[Worker] = []
+
+    class Watched(Worker):
+        def __init__(self, job: Job) -> None:
+            super().__init__(job)
+            made.append(self)
+
+        def turn(self) -> object:
+            self.process.kill()
+            return super().turn()
+
+    monkeypatch.setattr(contests, "Worker", Watched)
+    monkeypatch.setattr("kd.bench.cost.SIZES", {"cpu": (64,)})
+    status, said = failing(monkeypatch, capsys, *small("method=kd"), "--steps=1", "--repeats=1")
+    assert status == 1
+    assert "'finetune' was killed by signal 9" in said
+    assert "more memory than there is" in said
+    assert [worker.process.is_alive() for worker in made] == [False, False]
+
+
+def test_an_error_while_building_comes_out_as_what_it_is(small: Small) -> None:
+    with pytest.raises(InputError, match="positions of the model") as caught:
+        contest(small("task.max_length=4000"), 1, 1, contestants=[FINETUNE])
+    assert caught.value.key == "task.max_length"
+
+
+def test_baseline_has_the_students_keys_and_none_of_the_methods(small: Small) -> None:
+    asked = small("method=pkd", "method.layers=last", "pool=none", "cohort.students=1", "student.dropout=0.2", "seed=3")
+    laid = FINETUNE.overrides(asked)
+    assert laid[-1] == "method=finetune"
+    assert not [word for word in laid[:-1] if word.startswith(("method", "pool", "cohort"))]
+    assert {"student.dropout=0.2", "seed=3"} <= set(laid)
+    assert CONTESTANTS[0] is FINETUNE

@@ -1,0 +1,99 @@
+"""Turns to figures: against numbers worked out by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kd.bench.figures import cells, figures, lines, markdown, relative, spread, tabulate
+from kd.bench.workers import Turn
+
+LABELS = {"finetune": "fine-tuning", "live": "pkd, teacher live", "textbrewer": "TextBrewer, padded to 32"}
+SECONDS = {"finetune": [9.0, 1.0, 2.0, 4.0], "live": [9.0, 2.0, 3.0, 4.0], "textbrewer": [9.0, 4.0, 4.0, 16.0]}
+"""The first is the warm-up."""
+
+MEGABYTES = {"finetune": 100, "live": 150, "textbrewer": 200}
+
+
+def found() -> dict[str, Any]:
+    """Figures of three rounds of 60 examples, 300 tokens; an epoch has 600."""
+    fact = {"examples": 60, "tokens": 300, "turns_in_epoch": 10.0, "flops": 8e9, "precision": "32-true", "dtype": "float32"}
+    more = {"students": ["random"], "setup_seconds": 1.0, "device": "cpu", "overrides": []}
+    facts: dict[str, dict[str, Any]] = {name: {**fact, **more} for name in LABELS}
+    facts["live"] |= {"precision": "bf16-mixed", "dtype": "bfloat16"}
+    facts["textbrewer"]["losses"] = {"temperature": 10.0}
+    peak = {name: [megabytes * 10**6 + place for place in range(4)] for name, megabytes in MEGABYTES.items()}
+    rounds = [{name: Turn(SECONDS[name][place], 0.5, 60, peak[name][place]) for name in LABELS} for place in range(4)]
+    rates = {"float32": [8e9, 16e9, 4e9], "bfloat16": [32e9]}
+    setting = {"method": "pkd", "student": "2l", "teacher": ["minilm"], "task": "file", "precision": "32-true", "repeats": 3}
+    machine = {"batch_size": 20, "hardware": {"cpu": "a cpu", "threads": 2, "gpus": []}}
+    return {**setting, **machine, **figures(LABELS, facts, rounds, rates, "finetune")}
+
+
+def test_median_of_even_and_odd_counts_and_the_ends() -> None:
+    assert spread([4.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.0, "high": 4.0}
+    assert spread([4.0, 1.0]) == {"median": 2.5, "low": 1.0, "high": 4.0}
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    # The medians' ratio would be 2: a machine that slows down would show as a slower method.
+    assert relative([10.0, 2.0, 4.0], [10.0, 2.0, 1.0]) == {"median": 1.0, "low": 1.0, "high": 4.0}
+    with pytest.raises(ValueError, match="zip"):
+        relative([1.0], [1.0, 2.0])
+
+
+def test_figures_leave_the_warm_up_out() -> None:
+    contestants = found()["contestants"]
+    assert contestants["live"]["seconds"] == [2.0, 3.0, 4.0]
+    assert contestants["live"]["warm_up_seconds"] == 9.0
+    assert contestants["live"]["time_relative_to_finetune"] == {"median": 1.5, "low": 1.0, "high": 2.0}
+    assert contestants["finetune"]["time_relative_to_finetune"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_speed_relative_to_the_peer_is_its_time_over_ours() -> None:
+    contestants = found()["contestants"]
+    assert contestants["live"]["speed_relative_to_textbrewer"] == {"median": 2.0, "low": 4 / 3, "high": 4.0}
+    assert contestants["finetune"]["speed_relative_to_textbrewer"] == {"median": 4.0, "low": 2.0, "high": 4.0}
+
+
+def test_rates_epochs_memory_and_share() -> None:
+    every = found()
+    live, finetune = every["contestants"]["live"], every["contestants"]["finetune"]
+    assert live["examples_per_second"] == {"median": 20.0, "low": 15.0, "high": 30.0}
+    assert live["tokens_per_second"] == {"median": 100.0, "low": 75.0, "high": 150.0}
+    assert live["seconds_per_epoch"] == {"median": 30.0, "low": 20.0, "high": 40.0}
+    assert live["peak_megabytes"] == 150.0
+    # 8e9 operations in 2 s, where float32 makes 16e9 a second at its best; in 3 s, where bfloat16 makes 32e9.
+    assert finetune["share_of_matrix_product_rate"]["median"] == 0.25
+    assert live["share_of_matrix_product_rate"]["median"] == pytest.approx(8 / 3 / 32)
+    assert every["examples_per_epoch"] == 600
+
+
+def test_tables_say_the_same() -> None:
+    head, *rows = cells(found())
+    assert [len(row) for row in rows] == [len(head)] * 3
+    row = dict(zip(head, rows[1], strict=True))
+    assert row["contestant"] == "pkd, teacher live (bf16-mixed)"  # another precision than the command's
+    assert row["time / fine-tuning"] == "1.50 [1.00, 2.00]"
+    assert row["speed / TextBrewer, padded to 32"] == "2.00 [1.33, 4.00]"
+    assert row["share of rate"] == "8.3%"
+    assert tabulate(found()).row_count == 3
+    text = markdown(found())
+    assert text.count("\n|") == 5
+    assert "1.50 [1.00, 2.00]" in text
+    assert "Median [range] of 3 rounds" in lines(found())[0]
+
+
+def test_without_a_count_of_operations_there_is_no_share() -> None:
+    every = found()
+    every["contestants"]["live"]["share_of_matrix_product_rate"] = None
+    head, _, row, _ = cells(every)
+    assert dict(zip(head, row, strict=True))["share of rate"] == ""
+
+
+def test_picture_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from kd.bench.picture import draw
+
+    draw(found(), tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
