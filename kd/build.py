@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -244,6 +245,9 @@ def build_data(run: Run, examples: Examples, models: Models) -> KDData:
         workers=spec.trainer.num_workers,
         rank=distributed.rank(),
         world=distributed.world(),
+        pad_multiple=spec.trainer.pad_multiple,
+        batch_tokens=spec.trainer.batch_tokens,
+        store=Path(spec.paths.runs).expanduser() / ".tokens",
     )
 
 

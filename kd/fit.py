@@ -188,7 +188,7 @@ def conclude(
         "limit_train": run.spec.task.limit_train,
         "examples": {split: len(found) for split, found in data.examples.texts.items()},
         "epochs": run.spec.trainer.max_epochs,
-        "batch_size": run.spec.trainer.batch_size * run.spec.trainer.accumulate,
+        **batch_of(run),
         "precision": run.spec.trainer.precision,
         "ranks": distributed.world(),
         "lr": run.spec.optimizer.lr,
@@ -234,6 +234,14 @@ def conclude(
     record |= {"headline": first, "students": students}
     run.finish(record)
     return record
+
+
+def batch_of(run: Run) -> dict[str, int | None]:
+    """Examples or padded tokens of an optimiser step, as a record states them."""
+    trainer = run.spec.trainer
+    if trainer.batch_tokens is None:
+        return {"batch_size": trainer.batch_size * trainer.accumulate, "batch_tokens": None}
+    return {"batch_size": None, "batch_tokens": trainer.batch_tokens * trainer.accumulate}
 
 
 def exported_alike(student: Encoder, place: int, folder: Path, data: KDData) -> float:
