@@ -19,7 +19,7 @@ from kd.data.datamodule import Examples, KDData
 from kd.engines.base import Engine
 from kd.evaluate import Evaluation, evaluate, folder_megabytes, headline, latencies
 from kd.export import TOLERANCE, export, largest_difference, model_card
-from kd.hardware import git, hardware, versions
+from kd.hardware import git, hardware, keep_memory, versions
 from kd.loggers import History, close_wandb
 from kd.make import make
 from kd.models import Encoder, FrozenTeacher
@@ -37,6 +37,7 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
         KeyboardInterrupt: on Ctrl-C, after Lightning has shut down.
     """
     quieten()
+    keep_memory()
     models = build_models(run, examples.task, texts=examples.texts["train"])
     data = build_data(run, examples, models)
     engine = build_engine(run, models, examples.task)

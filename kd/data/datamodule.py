@@ -280,6 +280,10 @@ class KDData(pl.LightningDataModule):
         """Validation batches."""
         return self.loader("validation")
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move a batch; Lightning would wait for each of its tensors."""
+        return batch.to(device, non_blocking=device.type == "cuda")
+
     def state_dict(self) -> dict[str, int]:
         """Batches done in the current epoch, so that a resumed epoch goes on with the next one."""
         if self.trainer is None:
