@@ -53,6 +53,8 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
         train(trainer, engine, data, last if step is not None else None)
     finally:
         close_wandb()
+    for encoder in (*models.students.values(), *models.teaching):
+        encoder.compiled = False  # what is scored, timed and exported is the model that others load
     device = trainer.strategy.root_device
     selection = select(run, engine)
     if models.online is not None:  # from here on it is a teacher like any other
