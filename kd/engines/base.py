@@ -147,8 +147,9 @@ class Engine(pl.LightningModule):
 
     def note(self, loss: Loss, batch: Batch) -> None:
         """Log a loss, and keep it for what methods do after a step."""
-        self.log_dict({f"train/{name}": term.detach() for name, term in loss.terms.items()}, batch_size=len(batch))
-        self.log("train/loss", loss.total.detach(), batch_size=len(batch))
+        if self.trainer._logger_connector.should_update_logs:  # Lightning would keep books of the other steps for nobody
+            named = {**loss.terms, "loss": loss.total}
+            self.log_dict({f"train/{name}": value.detach() for name, value in named.items()}, batch_size=len(batch))
         self._last = loss
 
     def progress(self) -> Progress:

@@ -1,5 +1,6 @@
 """Losses that are no number, at once and later; clipping to the bit."""
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from kd import distributed, train
 from kd.data.tasks import Classification
+from kd.engines.distiller import Distiller
 from kd.engines.safety import LATEST, LossWatch, NonFiniteLoss, clip_gradients
 
 Small = Callable[..., list[str]]
@@ -133,3 +135,27 @@ def test_gradients_within_the_bound_are_not_written_again(monkeypatch: pytest.Mo
     clip_gradients(gradients(0, 1.0), 1e3)
     with pytest.raises(pytest.fail.Exception):
         clip_gradients(gradients(0, 1.0), 1e-3)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_losses_are_logged_at_every_tenth_step_and_at_no_other(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    logged = []
+    log_dict = Distiller.log_dict
+
+    def counted(engine: Distiller, values: dict[str, Tensor], **options: object) -> None:
+        if "train/loss" in values:
+            logged.append(engine.global_step)
+        log_dict(engine, values, **options)
+
+    monkeypatch.setattr(Distiller, "log_dict", counted)
+    epochs = 4 * accumulate
+    words = (f"trainer.accumulate={accumulate}", f"trainer.max_epochs={epochs}", f"paths.runs={tmp_path}")
+    run = planned(small("method=finetune", "teacher=[]", *words))
+    train.execute(run)
+    assert logged == [step for step in (9, 19) for _ in range(accumulate)]
+    with (run.directory / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    assert [int(row["step"]) for row in rows] == [9, 19]
+    assert all(row["train/task"] == row["train/loss"] for row in rows)
