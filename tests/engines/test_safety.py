@@ -79,11 +79,12 @@ def test_before_a_checkpoint_every_rank_learns_of_it(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("deferring")
-@pytest.mark.parametrize("at", [8, 10, 11])
+@pytest.mark.parametrize(("at", "minutes"), [(8, 5), (10, 5), (11, 5), (8, 0)])
 def test_a_late_look_keeps_the_last_good_checkpoint(
-    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, minutes: int
 ) -> None:
-    run = planned(small("method=finetune", "teacher=[]", f"paths.runs={tmp_path}", "trainer.max_epochs=3"))
+    words = ("trainer.max_epochs=3", f"trainer.checkpoint_minutes={minutes}", f"paths.runs={tmp_path}")
+    run = planned(small("method=finetune", "teacher=[]", *words))
     seen = []
     original = Classification.hard
 
@@ -94,9 +95,9 @@ def test_a_late_look_keeps_the_last_good_checkpoint(
     monkeypatch.setattr(Classification, "hard", hard)
     with pytest.raises(NonFiniteLoss, match=f"not finite at step {at}: term 'task'"):
         train.execute(run)
-    for name in ("last", "best"):
+    for name, step in {"last": 6 if minutes else at, "best": 6}.items():
         kept = torch.load(run.checkpoints / f"{name}.ckpt", weights_only=False)
-        assert kept["global_step"] == 6
+        assert kept["global_step"] == step
         assert all(torch.isfinite(tensor).all() for tensor in kept["state_dict"].values())
 
 
