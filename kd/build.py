@@ -5,6 +5,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from kd.functional.policy import best, rank_probabilities
 from kd.make import build_method, build_optimizer, make
 from kd.methods.base import Method, needs_of_teachers
 from kd.models import Encoder, FrozenTeacher
+from kd.models.compiled import check_compiler
 from kd.models.heads import HEADS
 from kd.models.students import (
     INIT_FROM,
@@ -201,6 +203,8 @@ def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple
         label = name if len(cohort) > 1 else "student"
         models.students[label], models.methods[label] = student, own
         models.inits[label] = "; ".join([describe_init(student_spec, student.depth, depth), *done])
+    for encoder in (*models.students.values(), *models.teaching):
+        encoder.compiled = spec.trainer.compile and not meta
     return models
 
 
@@ -248,6 +252,9 @@ def build_data(run: Run, examples: Examples, models: Models) -> KDData:
         workers=spec.trainer.num_workers,
         rank=distributed.rank(),
         world=distributed.world(),
+        pad_multiple=spec.trainer.pad_multiple,
+        batch_tokens=spec.trainer.batch_tokens,
+        store=Path(spec.paths.runs).expanduser() / ".tokens",
     )
     listeners = [method for method in models.methods.values() if method.listens]
     wanted = needs_of_teachers(listeners, len(models.teachers))
@@ -329,3 +336,5 @@ def check(run: Run, examples: Examples) -> None:
         raise InputError(f"the optimiser cannot be made: {error}", "optimizer.factory") from error
     if run.spec.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         raise InputError("there is no GPU that torch can use here; use trainer=cpu", "trainer")
+    if run.spec.trainer.compile:
+        check_compiler("cuda" if run.spec.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu")

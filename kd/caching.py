@@ -130,7 +130,7 @@ def cached(
         if plan.split == "train":
             passes, examples = done
     for plan in plans:
-        data.remember(place, {plan.split: Remembered(plan.store, plan.names)})
+        data.remember(place, {plan.split: Remembered(plan.store, plan.names, plan.tokens)})
     taken = time.perf_counter() - began if missing else 0.0
     size, kept = sum(plan.store.size(plan.names) for plan in plans), " ".join(plans[0].names)
     what = f"made in {taken:.1f} s" if missing else "made before, teacher not loaded"
@@ -300,12 +300,14 @@ def _teaching(run: Run, teacher: FrozenTeacher, precision: str) -> Iterator[torc
     device = torch.device("cuda", distributed.local_rank()) if gpu else torch.device("cpu")
     kind = torch.float64 if precision == "64-true" else torch.float32
     teacher.encoder.to(device, kind)
-    mixed = PRECISIONS.get(precision)
+    mixed, compiled = PRECISIONS.get(precision), teacher.shape.compiled
+    teacher.shape.compiled = False  # it does not pay for one pass
     with torch.no_grad(), torch.autocast(device.type, mixed, enabled=mixed is not None):
         try:
             yield device
         finally:
             teacher.encoder.to("cpu")
+            teacher.shape.compiled = compiled
 
 
 def _said(teacher: FrozenTeacher, plan: Plan, rows: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:

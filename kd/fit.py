@@ -19,7 +19,7 @@ from kd.data.datamodule import Examples, KDData
 from kd.engines.base import Engine
 from kd.evaluate import Evaluation, evaluate, folder_megabytes, headline, latencies
 from kd.export import TOLERANCE, export, largest_difference, model_card
-from kd.hardware import git, hardware, versions
+from kd.hardware import git, hardware, keep_memory, versions
 from kd.loggers import History, close_wandb
 from kd.make import make
 from kd.models import CachedTeacher, Encoder, FrozenTeacher
@@ -37,6 +37,7 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
         KeyboardInterrupt: on Ctrl-C, after Lightning has shut down.
     """
     quieten()
+    keep_memory()
     models = build_models(run, examples.task, texts=examples.texts["train"])
     data = build_data(run, examples, models)
     engine = build_engine(run, models, examples.task)
@@ -52,6 +53,8 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
         train(trainer, engine, data, last if step is not None else None)
     finally:
         close_wandb()
+    for encoder in (*models.students.values(), *models.teaching):
+        encoder.compiled = False  # what is scored, timed and exported is the model that others load
     device = trainer.strategy.root_device
     selection = select(run, engine)
     if models.online is not None:  # from here on it is a teacher like any other
@@ -200,7 +203,7 @@ def conclude(
         "limit_train": run.spec.task.limit_train,
         "examples": {split: len(found) for split, found in data.examples.texts.items()},
         "epochs": run.spec.trainer.max_epochs,
-        "batch_size": run.spec.trainer.batch_size * run.spec.trainer.accumulate,
+        **batch_of(run),
         "precision": run.spec.trainer.precision,
         "ranks": distributed.world(),
         "lr": run.spec.optimizer.lr,
@@ -252,6 +255,14 @@ def conclude(
     record |= {"headline": first, "students": students}
     run.finish(record)
     return record
+
+
+def batch_of(run: Run) -> dict[str, int | None]:
+    """Examples or padded tokens of an optimiser step, as a record states them."""
+    trainer = run.spec.trainer
+    if trainer.batch_tokens is None:
+        return {"batch_size": trainer.batch_size * trainer.accumulate, "batch_tokens": None}
+    return {"batch_size": None, "batch_tokens": trainer.batch_tokens * trainer.accumulate}
 
 
 def exported_alike(student: Encoder, place: int, folder: Path, data: KDData) -> float:

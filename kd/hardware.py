@@ -1,5 +1,6 @@
 """What this machine is, as a result states it. Nothing here imports torch unless it has to."""
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -37,6 +38,22 @@ def resolve_precision(precision: str, accelerator: str) -> str:
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     return "bf16-mixed" if cpu_has_bf16() else "32-true"
+
+
+def keep_memory() -> bool:
+    """Let the C library keep memory that is freed; whether it does.
+
+    By default glibc hands large blocks back to the kernel, so that the gradient of an embedding table, made and freed in each
+    step, is mapped and filled with zeros by the kernel page by page each time. Peak memory stays what it is. Elsewhere, and
+    where the user has set malloc up, nothing is done.
+    """
+    if sys.platform != "linux" or any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return False
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version"):
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # as malloc.h numbers them
+    return bool(library.mallopt(mmap_threshold, 1 << 30) and library.mallopt(trim_threshold, (1 << 31) - 1))
 
 
 def hardware() -> dict[str, Any]:

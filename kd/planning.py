@@ -39,6 +39,12 @@ COSTLESS = [
 ]
 """Trainer keys that do not change a result."""
 
+OF_THE_MACHINE = ("precision", "compile", "pad_multiple")
+"""Trainer keys that change a result, but are chosen for the machine: runs that make teachers take them over."""
+
+UNLESS_ASKED_FOR = {"batch_tokens": None, "pad_multiple": 1, "compile": False}
+"""Trainer keys that are no part of an identity while they have these values: the runs are those of before there were any."""
+
 PLACES = ("root", "train", "validation", "test")
 """Keys that say where data is; their content enters the digest instead."""
 
@@ -101,7 +107,9 @@ def keys_of(role: str, own_student: bool = False) -> Iterator[None]:
             raise
         place = f"teacher.{name}"
         part, _, rest = error.key.partition(".")
-        own = part in ("method", "student", "optimizer", "seed") or (part == "trainer" and rest not in (*COSTLESS, "precision"))
+        own = part in ("method", "student", "optimizer", "seed") or (
+            part == "trainer" and rest not in (*COSTLESS, *OF_THE_MACHINE)
+        )
         key = f"{place}.run.{error.key}" if own else error.key
         raise InputError(error.message, f"{place}.backbone" if error.key == "student.backbone" else key) from error
 
@@ -171,6 +179,9 @@ def identity(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
         {"name": name, **{key: value for key, value in surgery.items() if key != "run"}}
         for name, surgery in spec.surgery.items()
     ]
+    trainer = {key: value for key, value in trainer.items() if key not in UNLESS_ASKED_FOR or value != UNLESS_ASKED_FOR[key]}
+    if spec.trainer.batch_tokens is not None:
+        trainer["batch_size"] = None
     source = {key: value for key, value in task.pop("source").items() if key not in PLACES}
     return {
         "format": FORMAT,
@@ -266,7 +277,7 @@ def teacher_config(parent: DictConfig, spec: RunSpec, name: str, teacher: Teache
     config = composition.compose(["method=finetune", "teacher=[]", "student=full"])
     for part in ("task", "paths", "logger"):
         OmegaConf.update(config, part, OmegaConf.to_container(parent[part], resolve=True), merge=False, force_add=True)
-    for key in (*COSTLESS, "precision"):
+    for key in (*COSTLESS, *OF_THE_MACHINE):
         OmegaConf.update(config, f"trainer.{key}", getattr(spec.trainer, key), force_add=True)
     OmegaConf.update(config, "student.backbone", teacher.backbone)
     config.preflight, config.resume, config.cache = spec.preflight, spec.resume, spec.cache

@@ -100,9 +100,12 @@ class TrainerSpec:
 
     max_epochs: int = MISSING
     batch_size: int = MISSING
+    batch_tokens: int | None = None
+    pad_multiple: int = 1
     accumulate: int = 1
     clip: float | None = 1.0
     precision: str = "32-true"
+    compile: bool = False
     selection: str = "best"
     accelerator: str = "cpu"
     devices: Any = 1
@@ -191,9 +194,9 @@ def check_values(spec: RunSpec) -> None:
     for key, allowed in words.items():
         if getattr(trainer, key) not in allowed:
             raise one_of(getattr(trainer, key), allowed, f"trainer.{key}")
-    least = {"max_epochs": 1, "batch_size": 1, "accumulate": 1, "eval_batch_size": 1, "num_workers": 0, "checkpoint_minutes": 0}
-    for key, bound in least.items():
-        if not getattr(trainer, key) >= bound:
+    ones = ("max_epochs", "batch_size", "batch_tokens", "pad_multiple", "accumulate", "eval_batch_size")
+    for key, bound in {**dict.fromkeys(ones, 1), "num_workers": 0, "checkpoint_minutes": 0}.items():
+        if getattr(trainer, key) is not None and not getattr(trainer, key) >= bound:
             raise InputError(f"trainer.{key}={getattr(trainer, key)} must be at least {bound}", f"trainer.{key}")
     if trainer.devices != "auto" and not (str(trainer.devices).isdigit() and int(trainer.devices) > 0):
         raise InputError(f"trainer.devices={trainer.devices} must be auto or a number from 1", "trainer.devices")

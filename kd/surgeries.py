@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from hydra.utils import get_class
 
-from kd.data.datamodule import tokenizer_fingerprint
 from kd.data.tasks import Task
 from kd.data.text import OTHER_VOCABULARY
+from kd.data.tokens import tokenizer_fingerprint
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.make import make

@@ -129,7 +129,7 @@ def check_launch(run: Run, key: str = "trainer.batch_size") -> None:
             f"torchrun --nproc-per-node={wanted} -m kd.train trainer=ddp ...",
             "trainer.devices",
         )
-    if trainer.batch_size % distributed.world():
+    if trainer.batch_tokens is None and trainer.batch_size % distributed.world():
         raise InputError(
             f"trainer.batch_size={trainer.batch_size} is the batch over all ranks; {distributed.world()} do not divide it",
             key,

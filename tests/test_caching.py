@@ -126,6 +126,14 @@ def test_what_is_read_is_what_the_teacher_says_of_that_example(fresh) -> None:
                 assert torch.allclose(tensor, found[name], rtol=0, atol=2e-6), (split, name)
 
 
+def test_what_is_remembered_is_padded_as_the_tokens_are(fresh) -> None:
+    _, _, data = built(fresh("method=pkd", "trainer.pad_multiple=8"))
+    for rows in ([5], [3, 0, 7]):
+        batch = data.collate("train")(rows)
+        assert torch.equal(batch.teachers[0]["attention_mask"], batch.student["attention_mask"])
+        assert batch.student["attention_mask"].shape[1] % 8 == 0
+
+
 def test_metrics_do_not_depend_on_what_shares_a_batch(small: Small) -> None:
     found = [made(small("method=kd", "seed=4", f"trainer.eval_batch_size={size}", "cache=off")) for size in (1,)]
     run, bucketed = found[0]

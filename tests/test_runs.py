@@ -69,6 +69,9 @@ def digests() -> dict[str, str]:
         "trainer.eval_batch_size=7",
         "trainer.num_workers=2",
         "trainer.checkpoint_minutes=1",
+        "trainer.batch_tokens=null",
+        "trainer.pad_multiple=1",
+        "trainer.compile=false",
         "preflight=false",
         "resume=false",
     ],
@@ -90,6 +93,10 @@ def test_what_does_not_change_a_result_does_not_change_the_digest(
         "optimizer.factory.eps=1e-6",
         "trainer.max_epochs=9",
         "trainer.batch_size=8",
+        "trainer.batch_tokens=512",
+        "trainer.pad_multiple=8",
+        "trainer=gpu",
+        "trainer.compile=true",
         "trainer.accumulate=2",
         "trainer.clip=null",
         "trainer.precision=bf16-mixed",
@@ -110,6 +117,10 @@ def test_what_does_not_change_a_result_does_not_change_the_digest(
 )
 def test_what_changes_a_result_changes_the_digest(alone: Planner, digests: dict[str, str], override: str) -> None:
     assert alone(*override.split(" ")).digest != (digests.get("alone") or digests.setdefault("alone", alone().digest))
+
+
+def test_with_a_token_budget_the_batch_size_decides_nothing(alone: Planner) -> None:
+    assert alone("trainer.batch_tokens=512").digest == alone("trainer.batch_tokens=512", "trainer.batch_size=8").digest
 
 
 def test_a_precision_that_means_the_same_has_one_digest(alone: Planner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from kd.config import compose
 from kd.data.batch import Batch
 from kd.data.sources import Files
 from kd.engines.distiller import Distiller
+from kd.engines.safety import clip_gradients
 from kd.errors import InputError
 from kd.planning import plan
 from kd.runs import Run
@@ -184,13 +185,13 @@ def test_finished_run_is_not_repeated_and_its_teacher_is_shared(
 
 def test_run_in_bfloat16_is_another_run_and_clips_gradients(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     norms = []
-    original = torch.nn.utils.clip_grad_norm_
 
     def clip(parameters: list[torch.Tensor], largest: float) -> torch.Tensor:
-        original(parameters, largest)
+        found = clip_gradients(parameters, largest)
         norms.append(float(torch.stack([p.grad.norm() for p in parameters]).norm()))
+        return found
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    monkeypatch.setattr("kd.engines.base.clip_gradients", clip)
     run, result = made(small("method=finetune", "teacher=[]", "trainer.precision=bf16-mixed", "trainer.clip=0.01"))
     assert result["precision"] == "bf16-mixed"
     assert len(norms) == 12

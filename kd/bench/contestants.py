@@ -1,7 +1,7 @@
 """What is compared."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kd.planning import without
 
@@ -38,19 +38,22 @@ class Contestant:
 FINETUNE = Contestant(
     "finetune",
     "fine-tuning, no teacher",
-    drops=tuple(f"{group}{end}" for group in ("method", "cohort", "pool", "engine") for end in ("=", ".")),
-    adds=("method=finetune",),
+    drops=("cache=", *(f"{group}{end}" for group in ("method", "cohort", "pool", "engine") for end in ("=", "."))),
+    adds=("method=finetune", "cache=off"),
     bare=True,
 )
 """What the others are measured by."""
 
-LIVE = Contestant("live", "{method}, teacher live")
+CACHED = Contestant("cached", "{method}, teacher remembered", drops=("cache=",), adds=("cache=on",))
+"""What the teacher says is on disk before the clock starts; the pass that puts it there is in `setup_seconds`."""
 
-CONTESTANTS: tuple[Contestant, ...] = (FINETUNE, LIVE)
+LIVE = Contestant("live", "{method}, teacher live", drops=("cache=",), adds=("cache=off",))
+
+CONTESTANTS: tuple[Contestant, ...] = (FINETUNE, CACHED, LIVE)
 """In the order of the table."""
 
-TEXTBREWER = Contestant("textbrewer", "TextBrewer, padded to {max_length}", worker=PEER, padded=True)
-TEXTBREWER_CUT = Contestant("textbrewer_per_batch", "TextBrewer, padded per batch", worker=PEER)
+TEXTBREWER = replace(LIVE, name="textbrewer", label="TextBrewer, padded to {max_length}", worker=PEER, padded=True)
+TEXTBREWER_CUT = replace(LIVE, name="textbrewer_per_batch", label="TextBrewer, padded per batch", worker=PEER)
 
 PEERS: tuple[Contestant, ...] = (TEXTBREWER, TEXTBREWER_CUT)
 """Added by `--peer`."""

@@ -16,6 +16,7 @@ from kd.config import compose
 from kd.data.datamodule import LIMIT_SEED, Examples, KDData
 from kd.errors import InputError
 from kd.fit import build_trainer, quieten
+from kd.hardware import keep_memory
 from kd.models.students import load_config, load_model, load_tokenizer, with_labels
 from kd.planning import backbone_of, plan
 from kd.progress import Progress
@@ -151,6 +152,7 @@ def train(job: Job, gate: Gate) -> None:
         Finished: when there are no more turns.
         InputError: for what the user can put right.
     """
+    keep_memory()
     prepared = prepare(job)
     run = prepared.run
     engine = build_engine(run, prepared.models, prepared.examples.task)

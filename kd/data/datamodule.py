@@ -1,23 +1,22 @@
 """Examples, tokenised once, and the loaders over them."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kd.data.batch import Batch
 from kd.data.language import MaskedLM
-from kd.data.sampler import LengthBatches, Rows
+from kd.data.sampler import LengthBatches, Rows, TokenBatches
 from kd.data.sources import Source, Splits, hash_fraction
 from kd.data.store import Remembered
 from kd.data.tasks import Classification, Regression, Task
+from kd.data.tokens import Store, Tokens, tokenizer_fingerprint
 from kd.errors import InputError, one_of
 from kd.schema import TaskSpec
 
@@ -113,54 +112,6 @@ def build_task(spec: TaskSpec, raw: Splits) -> Task:
     return Classification(spec.name, labels, spec.codes, spec.metrics, spec.monitor)
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """What decides how a tokenizer cuts text: vocabulary and rules, without its padding and truncation settings."""
-    found = []
-    for part in getattr(tokenizer, "parts", (tokenizer,)):  # a mixed one has two
-        rules = json.loads(part.backend_tokenizer.to_str())
-        rules.pop("padding", None)
-        rules.pop("truncation", None)
-        found.append(json.dumps(rules, sort_keys=True))
-    return hashlib.blake2b("".join(found).encode(), digest_size=8).hexdigest()
-
-
-class Tokens:
-    """The tokenised texts of one split: flat arrays, so that a million sentences cost no million objects."""
-
-    def __init__(self, tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int) -> None:
-        columns = [list(column) for column in zip(*texts, strict=True)]
-        encoded = tokenizer(*columns, truncation=True, max_length=max_length, padding=False)
-        self.offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in encoded["input_ids"]])])
-        self.columns = {
-            name: np.fromiter((value for row in encoded[name] for value in row), np.int64, self.offsets[-1])
-            for name in ("input_ids", "token_type_ids")
-            if name in encoded
-        }
-        self.fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each example, special ones included."""
-        return np.diff(self.offsets)
-
-    def pad(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Inputs of these examples, padded to the longest, each (batch, tokens)."""
-        lengths = self.lengths_of(rows)
-        shape = (len(rows), max(lengths))
-        mask = np.arange(shape[1]) < np.asarray(lengths)[:, None]
-        inputs = {}
-        for name, values in self.columns.items():
-            padded = np.full(shape, self.fill[name], dtype=np.int64)
-            padded[mask] = np.concatenate([values[self.offsets[row] : self.offsets[row + 1]] for row in rows])
-            inputs[name] = torch.from_numpy(padded)
-        inputs["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
-        return inputs
-
-    def lengths_of(self, rows: Sequence[int]) -> list[int]:
-        """Tokens of these examples."""
-        return [int(self.offsets[row + 1] - self.offsets[row]) for row in rows]
-
-
 class Numbers(Dataset[int]):
     """The numbers of a split's examples; `Collate` does the rest, a batch at a time."""
 
@@ -217,6 +168,9 @@ class KDData(pl.LightningDataModule):
         workers: loader processes.
         rank: this process.
         world: processes.
+        pad_multiple: batches are padded to a multiple of so many tokens.
+        batch_tokens: padded tokens of a global training batch at most, in place of `batch_size`.
+        store: folder that keeps tokenised texts; None keeps none.
     """
 
     changes = ""
@@ -233,9 +187,14 @@ class KDData(pl.LightningDataModule):
         workers: int = 0,
         rank: int = 0,
         world: int = 1,
+        pad_multiple: int = 1,
+        batch_tokens: int | None = None,
+        store: Path | None = None,
     ) -> None:
         super().__init__()
         self.examples = examples
+        self.max_length, self.pad_multiple, self.batch_tokens = max_length, pad_multiple, batch_tokens
+        self.store = Store(store)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.seed, self.workers, self.rank, self.world = seed, workers, rank, world
         self.student_keys = [tokenizer_fingerprint(student) for student in students]
@@ -257,7 +216,7 @@ class KDData(pl.LightningDataModule):
 
     def read(self, tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int) -> Any:
         """The texts of one split, tokenised."""
-        return Tokens(tokenizer, texts, max_length)
+        return Tokens(tokenizer, texts, max_length, self.pad_multiple, self.store)
 
     @property
     def student_key(self) -> str:
@@ -285,15 +244,7 @@ class KDData(pl.LightningDataModule):
         lengths = self.tokens[split][self.student_key].lengths
         if len(lengths) < self.world:
             raise InputError(f"'{split}' has {len(lengths)} examples for {self.world} ranks", f"task.{split}")
-        size = self.eval_batch_size if seed is None else self.batch_size
-        sampler = LengthBatches(lengths.tolist(), size, seed, self.rank, self.world)
-        if sampler.smallest() < self.world:
-            key = "trainer.eval_batch_size" if seed is None else "trainer.batch_size"
-            raise InputError(
-                f"{key}={size} cuts '{split}' into batches of which one has {sampler.smallest()} examples for {self.world} "
-                "ranks to share; it should be twice the ranks or more",
-                key,
-            )
+        sampler = self.sampler(split, seed)
         if seed is not None:
             self._train_sampler = sampler
             sampler.skip = self._skip
@@ -306,6 +257,31 @@ class KDData(pl.LightningDataModule):
             persistent_workers=self.workers > 0,
         )
 
+    def sampler(self, split: str, seed: int | None) -> LengthBatches:
+        """The batches of a split; those of training by tokens, where there is a budget of them.
+
+        Raises:
+            InputError: for a batch that has not an example for each rank, or a text that is longer than the budget.
+        """
+        tokens = self.tokens[split][self.student_key]
+        key, size = ("trainer.eval_batch_size", self.eval_batch_size)
+        if seed is not None:
+            key, size = ("trainer.batch_size", self.batch_size)
+        sampler: LengthBatches
+        if seed is not None and self.batch_tokens is not None:
+            key, size = "trainer.batch_tokens", self.batch_tokens
+            padding = (self.pad_multiple, self.max_length)
+            sampler = TokenBatches(tokens.longest.tolist(), size, padding, seed, self.rank, self.world)
+        else:
+            sampler = LengthBatches(tokens.lengths.tolist(), size, seed, self.rank, self.world)
+        if sampler.smallest() < self.world:
+            raise InputError(
+                f"{key}={size} cuts '{split}' into batches of which one has {sampler.smallest()} examples for {self.world} "
+                "ranks to share; it should be larger, so that each has two or more",
+                key,
+            )
+        return sampler
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """Training batches."""
         return self.loader("train", self.seed)
@@ -313,6 +289,10 @@ class KDData(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         """Validation batches."""
         return self.loader("validation")
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move a batch; Lightning would wait for each of its tensors."""
+        return batch.to(device, non_blocking=device.type == "cuda")
 
     def state_dict(self) -> dict[str, int]:
         """Batches done in the current epoch, so that a resumed epoch goes on with the next one."""

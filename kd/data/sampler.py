@@ -6,9 +6,16 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
+from kd.data.tokens import padded_length
+from kd.errors import InputError
+
 POOL = 50
 """Batches that are shuffled, sorted by length and cut together: large enough to save padding, small enough that what meets
 what in a batch stays chance. Our choice."""
+
+SPREAD = 1.1
+"""Longest over shortest text that a token budget takes for equally long. Our choice: what shares batches is large enough to be
+a shuffle, and at most 10 % of the tokens are padding for it."""
 
 
 class Rows(list[int]):
@@ -91,3 +98,80 @@ class LengthBatches(Sampler[list[int]]):
         for batch in batches:
             mine = batch[self.rank :: self.world]
             yield Rows(mine.tolist(), len(mine) * self.world / len(batch), epoch)
+
+
+class TokenBatches(LengthBatches):
+    """Batches of as many examples as fit into so many padded tokens: a hard limit, and the same batch count in every epoch.
+
+    Texts of about the same length (`SPREAD`) are one class. An epoch lines up the classes from long to short, each shuffled
+    anew, and cuts the line where the next example, were it the longest of its class, would not fit. At a given place of the
+    line the class is always the same, so the places of the cuts are too; only who stands there is drawn.
+
+    What it costs in fairness: any two examples of a class are equally likely to meet, those of two neighbouring classes meet
+    only in the batch where one ends and the other begins, and others never do. Where a batch comes in an epoch is uniform, as
+    for `LengthBatches`. A batch of short texts has more examples than one of long texts, and a loss is a mean over the batch,
+    so an example of a short text weighs less in a step than one of a long text.
+
+    Args:
+        lengths: tokens of each example, at most.
+        budget: padded tokens of a *global* batch; examples times the longest after padding.
+        padding: the multiple that batches are padded to, and the length at which that ends.
+        seed: of the shuffle.
+        rank: this process, from 0.
+        world: processes.
+
+    Raises:
+        InputError: for a text that is longer than the budget.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], budget: int, padding: tuple[int, int], seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        super().__init__(lengths, 0, seed, rank, world)
+        self.budget = budget
+        tokens = np.unique(self.lengths)
+        if len(tokens) and (longest := padded_length(int(tokens[-1]), *padding)) > budget:
+            raise InputError(
+                f"trainer.batch_tokens={budget} is less than one text: the longest has {longest} tokens, padding included. "
+                "A larger budget, or a smaller task.max_length",
+                "trainer.batch_tokens",
+            )
+        self.classes = self._classes(tokens)
+        self.cuts = self._cuts(padding)
+
+    def _classes(self, tokens: np.ndarray) -> np.ndarray:
+        """The longest text of the class of each example, in tokens."""
+        most = np.zeros(len(tokens), dtype=np.int64)
+        for place in range(len(tokens) - 1, -1, -1):
+            same = place + 1 < len(tokens) and most[place + 1] <= SPREAD * tokens[place]
+            most[place] = most[place + 1] if same else tokens[place]
+        found: np.ndarray = most[np.searchsorted(tokens, self.lengths)]
+        return found
+
+    def _cuts(self, padding: tuple[int, int]) -> list[int]:
+        """Where one batch of the line ends and the next begins."""
+        line = -np.sort(-self.classes)
+        bounds = [0]
+        while bounds[-1] < len(line):
+            room = self.budget // padded_length(int(line[bounds[-1]]), *padding)
+            bounds.append(min(bounds[-1] + room, len(line)))
+        # What is left over is not enough for a batch: the last two share what they have, so that no rank is left without.
+        if len(bounds) > 2 and bounds[-1] - bounds[-2] < bounds[-2] - bounds[-3]:
+            bounds[-2] = (bounds[-3] + bounds[-1] + 1) // 2
+        return bounds[1:-1]
+
+    def __len__(self) -> int:
+        return len(self.cuts) + 1
+
+    def smallest(self) -> int:
+        """Examples of the smallest global batch; the same in every epoch."""
+        return min(end - start for start, end in itertools.pairwise([0, *self.cuts, len(self.lengths)]))
+
+    def batches(self) -> list[np.ndarray]:
+        """The global batches of the current epoch."""
+        assert self.seed is not None
+        generator = np.random.default_rng([self.seed, self.epoch])
+        order = generator.permutation(len(self.lengths))
+        line = order[np.argsort(-self.classes[order], kind="stable")]
+        batches = np.split(line, self.cuts)
+        return [batches[place] for place in generator.permutation(len(batches))]

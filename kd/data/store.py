@@ -135,7 +135,7 @@ class Store:
         os.replace(whole, self.folder / f"{name}.bin")
         write_atomically(self.folder / f"{name}.json", json.dumps(asdict(entry) | {"checksum": checksum}) + "\n")
 
-    def read(self, names: Iterable[str], rows: Sequence[int]) -> dict[str, Tensor]:
+    def read(self, names: Iterable[str], rows: Sequence[int], longest: int | None = None) -> dict[str, Tensor]:
         """Tensors of some examples: (batch, width), or (batch, longest, width) with zeros on padding."""
         found = {}
         where = np.asarray(rows)
@@ -143,7 +143,7 @@ class Store:
         for name in names:
             array, entry = self._array(name)
             if by_token(name):
-                values = np.zeros((len(where), int(lengths.max()), entry.shape[1]), dtype=array.dtype)
+                values = np.zeros((len(where), longest or int(lengths.max()), entry.shape[1]), dtype=array.dtype)
                 for place, (row, length) in enumerate(zip(where, lengths, strict=True)):
                     values[place, :length] = array[self.offsets[row] : self.offsets[row] + length]
             else:
@@ -181,16 +181,18 @@ class Remembered:
     Args:
         store: where it is.
         names: tensors that are read.
+        tokens: that the teacher read; a batch is padded as they are.
     """
 
     store: Store
     names: tuple[str, ...]
+    tokens: Any
 
     def pad(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """The teacher's tensors of these examples, by name, and its `attention_mask`, (batch, tokens)."""
-        lengths = np.diff(self.store.offsets)[np.asarray(rows)]
-        mask = np.arange(lengths.max()) < lengths[:, None]
-        return {"attention_mask": torch.from_numpy(mask.astype(np.int64)), **self.store.read(self.names, rows)}
+        mask = self.tokens.mask(rows)
+        read = self.store.read(self.names, rows, mask.shape[1])
+        return {"attention_mask": torch.from_numpy(mask.astype(np.int64)), **read}
 
 
 def _tensor(values: np.ndarray, stored: str) -> Tensor:

@@ -15,6 +15,7 @@ from kd.data.language import NOT_PREDICTED
 from kd.data.sampler import Rows
 from kd.data.sources import Example, Splits, examples_of, split_by_hash
 from kd.data.tables import rows as table_rows
+from kd.data.tokens import Store, padded_length, tokenizer_fingerprint
 from kd.errors import InputError
 from kd.sources import file_fingerprint
 
@@ -110,6 +111,20 @@ class MixedTokenizer:
         self.second.save_pretrained(Path(folder) / "vocabulary")
 
 
+def words_of(tokenizer: Any, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Tokens of all texts (`ids`), where each word begins (`starts`, and the end of all), and words of each text (`words`)."""
+    ids, starts, words, total = [], [], [], 0
+    for encoding in tokenizer(list(texts), add_special_tokens=False, truncation=False, padding=False).encodings:
+        # Ids of words are what both vocabularies agree on, since normaliser and pre-tokeniser are the same.
+        places = np.asarray([-1 if place is None else place for place in encoding.word_ids], dtype=np.int64)
+        begins = np.flatnonzero(np.diff(places, prepend=-2))
+        ids.append(np.asarray(encoding.ids, dtype=np.int32))
+        words.append(len(begins))
+        starts.append(begins + total)
+        total += len(places)
+    return {"ids": np.concatenate(ids), "starts": np.concatenate([*starts, [total]]), "words": np.asarray(words)}
+
+
 class Vocabulary:
     """The words of a split's texts as one tokenizer cuts them: flat arrays.
 
@@ -117,22 +132,17 @@ class Vocabulary:
         tokenizer: a fast tokenizer.
         texts: to cut.
         shift: added to every id.
+        store: where tokens are kept.
     """
 
-    def __init__(self, tokenizer: Any, texts: Sequence[str], shift: int = 0) -> None:
-        ids, starts, words, total = [], [], [], 0
-        for encoding in tokenizer(list(texts), add_special_tokens=False, truncation=False, padding=False).encodings:
-            # Ids of words are what both vocabularies agree on, since normaliser and pre-tokeniser are the same.
-            places = np.asarray([-1 if place is None else place for place in encoding.word_ids], dtype=np.int64)
-            begins = np.flatnonzero(np.diff(places, prepend=-2))
-            ids.append(np.asarray(encoding.ids, dtype=np.int64))
-            words.append(len(begins))
-            starts.append(begins + total)
-            total += len(places)
+    def __init__(self, tokenizer: Any, texts: Sequence[str], shift: int = 0, store: Store | None = None) -> None:
+        arrays = (store or Store()).arrays(
+            lambda: ["words", tokenizer_fingerprint(tokenizer), list(texts)], lambda: words_of(tokenizer, texts)
+        )
         special = set(tokenizer.all_special_ids)
-        self.ids = np.concatenate(ids) + shift
-        self.starts = np.concatenate([*starts, [total]])
-        self.words = np.asarray(words)
+        self.ids = arrays["ids"].astype(np.int64) + shift
+        self.starts = arrays["starts"]
+        self.words = arrays["words"]
         """Words of each text."""
         self.mask = tokenizer.mask_token_id + shift
         everything = sorted(tokenizer.get_vocab().values())
@@ -161,20 +171,30 @@ class MaskedTokens:
         texts: one text for each example.
         max_length: tokens of a chunk at most, special ones included. A longer text gives several chunks.
         seed: of the draws.
+        multiple: batches are padded to a multiple of so many tokens, up to `max_length`.
+        store: where tokens are kept.
 
     Raises:
         InputError: if a tokenizer has no mask token, or no text has a token to predict.
     """
 
-    def __init__(self, tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int, seed: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        texts: Sequence[tuple[str, ...]],
+        max_length: int,
+        seed: int,
+        multiple: int = 1,
+        store: Store | None = None,
+    ) -> None:
         parts = getattr(tokenizer, "parts", (tokenizer,))
         self.probability = float(getattr(tokenizer, "probability", 0.0))
-        self.seed = seed
+        self.seed, self.multiple, self.max_length = seed, multiple, max_length
         if parts[0].mask_token_id is None:
             raise InputError("the tokenizer has no mask token, which masked language modelling needs", "task")
         plain = [" ".join(text) for text in texts]
         shifts = [0, int(getattr(tokenizer, "shift", 0))]
-        self.vocabularies = [Vocabulary(part, plain, shift) for part, shift in zip(parts, shifts, strict=False)]
+        self.vocabularies = [Vocabulary(part, plain, shift, store) for part, shift in zip(parts, shifts, strict=False)]
         first = self.vocabularies[0]
         if any(not np.array_equal(other.words, first.words) for other in self.vocabularies):
             raise ValueError("the two vocabularies do not agree on what a word is")
@@ -190,6 +210,10 @@ class MaskedTokens:
         if not len(self.chunks):
             raise InputError("no text has a token that could be predicted", "task.text")
         share = self.probability if len(self.vocabularies) > 1 else 0.0
+        most = np.concatenate([[0], np.cumsum(np.minimum(sizes.max(axis=0), self.room))])
+        cut = most[self.chunks[:, 1]] - most[self.chunks[:, 0]]
+        self.longest = np.minimum(cut, self.room) + len(ends)
+        """Tokens of each chunk at most, whichever vocabulary cuts which word."""
         expected = np.concatenate([[0.0], np.cumsum((1 - share) * sizes[0] + share * sizes[-1])])
         cut = expected[self.chunks[:, 1]] - expected[self.chunks[:, 0]]
         self.lengths = np.minimum(np.rint(cut).astype(np.int64), self.room) + len(ends)
@@ -253,10 +277,10 @@ class MaskedTokens:
         )
 
     def pad(self, rows: Sequence[int], epoch: int | None = None) -> tuple[dict[str, Tensor], Tensor]:
-        """Inputs and labels of these chunks, padded to the longest, each (batch, tokens)."""
+        """Inputs and labels of these chunks, padded to the longest and then to the multiple, each (batch, tokens)."""
         masked = [self.mask(row, epoch) for row in rows]
         lengths = np.asarray([len(ids) for ids, _ in masked])
-        real = np.arange(lengths.max()) < lengths[:, None]
+        real = np.arange(padded_length(int(lengths.max()), self.multiple, self.max_length)) < lengths[:, None]
         ids = np.full(real.shape, self.fill["input_ids"], dtype=np.int64)
         labels = np.full(real.shape, NOT_PREDICTED, dtype=np.int64)
         ids[real] = np.concatenate([ids for ids, _ in masked])
@@ -303,7 +327,7 @@ class MaskedData(KDData):
 
     def read(self, tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int) -> Any:
         """The texts of one split, to be masked."""
-        return MaskedTokens(tokenizer, texts, max_length, self.seed)
+        return MaskedTokens(tokenizer, texts, max_length, self.seed, self.pad_multiple, self.store)
 
     def collate(self, split: str) -> Any:
         """The collate function of a split."""

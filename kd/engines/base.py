@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kd.data.batch import Batch
 from kd.data.tasks import Task
+from kd.engines.safety import LossWatch, clip_gradients
 from kd.errors import InputError
 from kd.evaluate import finite_or_none, headline
 from kd.forward import Needs
@@ -19,21 +20,6 @@ from kd.methods.base import Method, Progress, Step
 from kd.models import Encoder, FrozenTeacher
 from kd.optimizers import OptimizerFactory
 from kd.schedules import Schedule
-
-
-class NonFiniteLoss(InputError):
-    """A term became NaN or infinite. Training stops; the last good checkpoint is kept."""
-
-    def __init__(self, terms: Mapping[str, float], step: int) -> None:
-        bad = [name for name, value in terms.items() if not torch.isfinite(torch.tensor(value))]
-        shown = ", ".join(f"{name}={value:g}" for name, value in terms.items())
-        super().__init__(
-            f"the loss is not finite at step {step}: term {' and '.join(f'{name!r}' for name in bad) or 'sum'} ({shown}). "
-            "Training stopped; the last checkpoint before it is kept. A smaller learning rate, or a smaller weight "
-            "for that term, is the usual cure",
-            "optimizer.lr",
-        )
-        self.terms, self.step = dict(terms), step
 
 
 def check_weights(names: Sequence[str], weights: Mapping[str, Any]) -> None:
@@ -112,6 +98,7 @@ class Engine(pl.LightningModule):
         """Of the last validation: student -> metric -> value."""
         self._began = 0.0
         self._last: Loss | None = None
+        self.watch = LossWatch()
 
     @property
     def learners(self) -> Mapping[str, Learner]:
@@ -151,18 +138,18 @@ class Engine(pl.LightningModule):
         return loss.total * batch.weight
 
     def check(self, loss: Loss) -> None:
-        """Stop before a loss that is no number moves anything.
+        """Stop at a loss that is no number: on the CPU before it moves anything, elsewhere before it is written anywhere.
 
         Raises:
             NonFiniteLoss: naming the term and the step.
         """
-        if not torch.isfinite(loss.total):
-            raise NonFiniteLoss({name: float(term.detach()) for name, term in loss.terms.items()}, self.global_step)
+        self.watch.see(loss.total, loss.terms, self.global_step)
 
     def note(self, loss: Loss, batch: Batch) -> None:
         """Log a loss, and keep it for what methods do after a step."""
-        self.log_dict({f"train/{name}": term.detach() for name, term in loss.terms.items()}, batch_size=len(batch))
-        self.log("train/loss", loss.total.detach(), batch_size=len(batch))
+        if self.trainer._logger_connector.should_update_logs:  # Lightning would keep books of the other steps for nobody
+            named = {**loss.terms, "loss": loss.total}
+            self.log_dict({f"train/{name}": value.detach() for name, value in named.items()}, batch_size=len(batch))
         self._last = loss
 
     def progress(self) -> Progress:
@@ -194,6 +181,7 @@ class Engine(pl.LightningModule):
 
     def on_train_end(self) -> None:
         """Stop the clock; validation and checkpoints count as training time."""
+        self.watch.settle()
         self.seconds += time.perf_counter() - self._began
         self.teacher_work = self.work_of_teachers()
 
@@ -203,6 +191,7 @@ class Engine(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Fresh metrics."""
+        self.watch.settle()
         for name in self.evaluated:
             self._reset(name)
 
@@ -251,10 +240,15 @@ class Engine(pl.LightningModule):
         """
         if gradient_clip_val:
             for parameters in self.trained():
-                nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+                clip_gradients(parameters, float(gradient_clip_val))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Counters, so that a resumed run reports its whole cost."""
+        """Counters, so that a resumed run reports its whole cost. Nothing is written behind a loss that is no number.
+
+        Raises:
+            NonFiniteLoss: naming the term and the step.
+        """
+        self.watch.settle()
         checkpoint["kd"] = {
             "seconds": self.seconds,
             "examples": self.examples,

@@ -10,6 +10,7 @@ from kd.data.batch import Batch
 from kd.data.tasks import Task
 from kd.engines.base import Engine, Learner, Loss, check_weights
 from kd.engines.distiller import bound_teachers
+from kd.engines.safety import clip_gradients
 from kd.errors import InputError, one_of
 from kd.forward import Forward, Needs
 from kd.forward.lazy import Detached
@@ -180,7 +181,7 @@ class Mutual(Engine):
             for parameter, gradient in zip(parameters, distributed.mean(gradients), strict=True):
                 parameter.grad = gradient
             if self.clip:
-                nn.utils.clip_grad_norm_(parameters, self.clip)
+                clip_gradients(parameters, self.clip)
             # Lightning counts the steps of its own wrapper: the last turn makes one step of the batch.
             stepper = optimizer if name == order[-1] else optimizer.optimizer  # type: ignore[union-attr]
             stepper.step()  # type: ignore[union-attr]

@@ -11,6 +11,7 @@ from kd.forward.lazy import Inputs
 from kd.forward.needs import Needs
 from kd.forward.outputs import Outputs
 from kd.forward.taps import family_of, record
+from kd.models.compiled import compiled_blocks
 
 
 class Encoder(nn.Module):
@@ -26,6 +27,8 @@ class Encoder(nn.Module):
         self.model: Any = model
         self.tokenizer = tokenizer
         self.family = family_of(model.config.model_type)  # type: ignore[union-attr,arg-type]
+        self.compiled = False
+        """Whether blocks run compiled; where gradients, attention or values are needed they run as they are all the same."""
 
     @property
     def config(self) -> Any:
@@ -69,7 +72,10 @@ class Encoder(nn.Module):
             raise ValueError(f"needs declare layer {needs.deepest()} of a model with {self.depth} layers: {needs}")
         taken = {name: inputs[name] for name in self.family.inputs if name in inputs}
         with record(self.base, self.family, needs) as seen:
-            if needs.gradient:
+            if self.compiled and not (needs.gradient or needs.attention or needs.value):
+                with compiled_blocks(self.base.get_submodule(self.family.blocks).children()):
+                    logits = self._logits(taken, inputs.get("predicted"))
+            elif needs.gradient:
                 # The fused kernels have no second derivative; the plain one does, and gives the same numbers.
                 with sdpa_kernel(SDPBackend.MATH):
                     logits = self._logits(taken, inputs.get("predicted"))

@@ -80,6 +80,7 @@ class FrozenTeacher:
             assert self.load is not None
             with torch.random.fork_rng(devices=[]):  # what loading draws is nobody's business
                 self.loaded = Encoder(self.load(), self.shape.tokenizer).eval().requires_grad_(False)
+        self.loaded.compiled = self.shape.compiled
         return self.loaded
 
     @property

@@ -31,7 +31,7 @@ def test_bench_prints_writes_and_draws(
     bench.main()
     shown = capsys.readouterr().out
     found = json.loads((tmp_path / "bench.json").read_text())
-    names = ["finetune", "live", *(["textbrewer", "textbrewer_per_batch"] if peer else [])]
+    names = ["finetune", "cached", "live", *(["textbrewer", "textbrewer_per_batch"] if peer else [])]
     assert list(found["contestants"]) == names
     assert found["order"] == [[*names[first:], *names[:first]] for first in range(3)]
     assert found["examples_per_turn"] == 32
@@ -111,7 +111,7 @@ def test_a_worker_that_is_killed_is_named_and_its_fellows_are_ended(
     assert status == 1
     assert "'finetune' was killed by signal 9" in said
     assert "more memory than there is" in said
-    assert [worker.process.is_alive() for worker in made] == [False, False]
+    assert [worker.process.is_alive() for worker in made] == [False, False, False]
 
 
 def test_an_error_while_building_comes_out_as_what_it_is(small: Small) -> None:
@@ -123,7 +123,7 @@ def test_an_error_while_building_comes_out_as_what_it_is(small: Small) -> None:
 def test_baseline_has_the_students_keys_and_none_of_the_methods(small: Small) -> None:
     asked = small("method=pkd", "method.layers=last", "pool=none", "cohort.students=1", "student.dropout=0.2", "seed=3")
     laid = FINETUNE.overrides(asked)
-    assert laid[-1] == "method=finetune"
-    assert not [word for word in laid[:-1] if word.startswith(("method", "pool", "cohort"))]
+    assert laid[-2:] == ["method=finetune", "cache=off"]
+    assert not [word for word in laid[:-2] if word.startswith(("method", "pool", "cohort"))]
     assert {"student.dropout=0.2", "seed=3"} <= set(laid)
     assert CONTESTANTS[0] is FINETUNE

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hydra.utils import instantiate
 
@@ -88,6 +89,18 @@ SHAPES = (
 """Of students that learn together."""
 
 
+class PlainTokens:
+    """Lengths that padding follows from, as `kd.data.tokens.Tokens` has them."""
+
+    def __init__(self, lengths: torch.Tensor) -> None:
+        self.lengths = lengths.numpy()
+
+    def mask(self, rows: Sequence[int]) -> np.ndarray:
+        """Padded to the longest."""
+        lengths = self.lengths[list(rows)]
+        return np.arange(lengths.max()) < lengths[:, None]
+
+
 class Bench:
     """One method bound to models, in its engine.
 
@@ -155,7 +168,7 @@ class Bench:
                 assert share.write(range(len(batch)), said[name])
                 share.close()
                 store.commit(name, entry, 1)
-            found.append(Remembered(store, tuple(needs[place].tensors)).pad(range(len(batch))))
+            found.append(Remembered(store, tuple(needs[place].tensors), PlainTokens(lengths)).pad(range(len(batch))))
             self.engine.teachers[place] = CachedTeacher(teacher)
         return replace(batch, teachers=tuple(found) or batch.teachers)
 

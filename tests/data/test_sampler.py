@@ -1,9 +1,13 @@
 """The batch sampler: nothing lost, nothing repeated, the same on every rank."""
 
+import itertools
+
 import numpy as np
 import pytest
 
-from kd.data.sampler import POOL, LengthBatches
+from kd.data.sampler import POOL, SPREAD, LengthBatches, TokenBatches
+from kd.data.tokens import padded_length
+from kd.errors import InputError
 
 LENGTHS = np.random.default_rng(0).integers(3, 90, 1003).tolist()
 
@@ -105,3 +109,133 @@ def test_smallest_batch_is_known_beforehand_and_at_least_half_a_batch(count: int
         sizes = [len(batch) for batch in sampler]
         assert (min(sizes), len(sizes)) == (sampler.smallest(), len(sampler))
     assert sampler.smallest() >= size // 2
+
+
+# Fairness, over many epochs
+
+
+def met(sampler: LengthBatches, epochs: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often two examples shared a batch, (examples, examples), and each example's places, (epochs, examples) in [0, 1]."""
+    count = len(sampler.lengths)
+    together, places = np.zeros((count, count), dtype=int), np.zeros((epochs, count))
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert sorted(flat(batches)) == list(range(count))
+        for number, batch in enumerate(batches):
+            together[np.ix_(batch, batch)] += 1
+            places[epoch, batch] = (number + 0.5) / len(batches)
+    np.fill_diagonal(together, 0)
+    return together, places
+
+
+def assert_uniform(places: np.ndarray) -> None:
+    """Every example's place in the epoch has the mean and the spread of a uniform draw, up to five standard errors."""
+    epochs = len(places)
+    assert abs(places.mean(axis=0) - 0.5).max() < 5 * np.sqrt(1 / 12 / epochs)
+    assert abs(places.var(axis=0) - 1 / 12).max() < 5 * np.sqrt(1 / 180 / epochs)
+
+
+def spread_of(counts: np.ndarray) -> float:
+    """Variance over mean: one where meeting is a matter of chance alone, as of a Poisson variable."""
+    return float(counts.var() / counts.mean())
+
+
+def test_a_fixed_count_lets_examples_of_similar_length_meet_equally_often_anywhere_in_the_epoch() -> None:
+    lengths = 5 + np.arange(600) % 40  # as many of each: the chance to meet is also a matter of how many there are
+    together, places = met(LengthBatches(lengths.tolist(), 4, 0), 400)
+    assert_uniform(places)
+    # The chance to meet is a matter of the difference in length, and nearly the same for all lengths.
+    same = [together[np.ix_(lengths == one, lengths == one)] for one in range(8, 42)]
+    pairs = [block[np.triu_indices(len(block), 1)] for block in same]
+    rates = np.array([block.mean() for block in pairs])
+    assert 0.7 < (rates / rates.mean()).min() < (rates / rates.mean()).max() < 1.4
+    assert np.mean([spread_of(block) for block in pairs]) < 1.4
+    near, far = (together[abs(lengths[:, None] - lengths) == distance].mean() for distance in (1, 10))
+    assert rates.mean() > near > 20 * far
+
+
+def test_a_token_budget_lets_examples_of_a_class_meet_equally_often_anywhere_in_the_epoch() -> None:
+    lengths = np.random.default_rng(1).integers(5, 45, 600)
+    sampler = TokenBatches(lengths.tolist(), 160, (1, 64), 0)
+    together, places = met(sampler, 400)
+    assert_uniform(places)
+    for each in np.unique(sampler.classes):
+        members = sampler.classes == each
+        assert lengths[members].max() <= SPREAD * lengths[members].min()
+        block = together[np.ix_(members, members)]
+        # Of one class, also those of different length: 1 but for the chance, as for independent draws.
+        assert spread_of(block[np.triu_indices(len(block), 1)]) < 1.4
+    # Every two neighbouring classes meet somewhere, unless a batch happens to end where the class does.
+    classes = np.unique(sampler.classes)
+    crossing = [together[np.ix_(sampler.classes == a, sampler.classes == b)].sum() > 0 for a, b in itertools.pairwise(classes)]
+    assert np.mean(crossing) > 0.7
+
+
+# A budget of tokens
+
+
+@pytest.mark.parametrize("budget", [100, 333, 1600, 100_000])
+@pytest.mark.parametrize("padding", [(1, 128), (8, 128), (8, 91), (64, 100)])
+@pytest.mark.parametrize("count", [1, 2, 97, 1003])
+def test_a_budget_is_a_hard_limit_and_every_epoch_has_the_same_batches(
+    budget: int, padding: tuple[int, int], count: int
+) -> None:
+    sampler = TokenBatches(LENGTHS[:count], budget, padding, 3)
+    shapes = set()
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert sorted(flat(batches)) == list(range(count))
+        for batch in batches:
+            assert len(batch) * padded_length(max(LENGTHS[place] for place in batch), *padding) <= budget
+        assert len(batches) == len(sampler)
+        assert min(map(len, batches)) == sampler.smallest()
+        shapes.add(tuple(sorted(map(len, batches))))
+    assert len(shapes) == 1
+
+
+def test_a_budget_is_nearly_used_up_and_short_texts_make_larger_batches() -> None:
+    batches = list(TokenBatches(LENGTHS, 1000, (1, 128), 0))
+    used = [len(batch) * max(LENGTHS[place] for place in batch) / 1000 for batch in batches]
+    assert np.mean(used) > 0.9
+    assert sum(LENGTHS) / sum(len(batch) * max(LENGTHS[place] for place in batch) for batch in batches) > 0.9
+    sizes = {max(LENGTHS[place] for place in batch): len(batch) for batch in batches}
+    assert sizes[max(sizes)] < sizes[min(sizes)] / 4
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_batches_of_a_budget_and_each_example_weighs_the_same(world: int) -> None:
+    whole = list(TokenBatches(LENGTHS, 700, (8, 128), 3))
+    shards = [list(TokenBatches(LENGTHS, 700, (8, 128), 3, rank, world)) for rank in range(world)]
+    for place, batch in enumerate(whole):
+        parts = [shard[place] for shard in shards]
+        assert sorted(flat(parts)) == sorted(batch)
+        for part in parts:  # the mean over ranks of a rank's mean times its weight: 1 / batch for each example
+            assert part.weight / len(part) / world == pytest.approx(1 / len(batch))
+
+
+def test_seed_and_epoch_decide_who_shares_a_budget() -> None:
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        sampler = TokenBatches(LENGTHS, 700, (1, 128), seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(1, 2) == order(1, 2)
+    orders = [order(1, 2), order(1, 3), order(2, 2)]
+    assert len({tuple(sorted(tuple(sorted(batch)) for batch in one)) for one in orders}) == 3
+
+
+def test_an_interrupted_epoch_of_a_budget_goes_on_with_the_next_batch() -> None:
+    whole, resumed = (TokenBatches(LENGTHS, 700, (1, 128), 0) for _ in range(2))
+    resumed.skip = 11
+    assert list(resumed) == list(whole)[11:]
+    assert list(resumed) == list(whole)
+
+
+def test_a_text_that_is_longer_than_the_budget_is_refused() -> None:
+    assert len(TokenBatches([3, 96], 96, (8, 128), 0)) == 2
+    for lengths, padding in (([3, 97], (1, 128)), ([3, 90], (64, 128))):
+        with pytest.raises(InputError, match="batch_tokens=96 is less than one text") as caught:
+            TokenBatches(lengths, 96, padding, 0)
+        assert caught.value.key == "trainer.batch_tokens"

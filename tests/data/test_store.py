@@ -3,6 +3,7 @@
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,9 +59,12 @@ def test_what_is_read_is_what_was_written(store: Store, dtype: torch.dtype, rank
 
 def test_a_batch_is_as_long_as_its_longest_example(store: Store) -> None:
     put(store, "hidden-1", torch.randn(4, 5, 2))
-    read = Remembered(store, ("hidden-1",)).pad([2, 0])
-    assert read["hidden-1"].shape == (2, 3, 2)
-    assert read["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    for multiple, longest in ((1, 3), (4, 4), (8, 5)):
+        tokens = SimpleNamespace(mask=lambda rows, longest=longest: np.arange(longest) < np.asarray(LENGTHS)[rows][:, None])
+        read = Remembered(store, ("hidden-1",), tokens).pad([2, 0])
+        assert read["hidden-1"].shape == (2, longest, 2)
+        assert read["attention_mask"].sum(dim=1).tolist() == [2, 3], multiple
+        assert not read["hidden-1"][0, 2:].any()
 
 
 def test_sixteen_bits_are_given_back_as_the_type_that_was_shown(store: Store) -> None:

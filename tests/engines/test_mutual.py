@@ -20,8 +20,8 @@ from conformance.runs import Small, broken_off, last_weights, made, planned, sam
 from kd import train
 from kd.data.batch import Batch
 from kd.data.tasks import Classification, Regression
-from kd.engines.base import NonFiniteLoss
 from kd.engines.mutual import Mutual
+from kd.engines.safety import NonFiniteLoss
 from kd.errors import InputError
 from kd.evaluate import evaluate, headline
 from kd.forward import Needs

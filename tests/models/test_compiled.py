@@ -1,0 +1,109 @@
+"""Compiled blocks: the same numbers, the same taps, nothing left behind."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import planned
+
+from conftest import tiny_model
+from kd import train
+from kd.errors import InputError
+from kd.forward import Needs
+from kd.models import Encoder
+from kd.models import compiled as compilation
+from kd.models.compiled import check_compiler
+
+Small = Callable[..., list[str]]
+
+
+def inputs(batch: int, tokens: int, seed: int = 0, padded: bool = True) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.ones(batch, tokens, dtype=torch.long)
+    if padded:
+        mask[0, tokens // 2 :] = 0
+    return {"input_ids": torch.randint(5, 40, (batch, tokens), generator=generator) * mask, "attention_mask": mask}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_compiled_blocks_show_the_states_of_this_step_and_give_the_same_gradients(family: str) -> None:
+    plain = Encoder(tiny_model(model_type=family))
+    compiled = copy.deepcopy(plain)
+    compiled.compiled = True
+    for step, (batch, tokens, padded) in enumerate([(4, 9, True), (3, 12, True), (5, 7, False), (4, 9, True)]):
+        given = inputs(batch, tokens, step, padded)
+        needs = Needs(hidden=[0, 1 + step % 3, 4], cls=[2])
+        found = []
+        for encoder in (plain, compiled):
+            encoder.zero_grad()
+            outputs = encoder(given, needs)
+            loss = outputs.logits.square().sum() + sum(outputs.hidden(layer).square().mean() for layer in needs.hidden)
+            loss.backward()
+            tensors = [outputs.logits, *(outputs.hidden(layer) for layer in sorted(needs.hidden)), outputs.cls(2)]
+            gradients = [parameter.grad for parameter in encoder.parameters() if parameter.grad is not None]
+            found.append([*tensors, *gradients])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)  # other kernels, summed in another order
+    assert plain.state_dict().keys() == compiled.state_dict().keys()
+    assert not any("forward" in module.__dict__ for module in compiled.modules())
+
+
+def test_what_needs_gradients_or_taps_inside_a_block_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def compiled_forward(kind: type) -> Callable[..., object]:
+        seen.append(kind)
+        return kind.forward
+
+    monkeypatch.setattr(compilation, "compiled_forward", compiled_forward)
+    encoder = Encoder(tiny_model())
+    encoder.compiled = True
+    given = inputs(2, 6)
+    for needs in (Needs(gradient=True), Needs(attention=[1]), Needs(value=[2])):
+        encoder(given, needs)
+        assert not seen
+    encoder(given, Needs(hidden=[1]))
+    assert len(seen) == 4
+    encoder.compiled = False
+    encoder(given, Needs(hidden=[1]))
+    assert len(seen) == 4
+
+
+def test_an_error_leaves_no_block_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(tiny_model())
+    encoder.compiled = True
+
+    def broken(*given: object, **more: object) -> None:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(compilation, "compiled_forward", lambda kind: broken)
+    with pytest.raises(ValueError, match="broken"):
+        encoder(inputs(2, 6), Needs())
+    assert not any("forward" in module.__dict__ for module in encoder.modules())
+
+
+def test_without_a_compiler_the_key_is_named() -> None:
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}),
+        pytest.raises(InputError, match=r"trainer\.compile=false") as caught,
+    ):
+        check_compiler("cpu")
+    assert caught.value.key == "trainer.compile"
+
+
+@pytest.mark.slow
+def test_a_compiled_run_gives_what_the_plain_one_gives_up_to_rounding(small: Small, tmp_path: Path) -> None:
+    words = ("method=pkd", "teacher=[hub]", "student.dropout=0", "trainer.max_epochs=1", f"paths.runs={tmp_path}")
+    first = train.execute(planned(small("method=finetune", "teacher=[]", f"paths.runs={tmp_path}")))
+    teacher = f"teacher.hub.model={next(tmp_path.glob('finetune-*')) / 'student'}"
+    losses = []
+    for compile_ in ("false", "true"):
+        run = planned(small(*words, teacher, f"trainer.compile={compile_}"))
+        result = train.execute(run)
+        assert result["export_difference"] < 1e-5
+        losses.append(result["metrics"]["validation"])
+    assert losses[0] == pytest.approx(losses[1], abs=0.1)
+    assert first["metrics"]
