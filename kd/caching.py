@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from kd.data.store import Entry, Remembered, Share, Store, stored_as
 from kd.errors import InputError
 from kd.evaluate import latencies
 from kd.forward import Needs
+from kd.models.compiled import as_it_is
 from kd.models.teachers import CachedTeacher, FrozenTeacher
 from kd.planning import teacher_source
 from kd.runs import Run, digest_of, write_atomically
@@ -82,6 +84,8 @@ def remembered(
     """
     why = reason_to_run(run, data, teacher, needs)
     if why is None:
+        why = distributed.on_first(lambda: _not_writable(folder_of(run, teacher)))
+    if why is None:
         with _locked(folder_of(run, teacher)):
             found = cached(run, data, place, teacher, needs)
         if not isinstance(found, str):
@@ -99,6 +103,8 @@ def reason_to_run(run: Run, data: "KDData", teacher: FrozenTeacher, needs: Needs
         return "cache=off"
     if data.changes:
         return data.changes
+    if weights_of(run, teacher) is None:
+        return "which weights its name on the hub stands for today is not known"
     if needs is None:
         return None
     if needs.live:
@@ -116,13 +122,13 @@ def cached(
     """A remembered teacher, after the pass if there had to be one; or why there is none."""
     asked = {split: needs if split == "train" else Needs() for split in data.tokens}
     plans = [plan_of(run, data, place, teacher, split, of) for split, of in asked.items() if of is not None]
+    began, passes, examples = time.perf_counter(), 0, 0
     seconds = distributed.on_first(lambda: estimate(run, teacher, plans))
     lacking = distributed.agree([(plan.absent, plan.entries) for plan in plans])
     for plan, (absent, entries) in zip(plans, lacking, strict=True):
         plan.absent, plan.entries = absent, entries
     if isinstance(seconds, str):
         return seconds
-    began, passes, examples = time.perf_counter(), 0, 0
     missing = [plan for plan in plans if plan.absent]
     latency = distributed.on_first(lambda: _latency(run, teacher, bool(missing)))
     for plan in missing:
@@ -130,6 +136,7 @@ def cached(
         if plan.split == "train":
             passes, examples = done
     for plan in plans:
+        plan.store.open(plan.names)
         data.remember(place, {plan.split: Remembered(plan.store, plan.names, plan.tokens)})
     taken = time.perf_counter() - began if missing else 0.0
     size, kept = sum(plan.store.size(plan.names) for plan in plans), " ".join(plans[0].names)
@@ -141,11 +148,19 @@ def cached(
 
 def folder_of(run: Run, teacher: FrozenTeacher) -> Path:
     """Where what a teacher says is kept: in its run, or beside the runs if it was brought."""
-    source, key = teacher_source(run, teacher.name)
     made = run.inputs.get(f"teacher {teacher.name}")
     if made is not None:
         return made.directory / "cache"
-    return Path(run.spec.paths.runs).expanduser() / ".teachers" / digest_of({"weights": fingerprint(source, key)})
+    return Path(run.spec.paths.runs).expanduser() / ".teachers" / digest_of({"weights": weights_of(run, teacher)})
+
+
+def weights_of(run: Run, teacher: FrozenTeacher) -> str | None:
+    """What identifies a teacher's weights; of the hub with the commit that was loaded, None where that is not known."""
+    source, key = teacher_source(run, teacher.name)
+    if not source.startswith("hf:"):
+        return fingerprint(source, key)
+    commit = getattr(teacher.shape.config, "_commit_hash", None)
+    return None if commit is None else f"{source}@{commit}"
 
 
 def plan_of(run: Run, data: "KDData", place: int, teacher: FrozenTeacher, split: str, needs: Needs) -> Plan:
@@ -159,7 +174,7 @@ def plan_of(run: Run, data: "KDData", place: int, teacher: FrozenTeacher, split:
         text.update(np.ascontiguousarray(column).tobytes())
     about = {
         "format": FORMAT,
-        "weights": fingerprint(*teacher_source(run, teacher.name)),
+        "weights": weights_of(run, teacher),
         "text": text.hexdigest(),
         "precision": precision,
     }
@@ -176,8 +191,8 @@ def _begin(folder: Path, about: Mapping[str, Any]) -> None:
     for other in folder.parent.glob(f"{about['split']}-*/about.json"):
         with contextlib.suppress(OSError, ValueError):
             known = json.loads(other.read_text(encoding="utf-8"))
-            changed = [what for what in ("text", "weights") if known[what] != about[what]]
-            if changed and known["precision"] == about["precision"] and known["task"] == about["task"]:
+            changed = [what for what in ("text", "weights") if known.get(what) != about[what]]
+            if changed and all(known.get(what) == about[what] for what in ("precision", "task")):
                 _say(f"  the cache {other.parent} was made of other {' and '.join(changed)}; it is not used")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "about.json", json.dumps(about, indent=2) + "\n")
@@ -219,10 +234,12 @@ def estimate(run: Run, teacher: FrozenTeacher, plans: Sequence[Plan]) -> float |
     limit, asked = cache_limit(run.spec.cache), run.spec.cache
     if limit is None:
         limit = min(AUTO_LIMIT, free / 4)
+    there = sum(file.stat().st_size for file in folder_of(run, teacher).glob("*/*.bin"))
     needed = f"what it says takes {_megabytes(size)} ({missing[0].needs})"
-    if size > limit:
-        return f"{needed}, more than cache={asked} takes here, {_megabytes(limit)}; cache=on or a size takes more"
-    if size > free:
+    if size + there > limit:
+        beside = f" beside the {_megabytes(there)} that are there" if there else ""
+        return f"{needed}{beside}, more than cache={asked} takes here, {_megabytes(limit)}; cache=on or a size takes more"
+    if size * (2 if distributed.world() > 1 else 1) > free:  # ranks' shares are joined
         raise InputError(f"teacher '{teacher.name}': {needed}, and {_megabytes(free)} are free; use cache=off", "cache")
     count = ", ".join(f"{plan.split} {plan.store.examples}" for plan in missing)
     _say(f"  teacher '{teacher.name}' is run once over {count}: {_megabytes(size)}, about {seconds:.0f} s")
@@ -254,8 +271,9 @@ def write(run: Run, teacher: FrozenTeacher, plan: Plan) -> tuple[int, int]:
     """
     rank, world = distributed.rank(), distributed.world()
     span = (plan.store.examples * rank // world, plan.store.examples * (rank + 1) // world)
-    passes, again = 0, plan.entries
+    passes, examples, again = 0, 0, plan.entries
     while again:
+        examples += span[1] - span[0]
         shares = {name: Share(plan.store, name, entry, span, rank) for name, entry in again.items()}
         narrow: set[str] = set()
         with _teaching(run, teacher, plan.precision) as device:
@@ -277,7 +295,7 @@ def write(run: Run, teacher: FrozenTeacher, plan: Plan) -> tuple[int, int]:
         again = {name: replace(plan.entries[name], stored=plan.entries[name].shown) for name in too_narrow}
         if again:
             _say(f"  {', '.join(sorted(again))} of '{plan.split}' do not fit 16 bits; they are kept in full")
-    return passes, span[1] - span[0]
+    return passes, examples
 
 
 def batches(offsets: np.ndarray, span: tuple[int, int]) -> Iterator[list[int]]:
@@ -300,14 +318,12 @@ def _teaching(run: Run, teacher: FrozenTeacher, precision: str) -> Iterator[torc
     device = torch.device("cuda", distributed.local_rank()) if gpu else torch.device("cpu")
     kind = torch.float64 if precision == "64-true" else torch.float32
     teacher.encoder.to(device, kind)
-    mixed, compiled = PRECISIONS.get(precision), teacher.shape.compiled
-    teacher.shape.compiled = False  # it does not pay for one pass
-    with torch.no_grad(), torch.autocast(device.type, mixed, enabled=mixed is not None):
+    mixed = PRECISIONS.get(precision)
+    with as_it_is(teacher.shape), torch.no_grad(), torch.autocast(device.type, mixed, enabled=mixed is not None):
         try:
             yield device
         finally:
             teacher.encoder.to("cpu")
-            teacher.shape.compiled = compiled
 
 
 def _said(teacher: FrozenTeacher, plan: Plan, rows: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
@@ -320,12 +336,23 @@ def _latency(run: Run, teacher: FrozenTeacher, loaded: bool) -> float | None:
     """Of the teacher, measured while it is there and kept for the runs in which it is not."""
     path = folder_of(run, teacher) / "latency.json"
     if loaded:
-        milliseconds = latencies({"teacher": teacher.encoder})["teacher"]
+        with as_it_is(teacher.shape):
+            milliseconds = latencies({"teacher": teacher.encoder})["teacher"]
         write_atomically(path, json.dumps(milliseconds))
     try:
         return float(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
+
+
+def _not_writable(folder: Path) -> str | None:
+    """Why nothing can be kept in a folder, None if it can: a teacher's run may be another user's."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"nothing can be written to {folder} ({error.strerror})"
 
 
 def _megabytes(size: float) -> str:

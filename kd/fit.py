@@ -37,9 +37,9 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
         KeyboardInterrupt: on Ctrl-C, after Lightning has shut down.
     """
     quieten()
-    keep_memory()
     models = build_models(run, examples.task, texts=examples.texts["train"])
     data = build_data(run, examples, models)
+    keep_memory()  # from here on: what building took, a teacher's weights among it, goes back to the system
     engine = build_engine(run, models, examples.task)
     distributed.on_first(lambda: begin(run, engine, data, models.inits))
     last = run.checkpoints / "last.ckpt"

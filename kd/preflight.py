@@ -14,6 +14,7 @@ from kd.engines.base import Engine
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.methods.base import Progress
+from kd.models.compiled import as_it_is
 from kd.runs import Run
 
 PROBE = 8
@@ -121,7 +122,8 @@ def uncounted(engine: Engine) -> Iterator[None]:
     methods = [learner.method for learner in engine.learners.values()]
     kept = [{name: tensor.clone() for name, tensor in method.state_dict().items()} for method in methods]
     counts, training = [teacher.work for teacher in engine.teachers], engine.training
-    with torch.random.fork_rng():
+    models = [*(learner.student for learner in engine.learners.values()), *(teacher.shape for teacher in engine.teachers)]
+    with torch.random.fork_rng(), as_it_is(*models):
         try:
             yield
         finally:

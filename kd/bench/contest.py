@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd.bench.contestants import CONTESTANTS, FINETUNE, LIVE, PEERS, Contestant
+from kd.bench.contestants import CACHED, CONTESTANTS, FINETUNE, LIVE, PEERS, Contestant
 from kd.bench.cost import product_rate
 from kd.bench.figures import figures, lines, markdown, tabulate
 from kd.bench.workers import Job, Turn, Worker
@@ -55,6 +55,10 @@ def contest(
                 job = Job(contestant, tuple(contestant.overrides(overrides)), steps, repeats + 1, Path(folder))
                 workers[contestant.name] = Worker(job)
                 workers[contestant.name].wait()
+                caches = workers[contestant.name].facts["caches"].values()
+                if contestant is CACHED and not (caches and all(made["used"] for made in caches)):
+                    say("no teacher is remembered here, so there is no row of it")
+                    workers.pop(contestant.name).close()
             rounds, rates = play(workers, repeats + 1, chosen.spec.trainer.accelerator)
         finally:
             for worker in workers.values():
@@ -69,11 +73,13 @@ def contest(
         "task": spec.task.name,
         "seed": spec.seed,
         "batch_size": spec.trainer.batch_size,
+        "batch_tokens": spec.trainer.batch_tokens,
         "accumulate": spec.trainer.accumulate,
         "precision": spec.trainer.precision,
         "steps": steps,
         "repeats": repeats,
     }
+    contestants = [each for each in contestants if each.name in workers]
     labels = {each.name: each.label.format(**words) for each in contestants}
     laid_over = {each.name: each.overrides(overrides) for each in contestants}
     facts = {name: {**worker.facts, "overrides": laid_over[name]} for name, worker in workers.items()}

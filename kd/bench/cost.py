@@ -1,5 +1,6 @@
 """What a turn's seconds are held against: useful arithmetic, the machine's own rate, memory."""
 
+import contextlib
 import resource
 import sys
 import time
@@ -52,6 +53,16 @@ def peak_bytes(accelerator: str) -> int:
                 return int(line.split()[1]) * 1024
     found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return found if sys.platform == "darwin" else found * 1024
+
+
+def forget_peak(accelerator: str) -> None:
+    """Begin to measure the peak anew, from what is held now; where the system cannot, the peak of building stays in it."""
+    if device_of(accelerator) == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def product_rate(dtype: str, accelerator: str = "cpu") -> float:

@@ -142,10 +142,16 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     return [
         f"Median [range] of {found['repeats']} rounds, ratios within a round. A turn is {found['examples_per_turn']:,} "
         f"examples, {found['tokens_per_turn']:,} tokens without padding; an epoch is {found['examples_per_epoch']:,} examples. "
-        f"Batches of {found['batch_size']}, {found['precision']}, {where}.",
+        f"Batches of {batches(found)}, {found['precision']}, {where}.",
         f"Matrix products: {rates} GFLOP/s; the share is of useful work: the student's own, padding left out. "
         f"Peak memory: {'of tensors on the GPU' if cuda else 'of the whole process'}.",
     ]
+
+
+def batches(found: Mapping[str, Any]) -> str:
+    """What a batch is."""
+    tokens = found["batch_tokens"]
+    return f"{found['batch_size']}" if tokens is None else f"up to {tokens} tokens"
 
 
 def tabulate(found: Mapping[str, Any]) -> "Table":

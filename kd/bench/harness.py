@@ -63,6 +63,7 @@ class Prepared:
             "turns_in_epoch": self.turns_in_epoch,
             "flops": sum(training_flops(each, self.lengths) for each in self.models.students.values()) if classifier else None,
             "students": list(self.models.inits.values()),
+            "caches": self.models.caches,
             "setup_seconds": time.perf_counter() - self.began,
         }
 
@@ -82,6 +83,7 @@ def prepare(job: Job) -> Prepared:
     trainer, folder = run.spec.trainer, job.folder / job.contestant.name
     run.directory = folder / run.name
     run.directory.mkdir(parents=True)
+    run.spec.paths.runs = str(folder)  # for tokens, and what teachers that are ready say
     trainer.max_epochs, trainer.progress = job.turns + 1, "none"  # it parks before the epoch after the last turn
     run.spec.logger.extra = {}
     examples = build_examples(run)
@@ -152,8 +154,8 @@ def train(job: Job, gate: Gate) -> None:
         Finished: when there are no more turns.
         InputError: for what the user can put right.
     """
-    keep_memory()
     prepared = prepare(job)
+    keep_memory()  # as `kd.fit.fit` does
     run = prepared.run
     engine = build_engine(run, prepared.models, prepared.examples.task)
     gate.ready(prepared.facts(run.spec.trainer.precision), run.spec.trainer.accelerator)

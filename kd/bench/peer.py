@@ -3,7 +3,9 @@
 As in its SST-2 notebook: a shuffled `DataLoader`, AdamW with its defaults, a linear schedule with a tenth of warm-up, the
 teacher live, hidden states of every layer from both models, no logging to tensorboard. It computes in float32, because its
 mixed precision needs apex. It has it easier than in its examples in one thing: texts are tokenised, and padded to the maximum
-length, before the clock runs.
+length, before the clock runs. It clips gradients as the run does, which by its default it does not (`trainer.clip=null` compares
+both without). `kd.hardware.keep_memory`, which a run sets for itself, is not set for it; the variables MALLOC_MMAP_THRESHOLD_ and
+MALLOC_TRIM_THRESHOLD_ do the same for all contestants.
 
 Yang et al., ACL 2020 demonstrations, arXiv:2002.12620; github.com/airaria/TextBrewer, `examples/notebook_examples/sst2.ipynb`.
 """
@@ -87,6 +89,8 @@ def check_peer(run: Run) -> None:
     alone = spec.pool.wrapper is None and spec.cohort.peers is None and len(students_of(spec)) == 1
     if not alone or len(spec.teacher) != 1:
         raise InputError("TextBrewer is set up for one frozen teacher and one student; leave out --peer", "--peer")
+    if spec.trainer.batch_tokens is not None:
+        raise InputError("TextBrewer has batches of so many examples; leave out --peer", "trainer.batch_tokens")
     if spec.task.kind != "classification":
         raise InputError(f"TextBrewer is set up for classification, not for task={spec.task.name}; leave out --peer", "--peer")
 

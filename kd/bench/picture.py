@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.bench.contestants import FINETUNE
-from kd.bench.figures import ranged, title
+from kd.bench.figures import batches, ranged, title
 
 PLAIN, OURS, THEIRS = "#8a8f98", "#2f6db3", "#d08a2e"
 """Fine-tuning, the method in this harness, the peer: apart also without colour vision, and in print."""
@@ -38,7 +38,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.38 * widest)
     axes.set_xlabel("time for the same examples, relative to fine-tuning the same student (shorter is better)", fontsize=9)
-    how = f"median and range of {found['repeats']} rounds, batches of {found['batch_size']}, {found['precision']}"
+    how = f"median and range of {found['repeats']} rounds, batches of {batches(found)}, {found['precision']}"
     axes.set_title(f"{title(found)}\n{how}", fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)

@@ -46,7 +46,7 @@ class Turn:
         seconds: on the clock.
         cpu_seconds: of all its threads; less than the clock's on a machine that others keep busy.
         examples: trained on.
-        peak_bytes: of the process so far.
+        peak_bytes: of the process since its first turn began.
     """
 
     seconds: float
@@ -83,7 +83,10 @@ class Gate:
 
     def ready(self, facts: Mapping[str, Any], accelerator: str) -> None:
         """Say what was built, before the first turn."""
+        from kd.bench.cost import forget_peak
+
         self.accelerator = accelerator
+        forget_peak(accelerator)
         self.channel.send(dict(facts))
 
     def open(self) -> None:

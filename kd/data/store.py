@@ -7,6 +7,7 @@ needs more adds files beside those that are there.
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,8 @@ RAW: Mapping[torch.dtype, type] = {
     torch.float16: np.float16,
     torch.bfloat16: np.uint16,  # numpy has no word for it; the bits are what is kept
 }
+RELEASE = 8
+"""Reads after which pages are let go of."""
 CHUNK = 1 << 24
 """Bytes read at a time for a checksum."""
 
@@ -71,9 +74,10 @@ class Store:
     folder: Path
     offsets: np.ndarray
     _open: dict[str, tuple[np.ndarray, Entry]] = field(default_factory=dict, repr=False)
+    _reads: int = 0
 
     def __getstate__(self) -> dict[str, Any]:  # a memory map that is pickled would be copied
-        return {"folder": self.folder, "offsets": self.offsets, "_open": {}}
+        return {"folder": self.folder, "offsets": self.offsets, "_open": {}, "_reads": 0}
 
     @property
     def examples(self) -> int:
@@ -149,7 +153,21 @@ class Store:
             else:
                 values = array[where]
             found[name] = _tensor(values, entry.stored).to(getattr(torch, entry.shown))
+        self._reads += 1
+        if self._reads % RELEASE == 0:
+            self._release()
         return found
+
+    def open(self, names: Iterable[str]) -> None:
+        """Map tensors now, so that they can be read also if the files are deleted."""
+        for name in names:
+            self._array(name)
+
+    def _release(self) -> None:
+        """Let go of pages that were read: they stay in the system's cache, and are not counted as this process's memory."""
+        for array, _ in self._open.values():
+            if hasattr(mmap, "MADV_DONTNEED"):
+                array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
     def size(self, names: Iterable[str]) -> int:
         """Bytes of those that are there."""
@@ -226,10 +244,12 @@ class Share:
         begin, end = span if self.offsets is None else (int(self.offsets[place]) for place in span)
         self.begin = begin
         path = store.draft(name, rank)
-        path.write_bytes(b"")
-        shape = (end - begin, entry.shape[1])
-        raw = RAW[getattr(torch, entry.stored)]
-        self.array = np.memmap(path, raw, "w+", shape=shape) if end > begin else np.empty(shape, raw)
+        shape, raw = (end - begin, entry.shape[1]), RAW[getattr(torch, entry.stored)]
+        size = shape[0] * shape[1] * np.dtype(raw).itemsize
+        with path.open("wb") as file:  # a disk that is full is an error here, and the end of the process in a memory map
+            if size and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+        self.array = np.memmap(path, raw, "r+" if path.stat().st_size else "w+", shape=shape) if size else np.empty(shape, raw)
 
     def write(self, rows: Sequence[int], values: Tensor) -> bool:
         """Put the tensors of some examples in their places; false if the stored type cannot hold them."""

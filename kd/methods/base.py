@@ -123,7 +123,7 @@ class Method(nn.Module):
 def needs_of_teachers(methods: Iterable[Method], count: int) -> list[Needs]:
     """What each of some frozen teachers must keep: whatever any of the methods declares."""
     found = [Needs()] * count
-    for method in methods:
+    for method in methods if count else ():  # one that is trained with the students is not frozen
         theirs = method.needs()[1] or [Needs()] * count
         found = [both | needs for both, needs in zip(found, theirs, strict=True)]
     return found

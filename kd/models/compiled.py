@@ -40,6 +40,19 @@ def compiled_blocks(blocks: Iterable[nn.Module]) -> Iterator[None]:
             block.__dict__.pop("forward", None)
 
 
+@contextmanager
+def as_it_is(*encoders: Any) -> Iterator[None]:
+    """Leave compilation out inside this context: it does not pay for what is run once."""
+    kept = [encoder.compiled for encoder in encoders]
+    try:
+        for encoder in encoders:
+            encoder.compiled = False
+        yield
+    finally:
+        for encoder, compiled in zip(encoders, kept, strict=True):
+            encoder.compiled = compiled
+
+
 def check_compiler(device: str) -> None:
     """Compile something small.
 

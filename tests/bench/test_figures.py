@@ -26,7 +26,7 @@ def found() -> dict[str, Any]:
     rounds = [{name: Turn(SECONDS[name][place], 0.5, 60, peak[name][place]) for name in LABELS} for place in range(4)]
     rates = {"float32": [8e9, 16e9, 4e9], "bfloat16": [32e9]}
     setting = {"method": "pkd", "student": "2l", "teacher": ["minilm"], "task": "file", "precision": "32-true", "repeats": 3}
-    machine = {"batch_size": 20, "hardware": {"cpu": "a cpu", "threads": 2, "gpus": []}}
+    machine = {"batch_size": 20, "batch_tokens": None, "hardware": {"cpu": "a cpu", "threads": 2, "gpus": []}}
     return {**setting, **machine, **figures(LABELS, facts, rounds, rates, "finetune")}
 
 
