@@ -3,9 +3,9 @@
 As in its SST-2 notebook: a shuffled `DataLoader`, AdamW with its defaults, a linear schedule with a tenth of warm-up, the
 teacher live, hidden states of every layer from both models, no logging to tensorboard. It computes in float32, because its
 mixed precision needs apex. It has it easier than in its examples in one thing: texts are tokenised, and padded to the maximum
-length, before the clock runs. It clips gradients as the run does, which by its default it does not (`trainer.clip=null` compares
-both without). `kd.hardware.keep_memory`, which a run sets for itself, is not set for it; the variables MALLOC_MMAP_THRESHOLD_ and
-MALLOC_TRIM_THRESHOLD_ do the same for all contestants.
+length, before the clock runs. It clips gradients as the run does, which by its default it does not (`trainer.clip=null`
+compares both without). `kd.hardware.keep_memory`, which a run sets for itself, is not set for it; the variables
+MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ do the same for all contestants.
 
 Yang et al., ACL 2020 demonstrations, arXiv:2002.12620; github.com/airaria/TextBrewer, `examples/notebook_examples/sst2.ipynb`.
 """
