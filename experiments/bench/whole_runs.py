@@ -2,8 +2,8 @@
 
     python experiments/bench/whole_runs.py OUT.json RUNS [override ...]
 
-Seeds 0, 1, 2 are the rounds; in each the commands take turns at being first. `pkd` fills the cache, `pkd_again` finds it there. RUNS is
-a folder that does not exist yet.
+Seeds 0, 1, 2 are the rounds; in each the commands take turns at being first. `pkd` fills the cache, `pkd_again` finds it there.
+RUNS is a folder that does not exist yet.
 """
 
 import json
