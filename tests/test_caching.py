@@ -1,10 +1,12 @@
 """A frozen teacher is run once: what is kept, when it counts, and when the teacher runs after all."""
 
+import gc
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -144,6 +146,31 @@ def test_metrics_do_not_depend_on_what_shares_a_batch(small: Small) -> None:
         assert {k: other[k] for k in ("metrics", "agreement")} == {k: bucketed[k] for k in ("metrics", "agreement")}
 
 
+def test_a_teacher_that_is_trained_with_its_students_is_not_remembered(fresh) -> None:
+    _, result = made(fresh("method=pkd", "cohort=mutual", "cohort.teacher=online", "trainer.max_epochs=1"))
+    assert result["cache"] == {}
+
+
+def test_the_teacher_is_gone_when_training_begins(fresh) -> None:
+    run = planned(fresh("method=pkd"))
+    examples = build_examples(run)
+    models = build_models(run, examples.task)
+    weights = weakref.ref(models.teachers[0].encoder)
+    build_data(run, examples, models)
+    gc.collect()
+    assert weights() is None
+    assert all(parameter.is_meta for parameter in models.teachers[0].shape.parameters())
+
+
+def test_a_cache_that_is_deleted_serves_the_run_that_has_it(fresh) -> None:
+    _, models, data = built(fresh("method=kd"))
+    expected = {split: data.collate(split)([0, 1]).teachers[0]["logits"] for split in data.tokens}
+    shutil.rmtree(cache_of(fresh()))
+    for split, logits in expected.items():
+        found = models.teachers[0](data.collate(split)([0, 1]).teachers[0], Needs()).logits
+        assert torch.equal(found, logits)
+
+
 # What is kept
 
 
@@ -273,6 +300,58 @@ def test_a_limit_is_kept(fresh, word: str, capsys: pytest.CaptureFixture[str]) -
     assert ("runs at every step: what it says takes" in said) == (word == "cache=100")
 
 
+def test_what_is_there_counts_towards_the_limit(fresh) -> None:
+    def room(*words: str) -> bool:
+        return built(fresh(*words))[1].caches["minilm"]["used"]
+
+    logits, states = 2 * 4 * (TRAIN + VALIDATION + TEST), 32 * 4 * TRAIN
+    assert room("method=kd", f"cache={logits}")
+    assert not room("method=pkd", f"cache={logits + states - 1}")
+    assert room("method=pkd", f"cache={logits + states}")
+
+
+def test_a_folder_that_cannot_be_written_leaves_the_teacher_running(
+    fresh, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(caching.tempfile, "TemporaryFile", refuse)
+    _, models, _ = built(fresh("method=kd"))
+    assert models.caches["minilm"]["used"] is False
+    assert "runs at every step: nothing can be written to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("commit", [None, "abc"])
+def test_weights_of_the_hub_are_those_of_a_commit(fresh, commit: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, models, data = built(fresh("method=kd", "cache=off"))
+    monkeypatch.setattr(caching, "teacher_source", lambda *_: ("hf:a/model", "teacher.minilm.model"))
+    models.teachers[0].shape.config._commit_hash = commit
+    run.spec.cache = "auto"
+    assert caching.weights_of(run, models.teachers[0]) == (None if commit is None else "hf:a/model@abc")
+    why = caching.reason_to_run(run, data, models.teachers[0], Needs())
+    assert why is None if commit else "hub" in str(why)
+
+
+def test_the_pass_and_its_latency_run_what_is_not_compiled(fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = FrozenTeacher.run
+
+    def run_it(teacher: FrozenTeacher, *arguments: object) -> object:
+        seen.append(teacher.encoder.compiled)
+        return original(teacher, *arguments)
+
+    monkeypatch.setattr(FrozenTeacher, "run", run_it)
+    monkeypatch.setattr(caching, "latencies", lambda models: seen.append(models["teacher"].compiled) or {"teacher": 1.0})
+    run = planned(fresh("method=kd"))
+    examples = build_examples(run)
+    models = build_models(run, examples.task)
+    models.teachers[0].shape.compiled = True
+    build_data(run, examples, models)
+    assert len(seen) > 6
+    assert not any(seen)
+
+
 def test_the_estimate_is_the_size(fresh, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     said: list[float] = []
     monkeypatch.setattr(caching, "_megabytes", lambda size: said.append(size) or f"{size} B")
@@ -331,8 +410,10 @@ def test_batches_of_the_pass_hold_every_example_once_and_are_bounded() -> None:
 KILLED = """
 import os, signal, sys
 from kd import caching
-from kd.data.store import Store
+from kd.data.store import Share, Store
 original, calls = Store.commit, []
+if int(sys.argv[1]) < 0:
+    Share.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 def commit(self, name, entry, ranks):
     if len(calls) == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -345,13 +426,13 @@ built(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("after", [0, 1, 2])
+@pytest.mark.parametrize("after", [-1, 0, 1, 2])
 def test_a_kill_leaves_what_was_there_or_nothing(fresh, after: int) -> None:
     words = fresh("method=pkd")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     done = subprocess.run([sys.executable, "-c", KILLED, str(after), *words], env=environment, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len(kept(words)["train"]) == after
+    assert len(kept(words)["train"]) == max(after, 0)
     _, result = made(words)
     shutil.rmtree(planned(words).inputs["teacher minilm"].directory / "cache")
     shutil.rmtree(planned(words).directory)

@@ -9,6 +9,7 @@ from torch import nn
 
 from kd.errors import InputError, one_of
 from kd.forward.taps import FAMILIES, Family, family_of
+from kd.models.dropout import with_cheaper_dropout
 from kd.models.encoder import Encoder
 from kd.models.heads import HEADS
 from kd.schema import StudentSpec
@@ -278,7 +279,7 @@ def build_student(
         rows = head_rows(config, found, head, pretrained=spec.init_from == "pretrained" and not whole)
         source = load_model(initial, given, found, head)
         copy_layers(student, source, family_of(config.model_type), layers_to_copy(spec, config, found), rows)
-    return Encoder(student, tokenizer)
+    return Encoder(with_cheaper_dropout(student), tokenizer)
 
 
 def layers_to_copy(spec: StudentSpec, config: Any, source: Any) -> list[int]:

@@ -114,6 +114,12 @@ def test_a_worker_that_is_killed_is_named_and_its_fellows_are_ended(
     assert [worker.process.is_alive() for worker in made] == [False, False, False]
 
 
+@pytest.mark.slow
+def test_where_no_teacher_is_remembered_there_is_no_row_of_it(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kd.bench.cost.SIZES", {"cpu": (64,)})
+    assert list(contest(small("method=finetune", "teacher=[]"), 1, 1)["contestants"]) == ["finetune", "live"]
+
+
 def test_an_error_while_building_comes_out_as_what_it_is(small: Small) -> None:
     with pytest.raises(InputError, match="positions of the model") as caught:
         contest(small("task.max_length=4000"), 1, 1, contestants=[FINETUNE])

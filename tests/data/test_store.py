@@ -1,6 +1,8 @@
 """What is kept on disk of a teacher's outputs: exact, atomic, whole or not there."""
 
+import errno
 import json
+import os
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd.data.store import Entry, Remembered, Share, Store, fits, stored_as
+from kd.data.store import RELEASE, Entry, Remembered, Share, Store, fits, stored_as
 from kd.forward import Needs, Outputs, UndeclaredRead
 
 LENGTHS = (3, 5, 2, 5)
@@ -128,6 +130,23 @@ def test_what_was_not_finished_does_not_count(store: Store) -> None:
     assert store.missing(["logits", "cls-1"]) == ["logits"]
     store.sweep()
     assert sorted(path.name for path in store.folder.iterdir()) == ["cls-1.bin", "cls-1.json"]
+
+
+def test_a_full_disk_is_an_error_and_not_the_end(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store.folder.mkdir()
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space"):
+        Share(store, "logits", entry(store, "logits", 2), (0, 4), 0)
+
+
+def test_pages_are_let_go_of_and_read_again(store: Store) -> None:
+    values = torch.randn(4, 3)
+    put(store, "logits", values)
+    for turn in range(3 * RELEASE):
+        assert torch.equal(store.read(["logits"], [turn % 4])["logits"], values[[turn % 4]])
 
 
 def test_a_share_that_is_short_is_not_taken(store: Store) -> None:
