@@ -92,7 +92,7 @@ def remembered(
             return found
         why = found
     if cache_limit(run.spec.cache) != 0:
-        _say(f"  teacher '{teacher.name}' runs at every step: {why}")
+        distributed.say(f"  teacher '{teacher.name}' runs at every step: {why}")
     _ = teacher.encoder  # now, so that weights that cannot be read end the run before it begins
     return teacher, {"used": False, "why": why}
 
@@ -141,7 +141,7 @@ def cached(
     taken = time.perf_counter() - began if missing else 0.0
     size, kept = sum(plan.store.size(plan.names) for plan in plans), " ".join(plans[0].names)
     what = f"made in {taken:.1f} s" if missing else "made before, teacher not loaded"
-    _say(f"  teacher '{teacher.name}' is remembered: {kept}, {_megabytes(size)}, {what}")
+    distributed.say(f"  teacher '{teacher.name}' is remembered: {kept}, {_megabytes(size)}, {what}")
     record = {"used": True, "bytes": size, "seconds": round(taken, 3), "written": [plan.split for plan in missing]}
     return CachedTeacher(teacher, passes, examples, latency), record
 
@@ -193,7 +193,7 @@ def _begin(folder: Path, about: Mapping[str, Any]) -> None:
             known = json.loads(other.read_text(encoding="utf-8"))
             changed = [what for what in ("text", "weights") if known.get(what) != about[what]]
             if changed and all(known.get(what) == about[what] for what in ("precision", "task")):
-                _say(f"  the cache {other.parent} was made of other {' and '.join(changed)}; it is not used")
+                distributed.say(f"  the cache {other.parent} was made of other {' and '.join(changed)}; it is not used")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "about.json", json.dumps(about, indent=2) + "\n")
 
@@ -209,7 +209,7 @@ def _locked(folder: Path) -> Iterator[None]:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                _say(f"  another process is at {folder}; waiting for it")
+                distributed.say(f"  another process is at {folder}; waiting for it")
                 lock.acquire()
             held.callback(lock.release)
 
@@ -222,7 +222,7 @@ def estimate(run: Run, teacher: FrozenTeacher, plans: Sequence[Plan]) -> float |
     for plan in plans:
         plan.store.sweep()
         if damaged := plan.store.damaged(plan.names):
-            _say(f"  the cache {plan.store.folder} is damaged ({', '.join(damaged)}); that part is made again")
+            distributed.say(f"  the cache {plan.store.folder} is damaged ({', '.join(damaged)}); that part is made again")
             plan.store.remove(damaged)
         plan.absent = plan.store.missing(plan.names)
     missing = [plan for plan in plans if plan.absent]
@@ -242,7 +242,7 @@ def estimate(run: Run, teacher: FrozenTeacher, plans: Sequence[Plan]) -> float |
     if size * (2 if distributed.world() > 1 else 1) > free:  # ranks' shares are joined
         raise InputError(f"teacher '{teacher.name}': {needed}, and {_megabytes(free)} are free; use cache=off", "cache")
     count = ", ".join(f"{plan.split} {plan.store.examples}" for plan in missing)
-    _say(f"  teacher '{teacher.name}' is run once over {count}: {_megabytes(size)}, about {seconds:.0f} s")
+    distributed.say(f"  teacher '{teacher.name}' is run once over {count}: {_megabytes(size)}, about {seconds:.0f} s")
     return seconds
 
 
@@ -294,7 +294,7 @@ def write(run: Run, teacher: FrozenTeacher, plan: Plan) -> tuple[int, int]:
         # The type on disk could not hold what came: the whole tensor once more, as it is.
         again = {name: replace(plan.entries[name], stored=plan.entries[name].shown) for name in too_narrow}
         if again:
-            _say(f"  {', '.join(sorted(again))} of '{plan.split}' do not fit 16 bits; they are kept in full")
+            distributed.say(f"  {', '.join(sorted(again))} of '{plan.split}' do not fit 16 bits; they are kept in full")
     return passes, examples
 
 
@@ -357,8 +357,3 @@ def _not_writable(folder: Path) -> str | None:
 
 def _megabytes(size: float) -> str:
     return f"{size / 1e6:,.1f} MB"
-
-
-def _say(text: str) -> None:
-    if distributed.is_first():
-        print(text, flush=True)

@@ -131,6 +131,12 @@ def gather(value: T) -> list[T]:
     return box
 
 
+def say(text: str) -> None:
+    """Print, on the first rank only."""
+    if is_first():
+        print(text, flush=True)
+
+
 def total(value: int) -> int:
     """The sum over all ranks."""
     return sum(gather(value))

@@ -38,8 +38,8 @@ def execute(run: Run, purpose: str = "", first: bool = True) -> dict[str, Any]:
     """
     result = distributed.on_first(lambda: run.result)
     if result is not None:
-        say(f"done already: {purpose or run.name}")
-        say(f"  {run.directory}")
+        distributed.say(f"done already: {purpose or run.name}")
+        distributed.say(f"  {run.directory}")
         return result
     from kd.build import build_examples
 
@@ -58,7 +58,7 @@ def execute(run: Run, purpose: str = "", first: bool = True) -> dict[str, Any]:
                 execute(needed, f"{role}: {needed.name}", first=False)
         from kd.fit import fit
 
-        say(f"\n{purpose or run.name}\n  {run.directory}")
+        distributed.say(f"\n{purpose or run.name}\n  {run.directory}")
         return fit(run, examples)
 
 
@@ -83,12 +83,6 @@ def check_all(run: Run, known: dict[str, Any] | None = None) -> None:
         if needed.result is None:
             with keys_of(role, is_student(role, run.spec)):
                 check_all(needed, known)
-
-
-def say(text: str) -> None:
-    """Print, on the first rank only."""
-    if distributed.is_first():
-        print(text, flush=True)
 
 
 def job(config: DictConfig) -> None:

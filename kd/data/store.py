@@ -239,7 +239,7 @@ class Share:
     """
 
     def __init__(self, store: Store, name: str, entry: Entry, span: tuple[int, int], rank: int) -> None:
-        self.name, self.entry, self.first = name, entry, span[0]
+        self.entry = entry
         self.offsets = store.offsets if by_token(name) else None
         begin, end = span if self.offsets is None else (int(self.offsets[place]) for place in span)
         self.begin = begin
