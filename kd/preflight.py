@@ -59,6 +59,8 @@ def preflight(run: Run, engine: Engine, data: KDData, inits: Mapping[str, str]) 
         report.note(f"{whose} starts from: {inits[student]}")
         for name, text in learner.method.describe().items():
             report.note(f"{name}: {text}")
+        if why := learner.method.coupled():
+            report.note(f"the result depends on how a batch is split over ranks and accumulated: {why}")
     check_students(report, engine)
     check_one_batch(report, engine, data)
     report.note(f"preflight took {time.perf_counter() - began:.1f} s; preflight=false skips it")

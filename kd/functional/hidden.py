@@ -5,6 +5,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 REDUCTIONS = ("elements", "vectors", "examples", "sum")
+PADDING = ("strict", "reference")
+"""What a mean over tokens is taken over: the real ones of each example, then the examples; or everything, padding included."""
 
 
 def patience(student: Tensor, teacher: Tensor, normalize: bool = True, reduction: str = "elements") -> Tensor:
@@ -27,8 +29,7 @@ def patience(student: Tensor, teacher: Tensor, normalize: bool = True, reduction
     """
     if student.shape != teacher.shape:
         raise ValueError(f"states of student and teacher differ in shape: {tuple(student.shape)}, {tuple(teacher.shape)}")
-    if student.dtype in (torch.float16, torch.bfloat16):
-        student = student.float()
+    student = at_least_float32(student)
     teacher = teacher.detach().to(student.dtype)
     if normalize:
         student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
@@ -42,3 +43,50 @@ def patience(student: Tensor, teacher: Tensor, normalize: bool = True, reduction
     if reduction == "sum":
         return squares.sum()
     raise ValueError(f"reduction '{reduction}' is not one of {', '.join(REDUCTIONS)}")
+
+
+def token_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "strict") -> Tensor:
+    """Mean squared error between the states of every token.
+
+    Source: Jiao et al., TinyBERT, arXiv:1909.10351, eq. 8 and 9; authors' code `task_distill.py`.
+
+    Args:
+        student: (batch, tokens, width).
+        teacher: (batch, tokens, width); the target, no gradient flows to it.
+        mask: (batch, tokens), bool, False on padding.
+        padding: `strict` averages over the real tokens of an example, then over the examples (our choice: neither padding nor
+            the other examples of a batch enter); `reference` averages over all elements, padding included (authors' code).
+
+    >>> states = torch.tensor([[[1.0], [3.0]]])
+    >>> token_error(states, torch.zeros(1, 2, 1), torch.tensor([[True, False]])).item()
+    1.0
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"states of student and teacher differ in shape: {tuple(student.shape)}, {tuple(teacher.shape)}")
+    student = at_least_float32(student)
+    squares = (student - teacher.detach().to(student.dtype)) ** 2
+    return mean_over_real(squares.mean(dim=-1), mask, padding)
+
+
+def mean_over_real(values: Tensor, real: Tensor, padding: str) -> Tensor:
+    """The mean of (batch, ...) values: of each example's real ones, then of the examples; or of all of them.
+
+    Args:
+        values: (batch, ...).
+        real: of the same shape, bool; every example has one.
+        padding: `strict` or `reference`.
+
+    Raises:
+        ValueError: for another word.
+    """
+    if padding == "reference":
+        return values.mean()
+    if padding != "strict":
+        raise ValueError(f"padding '{padding}' is not one of {', '.join(PADDING)}")
+    inner = tuple(range(1, values.ndim))
+    return (values.masked_fill(~real, 0).sum(dim=inner) / real.sum(dim=inner)).mean()
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision widened: a sum of squares in it loses what it is about."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -119,6 +119,14 @@ class Method(nn.Module):
         """What `bind` resolved, in words, for the preflight."""
         return {}
 
+    def coupled(self) -> str:
+        """Why the examples of a batch are not independent of each other in its terms; empty where they are.
+
+        Where it says something, the result depends on how a global batch is split over ranks or accumulated, and the
+        preflight tells.
+        """
+        return ""
+
 
 def needs_of_teachers(methods: Iterable[Method], count: int) -> list[Needs]:
     """What each of some frozen teachers must keep: whatever any of the methods declares."""
@@ -135,3 +143,16 @@ def match_width(student: int, teacher: int) -> nn.Module:
     Papers that need equal widths get the identity, so the map adds nothing to them (our choice for the others).
     """
     return nn.Identity() if student == teacher else nn.Linear(student, teacher)
+
+
+def projection(student: int, teacher: int) -> nn.Linear:
+    """A learned linear map from the student's width to the teacher's, also where they are equal.
+
+    There it begins as the identity (our choice: a student that begins with the teacher's layers begins in its space), else as
+    `torch.nn.Linear` does.
+    """
+    linear = nn.Linear(student, teacher)
+    if student == teacher:
+        nn.init.eye_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    return linear

@@ -70,6 +70,10 @@ class Mutual(Method):
         """Of the inner method."""
         self.inner.after_step(step, {name: terms[name] for name in self.inner.names})
 
+    def coupled(self) -> str:
+        """As of the method that it wraps."""
+        return self.inner.coupled()
+
     def describe(self) -> dict[str, str]:
         """Of the inner method."""
         return self.inner.describe()

@@ -68,6 +68,10 @@ class Stochastic(Method):
         """Of the drawn teacher's copy."""
         inner_of(self.each, self.drawn(step)).after_step(step, terms)
 
+    def coupled(self) -> str:
+        """As of the method that it wraps."""
+        return inner_of(self.each, 0).coupled()
+
     def describe(self) -> dict[str, str]:
         """The distribution."""
         shown = " ".join(f"{p:.3f}" for p in self.probabilities)

@@ -54,6 +54,10 @@ class Ensemble(Method):
         for place in range(len(self.each)):
             inner_of(self.each, place).after_step(step.with_(teachers=[step.teachers[place]]), terms)
 
+    def coupled(self) -> str:
+        """As of the method that it wraps."""
+        return inner_of(self.each, 0).coupled()
+
     def describe(self) -> dict[str, str]:
         """The weights."""
         return {
