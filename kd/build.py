@@ -142,7 +142,7 @@ def build_online(run: Run, task: Task, meta: bool) -> Encoder | None:
     if run.spec.cohort.teacher != "online":
         return None
     ((name, teacher),) = run.spec.teacher.items()
-    with keys_of(f"teacher {name}"):
+    with keys_of(f"teacher {name}", run.spec):
         spec = typed(teacher_config(run.config, run.spec, name, teacher))
         backbone, key = backbone_of(spec)
         torch.manual_seed(spec.seed)
@@ -196,13 +196,15 @@ def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple
         own.bind(student, teachers if online is None else [online])  # type: ignore[list-item]
         check_vocabularies(run, task, own, student, models.teaching)
         if meta and student_spec.init == "run":  # it has yet to be made: the shape that it will have
-            stage = run.inputs["stage"].spec
-            found = student_config(stage.student, backbone_of(stage)[0], task.labels, "student.run", task.head)
-            check_copy(student.config, found, student_spec, "student.run")
+            stage, key_of_it = run.beginning.spec, "student.run" if "stage" in run.inputs else "method.before"
+            found = student_config(stage.student, backbone_of(stage)[0], task.labels, key_of_it, task.head)
+            check_copy(student.config, found, student_spec, key_of_it)
         depth = load_config(initial, "student.init").num_hidden_layers if initial is not None else None
         label = name if len(cohort) > 1 else "student"
         models.students[label], models.methods[label] = student, own
-        models.inits[label] = "; ".join([describe_init(student_spec, student.depth, depth), *done])
+        began = run.beginning.result if student_spec.init == "run" else None
+        start = [describe_init(student_spec, student.depth, depth), *([] if began is None else [f"begun from {began['init']}"])]
+        models.inits[label] = "; ".join([*start, *done])
     for encoder in (*models.students.values(), *models.teaching):
         encoder.compiled = spec.trainer.compile and not meta
     return models
@@ -219,7 +221,7 @@ def initial_source(run: Run, spec: StudentSpec, meta: bool) -> str | None:
     if spec.init == "checkpoint":
         return spec.checkpoint
     if spec.init == "run":
-        return None if meta else str(run.inputs["stage"].student)  # its shape is checked when it is there
+        return None if meta else str(run.beginning.student)  # its shape is checked when it is there
     if spec.init_from not in INIT_FROM:
         raise one_of(spec.init_from, INIT_FROM, "student.init_from")
     if spec.init_from == "pretrained":
@@ -320,7 +322,7 @@ def check(run: Run, examples: Examples) -> None:
     """
     for role, needed in run.inputs.items():
         if role.startswith("pilot "):  # all of them hold out the same examples
-            with keys_of(role):
+            with keys_of(role, run.spec):
                 build_examples(needed)
             break
     models = build_models(run, examples.task, meta=True)

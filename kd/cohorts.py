@@ -27,6 +27,12 @@ def check_cohort(spec: RunSpec) -> None:
     if cohort.peers is None and count > 1:
         cure = "cohort.peers says how several learn from each other, and cohort=mutual has it"
         raise InputError(f"cohort={cohort.name} without peers has one student, not {count}; {cure}", "cohort")
+    if count > 1 and spec.method.get("before"):
+        raise InputError(
+            f"method={spec.method['name']} begins with a run of its own, for one student; use cohort=single, or leave that run "
+            "out with method.before=null",
+            "cohort",
+        )
     if cohort.teacher not in ("frozen", "online"):
         raise one_of(cohort.teacher, ("frozen", "online"), "cohort.teacher")
     if cohort.teacher == "online":

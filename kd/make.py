@@ -44,7 +44,7 @@ def build_method(
     Raises:
         InputError: for an unknown argument, or weights and terms that do not match.
     """
-    arguments = {name: value for name, value in node.items() if name not in ("name", "weights")}
+    arguments = {name: value for name, value in node.items() if name not in ("name", "weights", "before")}
     method: Method = make(arguments, "method")
     if not isinstance(method, Method):
         raise InputError(f"{node.get('_target_')} is not a Method", "method._target_")

@@ -4,10 +4,9 @@ The digest of everything that changes a result names a run's directory. A teache
 run of its own, made first if it is missing and reused if it is done.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from kd.pools import RANKED, check_pool, pool_identity, teachers_of
 from kd.runs import Run, digest_of
 from kd.schema import PoolSpec, RunSpec, TeacherSpec, check_values
 from kd.sources import fingerprint
+from kd.stages import before_config, has_key, stage_config, without
 
 FORMAT = 1
 """Part of every digest; raised when a change of code makes old results incomparable."""
@@ -48,9 +48,6 @@ UNLESS_ASKED_FOR = {"batch_tokens": None, "pad_multiple": 1, "compile": False}
 PLACES = ("root", "train", "validation", "test")
 """Keys that say where data is; their content enters the digest instead."""
 
-DEEPEST_CHAIN = 8
-"""Stages that may follow each other; a longer chain is a stage that begins from itself."""
-
 
 def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0) -> Run:
     """The run of a configuration, with the runs it needs. Nothing is trained, loaded or written.
@@ -70,9 +67,13 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0) -> R
     check_pool(spec)
     inputs = {}
     for role, needed in teacher_configs(config, spec):
-        with keys_of(role, is_student(role, spec)):
+        with keys_of(role, spec):
             inputs[role] = plan(needed, pilot_overrides(role, spec, overrides), depth)
-    if spec.student.init == "run":
+    if before := spec.method.get("before"):
+        with keys_of("before", spec):
+            inputs["before"] = plan(before_config(config), overrides, depth)
+        spec.student = replace(spec.student, init="run", run={"name": before["name"]})
+    elif spec.student.init == "run":
         inputs["stage"] = plan(*stage_config(spec.student.run, "student.run", overrides, depth), depth + 1)
     for name, surgery in spec.surgery.items():
         if surgery.get("run") is not None:
@@ -81,7 +82,7 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0) -> R
     identified = identity(spec, inputs)
     if spec.cohort.teacher == "online":  # it has no run of its own, so its shape and start are part of this one
         ((name, teacher),) = spec.teacher.items()
-        with keys_of(f"teacher {name}"):
+        with keys_of(f"teacher {name}", spec):
             made = composition.typed(teacher_config(config, spec, name, teacher))
         identified["online"] = {key: value for key, value in identity(made, {}).items() if key in ("student", "seed")}
     digest = digest_of(identified)
@@ -90,28 +91,42 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0) -> R
 
 
 @contextmanager
-def keys_of(role: str, own_student: bool = False) -> Iterator[None]:
+def keys_of(role: str, spec: RunSpec) -> Iterator[None]:
     """Errors of an input's run name the key of the run that needs it: where the user can change it.
 
     Args:
         role: of the input.
-        own_student: whether it has the very keys of the run that needs it.
+        spec: of the run that needs it.
     """
     try:
         yield
     except InputError as error:
-        kind, _, name = role.partition(" ")
-        if error.key == "task.holdout" and kind == "pilot":
-            raise InputError(error.message, "pool.holdout") from error
-        if error.key is None or kind not in ("teacher", "pilot") or own_student:
-            raise
-        place = f"teacher.{name}"
-        part, _, rest = error.key.partition(".")
-        own = part in ("method", "student", "optimizer", "seed") or (
-            part == "trainer" and rest not in (*COSTLESS, *OF_THE_MACHINE)
-        )
-        key = f"{place}.run.{error.key}" if own else error.key
-        raise InputError(error.message, f"{place}.backbone" if error.key == "student.backbone" else key) from error
+        raise InputError(error.message, key_for(role, spec, error.key)) from error
+
+
+def key_for(role: str, spec: RunSpec, key: str | None) -> str | None:
+    """Where a run says what an input of it has at a key.
+
+    >>> key_for("teacher minilm", RunSpec(), "optimizer.lr")
+    'teacher.minilm.run.optimizer.lr'
+    """
+    kind, _, name = role.partition(" ")
+    if key is None or kind not in ("teacher", "pilot", "before"):
+        return key
+    if kind == "before":
+        part, _, rest = key.partition(".")
+        if part == "method":
+            return f"method.before.{rest}"
+        return f"method.before.run.{key}" if has_key(spec.method["before"].get("run", {}), key) else key
+    if key == "task.holdout" and kind == "pilot":
+        return "pool.holdout"
+    if is_student(role, spec):  # it has the very keys of the run that needs it
+        return key
+    if key == "student.backbone":
+        return f"teacher.{name}.backbone"
+    part, _, rest = key.partition(".")
+    own = part in ("method", "student", "optimizer", "seed") or (part == "trainer" and rest not in (*COSTLESS, *OF_THE_MACHINE))
+    return f"teacher.{name}.run.{key}" if own else key
 
 
 def needs_fine_tuning(name: str, teacher: TeacherSpec) -> bool:
@@ -185,7 +200,7 @@ def identity(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
     source = {key: value for key, value in task.pop("source").items() if key not in PLACES}
     return {
         "format": FORMAT,
-        "method": spec.method,
+        "method": {key: value for key, value in spec.method.items() if key != "before"},  # it is an input
         "engine": spec.engine,
         "student": student,
         "teachers": [  # a list: the order of a pool says whose weights a student begins from
@@ -300,40 +315,3 @@ def teacher_config(parent: DictConfig, spec: RunSpec, name: str, teacher: Teache
         ) from error
     assert isinstance(merged, DictConfig)
     return merged
-
-
-def without(overrides: Sequence[str], starts: Sequence[str]) -> list[str]:
-    """The overrides that do not begin with any of these words, with or without a plus."""
-    return [override for override in overrides if not override.lstrip("+~").startswith(tuple(starts))]
-
-
-def stage_config(stage: Any, key: str, overrides: Sequence[str], depth: int) -> tuple[DictConfig, list[str]]:
-    """The configuration of a run that this one needs, and its overrides: this command with the stage's laid over it.
-
-    Args:
-        stage: a list of overrides, or a mapping with `overrides`, with `run` (the stage's own `student.run`, so that a chain
-            needs no nested quotes), `name` (what results call it), and whatever its overrides interpolate.
-        key: where it stands.
-        overrides: of this command.
-        depth: of the chain of stages.
-
-    Raises:
-        InputError: if there is none, or the chain is endless.
-    """
-    parts = stage if isinstance(stage, Mapping) else {"overrides": stage}
-    given = parts.get("overrides")
-    if not given or isinstance(given, str):
-        about = "student.init=run needs student.run" if key == "student.run" else f"{key} must be"
-        raise InputError(f"{about}=[override, ...], or a mapping with `overrides`: the run to begin from", key)
-    if depth >= DEEPEST_CHAIN:
-        raise InputError(f"{key} begins from itself; give the first stage another student.init", key)
-    # A null that was interpolated into a word reads None.
-    laid = [re.sub("=None$", "=null", str(word)) for word in given]
-    kept = without(overrides, ["student.init=", "student.run="])
-    # Another method has other keys: what was said of this one's does not carry over.
-    swapped = [word.partition("=")[0] for word in laid if "." not in word.partition("=")[0]]
-    merged = [*without(kept, [f"{group}." for group in swapped]), *laid]
-    config = composition.compose(merged)
-    if parts.get("run") is not None:
-        OmegaConf.update(config, "student.run", parts["run"], merge=False)
-    return config, merged

@@ -26,7 +26,7 @@ class Run:
         spec: the same, typed.
         digest: of everything that changes the result.
         directory: where it lives.
-        inputs: role -> run; `teacher <name>`, `stage`, or `surgery <name>`.
+        inputs: role -> run; `teacher <name>`, `pilot <name>`, `stage`, `before`, or `surgery <name>`.
         identity: what the digest is of.
     """
 
@@ -64,6 +64,11 @@ class Run:
     def student(self) -> Path:
         """The exported model."""
         return self.directory / "student"
+
+    @property
+    def beginning(self) -> "Run":
+        """The run that this one's student begins from: a stage, or what its method begins with."""
+        return self.inputs["before"] if "before" in self.inputs else self.inputs["stage"]
 
     @property
     def checkpoints(self) -> Path:

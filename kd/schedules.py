@@ -76,6 +76,31 @@ class Piecewise:
         return self.values[sum(fraction >= boundary for boundary in self.boundaries)]
 
 
+@dataclass(frozen=True, slots=True)
+class Staircase:
+    """`steps` values at even distances from `start` to `end`, each for an equal part of training; one step is `end` alone.
+
+    With as many steps as epochs it changes from epoch to epoch, as in AD-KD's annealed temperature.
+
+    >>> [Staircase(start=4.0, end=1.0, steps=4)(fraction) for fraction in (0.0, 0.24, 0.25, 0.99, 1.0)]
+    [4.0, 4.0, 3.0, 1.0, 1.0]
+    """
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if type(self.steps) is not int or self.steps < 1:
+            raise ValueError(f"a staircase needs a whole number of steps, one or more, got steps={self.steps}")
+
+    def __call__(self, fraction: float) -> float:
+        """The value at a fraction of training."""
+        # A step begins at step / steps; the fraction comes from a division that may fall short of it by rounding.
+        step = min(math.floor(min(max(fraction, 0.0), 1.0) * self.steps + 1e-9), self.steps - 1)
+        return self.end if self.steps == 1 else self.start + (self.end - self.start) * step / (self.steps - 1)
+
+
 def as_schedule(value: "float | Schedule") -> Schedule:
     """A number as a constant schedule; a schedule as it is."""
     return value if callable(value) else Constant(float(value))

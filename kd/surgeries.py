@@ -53,7 +53,7 @@ def vocabulary_key(run: Run) -> str | None:
     for node in run.spec.surgery.values():
         if getattr(get_class(str(node.get("_target_"))), "changes_vocabulary", False):
             return "surgery"
-    stage = run.inputs.get("stage")
+    stage = run.inputs.get("before", run.inputs.get("stage"))
     return "student.run" if stage is not None and vocabulary_key(stage) is not None else None
 
 

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kd import distributed
 from kd.config import ROOT, conf_folder, explain
 from kd.errors import InputError, disk_is_full
-from kd.planning import is_student, keys_of, plan
+from kd.planning import keys_of, plan
 from kd.runs import Run, digest_of
 
 INTERRUPTED = 130
@@ -54,7 +54,7 @@ def execute(run: Run, purpose: str = "", first: bool = True) -> dict[str, Any]:
             check_all(run)  # before anything is trained for it
         examples = build_examples(run)
         for role, needed in run.inputs.items():
-            with keys_of(role, is_student(role, run.spec)):
+            with keys_of(role, run.spec):
                 execute(needed, f"{role}: {needed.name}", first=False)
         from kd.fit import fit
 
@@ -81,7 +81,7 @@ def check_all(run: Run, known: dict[str, Any] | None = None) -> None:
     check(run, known[text])
     for role, needed in run.inputs.items():
         if needed.result is None:
-            with keys_of(role, is_student(role, run.spec)):
+            with keys_of(role, run.spec):
                 check_all(needed, known)
 
 
@@ -129,7 +129,7 @@ def check_launch(run: Run, key: str = "trainer.batch_size") -> None:
             key,
         )
     for role, needed in run.inputs.items():
-        with keys_of(role, is_student(role, run.spec)):
+        with keys_of(role, run.spec):
             check_launch(needed, "student.run" if role == "stage" else "trainer.batch_size")
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kd.planning import without
+from kd.stages import without
 
 HARNESS, PEER = "kd.bench.harness:train", "kd.bench.peer:train"
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kd.runs import write_atomically
 
-TOKEN_KINDS = ("hidden", "query", "key", "value")
+TOKEN_KINDS = ("hidden", "query", "key", "value", "derived")
 """Kinds of tensors that have a place for every token; the others have one for every example."""
 
 RAW: Mapping[torch.dtype, type] = {

@@ -1,9 +1,15 @@
 """What one forward pass must keep."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-KINDS = ("hidden", "cls", "attention", "value")
+from torch import Tensor
+
+KINDS = ("hidden", "cls", "attention", "value", "derived")
+
+Derived = Callable[[Any, Mapping[str, Tensor]], Tensor]
+"""What is computed of a frozen model from passes of its own: (model, inputs) -> (batch, tokens, any number)."""
 
 
 def _layers(layers: Iterable[int]) -> frozenset[int]:
@@ -22,6 +28,9 @@ class Needs:
             so models with other tokenizers can be compared, and a cache stores a hundredth.
         attention: layers whose queries and keys are kept; scores, probabilities and relations follow from them.
         value: layers whose values are kept.
+        pooled: whether the vector that the last linear layer reads is kept, (batch, width), after its dropout in training.
+        derived: name -> what is computed from further passes of a frozen model, with gradients if it wants them. It is
+            remembered like any other tensor, so its name says everything that it depends on but the text.
         gradient: whether gradients are taken with respect to what the forward shows (integrated gradients, double
             backward). A frozen model then runs with gradients enabled, and attention runs its plain kernel, because the
             fused one cannot be differentiated twice.
@@ -36,6 +45,8 @@ class Needs:
     cls: frozenset[int] = frozenset()
     attention: frozenset[int] = frozenset()
     value: frozenset[int] = frozenset()
+    pooled: bool = False
+    derived: Mapping[str, Derived] = field(default_factory=dict, hash=False)
     gradient: bool = False
     live: str = ""
 
@@ -47,11 +58,15 @@ class Needs:
         gradient: bool = False,
         cls: Iterable[int] = (),
         live: str = "",
+        pooled: bool = False,
+        derived: Mapping[str, Derived] | None = None,
     ) -> None:
         object.__setattr__(self, "hidden", _layers(hidden))
         object.__setattr__(self, "cls", _layers(cls))
         object.__setattr__(self, "attention", _layers(attention))
         object.__setattr__(self, "value", _layers(value))
+        object.__setattr__(self, "pooled", bool(pooled))
+        object.__setattr__(self, "derived", dict(derived or {}))
         object.__setattr__(self, "gradient", bool(gradient))
         object.__setattr__(self, "live", live)
         for kind, lowest in (("hidden", 0), ("cls", 0), ("attention", 1), ("value", 1)):
@@ -66,6 +81,8 @@ class Needs:
             self.gradient or other.gradient,
             self.cls | other.cls,
             "; ".join(dict.fromkeys(why for why in (self.live, other.live) if why)),
+            self.pooled or other.pooled,
+            {**self.derived, **other.derived},
         )
 
     @property
@@ -76,12 +93,13 @@ class Needs:
         ['logits', 'cls-2', 'cls-4', 'query-3', 'key-3']
         """
         kinds = {"hidden": self.hidden, "cls": self.cls, "query": self.attention, "key": self.attention, "value": self.value}
-        return ["logits", *(f"{kind}-{layer}" for kind, layers in kinds.items() for layer in sorted(layers))]
+        layered = (f"{kind}-{layer}" for kind, layers in kinds.items() for layer in sorted(layers))
+        return ["logits", *["pooled"] * self.pooled, *layered, *(f"derived-{name}" for name in sorted(self.derived))]
 
     @property
     def tokens(self) -> bool:
         """Whether a tensor is declared that has a place for every token."""
-        return bool(self.hidden or self.attention or self.value)
+        return bool(self.hidden or self.attention or self.value or self.derived)
 
     def deepest(self) -> int:
         """The deepest layer declared; 0 if there is none."""
@@ -89,4 +107,5 @@ class Needs:
 
     def __str__(self) -> str:
         parts = [f"{kind}={sorted(getattr(self, kind))}" for kind in KINDS if getattr(self, kind)]
-        return ", ".join(parts + ["gradient"] * self.gradient + ["live"] * bool(self.live)) or "logits only"
+        flags = {"pooled": self.pooled, "gradient": self.gradient, "live": self.live}
+        return ", ".join([*parts, *(name for name, given in flags.items() if given)]) or "logits only"

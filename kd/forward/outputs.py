@@ -37,7 +37,8 @@ class Outputs:
         mask: (batch, tokens), bool, False on padding.
         needs: what was declared.
         heads: attention heads of the model.
-        tensors: `kind -> layer -> (batch, tokens, width)` for kind in hidden, query, key, value; (batch, width) for cls.
+        tensors: `kind -> layer -> (batch, tokens, width)` for kind in hidden, query, key, value; (batch, width) for cls and
+            pooled, whose layer is empty; (batch, tokens, any number) for derived, with names in place of layers.
         score_bias: (1 or batch, heads, tokens, tokens) added to the attention scores, for relative positions; or None.
     """
 
@@ -45,7 +46,7 @@ class Outputs:
     mask: Tensor
     needs: Needs = field(default_factory=Needs)
     heads: int = 1
-    tensors: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
+    tensors: Mapping[str, Mapping[int | str, Tensor]] = field(default_factory=dict)
     score_bias: Callable[[], Tensor] | None = None
 
     def hidden(self, layer: int) -> Tensor:
@@ -59,6 +60,17 @@ class Outputs:
     def cls(self, layer: int) -> Tensor:
         """State of the first token of a layer, (batch, width); `Needs.cls` declares it."""
         return self._take("cls", "cls", layer)
+
+    @property
+    def pooled(self) -> Tensor:
+        """What the last linear layer read, (batch, width); `Needs.pooled` declares it."""
+        if not self.needs.pooled:
+            raise UndeclaredRead(f"pooled was read, but needs() declares only: {self.needs}")
+        return self.tensors["pooled"][""]
+
+    def derived(self, name: str) -> Tensor:
+        """What `Needs.derived` computes under this name, (batch, tokens, any number), without a gradient."""
+        return self._take("derived", "derived", name)
 
     def query(self, layer: int) -> Tensor:
         """Queries of a layer, (batch, tokens, width)."""
@@ -103,7 +115,11 @@ class Outputs:
 
     def named(self) -> dict[str, Tensor]:
         """Every tensor by its name, as in `Needs.tensors`."""
-        tensors = {f"{kind}-{layer}": tensor for kind, layers in self.tensors.items() for layer, tensor in layers.items()}
+        tensors = {
+            f"{kind}-{layer}".removesuffix("-"): tensor
+            for kind, layers in self.tensors.items()
+            for layer, tensor in layers.items()
+        }
         return {"logits": self.logits, **tensors}
 
     @classmethod
@@ -115,17 +131,17 @@ class Outputs:
         """
         if absent := [name for name in needs.tensors if name not in named]:
             raise UndeclaredRead(f"{absent[0]} is not among what is there: {', '.join(named)}")
-        tensors: dict[str, dict[int, Tensor]] = {}
+        tensors: dict[str, dict[int | str, Tensor]] = {}
         for name in needs.tensors[1:]:
             kind, _, layer = name.partition("-")
-            tensors.setdefault(kind, {})[int(layer)] = named[name]
+            tensors.setdefault(kind, {})[int(layer) if layer.isdigit() else layer] = named[name]
         return cls(named["logits"], mask, needs, heads, tensors)
 
     def with_logits(self, logits: Tensor) -> "Outputs":
         """The same pass with other logits, (batch, classes)."""
         return replace(self, logits=logits)
 
-    def _take(self, declared: str, kind: str, layer: int) -> Tensor:
+    def _take(self, declared: str, kind: str, layer: int | str) -> Tensor:
         if layer not in getattr(self.needs, declared):
             raise UndeclaredRead(f"{kind} of layer {layer} was read, but needs() declares only: {self.needs}")
         return self.tensors[kind][layer]

@@ -109,21 +109,29 @@ def _first(output: Any) -> Tensor:
 
 
 @contextmanager
-def record(base: nn.Module, family: Family, needs: Needs) -> Iterator[dict[str, dict[int, Tensor]]]:
+def record(
+    base: nn.Module, family: Family, needs: Needs, embedded: Tensor | None = None
+) -> Iterator[dict[str, dict[int | str, Tensor]]]:
     """Collect what `needs` declares while the base model runs once inside this context.
 
     Layers are counted by calls, not by modules, so a block that is shared by several layers is read at the right one.
 
+    Args:
+        base: the model without its head.
+        family: its taps.
+        needs: what is kept.
+        embedded: (batch, tokens, width), put in the place of the embeddings' output.
+
     Yields:
         `kind -> layer -> (batch, tokens, width)`, filled as the model runs.
     """
-    seen: dict[str, dict[int, Tensor]] = {"hidden": {}, "cls": {}, "query": {}, "key": {}, "value": {}}
+    seen: dict[str, dict[int | str, Tensor]] = {"hidden": {}, "cls": {}, "query": {}, "key": {}, "value": {}}
     layer = 0
 
     def keep_embeddings(_: nn.Module, __: Any, output: Any) -> Any:
         nonlocal layer
         layer = 0
-        states = _first(output)
+        states = _first(output) if embedded is None else embedded
         # Nothing of a frozen model requires a gradient; its embeddings are then the place where one begins.
         fresh = needs.gradient and not states.requires_grad
         if fresh:
@@ -132,7 +140,7 @@ def record(base: nn.Module, family: Family, needs: Needs) -> Iterator[dict[str, 
             seen["hidden"][0] = states
         if 0 in needs.cls:
             seen["cls"][0] = states[:, 0]
-        return states if fresh else None
+        return states if fresh or embedded is not None else None
 
     def keep_block(_: nn.Module, __: Any, output: Any) -> None:
         nonlocal layer
@@ -149,7 +157,7 @@ def record(base: nn.Module, family: Family, needs: Needs) -> Iterator[dict[str, 
 
         return keep
 
-    if needs.deepest() == 0 and not needs.hidden | needs.cls:
+    if needs.deepest() == 0 and not needs.hidden | needs.cls and embedded is None:
         yield seen
         return
     with ExitStack() as stack:

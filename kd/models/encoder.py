@@ -1,6 +1,8 @@
 """A transformers sequence classifier or masked language model with taps."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,8 @@ class Encoder(nn.Module):
             inputs: what a tokenizer made; names that this family does not take are left out, names it takes and the
                 tokenizer did not make get the model's defaults. With `predicted`, (batch, tokens), bool, a masked language
                 model computes its logits at these positions alone, (predicted positions, vocabulary) in row-major order: a
-                vocabulary's worth of numbers for every token would not fit.
+                vocabulary's worth of numbers for every token would not fit. With `embedded`, (batch, tokens, width), these
+                states take the place of the embeddings' output, layer 0, whatever `input_ids` are.
             needs: what to keep.
 
         Raises:
@@ -71,8 +74,10 @@ class Encoder(nn.Module):
         if needs.deepest() > self.depth:
             raise ValueError(f"needs declare layer {needs.deepest()} of a model with {self.depth} layers: {needs}")
         taken = {name: inputs[name] for name in self.family.inputs if name in inputs}
-        with record(self.base, self.family, needs) as seen:
-            if self.compiled and not (needs.gradient or needs.attention or needs.value):
+        embedded = inputs.get("embedded")
+        pooled: dict[str, dict[int | str, Tensor]] = {}
+        with record(self.base, self.family, needs, embedded) as seen, self._pooled_in(pooled, needs):
+            if self.compiled and embedded is None and not (needs.gradient or needs.attention or needs.value):
                 with compiled_blocks(self.base.get_submodule(self.family.blocks).children()):
                     logits = self._logits(taken, inputs.get("predicted"))
             elif needs.gradient:
@@ -88,9 +93,29 @@ class Encoder(nn.Module):
             mask=inputs["attention_mask"].bool(),
             needs=needs,
             heads=self.heads,
-            tensors=seen,
+            tensors={**seen, **pooled},
             score_bias=None if score_bias is None else lambda: score_bias(self.base, states),
         )
+
+    @property
+    def outputs(self) -> nn.Module:
+        """The last linear layer."""
+        return self.model.get_submodule(self.family.outputs)  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def _pooled_in(self, seen: dict[str, dict[int | str, Tensor]], needs: Needs) -> Iterator[None]:
+        if not needs.pooled:
+            yield
+            return
+
+        def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            seen["pooled"] = {"": arguments[0]}
+
+        hook = self.outputs.register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _logits(self, taken: Inputs, predicted: Tensor | None) -> Tensor:
         if predicted is None:
