@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 
 from conftest import tiny_config, tiny_model, tiny_tokenizer
 from kd.cohorts import students_of
@@ -24,8 +25,12 @@ from kd.make import build_method
 from kd.methods.base import needs_of_teachers
 from kd.models import CachedTeacher, Encoder, FrozenTeacher
 from kd.optimizers import OptimizerFactory
+from kd.stages import before_config
 
+BEFORE = "before"
 METHODS = sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))
+STAGED = [f"{name} {BEFORE}" for name in METHODS if compose([f"method={name}"]).method.get("before")]
+"""The method that a method's first run has."""
 COMPOSED = (
     "pkd pool=stochastic teacher=[minilm,minilm_4l]",
     "pkd pool=wkd teacher=[minilm,minilm_4l,minilm_3l]",
@@ -35,9 +40,16 @@ COMPOSED = (
     "p2p_mutual pool=stochastic teacher=[minilm,minilm_4l]",
 )
 """Methods with parts of others: the contract holds for what is composed as well."""
-CASES = (*METHODS, *COMPOSED)
+CASES = (*METHODS, *STAGED, *COMPOSED)
 TASK = Classification("toy", ["no", "maybe", "yes"], {}, ["accuracy"], "accuracy")
 VOCABULARY = tiny_config().vocab_size
+
+
+def configured(case: str, more: Sequence[str] = ()) -> DictConfig:
+    """The configuration of a case: a name of `conf/method` and overrides after it, or `before` for its first run's."""
+    name, *overrides = case.split()
+    config = compose([f"method={name}", *(word for word in overrides if word != BEFORE), *more])
+    return before_config(config) if BEFORE in overrides else config
 
 
 def encoder(seed: int, **sizes: Any) -> Encoder:
@@ -113,8 +125,7 @@ class Bench:
     """
 
     def __init__(self, case: str, same: bool = False, dropout: float = 0.0, seed: int = 0, more: Sequence[str] = ()) -> None:
-        name, *overrides = case.split()
-        spec = typed(compose([f"method={name}", *overrides, *more]))
+        spec = typed(configured(case, more))
         self.weights = spec.method["weights"]
         names, online = list(spec.teacher), spec.cohort.teacher == "online"
         torch.manual_seed(seed)
@@ -214,9 +225,10 @@ def two_rank_cases() -> list[tuple[str, tuple[str, ...], int]]:
     """Every method, with every reduction it offers, on batches that two ranks share evenly and not."""
     cases: list[tuple[str, tuple[str, ...], int]] = []
     for name in CASES:
-        offered = compose([f"method={name.split()[0]}"]).method
-        options = OPTIONS.items() if name in METHODS else ()
-        choices = [(f"method.{o}={value}",) for o, values in options if o in offered for value in values]
+        offered = configured(name).method
+        options = OPTIONS.items() if name in (*METHODS, *STAGED) else ()
+        place = "method.before" if name in STAGED else "method"
+        choices = [(f"{place}.{o}={value}",) for o, values in options if o in offered for value in values]
         cases += [(name, more, count) for more in choices or [()] for count in (8, 7)]
     return cases
 
