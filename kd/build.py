@@ -203,8 +203,8 @@ def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple
         label = name if len(cohort) > 1 else "student"
         models.students[label], models.methods[label] = student, own
         began = run.beginning.result if student_spec.init == "run" else None
-        start = [describe_init(student_spec, student.depth, depth), *([] if began is None else [f"begun from {began['init']}"])]
-        models.inits[label] = "; ".join([*start, *done])
+        start = describe_init(student_spec, student.depth, depth) + ("" if began is None else f", begun from {began['init']}")
+        models.inits[label] = "; ".join([start, *done])
     for encoder in (*models.students.values(), *models.teaching):
         encoder.compiled = spec.trainer.compile and not meta
     return models

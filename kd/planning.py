@@ -70,8 +70,9 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0) -> R
         with keys_of(role, spec):
             inputs[role] = plan(needed, pilot_overrides(role, spec, overrides), depth)
     if before := spec.method.get("before"):
+        first = before_config(config)
         with keys_of("before", spec):
-            inputs["before"] = plan(before_config(config), overrides, depth)
+            inputs["before"] = plan(first, overrides, depth)
         spec.student = replace(spec.student, init="run", run={"name": before["name"]})
     elif spec.student.init == "run":
         inputs["stage"] = plan(*stage_config(spec.student.run, "student.run", overrides, depth), depth + 1)

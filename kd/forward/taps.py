@@ -23,7 +23,8 @@ def _relative_positions(base: nn.Module, states: Tensor) -> Tensor:
 class Family:
     """Semantic names of one backbone family of transformers 5.
 
-    `base` and `outputs` (the last linear layer) are paths in the classifier, `masked_lm` is the path of the whole masked-LM
+    `base`, `pooler` (the linear layer that reads the first token's last state) and `outputs` (the last linear layer, whose
+    input's dropout is beside it) are paths in the classifier, `masked_lm` is the path of the whole masked-LM
     head in a model that has one (None where a family keeps it in pieces), `blocks` and `embeddings` are paths in the base
     model, `query`, `key` and `value` in a block; `intermediate` and `dropouts` are names in the configuration.
     """
@@ -38,6 +39,7 @@ class Family:
     intermediate: str = "intermediate_size"
     embeddings: str = "embeddings"
     outputs: str = "classifier"
+    pooler: str = "classifier.dense"
     masked_lm: str | None = None
     score_bias: Callable[[nn.Module, Tensor], Tensor] | None = None
 
@@ -53,6 +55,7 @@ FAMILIES: Mapping[str, Family] = {
         value="attention.self.value",
         inputs=("input_ids", "attention_mask", "token_type_ids"),
         dropouts=_BERT_DROPOUTS,
+        pooler="bert.pooler.dense",
         masked_lm="cls",
     ),
     "roberta": Family(
@@ -75,6 +78,7 @@ FAMILIES: Mapping[str, Family] = {
         inputs=("input_ids", "attention_mask"),
         dropouts=("dropout", "attention_dropout", "seq_classif_dropout"),
         intermediate="hidden_dim",
+        pooler="pre_classifier",
     ),
     "mpnet": Family(
         base="mpnet",

@@ -102,6 +102,13 @@ class Encoder(nn.Module):
         """The last linear layer."""
         return self.model.get_submodule(self.family.outputs)  # type: ignore[no-any-return]
 
+    def put(self, path: str, module: nn.Module) -> None:
+        """Put a module in the place of the one at a path of the classifier."""
+        parent, _, name = path.rpartition(".")
+        owner = self.model.get_submodule(parent)
+        owner.get_submodule(name)  # or an error: what is not there is not replaced
+        setattr(owner, name, module)
+
     @contextlib.contextmanager
     def _pooled_in(self, seen: dict[str, dict[int | str, Tensor]], needs: Needs) -> Iterator[None]:
         if not needs.pooled:

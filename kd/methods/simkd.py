@@ -1,0 +1,183 @@
+"""Distillation with the teacher's classifier reused."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd.errors import InputError
+from kd.forward import Needs
+from kd.functional.hidden import at_least_float32, token_error
+from kd.functional.logits import SOFT_LOSSES
+from kd.methods.base import Method, Step, projection
+from kd.methods.kd import BATCH_MEANS, checked, checked_temperature
+from kd.models import Encoder, FrozenTeacher
+from kd.schedules import Schedule
+
+FEATURES = ("pooled", "cls", "tokens")
+
+
+class Reused(nn.Module):
+    """A frozen linear layer of a teacher behind learned linear maps to its width.
+
+    Args:
+        layer: whose weights are copied.
+        project: the maps.
+        rows: of the layer's outputs, in the order in which they are wanted; None keeps them as they are.
+    """
+
+    def __init__(self, layer: nn.Linear, project: nn.Sequential, rows: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.project = project
+        self.layer = nn.Linear(layer.in_features, layer.out_features, device=layer.weight.device, dtype=layer.weight.dtype)
+        with torch.no_grad():
+            self.layer.weight.copy_(layer.weight if rows is None else layer.weight[list(rows)])
+            self.layer.bias.copy_(layer.bias if rows is None else layer.bias[list(rows)])
+        self.layer.requires_grad_(False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(..., student's width) -> (..., outputs of the layer)."""
+        outputs: Tensor = self.layer(self.project(states))
+        return outputs
+
+    @torch.no_grad()
+    def plain(self) -> nn.Linear:
+        """The product of all maps: one linear layer with the same outputs."""
+        maps = [module for module in (*self.project, self.layer) if isinstance(module, nn.Linear)]
+        weight, bias = maps[0].weight.double(), maps[0].bias.double()
+        for following in maps[1:]:
+            weight, bias = following.weight.double() @ weight, following.weight.double() @ bias + following.bias.double()
+        folded = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=maps[0].weight.dtype)
+        folded.weight.copy_(weight)
+        folded.bias.copy_(bias)
+        return folded
+
+
+class SimKD(Method):
+    r"""Knowledge distillation with the reused teacher classifier (Chen et al., CVPR 2022, arXiv:2203.14001), for BERT.
+
+    :math:`L = \lVert P(f_s) - f_t \rVert^2` alone: the student's own classifier is thrown away, its features are projected to
+    the teacher's, and what predicts, in validation, evaluation and the exported model, is the teacher's frozen classifier
+    behind the projector P. The paper is about images, and has no result for text: everything below is our adaptation.
+    Authors' code consulted for facts: DefangChen/SimKD, `models/util.py`.
+
+    Terms:
+        `feature`: the loss above, a mean over all elements, as in the authors' code. Weight 1.
+        `task`, `logits`: hard and soft loss of what the reused classifier says; the authors' switches -c and -d. Weights 0.
+
+    Args:
+        feature: `pooled`, the vector that the classifier reads, so that only the classifier is reused; `cls`, the last state
+            of [CLS], or `tokens`, all last states, so that the teacher's pooler is reused too. The two latter need a student
+            of the teacher's width: the pooler of a plain BERT is square.
+        factor: r; 1 is one linear map, larger ones are two linear maps through the teacher's width / r. The paper's projector
+            is convolutions with ReLU, and r = 2.
+        temperature: of `logits`, T > 0, a number or a schedule. 4 in the authors' toolbox.
+        loss: of `logits`: `kl`, `ce` or `mse`.
+        reduction: of `logits`: `batchmean` or `elementmean`.
+
+    The projector is linear (our choice) because the product of linear maps and a classifier is a classifier: the export is a
+    plain transformers model of the student's shape. With `pooled` the student's own pooler, a linear layer and tanh, is the
+    projector's nonlinear part. There is no ReLU at its end: features of BERT are signed. One map begins as the identity where
+    widths are equal (our choice). Dropout before the reused layers is off.
+    """
+
+    names = ("task", "logits", "feature")
+
+    def __init__(
+        self,
+        feature: str = "pooled",
+        factor: int = 1,
+        temperature: "float | Schedule" = 4.0,
+        loss: str = "kl",
+        reduction: str = "batchmean",
+    ) -> None:
+        super().__init__()
+        self.feature = checked(feature, FEATURES, "method.feature")
+        if type(factor) is not int or factor < 1:
+            raise InputError(f"method.factor={factor} must be a whole number, 1 or more", "method.factor")
+        self.factor = factor
+        self.temperature = checked_temperature(temperature)
+        self.loss = checked(loss, SOFT_LOSSES, "method.loss")
+        self.reduction = checked(reduction, BATCH_MEANS, "method.reduction")
+        self.depths = (0, 0)
+
+    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+        """Put the teacher's frozen layers and the projector in the place of the student's.
+
+        Raises:
+            InputError: for models without a classifier, several teachers, or widths that cannot be exported.
+        """
+        (teacher,) = teachers
+        if self.feature != "pooled" and student.width != teacher.width:
+            raise InputError(
+                f"method.feature={self.feature} reuses the teacher's pooler, which a plain model has at its own width only: "
+                f"the student has {student.width}, the teacher {teacher.width}; use method.feature=pooled",
+                "method.feature",
+            )
+        if teacher.width % self.factor:
+            raise InputError(
+                f"method.factor={self.factor} does not divide the teacher's width of {teacher.width}", "method.factor"
+            )
+        theirs = teacher.encoder if isinstance(teacher, FrozenTeacher) else teacher
+        replaced = dict(student.model.named_modules()).get(student.family.outputs)
+        if isinstance(replaced, Reused):
+            raise InputError("method=simkd reuses one teacher's classifier; use pool=none with one teacher", "pool")
+        if not isinstance(replaced, nn.Linear) or not isinstance(theirs.outputs, nn.Linear):
+            raise InputError("method=simkd reuses a teacher's classifier, and these models have none", "method")
+        project, columns = projector(student.width, teacher.width, self.factor), getattr(teacher, "columns", None)
+        if self.feature == "pooled":
+            student.put(student.family.outputs, Reused(theirs.outputs, project, columns))
+        else:
+            student.put(student.family.pooler, Reused(theirs.model.get_submodule(theirs.family.pooler), project))
+            student.put(student.family.outputs, Reused(theirs.outputs, nn.Sequential(), columns))
+        student.put((student.family.outputs.rpartition(".")[0] + ".dropout").lstrip("."), nn.Identity())
+        self.depths = (student.depth, teacher.depth)
+
+    def needs(self) -> tuple[Needs, Sequence[Needs]]:
+        """The feature, of both."""
+        ours, theirs = (
+            {
+                "pooled": Needs(pooled=True),
+                "cls": Needs(cls=[depth]),
+                "tokens": Needs(hidden=[depth]),
+            }[self.feature]
+            for depth in self.depths
+        )
+        return ours, [theirs]
+
+    def terms(self, step: Step) -> dict[str, Tensor]:
+        """The distance of features, and the losses of what the reused classifier says."""
+        student, teacher = step.student.outputs, step.teacher.outputs
+        model: Any = step.student.model
+        path = model.family.outputs if self.feature == "pooled" else model.family.pooler
+        project = model.model.get_submodule(path).project
+        if self.feature == "tokens":
+            distance = token_error(project(student.hidden(self.depths[0])), teacher.hidden(self.depths[1]), student.mask)
+        elif self.feature == "cls":
+            distance = squared_distance(project(student.cls(self.depths[0])), teacher.cls(self.depths[1]))
+        else:
+            distance = squared_distance(project(student.pooled), teacher.pooled)
+        temperature = self.temperature(step.progress.fraction)
+        return {
+            "task": step.task.hard(student.logits, step.batch.labels),
+            "logits": step.task.soft(student.logits, teacher.logits, temperature, self.loss, self.reduction),
+            "feature": distance,
+        }
+
+    def describe(self) -> dict[str, str]:
+        """What predicts."""
+        reused = "classifier" if self.feature == "pooled" else "pooler and classifier"
+        return {"what predicts": f"the teacher's frozen {reused}, behind a learned linear map of the student's features"}
+
+
+def projector(student: int, teacher: int, factor: int) -> nn.Sequential:
+    """Linear maps from the student's width to the teacher's: one, or two through the teacher's width / factor."""
+    if factor == 1:
+        return nn.Sequential(projection(student, teacher))
+    return nn.Sequential(nn.Linear(student, teacher // factor), nn.Linear(teacher // factor, teacher))
+
+
+def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of two vectors for each example, (batch, width) each; no gradient flows to the teacher's."""
+    return nn.functional.mse_loss(at_least_float32(student), at_least_float32(teacher.detach()))
