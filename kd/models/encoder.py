@@ -75,8 +75,8 @@ class Encoder(nn.Module):
             raise ValueError(f"needs declare layer {needs.deepest()} of a model with {self.depth} layers: {needs}")
         taken = {name: inputs[name] for name in self.family.inputs if name in inputs}
         embedded = inputs.get("embedded")
-        pooled: dict[str, dict[int | str, Tensor]] = {}
-        with record(self.base, self.family, needs, embedded) as seen, self._pooled_in(pooled, needs):
+        more: dict[str, dict[int | str, Tensor]] = {}
+        with record(self.base, self.family, needs, embedded) as seen, self._pooled_in(more, needs):
             if self.compiled and embedded is None and not (needs.gradient or needs.attention or needs.value):
                 with compiled_blocks(self.base.get_submodule(self.family.blocks).children()):
                     logits = self._logits(taken, inputs.get("predicted"))
@@ -86,6 +86,8 @@ class Encoder(nn.Module):
                     logits = self._logits(taken, inputs.get("predicted"))
             else:
                 logits = self._logits(taken, inputs.get("predicted"))
+        if needs.derived:
+            more["derived"] = {name: compute(self, inputs).detach() for name, compute in needs.derived.items()}
         score_bias = self.family.score_bias
         states = inputs["input_ids"]
         return Outputs(
@@ -93,7 +95,7 @@ class Encoder(nn.Module):
             mask=inputs["attention_mask"].bool(),
             needs=needs,
             heads=self.heads,
-            tensors={**seen, **pooled},
+            tensors={**seen, **more},
             score_bias=None if score_bias is None else lambda: score_bias(self.base, states),
         )
 

@@ -1,7 +1,6 @@
 """Frozen teachers."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -116,12 +115,7 @@ class FrozenTeacher:
         self.encoder.eval()
         with torch.set_grad_enabled(needs.gradient):
             outputs: Outputs = self.encoder(inputs, needs)
-        if not needs.derived:
-            return outputs
-        derived: dict[int | str, torch.Tensor] = {
-            name: compute(self.encoder, inputs).detach() for name, compute in needs.derived.items()
-        }
-        return replace(outputs, tensors={**outputs.tensors, "derived": derived})
+        return outputs
 
     def in_order(self, outputs: Outputs) -> Outputs:
         """The same with the logits in the task's label order."""

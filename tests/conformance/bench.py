@@ -199,11 +199,11 @@ class Recorded:
     """Every read of an `Outputs`, by object."""
 
     def __init__(self, monkeypatch: Any) -> None:
-        self.reads: list[tuple[int, str, int]] = []
+        self.reads: list[tuple[Outputs, str, int]] = []  # kept, so that no two share an address
         original = Outputs._take
 
         def spy(outputs: Outputs, declared: str, kind: str, layer: int) -> torch.Tensor:
-            self.reads.append((id(outputs), declared, layer))
+            self.reads.append((outputs, declared, layer))
             return original(outputs, declared, kind, layer)
 
         monkeypatch.setattr(Outputs, "_take", spy)
@@ -212,7 +212,7 @@ class Recorded:
         """What was read of one forward's outputs: kind -> layers."""
         found: dict[str, set[int]] = {kind: set() for kind in KINDS}
         for owner, declared, layer in self.reads:
-            if owner == id(outputs):
+            if owner is outputs:
                 found[declared].add(layer)
         return found
 

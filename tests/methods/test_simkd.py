@@ -122,7 +122,9 @@ def test_sizes_of_the_projector() -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "mpnet"])
-@pytest.mark.parametrize(("feature", "width", "factor"), [("pooled", 16, 1), ("pooled", 16, 4), ("cls", 32, 1), ("tokens", 32, 2)])
+@pytest.mark.parametrize(
+    ("feature", "width", "factor"), [("pooled", 16, 1), ("pooled", 16, 4), ("cls", 32, 1), ("tokens", 32, 2)]
+)
 def test_the_export_is_a_plain_model_with_the_same_logits(
     family: str, feature: str, width: int, factor: int, tmp_path: Path
 ) -> None:

@@ -1,0 +1,117 @@
+"""Which tokens drive a decision: integrated gradients with respect to hidden states, and losses between their maps."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kd.functional.hidden import at_least_float32, mean_over_real
+
+TARGETS = ("loss", "logit")
+DISTANCES = ("l2", "l1", "smooth_l1")
+REDUCTIONS = ("examples", "tokens", "norm")
+
+
+def scores(logits: Tensor, target: str = "loss") -> Iterator[Tensor]:
+    """What is attributed to the tokens, one view after another, each (batch,).
+
+    Args:
+        logits: (batch, classes); one class is a regression's score.
+        target: `loss` is the negative log-probability of each class in turn, and of the first alone where there are two: the
+            other's gradient is the same but for a factor. `logit` is each logit.
+
+    Raises:
+        ValueError: for another word.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target '{target}' is not one of {', '.join(TARGETS)}")
+    logits = at_least_float32(logits)
+    classes = logits.shape[-1]
+    values = logits if target == "logit" or classes == 1 else -logits.log_softmax(dim=-1)
+    yield from values.unbind(dim=-1)[: 1 if target == "loss" and classes == 2 else classes]
+
+
+def attributions(passes: Sequence[tuple[Tensor, Tensor]], target: str = "loss", create_graph: bool = False) -> Tensor:
+    r"""Integrated gradients with a baseline of zero: :math:`s = h \odot \frac{1}{m} \sum_k \partial F(\frac{k}{m} h)`.
+
+    Source: Sundararajan, Taly, Yan, ICML 2017, arXiv:1703.01365, eq. 3; Wu et al., AD-KD, ACL 2023, arXiv:2305.10010.
+
+    Args:
+        passes: for k = 1 to m, the logits (batch, classes) of the pass at k/m of the states, and those states, (batch, tokens,
+            width), in its graph; the last are the states themselves. One pass is the gradient times the input.
+        target: see `scores`.
+        create_graph: so that a loss of the result can be differentiated.
+
+    Returns:
+        (batch, tokens, width, views). An example's sum of F has a factor of its own that later normalisation removes, so
+        whether F is averaged over the batch does not matter.
+    """
+    views = []
+    for logits, at in passes:
+        each = [
+            torch.autograd.grad(score.sum(), at, create_graph=create_graph, retain_graph=True)[0]
+            for score in scores(logits, target)
+        ]
+        views.append(torch.stack(each, dim=-1))
+    states = passes[-1][1]
+    return states[..., None] * torch.stack(views).mean(dim=0)
+
+
+def token_maps(attributed: Tensor, keep: int | None = None) -> Tensor:
+    """The length of each token's attribution.
+
+    Args:
+        attributed: (batch, tokens, width, views).
+        keep: K, how many of a token's entries count, the largest; None counts all.
+
+    Returns:
+        (batch, tokens, views), not negative.
+    """
+    attributed = at_least_float32(attributed)
+    if keep is not None and keep < attributed.shape[2]:
+        largest = attributed.abs().topk(keep, dim=2).indices
+        attributed = torch.zeros_like(attributed).scatter(2, largest, attributed.gather(2, largest))
+    lengths: Tensor = torch.linalg.vector_norm(attributed, dim=2)
+    return lengths
+
+
+def map_error(
+    student: Tensor, teacher: Tensor, mask: Tensor, distance: str = "l2", norm: float = 2.0, reduction: str = "examples"
+) -> Tensor:
+    """Distance between normalised attribution maps, summed over views.
+
+    Source: Wu et al., AD-KD, ACL 2023, arXiv:2305.10010; authors' code `loss.py`.
+
+    Args:
+        student: (batch, tokens, views), as `token_maps` gives them.
+        teacher: the same; the target, no gradient flows to it.
+        mask: (batch, tokens), bool, False on padding, where maps are 0.
+        distance: `l2`, the square of a token's difference; `l1`; `smooth_l1`.
+        norm: p of the norm over an example's tokens that maps are divided by.
+        reduction: `examples` averages over the real tokens of an example, then over the examples (our choice: no example
+            depends on the others); `tokens` averages over the real tokens of the batch (authors' code, which counts the tokens
+            whose map is not 0); `norm` is the Euclidean norm of an example's differences, all views together, averaged over
+            the examples (paper).
+
+    Raises:
+        ValueError: for shapes that differ, or an unknown word.
+
+    >>> maps = torch.tensor([[[3.0], [4.0]]]), torch.tensor([[[3.0], [2.0]]])
+    >>> round(map_error(*maps, torch.ones(1, 2).bool()).item(), 6)
+    0.05701
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"maps of student and teacher differ in shape: {tuple(student.shape)}, {tuple(teacher.shape)}")
+    student = at_least_float32(student)
+    student, teacher = (F.normalize(maps, p=norm, dim=1) for maps in (student, teacher.detach().to(student.dtype)))
+    if reduction == "norm":
+        distances: Tensor = torch.linalg.vector_norm((student - teacher).flatten(1), dim=1)
+        return distances.mean()
+    each = {"l2": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}[distance](student, teacher, reduction="none")
+    each = each.sum(dim=-1)
+    if reduction == "tokens":
+        return each[mask].mean()
+    if reduction != "examples":
+        raise ValueError(f"reduction '{reduction}' is not one of {', '.join(REDUCTIONS)}")
+    return mean_over_real(each, mask, "strict")

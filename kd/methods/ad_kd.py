@@ -1,0 +1,193 @@
+"""Attribution-driven distillation."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd.errors import InputError
+from kd.forward import Needs, Outputs
+from kd.functional import attribution
+from kd.functional.logits import SOFT_LOSSES
+from kd.methods.base import Method, Step
+from kd.methods.kd import BATCH_MEANS, checked, checked_temperature
+from kd.models import Encoder, FrozenTeacher
+from kd.schedules import Schedule
+
+Run = Callable[[Mapping[str, Tensor], Needs], Outputs]
+
+
+def passes(run: Run, inputs: Mapping[str, Tensor], outputs: Outputs, steps: int, layer: int) -> list[tuple[Tensor, Tensor]]:
+    """Logits and states of the passes at 1/m, 2/m, ... of a layer's states; the last is the pass that there is.
+
+    Args:
+        run: makes a pass.
+        inputs: of the pass that there is.
+        outputs: of it.
+        steps: m.
+        layer: whose states; 0 where there is more than one step.
+    """
+    whole = outputs.hidden(layer)
+    found = []
+    for step in range(1, steps):
+        scaled = run({**inputs, "embedded": whole * (step / steps)}, outputs.needs)
+        found.append((scaled.logits, scaled.hidden(layer)))
+    return [*found, (outputs.logits, whole)]
+
+
+@dataclass(frozen=True)
+class TeacherMaps:
+    """The attribution maps of a frozen teacher, (batch, tokens, views): see `kd.functional.attribution.token_maps`.
+
+    Attributes:
+        layer: whose states the decision is attributed to.
+        steps: m of the integral.
+        keep: K, entries of a token's attribution that count; None is all.
+        target: what is attributed.
+    """
+
+    layer: int
+    steps: int
+    keep: int | None
+    target: str
+
+    @property
+    def name(self) -> str:
+        """Everything that the maps depend on but the teacher and the text."""
+        return f"attribution-{self.target}-layer{self.layer}-m{self.steps}-k{self.keep or 'all'}"
+
+    def __call__(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The maps of these inputs."""
+        with torch.enable_grad():
+            outputs = model(inputs, Needs(hidden=[self.layer], gradient=True))
+            found = passes(model, inputs, outputs, self.steps, self.layer)
+            return attribution.token_maps(attribution.attributions(found, self.target), self.keep)
+
+
+class ADKD(Method):
+    r"""Attribution-driven knowledge distillation (Wu, Chen, Quan, Wang, Wang, ACL 2023, arXiv:2305.10010).
+
+    :math:`L = (1 - \alpha) L_{ce} + \alpha L_{logit} + \beta L_{attr}`: beside logits, the student imitates which tokens drive
+    each decision of the teacher. A token's attribution is the length of its integrated gradients with respect to the embedding
+    layer's output, a teacher's after its K largest entries alone are kept; maps are normalised over the tokens and compared for
+    every class. Authors' code consulted for facts: brucewsy/AD-KD, `loss.py`, `glue_train.py`.
+
+    Terms:
+        `task`: :math:`L_{ce}`. Weight 1 - alpha.
+        `logits`: :math:`L_{logit}`, the soft cross entropy, without T squared (authors' code). Weight alpha.
+        `attribution`: :math:`L_{attr}`. Weight beta.
+
+    Args:
+        temperature: T > 0, a number or a schedule; the authors' `kd_anneal` is a `kd.schedules.Staircase` from T to 1 with as
+            many steps as epochs.
+        loss: of the soft labels: `ce`, `kl` or `mse`.
+        reduction: of the soft labels: `batchmean` (authors' code) or `elementmean`.
+        steps: m of the integral. 1, the gradient times the input, in all published settings. Further steps are further passes
+            of the student, with dropout of their own; the gradient is taken at each scaled point, so that the attributions add
+            up to the difference of F.
+        topk: K, of the teacher's width; null keeps all.
+        target: `loss`, the negative log-probability of every class (authors' code; one class of two, because both views then
+            coincide), or `logit`. For regression it is the score. The authors' code takes the loss with the gold label for two
+            classes and for regression: per example it differs by a factor, which normalisation removes, but for maps of a
+            regression whose residual is 0, which vanish there and do not here.
+        layers: [student layer, teacher layer] whose states the decision is attributed to; [0, 0], the embeddings, is the
+            method, others are its ablation, with one step.
+        norm: p of the norm over tokens, 1 or 2.
+        distance: of maps: `l2`, the square (authors' default), `l1`, `smooth_l1`.
+        attribution_reduction: `examples` (our choice), `tokens` (authors' code: tokens of the whole batch, so that ranks
+            matter) or `norm` (paper); see `kd.functional.attribution.map_error`.
+
+    The student is differentiated twice. The teacher's maps are remembered like its logits: its gradients are taken once.
+    """
+
+    names = ("task", "logits", "attribution")
+
+    def __init__(
+        self,
+        temperature: "float | Schedule" = 2.0,
+        loss: str = "ce",
+        reduction: str = "batchmean",
+        steps: int = 1,
+        topk: int | None = None,
+        target: str = "loss",
+        layers: Sequence[int] = (0, 0),
+        norm: float = 2,
+        distance: str = "l2",
+        attribution_reduction: str = "examples",
+    ) -> None:
+        super().__init__()
+        self.temperature = checked_temperature(temperature)
+        self.loss = checked(loss, SOFT_LOSSES, "method.loss")
+        self.reduction = checked(reduction, BATCH_MEANS, "method.reduction")
+        for value, key in ((steps, "steps"), (1 if topk is None else topk, "topk")):
+            if type(value) is not int or value < 1:
+                raise InputError(f"method.{key}={value} must be a whole number, 1 or more", f"method.{key}")
+        self.steps, self.topk = steps, topk
+        if not isinstance(layers, Sequence) or len(layers) != 2 or not all(type(layer) is int for layer in layers):
+            raise InputError(f"method.layers={layers} is not a pair [student layer, teacher layer]", "method.layers")
+        self.layers = (layers[0], layers[1])
+        if steps > 1 and self.layers != (0, 0):
+            raise InputError(
+                f"method.steps={steps} scales the embeddings' output; with method.layers={list(layers)} use method.steps=1",
+                "method.steps",
+            )
+        self.target = checked(target, attribution.TARGETS, "method.target")
+        if norm not in (1, 2):
+            raise InputError(f"method.norm={norm} must be 1 or 2", "method.norm")
+        self.norm = float(norm)
+        self.distance = checked(distance, attribution.DISTANCES, "method.distance")
+        self.attribution_reduction = checked(attribution_reduction, attribution.REDUCTIONS, "method.attribution_reduction")
+        self.columns: list[int] | None = None
+
+    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+        """Check K and the layers; see in which order the teacher's classes stand.
+
+        Raises:
+            InputError: for more than the models have.
+        """
+        (teacher,) = teachers
+        if self.topk is not None and self.topk > teacher.width:
+            raise InputError(
+                f"method.topk={self.topk} is more than the teacher's width of {teacher.width}; null keeps all", "method.topk"
+            )
+        for layer, depth, whose in ((self.layers[0], student.depth, "student"), (self.layers[1], teacher.depth, "teacher")):
+            if not 0 <= layer < depth:
+                raise InputError(
+                    f"method.layers={list(self.layers)}: the {whose}'s decisions are attributed to layers 0 (embeddings) to "
+                    f"{depth - 1}",
+                    "method.layers",
+                )
+        self.columns = getattr(teacher, "columns", None)
+
+    @property
+    def maps(self) -> TeacherMaps:
+        """What is computed of the teacher."""
+        return TeacherMaps(self.layers[1], self.steps, self.topk, self.target)
+
+    def needs(self) -> tuple[Needs, Sequence[Needs]]:
+        """The student's states, to be differentiated; the teacher's maps."""
+        return Needs(hidden=[self.layers[0]], gradient=True), [Needs(derived={self.maps.name: self.maps})]
+
+    def terms(self, step: Step) -> dict[str, Tensor]:
+        """The three losses."""
+        student, teacher = step.student.outputs, step.teacher.outputs
+        temperature = self.temperature(step.progress.fraction)
+        found = passes(step.student.run, step.student.inputs, student, self.steps, self.layers[0])
+        ours = attribution.token_maps(attribution.attributions(found, self.target, create_graph=True))
+        theirs = teacher.derived(self.maps.name)
+        if self.columns is not None and theirs.shape[-1] == len(self.columns):
+            theirs = theirs[..., self.columns]
+        return {
+            "task": step.task.hard(student.logits, step.batch.labels),
+            "logits": step.task.soft(student.logits, teacher.logits, temperature, self.loss, self.reduction),
+            "attribution": attribution.map_error(
+                ours, theirs, student.mask, self.distance, self.norm, self.attribution_reduction
+            ),
+        }
+
+    def coupled(self) -> str:
+        """The authors' mean is over the tokens of a batch."""
+        counted = self.attribution_reduction == "tokens"
+        return "method.attribution_reduction=tokens is a mean over the tokens of a batch" if counted else ""
