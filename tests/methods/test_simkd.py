@@ -85,6 +85,8 @@ def test_the_feature_does_not_look_at_labels_and_moves_nothing_of_the_teacher(fe
         before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
         method, step = bound(student, teacher, labels=labels, feature=feature)
         terms = method.terms(step)
+        deepest = student.model.bert.encoder.layer[0].attention.self.query.weight
+        assert torch.autograd.grad(terms["feature"], deepest, retain_graph=True)[0].abs().max() > 0
         (terms["feature"] + 0 * terms["task"] + 0 * terms["logits"]).backward()
         reused = [module for module in student.modules() if isinstance(module, Reused)]
         assert len(reused) == (1 if feature == "pooled" else 2)
