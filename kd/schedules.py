@@ -98,7 +98,8 @@ class Staircase:
         """The value at a fraction of training."""
         # A step begins at step / steps; the fraction comes from a division that may fall short of it by rounding.
         step = min(math.floor(min(max(fraction, 0.0), 1.0) * self.steps + 1e-9), self.steps - 1)
-        return self.end if self.steps == 1 else self.start + (self.end - self.start) * step / (self.steps - 1)
+        share = 1.0 if self.steps == 1 else step / (self.steps - 1)
+        return self.start * (1 - share) + self.end * share
 
 
 def as_schedule(value: "float | Schedule") -> Schedule:
