@@ -82,8 +82,8 @@ class Staircase:
 
     With as many steps as epochs it changes from epoch to epoch, as in AD-KD's annealed temperature.
 
-    >>> [Staircase(start=4.0, end=1.0, steps=4)(fraction) for fraction in (0.0, 0.24, 0.25, 0.99, 1.0)]
-    [4.0, 4.0, 3.0, 1.0, 1.0]
+    >>> [Staircase(start=4.0, end=1.0, steps=3)(fraction) for fraction in (0.0, 0.3, 0.4, 0.7, 1.0)]
+    [4.0, 4.0, 2.5, 1.0, 1.0]
     """
 
     start: float

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kd.schedules import Constant, Cosine, Linear, Piecewise, as_schedule
+from kd.schedules import Constant, Cosine, Linear, Piecewise, Staircase, as_schedule
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,20 @@ def test_a_schedule_stays_what_it_is() -> None:
 def test_what_is_neither_is_refused(value: object) -> None:
     with pytest.raises((TypeError, ValueError)):
         as_schedule(value)
+
+
+def test_a_staircase_has_as_many_values_as_steps_and_ends_at_its_end() -> None:
+    falling = Staircase(start=4.0, end=1.0, steps=10)
+    assert [falling(n / 10) for n in range(10)] == pytest.approx([4 - n / 3 for n in range(10)])
+    assert falling(1.0) == 1.0
+    for steps in range(1, 30):
+        stairs = Staircase(start=1 / steps, end=1.0, steps=steps)
+        for length in (steps, 7 * steps, 13 * steps):
+            found = [stairs(step / length) for step in range(length)]
+            assert found == pytest.approx([(1 + step * steps // length) / steps for step in range(length)])
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, True])
+def test_a_staircase_has_a_whole_number_of_steps(steps: float) -> None:
+    with pytest.raises(ValueError, match="whole number"):
+        Staircase(1.0, 0.0, steps)  # type: ignore[arg-type]

@@ -92,7 +92,7 @@ def test_a_number_of_steps_that_does_not_divide_the_epochs_is_refused(tau_max: f
 
 def test_the_error_reaches_the_command_before_anything_is_trained(small: Small) -> None:
     run = planned(small(*SHORT, "method.before.tau_max=3"))
-    with pytest.raises(InputError, match="2 epochs cannot be divided into; take .* 3 epochs") as error:
+    with pytest.raises(InputError, match=r"2 epochs cannot be divided into; take .* 3 epochs") as error:
         train.execute(run)
     assert error.value.key == "method.before.tau_max"
     assert not any(needed.directory.is_dir() and needed.result is None for needed in run.inputs.values())
