@@ -79,6 +79,13 @@ def test_score_error_gives_the_numbers_of_the_card(padding: str, expected: float
     assert score_error(ours, theirs, mask, padding).item() == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize(("padding", "expected"), [("reference", 1 + 3**2 + 2**2 + 0), ("strict", 1 + 103**2 + 2**2 + 40**2)])
+def test_scores_that_look_masked_are_taken_for_it_by_the_reference_alone(padding: str, expected: float) -> None:
+    ours, theirs = card([[1, -100], [3, -110]]), card([[0, 3], [1, -150]])
+    found = score_error(ours, theirs, torch.ones(1, 2).bool(), padding)
+    assert found.item() == pytest.approx(expected / 4, abs=1e-12)
+
+
 @pytest.mark.parametrize("padding", PADDING)
 def test_divergence_gives_the_numbers_of_the_card(padding: str) -> None:
     ours, theirs = card([[0, 0], [0, 0]]), card([[1, 0], [0, 0]])

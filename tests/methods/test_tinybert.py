@@ -328,6 +328,8 @@ def test_blocks_above_the_map_are_left_alone(teacher: FrozenTeacher) -> None:
     bound(student, teacher, layers=[[2, 6], [1, 3]])
     trained = {name.split(".")[2] for name, p in student.base.named_parameters() if "layer." in name and p.requires_grad}
     assert trained == {"0", "1"}
+    method, _ = bound(student, teacher, layers=[[2, 6]], project="layer")
+    assert sorted(method.projections) == ["0", "2"]  # one that nothing uses would get no gradient
 
 
 @pytest.mark.parametrize("family", ["roberta", "distilbert", "mpnet"])
@@ -350,6 +352,13 @@ def test_what_the_head_shares_with_the_embeddings_is_trained() -> None:
     freeze_above(model, 2)
     assert model.base.embeddings.word_embeddings.weight.requires_grad
     assert not model.model.cls.predictions.transform.dense.weight.requires_grad
+
+
+def test_a_block_that_also_lies_below_is_trained() -> None:
+    student = encoder(2)
+    student.base.encoder.layer[1] = student.base.encoder.layer[0]
+    freeze_above(student, 1)
+    assert all(parameter.requires_grad for parameter in student.base.encoder.parameters())
 
 
 def test_projection_is_of_the_students_width_by_the_teachers(narrow: Encoder, teacher: FrozenTeacher, student: Encoder) -> None:
