@@ -49,7 +49,10 @@ class Run:
         for role, needed in self.inputs.items():
             if not role.startswith("teacher "):  # a stage or pilot has the seed of the run that it is for
                 inputs[role] = needed.family
-        return digest_of({**self.identity, "inputs": inputs, "seed": None})
+        # What a method takes from the seed is the seed: `draw_seed: ${seed}`.
+        seeds = {name for name, value in self.config.method.items_ex(resolve=False) if value == "${seed}"}
+        method = {name: value for name, value in self.identity["method"].items() if name not in seeds}
+        return digest_of({**self.identity, "method": method, "inputs": inputs, "seed": None})
 
     @property
     def result(self) -> dict[str, Any] | None:

@@ -335,6 +335,16 @@ def test_a_family_is_of_runs_that_differ_in_the_seed_alone(alone: Planner, more:
     assert runs[0].family == runs[1].family != alone("optimizer.lr=3e-3", *more).family
 
 
+def test_a_method_that_draws_by_the_seed_is_of_one_family_over_seeds(planned: Planner) -> None:
+    random = ["method=tinybert", "method.before.layers=random"]
+    runs = [planned(*random, f"seed={seed}") for seed in range(2)]
+    assert [run.inputs["before"].spec.method["draw_seed"] for run in runs] == [0, 1]
+    assert runs[0].inputs["before"].digest != runs[1].inputs["before"].digest
+    assert runs[0].family == runs[1].family
+    fixed = [planned(*random, "method.before.draw_seed=7", f"seed={seed}") for seed in range(2)]
+    assert fixed[0].family == fixed[1].family != runs[0].family
+
+
 def test_stages_chain(planned: Planner) -> None:
     first = "\"student.run=['method=finetune','student.init=random']\""
     run = planned("student.init=run", f"student.run=['method=kd','student.init=run',{first}]")

@@ -1,5 +1,8 @@
 """Losses between attention maps."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,6 +10,9 @@ from kd.functional.hidden import at_least_float32, mean_over_real
 
 MASKED = -100.0
 """Scores at or below it are taken for masked ones by TinyBERT's code."""
+
+DIRECTIONS = ("forward", "reverse")
+"""Of a divergence: from the teacher's distribution to the student's, or from the student's to the teacher's."""
 
 
 def score_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "strict") -> Tensor:
@@ -31,12 +37,97 @@ def score_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "
     >>> [score_error(ours, theirs, mask, padding).item() for padding in ("reference", "strict")]
     [1.25, 1.0]
     """
-    if student.shape != teacher.shape:
-        raise ValueError(f"scores of student and teacher differ in shape: {tuple(student.shape)}, {tuple(teacher.shape)}")
-    student = at_least_float32(student)
-    teacher = teacher.detach().to(student.dtype)
+    student, teacher = _alike(student, teacher)
     keys = mask[:, None, None, :]
     if padding == "reference":
         student, teacher = (torch.where(keys & (scores > MASKED), scores, 0.0) for scores in (student, teacher))
     squares = ((student - teacher) ** 2).mean(dim=1)
     return mean_over_real(squares, mask[:, :, None] & mask[:, None, :], padding)
+
+
+def probability_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "strict") -> Tensor:
+    """Mean squared error between attention probabilities; head i of one meets head i of the other.
+
+    What TinyBERT's authors decided against (Jiao et al., arXiv:1909.10351, section 3.1: scores converge faster). They published
+    no code of it; the reductions are those of `score_error`.
+
+    Args:
+        student: (batch, heads, tokens, tokens), queries by keys; every row adds up to 1, with nothing on padded keys.
+        teacher: the same shape; the target, no gradient flows to it.
+        mask: (batch, tokens), bool, False on padding.
+        padding: `strict` averages over heads and pairs of real tokens of an example, then over the examples; `reference`
+            averages over everything, where rows of padded queries count and padded keys add nothing.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    >>> ours, theirs = torch.tensor([[[[0.5, 0.5], [0.5, 0.5]]]]), torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])
+    >>> probability_error(ours, theirs, torch.ones(1, 2).bool()).item()
+    0.125
+    """
+    student, teacher = _alike(student, teacher)
+    squares = ((student - teacher) ** 2).mean(dim=1)
+    return mean_over_real(squares, mask[:, :, None] & mask[:, None, :], padding)
+
+
+def attention_divergence(
+    student: Tensor, teacher: Tensor, mask: Tensor, direction: str = "forward", padding: str = "strict"
+) -> Tensor:
+    r"""Kullback-Leibler divergence between attention distributions, in nats; head i of one meets head i of the other.
+
+    A row is a distribution over the real keys of an example: the softmax of its scores. The divergence is summed over keys
+    and averaged over heads and rows. Padded keys add exactly nothing, whatever their scores are.
+
+    Source: Dankar, Jassani, Kumar, 2023, arXiv:2308.13958, name it in the abstract; direction and reduction are our choice.
+
+    Args:
+        student: (batch, heads, tokens, tokens) scores before softmax, queries by keys, without a padding mask added.
+        teacher: the same shape; the target, no gradient flows to it. Log-probabilities are scores too.
+        mask: (batch, tokens), bool, False on padding.
+        direction: `forward` is :math:`KL(p_t \| p_s)`, `reverse` is :math:`KL(p_s \| p_t)`.
+        padding: `strict` averages over heads and rows of real queries of an example, then over the examples; `reference`
+            averages over heads, all rows and examples.
+
+    Raises:
+        ValueError: if the shapes differ, or for an unknown word.
+
+    >>> ours, theirs = torch.zeros(1, 1, 2, 2), torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
+    >>> round(attention_divergence(ours, theirs, torch.ones(1, 2).bool()).item(), 6)
+    0.055472
+    """
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction '{direction}' is not one of {', '.join(DIRECTIONS)}")
+    student, teacher = (_log_probabilities(scores, mask) for scores in _alike(student, teacher))
+    of, to = (teacher, student) if direction == "forward" else (student, teacher)
+    gap = (of - to).masked_fill(~mask[:, None, None, :], 0.0)
+    rows = (of.exp() * gap).sum(dim=-1)
+    return mean_over_real(rows.mean(dim=1), mask, padding)
+
+
+def mean_distribution(scores: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """Log of the mean of several layers' attention probabilities, which is what scores are to a softmax.
+
+    The mean is taken of probabilities and not of scores; it never leaves logarithms, so a key that no layer looks at does not
+    become an infinity.
+
+    Args:
+        scores: of each layer, (batch, heads, tokens, tokens), before softmax, without a padding mask added.
+        mask: (batch, tokens), bool, False on padding.
+
+    Returns:
+        (batch, heads, tokens, tokens); on padded keys the lowest number there is, or near it.
+    """
+    logs = torch.stack([_log_probabilities(at_least_float32(each), mask) for each in scores])
+    return logs.logsumexp(dim=0) - math.log(len(scores))
+
+
+def _log_probabilities(scores: Tensor, mask: Tensor) -> Tensor:
+    return scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min).log_softmax(dim=-1)
+
+
+def _alike(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the same precision, at least float32; the teacher's as a constant."""
+    if student.shape != teacher.shape:
+        raise ValueError(f"attention of student and teacher differs in shape: {tuple(student.shape)}, {tuple(teacher.shape)}")
+    student = at_least_float32(student)
+    return student, teacher.detach().to(student.dtype)

@@ -5,9 +5,13 @@ Layer 0 is the embedding output, layer *l* the output of block *l*; a pair is (s
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from kd.errors import InputError, one_of
 
 Pairs = tuple[tuple[int, int], ...]
+Blocks = tuple[tuple[int, tuple[int, ...]], ...]
+"""A student layer, and the teacher layers that it meets together."""
 
 
 def skip(student: int, teacher: int) -> Pairs:
@@ -44,6 +48,55 @@ def uniform(student: int, teacher: int) -> Pairs:
 
 
 NAMED: dict[str, Callable[[int, int], Pairs]] = {"skip": skip, "last": last, "uniform": uniform}
+
+
+def top(student: int, teacher: int) -> Pairs:
+    """Student layers 1 .. N meet the teacher's last N.
+
+    Source: Jiao et al., TinyBERT, arXiv:1909.10351, table 4 (g(m) = m + N - M).
+
+    >>> top(4, 12)
+    ((1, 9), (2, 10), (3, 11), (4, 12))
+    """
+    return tuple((layer, layer + teacher - student) for layer in range(1, student + 1))
+
+
+def bottom(student: int, teacher: int) -> Pairs:
+    """Student layers 1 .. N meet the teacher's first N. The source is that of `top` (g(m) = m)."""
+    return tuple((layer, layer) for layer in range(1, student + 1))
+
+
+def drawn(student: int, teacher: int, generator: np.random.Generator) -> Pairs:
+    """Student layers 1 .. N meet N different teacher layers, drawn with equal chance and put in ascending order.
+
+    Dankar et al., arXiv:2308.13958, name a random map; how they draw it is unknown, this is our choice.
+
+    Raises:
+        ValueError: for a student deeper than its teacher.
+    """
+    layers = sorted(generator.choice(np.arange(1, teacher + 1), size=student, replace=False).tolist())
+    return tuple(enumerate(layers, start=1))
+
+
+def blocks(student: int, teacher: int, key: str = "method.layers") -> Blocks:
+    """The teacher's layers in as many blocks of equal size as the student has layers, which meet them one by one.
+
+    The last layers of the blocks are TinyBERT's uniform map.
+
+    Raises:
+        InputError: if the depths do not divide.
+
+    >>> blocks(2, 6)
+    ((1, (1, 2, 3)), (2, (4, 5, 6)))
+    """
+    if teacher % student:
+        raise InputError(
+            f"a student of {student} layers does not divide its teacher's {teacher} into blocks of equal size; take one of "
+            f"{', '.join(str(n) for n in range(1, teacher + 1) if teacher % n == 0)} layers, or give pairs, as [[1, 2], ...]",
+            key,
+        )
+    size = teacher // student
+    return tuple((layer, tuple(range((layer - 1) * size + 1, layer * size + 1))) for layer in range(1, student + 1))
 
 
 def resolve(spec: str | Sequence[Sequence[int]], student: int, teacher: int, key: str = "method.layers") -> Pairs:
@@ -95,3 +148,12 @@ def resolve(spec: str | Sequence[Sequence[int]], student: int, teacher: int, key
 def describe(pairs: Pairs) -> str:
     """The map in words, for the preflight."""
     return ", ".join(f"{student}<-{teacher}" for student, teacher in pairs) or "none"
+
+
+def describe_blocks(found: Blocks) -> str:
+    """The same of layers that meet several at once.
+
+    >>> describe_blocks(((1, (1, 2, 3)), (2, (6,))))
+    '1<-1+2+3, 2<-6'
+    """
+    return ", ".join(f"{student}<-{'+'.join(map(str, block))}" for student, block in found)

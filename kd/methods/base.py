@@ -156,3 +156,18 @@ def projection(student: int, teacher: int) -> nn.Linear:
         nn.init.eye_(linear.weight)
         nn.init.zeros_(linear.bias)
     return linear
+
+
+def freeze_above(student: Encoder, layer: int) -> None:
+    """Freeze what no loss on layers up to this one reaches: later blocks, the pooler and the head.
+
+    What these share with the part below stays trained, as the word embeddings of a masked language model.
+    """
+    blocks = [student.base.get_submodule(f"{student.family.blocks}.{place}") for place in range(student.depth)]
+    below = [student.base.get_submodule(student.family.embeddings), *blocks[:layer]]
+    above = [*blocks[layer:], *(module for name, module in student.base.named_children() if name == "pooler")]
+    reached = set(student.base.parameters()) - {parameter for module in above for parameter in module.parameters()}
+    reached |= {parameter for module in below for parameter in module.parameters()}
+    for parameter in student.parameters():
+        if parameter not in reached:
+            parameter.requires_grad_(False)

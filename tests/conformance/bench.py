@@ -94,7 +94,7 @@ def more_padding(batch: Batch, tokens: int = 4) -> Batch:
 
 
 SHAPES = (
-    {"layers": 2, "width": 24, "heads": 2},
+    {"layers": 2, "width": 24, "heads": 4},
     {"layers": 3, "width": 16, "heads": 2},
     {"layers": 2, "width": 16, "heads": 4},
 )

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kd.functional.hidden import REDUCTIONS, patience
+from kd.functional.hidden import PADDING, REDUCTIONS, patience, token_error
 
 STUDENT, TEACHER = torch.tensor([[[3.0, 4.0]]]).double(), torch.tensor([[[4.0, 3.0]]]).double()
 BATCH, LAYERS, WIDTH = 3, 2, 5
@@ -111,3 +111,20 @@ def test_shapes_that_differ_are_refused_not_broadcast(shape: tuple[int, ...]) ->
 def test_unknown_reduction_is_named() -> None:
     with pytest.raises(ValueError, match="'mean' is not one of elements, vectors, examples, sum"):
         patience(STUDENT, TEACHER, reduction="mean")
+
+
+@pytest.mark.parametrize("padding", PADDING)
+def test_token_error_equals_equation_8_of_tinybert_written_as_loops(padding: str) -> None:
+    lengths = (4, 3, 1)
+    mask = torch.arange(4) < torch.tensor(lengths)[:, None]
+    ours, theirs = torch.randn(2, BATCH, 4, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = []
+    for item, length in enumerate(lengths):
+        tokens = length if padding == "strict" else 4
+        squares = [(ours[item, t, w] - theirs[item, t, w]).item() ** 2 for t in range(tokens) for w in range(WIDTH)]
+        found.append(sum(squares) / len(squares))
+    assert token_error(ours, theirs, mask, padding).item() == pytest.approx(sum(found) / BATCH, rel=1e-10)
+    with pytest.raises(ValueError, match="'ignore' is not one of strict, reference"):
+        token_error(ours, theirs, mask, "ignore")
+    with pytest.raises(ValueError, match="shape"):
+        token_error(ours, theirs[:, :1], mask, padding)

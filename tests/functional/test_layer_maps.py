@@ -2,10 +2,11 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
 from kd.errors import InputError
-from kd.functional.layer_maps import NAMED, describe, resolve
+from kd.functional.layer_maps import NAMED, blocks, bottom, describe, describe_blocks, drawn, resolve, top
 
 
 @pytest.mark.parametrize(
@@ -93,3 +94,39 @@ def test_what_is_no_map_is_refused_by_its_key(spec: object, message: str) -> Non
 def test_description_shows_each_pair() -> None:
     assert describe(((1, 2), (2, 4))) == "1<-2, 2<-4"
     assert describe(()) == "none"
+    assert describe_blocks(((1, (1, 2)), (2, (4,)))) == "1<-1+2, 2<-4"
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(4, 12), (6, 12), (3, 3), (1, 5)])
+def test_top_and_bottom_are_tinyberts(student: int, teacher: int) -> None:
+    layers = range(1, student + 1)
+    assert top(student, teacher) == tuple((m, m + teacher - student) for m in layers)
+    assert bottom(student, teacher) == tuple((m, m) for m in layers)
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(4, 12), (6, 12), (3, 3), (1, 5)])
+def test_blocks_share_out_every_teacher_layer_and_end_where_the_uniform_map_is(student: int, teacher: int) -> None:
+    found = blocks(student, teacher)
+    assert [layer for _, block in found for layer in block] == list(range(1, teacher + 1))
+    assert ((0, 0), *((ours, block[-1]) for ours, block in found)) == resolve("uniform", student, teacher)
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(5, 12), (12, 5), (8, 12)])
+def test_depths_that_do_not_divide_have_no_blocks(student: int, teacher: int) -> None:
+    with pytest.raises(InputError, match=f"{student} layers does not divide its teacher's {teacher}") as caught:
+        blocks(student, teacher, "method.before.layers")
+    assert caught.value.key == "method.before.layers"
+
+
+def test_drawn_layers_are_different_ascending_and_all_of_them_come_up() -> None:
+    generator, seen = np.random.default_rng(0), np.zeros(7, int)
+    for _ in range(600):
+        pairs = drawn(3, 6, generator)
+        assert [ours for ours, _ in pairs] == [1, 2, 3]
+        layers = [theirs for _, theirs in pairs]
+        assert layers == sorted(set(layers))
+        assert all(type(layer) is int for layer in layers)
+        seen[layers] += 1
+    assert seen[0] == 0
+    assert (abs(seen[1:] - 300) < 60).all()  # five standard deviations
+    assert drawn(4, 4, generator) == bottom(4, 4)

@@ -1,0 +1,213 @@
+"""TinyBERT's Transformer-layer distillation, with the loss functions and layer maps that a later study varies."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kd.errors import InputError
+from kd.forward import Needs, Outputs
+from kd.functional import layer_maps
+from kd.functional.attention import DIRECTIONS, attention_divergence, mean_distribution, probability_error, score_error
+from kd.functional.hidden import PADDING, at_least_float32, token_error
+from kd.methods.base import Method, Progress, Step, freeze_above, projection
+from kd.methods.kd import checked
+from kd.models import Encoder, FrozenTeacher
+
+MAPS = ("uniform", "top", "bottom", "mean", "random")
+TARGETS = ("scores", "probabilities", "kl")
+PROJECTIONS = ("shared", "paper", "layer")
+REDRAWS = ("run", "epoch", "step")
+
+
+class TinyBERT(Method):
+    r"""TinyBERT's stage `intermediate` (Jiao et al., Findings of EMNLP 2020, arXiv:1909.10351), eq. 7-9 and 11.
+
+    Every student layer m meets the teacher's layer g(m) in attention scores and hidden states, the embeddings meet the
+    embeddings: :math:`L = \sum_{m=1}^{M} (L_{attn}^m + L_{hidn}^m) + L_{embd}`. Logits and labels are left to the next stage,
+    the soft cross entropy of eq. 10, which is `kd.methods.kd.KD`; `conf/method/tinybert.yaml` has both. Authors' code
+    consulted for facts: huawei-noah/Pretrained-Language-Model, `TinyBERT/task_distill.py`.
+
+    Other losses, maps and weights on top of it: Improving Knowledge Distillation for BERT Models: Loss Functions, Mapping
+    Methods, and Weight Tuning (Dankar, Jassani, Kumar, 2023, arXiv:2308.13958). Only its abstract was seen, so what is said
+    below of the divergence and of the maps `random` and `mean` is our choice.
+
+    Terms, each a mean within a layer and a sum over layers, as in the authors' code:
+        `attention`: :math:`L_{attn}`, eq. 7. Weight lambda, alpha in the later study.
+        `hidden`: :math:`L_{hidn}`, eq. 8. Weight lambda, beta in the later study.
+        `embedding`: :math:`L_{embd}`, eq. 9; the authors' code adds it to the hidden loss, so beta again.
+
+    Args:
+        layers: g. `uniform` is :math:`mN/M`, `top` is :math:`m + N - M`, `bottom` is m; `mean` has the teacher's N layers in
+            M blocks and m meets the mean of its block, in scores, in probabilities (also for `kl`) and in states; `random`
+            draws M different teacher layers and keeps them in ascending order. Or a list of [student layer, teacher layer],
+            from 1.
+        redraw: `run`, `epoch` or `step`: how often `random` is drawn. For the latter two the teacher shows all its layers.
+        draw_seed: `random` follows from it and the epoch or step alone: it is the same on all ranks and after a resume.
+        attention: `scores` before softmax (paper and code), `probabilities` after it, both by their squared error; or `kl`, the
+            divergence of probabilities.
+        direction: of `kl`: `forward` is :math:`KL(p_t \| p_s)`, `reverse` is :math:`KL(p_s \| p_t)`.
+        padding: `strict` averages over real tokens of an example, then over examples (our choice: the default); `reference`
+            averages over everything, padding included, as the authors' code does.
+        project: maps from the student's width to the teacher's. `shared` is one for embeddings and all layers (authors'
+            code), `paper` is one for embeddings and one for layers (its W_e and W_h), `layer` is one for each.
+
+    Head i meets head i, so student and teacher need equally many. The paper's W_e and W_h have no bias; the authors' code and
+    we have one. The authors' code leaves the teacher's dropout on; ours is off. What no term reaches, the head and whatever
+    lies above the highest layer of the map, stays as it is: no weight decay either.
+
+    Raises:
+        InputError: for a word that is not in its list.
+    """
+
+    names = ("attention", "hidden", "embedding")
+
+    def __init__(
+        self,
+        layers: str | Sequence[Sequence[int]] = "uniform",
+        redraw: str = "run",
+        draw_seed: int = 0,
+        attention: str = "scores",
+        direction: str = "forward",
+        padding: str = "strict",
+        project: str = "shared",
+    ) -> None:
+        super().__init__()
+        if isinstance(layers, str):
+            checked(layers, MAPS, "method.layers")
+        self.layers = layers
+        self.redraw = checked(redraw, REDRAWS, "method.redraw")
+        if type(draw_seed) is not int or draw_seed < 0:
+            raise InputError(f"method.draw_seed={draw_seed!r} is not a number from 0", "method.draw_seed")
+        self.draw_seed = draw_seed
+        self.attention = checked(attention, TARGETS, "method.attention")
+        self.direction = checked(direction, DIRECTIONS, "method.direction")
+        self.padding = checked(padding, PADDING, "method.padding")
+        self.project = checked(project, PROJECTIONS, "method.project")
+        self.depths = (0, 0)
+        self.projections = nn.ModuleDict()
+
+    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+        """Compare heads, resolve the layer map, build the projections; freeze what lies above the layers that are matched.
+
+        Raises:
+            InputError: if the heads differ, or the depths do not suit the map.
+        """
+        (teacher,) = teachers
+        check_heads(student, teacher)
+        self.depths = (student.depth, teacher.depth)
+        if isinstance(self.layers, str) and student.depth > teacher.depth:
+            raise InputError(
+                f"the layer map '{self.layers}' needs a student no deeper than its teacher, got {student.depth} and "
+                f"{teacher.depth} layers; give the pairs instead, as [[student, teacher], ...]",
+                "method.layers",
+            )
+        ours = self._ours()
+        freeze_above(student, max(ours))
+        places = dict.fromkeys(self._place(layer) for layer in (0, *ours))
+        self.projections = nn.ModuleDict({place: projection(student.width, teacher.width) for place in places})
+
+    def map_at(self, progress: Progress) -> layer_maps.Blocks:
+        """Which teacher layers each student layer meets: one, but for `mean`.
+
+        Raises:
+            InputError: if the depths do not suit the map.
+        """
+        if not isinstance(self.layers, str):
+            pairs = layer_maps.resolve(self.layers, *self.depths)
+            if not pairs or any(0 in pair for pair in pairs):
+                raise InputError(
+                    f"the layer map {[list(pair) for pair in pairs]} must list pairs, and of layers from 1: embeddings meet "
+                    "embeddings without being listed",
+                    "method.layers",
+                )
+        elif self.layers in ("uniform", "mean"):
+            found = layer_maps.blocks(*self.depths)
+            return found if self.layers == "mean" else tuple((layer, block[-1:]) for layer, block in found)
+        elif self.layers == "random":
+            place = {"run": 0, "epoch": progress.epoch, "step": progress.step}[self.redraw]
+            generator = np.random.default_rng([self.draw_seed, place, *b"layers"])
+            pairs = layer_maps.drawn(*self.depths, generator)
+        else:
+            pairs = {"top": layer_maps.top, "bottom": layer_maps.bottom}[self.layers](*self.depths)
+        return tuple((ours, (theirs,)) for ours, theirs in pairs)
+
+    def needs(self) -> tuple[Needs, Sequence[Needs]]:
+        """Embeddings, and states and attention of the paired layers; of the teacher all that may yet be drawn."""
+        ours, theirs = self._ours(), {layer for _, block in self.map_at(Progress()) for layer in block}
+        if self.layers == "random" and self.redraw != "run":
+            theirs = set(range(1, self.depths[1] + 1))
+        return Needs(hidden={0, *ours}, attention=ours), [Needs(hidden={0, *theirs}, attention=theirs)]
+
+    def terms(self, step: Step) -> dict[str, Tensor]:
+        """Eq. 7, 8 and 9, each summed over layers."""
+        student, teacher = step.student.outputs, step.teacher.outputs
+        found = self.map_at(step.progress)
+        hidden = [self._hidden(student, teacher, layer, block) for layer, block in found]
+        attention = [self._attention(student, teacher, layer, block) for layer, block in found]
+        return {
+            "attention": torch.stack(attention).sum(),
+            "hidden": torch.stack(hidden).sum(),
+            "embedding": self._hidden(student, teacher, 0, (0,)),
+        }
+
+    def _hidden(self, student: Outputs, teacher: Outputs, layer: int, block: Sequence[int]) -> Tensor:
+        ours = self.projections[self._place(layer)](student.hidden(layer))
+        return token_error(ours, mean([teacher.hidden(other) for other in block]), student.mask, self.padding)
+
+    def _attention(self, student: Outputs, teacher: Outputs, layer: int, block: Sequence[int]) -> Tensor:
+        mask = student.mask
+        if self.attention == "probabilities":
+            theirs = mean([teacher.attention(other) for other in block])
+            return probability_error(student.attention(layer), theirs, mask, self.padding)
+        scores = [teacher.scores(other) for other in block]
+        if self.attention == "scores":
+            return score_error(student.scores(layer), mean(scores), mask, self.padding)
+        theirs = scores[0] if len(scores) == 1 else mean_distribution(scores, mask)
+        return attention_divergence(student.scores(layer), theirs, mask, self.direction, self.padding)
+
+    def _ours(self) -> list[int]:
+        """Student layers that meet something; the same in every draw."""
+        return sorted({layer for layer, _ in self.map_at(Progress())})
+
+    def _place(self, layer: int) -> str:
+        """Name of the projection of a student layer."""
+        names = {"shared": "all", "paper": "layers" if layer else "embedding", "layer": str(layer)}
+        return names[self.project]
+
+    def describe(self) -> dict[str, str]:
+        """The layer map, and what it was drawn from."""
+        found = {"layer map (student<-teacher)": f"0<-0, {layer_maps.describe_blocks(self.map_at(Progress()))}"}
+        if self.layers == "random":
+            often = "once" if self.redraw == "run" else f"for every {self.redraw}, this is the first"
+            found["layer map is drawn"] = f"{often}; method.draw_seed={self.draw_seed}"
+        return found
+
+    def coupled(self) -> str:
+        """Padding, where it counts."""
+        if self.padding == "strict":
+            return ""
+        return "method.padding=reference averages over padding too, and the longest example of a batch says how much there is"
+
+
+def check_heads(student: Encoder, teacher: FrozenTeacher) -> None:
+    """Whether attention can be compared head by head.
+
+    Raises:
+        InputError: if one has more heads than the other.
+    """
+    if student.heads != teacher.heads:
+        cure = f"set student.heads={teacher.heads}"
+        if student.width % teacher.heads:
+            cure += f" and student.width to a multiple of it, which {student.width} is not"
+        raise InputError(
+            f"attention is compared head by head, and the student has {student.heads} heads, the teacher '{teacher.name}' "
+            f"{teacher.heads}; {cure}",
+            "student.heads",
+        )
+
+
+def mean(layers: Sequence[Tensor]) -> Tensor:
+    """The mean of tensors of one shape; of one tensor itself."""
+    return layers[0] if len(layers) == 1 else torch.stack([at_least_float32(each) for each in layers]).mean(dim=0)
