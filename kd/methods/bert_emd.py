@@ -34,7 +34,7 @@ class BertEMD(Method):
 
     Terms:
         `task`: hard loss, which the paper does not have. Weight 0; 1 - alpha in the code, where alpha is 1 throughout.
-        `logits`: :math:`L_{pred}` without its factor. Weight alpha T^2 / reduce_T, and reduce_T is 1.
+        `logits`: :math:`L_{pred}` without its factor. Weight alpha T^2 / reduce_T.
         `embedding`: :math:`L_{emb} = MSE(W h_0^s, h_0^t)`. Weight beta.
         `hidden`: :math:`L_{hid} = \sum_{ij} F_{ij} MSE(W h_i^s, h_j^t)`. Weight beta theta.
         `attention`: :math:`L_{att} = \sum_{ij} F_{ij} MSE(A_i^s, A_j^t)` of scores before softmax, with an F of its own. Weight
