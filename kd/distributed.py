@@ -18,6 +18,8 @@ LONGEST_WAIT = timedelta(days=7)
 gone is found by the watch."""
 
 _watch: "Watch | None" = None
+_alone = False
+"""Whether the first rank is at work while the others wait, so that it has nobody to exchange with."""
 
 
 def world() -> int:
@@ -92,8 +94,8 @@ def agree(value: T) -> T:
 
 
 def mean(tensors: Sequence[Any]) -> list[Any]:
-    """The mean over all ranks of each tensor, in one exchange."""
-    if world() == 1:
+    """The mean over all ranks of each tensor, in one exchange; the tensors themselves inside `on_first`."""
+    if world() == 1 or _alone:
         return list(tensors)
     import torch
 
@@ -105,15 +107,19 @@ def mean(tensors: Sequence[Any]) -> list[Any]:
 
 def on_first(make: Callable[[], T]) -> T:
     """What the first rank makes, on every rank; if it fails by an InputError, all do."""
+    global _alone
     if world() == 1:
         return make()
     made: Any = None
     failed: InputError | None = None
     if is_first():
+        _alone = True
         try:
             made = make()
         except InputError as error:
             failed = error
+        finally:
+            _alone = False
     made, wrong = agree((made, failed and (failed.message, failed.key)))
     if wrong:
         raise failed or InputError(*wrong)

@@ -64,6 +64,15 @@ train.main()
 """kd-train with trouble on rank 1: in the second epoch, at its fourth batch, between those of one optimiser step."""
 
 
+def test_what_only_the_first_rank_does_exchanges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "agree", lambda value: value)
+    mine = torch.ones(2)
+    assert distributed.on_first(lambda: distributed.mean([mine]))[0] is mine
+    with pytest.raises(ValueError, match="process group"):  # there is none here
+        distributed.mean([mine])
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

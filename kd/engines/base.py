@@ -170,11 +170,12 @@ class Engine(pl.LightningModule):
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Delayed work of the methods, and the clock."""
-        if self._last is not None:
-            for method, step, terms in self._last.steps:
-                method.after_step(step, {name: term.detach() for name, term in terms.items()})
-            self._last = None
+        """Delayed work of the methods, and the clock; nothing when it is called again."""
+        if self._last is None:
+            return
+        for method, step, terms in self._last.steps:
+            method.after_step(step, {name: term.detach() for name, term in terms.items()})
+        self._last = None
         now = time.perf_counter()
         self.seconds, self._began = self.seconds + now - self._began, now
         self.examples += len(batch)

@@ -1,0 +1,269 @@
+"""BERT-EMD: many-to-many layer mapping by transport."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kd import distributed
+from kd.errors import InputError, one_of
+from kd.forward import Needs
+from kd.functional import layer_maps
+from kd.functional.attention import score_error
+from kd.functional.hidden import PADDING, token_error
+from kd.functional.logits import SOFT_LOSSES
+from kd.functional.transport import UPDATES, cost_attention, plan
+from kd.methods.base import Method, Step, projection
+from kd.methods.kd import BATCH_MEANS, checked, checked_temperature
+from kd.models import Encoder, FrozenTeacher
+from kd.schedules import Schedule
+
+ERRORS = {"attention": score_error, "hidden": token_error}
+"""What is transported, and what a unit of it costs between two layers."""
+SIDES = ("student", "teacher")
+
+
+class BertEMD(Method):
+    r"""BERT-EMD (Li, Liu, Zhao, Xu, Yang, Jin, EMNLP 2020, arXiv:2010.06133): every layer may learn from every layer.
+
+    :math:`L = \beta [\theta (L_{att} + L_{hid}) + L_{emb}] + L_{pred}`. Of M student and N teacher layers all M x N pairs are
+    compared; the cheapest plan F that moves the student's masses to the teacher's says how much each pair counts, and layers
+    that were cheap to transport get more mass at the next step (cost attention). Authors' code consulted for facts:
+    lxk00/BERT-EMD, `bert_emd/emd_task_distill.py`.
+
+    Terms:
+        `task`: hard loss, which the paper does not have. Weight 0; 1 - alpha in the code, where alpha is 1 throughout.
+        `logits`: :math:`L_{pred}` without its factor. Weight alpha T^2 / reduce_T.
+        `embedding`: :math:`L_{emb} = MSE(W h_0^s, h_0^t)`. Weight beta.
+        `hidden`: :math:`L_{hid} = \sum_{ij} F_{ij} MSE(W h_i^s, h_j^t)`. Weight beta theta.
+        `attention`: :math:`L_{att} = \sum_{ij} F_{ij} MSE(A_i^s, A_j^t)` of scores before softmax, with an F of its own. Weight
+            beta theta.
+
+    Ablations of the paper are weights of 0, `update=none` and `mapping=uniform`.
+
+    Args:
+        update: of the masses. `softmax2`, two softmaxes, is what the code did for the published numbers (the authors say so);
+            `softmax` is the paper; `sum` is the authors' later code; `none` leaves them uniform.
+        tau: T_emd > 0, of the first softmax.
+        separate: attention and hidden states have masses of their own, in place of the means of both.
+        mapping: `emd`; or a fixed map in place of the plan: a name of `kd.functional.layer_maps`, of which `uniform` is
+            TinyBERT's, or a list of [student layer, teacher layer]. Its pairs have equal parts of a mass of 1 (our choice: the
+            scale of a transport, where TinyBERT sums over pairs); nothing is updated.
+        share_projection: one W for the embeddings and all layers (authors' code), or one for each.
+        padding: `strict` averages over real tokens (our choice, the loss does not depend on how far a batch is padded);
+            `reference` over all (authors' code).
+        temperature: T > 0, a number or a schedule.
+        loss: of the soft labels. `ce`, the soft cross entropy, is the code's.
+        reduction: of the soft labels. `elementmean`, over batch and classes, is the code's.
+
+    W is learned also where widths are equal, as in the code; there it begins as the identity (our choice).
+
+    The plan is solved for the costs of the global batch, so ranks share it, and the masses. Masses move after each batch. In
+    the code each process has its own. Teachers are in eval mode with the head they were fine-tuned with; in the code they have
+    dropout, and a ReLU before the classifier that they were not trained with.
+
+    The last plans and the masses for the next step are in every checkpoint, as in `plans`: `plan_hidden` and `plan_attention`,
+    (student layers, teacher layers), zeros before the first step; `student_hidden`, `student_attention`, (student layers,), and
+    `teacher_hidden`, `teacher_attention`, (teacher layers,):
+
+        state = torch.load("<run>/checkpoints/best.ckpt", weights_only=False)["state_dict"]
+        state["method.plan_hidden"]  # [i - 1, j - 1]: how much student layer i has to do with teacher layer j
+    """
+
+    names = ("task", "logits", "embedding", "hidden", "attention")
+
+    def __init__(
+        self,
+        update: str = "softmax2",
+        tau: float = 1.0,
+        separate: bool = False,
+        mapping: str | Sequence[Sequence[int]] = "emd",
+        share_projection: bool = True,
+        padding: str = "strict",
+        temperature: "float | Schedule" = 1.0,
+        loss: str = "ce",
+        reduction: str = "elementmean",
+    ) -> None:
+        super().__init__()
+        self.update = checked(update, (*UPDATES, "none"), "method.update")
+        if isinstance(tau, bool) or not isinstance(tau, int | float) or not 0 < tau < math.inf:
+            raise InputError(f"method.tau={tau!r} must be a positive number", "method.tau")
+        self.tau = float(tau)
+        for key, value in {"separate": separate, "share_projection": share_projection}.items():
+            if not isinstance(value, bool):
+                raise one_of(value, ("true", "false"), f"method.{key}")
+        self.separate, self.share_projection = separate, share_projection
+        if isinstance(mapping, str):
+            checked(mapping, ("emd", *layer_maps.NAMED), "method.mapping")
+        self.mapping = mapping
+        self.padding = checked(padding, PADDING, "method.padding")
+        self.temperature = checked_temperature(temperature)
+        self.loss = checked(loss, SOFT_LOSSES, "method.loss")
+        self.reduction = checked(reduction, BATCH_MEANS, "method.reduction")
+        self.pairs: layer_maps.Pairs = ()
+        self.projections = nn.ModuleDict()
+        self.solved: dict[str, tuple[Tensor, Tensor]] = {}
+        """Of the last batch, until `after_step`: term -> costs and plan, on the CPU."""
+
+    @property
+    def solves(self) -> bool:
+        """Whether the plan is solved for, and not fixed."""
+        return self.mapping == "emd"
+
+    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+        """Compare heads, list the pairs, make projections and masses.
+
+        Raises:
+            InputError: if student and teacher differ in heads, which are matched one by one, or a fixed map cannot be.
+        """
+        (teacher,) = teachers
+        if student.heads != teacher.heads:
+            raise InputError(
+                f"attention is compared head by head, and the student has {student.heads}, the teacher {teacher.heads}; "
+                f"set student.heads={teacher.heads}",
+                "student.heads",
+            )
+        self.pairs = self._pairs(student.depth, teacher.depth)
+        layers = sorted({0, *(ours for ours, _ in self.pairs)})
+        names = ["all"] if self.share_projection else [str(layer) for layer in layers]
+        self.projections = nn.ModuleDict({name: projection(student.width, teacher.width) for name in names})
+        for kind in ERRORS:
+            for side, depth in zip(SIDES, (student.depth, teacher.depth), strict=True):
+                self.register_buffer(f"{side}_{kind}", torch.full((depth,), 1 / depth))
+            flow = torch.zeros(student.depth, teacher.depth)
+            for ours, theirs in () if self.solves else self.pairs:
+                flow[ours - 1, theirs - 1] += 1 / len(self.pairs)
+            self.register_buffer(f"plan_{kind}", flow)
+
+    def _pairs(self, student: int, teacher: int) -> layer_maps.Pairs:
+        if self.solves:
+            return tuple((ours, theirs) for ours in range(1, student + 1) for theirs in range(1, teacher + 1))
+        found = layer_maps.resolve(self.mapping, student, teacher, "method.mapping")
+        pairs = tuple(pair for pair in found if pair != (0, 0))  # the term `embedding`
+        if not pairs or any(0 in pair for pair in pairs):
+            raise InputError(
+                f"the layer map '{self.mapping}' gives the pairs {layer_maps.describe(found)}; it must give at least one, of "
+                "layers from 1 on: embeddings have a term of their own",
+                "method.mapping",
+            )
+        return pairs
+
+    def needs(self) -> tuple[Needs, Sequence[Needs]]:
+        """Attention and states of every layer that is compared, and the embeddings."""
+        ours, theirs = ({pair[side] for pair in self.pairs} for side in range(2))
+        return Needs(hidden={0, *ours}, attention=ours), [Needs(hidden={0, *theirs}, attention=theirs)]
+
+    def terms(self, step: Step) -> dict[str, Tensor]:
+        """The objective, term by term."""
+        student, teacher = step.student.outputs, step.teacher.outputs
+        layers = sorted({ours for ours, _ in self.pairs})
+        ours = {
+            "attention": {layer: student.scores(layer) for layer in layers},
+            "hidden": {layer: self._projected(layer, student.hidden(layer)) for layer in layers},
+        }
+        theirs = {"attention": teacher.scores, "hidden": teacher.hidden}
+        flows = self.flows(ours, theirs, student.mask, step.batch.weight)
+        embedded = self._projected(0, student.hidden(0))
+        temperature = self.temperature(step.progress.fraction)
+        return {
+            "task": step.task.hard(student.logits, step.batch.labels),
+            "logits": step.task.soft(student.logits, teacher.logits, temperature, self.loss, self.reduction),
+            "embedding": token_error(embedded, teacher.hidden(0), student.mask, self.padding),
+            **{kind: self._transported(kind, flows[kind], ours[kind], theirs[kind], student.mask) for kind in ERRORS},
+        }
+
+    def flows(
+        self,
+        ours: Mapping[str, Mapping[int, Tensor]],
+        theirs: Mapping[str, Callable[[int], Tensor]],
+        mask: Tensor,
+        weight: float,
+    ) -> dict[str, Tensor]:
+        """The plan of each term, (student layers, teacher layers) on the CPU.
+
+        Args:
+            ours: of each term what the student's layers show.
+            theirs: of each term what a teacher's layer shows, by its number.
+            mask: (batch, tokens), bool, False on padding.
+            weight: what this rank's batch counts for.
+
+        Under DDP the costs are means over the ranks, from one exchange.
+        """
+        if not self.solves:
+            return {kind: self._kept(f"plan_{kind}") for kind in ERRORS}
+        mine = torch.stack([self._costs(kind, ours[kind], theirs[kind], mask) for kind in ERRORS])
+        (shared,) = distributed.mean([weight * mine])
+        costs = dict(zip(ERRORS, shared.cpu(), strict=True))
+        masses = {kind: [self._kept(f"{side}_{kind}") for side in SIDES] for kind in ERRORS}
+        self.solved = {}
+        if not all(cost.isfinite().all() for cost in costs.values()):
+            # The terms are not finite either, which the engine says better than a solver could.
+            return {kind: torch.outer(*masses[kind]) for kind in ERRORS}
+        self.solved = {kind: (costs[kind], plan(costs[kind], *masses[kind])) for kind in ERRORS}
+        return {kind: flow for kind, (_, flow) in self.solved.items()}
+
+    @torch.no_grad()
+    def _costs(self, kind: str, ours: Mapping[int, Tensor], theirs: Callable[[int], Tensor], mask: Tensor) -> Tensor:
+        """Of all pairs, (student layers, teacher layers). The scores of one teacher layer exist at a time."""
+        columns = []
+        for layer in range(1, self.get_buffer(f"plan_{kind}").shape[1] + 1):
+            target = theirs(layer)
+            columns.append(torch.stack([ERRORS[kind](own, target, mask, self.padding) for own in ours.values()]))
+        return torch.stack(columns, dim=1)
+
+    def _transported(
+        self, kind: str, flow: Tensor, ours: Mapping[int, Tensor], theirs: Callable[[int], Tensor], mask: Tensor
+    ) -> Tensor:
+        """The cost of the plan; only pairs that mass moves between are compared, now with gradients."""
+        parts = [
+            share * ERRORS[kind](ours[layer], theirs(other), mask, self.padding)
+            for layer, other in self.pairs
+            if (share := float(flow[layer - 1, other - 1])) > 0
+        ]
+        return torch.stack(parts).sum()
+
+    def _projected(self, layer: int, states: Tensor) -> Tensor:
+        found: Tensor = self.projections["all" if self.share_projection else str(layer)](states)
+        return found
+
+    def _kept(self, name: str) -> Tensor:
+        return self.get_buffer(name).cpu()
+
+    @torch.no_grad()
+    def after_step(self, step: Step, terms: Mapping[str, Tensor]) -> None:
+        """Keep the plan, and let the masses follow its costs."""
+        solved, self.solved = self.solved, {}
+        for kind, (_, flow) in solved.items():
+            self.get_buffer(f"plan_{kind}").copy_(flow)
+        if not solved or self.update == "none":
+            return
+        for side in SIDES:
+            found = {
+                kind: cost_attention(*self._seen_from(side, *solved[kind]), self._kept(f"{side}_{kind}"), self.update, self.tau)
+                for kind in ERRORS
+            }
+            mean = torch.stack(list(found.values())).mean(dim=0)
+            for kind in ERRORS:
+                self.get_buffer(f"{side}_{kind}").copy_(found[kind] if self.separate else mean)
+
+    @staticmethod
+    def _seen_from(side: str, cost: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
+        return (flow, cost) if side == "student" else (flow.T, cost.T)
+
+    def plans(self) -> dict[str, Tensor]:
+        """The last plans and the masses for the next step, as copies on the CPU; names and shapes as in a checkpoint."""
+        return {name: buffer.detach().cpu().clone() for name, buffer in self.named_buffers(recurse=False)}
+
+    def describe(self) -> dict[str, str]:
+        """What is compared with what."""
+        student, teacher = self.get_buffer("plan_hidden").shape
+        if not self.solves:
+            return {"layer map (student<-teacher)": layer_maps.describe(self.pairs)}
+        masses = "uniform masses" if self.update == "none" else f"masses by cost attention ({self.update}, tau {self.tau:g})"
+        return {"layer map (student<-teacher)": f"{student} x {teacher} pairs by transport, {masses}"}
+
+    def coupled(self) -> str:
+        """Batches that are accumulated have plans of their own; a mean over padding depends on how far a batch is padded."""
+        why = ["each accumulated batch has a transport plan of its own (ranks share it)"] * self.solves
+        return "; ".join([*why, *["padding=reference averages over padding"] * (self.padding == "reference")])

@@ -1,0 +1,209 @@
+"""Transport: the card's numbers, another solver, and masses that stay finite."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linprog
+from torch import Tensor
+
+from kd.functional.transport import SMALLEST, UPDATES, cost_attention, plan
+
+
+def tensor(values: object) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def uniform(count: int) -> Tensor:
+    return torch.full((count,), 1 / count, dtype=torch.float64)
+
+
+def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Costs of any scale, and masses far from even."""
+    numbers = np.random.default_rng(seed)
+    rows, columns = numbers.integers(1, 9, size=2)
+    scale = 10.0 ** numbers.integers(-6, 7)
+    masses = [tensor(numbers.dirichlet(np.full(count, 0.5))) for count in (rows, columns)]
+    return tensor(scale * numbers.random((rows, columns))), *masses
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_plan_is_as_cheap_as_another_solvers_and_moves_all_mass(seed: int) -> None:
+    cost, source, target = drawn(seed)
+    flow, (rows, columns) = plan(cost, source, target), cost.shape
+    sums = [np.kron(np.eye(rows), np.ones(columns)), np.kron(np.ones(rows), np.eye(columns))]
+    scale = float(cost.max())
+    other = linprog(
+        (cost / scale).flatten().numpy(), A_eq=np.vstack(sums), b_eq=np.concatenate([source, target]), bounds=(0, None)
+    )
+    assert float((flow * cost).sum()) / scale == pytest.approx(other.fun, abs=1e-8)
+    torch.testing.assert_close(flow.sum(1), source, rtol=0, atol=1e-8)
+    torch.testing.assert_close(flow.sum(0), target, rtol=0, atol=1e-8)
+    assert (flow >= 0).all()
+    assert int((flow > 0).sum()) <= rows + columns - 1
+    assert (flow * cost).sum() <= (torch.outer(source, target) * cost).sum() + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("cost", "flow", "distance"),
+    [
+        ([[1, 3]], [[0.5, 0.5]], 2.0),
+        ([[1, 2], [3, 1]], [[0.5, 0], [0, 0.5]], 1.0),
+        ([[0, 1, 2, 3], [3, 2, 1, 0]], [[0.25, 0.25, 0, 0], [0, 0, 0.25, 0.25]], 0.5),
+    ],
+    ids=["one to two", "diagonal", "two to four"],
+)
+def test_plans_and_distances_are_those_of_the_card(cost: list, flow: list, distance: float) -> None:
+    costs = tensor(cost).double()
+    found = plan(costs, uniform(costs.shape[0]), uniform(costs.shape[1]))
+    torch.testing.assert_close(found, tensor(flow).double(), rtol=0, atol=1e-9)
+    assert (found * costs).sum().item() == pytest.approx(distance, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("update", "tau", "masses"),
+    [
+        ("sum", 1.0, [0.75, 0.25]),
+        ("softmax", 1.0, [0.93503, 0.06497]),
+        ("softmax", 5.0, [0.63026, 0.36974]),
+        ("softmax2", 1.0, [0.70476, 0.29524]),
+    ],
+)
+def test_masses_are_those_of_the_card(update: str, tau: float, masses: list[float]) -> None:
+    cost, one = tensor([[1.0, 3.0]]), uniform(1)
+    flow = plan(cost, one, uniform(2))
+    found = cost_attention(flow.T, cost.T, uniform(2), update, tau)
+    torch.testing.assert_close(found, tensor(masses), rtol=0, atol=5e-6)  # the card has five decimals
+    torch.testing.assert_close(cost_attention(flow, cost, one, update, tau), one)
+    if update == "sum":
+        assert (plan(cost, one, found) * cost).sum().item() == pytest.approx(1.5, abs=1e-9)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_equal_costs_leave_equal_masses(update: str) -> None:
+    cost = tensor([[1.0, 2.0], [3.0, 1.0]])
+    flow = plan(cost, uniform(2), uniform(2))
+    torch.testing.assert_close(cost_attention(flow, cost, uniform(2), update), uniform(2))
+    torch.testing.assert_close(cost_attention(flow.T, cost.T, uniform(2), update), uniform(2))
+
+
+def test_layers_that_match_perfectly_lose_their_mass_by_sums_and_come_back() -> None:
+    cost = tensor([[0.0, 1.0, 2.0, 3.0], [3.0, 2.0, 1.0, 0.0]])
+    flow = plan(cost, uniform(2), uniform(4))
+    masses = cost_attention(flow.T, cost.T, uniform(4), "sum")
+    torch.testing.assert_close(masses, tensor([0.0, 0.5, 0.5, 0.0]), rtol=0, atol=1e-6)
+    cost = cost + 1
+    again = cost_attention(plan(cost, uniform(2), masses).T, cost.T, masses, "sum")
+    assert again[0] == pytest.approx(float(again[3]))
+    assert again[0] > again[1] > 0.1
+
+
+def naive(flow: Tensor, cost: Tensor, mass: Tensor, update: str, tau: float) -> list[float]:
+    rows, columns = range(cost.shape[0]), range(cost.shape[1])
+    unit = [sum(float(flow[i, j] * cost[i, j]) for j in columns) / float(mass[i]) for i in rows]
+    inverse = [sum(unit) / u for u in unit]
+    if update == "sum":
+        return [v / sum(inverse) for v in inverse]
+    for scale in (tau, 1.0)[: 2 if update == "softmax2" else 1]:
+        powers = [np.exp(v / scale) for v in inverse]
+        inverse = [power / sum(powers) for power in powers]
+    return inverse
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("tau", [1.0, 5.0])
+def test_masses_equal_the_equations_written_as_loops(update: str, tau: float) -> None:
+    numbers = torch.Generator().manual_seed(0)
+    cost = 1 + torch.rand(3, 5, generator=numbers, dtype=torch.float64)
+    source, target = (torch.rand(n, generator=numbers, dtype=torch.float64).add(0.1) for n in (3, 5))
+    source, target = source / source.sum(), target / target.sum()
+    flow = plan(cost, source, target)
+    for arguments in ((flow, cost, source), (flow.T, cost.T, target)):
+        expected = naive(*arguments, update, tau)
+        torch.testing.assert_close(cost_attention(*arguments, update, tau), tensor(expected), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tau", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize(
+    "costs",
+    [
+        [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]],
+        [[0.0, 0.0, 0.0], [2.0, 1.0, 3.0]],
+        [[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]],
+        [[1e-310, 1.0, 2.0], [2.0, 1.0, 1e-12]],
+        [[1e30, 1.0, 2e30], [2.0, 1e20, 1.0]],
+    ],
+    ids=["all zero", "a row", "two", "tiny", "huge"],
+)
+def test_masses_stay_positive_and_add_up_to_one_over_many_steps(
+    costs: list[list[float]], update: str, tau: float, kind: torch.dtype
+) -> None:
+    cost = torch.tensor(costs, dtype=kind)
+    source, target = uniform(2).to(kind), uniform(3).to(kind)
+    for step in range(6):
+        now = cost if step % 2 == 0 else cost.flip(0, 1)
+        flow = plan(now, source, target)
+        source, target = cost_attention(flow, now, source, update, tau), cost_attention(flow.T, now.T, target, update, tau)
+        for mass in (source, target):
+            assert mass.isfinite().all()
+            assert (mass >= 0.9 * SMALLEST).all()
+            assert float(mass.sum()) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_costs_of_zero_give_equal_masses_and_a_mass_of_zero_is_survived(update: str) -> None:
+    zeros, flow = torch.zeros(2, 2), torch.eye(2) / 2
+    torch.testing.assert_close(cost_attention(flow, zeros, torch.tensor([0.9, 0.1]), update), torch.tensor([0.5, 0.5]))
+    gone = torch.tensor([0.0, 1.0])
+    found = cost_attention(plan(1 - zeros, gone, torch.tensor([0.5, 0.5])), 1 - zeros, gone, update)
+    assert found.isfinite().all()
+    assert float(found.sum()) == pytest.approx(1)
+
+
+def test_plan_has_the_type_of_the_costs_and_no_gradient() -> None:
+    cost = torch.rand(2, 3, requires_grad=True)
+    flow = plan(cost, torch.tensor([0.5, 0.5]), torch.full((3,), 1 / 3))
+    assert flow.dtype == torch.float32
+    assert not flow.requires_grad
+
+
+def test_masses_that_are_rounded_are_moved_whole() -> None:
+    flow = plan(tensor([[1.0, 2.0]]), tensor([1 + 8e-6]), tensor([0.5, 0.5 - 8e-6]))
+    assert float(flow.sum()) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("cost", "source", "target", "words"),
+    [
+        ([[1.0, float("nan")]], [1.0], [0.5, 0.5], "a cost is not finite"),
+        ([[1.0, float("inf")]], [1.0], [0.5, 0.5], "a cost is not finite"),
+        ([[1.0, 2.0]], [0.9], [0.5, 0.5], "masses of the source do not add up to 1"),
+        ([[1.0, 2.0]], [1.0], [1.5, -0.5], "masses of the target do not add up to 1, or one is negative"),
+        ([[1.0, 2.0]], [1.0], [0.5, float("nan")], "masses of the target"),
+        ([[1.0, 2.0]], [0.5, 0.5], [0.5, 0.5], r"shape \(1, 2\) does not fit 2 sources and 2 targets"),
+    ],
+)
+def test_what_no_plan_exists_for_is_refused(cost: list, source: list, target: list, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        plan(tensor(cost), tensor(source), tensor(target))
+
+
+def test_unknown_update_is_refused() -> None:
+    with pytest.raises(ValueError, match="update 'mean' is not one of softmax2, softmax, sum"):
+        cost_attention(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), "mean")
+
+
+def test_solver_is_imported_when_it_is_used_and_brings_no_other_array_library() -> None:
+    code = (
+        "import sys, torch; from kd.functional.transport import plan; assert 'ot' not in sys.modules\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        assert name.split('.')[0] not in ('jax', 'cupy', 'tensorflow'), name\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "plan(torch.ones(1, 1), torch.ones(1), torch.ones(1)); assert 'ot' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
