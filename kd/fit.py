@@ -192,6 +192,7 @@ def conclude(
         "seconds": {
             "train": round(engine.seconds, 3),
             "cache": sum(made.get("seconds", 0.0) for made in models.caches.values()),
+            "before": seconds_before(run),
         },
         "examples_per_second": round(counts["examples"] / max(engine.seconds, 1e-9), 3),
         "teacher_forward_examples": sum(work["examples"] for work in counts["teachers"].values()),
@@ -255,6 +256,14 @@ def conclude(
     record |= {"headline": first, "students": students}
     run.finish(record)
     return record
+
+
+def seconds_before(run: Run) -> float:
+    """Seconds of training of the runs that this one's method begins with."""
+    first = run.inputs.get("before")
+    if first is None or first.result is None:
+        return 0.0
+    return float(first.result["seconds"]["train"]) + float(first.result["seconds"].get("before", 0.0))
 
 
 def batch_of(run: Run) -> dict[str, int | None]:

@@ -186,7 +186,7 @@ def report_table(results: Sequence[Mapping[str, Any]]) -> Table:
         names = list(first["students"])
         seeds = ", ".join(str(r["seed"]) for r in group)
         together = f"{' + '.join(names)}: the best" if len(names) > 1 else first["student"]
-        seconds = _number(statistics.fmean(r["seconds"]["train"] for r in group), 0)
+        seconds = _number(statistics.fmean(r["seconds"]["train"] + r["seconds"].get("before", 0.0) for r in group), 0)
         where = [words] if any(told) else []
         best = model([r["students"][r["headline"]] for r in group])
         table.add_row(first["method"], together, ", ".join(first["teacher"]), *where, seeds, *best, seconds)
@@ -197,6 +197,12 @@ def report_table(results: Sequence[Mapping[str, Any]]) -> Table:
             table.add_row("", name, "", *blank, "", *model([r["students"][name] for r in group]), "")
         table.add_row("", "ensemble", "", *blank, "", "", "", *scores([r["metrics_ensemble"] for r in group]), "", "", "")
     return table
+
+
+def first_runs(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that a method of another begins with: half of what it does, so no rows of a table unless they are asked for."""
+    names = {result["inputs"].get("before", "").rpartition("-")[2] for result in results}
+    return [result for result in results if result["digest"] in names]
 
 
 def main() -> None:
@@ -219,10 +225,16 @@ def main() -> None:
         print(json.dumps(results, indent=2, ensure_ascii=False))
         return
     console = _console()
+    unfinished = [] if arguments.method else first_runs(results)
     for task in dict.fromkeys(result["task"] for result in results):
-        chosen = [result for result in results if result["task"] == task]
+        chosen = [result for result in results if result["task"] == task and result not in unfinished]
+        if not chosen:
+            continue
         console.print(report_table(chosen))
         console.print(f"Percent; mean ± standard deviation over seeds. {protocol(chosen)}\n", highlight=False)
+    if unfinished:
+        left = ",".join(dict.fromkeys(result["method"] for result in unfinished))
+        console.print(f"Left out: runs that others begin with; --method={left} shows them", highlight=False)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ def record(seed: int = 0, family: str = "f0", settings: dict[str, Any] | None = 
         "precision": "32-true",
         "weights": {"task": 0.5, "logits": 0.5},
         "digest": f"d{seed}",
+        "inputs": {},
         "family": family,
         "identity": {"seed": seed, "method": method, "trainer": {"max_epochs": 3}, **(settings or {})},
         "finished": f"2025-01-0{seed + 1}T00:00:00",
@@ -214,3 +215,18 @@ def test_no_runs_is_said_and_exits_with_two(tmp_path: Path, monkeypatch, capsys,
     captured = capsys.readouterr()
     assert str(folder) in captured.err
     assert captured.out == ""
+
+
+def test_a_run_that_another_begins_with_is_no_row_and_its_seconds_are_the_others(tmp_path: Path, monkeypatch, capsys) -> None:
+    first = record(0, family="f1", method="tinybert_layers", digest="b0", inputs={})
+    last = record(
+        1, method="tinybert", inputs={"before": "tinybert_layers-2l-rte-s0-b0"}, seconds={"train": 30.0, "before": 12}
+    )
+    folder = write(tmp_path, first, last)
+    command(monkeypatch, folder)
+    out = capsys.readouterr().out
+    assert "42 │" in out
+    assert "│ tinybert_layers" not in out
+    assert "--method=tinybert_layers shows them" in out
+    command(monkeypatch, folder, "--method", "tinybert_layers")
+    assert "│ tinybert_layers" in capsys.readouterr().out

@@ -108,6 +108,7 @@ def test_phase_two_begins_from_phase_one_and_does_not_hear_the_teacher(small: Sm
     assert result["teacher_forwards"]["minilm"]["looks"] == 0
     assert result["init"].startswith("run annealing_kd_logits, begun from first layers [1, 2] of the pre-trained backbone")
     assert result["inputs"]["before"] == first.name
+    assert result["seconds"]["before"] == first.result["seconds"]["train"] > 0
 
 
 def test_labels_of_phase_one_change_nothing_and_a_broken_phase_two_goes_on(
