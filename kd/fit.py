@@ -209,7 +209,7 @@ def conclude(
         "ranks": distributed.world(),
         "lr": run.spec.optimizer.lr,
         "weights": run.spec.method.get("weights", {}),
-        "identity": run.identity,
+        "identity": {**run.identity, **({"before": run.inputs["before"].identity} if "before" in run.inputs else {})},
         "inputs": {role: needed.name for role, needed in run.inputs.items()},
         "versions": versions(),
         "hardware": hardware(),

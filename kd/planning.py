@@ -49,13 +49,14 @@ PLACES = ("root", "train", "validation", "test")
 """Keys that say where data is; their content enters the digest instead."""
 
 
-def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0) -> Run:
+def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teaching: Mapping[str, Run] | None = None) -> Run:
     """The run of a configuration, with the runs it needs. Nothing is trained, loaded or written.
 
     Args:
         config: composed.
         overrides: what it was composed from; a stage is stated relative to them.
         depth: of the chain of stages.
+        teaching: runs that make or rank the teachers, where another run has them already.
 
     Raises:
         InputError: for a value of the wrong type, or an input that does not exist.
@@ -65,14 +66,14 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0) -> R
     spec.trainer.precision = resolve_precision(spec.trainer.precision, spec.trainer.accelerator)
     check_cohort(spec)
     check_pool(spec)
-    inputs = {}
-    for role, needed in teacher_configs(config, spec):
+    inputs = dict(teaching or {})
+    for role, needed in teacher_configs(config, spec) if teaching is None else ():
         with keys_of(role, spec):
             inputs[role] = plan(needed, pilot_overrides(role, spec, overrides), depth)
-    if before := spec.method.get("before"):
+    if (before := spec.method.get("before")) is not None:
         first = before_config(config)
         with keys_of("before", spec):
-            inputs["before"] = plan(first, overrides, depth)
+            inputs["before"] = plan(first, overrides, depth, inputs)
         spec.student = replace(spec.student, init="run", run={"name": before["name"]})
     elif spec.student.init == "run":
         inputs["stage"] = plan(*stage_config(spec.student.run, "student.run", overrides, depth), depth + 1)
@@ -102,7 +103,8 @@ def keys_of(role: str, spec: RunSpec) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(error.message, key_for(role, spec, error.key)) from error
+        key = key_for(role, spec, error.key)
+        raise InputError(error.message.replace(f"{error.key}=", f"{key}="), key) from error
 
 
 def key_for(role: str, spec: RunSpec, key: str | None) -> str | None:
@@ -117,7 +119,7 @@ def key_for(role: str, spec: RunSpec, key: str | None) -> str | None:
     if kind == "before":
         part, _, rest = key.partition(".")
         if part == "method":
-            return f"method.before.{rest}"
+            return f"method.before.{rest}".removesuffix(".")
         return f"method.before.run.{key}" if has_key(spec.method["before"].get("run", {}), key) else key
     if key == "task.holdout" and kind == "pilot":
         return "pool.holdout"

@@ -127,7 +127,11 @@ def differences(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
         same = ("task", "method", "teacher")
         alike = [g[0] for g in groups if all(g[0][name] == first[name] for name in same) and models(g[0]) == models(first)]
         others = [settings(other["identity"]) for other in alike]
-        names = [n for n in own if not n.startswith(TOLD) and any(other.get(n) != own[n] for other in others)]
+        names = [
+            name
+            for name in own
+            if not name.removeprefix("before.").startswith(TOLD) and any(other.get(name) != own[name] for other in others)
+        ]
         found.append(" ".join(f"{name.removeprefix('method.')}={own[name]}" for name in names))
     return found
 

@@ -23,11 +23,16 @@ def before_config(config: DictConfig) -> DictConfig:
     Raises:
         InputError: for a key that no run has.
     """
-    node = OmegaConf.to_container(config.method.before, resolve=False)
-    laid = OmegaConf.to_container(config.method.before, resolve=True)
-    assert isinstance(node, dict)
-    assert isinstance(laid, dict)
+    given = config.method.before
+    if not OmegaConf.is_dict(given) or not isinstance(given.get("name"), str) or given.get("_target_") is None:
+        raise InputError(f"method.before={given} is neither null nor a method with name and _target_", "method.before")
+    node: Any = OmegaConf.to_container(given, resolve=False)
+    laid: Any = OmegaConf.to_container(given, resolve=True)
     node.pop("run", None)
+    if own := [
+        part for part in ("method", "student", "surgery", "teacher", "pool", "cohort") if part in (laid.get("run") or {})
+    ]:
+        raise InputError(f"both runs have one {own[0]}; set it for the command", f"method.before.run.{own[0]}")
     stage = config.copy()
     OmegaConf.set_struct(stage, False)
     stage.method = node

@@ -64,6 +64,18 @@ def test_the_last_link_of_a_chain_has_it_too(small: Small, backbone: Path) -> No
     link = run.inputs["teacher minilm_3l"]
     assert link.spec.method["name"] == "annealing_kd"
     assert link.inputs["before"].spec.method["name"] == "annealing_kd_logits"
+    assert run.inputs["before"].inputs["teacher minilm_3l"].digest == link.digest
+    check_all(run)
+
+
+def test_both_runs_draw_teachers_by_one_ranking(small: Small, backbone: Path) -> None:
+    names = [f"teacher.{name}.backbone={backbone}" for name in ("minilm", "minilm_3l")]
+    pool = ["teacher=[minilm,minilm_3l]", "pool=stochastic", "pool.distribution=student_rank"]
+    run = planned(small(*SHORT, *pool, *names))
+    pilots = [role for role in run.inputs if role.startswith("pilot ")]
+    assert len(pilots) == 2
+    assert all(run.inputs[role].spec.method["name"] == "annealing_kd" for role in pilots)
+    assert all(run.inputs["before"].inputs[role].digest == run.inputs[role].digest for role in pilots)
 
 
 def test_seeds_of_both_runs_are_one_family(staged: Callable[..., Run]) -> None:
@@ -78,6 +90,10 @@ def test_seeds_of_both_runs_are_one_family(staged: Callable[..., Run]) -> None:
         (["method.before.run.trainer.max_epochs=0"], "method.before.run.trainer.max_epochs"),
         (["+method.before.run.optimizer.speed=1"], "method.before.run"),
         (["method.before.tau_max=3"], "method.before.tau_max"),
+        (["method.before.epochs=null"], "method.before.epochs"),
+        (["method.before=5"], "method.before"),
+        (["~method.before.name"], "method.before"),
+        (["+method.before.run.student.layers=1"], "method.before.run.student"),
         (["method.before.weights.logits=much"], "method.before.weights.logits"),
         (["method.before.run.optimizer.lr=-1"], "method.before.run.optimizer.lr"),
         (["cohort=mutual"], "cohort"),

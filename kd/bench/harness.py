@@ -80,6 +80,9 @@ def prepare(job: Job) -> Prepared:
     began = time.perf_counter()
     quieten()
     run = plan(compose(job.overrides), job.overrides)
+    run = run.inputs.get(
+        "before", run
+    )  # where a method has two runs, the first is what is not fine-tuning or plain distillation
     trainer, folder = run.spec.trainer, job.folder / job.contestant.name
     run.directory = folder / run.name
     run.directory.mkdir(parents=True)

@@ -34,6 +34,7 @@ class Needs:
         gradient: whether gradients are taken with respect to what the forward shows (integrated gradients, double
             backward). A frozen model then runs with gradients enabled, and attention runs its plain kernel, because the
             fused one cannot be differentiated twice.
+        dropout: whether a frozen model runs with dropout, as in some authors' code; it then runs at every step.
         live: why a frozen model has to run at every step: its text changes, or its dropout is on. Empty where it says the same
             of an example each time, so that it may be remembered (`kd.caching`).
 
@@ -48,6 +49,7 @@ class Needs:
     pooled: bool = False
     derived: Mapping[str, Derived] = field(default_factory=dict, hash=False)
     gradient: bool = False
+    dropout: bool = False
     live: str = ""
 
     def __init__(
@@ -60,6 +62,7 @@ class Needs:
         live: str = "",
         pooled: bool = False,
         derived: Mapping[str, Derived] | None = None,
+        dropout: bool = False,
     ) -> None:
         object.__setattr__(self, "hidden", _layers(hidden))
         object.__setattr__(self, "cls", _layers(cls))
@@ -68,7 +71,8 @@ class Needs:
         object.__setattr__(self, "pooled", bool(pooled))
         object.__setattr__(self, "derived", dict(derived or {}))
         object.__setattr__(self, "gradient", bool(gradient))
-        object.__setattr__(self, "live", live)
+        object.__setattr__(self, "dropout", bool(dropout))
+        object.__setattr__(self, "live", live or ("its dropout is on" if dropout else ""))
         for kind, lowest in (("hidden", 0), ("cls", 0), ("attention", 1), ("value", 1)):
             if below := [layer for layer in getattr(self, kind) if layer < lowest]:
                 raise ValueError(f"{kind} of layer {min(below)} does not exist; its layers begin at {lowest}")
@@ -83,6 +87,7 @@ class Needs:
             "; ".join(dict.fromkeys(why for why in (self.live, other.live) if why)),
             self.pooled or other.pooled,
             {**self.derived, **other.derived},
+            self.dropout or other.dropout,
         )
 
     @property

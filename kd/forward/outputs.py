@@ -64,9 +64,7 @@ class Outputs:
     @property
     def pooled(self) -> Tensor:
         """What the last linear layer read, (batch, width); `Needs.pooled` declares it."""
-        if not self.needs.pooled:
-            raise UndeclaredRead(f"pooled was read, but needs() declares only: {self.needs}")
-        return self.tensors["pooled"][""]
+        return self._take("pooled", "pooled", "")
 
     def derived(self, name: str) -> Tensor:
         """What `Needs.derived` computes under this name, (batch, tokens, any number), without a gradient."""
@@ -142,6 +140,7 @@ class Outputs:
         return replace(self, logits=logits)
 
     def _take(self, declared: str, kind: str, layer: int | str) -> Tensor:
-        if layer not in getattr(self.needs, declared):
+        there = getattr(self.needs, declared)
+        if not (there if isinstance(there, bool) else layer in there):
             raise UndeclaredRead(f"{kind} of layer {layer} was read, but needs() declares only: {self.needs}")
         return self.tensors[kind][layer]

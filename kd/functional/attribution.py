@@ -1,6 +1,6 @@
 """Which tokens drive a decision: integrated gradients with respect to hidden states, and losses between their maps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,11 +13,30 @@ DISTANCES = ("l2", "l1", "smooth_l1")
 REDUCTIONS = ("examples", "tokens", "norm")
 
 
-def scores(logits: Tensor, target: str = "loss") -> Iterator[Tensor]:
-    """What is attributed to the tokens, one view after another, each (batch,).
+def odds(logits: Tensor) -> list[Tensor]:
+    """Of each class, the log-odds against it, (batch,): log of (1 - p) / p. Of two classes the first alone.
 
     Args:
-        logits: (batch, classes); one class is a regression's score.
+        logits: (batch, classes).
+    """
+    classes = logits.shape[-1]
+    found = []
+    for own in range(1 if classes == 2 else classes):
+        others = [logits[:, other] for other in range(classes) if other != own]
+        found.append(torch.stack(others, dim=-1).logsumexp(dim=-1) - logits[:, own])
+    return found
+
+
+def scores(logits: Tensor, whole: Tensor, target: str = "loss") -> list[Tensor]:
+    """What is attributed to the tokens, a view each, (batch,).
+
+    A confident model's loss has a gradient too small for float16 and, close to zero, for float32. Normalisation removes any
+    factor of an example later, so the loss is divided by the size of its derivative at the whole states: what is then
+    differentiated is near 1 in size whatever the confidence.
+
+    Args:
+        logits: (batch, classes), of a pass; one class is a regression's score.
+        whole: those of the pass at the whole states.
         target: `loss` is the negative log-probability of each class in turn, and of the first alone where there are two: the
             other's gradient is the same but for a factor. `logit` is each logit.
 
@@ -26,10 +45,12 @@ def scores(logits: Tensor, target: str = "loss") -> Iterator[Tensor]:
     """
     if target not in TARGETS:
         raise ValueError(f"target '{target}' is not one of {', '.join(TARGETS)}")
-    logits = at_least_float32(logits)
-    classes = logits.shape[-1]
-    values = logits if target == "logit" or classes == 1 else -logits.log_softmax(dim=-1)
-    yield from values.unbind(dim=-1)[: 1 if target == "loss" and classes == 2 else classes]
+    logits, whole = at_least_float32(logits), at_least_float32(whole)
+    if target == "logit" or logits.shape[-1] == 1:
+        return list(logits.unbind(dim=-1))
+    # The loss is softplus of the odds against a class, and the derivative of softplus is the sigmoid.
+    each = zip(odds(logits), odds(whole), strict=True)
+    return [F.softplus(against, threshold=60) / at_whole.detach().sigmoid().clamp(min=1e-30) for against, at_whole in each]
 
 
 def attributions(passes: Sequence[tuple[Tensor, Tensor]], target: str = "loss", create_graph: bool = False) -> Tensor:
@@ -44,14 +65,13 @@ def attributions(passes: Sequence[tuple[Tensor, Tensor]], target: str = "loss", 
         create_graph: so that a loss of the result can be differentiated.
 
     Returns:
-        (batch, tokens, width, views). An example's sum of F has a factor of its own that later normalisation removes, so
-        whether F is averaged over the batch does not matter.
+        (batch, tokens, width, views), for each example and view up to a factor, which normalisation removes: see `scores`.
     """
     views = []
     for logits, at in passes:
         each = [
             torch.autograd.grad(score.sum(), at, create_graph=create_graph, retain_graph=True)[0]
-            for score in scores(logits, target)
+            for score in scores(logits, passes[-1][0], target)
         ]
         views.append(torch.stack(each, dim=-1))
     states = passes[-1][1]
@@ -101,6 +121,8 @@ def map_error(
     >>> round(map_error(*maps, torch.ones(1, 2).bool()).item(), 6)
     0.05701
     """
+    if distance not in DISTANCES:
+        raise ValueError(f"distance '{distance}' is not one of {', '.join(DISTANCES)}")
     if student.shape != teacher.shape:
         raise ValueError(f"maps of student and teacher differ in shape: {tuple(student.shape)}, {tuple(teacher.shape)}")
     student = at_least_float32(student)

@@ -16,6 +16,7 @@ from kd.methods.kd import BATCH_MEANS, checked, checked_temperature
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
 
+VIEWS = ("all", "gold")
 Run = Callable[[Mapping[str, Tensor], Needs], Outputs]
 
 
@@ -82,7 +83,8 @@ class ADKD(Method):
     Args:
         temperature: T > 0, a number or a schedule; the authors' `kd_anneal` is a `kd.schedules.Staircase` from T to 1 with as
             many steps as epochs.
-        loss: of the soft labels: `ce`, `kl` or `mse`.
+        loss: of the soft labels: `ce`, `kl` or `mse`. For regression it is the mean squared error of scores; the authors' code
+            divides both by T first, which is a weight divided by T squared.
         reduction: of the soft labels: `batchmean` (authors' code) or `elementmean`.
         steps: m of the integral. 1, the gradient times the input, in all published settings. Further steps are further passes
             of the student, with dropout of their own; the gradient is taken at each scaled point, so that the attributions add
@@ -90,8 +92,10 @@ class ADKD(Method):
         topk: K, of the teacher's width; null keeps all.
         target: `loss`, the negative log-probability of every class (authors' code; one class of two, because both views then
             coincide), or `logit`. For regression it is the score. The authors' code takes the loss with the gold label for two
-            classes and for regression: per example it differs by a factor, which normalisation removes, but for maps of a
-            regression whose residual is 0, which vanish there and do not here.
+            classes and for regression: per example and step of the integral it differs by a factor, which normalisation
+            removes where there is one step, but for maps of a regression whose residual is 0, which vanish there and do not
+            here.
+        views: `all` classes are compared (multi-view), or for each example that of its label alone, `gold` (single view).
         layers: [student layer, teacher layer] whose states the decision is attributed to; [0, 0], the embeddings, is the
             method, others are its ablation, with one step.
         norm: p of the norm over tokens, 1 or 2.
@@ -112,6 +116,7 @@ class ADKD(Method):
         steps: int = 1,
         topk: int | None = None,
         target: str = "loss",
+        views: str = "all",
         layers: Sequence[int] = (0, 0),
         norm: float = 2,
         distance: str = "l2",
@@ -137,7 +142,12 @@ class ADKD(Method):
         if norm not in (1, 2):
             raise InputError(f"method.norm={norm} must be 1 or 2", "method.norm")
         self.norm = float(norm)
+        self.views = checked(views, VIEWS, "method.views")
         self.distance = checked(distance, attribution.DISTANCES, "method.distance")
+        if attribution_reduction == "norm" and distance != "l2":
+            raise InputError(
+                "method.attribution_reduction=norm is the Euclidean norm; with it, method.distance is l2", "method.distance"
+            )
         self.attribution_reduction = checked(attribution_reduction, attribution.REDUCTIONS, "method.attribution_reduction")
         self.columns: list[int] | None = None
 
@@ -159,6 +169,8 @@ class ADKD(Method):
                     f"{depth - 1}",
                     "method.layers",
                 )
+        if not student.classifies:
+            raise InputError("method=ad_kd attributes the decisions of a classifier, and this student has none", "method")
         self.columns = getattr(teacher, "columns", None)
 
     @property
@@ -179,6 +191,8 @@ class ADKD(Method):
         theirs = teacher.derived(self.maps.name)
         if self.columns is not None and theirs.shape[-1] == len(self.columns):
             theirs = theirs[..., self.columns]
+        if self.views == "gold" and theirs.shape[-1] > 1:
+            ours, theirs = (view_of(maps, step.batch.labels) for maps in (ours, theirs))
         return {
             "task": step.task.hard(student.logits, step.batch.labels),
             "logits": step.task.soft(student.logits, teacher.logits, temperature, self.loss, self.reduction),
@@ -191,3 +205,8 @@ class ADKD(Method):
         """The authors' mean is over the tokens of a batch."""
         counted = self.attribution_reduction == "tokens"
         return "method.attribution_reduction=tokens is a mean over the tokens of a batch" if counted else ""
+
+
+def view_of(maps: Tensor, labels: Tensor) -> Tensor:
+    """Of (batch, tokens, classes) maps those of the labels, (batch, tokens, 1)."""
+    return maps.gather(-1, labels[:, None, None].expand(-1, maps.shape[1], 1))

@@ -43,6 +43,8 @@ class AnnealingKD(Method):
         super().__init__()
         if type(tau_max) is not int or tau_max < 1:
             raise InputError(f"method.tau_max={tau_max} must be a whole number, 1 or more", "method.tau_max")
+        if type(epochs) is not int or epochs < 1:
+            raise InputError(f"method.epochs={epochs} must be a whole number, 1 or more", "method.epochs")
         if epochs % tau_max:
             raise InputError(
                 f"the temperature falls in tau_max={tau_max} steps of equal length, which {epochs} epochs cannot be divided "

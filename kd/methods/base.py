@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kd.data.batch import Batch
 from kd.data.tasks import Task
+from kd.errors import InputError
 from kd.forward import Forward, Needs
 from kd.models import Encoder, FrozenTeacher
 
@@ -171,3 +172,20 @@ def freeze_above(student: Encoder, layer: int) -> None:
     for parameter in student.parameters():
         if parameter not in reached:
             parameter.requires_grad_(False)
+
+
+def check_heads(student: Encoder, teacher: FrozenTeacher) -> None:
+    """Whether attention can be compared head by head.
+
+    Raises:
+        InputError: if one has more heads than the other.
+    """
+    if student.heads != teacher.heads:
+        cure = f"set student.heads={teacher.heads}"
+        if student.width % teacher.heads:
+            cure += f" and student.width to a multiple of it, which {student.width} is not"
+        raise InputError(
+            f"attention is compared head by head, and the student has {student.heads} heads, the teacher {teacher.heads}; "
+            f"{cure}",
+            "student.heads",
+        )

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from kd import distributed
-from kd.errors import InputError, one_of
+from kd.errors import InputError
 from kd.forward import Needs
 from kd.functional import layer_maps
 from kd.functional.attention import score_error
 from kd.functional.hidden import PADDING, token_error
 from kd.functional.logits import SOFT_LOSSES
 from kd.functional.transport import UPDATES, cost_attention, plan
-from kd.methods.base import Method, Step, projection
-from kd.methods.kd import BATCH_MEANS, checked, checked_temperature
+from kd.methods.base import Method, Step, check_heads, projection
+from kd.methods.kd import BATCH_MEANS, checked, checked_switch, checked_temperature
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
 
@@ -56,12 +56,13 @@ class BertEMD(Method):
         temperature: T > 0, a number or a schedule.
         loss: of the soft labels. `ce`, the soft cross entropy, is the code's.
         reduction: of the soft labels. `elementmean`, over batch and classes, is the code's.
+        teacher_dropout: the authors' code leaves it on, by oversight; the teacher then runs at every step. Ours is off.
 
     W is learned also where widths are equal, as in the code; there it begins as the identity (our choice).
 
     The plan is solved for the costs of the global batch, so ranks share it, and the masses. Masses move after each batch. In
-    the code each process has its own. Teachers are in eval mode with the head they were fine-tuned with; in the code they have
-    dropout, and a ReLU before the classifier that they were not trained with.
+    the code each process has its own. Teachers have the head they were fine-tuned with; in the code there is a ReLU before the
+    classifier that they were not trained with.
 
     The last plans and the masses for the next step are in every checkpoint, as in `plans`: `plan_hidden` and `plan_attention`,
     (student layers, teacher layers), zeros before the first step; `student_hidden`, `student_attention`, (student layers,), and
@@ -69,6 +70,9 @@ class BertEMD(Method):
 
         state = torch.load("<run>/checkpoints/best.ckpt", weights_only=False)["state_dict"]
         state["method.plan_hidden"]  # [i - 1, j - 1]: how much student layer i has to do with teacher layer j
+
+    The key is that of one student without a pool: a pool's copies are `method.each.0` and so on, a cohort's
+    `methods.student-<name>`. With `trainer.selection=last` the exported student is that of `last.ckpt`.
     """
 
     names = ("task", "logits", "embedding", "hidden", "attention")
@@ -84,16 +88,16 @@ class BertEMD(Method):
         temperature: "float | Schedule" = 1.0,
         loss: str = "ce",
         reduction: str = "elementmean",
+        teacher_dropout: bool = False,
     ) -> None:
         super().__init__()
         self.update = checked(update, (*UPDATES, "none"), "method.update")
         if isinstance(tau, bool) or not isinstance(tau, int | float) or not 0 < tau < math.inf:
             raise InputError(f"method.tau={tau!r} must be a positive number", "method.tau")
         self.tau = float(tau)
-        for key, value in {"separate": separate, "share_projection": share_projection}.items():
-            if not isinstance(value, bool):
-                raise one_of(value, ("true", "false"), f"method.{key}")
-        self.separate, self.share_projection = separate, share_projection
+        self.separate = checked_switch(separate, "method.separate")
+        self.share_projection = checked_switch(share_projection, "method.share_projection")
+        self.teacher_dropout = checked_switch(teacher_dropout, "method.teacher_dropout")
         if isinstance(mapping, str):
             checked(mapping, ("emd", *layer_maps.NAMED), "method.mapping")
         self.mapping = mapping
@@ -118,12 +122,7 @@ class BertEMD(Method):
             InputError: if student and teacher differ in heads, which are matched one by one, or a fixed map cannot be.
         """
         (teacher,) = teachers
-        if student.heads != teacher.heads:
-            raise InputError(
-                f"attention is compared head by head, and the student has {student.heads}, the teacher {teacher.heads}; "
-                f"set student.heads={teacher.heads}",
-                "student.heads",
-            )
+        check_heads(student, teacher)
         self.pairs = self._pairs(student.depth, teacher.depth)
         layers = sorted({0, *(ours for ours, _ in self.pairs)})
         names = ["all"] if self.share_projection else [str(layer) for layer in layers]
@@ -152,7 +151,9 @@ class BertEMD(Method):
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
         """Attention and states of every layer that is compared, and the embeddings."""
         ours, theirs = ({pair[side] for pair in self.pairs} for side in range(2))
-        return Needs(hidden={0, *ours}, attention=ours), [Needs(hidden={0, *theirs}, attention=theirs)]
+        return Needs(hidden={0, *ours}, attention=ours), [
+            Needs(hidden={0, *theirs}, attention=theirs, dropout=self.teacher_dropout)
+        ]
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         """The objective, term by term."""

@@ -58,6 +58,17 @@ def checked(value: str, allowed: tuple[str, ...], key: str) -> str:
     return value
 
 
+def checked_switch(value: bool, key: str) -> bool:
+    """A truth value.
+
+    Raises:
+        InputError: for anything else.
+    """
+    if not isinstance(value, bool):
+        raise one_of(value, ("true", "false"), key)
+    return value
+
+
 def checked_temperature(value: "float | Schedule", key: str = "method.temperature") -> Schedule:
     """A temperature as a schedule, positive throughout.
 

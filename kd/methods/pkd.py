@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kd.errors import InputError, one_of
+from kd.errors import InputError
 from kd.forward import Needs
 from kd.functional import hidden, layer_maps
 from kd.functional.logits import SOFT_LOSSES
 from kd.methods.base import Method, Step, match_width
-from kd.methods.kd import BATCH_MEANS, checked, checked_temperature
+from kd.methods.kd import BATCH_MEANS, checked, checked_switch, checked_temperature
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
 
@@ -64,9 +64,7 @@ class PKD(Method):
         super().__init__()
         self.layers = layers
         self.temperature = checked_temperature(temperature)
-        if not isinstance(normalize, bool):
-            raise one_of(normalize, ("true", "false"), "method.normalize")
-        self.normalize = normalize
+        self.normalize = checked_switch(normalize, "method.normalize")
         self.loss = checked(loss, SOFT_LOSSES, "method.loss")
         self.reduction = checked(reduction, BATCH_MEANS, "method.reduction")
         self.hidden_reduction = checked(hidden_reduction, HIDDEN_MEANS, "method.hidden_reduction")

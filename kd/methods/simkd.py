@@ -70,16 +70,16 @@ class SimKD(Method):
         feature: `pooled`, the vector that the classifier reads, so that only the classifier is reused; `cls`, the last state
             of [CLS], or `tokens`, all last states, so that the teacher's pooler is reused too. The two latter need a student
             of the teacher's width: the pooler of a plain BERT is square.
-        factor: r; 1 is one linear map, larger ones are two linear maps through the teacher's width / r. The paper's projector
-            is convolutions with ReLU, and r = 2.
+        factor: r; 1 is one linear map, larger ones are two linear maps through the teacher's width / r, null is no projector,
+            for a student of the teacher's width. The paper's projector is convolutions with ReLU, and r = 2.
         temperature: of `logits`, T > 0, a number or a schedule. 4 in the authors' toolbox.
         loss: of `logits`: `kl`, `ce` or `mse`.
         reduction: of `logits`: `batchmean` or `elementmean`.
 
     The projector is linear (our choice) because the product of linear maps and a classifier is a classifier: the export is a
-    plain transformers model of the student's shape. With `pooled` the student's own pooler, a linear layer and tanh, is the
-    projector's nonlinear part. There is no ReLU at its end: features of BERT are signed. One map begins as the identity where
-    widths are equal (our choice). Dropout before the reused layers is off.
+    plain transformers model of the student's shape. With `pooled` the student's own pooler, a linear layer and tanh (in
+    DistilBERT ReLU), is the projector's nonlinear part. There is no ReLU at its end: features of BERT are signed. One map
+    begins as the identity where widths are equal (our choice). Dropout before the reused layers is off.
     """
 
     names = ("task", "logits", "feature")
@@ -87,15 +87,15 @@ class SimKD(Method):
     def __init__(
         self,
         feature: str = "pooled",
-        factor: int = 1,
+        factor: int | None = 1,
         temperature: "float | Schedule" = 4.0,
         loss: str = "kl",
         reduction: str = "batchmean",
     ) -> None:
         super().__init__()
         self.feature = checked(feature, FEATURES, "method.feature")
-        if type(factor) is not int or factor < 1:
-            raise InputError(f"method.factor={factor} must be a whole number, 1 or more", "method.factor")
+        if factor is not None and (type(factor) is not int or factor < 1):
+            raise InputError(f"method.factor={factor} must be a whole number, 1 or more, or null", "method.factor")
         self.factor = factor
         self.temperature = checked_temperature(temperature)
         self.loss = checked(loss, SOFT_LOSSES, "method.loss")
@@ -115,21 +115,38 @@ class SimKD(Method):
                 f"the student has {student.width}, the teacher {teacher.width}; use method.feature=pooled",
                 "method.feature",
             )
-        if teacher.width % self.factor:
+        if self.factor is None and student.width != teacher.width:
+            raise InputError(
+                f"without a projector the student's width of {student.width} must be the teacher's, {teacher.width}",
+                "method.factor",
+            )
+        if self.factor is not None and teacher.width % self.factor:
             raise InputError(
                 f"method.factor={self.factor} does not divide the teacher's width of {teacher.width}", "method.factor"
             )
-        theirs = teacher.encoder if isinstance(teacher, FrozenTeacher) else teacher
-        replaced = dict(student.model.named_modules()).get(student.family.outputs)
-        if isinstance(replaced, Reused):
-            raise InputError("method=simkd reuses one teacher's classifier; use pool=none with one teacher", "pool")
-        if not isinstance(replaced, nn.Linear) or not isinstance(theirs.outputs, nn.Linear):
+        if not isinstance(teacher, FrozenTeacher):
+            raise InputError(
+                "method=simkd reuses the classifier of a teacher that stays as it is; use cohort.teacher=frozen",
+                "cohort.teacher",
+            )
+        theirs = teacher.encoder
+        if self.feature != "pooled" and student.config.model_type != theirs.config.model_type:
+            raise InputError(
+                f"method.feature={self.feature} reuses the teacher's pooler, and the families differ in what follows it: the "
+                f"student is {student.config.model_type}, the teacher {theirs.config.model_type}; use method.feature=pooled",
+                "method.feature",
+            )
+        if not student.classifies or not theirs.classifies:
             raise InputError("method=simkd reuses a teacher's classifier, and these models have none", "method")
-        project, columns = projector(student.width, teacher.width, self.factor), getattr(teacher, "columns", None)
+        if isinstance(student.outputs, Reused):
+            raise InputError("method=simkd reuses one teacher's classifier; use pool=none with one teacher", "pool")
+        assert isinstance(theirs.outputs, nn.Linear)
+        project, columns = projector(student.width, teacher.width, self.factor), teacher.columns
         if self.feature == "pooled":
             student.put(student.family.outputs, Reused(theirs.outputs, project, columns))
         else:
-            student.put(student.family.pooler, Reused(theirs.model.get_submodule(theirs.family.pooler), project))
+            pooler = theirs.model.get_submodule(theirs.family.pooler)
+            student.put(student.family.pooler, Reused(pooler, project))
             student.put(student.family.outputs, Reused(theirs.outputs, nn.Sequential(), columns))
         student.put((student.family.outputs.rpartition(".")[0] + ".dropout").lstrip("."), nn.Identity())
         self.depths = (student.depth, teacher.depth)
@@ -171,8 +188,10 @@ class SimKD(Method):
         return {"what predicts": f"the teacher's frozen {reused}, behind a learned linear map of the student's features"}
 
 
-def projector(student: int, teacher: int, factor: int) -> nn.Sequential:
-    """Linear maps from the student's width to the teacher's: one, or two through the teacher's width / factor."""
+def projector(student: int, teacher: int, factor: int | None) -> nn.Sequential:
+    """Linear maps from the student's width to the teacher's: one, two through the teacher's width / factor, or none."""
+    if factor is None:
+        return nn.Sequential()
     if factor == 1:
         return nn.Sequential(projection(student, teacher))
     return nn.Sequential(nn.Linear(student, teacher // factor), nn.Linear(teacher // factor, teacher))

@@ -11,11 +11,11 @@ from kd.forward import Needs, Outputs
 from kd.functional import layer_maps
 from kd.functional.attention import DIRECTIONS, attention_divergence, mean_distribution, probability_error, score_error
 from kd.functional.hidden import PADDING, at_least_float32, token_error
-from kd.methods.base import Method, Progress, Step, freeze_above, projection
-from kd.methods.kd import checked
+from kd.methods.base import Method, Progress, Step, check_heads, freeze_above, projection
+from kd.methods.kd import checked, checked_switch
 from kd.models import Encoder, FrozenTeacher
 
-MAPS = ("uniform", "top", "bottom", "mean", "random")
+MAPS = ("uniform", "top", "last", "bottom", "mean", "random")
 TARGETS = ("scores", "probabilities", "kl")
 PROJECTIONS = ("shared", "paper", "layer")
 REDRAWS = ("run", "epoch", "step")
@@ -39,7 +39,8 @@ class TinyBERT(Method):
         `embedding`: :math:`L_{embd}`, eq. 9; the authors' code adds it to the hidden loss, so beta again.
 
     Args:
-        layers: g. `uniform` is :math:`mN/M`, `top` is :math:`m + N - M`, `bottom` is m; `mean` has the teacher's N layers in
+        layers: g. `uniform` is :math:`mN/M`, `top`, or `last` (not PKD's, which stops below the teacher's last layer), is
+            :math:`m + N - M`, `bottom` is m; `mean` has the teacher's N layers in
             M blocks and m meets the mean of its block, in scores, in probabilities (also for `kl`) and in states; `random`
             draws M different teacher layers and keeps them in ascending order. Or a list of [student layer, teacher layer],
             from 1.
@@ -52,9 +53,10 @@ class TinyBERT(Method):
             averages over everything, padding included, as the authors' code does.
         project: maps from the student's width to the teacher's. `shared` is one for embeddings and all layers (authors'
             code), `paper` is one for embeddings and one for layers (its W_e and W_h), `layer` is one for each.
+        teacher_dropout: the authors' code leaves it on, by oversight; the teacher then runs at every step. Ours is off.
 
     Head i meets head i, so student and teacher need equally many. The paper's W_e and W_h have no bias; the authors' code and
-    we have one. The authors' code leaves the teacher's dropout on; ours is off. What no term reaches, the head and whatever
+    we have one. What no term reaches, the head and whatever
     lies above the highest layer of the map, stays as it is: no weight decay either.
 
     Raises:
@@ -72,6 +74,7 @@ class TinyBERT(Method):
         direction: str = "forward",
         padding: str = "strict",
         project: str = "shared",
+        teacher_dropout: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(layers, str):
@@ -85,6 +88,7 @@ class TinyBERT(Method):
         self.direction = checked(direction, DIRECTIONS, "method.direction")
         self.padding = checked(padding, PADDING, "method.padding")
         self.project = checked(project, PROJECTIONS, "method.project")
+        self.teacher_dropout = checked_switch(teacher_dropout, "method.teacher_dropout")
         self.depths = (0, 0)
         self.projections = nn.ModuleDict()
 
@@ -130,7 +134,7 @@ class TinyBERT(Method):
             generator = np.random.default_rng([self.draw_seed, place, *b"layers"])
             pairs = layer_maps.drawn(*self.depths, generator)
         else:
-            pairs = {"top": layer_maps.top, "bottom": layer_maps.bottom}[self.layers](*self.depths)
+            pairs = {"bottom": layer_maps.bottom}.get(self.layers, layer_maps.top)(*self.depths)
         return tuple((ours, (theirs,)) for ours, theirs in pairs)
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
@@ -138,7 +142,9 @@ class TinyBERT(Method):
         ours, theirs = self._ours(), {layer for _, block in self.map_at(Progress()) for layer in block}
         if self.layers == "random" and self.redraw != "run":
             theirs = set(range(1, self.depths[1] + 1))
-        return Needs(hidden={0, *ours}, attention=ours), [Needs(hidden={0, *theirs}, attention=theirs)]
+        return Needs(hidden={0, *ours}, attention=ours), [
+            Needs(hidden={0, *theirs}, attention=theirs, dropout=self.teacher_dropout)
+        ]
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         """Eq. 7, 8 and 9, each summed over layers."""
@@ -189,23 +195,6 @@ class TinyBERT(Method):
         if self.padding == "strict":
             return ""
         return "method.padding=reference averages over padding too, and the longest example of a batch says how much there is"
-
-
-def check_heads(student: Encoder, teacher: FrozenTeacher) -> None:
-    """Whether attention can be compared head by head.
-
-    Raises:
-        InputError: if one has more heads than the other.
-    """
-    if student.heads != teacher.heads:
-        cure = f"set student.heads={teacher.heads}"
-        if student.width % teacher.heads:
-            cure += f" and student.width to a multiple of it, which {student.width} is not"
-        raise InputError(
-            f"attention is compared head by head, and the student has {student.heads} heads, the teacher '{teacher.name}' "
-            f"{teacher.heads}; {cure}",
-            "student.heads",
-        )
 
 
 def mean(layers: Sequence[Tensor]) -> Tensor:

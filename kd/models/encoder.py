@@ -104,6 +104,11 @@ class Encoder(nn.Module):
         """The last linear layer."""
         return self.model.get_submodule(self.family.outputs)  # type: ignore[no-any-return]
 
+    @property
+    def classifies(self) -> bool:
+        """Whether it ends in a classifier, or a regression, of a whole text; a masked language model does not."""
+        return self.family.outputs in dict(self.model.named_modules())
+
     def put(self, path: str, module: nn.Module) -> None:
         """Put a module in the place of the one at a path of the classifier."""
         parent, _, name = path.rpartition(".")

@@ -35,7 +35,7 @@ def match_labels(task: Sequence[str], teacher: Sequence[str], key: str) -> list[
 class FrozenTeacher:
     """A teacher that rides along: never trained, always in eval mode, outside `parameters()`, checkpoints and DDP.
 
-    It is not a module on purpose. The engine moves it between devices.
+    Only a pass with `Needs.dropout` is not in eval mode. It is not a module on purpose. The engine moves it between devices.
 
     Args:
         encoder: the fine-tuned model, or its shape, on the meta device, where `load` gives it its weights.
@@ -112,9 +112,10 @@ class FrozenTeacher:
 
     def run(self, inputs: Inputs, needs: Needs) -> Outputs:
         """The same with the logits in the teacher's own order, and not counted."""
-        self.encoder.eval()
+        encoder = self.encoder.train(needs.dropout)
         with torch.set_grad_enabled(needs.gradient):
-            outputs: Outputs = self.encoder(inputs, needs)
+            outputs: Outputs = encoder(inputs, needs)
+        encoder.eval()
         return outputs
 
     def in_order(self, outputs: Outputs) -> Outputs:

@@ -18,9 +18,8 @@ from kd.data.batch import Batch
 from kd.data.sampler import LengthBatches
 from kd.data.store import Entry, Remembered, Share, Store
 from kd.data.tasks import Classification
-from kd.engines.base import Engine
+from kd.engines.base import Engine, Loss
 from kd.forward import Outputs
-from kd.forward.needs import KINDS
 from kd.make import build_method
 from kd.methods.base import needs_of_teachers
 from kd.models import CachedTeacher, Encoder, FrozenTeacher
@@ -38,6 +37,9 @@ COMPOSED = (
     "dml cohort.students=3 cohort.peers.target=mean cohort.peers.temperature=2",
     "p2p_mutual cohort.teacher=online",
     "p2p_mutual pool=stochastic teacher=[minilm,minilm_4l]",
+    "bert_emd pool=stochastic teacher=[minilm,minilm_4l]",
+    "ad_kd cohort=mutual",
+    "simkd cohort=mutual",
 )
 """Methods with parts of others: the contract holds for what is composed as well."""
 CASES = (*METHODS, *STAGED, *COMPOSED)
@@ -95,7 +97,7 @@ def more_padding(batch: Batch, tokens: int = 4) -> Batch:
 
 SHAPES = (
     {"layers": 2, "width": 24, "heads": 4},
-    {"layers": 3, "width": 16, "heads": 2},
+    {"layers": 3, "width": 16, "heads": 4},
     {"layers": 2, "width": 16, "heads": 4},
 )
 """Of students that learn together."""
@@ -191,30 +193,34 @@ class Bench:
     def update(self, batch: Batch) -> None:
         """One optimiser step."""
         optimizer = self.engine.optimizer_factory.optimizer(self.engine)
-        self.engine.loss(batch).total.backward()
+        loss = self.engine.loss(batch)
+        loss.total.backward()
         optimizer.step()
+        after_step(loss)
+
+
+def after_step(loss: Loss) -> None:
+    """What the methods do after a batch."""
+    for method, step, terms in loss.steps:
+        method.after_step(step, {name: term.detach() for name, term in terms.items()})
 
 
 class Recorded:
     """Every read of an `Outputs`, by object."""
 
     def __init__(self, monkeypatch: Any) -> None:
-        self.reads: list[tuple[Outputs, str, int]] = []  # kept, so that no two share an address
+        self.reads: list[tuple[Outputs, str]] = []  # outputs are kept, so that no two share an address
         original = Outputs._take
 
-        def spy(outputs: Outputs, declared: str, kind: str, layer: int) -> torch.Tensor:
-            self.reads.append((outputs, declared, layer))
+        def spy(outputs: Outputs, declared: str, kind: str, layer: int | str) -> torch.Tensor:
+            self.reads.append((outputs, f"{kind}-{layer}".removesuffix("-")))
             return original(outputs, declared, kind, layer)
 
         monkeypatch.setattr(Outputs, "_take", spy)
 
-    def of(self, outputs: Outputs) -> dict[str, set[int]]:
-        """What was read of one forward's outputs: kind -> layers."""
-        found: dict[str, set[int]] = {kind: set() for kind in KINDS}
-        for owner, declared, layer in self.reads:
-            if owner is outputs:
-                found[declared].add(layer)
-        return found
+    def of(self, outputs: Outputs) -> set[str]:
+        """Names of the tensors, as in `Needs.tensors`, that were read of one forward's outputs."""
+        return {name for owner, name in self.reads if owner is outputs}
 
 
 OPTIONS = {"reduction": ("batchmean", "elementmean"), "hidden_reduction": ("elements", "vectors", "examples")}
@@ -267,7 +273,8 @@ def save_two_rank_updates(rank: int, world: int, port: int, folder: Path) -> Non
             self.engine = engine
 
         def forward(self, batch: Batch) -> torch.Tensor:
-            return self.engine.loss(batch).total
+            self.last = self.engine.loss(batch)
+            return self.last.total
 
     found = {}
     for name, more, count in two_rank_cases():
@@ -278,6 +285,7 @@ def save_two_rank_updates(rank: int, world: int, port: int, folder: Path) -> Non
         mine = Collated(whole)(next(iter(sampler)))
         (wrapped(mine) * mine.weight).backward()
         optimizer.step()
+        after_step(wrapped.module.last)
         found[case_name(name, more, count)] = bench.engine.state_dict()
     torch.save(found, folder / f"rank{rank}.pt")
     torch.distributed.barrier()

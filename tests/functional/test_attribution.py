@@ -86,10 +86,21 @@ def test_attributions_add_up_to_the_difference_of_the_score(steps: int, toleranc
 
 def test_views() -> None:
     logits = torch.tensor([[1.0, 2.0, 4.0]]).double()
-    assert [len(list(scores(logits[:, :n], target))) for n in (1, 2, 3) for target in ("loss", "logit")] == [1, 1, 1, 2, 3, 3]
-    assert [score.item() for score in scores(logits)] == pytest.approx((-logits.log_softmax(-1)).flatten().tolist())
+    for classes, targets in ((1, (1, 1)), (2, (1, 2)), (3, (3, 3))):
+        cut = logits[:, :classes]
+        assert tuple(len(scores(cut, cut, target)) for target in ("loss", "logit")) == targets
+    losses = -logits.log_softmax(-1).flatten()
+    whole = torch.tensor([[0.5, 0.1, -2.0]]).double()
+    expected = losses / (1 - whole.softmax(-1).flatten())
+    assert [score.item() for score in scores(logits, whole)] == pytest.approx(expected.tolist())
     with pytest.raises(ValueError, match="target 'x'"):
-        list(scores(logits, "x"))
+        scores(logits, logits, "x")
+
+
+def test_the_derivative_of_a_certain_class_is_not_lost() -> None:
+    logits = torch.tensor([[40.0, 0.0]], requires_grad=True)
+    (score,) = scores(logits, logits.detach())
+    assert torch.autograd.grad(score.sum(), logits)[0].flatten().tolist() == pytest.approx([-1.0, 1.0])
 
 
 def test_padding_has_a_finite_second_derivative() -> None:
@@ -105,5 +116,7 @@ def test_padding_has_a_finite_second_derivative() -> None:
 def test_words_and_shapes_are_checked() -> None:
     with pytest.raises(ValueError, match="reduction 'sum'"):
         map_error(STUDENT, TEACHER, REAL, reduction="sum")
+    with pytest.raises(ValueError, match="distance 'l3'"):
+        map_error(STUDENT, TEACHER, REAL, distance="l3")
     with pytest.raises(ValueError, match="differ in shape"):
         map_error(STUDENT, TEACHER[:, :2], REAL)

@@ -86,16 +86,39 @@ def test_the_attribution_term_equals_loops_over_classes_and_tokens(classes: int,
 
 def test_maps_of_two_classes_coincide_and_are_zero_on_padding() -> None:
     teacher = encoder(3, classes=2)
-    maps = []
-    for sign in (1, -1):
-        with torch.no_grad():
-            for parameter in teacher.model.classifier.parameters():
-                parameter.copy_(parameter.flip(0) if sign < 0 else parameter)
-        maps.append(TeacherMaps(0, 1, None, "loss")(teacher, INPUTS)[..., 0])
-    one, other = (nn.functional.normalize(each, dim=1) for each in maps)
-    assert torch.allclose(one, other, rtol=0, atol=1e-12)
-    assert not torch.allclose(maps[0], maps[1], rtol=1e-3)
-    assert ((maps[0] != 0) == MASK.bool()).all()
+    found = TeacherMaps(0, 1, None, "loss")(teacher, INPUTS)[..., 0]
+    assert ((found != 0) == MASK.bool()).all()
+    raw = []
+    for label in range(2):
+        outputs = teacher(INPUTS, Needs(hidden=[0], gradient=True))
+        loss = nn.functional.cross_entropy(outputs.logits, torch.full((3,), label))
+        raw.append((outputs.hidden(0) * torch.autograd.grad(loss, outputs.hidden(0))[0]).norm(dim=-1))
+    expected = nn.functional.normalize(found, dim=1)
+    for each in raw:
+        assert torch.allclose(nn.functional.normalize(each, dim=1), expected, rtol=0, atol=1e-12)
+    assert not torch.allclose(raw[0], raw[1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_maps_of_a_confident_teacher_are_not_lost_to_rounding(classes: int) -> None:
+    teacher = encoder(3, classes=classes)
+    with torch.no_grad():
+        teacher.model.classifier.bias += torch.tensor([60.0, 0.0, -60.0]).double()[:classes]
+    exact = nn.functional.normalize(TeacherMaps(0, 1, None, "loss")(teacher, INPUTS), dim=1)
+    single = nn.functional.normalize(TeacherMaps(0, 1, None, "loss")(teacher.float(), INPUTS), dim=1)
+    assert torch.allclose(single.double(), exact, rtol=0, atol=1e-4)
+    assert (single[:, 0] > 1e-3).all()
+
+
+def test_a_single_view_is_that_of_the_label() -> None:
+    student, teacher = encoder(2, 16, seed=1), encoder(3)
+    method, step = bound(student, teacher, views="gold")
+    total = 0.0
+    ours, theirs = naive_maps(student, 3, 1, None), naive_maps(teacher, 3, 1, None)
+    for example, (length, label) in enumerate(zip(LENGTHS, [0, 1, 1], strict=True)):
+        one, other = (nn.functional.normalize(maps[label, example], dim=0) for maps in (ours, theirs))
+        total += float(((one - other) ** 2).sum()) / length / 3
+    assert method.terms(step)["attribution"].item() == pytest.approx(total, rel=1e-6)
 
 
 def test_terms_are_the_papers_mixture() -> None:
@@ -184,6 +207,8 @@ def test_the_annealed_temperature_is_the_cards() -> None:
         ({"layers": [0]}, "method.layers"),
         ({"norm": 3}, "method.norm"),
         ({"distance": "l3"}, "method.distance"),
+        ({"distance": "l1", "attribution_reduction": "norm"}, "method.distance"),
+        ({"views": "one"}, "method.views"),
         ({"target": "gold"}, "method.target"),
         ({"attribution_reduction": "mean"}, "method.attribution_reduction"),
         ({"temperature": 0}, "method.temperature"),

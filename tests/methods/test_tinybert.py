@@ -460,7 +460,8 @@ def test_terms_of_a_random_map_are_those_of_its_pairs(narrow: Encoder, teacher: 
     ("arguments", "key"),
     [
         ({"layers": "unifrom"}, "method.layers"),
-        ({"layers": "last"}, "method.layers"),
+        ({"layers": "skip"}, "method.layers"),
+        ({"teacher_dropout": 0.1}, "method.teacher_dropout"),
         ({"redraw": "batch"}, "method.redraw"),
         ({"draw_seed": -1}, "method.draw_seed"),
         ({"draw_seed": None}, "method.draw_seed"),
@@ -505,7 +506,7 @@ def test_maps_that_the_depths_do_not_allow_are_refused(layers: Any, depths: tupl
 @pytest.mark.parametrize(("width", "cure"), [(8, "set student.heads=4"), (6, "set student.heads=4 and student.width to")])
 def test_heads_that_differ_are_refused_with_the_number_to_set(width: int, cure: str) -> None:
     student, teacher = encoder(1, width=width, heads=2), FrozenTeacher(encoder(2, width=8, heads=4), "big")
-    with pytest.raises(InputError, match=f"the student has 2 heads, the teacher 'big' 4; {cure}") as caught:
+    with pytest.raises(InputError, match=f"the student has 2 heads, the teacher 4; {cure}") as caught:
         TinyBERT().bind(student, [teacher])
     assert caught.value.key == "student.heads"
     assert ("multiple" in caught.value.message) is (width == 6)
