@@ -80,9 +80,8 @@ def prepare(job: Job) -> Prepared:
     began = time.perf_counter()
     quieten()
     run = plan(compose(job.overrides), job.overrides)
-    run = run.inputs.get(
-        "before", run
-    )  # where a method has two runs, the first is what is not fine-tuning or plain distillation
+    # Of a method's two runs the first: the last is plain distillation or fine-tuning.
+    run = run.inputs.get("before", run)
     trainer, folder = run.spec.trainer, job.folder / job.contestant.name
     run.directory = folder / run.name
     run.directory.mkdir(parents=True)

@@ -29,6 +29,8 @@ class Encoder(nn.Module):
         self.model: Any = model
         self.tokenizer = tokenizer
         self.family = family_of(model.config.model_type)  # type: ignore[union-attr,arg-type]
+        self.forwards = 0
+        """Passes so far."""
         self.compiled = False
         """Whether blocks run compiled; where gradients, attention or values are needed they run as they are all the same."""
 
@@ -71,6 +73,7 @@ class Encoder(nn.Module):
         Raises:
             ValueError: if `needs` asks for a layer deeper than the model.
         """
+        self.forwards += 1
         if needs.deepest() > self.depth:
             raise ValueError(f"needs declare layer {needs.deepest()} of a model with {self.depth} layers: {needs}")
         taken = {name: inputs[name] for name in self.family.inputs if name in inputs}

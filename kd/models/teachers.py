@@ -62,7 +62,7 @@ class FrozenTeacher:
         self.examples = 0
         """Examples forwarded so far, on this rank."""
         self.looks = 0
-        """Batches so far in which a method looked at what it says, on this rank; the passes if it runs."""
+        """Batches so far in which a method looked at what it says, on this rank."""
 
     @property
     def work(self) -> dict[str, int]:
@@ -105,10 +105,13 @@ class FrozenTeacher:
 
     def __call__(self, inputs: Inputs, needs: Needs) -> Outputs:
         """One pass, without gradients unless `needs.gradient`; logits are in the task's label order."""
-        self.passes += 1
         self.looks += 1
-        self.examples += len(inputs["input_ids"])
-        return self.in_order(self.run(inputs, needs))
+        before = self.encoder.forwards
+        outputs = self.run(inputs, needs)
+        passes = self.encoder.forwards - before  # more than one where something is derived from passes of its own
+        self.passes += passes
+        self.examples += passes * len(inputs["input_ids"])
+        return self.in_order(outputs)
 
     def run(self, inputs: Inputs, needs: Needs) -> Outputs:
         """The same with the logits in the teacher's own order, and not counted."""

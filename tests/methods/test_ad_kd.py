@@ -184,6 +184,13 @@ def test_integrated_gradients_of_a_bert_add_up() -> None:
     assert total == pytest.approx(score_at(1.0) - score_at(1e-3), rel=2e-2)
 
 
+def test_passes_of_the_attribution_are_counted() -> None:
+    method, step = bound(encoder(2, 16, seed=1), encoder(3), steps=3)
+    method.terms(step)
+    frozen = step.teacher.model
+    assert frozen.work == {"passes": 4, "examples": 12, "looks": 1}
+
+
 def test_the_name_of_the_maps_says_what_they_depend_on() -> None:
     settings = [(0, 1, None, "loss"), (1, 1, None, "loss"), (0, 2, None, "loss"), (0, 1, 5, "loss"), (0, 1, None, "logit")]
     assert len({TeacherMaps(*each).name for each in settings}) == len(settings)
