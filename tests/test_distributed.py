@@ -96,7 +96,7 @@ def start(
     place = options or ("--nproc-per-node=2", f"--master-port={free_port()}")
     return subprocess.Popen(
         [*before, sys.executable, "-m", "torch.distributed.run", *place, *what, *overrides],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -54,10 +53,8 @@ def last_weights(run: Run) -> dict[str, torch.Tensor]:
 
 
 def command(overrides: list[str], **options: object) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "kd.train", *overrides],
-        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -67,10 +64,7 @@ def command(overrides: list[str], **options: object) -> subprocess.Popen:
 
 def torchrun(overrides: list[str], port: int) -> subprocess.CompletedProcess:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", "-m", "kd.train"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *launcher, *overrides], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    return subprocess.run([sys.executable, *launcher, *overrides], capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.fixture(scope="module")
