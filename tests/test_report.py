@@ -230,3 +230,15 @@ def test_a_run_that_another_begins_with_is_no_row_and_its_seconds_are_the_others
     assert "--method=tinybert_layers shows them" in out
     command(monkeypatch, folder, "--method", "tinybert_layers")
     assert "│ tinybert_layers" in capsys.readouterr().out
+
+
+def test_settings_of_the_run_that_a_method_begins_with_tell_rows_apart() -> None:
+    def before(attention: str, **more: Any) -> dict[str, Any]:
+        method = {"name": "tinybert_layers", "attention": attention, "weights": {"attention": 1.0}}
+        return {"before": {"seed": more.pop("seed", 0), "method": method, "inputs": {"teacher minilm": attention}, **more}}
+
+    first = [record(seed, "f1", before("scores", seed=seed), method="tinybert") for seed in (0, 1)]
+    other = record(0, "f2", before("kl"), method="tinybert")
+    rows = cells(report.report_table([*first, other]))
+    assert [row["where"] for row in rows] == ["before.method.attention=scores", "before.method.attention=kl"]
+    assert [row["seeds"] for row in rows] == ["0, 1", "0"]

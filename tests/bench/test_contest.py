@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from conformance.runs import planned
 from kd import bench
 from kd.bench import contest as contests
 from kd.bench.contest import contest
 from kd.bench.contestants import CONTESTANTS, FINETUNE, LIVE
+from kd.bench.harness import prepare
 from kd.bench.workers import Job, Worker, WorkerDied
 from kd.errors import InputError
 
@@ -118,6 +120,20 @@ def test_a_worker_that_is_killed_is_named_and_its_fellows_are_ended(
 def test_where_no_teacher_is_remembered_there_is_no_row_of_it(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kd.bench.cost.SIZES", {"cpu": (64,)})
     assert list(contest(small("method=finetune", "teacher=[]"), 1, 1)["contestants"]) == ["finetune", "live"]
+
+
+@pytest.mark.slow
+def test_of_a_method_with_two_runs_the_first_is_measured(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kd.bench.cost.SIZES", {"cpu": (64,)})
+    asked = small("method=tinybert", "student.heads=4", "method.before.run.trainer.max_epochs=2")
+    found = contest(asked, 1, 1, contestants=[FINETUNE, LIVE])
+    assert found["method"] == "tinybert_layers"
+    assert "tinybert_layers" in found["contestants"]["live"]["label"]
+    assert found["contestants"]["finetune"]["overrides"] == FINETUNE.overrides(asked)
+    first = planned(asked).inputs["before"]
+    prepared = prepare(Job(LIVE, tuple(LIVE.overrides(asked)), 1, 2, tmp_path))
+    assert prepared.run.spec.method["name"] == "tinybert_layers"
+    assert prepared.run.spec.optimizer.schedule == first.spec.optimizer.schedule == "constant"
 
 
 def test_an_error_while_building_comes_out_as_what_it_is(small: Small) -> None:
