@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from conformance.runs import Small, last_weights, made, planned, pool
 from kd import caching, train
 from kd.build import Models, build_data, build_examples, build_models
 from kd.data.datamodule import KDData
@@ -23,6 +22,7 @@ from kd.forward import Needs, UndeclaredRead
 from kd.models import CachedTeacher, FrozenTeacher
 from kd.runs import Run
 from kd.schema import cache_limit
+from whole_runs import Small, last_weights, made, planned, pool
 
 TRAIN, VALIDATION, TEST = 96, 32, 32
 
@@ -419,7 +419,7 @@ def commit(self, name, entry, ranks):
     calls.append(name)
     original(self, name, entry, ranks)
 Store.commit = commit
-from conformance.runs import planned
+from whole_runs import planned
 from test_caching import built
 built(sys.argv[2:])
 """

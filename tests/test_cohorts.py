@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from conformance.runs import Small, checked, over, planned, pool
 from kd.build import build_examples, build_models
 from kd.cohorts import students_of
 from kd.errors import InputError
 from kd.models import Encoder
 from kd.runs import Run
 from kd.schema import StudentSpec
+from whole_runs import Small, checked, over, planned, pool
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import last_weights, planned, same_weights, weights
 
 from conftest import write_csv
 from kd import distributed, train
 from kd.errors import InputError
+from whole_runs import free_port, last_weights, planned, same_weights, weights
 
 Small = Callable[..., list[str]]
 Weights = dict[str, torch.Tensor]
@@ -71,12 +70,6 @@ def test_what_only_the_first_rank_does_exchanges_nothing(monkeypatch: pytest.Mon
     assert distributed.on_first(lambda: distributed.mean([mine]))[0] is mine
     with pytest.raises(ValueError, match="process group"):  # there is none here
         distributed.mean([mine])
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def start(

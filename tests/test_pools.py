@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from conformance.runs import Small, checked, made, over, planned, pool
 from conftest import tiny_model, tiny_tokenizer
 from kd import train
 from kd.build import build_examples, build_models, check, pool_chances
@@ -22,6 +21,7 @@ from kd.methods.skdbert import Stochastic
 from kd.methods.wkd import Ensemble
 from kd.planning import backbone_of
 from kd.runs import Run
+from whole_runs import Small, checked, made, over, planned, pool
 
 NAMES = ("minilm", "minilm_4l", "minilm_3l")
 TWO = ("minilm", "minilm_3l")

@@ -2,35 +2,21 @@
 
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from conftest import BAD, FILLER, GOOD, tiny_tokenizer
-from kd import fit as fitting
 from kd import train
-from kd.config import compose
 from kd.data.datamodule import tokenizer_fingerprint
 from kd.errors import InputError
-from kd.planning import plan
 from kd.runs import Run
+from whole_runs import broken_off, last_weights, made, planned, same_weights, torchrun
 
 Small = Callable[..., list[str]]
-
-
-def planned(overrides: list[str]) -> Run:
-    return plan(compose(overrides), overrides)
-
-
-def made(overrides: list[str]) -> tuple[Run, dict]:
-    run = planned(overrides)
-    return run, train.execute(run)
 
 
 @pytest.fixture(scope="module")
@@ -91,18 +77,6 @@ def test_teacher_without_a_masked_lm_head_or_with_another_vocabulary_is_refused(
     assert caught.value.key == "surgery"
 
 
-class StopAfter(Callback):
-    """Ends the process at a batch, as a kill would."""
-
-    def __init__(self, batches: int) -> None:
-        self.left = batches
-
-    def on_train_batch_end(self, *_: object) -> None:
-        self.left -= 1
-        if not self.left:
-            raise RuntimeError("stopped")
-
-
 @pytest.mark.parametrize("more", [(), ("surgery=[mixed_stage]", "surgery.mixed_stage.size=70", "student.dropout=0")])
 def test_masked_run_stopped_in_mid_epoch_ends_with_the_weights_of_an_unbroken_one(
     masked: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
@@ -110,22 +84,10 @@ def test_masked_run_stopped_in_mid_epoch_ends_with_the_weights_of_an_unbroken_on
     overrides = masked("teacher=[]", *more)
     unbroken, result = made(overrides)
     run = planned([*overrides, f"paths.runs={tmp_path}", "trainer.checkpoint_minutes=0"])
-    original = fitting.build_trainer
-    with monkeypatch.context() as patch:
-
-        def build(*arguments: object) -> object:
-            trainer = original(*arguments)
-            trainer.callbacks.append(StopAfter(14))
-            return trainer
-
-        patch.setattr(fitting, "build_trainer", build)
-        with pytest.raises(RuntimeError, match="stopped"):
-            train.execute(run)
+    broken_off(run, 14, monkeypatch)
     again = train.execute(run)
     assert again["metrics"] == result["metrics"]
-    one, other = (torch.load(r.checkpoints / "last.ckpt", weights_only=False)["state_dict"] for r in (run, unbroken))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert same_weights(last_weights(run), last_weights(unbroken))
 
 
 @pytest.mark.ddp
@@ -133,14 +95,12 @@ def test_two_ranks_learn_one_vocabulary_and_give_the_result_of_one(masked: Small
     more = ["teacher=[]", "surgery=[mixed_stage]", "surgery.mixed_stage.size=70", "student.dropout=0", "trainer.max_epochs=1"]
     one_run, one = made(masked(*more))
     arguments = masked(*more, f"paths.runs={tmp_path}", "trainer=ddp", "trainer.accelerator=cpu")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29571", "-m", "kd.train"]
-    process = subprocess.run([*launcher, *arguments], capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stdout + process.stderr
+    torchrun(arguments)
     run = planned(arguments)
     assert run.digest == one["digest"]
     assert run.result["ranks"] == 2
     assert run.result["metrics"]["validation"] == pytest.approx(one["metrics"]["validation"], abs=1e-3)
-    ours, theirs = (torch.load(r.checkpoints / "last.ckpt", weights_only=False)["state_dict"] for r in (run, one_run))
+    ours, theirs = last_weights(run), last_weights(one_run)
     assert ours.keys() == theirs.keys()
     # A bias of the keys shifts all scores of a query alike: its gradient is rounding, which AdamW makes as large as any.
     far = [name for name in ours if not torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-4)]  # over 7 steps

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from conformance.runs import made, planned
 from kd.errors import InputError
 from kd.runs import Run
 from kd.train import check_all
+from whole_runs import made, planned
 
 Small = Callable[..., list[str]]
 SHORT = ["method=annealing_kd", "method.before.run.trainer.max_epochs=2", "method.before.tau_max=2"]

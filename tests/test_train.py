@@ -12,44 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from conftest import write_csv
 from kd import fit as fitting
 from kd import train
-from kd.config import compose
 from kd.data.batch import Batch
 from kd.data.sources import Files
 from kd.engines.distiller import Distiller
 from kd.engines.safety import clip_gradients
 from kd.errors import InputError
-from kd.planning import plan
 from kd.runs import Run
+from whole_runs import broken_off, last_weights, made, planned, same_weights, torchrun, weights
 
 Small = Callable[..., list[str]]
-
-
-def planned(overrides: list[str]) -> Run:
-    return plan(compose(overrides), overrides)
-
-
-def made(overrides: list[str]) -> tuple[Run, dict]:
-    run = planned(overrides)
-    return run, train.execute(run)
-
-
-def weights(run: Run) -> dict[str, torch.Tensor]:
-    return AutoModelForSequenceClassification.from_pretrained(run.student).state_dict()
-
-
-def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def last_weights(run: Run) -> dict[str, torch.Tensor]:
-    """What training ended with; the exported student may be an earlier epoch's."""
-    return torch.load(run.checkpoints / "last.ckpt", weights_only=False)["state_dict"]
 
 
 def command(overrides: list[str], **options: object) -> subprocess.Popen:
@@ -60,11 +36,6 @@ def command(overrides: list[str], **options: object) -> subprocess.Popen:
         text=True,
         **options,
     )
-
-
-def torchrun(overrides: list[str], port: int) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}", "-m", "kd.train"]
-    return subprocess.run([sys.executable, *launcher, *overrides], capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -225,29 +196,6 @@ def test_student_begun_from_a_run_builds_that_run_first(small: Small) -> None:
     assert result["inputs"]["stage"] == first.name
 
 
-class StopAfter(Callback):
-    """Ends the process at a batch, as a kill would: nothing is saved after it."""
-
-    def __init__(self, batches: int, error: type[BaseException] = RuntimeError) -> None:
-        self.left, self.error = batches, error
-
-    def on_train_batch_end(self, *_: object) -> None:
-        self.left -= 1
-        if not self.left:
-            raise self.error("stopped")
-
-
-def stopped_at(monkeypatch: pytest.MonkeyPatch, batches: int, error: type[BaseException] = RuntimeError) -> None:
-    original = fitting.build_trainer
-
-    def build(*arguments: object) -> object:
-        trainer = original(*arguments)
-        trainer.callbacks.append(StopAfter(batches, error))
-        return trainer
-
-    monkeypatch.setattr(fitting, "build_trainer", build)
-
-
 # An epoch has 6 batches; a checkpoint is written at the end of each and, with checkpoint_minutes=0, after every batch.
 @pytest.mark.parametrize(("minutes", "batches"), [(5, 4), (5, 8), (0, 4), (0, 6), (0, 7), (0, 11), (0, 12)])
 def test_stopped_run_ends_with_the_weights_of_an_unbroken_one(
@@ -258,11 +206,7 @@ def test_stopped_run_ends_with_the_weights_of_an_unbroken_one(
     shutil.copytree(teacher, tmp_path / teacher.name, ignore=shutil.ignore_patterns("cache"))
     overrides = small(f"paths.runs={tmp_path}", f"trainer.checkpoint_minutes={minutes}")
     run = planned(overrides)
-    with monkeypatch.context() as patch:
-        stopped_at(patch, batches)
-        with pytest.raises(RuntimeError, match="stopped"):
-            train.execute(run)
-    assert run.result is None
+    broken_off(run, batches, monkeypatch)
     again = train.execute(run)
     assert same_weights(weights(run), weights(unbroken))
     assert same_weights(last_weights(run), last_weights(unbroken))
@@ -281,10 +225,7 @@ def test_run_stopped_between_the_batches_of_one_step_ends_like_an_unbroken_one(
     overrides = small("method=finetune", "teacher=[]", "trainer.accumulate=4", "trainer.checkpoint_minutes=0")
     unbroken, _ = made(overrides)
     run = planned([*overrides, f"paths.runs={tmp_path}"])
-    with monkeypatch.context() as patch:
-        stopped_at(patch, 9)  # 6 batches an epoch: inside the window of an optimiser step
-        with pytest.raises(RuntimeError, match="stopped"):
-            train.execute(run)
+    broken_off(run, 9, monkeypatch)  # 6 batches an epoch: inside the window of an optimiser step
     train.execute(run)
     assert same_weights(last_weights(run), last_weights(unbroken))
 
@@ -300,10 +241,7 @@ def test_best_checkpoint_is_remembered_when_the_runs_have_moved(
 
     monkeypatch.setattr(Distiller, "_compute", compute)
     here, there = (planned([*overrides, f"paths.runs={tmp_path / place}"]) for place in ("here", "there"))
-    with monkeypatch.context() as patch:
-        stopped_at(patch, 14)
-        with pytest.raises(RuntimeError, match="stopped"):
-            train.execute(here)
+    broken_off(here, 14, monkeypatch)
     (tmp_path / "here").rename(tmp_path / "there")
     result = train.execute(there)
     assert result["selection"]["epoch"] == 1
@@ -314,12 +252,8 @@ def test_interruption_is_reported_and_leaves_nothing_that_looks_done(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = planned(small("method=finetune", "teacher=[]", f"paths.runs={tmp_path}"))
-    with monkeypatch.context() as patch:
-        stopped_at(patch, 8, KeyboardInterrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train.execute(run)
+    broken_off(run, 8, monkeypatch, KeyboardInterrupt)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored
-    assert run.result is None
     assert (run.checkpoints / "last.ckpt").is_file()
     assert train.execute(run)["metrics"]
 
@@ -358,8 +292,7 @@ def test_torchrun_on_two_ranks_gives_the_result_of_one(finished: tuple[Run, dict
     more = ("student.dropout=0", "trainer.eval_batch_size=5")
     _, one = made(small(*more))
     arguments = small(*more, f"paths.runs={tmp_path}", "trainer=ddp", "trainer.accelerator=cpu")
-    process = torchrun(arguments, 29533)
-    assert process.returncode == 0, process.stdout + process.stderr
+    torchrun(arguments)
     run = planned(arguments)
     assert run.digest == one["digest"]
     two = run.result
@@ -379,8 +312,7 @@ def test_torchrun_on_two_ranks_gives_the_result_of_one(finished: tuple[Run, dict
 def test_torchrun_with_a_ready_teacher_passes_the_preflight(finished: tuple[Run, dict], small: Small, tmp_path: Path) -> None:
     ready = ("teacher=[hub]", f"teacher.hub.model={finished[0].inputs['teacher minilm'].student}", "method=kd")
     arguments = small(*ready, f"paths.runs={tmp_path}", "trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=1")
-    process = torchrun(arguments, 29534)
-    assert process.returncode == 0, process.stdout + process.stderr
+    torchrun(arguments)
     assert planned(arguments).result is not None
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from conformance.runs import planned
 from kd import bench
 from kd.bench import contest as contests
 from kd.bench.contest import contest
@@ -17,6 +16,7 @@ from kd.bench.contestants import CONTESTANTS, FINETUNE, LIVE
 from kd.bench.harness import prepare
 from kd.bench.workers import Job, Worker, WorkerDied
 from kd.errors import InputError
+from whole_runs import planned
 
 Small = Callable[..., list[str]]
 

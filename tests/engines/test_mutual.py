@@ -10,13 +10,12 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from conformance.bench import TASK, Bench
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from conformance.bench import TASK, Bench
-from conformance.runs import Small, broken_off, last_weights, made, planned, same_weights
 from kd import train
 from kd.data.batch import Batch
 from kd.data.tasks import Classification, Regression
@@ -28,6 +27,7 @@ from kd.forward import Needs
 from kd.models import Encoder
 from kd.optimizers import OptimizerFactory
 from kd.runs import Run
+from whole_runs import Small, broken_off, last_weights, made, planned, same_weights
 
 CASES = ["dml", "dml cohort.students=3", "p2p_mutual", "p2p_mutual cohort.teacher=online", "pkd cohort=mutual"]
 ONLINE = "p2p_mutual cohort.teacher=online"

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import planned
 from torch import Tensor, nn
 
 from kd import distributed, train
 from kd.data.tasks import Classification
 from kd.engines.distiller import Distiller
 from kd.engines.safety import LATEST, LossWatch, NonFiniteLoss, clip_gradients
+from whole_runs import planned
 
 Small = Callable[..., list[str]]
 GOOD, BAD = torch.tensor(1.0), torch.tensor(float("nan"))

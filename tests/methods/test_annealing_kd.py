@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from conformance.runs import broken_off, last_weights, made, planned, same_weights
 from kd import train
 from kd.data.batch import Batch
 from kd.data.tasks import Classification, Regression
@@ -14,6 +13,7 @@ from kd.errors import InputError
 from kd.forward import Forward, Outputs
 from kd.methods.annealing_kd import AnnealingKD
 from kd.methods.base import Progress, Step
+from whole_runs import broken_off, last_weights, made, planned, same_weights
 
 Small = Callable[..., list[str]]
 TASK = Classification("toy", ["no", "yes"], {}, ["accuracy"], "accuracy")

@@ -4,8 +4,6 @@ import copy
 import math
 import pickle
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from conformance.runs import Small, broken_off, last_weights, made, planned, same_weights
 from conftest import tiny_model
 from kd import distributed, train
 from kd.data.batch import Batch
@@ -26,6 +23,7 @@ from kd.methods import bert_emd
 from kd.methods.base import Progress, Step
 from kd.methods.bert_emd import BertEMD
 from kd.models import Encoder, FrozenTeacher
+from whole_runs import Small, broken_off, last_weights, made, planned, same_weights, torchrun
 
 TASK = Classification("toy", ["no", "yes"], {}, ["accuracy"], "accuracy")
 LENGTHS = (6, 4, 3, 5)
@@ -436,9 +434,7 @@ def test_run_of_two_ranks_has_the_plan_and_the_masses_of_one(small: Small, tmp_p
     for needed in one.inputs.values():
         shutil.copytree(needed.directory, tmp_path / needed.name, ignore=shutil.ignore_patterns("cache"))
     arguments = small(*more, f"paths.runs={tmp_path}", "trainer=ddp", "trainer.accelerator=cpu")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29541", "-m", "kd.train"]
-    found = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240, check=False)
-    assert found.returncode == 0, found.stdout + found.stderr
+    torchrun(arguments)
     ours, theirs = (last_weights(run, "method.") for run in (planned(arguments), one))
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from conformance.bench import Bench
 from torch import Tensor
 from torch.nn import functional as F
 
-from conformance.bench import Bench
 from kd.data.batch import Batch
 from kd.data.tasks import Classification, Regression
 from kd.errors import InputError

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from conformance.bench import TASK, Bench
 from torch import Tensor
 from torch.nn import functional as F
 
-from conformance.bench import TASK, Bench
 from kd.data.batch import Batch
 from kd.data.tasks import Regression
 from kd.forward import Forward, Needs, Outputs

@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
 from conformance.bench import TASK as THREE
 from conformance.bench import Bench, batch_of, encoder
-from conformance.runs import Small, broken_off, last_weights, made, planned, pool, same_weights
+from torch import Tensor
+
 from kd import train
 from kd.data.batch import Batch
 from kd.data.tasks import Classification
@@ -21,6 +20,7 @@ from kd.methods.kd import KD
 from kd.methods.pkd import PKD
 from kd.methods.skdbert import Stochastic
 from kd.models import FrozenTeacher
+from whole_runs import Small, broken_off, last_weights, made, planned, pool, same_weights
 
 TASK = Classification("toy", ["no", "yes"], {}, ["accuracy"], "accuracy")
 STUDENT = torch.tensor([[1.0, 0.0]]).double()

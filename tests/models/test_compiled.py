@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import planned
 
 from conftest import tiny_model
 from kd import train
@@ -15,6 +14,7 @@ from kd.forward import Needs
 from kd.models import Encoder
 from kd.models import compiled as compilation
 from kd.models.compiled import check_compiler
+from whole_runs import planned
 
 Small = Callable[..., list[str]]
 

@@ -1,6 +1,9 @@
-"""Whole runs on the toy task: planned, made, and stopped on the way."""
+"""Whole runs on the toy task: planned, made, stopped on the way, and made by several processes."""
 
 import re
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from omegaconf import OmegaConf
+from transformers import AutoModelForSequenceClassification
 
 from kd import fit as fitting
 from kd import train
@@ -55,6 +59,11 @@ def made(overrides: list[str]) -> tuple[Run, dict]:
     return run, train.execute(run)
 
 
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    """Those of the exported classifier."""
+    return AutoModelForSequenceClassification.from_pretrained(run.student).state_dict()
+
+
 def last_weights(run: Run, prefix: str = "") -> dict[str, torch.Tensor]:
     """What training ended with; the exported student may be an earlier epoch's."""
     found = torch.load(run.checkpoints / "last.ckpt", weights_only=False)["state_dict"]
@@ -69,16 +78,16 @@ def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 class StopAfter(Callback):
     """Ends a run at a batch, as a kill would: nothing is saved after it."""
 
-    def __init__(self, batches: int) -> None:
-        self.left = batches
+    def __init__(self, batches: int, error: type[BaseException]) -> None:
+        self.left, self.error = batches, error
 
     def on_train_batch_end(self, *_: object) -> None:
         self.left -= 1
         if not self.left:
-            raise RuntimeError("stopped")
+            raise self.error("stopped")
 
 
-def broken_off(run: Run, batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def broken_off(run: Run, batches: int, monkeypatch: pytest.MonkeyPatch, error: type[BaseException] = RuntimeError) -> None:
     """Begin a run, its inputs done, and end it after so many batches."""
     for needed in run.inputs.values():
         train.execute(needed)
@@ -86,11 +95,31 @@ def broken_off(run: Run, batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def build(*arguments: object) -> object:
         trainer = original(*arguments)
-        trainer.callbacks.append(StopAfter(batches))
+        trainer.callbacks.append(StopAfter(batches, error))
         return trainer
 
     with monkeypatch.context() as patch:
         patch.setattr(fitting, "build_trainer", build)
-        with pytest.raises(RuntimeError, match="stopped"):
+        # Lightning raises a KeyboardInterrupt of its own, without words.
+        with pytest.raises(error, match=None if error is KeyboardInterrupt else "stopped"):
             train.execute(run)
     assert run.result is None
+
+
+def free_port() -> int:
+    """One that nobody listens to on this machine."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def torchrun(overrides: list[str], timeout: float = 240) -> None:
+    """Make a run in two processes on this machine.
+
+    Raises:
+        AssertionError: with what they said, if they fail.
+    """
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "-m", "kd.train"]
+    command = [sys.executable, *launcher, *overrides]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
