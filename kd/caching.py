@@ -1,7 +1,8 @@
-"""A frozen teacher says the same of an example each time, so it is run once: here is the pass, and whether it is made.
+"""A frozen teacher says the same of an example each time, so it is run once: whether it can be, and what is there already.
 
 What it says of a split is kept with the teacher's run, for all students, methods and seeds, under a digest of the teacher's
 weights, the text as tokenised and the precision. What cannot be kept, or would be too large, is computed at every step.
+The pass itself is in `kd.passes`.
 """
 
 import contextlib
@@ -11,23 +12,21 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from filelock import FileLock, Timeout
 
 from kd import distributed
-from kd.data.store import Entry, Remembered, Share, Store, stored_as
+from kd.data.store import Remembered, Store
 from kd.errors import InputError
 from kd.evaluate import latencies
 from kd.forward import Needs
 from kd.models.compiled import as_it_is
 from kd.models.teachers import CachedTeacher, FrozenTeacher
+from kd.passes import Plan, probe, write
 from kd.planning import teacher_source
-from kd.runs import Run, digest_of, write_atomically
+from kd.runs import Run, digest_of, locked, write_atomically
 from kd.schema import cache_limit
 from kd.sources import fingerprint
 
@@ -38,30 +37,6 @@ FORMAT = 1
 """Raised when a change of code makes what is kept unreadable."""
 AUTO_LIMIT = 8e9
 """Bytes that `cache=auto` takes at most for one teacher, if a quarter of the free disk is not less. Our choice."""
-BATCH_TOKENS = 2048
-"""Tokens of a batch of the pass, padding included. Our choice: enough to keep the kernels busy, little memory."""
-PROBE = 32
-"""Examples that are run to learn sizes and speed."""
-PRECISIONS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-
-
-@dataclass
-class Plan:
-    """What has to be written for one split."""
-
-    split: str
-    tokens: Any
-    store: Store
-    names: tuple[str, ...]
-    needs: Needs
-    precision: str
-    absent: list[str] = field(default_factory=list)
-    entries: dict[str, Entry] = field(default_factory=dict)
-
-    @property
-    def size(self) -> int:
-        """Bytes that have yet to be written."""
-        return sum(entry.size for entry in self.entries.values())
 
 
 def remembered(
@@ -86,7 +61,7 @@ def remembered(
     if why is None:
         why = distributed.on_first(lambda: _not_writable(folder_of(run, teacher)))
     if why is None:
-        with _locked(folder_of(run, teacher)):
+        with _held(folder_of(run, teacher)):
             found = cached(run, data, place, teacher, needs)
         if not isinstance(found, str):
             return found
@@ -199,21 +174,10 @@ def _begin(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a teacher's cache: a second process that needs the same waits, then finds it."""
+def _held(folder: Path) -> Iterator[None]:
+    """Hold a teacher's cache on the first rank: a second process that needs the same waits, then finds it."""
     with contextlib.ExitStack() as held:
-
-        def hold() -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / ".lock")
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                distributed.say(f"  another process is at {folder}; waiting for it")
-                lock.acquire()
-            held.callback(lock.release)
-
-        distributed.on_first(hold)
+        distributed.on_first(lambda: held.enter_context(locked(folder, f"  another process is at {folder}; waiting for it")))
         yield
 
 
@@ -244,92 +208,6 @@ def estimate(run: Run, teacher: FrozenTeacher, plans: Sequence[Plan]) -> float |
     count = ", ".join(f"{plan.split} {plan.store.examples}" for plan in missing)
     distributed.say(f"  teacher '{teacher.name}' is run once over {count}: {_megabytes(size)}, about {seconds:.0f} s")
     return seconds
-
-
-def probe(run: Run, teacher: FrozenTeacher, plan: Plan) -> float:
-    """Seconds of a pass over a split, from a few examples of middling length; sets the entries of what is absent."""
-    order = np.argsort(np.diff(plan.store.offsets), kind="stable")
-    middle = max(len(order) // 2 - PROBE // 2, 0)
-    rows = order[middle : middle + PROBE].tolist()
-    with _teaching(run, teacher, plan.precision) as device:
-        said = _said(teacher, plan, rows, device)
-        began = time.perf_counter()
-        _said(teacher, plan, rows, device)
-        seconds = time.perf_counter() - began
-    for name in plan.absent:
-        kind = stored_as(said[name].dtype, plan.precision)
-        shape = (plan.store.rows(name), said[name].shape[-1])
-        plan.entries[name] = Entry(shape, *(str(dtype).removeprefix("torch.") for dtype in (kind, said[name].dtype)))
-    tokens = len(rows) * max(plan.tokens.lengths_of(rows))
-    return float(seconds * plan.store.offsets[-1] / tokens)
-
-
-def write(run: Run, teacher: FrozenTeacher, plan: Plan) -> tuple[int, int]:
-    """Run a teacher over this rank's share of a split and keep what it says; passes and examples of this rank.
-
-    Tensors appear all at once at the end, so a pass that is killed leaves nothing that looks whole.
-    """
-    rank, world = distributed.rank(), distributed.world()
-    span = (plan.store.examples * rank // world, plan.store.examples * (rank + 1) // world)
-    passes, examples, again = 0, 0, plan.entries
-    while again:
-        examples += span[1] - span[0]
-        shares = {name: Share(plan.store, name, entry, span, rank) for name, entry in again.items()}
-        narrow: set[str] = set()
-        with _teaching(run, teacher, plan.precision) as device:
-            for rows in batches(plan.store.offsets, span):
-                said = _said(teacher, plan, rows, device)
-                passes += 1
-                narrow |= {name for name, share in shares.items() if not share.write(rows, said[name])}
-        for share in shares.values():
-            share.close()
-        too_narrow = set().union(*distributed.gather(narrow))
-
-        def commit(done: Mapping[str, Entry] = again, but: set[str] = too_narrow) -> None:
-            for name, entry in done.items():
-                if name not in but:
-                    plan.store.commit(name, entry, world)
-
-        distributed.on_first(commit)
-        # The type on disk could not hold what came: the whole tensor once more, as it is.
-        again = {name: replace(plan.entries[name], stored=plan.entries[name].shown) for name in too_narrow}
-        if again:
-            distributed.say(f"  {', '.join(sorted(again))} of '{plan.split}' do not fit 16 bits; they are kept in full")
-    return passes, examples
-
-
-def batches(offsets: np.ndarray, span: tuple[int, int]) -> Iterator[list[int]]:
-    """The examples of a span in batches of similar length, `BATCH_TOKENS` at most."""
-    lengths = np.diff(offsets)[span[0] : span[1]]
-    batch: list[int] = []
-    for place in np.argsort(lengths, kind="stable"):
-        if batch and (len(batch) + 1) * lengths[place] > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(span[0] + int(place))
-    if batch:
-        yield batch
-
-
-@contextlib.contextmanager
-def _teaching(run: Run, teacher: FrozenTeacher, precision: str) -> Iterator[torch.device]:
-    """The teacher where and in what it would run in training."""
-    gpu = run.spec.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", distributed.local_rank()) if gpu else torch.device("cpu")
-    kind = torch.float64 if precision == "64-true" else torch.float32
-    teacher.encoder.to(device, kind)
-    mixed = PRECISIONS.get(precision)
-    with as_it_is(teacher.shape), torch.no_grad(), torch.autocast(device.type, mixed, enabled=mixed is not None):
-        try:
-            yield device
-        finally:
-            teacher.encoder.to("cpu")
-
-
-def _said(teacher: FrozenTeacher, plan: Plan, rows: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
-    inputs = {name: tensor.to(device) for name, tensor in plan.tokens.pad(rows).items()}
-    outputs = teacher.run(inputs, plan.needs)
-    return {name: tensor for name, tensor in outputs.named().items() if name in plan.names}
 
 
 def _latency(run: Run, teacher: FrozenTeacher, loaded: bool) -> float | None:

@@ -106,16 +106,29 @@ class Run:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot make '{self.directory}': {error.strerror}", "paths.runs") from error
-        lock = FileLock(self.directory / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            print(f"{self.name}: another process is at this run; waiting for it", flush=True)
-            lock.acquire()
-        try:
+        with locked(self.directory, f"{self.name}: another process is at this run; waiting for it"):
             yield
-        finally:
-            lock.release()
+
+
+@contextmanager
+def locked(folder: Path, waiting: str) -> Iterator[None]:
+    """Hold a folder, which is made if need be. A killed holder's lock is free.
+
+    Args:
+        folder: to be held.
+        waiting: what to say while another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(waiting, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def digest_of(identified: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd import caching, train
+from kd import caching, passes, train
 from kd.build import Models, build_data, build_examples, build_models
 from kd.data.datamodule import KDData
 from kd.errors import InputError
@@ -204,13 +204,13 @@ def test_mixed_precision_keeps_16_bits_for_training_and_all_for_scores(fresh) ->
 
 
 def test_numbers_that_16_bits_cannot_hold_are_kept_in_full(fresh, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    original = caching._said
+    original = passes._said
 
     def large(*arguments: object) -> dict[str, torch.Tensor]:
         said = original(*arguments)
         return {name: tensor * 1e7 if name.startswith("cls") else tensor for name, tensor in said.items()}
 
-    monkeypatch.setattr(caching, "_said", large)
+    monkeypatch.setattr(passes, "_said", large)
     _, _, data = built(fresh("method=pkd", "trainer.precision=bf16-mixed"))
     store = data.tokens["train"]["teacher 0"].store
     (name,) = data.tokens["train"]["teacher 0"].names[1:]
@@ -398,10 +398,10 @@ def test_batches_of_the_pass_hold_every_example_once_and_are_bounded() -> None:
     lengths = np.random.default_rng(0).integers(3, 600, 200)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     for span in ((0, 200), (50, 51), (120, 200)):
-        found = list(caching.batches(offsets, span))
+        found = list(passes.batches(offsets, span))
         assert sorted(row for rows in found for row in rows) == list(range(*span))
-        assert all(len(rows) * lengths[rows].max() <= caching.BATCH_TOKENS or len(rows) == 1 for rows in found)
-    assert list(caching.batches(offsets, (7, 7))) == []
+        assert all(len(rows) * lengths[rows].max() <= passes.BATCH_TOKENS or len(rows) == 1 for rows in found)
+    assert list(passes.batches(offsets, (7, 7))) == []
 
 
 # Interruptions and company

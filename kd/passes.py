@@ -1,0 +1,128 @@
+"""The one pass of a frozen teacher over a split: what it says is written down, batch after batch."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from kd import distributed
+from kd.data.store import Entry, Share, Store, stored_as
+from kd.forward import Needs
+from kd.models.compiled import as_it_is
+from kd.models.teachers import FrozenTeacher
+from kd.runs import Run
+
+BATCH_TOKENS = 2048
+"""Tokens of a batch of the pass, padding included. Our choice: enough to keep the kernels busy, little memory."""
+PROBE = 32
+"""Examples that are run to learn sizes and speed."""
+PRECISIONS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+@dataclass
+class Plan:
+    """What has to be written for one split."""
+
+    split: str
+    tokens: Any
+    store: Store
+    names: tuple[str, ...]
+    needs: Needs
+    precision: str
+    absent: list[str] = field(default_factory=list)
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes that have yet to be written."""
+        return sum(entry.size for entry in self.entries.values())
+
+
+def probe(run: Run, teacher: FrozenTeacher, plan: Plan) -> float:
+    """Seconds of a pass over a split, from a few examples of middling length; sets the entries of what is absent."""
+    order = np.argsort(np.diff(plan.store.offsets), kind="stable")
+    middle = max(len(order) // 2 - PROBE // 2, 0)
+    rows = order[middle : middle + PROBE].tolist()
+    with _teaching(run, teacher, plan.precision) as device:
+        said = _said(teacher, plan, rows, device)
+        began = time.perf_counter()
+        _said(teacher, plan, rows, device)
+        seconds = time.perf_counter() - began
+    for name in plan.absent:
+        kind = stored_as(said[name].dtype, plan.precision)
+        shape = (plan.store.rows(name), said[name].shape[-1])
+        plan.entries[name] = Entry(shape, *(str(dtype).removeprefix("torch.") for dtype in (kind, said[name].dtype)))
+    tokens = len(rows) * max(plan.tokens.lengths_of(rows))
+    return float(seconds * plan.store.offsets[-1] / tokens)
+
+
+def write(run: Run, teacher: FrozenTeacher, plan: Plan) -> tuple[int, int]:
+    """Run a teacher over this rank's share of a split and keep what it says; passes and examples of this rank.
+
+    Tensors appear all at once at the end, so a pass that is killed leaves nothing that looks whole.
+    """
+    rank, world = distributed.rank(), distributed.world()
+    span = (plan.store.examples * rank // world, plan.store.examples * (rank + 1) // world)
+    passes, examples, again = 0, 0, plan.entries
+    while again:
+        examples += span[1] - span[0]
+        shares = {name: Share(plan.store, name, entry, span, rank) for name, entry in again.items()}
+        narrow: set[str] = set()
+        with _teaching(run, teacher, plan.precision) as device:
+            for rows in batches(plan.store.offsets, span):
+                said = _said(teacher, plan, rows, device)
+                passes += 1
+                narrow |= {name for name, share in shares.items() if not share.write(rows, said[name])}
+        for share in shares.values():
+            share.close()
+        too_narrow = set().union(*distributed.gather(narrow))
+
+        def commit(done: Mapping[str, Entry] = again, but: set[str] = too_narrow) -> None:
+            for name, entry in done.items():
+                if name not in but:
+                    plan.store.commit(name, entry, world)
+
+        distributed.on_first(commit)
+        # The type on disk could not hold what came: the whole tensor once more, as it is.
+        again = {name: replace(plan.entries[name], stored=plan.entries[name].shown) for name in too_narrow}
+        if again:
+            distributed.say(f"  {', '.join(sorted(again))} of '{plan.split}' do not fit 16 bits; they are kept in full")
+    return passes, examples
+
+
+def batches(offsets: np.ndarray, span: tuple[int, int]) -> Iterator[list[int]]:
+    """The examples of a span in batches of similar length, `BATCH_TOKENS` at most."""
+    lengths = np.diff(offsets)[span[0] : span[1]]
+    batch: list[int] = []
+    for place in np.argsort(lengths, kind="stable"):
+        if batch and (len(batch) + 1) * lengths[place] > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(span[0] + int(place))
+    if batch:
+        yield batch
+
+
+@contextlib.contextmanager
+def _teaching(run: Run, teacher: FrozenTeacher, precision: str) -> Iterator[torch.device]:
+    """The teacher where and in what it would run in training."""
+    gpu = run.spec.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", distributed.local_rank()) if gpu else torch.device("cpu")
+    kind = torch.float64 if precision == "64-true" else torch.float32
+    teacher.encoder.to(device, kind)
+    mixed = PRECISIONS.get(precision)
+    with as_it_is(teacher.shape), torch.no_grad(), torch.autocast(device.type, mixed, enabled=mixed is not None):
+        try:
+            yield device
+        finally:
+            teacher.encoder.to("cpu")
+
+
+def _said(teacher: FrozenTeacher, plan: Plan, rows: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
+    inputs = {name: tensor.to(device) for name, tensor in plan.tokens.pad(rows).items()}
+    outputs = teacher.run(inputs, plan.needs)
+    return {name: tensor for name, tensor in outputs.named().items() if name in plan.names}
