@@ -1,6 +1,8 @@
 """Transport of mass between layers."""
 
+import math
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,12 +14,16 @@ SMALLEST = 1e-8
 """The least mass of a layer, and the least unit cost as a share of all layers'."""
 
 
+RESOLVED = 1e6
+"""The largest cost over that of the whole plan at which the solver's tolerance, about 1e-13 of it, does not matter."""
+
+
 def plan(cost: Tensor, source: Tensor, target: Tensor) -> Tensor:
     """The cheapest way to move one distribution of mass into another, exactly (earth mover's distance).
 
     :math:`F = argmin_{F >= 0} sum_ij F_ij D_ij` with row sums `source` and column sums `target`; solved on the CPU in float64
-    by the network simplex of POT (Flamary et al., JMLR 2021). At most sources + targets - 1 entries are positive. No gradient
-    flows through it.
+    by the network simplex of POT (Flamary et al., JMLR 2021), whatever the size of the costs. At most sources + targets - 1
+    entries are positive. No gradient flows through it.
 
     Args:
         cost: (sources, targets), D.
@@ -25,7 +31,7 @@ def plan(cost: Tensor, source: Tensor, target: Tensor) -> Tensor:
         target: (targets,), likewise.
 
     Returns:
-        (sources, targets), of the cost's type and device.
+        (sources, targets), on the cost's device, in its type or float32 if that is narrower.
 
     Raises:
         ValueError: for shapes that do not match, a cost that is not finite, or masses that are none.
@@ -41,11 +47,33 @@ def plan(cost: Tensor, source: Tensor, target: Tensor) -> Tensor:
     for name, mass in zip(("source", "target"), masses, strict=True):
         if not ((mass >= 0).all() and abs(float(mass.sum()) - 1) < 1e-5):
             raise ValueError(f"the masses of the {name} do not add up to 1, or one is negative: {mass.tolist()}")
-    solver = _solver()
-    flow, log = solver.emd(*((mass / mass.sum()).numpy() for mass in masses), moved.numpy(), log=True)
-    if log["warning"] is not None:
-        raise ValueError(f"no transport plan was found: {log['warning']}")
-    return torch.from_numpy(flow).to(cost)
+    flow = _cheapest(moved, *(mass / mass.sum() for mass in masses))
+    return flow.to(cost.device, torch.promote_types(cost.dtype, torch.float32))
+
+
+def _cheapest(cost: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """The plan, all in float64 on the CPU.
+
+    The solver tells reduced costs from zero by a tolerance that is a share of one more than the largest cost, so that costs
+    are scaled by their largest. Where the plan costs next to nothing beside that, the differences that decide are below the
+    tolerance. A plan that is optimal after the costs it does not use are lowered is optimal, so they are lowered, which brings
+    the rest into the solver's range, for as long as that makes the plan cheaper.
+    """
+    best, paid = torch.outer(source, target), math.inf
+    ceiling = float(cost.abs().max())
+    while True:
+        scale = ceiling if ceiling > 0 else 1.0
+        found, log = _solver().emd(source.numpy(), target.numpy(), (cost.clamp(max=ceiling) / scale).numpy(), log=True)
+        if log["warning"] is not None:
+            raise ValueError(f"no transport plan was found: {log['warning']}")
+        flow = torch.from_numpy(found)
+        price = float((flow * (cost / scale)).sum()) * scale
+        if not price < paid:
+            return best
+        best, paid = flow, price
+        if not 0 < price * RESOLVED < ceiling:
+            return best
+        ceiling = price * RESOLVED
 
 
 def cost_attention(flow: Tensor, cost: Tensor, mass: Tensor, update: str = "softmax2", tau: float = 1.0) -> Tensor:
@@ -79,18 +107,56 @@ def cost_attention(flow: Tensor, cost: Tensor, mass: Tensor, update: str = "soft
     >>> cost_attention(flow, cost, torch.tensor([0.5, 0.5]), "sum")
     tensor([0.7500, 0.2500])
     """
+    return shared_cost_attention([(flow, cost, mass)], update, tau)
+
+
+def shared_cost_attention(
+    transports: Sequence[tuple[Tensor, Tensor, Tensor]], update: str = "softmax2", tau: float = 1.0
+) -> Tensor:
+    r"""The next masses of layers that several transports have in common: the mean of what `cost_attention` gives each.
+
+    Of two softmaxes the *first* is applied to each transport and the second to their mean,
+    :math:`softmax(\frac{1}{n} \sum_a softmax(v^a / \tau))`, which is not the mean of `softmax2`'s masses.
+
+    Source: the authors' code, as of `cost_attention`: there attention and hidden states share their masses.
+
+    Args:
+        transports: of each the plan, its costs and the masses that it was solved with, as `cost_attention` takes them.
+        update: of `UPDATES`.
+        tau: > 0.
+
+    Returns:
+        (layers,), positive, adding up to 1, of the type of the first masses; computed in float64.
+
+    Raises:
+        ValueError: for another word.
+
+    >>> flow, equal = torch.eye(2) / 2, torch.tensor([0.5, 0.5])
+    >>> costs = torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    >>> shared_cost_attention([(flow, cost, equal) for cost in costs])
+    tensor([0.6071, 0.3929])
+    """
+    if update not in UPDATES:
+        raise ValueError(f"update '{update}' is not one of {', '.join(UPDATES)}")
+    found = torch.stack([_first_masses(*each, update, tau) for each in transports]).mean(dim=0)
+    if update == "softmax2":
+        found = found.softmax(dim=0)
+    return found.to(transports[0][2].dtype)
+
+
+def _first_masses(flow: Tensor, cost: Tensor, mass: Tensor, update: str, tau: float) -> Tensor:
+    """Masses of one transport after the first normalisation, in float64."""
     unit = (flow.double() * cost.double()).sum(dim=1) / mass.double().clamp(min=SMALLEST)
     total = unit.sum()
     inverse = torch.where(unit > 0, total / unit.clamp(min=float(SMALLEST * total)), 0.0)
-    if update == "sum":
-        found = inverse / inverse.sum() if total > 0 else torch.ones_like(unit)
-    elif update in UPDATES:
+    if update == "softmax2":  # the second lifts every mass far above the least
+        return (inverse / tau).softmax(dim=0)
+    if update == "softmax":
         found = (inverse / tau).softmax(dim=0)
-        found = found.softmax(dim=0) if update == "softmax2" else found
     else:
-        raise ValueError(f"update '{update}' is not one of {', '.join(UPDATES)}")
+        found = inverse / inverse.sum() if total > 0 else torch.ones_like(unit)
     found = found.clamp(min=SMALLEST)
-    return (found / found.sum()).to(mass.dtype)
+    return found / found.sum()
 
 
 def _solver():  # type: ignore[no-untyped-def]  # POT has no types

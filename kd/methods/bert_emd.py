@@ -13,7 +13,7 @@ from kd.functional import layer_maps
 from kd.functional.attention import score_error
 from kd.functional.hidden import PADDING, token_error
 from kd.functional.logits import SOFT_LOSSES
-from kd.functional.transport import UPDATES, cost_attention, plan
+from kd.functional.transport import UPDATES, plan, shared_cost_attention
 from kd.methods.base import Method, Step, check_heads, projection
 from kd.methods.kd import BATCH_MEANS, checked, checked_switch, checked_temperature
 from kd.models import Encoder, FrozenTeacher
@@ -46,7 +46,8 @@ class BertEMD(Method):
         update: of the masses. `softmax2`, two softmaxes, is what the code did for the published numbers (the authors say so);
             `softmax` is the paper; `sum` is the authors' later code; `none` leaves them uniform.
         tau: T_emd > 0, of the first softmax.
-        separate: attention and hidden states have masses of their own, in place of the means of both.
+        separate: attention and hidden states have masses of their own. Otherwise they share the mean of both, which is taken
+            after the first softmax: of `softmax2` the second is applied to that mean (authors' code).
         mapping: `emd`; or a fixed map in place of the plan: a name of `kd.functional.layer_maps`, of which `uniform` is
             TinyBERT's, or a list of [student layer, teacher layer]. Its pairs have equal parts of a mass of 1 (our choice: the
             scale of a transport, where TinyBERT sums over pairs); nothing is updated.
@@ -240,13 +241,11 @@ class BertEMD(Method):
         if not solved or self.update == "none":
             return
         for side in SIDES:
-            found = {
-                kind: cost_attention(*self._seen_from(side, *solved[kind]), self._kept(f"{side}_{kind}"), self.update, self.tau)
-                for kind in ERRORS
-            }
-            mean = torch.stack(list(found.values())).mean(dim=0)
-            for kind in ERRORS:
-                self.get_buffer(f"{side}_{kind}").copy_(found[kind] if self.separate else mean)
+            moved = {kind: (*self._seen_from(side, *solved[kind]), self._kept(f"{side}_{kind}")) for kind in ERRORS}
+            counted = {kind: [moved[kind]] if self.separate else list(moved.values()) for kind in ERRORS}
+            found = {kind: shared_cost_attention(counted[kind], self.update, self.tau) for kind in ERRORS}
+            for kind in ERRORS:  # not before, because the old masses are views of these
+                self.get_buffer(f"{side}_{kind}").copy_(found[kind])
 
     @staticmethod
     def _seen_from(side: str, cost: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:

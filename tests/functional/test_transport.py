@@ -1,7 +1,10 @@
 """Transport: the card's numbers, another solver, and masses that stay finite."""
 
+import itertools
 import subprocess
 import sys
+from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from kd.functional.transport import SMALLEST, UPDATES, cost_attention, plan
+from kd.functional.transport import SMALLEST, UPDATES, cost_attention, plan, shared_cost_attention
 
 
 def tensor(values: object) -> Tensor:
@@ -81,6 +84,49 @@ def test_masses_are_those_of_the_card(update: str, tau: float, masses: list[floa
         assert (plan(cost, one, found) * cost).sum().item() == pytest.approx(1.5, abs=1e-9)
 
 
+def cheapest(cost: Tensor, counts: tuple[Sequence[int], Sequence[int]]) -> Fraction:
+    """The least price of moving sixths, some to a row and some to a column, by trying all ways; exact."""
+    rows, columns = ([index for index, count in enumerate(side) for _ in range(count)] for side in counts)
+    costs = [[Fraction(value) for value in row] for row in cost.tolist()]
+    ways = itertools.permutations(columns)
+    return min(sum(costs[i][j] for i, j in zip(rows, way, strict=True)) for way in ways) / len(rows)
+
+
+@pytest.mark.parametrize("counts", [((1,) * 6, (1,) * 6), ((3, 3), (1, 2, 1, 2)), ((4, 1, 1), (1, 5))], ids=str)
+@pytest.mark.parametrize(
+    "exponents", [(power, power) for power in (-300, -20, -13, 0, 13, 200)] + [(-13, 0), (-13, 13)], ids=str
+)
+def test_no_other_plan_is_cheaper_whatever_the_size_of_the_costs(
+    counts: tuple[Sequence[int], Sequence[int]], exponents: tuple[int, int]
+) -> None:
+    numbers = np.random.default_rng(0)
+    source, target = (torch.tensor(side).double() / 6 for side in counts)
+    for _ in range(4):
+        powers = numbers.uniform(*exponents, (len(source), len(target)))
+        cost = torch.from_numpy(numbers.uniform(1, 2, powers.shape) * 10.0**powers)
+        cost[numbers.random(powers.shape) < 0.1] = 0
+        flow, least = plan(cost, source, target), cheapest(cost, counts)
+        price = sum(Fraction(f) * Fraction(c) for f, c in zip(flow.flatten().tolist(), cost.flatten().tolist(), strict=True))
+        # the masses are rounded: of a plan as cheap as the cheapest every part is off by a few units in the last place
+        assert least * (1 - Fraction(1e-12)) <= price <= least * (1 + Fraction(1e-12))
+        torch.testing.assert_close(flow.sum(1), source)
+        torch.testing.assert_close(flow.sum(0), target)
+
+
+def test_masses_of_a_hundred_millionth_are_moved_whole() -> None:
+    source, target = tensor([1e-8, 1 - 1e-8]), tensor([0.5, 1e-13, 0.5 - 1e-13])
+    flow = plan(tensor([[1e-13, 1e13, 1.0], [1.0, 1e-13, 1e13]]), source, target)
+    torch.testing.assert_close(flow.sum(1), source, rtol=1e-7, atol=0)  # 1 has 16 digits, of which 8 are left for 1e-8
+    torch.testing.assert_close(flow.sum(0), target, rtol=1e-3, atol=0)  # and 3 for 1e-13
+
+
+def test_costs_in_half_precision_are_planned_in_single() -> None:
+    for kind in (torch.float16, torch.bfloat16):
+        flow = plan(torch.tensor([[1.0, 3.0]], dtype=kind), torch.ones(1), torch.tensor([0.3, 0.7]))
+        assert flow.dtype == torch.float32
+        torch.testing.assert_close(flow, torch.tensor([[0.3, 0.7]]))
+
+
 @pytest.mark.parametrize("update", UPDATES)
 def test_equal_costs_leave_equal_masses(update: str) -> None:
     cost = tensor([[1.0, 2.0], [3.0, 1.0]])
@@ -110,6 +156,21 @@ def naive(flow: Tensor, cost: Tensor, mass: Tensor, update: str, tau: float) -> 
         powers = [np.exp(v / scale) for v in inverse]
         inverse = [power / sum(powers) for power in powers]
     return inverse
+
+
+def test_two_transports_share_the_second_softmax_of_the_mean_of_their_first() -> None:
+    flow, half = torch.eye(2).double() / 2, uniform(2)
+    costs = (tensor([[1.0, 0.0], [0.0, 3.0]]), tensor([[1.0, 0.0], [0.0, 1.0]]))
+    # unit costs 1 and 3, and 1 and 1: first softmaxes of (4, 4/3) and of (2, 2)
+    mean = (0.9350305 + 0.5) / 2
+    expected = 1 / (1 + np.exp(1 - 2 * mean))
+    found = shared_cost_attention([(flow, cost, half) for cost in costs], "softmax2")
+    torch.testing.assert_close(found, tensor([expected, 1 - expected]), rtol=0, atol=1e-7)
+    apart = torch.stack([cost_attention(flow, cost, half, "softmax2") for cost in costs]).mean(dim=0)
+    assert abs(float(apart[0]) - expected) > 4e-3
+    for update in ("softmax", "sum"):
+        apart = torch.stack([cost_attention(flow, cost, half, update) for cost in costs]).mean(dim=0)
+        torch.testing.assert_close(shared_cost_attention([(flow, cost, half) for cost in costs], update), apart)
 
 
 @pytest.mark.parametrize("update", UPDATES)
