@@ -45,6 +45,9 @@ OF_THE_MACHINE = ("precision", "compile", "pad_multiple")
 UNLESS_ASKED_FOR = {"batch_tokens": None, "pad_multiple": 1, "compile": False}
 """Trainer keys that are no part of an identity while they have these values: the runs are those of before there were any."""
 
+METHOD_UNLESS_ASKED_FOR: Mapping[str, Mapping[str, Any]] = {"kd.methods.simkd.SimKD": {"padding": "strict"}}
+"""The same of a method's options, by its class: options that came later, at the value that was built in before."""
+
 PLACES = ("root", "train", "validation", "test")
 """Keys that say where data is; their content enters the digest instead."""
 
@@ -180,6 +183,13 @@ def source_of(spec: RunSpec) -> Source:
         raise InputError(f"the task's source cannot be made: {error}", "task.source") from error
 
 
+def method_identity(method: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a method's options changes its result."""
+    silent = METHOD_UNLESS_ASKED_FOR.get(str(method.get("_target_")), {})
+    # `before` is an input, with a digest of its own
+    return {key: value for key, value in method.items() if key != "before" and not (key in silent and value == silent[key])}
+
+
 def identity(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
     """Everything that changes the result, and nothing else."""
     student, task, trainer = asdict(spec.student), asdict(spec.task), asdict(spec.trainer)
@@ -203,7 +213,7 @@ def identity(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
     source = {key: value for key, value in task.pop("source").items() if key not in PLACES}
     return {
         "format": FORMAT,
-        "method": {key: value for key, value in spec.method.items() if key != "before"},  # it is an input
+        "method": method_identity(spec.method),
         "engine": spec.engine,
         "student": student,
         "teachers": [  # a list: the order of a pool says whose weights a student begins from

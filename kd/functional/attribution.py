@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kd.functional.hidden import at_least_float32, mean_over_real
+from kd.functional.hidden import at_least_float32, mean_over_real, unit
 
 TARGETS = ("loss", "logit")
 DISTANCES = ("l2", "l1", "smooth_l1")
@@ -27,55 +27,68 @@ def odds(logits: Tensor) -> list[Tensor]:
     return found
 
 
-def scores(logits: Tensor, whole: Tensor, target: str = "loss") -> list[Tensor]:
-    """What is attributed to the tokens, a view each, (batch,).
+def scores(logits: Tensor, target: str = "loss") -> list[Tensor]:
+    """What is differentiated for each view, (batch,): logits as they are, or, of `loss`, the odds that it is a function of.
 
-    A confident model's loss has a gradient too small for float16 and, close to zero, for float32. Normalisation removes any
-    factor of an example later, so the loss is divided by the size of its derivative at the whole states: what is then
-    differentiated is near 1 in size whatever the confidence.
+    The loss is the softplus of the odds against its class; the derivative of softplus is left to `attributions`, because a
+    confident model's is too small for float16 and, close to zero, for any type.
 
     Args:
         logits: (batch, classes), of a pass; one class is a regression's score.
-        whole: those of the pass at the whole states.
         target: `loss` is the negative log-probability of each class in turn, and of the first alone where there are two: the
-            other's gradient is the same but for a factor. `logit` is each logit.
+            other's gradient is the same but for a factor in each pass. `logit` is each logit.
 
     Raises:
         ValueError: for another word.
     """
     if target not in TARGETS:
         raise ValueError(f"target '{target}' is not one of {', '.join(TARGETS)}")
-    logits, whole = at_least_float32(logits), at_least_float32(whole)
-    if target == "logit" or logits.shape[-1] == 1:
-        return list(logits.unbind(dim=-1))
-    # The loss is softplus of the odds against a class, and the derivative of softplus is the sigmoid.
-    each = zip(odds(logits), odds(whole), strict=True)
-    return [F.softplus(against, threshold=60) / at_whole.detach().sigmoid().clamp(min=1e-30) for against, at_whole in each]
+    logits = at_least_float32(logits)
+    return odds(logits) if is_loss(logits, target) else list(logits.unbind(dim=-1))
 
 
-def attributions(passes: Sequence[tuple[Tensor, Tensor]], target: str = "loss", create_graph: bool = False) -> Tensor:
+def is_loss(logits: Tensor, target: str) -> bool:
+    """Whether losses are attributed, and not outputs of the model: of a regression the score is, whatever the target."""
+    return target == "loss" and logits.shape[-1] > 1
+
+
+def attributions(
+    passes: Sequence[tuple[Tensor, Tensor]], target: str = "loss", create_graph: bool = False, first: int = 0
+) -> Tensor:
     r"""Integrated gradients with a baseline of zero: :math:`s = h \odot \frac{1}{m} \sum_k \partial F(\frac{k}{m} h)`.
 
     Source: Sundararajan, Taly, Yan, ICML 2017, arXiv:1703.01365, eq. 3; Wu et al., AD-KD, ACL 2023, arXiv:2305.10010.
+
+    A loss's derivative with respect to the odds is e to minus the margin, which vanishes where a model is certain. Maps are
+    normalised later, which removes any factor of an example, so derivatives are divided by the largest of the passes: none is
+    above 1, one is 1, and they are formed as differences of logarithms, whatever the margin.
 
     Args:
         passes: for k = 1 to m, the logits (batch, classes) of the pass at k/m of the states, and those states, (batch, tokens,
             width), in its graph; the last are the states themselves. One pass is the gradient times the input.
         target: see `scores`.
         create_graph: so that a loss of the result can be differentiated.
+        first: of two classes whose loss is attributed, the one; their views differ where there are several passes.
 
     Returns:
-        (batch, tokens, width, views), for each example and view up to a factor, which normalisation removes: see `scores`.
+        (batch, tokens, width, views), for each example and view up to a factor, in float32 at least.
     """
+    count = passes[0][0].shape[-1]
+    single = count == 2 and is_loss(passes[0][0], target)
+    found = [scores(logits.flip(-1) if single and first else logits, target) for logits, _ in passes]
     views = []
-    for logits, at in passes:
-        each = [
-            torch.autograd.grad(score.sum(), at, create_graph=create_graph, retain_graph=True)[0]
-            for score in scores(logits, passes[-1][0], target)
+    for of_view in zip(*found, strict=True):
+        factors = [torch.ones_like(score) for score in of_view]
+        if is_loss(passes[0][0], target):
+            slopes = torch.stack([F.logsigmoid(against) for against in of_view])
+            factors = list((slopes - slopes.detach().amax(dim=0)).exp())
+        gradients = [
+            torch.autograd.grad(score, at, factor, create_graph=create_graph, retain_graph=True)[0]
+            for score, (_, at), factor in zip(of_view, passes, factors, strict=True)
         ]
-        views.append(torch.stack(each, dim=-1))
-    states = passes[-1][1]
-    return states[..., None] * torch.stack(views).mean(dim=0)
+        views.append(torch.stack([at_least_float32(gradient) for gradient in gradients]).mean(dim=0))
+    states = at_least_float32(passes[-1][1])
+    return states[..., None] * torch.stack(views, dim=-1)
 
 
 def token_maps(attributed: Tensor, keep: int | None = None) -> Tensor:
@@ -126,7 +139,7 @@ def map_error(
     if student.shape != teacher.shape:
         raise ValueError(f"maps of student and teacher differ in shape: {tuple(student.shape)}, {tuple(teacher.shape)}")
     student = at_least_float32(student)
-    student, teacher = (F.normalize(maps, p=norm, dim=1) for maps in (student, teacher.detach().to(student.dtype)))
+    student, teacher = (unit(maps, dim=1, norm=norm) for maps in (student, teacher.detach().to(student.dtype)))
     if reduction == "norm":
         distances: Tensor = torch.linalg.vector_norm((student - teacher).flatten(1), dim=1)
         return distances.mean()

@@ -32,7 +32,7 @@ def patience(student: Tensor, teacher: Tensor, normalize: bool = True, reduction
     student = at_least_float32(student)
     teacher = teacher.detach().to(student.dtype)
     if normalize:
-        student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+        student, teacher = unit(student), unit(teacher)
     squares = (student - teacher) ** 2
     if reduction == "elements":
         return squares.mean()
@@ -85,6 +85,27 @@ def mean_over_real(values: Tensor, real: Tensor, padding: str) -> Tensor:
         raise ValueError(f"padding '{padding}' is not one of {', '.join(PADDING)}")
     inner = tuple(range(1, values.ndim))
     return (values.masked_fill(~real, 0).sum(dim=inner) / real.sum(dim=inner)).mean()
+
+
+def unit(vectors: Tensor, dim: int = -1, norm: float = 2.0) -> Tensor:
+    """Vectors divided by their norm, however large or small they are; zeros stay zeros.
+
+    `torch.nn.functional.normalize` shortens what is shorter than 1e-12, and squares leave float32 beyond 1e19. A power of two
+    is taken out first, which is exact, so that for ordinary vectors both are equal to the bit.
+
+    Args:
+        vectors: any shape.
+        dim: along which the norm is taken.
+        norm: p.
+
+    >>> unit(torch.tensor([3e-30, 4e-30]))
+    tensor([0.6000, 0.8000])
+    """
+    vectors = at_least_float32(vectors)
+    largest = vectors.detach().abs().amax(dim=dim, keepdim=True)
+    power = largest / (2 * largest.frexp().mantissa)
+    # What is not zero is now 1 long or longer, so that the bound is for zeros alone.
+    return F.normalize(vectors / torch.where(largest > 0, power, 1.0), p=norm, dim=dim, eps=0.5)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

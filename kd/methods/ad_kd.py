@@ -47,24 +47,27 @@ class TeacherMaps:
         steps: m of the integral.
         keep: K, entries of a token's attribution that count; None is all.
         target: what is attributed.
+        first: the teacher's own number of the class whose loss is attributed, where there are two.
     """
 
     layer: int
     steps: int
     keep: int | None
     target: str
+    first: int = 0
 
     @property
     def name(self) -> str:
         """Everything that the maps depend on but the teacher and the text."""
-        return f"attribution-{self.target}-layer{self.layer}-m{self.steps}-k{self.keep or 'all'}"
+        of = f"-class{self.first}" if self.first else ""
+        return f"attributions-{self.target}-layer{self.layer}-m{self.steps}-k{self.keep or 'all'}{of}"
 
     def __call__(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         """The maps of these inputs."""
         with torch.enable_grad():
             outputs = model(inputs, Needs(hidden=[self.layer], gradient=True))
             found = passes(model, inputs, outputs, self.steps, self.layer)
-            return attribution.token_maps(attribution.attributions(found, self.target), self.keep)
+            return attribution.token_maps(attribution.attributions(found, self.target, first=self.first), self.keep)
 
 
 class ADKD(Method):
@@ -176,7 +179,9 @@ class ADKD(Method):
     @property
     def maps(self) -> TeacherMaps:
         """What is computed of the teacher."""
-        return TeacherMaps(self.layers[1], self.steps, self.topk, self.target)
+        # With one pass the views of two classes are one map.
+        reversed_pair = self.steps > 1 and self.target == "loss" and self.columns == [1, 0]
+        return TeacherMaps(self.layers[1], self.steps, self.topk, self.target, int(reversed_pair))
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
         """The student's states, to be differentiated; the teacher's maps."""

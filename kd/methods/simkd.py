@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kd.errors import InputError
 from kd.forward import Needs
-from kd.functional.hidden import at_least_float32, token_error
+from kd.functional.hidden import PADDING, at_least_float32, token_error
 from kd.functional.logits import SOFT_LOSSES
 from kd.methods.base import Method, Step, projection
 from kd.methods.kd import BATCH_MEANS, checked, checked_temperature
@@ -63,13 +63,16 @@ class SimKD(Method):
     Authors' code consulted for facts: DefangChen/SimKD, `models/util.py`.
 
     Terms:
-        `feature`: the loss above, a mean over all elements, as in the authors' code. Weight 1.
+        `feature`: the loss above, a mean over the elements of a vector and over the examples; of `tokens` over the tokens that
+            `padding` names as well. The authors' code takes the mean over all elements of its feature maps. Weight 1.
         `task`, `logits`: hard and soft loss of what the reused classifier says; the authors' switches -c and -d. Weights 0.
 
     Args:
         feature: `pooled`, the vector that the classifier reads, so that only the classifier is reused; `cls`, the last state
             of [CLS], or `tokens`, all last states, so that the teacher's pooler is reused too. The two latter need a student
             of the teacher's width: the pooler of a plain BERT is square.
+        padding: of `tokens`: `strict` averages over real tokens of an example, then over examples (our choice; images
+            have no padding); `reference` averages over all elements, padding included, which is the authors' mean.
         factor: r; 1 is one linear map, larger ones are two linear maps through the teacher's width / r, null is no projector,
             for a student of the teacher's width. The paper's projector is convolutions with ReLU, and r = 2.
         temperature: of `logits`, T > 0, a number or a schedule. 4 in the authors' toolbox.
@@ -91,9 +94,17 @@ class SimKD(Method):
         temperature: "float | Schedule" = 4.0,
         loss: str = "kl",
         reduction: str = "batchmean",
+        padding: str = "strict",
     ) -> None:
         super().__init__()
         self.feature = checked(feature, FEATURES, "method.feature")
+        self.padding = checked(padding, PADDING, "method.padding")
+        if padding != "strict" and feature != "tokens":
+            raise InputError(
+                f"method.padding={padding} is about the tokens of method.feature=tokens; method.feature={feature} has one "
+                "vector for each example",
+                "method.padding",
+            )
         if factor is not None and (type(factor) is not int or factor < 1):
             raise InputError(f"method.factor={factor} must be a whole number, 1 or more, or null", "method.factor")
         self.factor = factor
@@ -170,7 +181,8 @@ class SimKD(Method):
         path = model.family.outputs if self.feature == "pooled" else model.family.pooler
         project = model.model.get_submodule(path).project
         if self.feature == "tokens":
-            distance = token_error(project(student.hidden(self.depths[0])), teacher.hidden(self.depths[1]), student.mask)
+            ours = project(student.hidden(self.depths[0]))
+            distance = token_error(ours, teacher.hidden(self.depths[1]), student.mask, self.padding)
         elif self.feature == "cls":
             distance = squared_distance(project(student.cls(self.depths[0])), teacher.cls(self.depths[1]))
         else:
@@ -181,6 +193,10 @@ class SimKD(Method):
             "logits": step.task.soft(student.logits, teacher.logits, temperature, self.loss, self.reduction),
             "feature": distance,
         }
+
+    def coupled(self) -> str:
+        """Padding, where it counts."""
+        return "method.padding=reference averages over padding too" if self.padding == "reference" else ""
 
     def describe(self) -> dict[str, str]:
         """What predicts."""
@@ -199,4 +215,5 @@ def projector(student: int, teacher: int, factor: int | None) -> nn.Sequential:
 
 def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference of two vectors for each example, (batch, width) each; no gradient flows to the teacher's."""
-    return nn.functional.mse_loss(at_least_float32(student), at_least_float32(teacher.detach()))
+    student = at_least_float32(student)
+    return nn.functional.mse_loss(student, teacher.detach().to(student.dtype))

@@ -1,10 +1,14 @@
 """Attributions: the card's numbers, completeness, and maps written as loops."""
 
+import decimal
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kd.functional.attribution import attributions, map_error, scores, token_maps
+from kd.functional.hidden import unit
 
 WEIGHT = torch.tensor([3.0, 1.0]).double()
 STATES = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]]]).double()
@@ -88,19 +92,85 @@ def test_views() -> None:
     logits = torch.tensor([[1.0, 2.0, 4.0]]).double()
     for classes, targets in ((1, (1, 1)), (2, (1, 2)), (3, (3, 3))):
         cut = logits[:, :classes]
-        assert tuple(len(scores(cut, cut, target)) for target in ("loss", "logit")) == targets
+        assert tuple(len(scores(cut, target)) for target in ("loss", "logit")) == targets
     losses = -logits.log_softmax(-1).flatten()
-    whole = torch.tensor([[0.5, 0.1, -2.0]]).double()
-    expected = losses / (1 - whole.softmax(-1).flatten())
-    assert [score.item() for score in scores(logits, whole)] == pytest.approx(expected.tolist())
+    assert [float(F.softplus(against)) for against in scores(logits)] == pytest.approx(losses.tolist())
     with pytest.raises(ValueError, match="target 'x'"):
-        scores(logits, logits, "x")
+        scores(logits, "x")
 
 
-def test_the_derivative_of_a_certain_class_is_not_lost() -> None:
-    logits = torch.tensor([[40.0, 0.0]], requires_grad=True)
-    (score,) = scores(logits, logits.detach())
-    assert torch.autograd.grad(score.sum(), logits)[0].flatten().tolist() == pytest.approx([-1.0, 1.0])
+SLOPES, BENDS = torch.tensor([1.0, -0.5]), torch.tensor([-1.0, 1.5])
+BENT = torch.tensor([[[0.5, 0.25], [0.125, 0.75], [0.0, 0.0]]])
+
+
+def bent(margin: float, steps: int, kind: torch.dtype, flipped: bool = False, **arguments: object) -> Tensor:
+    """Attributions of two classes whose difference is a quadratic function of the states, so that its passes disagree."""
+    passes = []
+    for step in range(1, steps + 1):
+        at = (BENT.to(kind) * (step / steps)).requires_grad_()
+        of_first = (margin * (at * SLOPES.to(kind) + at**2 * BENDS.to(kind))).sum(dim=(1, 2))
+        logits = torch.stack([of_first, torch.zeros_like(of_first)], dim=-1)
+        passes.append((logits.flip(-1) if flipped else logits, at))
+    return attributions(passes, **arguments)
+
+
+def exact_map(margin: float, steps: int) -> Tensor:
+    """The normalised map of the first class in sixty decimals: -log p has the derivative -1 / (1 + exp(x)) by the margin x."""
+    with decimal.localcontext(prec=60, Emin=-(10**9), Emax=10**9):
+        states = [[decimal.Decimal(value) for value in token] for token in BENT[0].tolist()]
+        slopes, bends = ([decimal.Decimal(margin) * decimal.Decimal(v) for v in each.tolist()] for each in (SLOPES, BENDS))
+        totals = [[decimal.Decimal(0)] * 2 for _ in states]
+        for step in range(1, steps + 1):
+            at = [[value * step / steps for value in token] for token in states]
+            x = sum(v * a + v * v * b for token in at for v, a, b in zip(token, slopes, bends, strict=True))
+            weight = 1 / (1 + x.exp())
+            for total, token in zip(totals, at, strict=True):
+                total[:] = [t + weight * (a + 2 * v * b) for t, v, a, b in zip(total, token, slopes, bends, strict=True)]
+        pairs = zip(states, totals, strict=True)
+        lengths = [sum((v * t) ** 2 for v, t in zip(token, total, strict=True)).sqrt() for token, total in pairs]
+        norm = sum(length**2 for length in lengths).sqrt()
+        return torch.tensor([float(length / norm) for length in lengths], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("margin", [1.0, 23.0, 120.0, 800.0, 1e4])
+@pytest.mark.parametrize("sign", [1, -1], ids=["certain", "wrong"])
+def test_maps_of_any_margin_are_those_of_exact_arithmetic(sign: int, margin: float, steps: int) -> None:
+    for kind in (torch.float32, torch.float64):
+        maps = token_maps(bent(sign * margin, steps, kind))
+        # The model's own logits are rounded to a part of the margin, and the weight of a pass, an exponential, by as much.
+        bound = 8 * torch.finfo(kind).eps * max(margin, 1.0)
+        torch.testing.assert_close(unit(maps[0, :, 0], dim=0).double(), exact_map(sign * margin, steps), rtol=0, atol=bound)
+    for kind in (torch.float16, torch.bfloat16):
+        maps = token_maps(bent(sign * margin, steps, kind))
+        assert maps.dtype == torch.float32
+        assert maps.isfinite().all()
+        assert float(unit(maps, dim=1).detach().square().sum()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("margin", [1.0, 23.0, 800.0])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_second_derivatives_are_those_of_finite_differences(margin: float, steps: int) -> None:
+    def error(scale: Tensor) -> Tensor:
+        passes = []
+        for step in range(1, steps + 1):
+            at = (BENT.double() * (step / steps)).requires_grad_()
+            of_first = (margin * (at * SLOPES * scale + at**2 * BENDS)).sum(dim=(1, 2))
+            passes.append((torch.stack([of_first, torch.zeros_like(of_first)], dim=-1), at))
+        return map_error(token_maps(attributions(passes, create_graph=True)), TEACHER, REAL)
+
+    scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    error(scale).backward()
+    around = [error(scale.detach() + shift).item() for shift in (1e-6, -1e-6)]
+    assert scale.grad.item() == pytest.approx((around[0] - around[1]) / 2e-6, rel=1e-5)
+    assert scale.grad.abs() > 1e-4
+
+
+def test_the_loss_of_either_of_two_classes_can_be_attributed() -> None:
+    for steps in (1, 4):
+        maps = [unit(token_maps(bent(3.0, steps, torch.float64, first=first)), dim=1) for first in (0, 1)]
+        assert torch.equal(maps[1], unit(token_maps(bent(3.0, steps, torch.float64, flipped=True)), dim=1))
+        assert torch.allclose(*maps, atol=1e-9) == (steps == 1)
 
 
 def test_padding_has_a_finite_second_derivative() -> None:

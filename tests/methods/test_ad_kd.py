@@ -168,6 +168,37 @@ def test_views_stand_in_the_order_of_the_tasks_labels() -> None:
     assert found == pytest.approx(method.terms(step)["attribution"].item(), rel=1e-10)
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("target", ["loss", "logit"])
+def test_a_teacher_with_its_two_classes_reversed_shows_the_views_of_the_same_classes(steps: int, target: str) -> None:
+    student, teacher = encoder(2, 16, seed=1, classes=2), encoder(3, classes=2)
+    with torch.no_grad():
+        teacher.model.classifier.bias += torch.tensor([23.0, 0.0]).double()
+    method, step = bound(student, teacher, 2, steps=steps, target=target)
+    expected = method.terms(step)["attribution"].item()
+    with torch.no_grad():
+        for parameter in teacher.model.classifier.parameters():
+            parameter.copy_(parameter[[1, 0]])
+    method, step = bound(student, teacher, 2, columns=[1, 0], steps=steps, target=target)
+    assert method.terms(step)["attribution"].item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_terms_are_finite_whatever_the_margin(steps: int) -> None:
+    for margin in (12.0, 45.0, 300.0, 1e4):
+        student, teacher = encoder(2, 16, seed=1, classes=2).float(), encoder(3, classes=2).float()
+        with torch.no_grad():
+            student.model.classifier.bias += torch.tensor([margin, 0.0])
+            teacher.model.classifier.bias += torch.tensor([0.0, margin])
+        method, step = bound(student, teacher, 2, steps=steps)
+        term = method.terms(step)["attribution"]
+        term.backward()
+        assert 1e-6 < term.item() < 1
+        weight = student.model.get_parameter("bert.encoder.layer.0.attention.self.query.weight")
+        assert weight.grad.isfinite().all()
+        assert weight.grad.abs().max() > 0
+
+
 def test_integrated_gradients_of_a_bert_add_up() -> None:
     model = encoder(2, classes=2, std=0.1)
     whole = model(INPUTS, Needs(hidden=[0])).hidden(0).detach()

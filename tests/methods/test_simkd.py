@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from conftest import tiny_model, tiny_tokenizer
+from kd.config import compose, typed
 from kd.data.batch import Batch
 from kd.data.tasks import Classification
 from kd.errors import InputError
@@ -15,6 +16,7 @@ from kd.forward import Forward, Needs
 from kd.methods.base import Progress, Step
 from kd.methods.simkd import FEATURES, Reused, SimKD, projector
 from kd.models import Encoder, FrozenTeacher
+from kd.planning import method_identity
 
 TASK = Classification("toy", ["no", "yes"], {}, ["accuracy"], "accuracy")
 LABELS = torch.tensor([0, 1, 1])
@@ -100,6 +102,26 @@ def test_the_feature_does_not_look_at_labels_and_moves_nothing_of_the_teacher(fe
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
+def test_padding_counts_where_it_is_asked_for() -> None:
+    student, teacher = encoder(3, seed=1), encoder(4)
+    method, step = bound(student, teacher, feature="tokens", padding="reference")
+    inputs = step.batch.student
+    ours, theirs = (e.model(**inputs, output_hidden_states=True).hidden_states[-1] for e in (student, teacher))
+    project = student.model.get_submodule("bert.pooler.dense").project
+    torch.testing.assert_close(method.terms(step)["feature"], nn.functional.mse_loss(project(ours), theirs))
+    assert "padding" in method.coupled()
+    assert not SimKD(feature="tokens").coupled()
+
+
+def test_padding_as_it_was_before_it_could_be_chosen_is_no_part_of_an_identity() -> None:
+    def identity(*more: str) -> dict:
+        return method_identity(typed(compose(["method=simkd", "method.feature=tokens", *more])).method)
+
+    assert "padding" not in identity()
+    assert identity("method.padding=reference")["padding"] == "reference"
+    assert "padding" in method_identity(typed(compose(["method=bert_emd"])).method)
+
+
 def test_logits_are_off_by_no_more_than_the_classifiers_norm_times_the_distance() -> None:
     student, teacher = encoder(3, width=16, seed=1), encoder(4)
     _, step = bound(student, teacher)
@@ -158,6 +180,8 @@ def test_dropout_does_not_stand_before_the_reused_classifier() -> None:
         ({"factor": 5}, "method.factor"),
         ({"factor": 0}, "method.factor"),
         ({"loss": "l1"}, "method.loss"),
+        ({"feature": "tokens", "padding": "all"}, "method.padding"),
+        ({"feature": "cls", "padding": "reference"}, "method.padding"),
     ],
 )
 def test_what_cannot_work_names_the_key(arguments: dict, key: str) -> None:
