@@ -59,14 +59,16 @@ def join() -> None:
 
 def start(accelerator: str) -> None:
     """Open the channel for collectives, if there are other ranks; done once."""
+    if world() == 1:
+        return
     import torch
 
-    if world() > 1 and not torch.distributed.is_initialized():
+    if not torch.distributed.is_initialized():
         gpu = accelerator != "cpu" and torch.cuda.is_available()
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=LONGEST_WAIT)
 
 
-def leave() -> None:
+def leave(status: int = 0) -> None:
     """Wait until every rank has done its work, so that nobody takes one that is done for dead; end, if there are others.
 
     The process ends at once: a thread of torch's or of the watch that is inside C++ when the interpreter goes away would take
@@ -79,7 +81,7 @@ def leave() -> None:
             gather(None)
             torch.distributed.destroy_process_group()
         _watch.leave()
-        end(0)
+        end(status)
 
 
 def agree(value: T) -> T:

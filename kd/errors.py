@@ -2,6 +2,8 @@
 
 import errno
 
+DISK_FULL = "the disk is full. What was saved before is whole; free some space, and the same command goes on from it"
+
 
 class InputError(Exception):
     """A configuration or input that cannot work; `kd-train` prints it without a traceback and exits with 2.

@@ -1,9 +1,11 @@
 """A run: where it lives, whether it is done, who is at it."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from kd.errors import InputError
+from kd.errors import InputError, disk_is_full
 from kd.schema import RunSpec
 
 
@@ -102,12 +104,50 @@ class Run:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run: a second process that needs it waits, then finds it done. A killed holder's lock is free."""
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make '{self.directory}': {error.strerror}", "paths.runs") from error
-        with locked(self.directory, f"{self.name}: another process is at this run; waiting for it"):
+        check_writable(self.directory)
+        with (
+            writes_to(self.spec.paths.runs),
+            locked(self.directory, f"{self.name}: another process is at this run; waiting for it"),
+        ):
             yield
+
+
+def check_writable(folder: Path | str) -> None:
+    """Make a folder for runs if need be, and try to write to it.
+
+    Raises:
+        InputError: if that cannot be done.
+    """
+    folder = Path(folder).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make '{folder}': {error.strerror}", "paths.runs") from error
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to '{folder}': {error.strerror}", "paths.runs") from error
+
+
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+"""What the system says where somebody else's folder, a read-only file system, or a file in place of a folder is written to."""
+
+
+@contextmanager
+def writes_to(runs: str) -> Iterator[None]:
+    """A folder of runs, or a part of it, that turns out not to be writable is something the user can put right.
+
+    Raises:
+        InputError: in place of such an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        inside = isinstance(error.filename, str) and Path(error.filename).is_relative_to(Path(runs).expanduser())
+        if disk_is_full(error) or error.errno not in NOT_WRITABLE or not inside:
+            raise
+        raise InputError(f"cannot write to '{error.filename}': {error.strerror}", "paths.runs") from error
 
 
 @contextmanager

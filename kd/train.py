@@ -1,14 +1,15 @@
 """One run: plan, make the inputs, check, fit, evaluate, export, record.
 
-`kd-train`, or `python -m kd.train` for torchrun. Exit status 0 on success, 2 for something the user can put right, 130 on
-Ctrl-C. Nothing heavy is imported before it is needed, so `--help` and a finished run answer at once.
+`kd-train`, or `python -m kd.train` for torchrun. Exit status 0 on success, 2 for something the user can put right, 1 for
+anything else, 130 on Ctrl-C; of a sweep 2 where every point that failed can be put right, else 1. Nothing heavy is imported
+before it is needed, so `--help` and a finished run answer at once.
 """
 
 import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import hydra
@@ -18,9 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kd import distributed
 from kd.config import ROOT, conf_folder, explain
-from kd.errors import InputError, disk_is_full
+from kd.errors import DISK_FULL, InputError, disk_is_full
 from kd.planning import keys_of, plan
-from kd.runs import Run, digest_of
+from kd.runs import Run, digest_of, writes_to
+from kd.sweeps import SWEEPER, Failure, PointsFailed
 
 INTERRUPTED = 130
 
@@ -43,7 +45,7 @@ def execute(run: Run, purpose: str = "", first: bool = True) -> dict[str, Any]:
         return result
     from kd.build import build_examples
 
-    with contextlib.ExitStack() as held:
+    with writes_to(run.spec.paths.runs), contextlib.ExitStack() as held:
         distributed.on_first(lambda: held.enter_context(run.lock()))
         if not all(distributed.gather(run.directory.is_dir())):
             raise InputError(f"'{run.spec.paths.runs}' is not a folder that all machines share", "paths.runs")
@@ -85,23 +87,39 @@ def check_all(run: Run, known: dict[str, Any] | None = None) -> None:
                 check_all(needed, known)
 
 
-def job(config: DictConfig) -> None:
-    """What Hydra calls, once for each point of a sweep."""
+def job(config: DictConfig) -> Failure | None:
+    """What Hydra calls, once for each point of a sweep; why the point failed, if it did."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     hydra_config = HydraConfig.get()
-    alone = hydra_config.mode == RunMode.RUN
-    with plain_errors() if alone else point(str(hydra_config.job.num)):
-        run = plan(config, list(hydra_config.overrides.task))
-        check_launch(run)
-        distributed.start(run.spec.trainer.accelerator)
-        check_ranks(run)
-        result = execute(run)
-        if distributed.is_first():
-            from kd.report import closing_table
+    overrides = list(hydra_config.overrides.task)
+    if hydra_config.mode == RunMode.RUN:
+        with plain_errors():
+            make_point(config, overrides)
+        return None
+    failure = point(str(hydra_config.job.num), lambda: make_point(config, overrides))
+    if failure is not None and hydra_config.sweeper["_target_"] != SWEEPER:  # another would take it for a result
+        raise InputError(failure.message, failure.key)
+    return failure
 
-            closing_table(result, run.directory)
+
+def make_point(config: DictConfig, overrides: Sequence[str]) -> None:
+    """The run of a configuration, made if need be."""
+    run = plan(config, overrides)
+    check_launch(run)
+    distributed.start(run.spec.trainer.accelerator)
+    check_ranks(run)
+    deliver(run)
+
+
+def deliver(run: Run) -> None:
+    """Make a run, unless it is done, and print its table."""
+    result = execute(run)
+    if distributed.is_first():
+        from kd.report import closing_table
+
+        closing_table(result, run.directory)
 
 
 def check_launch(run: Run, key: str = "trainer.batch_size") -> None:
@@ -151,20 +169,21 @@ def check_ranks(run: Run) -> None:
         raise InputError(f"every machine has to start as many ranks: {counts} were started; see --nproc-per-node")
 
 
-@contextlib.contextmanager
-def point(number: str) -> Iterator[None]:
-    """A point of a sweep; one that fails must not take the others with it. Hydra keeps its error, and `main` reports it.
+def point(number: str, make: Callable[[], None]) -> Failure | None:
+    """Make a point of a sweep; why it failed, if it did. One that fails must not take the others with it.
 
     Ranks that do not fail alike cannot go on together, so that ends the job.
     """
     try:
-        yield
+        make()
+    except BrokenPipeError:  # nobody reads any more
+        raise
     except Exception as error:
         if not distributed.alike(number, error):
             with plain_errors():
                 raise
-        if distributed.is_first():  # the others are done, and wait in `distributed.leave` for what it has to say
-            raise
+        return Failure.of(error)
+    return None
 
 
 @contextlib.contextmanager
@@ -183,11 +202,7 @@ def plain_errors() -> Iterator[None]:
         stop(f"kd-train: {explain(error)}", 2)
     except Exception as error:
         if disk_is_full(error):
-            stop(
-                "kd-train: the disk is full. What was saved before is whole; free some space, and the same command goes on "
-                "from it\n  change: paths.runs",
-                2,
-            )
+            stop(f"kd-train: {DISK_FULL}\n  change: paths.runs", 2)
         distributed.end_without(error)
         if distributed.world() == 1:
             raise
@@ -211,9 +226,15 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print its own report and exit with 1
     command = hydra.main(config_path=str(conf_folder()), config_name=ROOT, version_base="1.3")(job)
     with plain_errors():
+        status = 0
         distributed.join()
-        command()
-        distributed.leave()
+        try:
+            command()
+        except PointsFailed as failed:
+            status = failed.status
+        distributed.leave(status)
+        if status:
+            sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def test_every_file_composes_and_has_its_types(group: str, name: str) -> None:
 
 def test_every_folder_of_the_tree_is_checked_here() -> None:
     folders = {folder.name for folder in conf_folder().iterdir() if folder.is_dir()}
-    assert folders <= {*GROUPS, "base"}
+    assert folders <= {*GROUPS, "base", "hydra"}
     assert len(FILES) > 25
 
 

@@ -1,0 +1,27 @@
+"""The sweeper of `kd-train --multirun`. Hydra instantiates plugins from this namespace alone; the work is in `kd.sweeps`."""
+
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+
+class Points(BasicSweeper):
+    """Hydra's basic sweeper, where a point that fails, also in its composition, leaves the others alone."""
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Make every point.
+
+        Raises:
+            kd.sweeps.PointsFailed: at the end, if any of them failed.
+        """
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        from kd.sweeps import sweep
+
+        assert self.config is not None
+        assert self.hydra_context is not None
+        assert self.launcher is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        (points,) = self.split_arguments(overrides, None)
+        return sweep(points, list(self.config.hydra.overrides.hydra), self.launcher.launch)
