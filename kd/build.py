@@ -257,6 +257,7 @@ def build_data(run: Run, examples: Examples, models: Models) -> KDData:
         pad_multiple=spec.trainer.pad_multiple,
         batch_tokens=spec.trainer.batch_tokens,
         store=Path(spec.paths.runs).expanduser() / ".tokens",
+        accumulate=spec.trainer.accumulate,
     )
     listeners = [method for method in models.methods.values() if method.listens]
     wanted = needs_of_teachers(listeners, len(models.teachers))

@@ -204,7 +204,8 @@ def conclude(
         "limit_train": run.spec.task.limit_train,
         "examples": {split: len(found) for split, found in data.examples.texts.items()},
         "epochs": run.spec.trainer.max_epochs,
-        **batch_of(run),
+        **batch_of(run, data),
+        "steps": engine.global_step,
         "precision": run.spec.trainer.precision,
         "ranks": distributed.world(),
         "lr": run.spec.optimizer.lr,
@@ -266,12 +267,17 @@ def seconds_before(run: Run) -> float:
     return float(first.result["seconds"]["train"]) + float(first.result["seconds"].get("before", 0.0))
 
 
-def batch_of(run: Run) -> dict[str, int | None]:
-    """Examples or padded tokens of an optimiser step, as a record states them."""
+def batch_of(run: Run, data: KDData) -> dict[str, int | None]:
+    """Examples or padded tokens of an optimiser step at most, and its batches, as a record states them.
+
+    An epoch that has fewer batches than `trainer.accumulate`, or a training set of less than a batch, makes them fewer.
+    """
     trainer = run.spec.trainer
+    accumulate = min(trainer.accumulate, len(data.sampler("train", run.spec.seed)))
     if trainer.batch_tokens is None:
-        return {"batch_size": trainer.batch_size * trainer.accumulate, "batch_tokens": None}
-    return {"batch_size": None, "batch_tokens": trainer.batch_tokens * trainer.accumulate}
+        examples = len(data.examples.texts["train"])
+        return {"batch_size": min(trainer.batch_size * accumulate, examples), "batch_tokens": None, "accumulate": accumulate}
+    return {"batch_size": None, "batch_tokens": trainer.batch_tokens * accumulate, "accumulate": accumulate}
 
 
 def exported_alike(student: Encoder, place: int, folder: Path, data: KDData) -> float:

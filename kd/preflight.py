@@ -53,6 +53,7 @@ def preflight(run: Run, engine: Engine, data: KDData, inits: Mapping[str, str]) 
     began = time.perf_counter()
     report = Report()
     check_data(report, data)
+    check_steps(report, run, data)
     check_teachers(report, run, engine, data)
     for student, learner in engine.learners.items():
         whose = "student" if len(engine.learners) == 1 else f"student {student}"
@@ -79,6 +80,15 @@ def check_data(report: Report, data: KDData) -> None:
         report.ok("student and teachers read the same tokens" if data.teacher_keys else "one tokenizer")
     else:
         report.ok("tokenizers differ: each batch carries the text tokenised for each model")
+
+
+def check_steps(report: Report, run: Run, data: KDData) -> None:
+    """Batches of an optimiser step, where it has several and an epoch does not divide into such steps."""
+    accumulate, batches = run.spec.trainer.accumulate, len(data.sampler("train", run.spec.seed))
+    if accumulate > batches:
+        report.warn(f"trainer.accumulate={accumulate}, but an epoch has {batches} batches: all of them are one optimiser step")
+    elif left := batches % accumulate:
+        report.note(f"the last optimiser step of an epoch is a mean over {left} of trainer.accumulate={accumulate} batches")
 
 
 def check_teachers(report: Report, run: Run, engine: Engine, data: KDData) -> None:

@@ -19,7 +19,8 @@ class Batch:
         labels: (batch,), class indices in the task's order, or float scores; of a masked language model (batch, tokens), the
             tokens to predict and `kd.data.tasks.NOT_PREDICTED`.
         index: (batch,), position of each example in its split; the key of every cache.
-        weight: what this rank's loss counts for, 1 where the ranks share the global batch evenly.
+        weight: what this rank's loss counts for, 1 where the ranks share the global batch evenly and the batches of an
+            optimiser step are as many as asked for and equally large (`kd.data.sampler.Rows`).
         peers: inputs of the further students, where several learn together.
     """
 

@@ -171,6 +171,7 @@ class KDData(pl.LightningDataModule):
         pad_multiple: batches are padded to a multiple of so many tokens.
         batch_tokens: padded tokens of a global training batch at most, in place of `batch_size`.
         store: folder that keeps tokenised texts; None keeps none.
+        accumulate: training batches of an optimiser step.
     """
 
     changes = ""
@@ -190,10 +191,12 @@ class KDData(pl.LightningDataModule):
         pad_multiple: int = 1,
         batch_tokens: int | None = None,
         store: Path | None = None,
+        accumulate: int = 1,
     ) -> None:
         super().__init__()
         self.examples = examples
         self.max_length, self.pad_multiple, self.batch_tokens = max_length, pad_multiple, batch_tokens
+        self.accumulate = accumulate
         self.store = Store(store)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.seed, self.workers, self.rank, self.world = seed, workers, rank, world
@@ -264,16 +267,16 @@ class KDData(pl.LightningDataModule):
             InputError: for a batch that has not an example for each rank, or a text that is longer than the budget.
         """
         tokens = self.tokens[split][self.student_key]
-        key, size = ("trainer.eval_batch_size", self.eval_batch_size)
+        key, size, accumulate = "trainer.eval_batch_size", self.eval_batch_size, 1
         if seed is not None:
-            key, size = ("trainer.batch_size", self.batch_size)
+            key, size, accumulate = "trainer.batch_size", self.batch_size, self.accumulate
         sampler: LengthBatches
         if seed is not None and self.batch_tokens is not None:
             key, size = "trainer.batch_tokens", self.batch_tokens
             padding = (self.pad_multiple, self.max_length)
-            sampler = TokenBatches(tokens.longest.tolist(), size, padding, seed, self.rank, self.world)
+            sampler = TokenBatches(tokens.longest.tolist(), size, padding, seed, self.rank, self.world, accumulate)
         else:
-            sampler = LengthBatches(tokens.lengths.tolist(), size, seed, self.rank, self.world)
+            sampler = LengthBatches(tokens.lengths.tolist(), size, seed, self.rank, self.world, accumulate)
         if sampler.smallest() < self.world:
             raise InputError(
                 f"{key}={size} cuts '{split}' into batches of which one has {sampler.smallest()} examples for {self.world} "

@@ -22,8 +22,9 @@ class Rows(list[int]):
     """The examples of one rank's share of a global batch.
 
     Attributes:
-        weight: the share's size relative to an equal one. The mean over ranks of weighted means is the mean over the global
-            batch, also where the ranks do not divide it.
+        weight: the share's size relative to an equal one, of the examples of an optimiser step. The mean over ranks and over
+            `accumulate` batches of weighted means is then the mean over the step's examples, also where the ranks do not divide
+            a batch, its batches differ in size, or an epoch ends before there are `accumulate` of them.
         epoch: that they are drawn in, so that a loader's worker knows it too; None outside training.
     """
 
@@ -45,13 +46,24 @@ class LengthBatches(Sampler[list[int]]):
         seed: of the shuffle; None keeps one order, sorted by length, for evaluation.
         rank: this process, from 0.
         world: processes.
+        accumulate: batches of an optimiser step; the last step of an epoch takes those that are left. Each batch is weighted as
+            for a trainer that divides every loss by `accumulate`.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int | None, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int | None,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+    ) -> None:
         self.lengths = np.asarray(lengths)
         self.batch_size = batch_size
         self.seed = seed
         self.rank, self.world = rank, world
+        self.accumulate = accumulate
         self.epoch = 0
         self.skip = 0
         """Batches already trained on in an epoch that was interrupted; left out once."""
@@ -93,11 +105,16 @@ class LengthBatches(Sampler[list[int]]):
         return np.array_split(order, -(-len(order) // self.batch_size))
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches, self.skip = self.batches()[self.skip :], 0
+        batches = self.batches()
+        first, self.skip = self.skip, 0
+        sizes = [len(batch) for batch in batches]
         epoch = None if self.seed is None else self.epoch
-        for batch in batches:
+        for place in range(first, len(batches)):
+            batch, begin = batches[place], place - place % self.accumulate
+            # The examples of the optimiser step; the trainer divides by `accumulate` however many batches they come in.
+            count = sum(sizes[begin : begin + self.accumulate])
             mine = batch[self.rank :: self.world]
-            yield Rows(mine.tolist(), len(mine) * self.world / len(batch), epoch)
+            yield Rows(mine.tolist(), len(mine) * self.world / len(batch) * (self.accumulate * len(batch) / count), epoch)
 
 
 class TokenBatches(LengthBatches):
@@ -119,15 +136,23 @@ class TokenBatches(LengthBatches):
         seed: of the shuffle.
         rank: this process, from 0.
         world: processes.
+        accumulate: batches of an optimiser step, in which every example weighs the same.
 
     Raises:
         InputError: for a text that is longer than the budget.
     """
 
     def __init__(
-        self, lengths: Sequence[int], budget: int, padding: tuple[int, int], seed: int, rank: int = 0, world: int = 1
+        self,
+        lengths: Sequence[int],
+        budget: int,
+        padding: tuple[int, int],
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
     ) -> None:
-        super().__init__(lengths, 0, seed, rank, world)
+        super().__init__(lengths, 0, seed, rank, world, accumulate)
         self.budget = budget
         tokens = np.unique(self.lengths)
         if len(tokens) and (longest := padded_length(int(tokens[-1]), *padding)) > budget:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kd.data.batch import Batch
 from kd.data.tasks import Task
-from kd.engines.safety import LossWatch, clip_gradients
+from kd.engines.safety import LossWatch, check_weights_finite, clip_gradients
 from kd.errors import InputError
 from kd.evaluate import finite_or_none, headline
 from kd.forward import Needs
@@ -129,6 +129,9 @@ class Engine(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """One batch. Logs every term raw, and the sum.
 
+        The trainer divides what this returns by `trainer.accumulate`. The batch's weight makes an optimiser step's
+        gradient that of the mean over its examples, also in the last step of an epoch, which takes the batches that are left.
+
         Raises:
             NonFiniteLoss: naming the term and the step.
         """
@@ -144,6 +147,16 @@ class Engine(pl.LightningModule):
             NonFiniteLoss: naming the term and the step.
         """
         self.watch.see(loss.total, loss.terms, self.global_step)
+
+    def settle(self) -> None:
+        """Look at the losses that are left and at the weights, before these are scored or written.
+
+        Raises:
+            NonFiniteLoss: naming the term and the step.
+            NonFiniteWeights: naming the first parameter.
+        """
+        self.watch.settle()
+        check_weights_finite(self.named_parameters(), self.global_step)
 
     def note(self, loss: Loss, batch: Batch) -> None:
         """Log a loss, and keep it for what methods do after a step."""
@@ -191,8 +204,13 @@ class Engine(pl.LightningModule):
         return {teacher.name: teacher.work for teacher in self.teachers}
 
     def on_validation_epoch_start(self) -> None:
-        """Fresh metrics."""
-        self.watch.settle()
+        """Fresh metrics.
+
+        Raises:
+            NonFiniteLoss: for a loss that is no number.
+            NonFiniteWeights: for weights that are none.
+        """
+        self.settle()
         for name in self.evaluated:
             self._reset(name)
 
@@ -240,16 +258,20 @@ class Engine(pl.LightningModule):
         scaled gradients. bfloat16 has no scaler, so there is nothing to refuse. With a scaler the plugin has unscaled them.
         """
         if gradient_clip_val:
+            scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # it skips a step that has overflown
             for parameters in self.trained():
-                clip_gradients(parameters, float(gradient_clip_val))
+                norm = clip_gradients(parameters, float(gradient_clip_val))
+                if not scaled:
+                    self.watch.see_gradient(norm, self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Counters, so that a resumed run reports its whole cost. Nothing is written behind a loss that is no number.
+        """Counters, so that a resumed run reports its whole cost. Losses and weights are looked at before anything is written.
 
         Raises:
             NonFiniteLoss: naming the term and the step.
+            NonFiniteWeights: naming the first parameter.
         """
-        self.watch.settle()
+        self.settle()
         checkpoint["kd"] = {
             "seconds": self.seconds,
             "examples": self.examples,

@@ -181,7 +181,7 @@ class Mutual(Engine):
             for parameter, gradient in zip(parameters, distributed.mean(gradients), strict=True):
                 parameter.grad = gradient
             if self.clip:
-                clip_gradients(parameters, self.clip)
+                self.watch.see_gradient(clip_gradients(parameters, self.clip), self.global_step)
             # Lightning counts the steps of its own wrapper: the last turn makes one step of the batch.
             stepper = optimizer if name == order[-1] else optimizer.optimizer  # type: ignore[union-attr]
             stepper.step()  # type: ignore[union-attr]

@@ -1,6 +1,6 @@
-"""What keeps a step from doing harm: losses that are no number, gradients that are too large."""
+"""What keeps a step from doing harm: losses, gradients and weights that are no number, gradients that are too large."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,34 @@ class NonFiniteLoss(InputError):
             "optimizer.lr",
         )
         self.terms, self.step = dict(terms), step
+
+
+class NonFiniteWeights(InputError):
+    """Gradients or weights became NaN or infinite although the loss was finite. The last good checkpoint is kept."""
+
+    def __init__(self, what: str, step: int) -> None:
+        super().__init__(
+            f"{what} not finite at step {step}, although the loss is. Training stopped; the last checkpoint before it is kept. "
+            "A smaller learning rate, or trainer.precision=32-true, is the usual cure",
+            "optimizer.lr",
+        )
+        self.step = step
+
+
+def check_weights_finite(named: Iterable[tuple[str, nn.Parameter]], step: int) -> None:
+    """Stop before weights that are no number are scored or written. The step that ruins them may be the last one.
+
+    Args:
+        named: parameters by name; those that are frozen are left out.
+        step: of the optimiser.
+
+    Raises:
+        NonFiniteWeights: naming the first parameter.
+    """
+    trained = [(name, parameter.detach()) for name, parameter in named if parameter.requires_grad]
+    if trained and not (finite := torch.stack([weights.isfinite().all() for _, weights in trained])).all():
+        bad = [name for (name, _), good in zip(trained, finite.tolist(), strict=True) if not good]
+        raise NonFiniteWeights(f"{len(bad)} of {len(trained)} weights, the first of them {bad[0]}, are", step)
 
 
 class LossWatch:
@@ -57,6 +85,19 @@ class LossWatch:
         self.kept.append((step, total.detach(), {name: term.detach() for name, term in terms.items()}))
         if not self.defers(total) or len(self.kept) >= LATEST:
             self._raise(self.look())
+
+    def see_gradient(self, norm: Tensor, step: int) -> None:
+        """A gradient's norm, before the optimiser uses it. One on an accelerator is not looked at: it shows in the weights.
+
+        Args:
+            norm: a scalar.
+            step: of the optimiser.
+
+        Raises:
+            NonFiniteWeights: if it is NaN or infinite.
+        """
+        if not self.defers(norm) and not norm.isfinite():
+            raise NonFiniteWeights(f"the gradient (norm {float(norm):g}) is", step)
 
     def settle(self) -> None:
         """Look at whatever is left, before a checkpoint is written. Under DDP with an accelerator all ranks do so together.

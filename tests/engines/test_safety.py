@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kd import distributed, train
 from kd.data.tasks import Classification
 from kd.engines.distiller import Distiller
-from kd.engines.safety import LATEST, LossWatch, NonFiniteLoss, clip_gradients
+from kd.engines.safety import LATEST, LossWatch, NonFiniteLoss, NonFiniteWeights, clip_gradients
 from whole_runs import planned
 
 Small = Callable[..., list[str]]
@@ -160,3 +160,49 @@ def test_losses_are_logged_at_every_tenth_step_and_at_no_other(
         rows = [row for row in csv.DictReader(file) if row["train/loss"]]
     assert [int(row["step"]) for row in rows] == [9, 19]
     assert all(row["train/task"] == row["train/loss"] for row in rows)
+
+
+class Exploding(torch.autograd.Function):
+    """The identity, whose gradient is infinite."""
+
+    @staticmethod
+    def forward(context: object, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(context: object, gradient: Tensor) -> Tensor:
+        return gradient * float("inf")
+
+
+@pytest.mark.parametrize(
+    ("at", "clip", "words"),
+    [
+        (5, "1.0", r"the gradient \(norm (nan|inf)\) is not finite at step 5"),
+        (5, "null", r"weights, the first of them student\.\S+, are not finite at step 6"),  # the last step of the only epoch
+    ],
+)
+def test_gradients_that_are_no_number_end_a_run_whose_losses_are_fine(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, clip: str, words: str
+) -> None:
+    overrides = ("trainer.max_epochs=1", f"trainer.clip={clip}", f"paths.runs={tmp_path}")
+    run = planned(small("method=finetune", "teacher=[]", *overrides))
+    seen = []
+    original = Classification.hard
+
+    def hard(task: Classification, logits: Tensor, labels: Tensor) -> Tensor:
+        seen.append(1)
+        if len(seen) == at + 2:  # the preflight's is the first
+            logits = Exploding.apply(logits)
+        return original(task, logits, labels)
+
+    monkeypatch.setattr(Classification, "hard", hard)
+    with pytest.raises(NonFiniteWeights, match=words) as caught:
+        train.execute(run)
+    assert caught.value.key == "optimizer.lr"
+    assert not list(run.checkpoints.glob("*.ckpt"))
+    assert run.result is None
+
+
+@pytest.mark.usefixtures("deferring")
+def test_a_gradient_on_an_accelerator_is_not_waited_for() -> None:
+    LossWatch().see_gradient(torch.tensor(1.0, device="meta"), 0)
