@@ -26,15 +26,20 @@ from kd.methods.base import Method, needs_of_teachers
 from kd.models import Encoder, FrozenTeacher
 from kd.models.compiled import check_compiler
 from kd.models.heads import HEADS
+from kd.models.pretrained import (
+    check_head,
+    check_tokenizer,
+    check_weights,
+    label_names,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from kd.models.students import (
     INIT_FROM,
     build_student,
     check_copy,
-    check_head,
     describe_init,
-    load_config,
-    load_model,
-    load_tokenizer,
     new_model,
     student_config,
     with_labels,
@@ -44,7 +49,7 @@ from kd.planning import backbone_of, keys_of, source_of, teacher_config, teacher
 from kd.pools import teachers_of
 from kd.runs import Run
 from kd.schedules import Schedule
-from kd.schema import RunSpec, StudentSpec
+from kd.schema import RunSpec, StudentSpec, TeacherSpec
 from kd.surgeries import check_vocabularies, operate, surgeries
 
 DATA: Mapping[str, type[KDData]] = {"classifier": KDData, "masked_lm": MaskedData}
@@ -124,15 +129,24 @@ def build_teachers(run: Run, task: Task, meta: bool) -> list[FrozenTeacher]:
                 found = ", ".join(config.architectures)
                 raise InputError(f"'{spec.model}' has no head for this task: it is {found}, not ...{head.suffix}", key)
             if head.labelled:
-                columns = teacher_columns(task, spec.labels or list(config.id2label.values()), f"teacher.{name}.labels")
+                columns = teacher_columns(task, teacher_labels(config, spec, name), f"teacher.{name}.labels")
+                check_outputs(config, task, spec.model, key)
         elif meta:  # it has yet to be made: the shape that it will have
-            source, key = backbone_of(made.spec)
-            config = student_config(made.spec.student, source, task.labels, key, task.head)
+            with keys_of(f"teacher {name}", run.spec):
+                config = student_config(
+                    made.spec.student, backbone_of(made.spec)[0], task.labels, "student.backbone", task.head
+                )
+            source = backbone_of(made.spec)[0]
         else:
             config = with_labels(load_config(source, key), task.labels, task.head)
         check_head(config, task.head, key)
-        shape = Encoder(new_model(config, task.head, meta=True), load_tokenizer(source, key))
-        load = None if meta else functools.partial(load_model, source, key, config, task.head)
+        tokenizer = load_tokenizer(source, key)
+        check_tokenizer(tokenizer, config, key, task.head, len(run.spec.task.text) > 1)
+        shape = Encoder(new_model(config, task.head, meta=True), tokenizer)
+        if made is None:
+            weights = check_weights(source, key, config, task.head, head_needed=True)
+            shape.notes, shape.asides = list(weights.notes), list(weights.asides)
+        load = None if meta else functools.partial(load_model, source, key, config, task.head, head_needed=True)
         teachers.append(FrozenTeacher(shape, name, columns, load))
     return teachers
 
@@ -147,7 +161,33 @@ def build_online(run: Run, task: Task, meta: bool) -> Encoder | None:
         backbone, key = backbone_of(spec)
         torch.manual_seed(spec.seed)
         initial = None if spec.student.init == "random" else backbone
-        return build_student(spec.student, backbone, task.labels, initial, meta, key)
+        pairs = len(run.spec.task.text) > 1
+        return build_student(spec.student, backbone, task.labels, initial, meta, key, initial_key=key, pairs=pairs)
+
+
+def teacher_labels(config: Any, spec: TeacherSpec, name: str) -> list[str]:
+    """Names of a ready teacher's outputs: those listed for it, else its configuration's.
+
+    Raises:
+        InputError: for a list of another length than the outputs, or a configuration that does not say which is which.
+    """
+    key = f"teacher.{name}.labels"
+    if not spec.labels:
+        return label_names(config, key)
+    if len(spec.labels) != config.num_labels or len(set(spec.labels)) < len(spec.labels):
+        raise InputError(f"{key}={list(spec.labels)} must name each of the {config.num_labels} outputs of '{spec.model}'", key)
+    return list(spec.labels)
+
+
+def check_outputs(config: Any, task: Task, model: str | None, key: str) -> None:
+    """Whether the outputs of a ready teacher mean what the task takes them for.
+
+    Raises:
+        InputError: if its configuration says that they mean something else.
+    """
+    wanted = "regression" if task.labels is None else "single_label_classification"
+    if config.problem_type not in (None, wanted):
+        raise InputError(f"the task is a {wanted.replace('_', ' ')}; '{model}' says problem_type={config.problem_type}", key)
 
 
 def teacher_columns(task: Task, labels: list[str], key: str) -> list[int] | None:
@@ -189,8 +229,20 @@ def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple
     for place, (name, student_spec) in enumerate(cohort.items()):
         # A student's fresh weights depend on the seed and its place alone, not on its method or teachers.
         torch.manual_seed(spec.seed if place == 0 else int(np.random.SeedSequence([spec.seed, place]).generate_state(1)[0]))
-        initial = initial_source(run, student_spec, meta)
-        student = build_student(student_spec, backbone, task.labels, initial, meta, key, task.head)
+        initial, initial_key = initial_source(run, student_spec, meta)
+        student = build_student(
+            student_spec,
+            backbone,
+            task.labels,
+            initial,
+            meta,
+            key,
+            task.head,
+            initial_key,
+            initial_labels(run, student_spec),
+            len(spec.task.text) > 1,
+        )
+        notes, asides = student.notes, student.asides
         student, done = operate(run, student, None if meta else [text for pair in texts for text in pair])
         own = copy.deepcopy(method)
         own.bind(student, teachers if online is None else [online])  # type: ignore[list-item]
@@ -199,40 +251,50 @@ def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple
             stage, key_of_it = run.beginning.spec, "student.run" if "stage" in run.inputs else "method.before"
             found = student_config(stage.student, backbone_of(stage)[0], task.labels, key_of_it, task.head)
             check_copy(student.config, found, student_spec, key_of_it)
-        depth = load_config(initial, "student.init").num_hidden_layers if initial is not None else None
+        student.notes, student.asides = notes, asides  # a surgery may have put it into another encoder
+        depth = load_config(initial, initial_key).num_hidden_layers if initial is not None else None
         label = name if len(cohort) > 1 else "student"
         models.students[label], models.methods[label] = student, own
         began = run.beginning.result if student_spec.init == "run" else None
         start = describe_init(student_spec, student.depth, depth) + ("" if began is None else f", begun from {began['init']}")
-        models.inits[label] = "; ".join([start, *done])
+        models.inits[label] = "; ".join([start, *notes, *done])
     for encoder in (*models.students.values(), *models.teaching):
         encoder.compiled = spec.trainer.compile and not meta
     return models
 
 
-def initial_source(run: Run, spec: StudentSpec, meta: bool) -> str | None:
-    """Where a student's weights come from; None for random.
+def initial_source(run: Run, spec: StudentSpec, meta: bool) -> tuple[str | None, str]:
+    """Where a student's weights come from, None for random, and the key that says so.
 
     Raises:
         InputError: for an unknown `student.init_from`, or a fine-tuned teacher where there is none.
     """
     if spec.init == "random":
-        return None
+        return None, "student.init"
     if spec.init == "checkpoint":
-        return spec.checkpoint
+        return spec.checkpoint, "student.checkpoint"
     if spec.init == "run":
-        return None if meta else str(run.beginning.student)  # its shape is checked when it is there
+        return None if meta else str(run.beginning.student), "student.run"  # its shape is checked when it is there
     if spec.init_from not in INIT_FROM:
         raise one_of(spec.init_from, INIT_FROM, "student.init_from")
     if spec.init_from == "pretrained":
-        return backbone_of(run.spec)[0]
+        return backbone_of(run.spec)
     if not run.spec.teacher:
         raise InputError("student.init_from=teacher needs a teacher, teacher=[] has none", "student.init_from")
     name = teachers_of(run.spec)[0]
     teacher, made = run.spec.teacher[name], run.inputs.get(f"teacher {name}")
+    key = f"teacher.{name}.{'backbone' if teacher.model is None else 'model'}"
     if made is None:
-        return teacher.model or teacher.backbone  # of one that is trained online the weights it begins from
-    return teacher.backbone if meta else str(made.student)
+        return teacher.model or teacher.backbone, key  # of one that is trained online the weights it begins from
+    return (teacher.backbone if meta else str(made.student)), key
+
+
+def initial_labels(run: Run, spec: StudentSpec) -> list[str] | None:
+    """Names that the command lists for the outputs of the ready teacher that a student begins from, if it does."""
+    if spec.init in ("random", "checkpoint", "run") or spec.init_from != "teacher" or not run.spec.teacher:
+        return None
+    teacher = run.spec.teacher[teachers_of(run.spec)[0]]
+    return None if teacher.model is None else teacher.labels
 
 
 def build_examples(run: Run) -> Examples:

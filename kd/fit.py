@@ -198,6 +198,7 @@ def conclude(
         "teacher_forward_examples": sum(work["examples"] for work in counts["teachers"].values()),
         "teacher_forwards": counts["teachers"],
         "cache": models.caches,
+        "notes_teacher": {teacher.name: teacher.shape.notes for teacher in models.teachers if teacher.shape.notes},
         "labels": engine.task.labels,
         "pipeline": HEADS[engine.task.head].pipeline,
         "max_length": run.spec.task.max_length,

@@ -58,6 +58,8 @@ def preflight(run: Run, engine: Engine, data: KDData, inits: Mapping[str, str]) 
     for student, learner in engine.learners.items():
         whose = "student" if len(engine.learners) == 1 else f"student {student}"
         report.note(f"{whose} starts from: {inits[student]}")
+        for text in learner.student.asides:
+            report.note(f"{whose}: {text}")
         for name, text in learner.method.describe().items():
             report.note(f"{name}: {text}")
         if why := learner.method.coupled():
@@ -99,6 +101,8 @@ def check_teachers(report: Report, run: Run, engine: Engine, data: KDData) -> No
     for place, teacher in enumerate(engine.teachers):
         if task.labels is not None:
             report.ok(f"labels of data and teacher '{teacher.name}' agree by name: {', '.join(task.labels)}")
+        for text in (*teacher.shape.notes, *teacher.shape.asides):
+            report.note(f"teacher '{teacher.name}': {text}")
         if name is None:
             continue
         value = teacher_score(run, engine, data, place, name)

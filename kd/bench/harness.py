@@ -17,7 +17,8 @@ from kd.data.datamodule import LIMIT_SEED, Examples, KDData
 from kd.errors import InputError
 from kd.fit import build_trainer, quieten
 from kd.hardware import keep_memory
-from kd.models.students import load_config, load_model, load_tokenizer, with_labels
+from kd.models.pretrained import load_config, load_model, load_tokenizer
+from kd.models.students import with_labels
 from kd.planning import backbone_of, plan
 from kd.progress import Progress
 from kd.runs import Run

@@ -34,6 +34,18 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.blake2b("".join(found).encode(), digest_size=8).hexdigest()
 
 
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer, or the two of a mixed one, without the limits that it was used with last.
+
+    Truncation and padding are settings of a call that `tokenizers` keeps, and writes: the files of a model would depend on what
+    its tokenizer happened to read.
+    """
+    for part in getattr(tokenizer, "parts", (tokenizer,)):
+        part.backend_tokenizer.no_truncation()
+        part.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
+
+
 def padded_length(longest: int, multiple: int, most: int) -> int:
     """Tokens that a batch is padded to: a multiple, but no more than the models have positions for.
 

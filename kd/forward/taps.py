@@ -26,7 +26,8 @@ class Family:
     `base`, `pooler` (the linear layer that reads the first token's last state) and `outputs` (the last linear layer, whose
     input's dropout is beside it) are paths in the classifier, `masked_lm` is the path of the whole masked-LM
     head in a model that has one (None where a family keeps it in pieces), `blocks` and `embeddings` are paths in the base
-    model, `query`, `key` and `value` in a block; `intermediate` and `dropouts` are names in the configuration.
+    model, `query`, `key` and `value` in a block; `intermediate`, `activation` and `dropouts` are names in the configuration.
+    Where `positions_skip_padding`, positions are numbered from the padding token's number on, over tokens that are not it.
     """
 
     base: str
@@ -37,11 +38,13 @@ class Family:
     inputs: tuple[str, ...]
     dropouts: tuple[str, ...]
     intermediate: str = "intermediate_size"
+    activation: str = "hidden_act"
     embeddings: str = "embeddings"
     outputs: str = "classifier"
     pooler: str = "classifier.dense"
     masked_lm: str | None = None
     score_bias: Callable[[nn.Module, Tensor], Tensor] | None = None
+    positions_skip_padding: bool = False
 
 
 _BERT_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
@@ -68,6 +71,7 @@ FAMILIES: Mapping[str, Family] = {
         dropouts=_BERT_DROPOUTS,
         outputs="classifier.out_proj",
         masked_lm="lm_head",
+        positions_skip_padding=True,
     ),
     "distilbert": Family(
         base="distilbert",
@@ -78,6 +82,7 @@ FAMILIES: Mapping[str, Family] = {
         inputs=("input_ids", "attention_mask"),
         dropouts=("dropout", "attention_dropout", "seq_classif_dropout"),
         intermediate="hidden_dim",
+        activation="activation",
         pooler="pre_classifier",
     ),
     "mpnet": Family(
@@ -90,6 +95,7 @@ FAMILIES: Mapping[str, Family] = {
         dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
         outputs="classifier.out_proj",
         masked_lm="lm_head",
+        positions_skip_padding=True,
         score_bias=_relative_positions,
     ),
 }

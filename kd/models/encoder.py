@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kd.data.tokens import save_tokenizer
 from kd.forward.lazy import Inputs
 from kd.forward.needs import Needs
 from kd.forward.outputs import Outputs
@@ -31,6 +32,10 @@ class Encoder(nn.Module):
         self.family = family_of(model.config.model_type)  # type: ignore[union-attr,arg-type]
         self.forwards = 0
         """Passes so far."""
+        self.notes: list[str] = []
+        """What the record says of the weights that it was begun with, beside where they are from."""
+        self.asides: list[str] = []
+        """What is good to know of them."""
         self.compiled = False
         """Whether blocks run compiled; where gradients, attention or values are needed they run as they are all the same."""
 
@@ -169,7 +174,7 @@ class Encoder(nn.Module):
     def save(self, folder: Path) -> None:
         """Write model and tokenizer as transformers reads them."""
         self.plain().save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
 
     def parameter_count(self) -> int:
         """All parameters, embeddings included, shared ones counted once."""

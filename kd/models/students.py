@@ -4,81 +4,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from kd.errors import InputError, one_of
-from kd.forward.taps import FAMILIES, Family, family_of
+from kd.forward.taps import Family, family_of
 from kd.models.dropout import with_cheaper_dropout
 from kd.models.encoder import Encoder
 from kd.models.heads import HEADS
+from kd.models.labels import columns
+from kd.models.pretrained import (
+    check_head,
+    check_tokenizer,
+    check_weights,
+    label_names,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from kd.schema import StudentSpec
-from kd.sources import pretrained
 
 INITS = ("random", "first", "every", "last", "checkpoint", "run")
 INIT_FROM = ("pretrained", "teacher")
-
-
-def load_config(source: str, key: str) -> Any:
-    """The transformers configuration behind a source.
-
-    Raises:
-        InputError: if it cannot be had.
-    """
-    from transformers import AutoConfig
-
-    name, options = pretrained(source, key)
-    try:
-        return AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"the model '{source}' cannot be loaded: {_first_line(error)}", key) from error
-
-
-def load_tokenizer(source: str, key: str) -> Any:
-    """The tokenizer behind a source.
-
-    Raises:
-        InputError: if it cannot be had.
-    """
-    from transformers import AutoTokenizer
-
-    name, options = pretrained(source, key)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"the tokenizer of '{source}' cannot be loaded: {_first_line(error)}", key) from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
-        raise InputError(f"'{source}' has no tokenizer: there is no vocabulary in it", key)
-    return tokenizer
-
-
-def load_model(source: str, key: str, config: Any, head: str = "classifier") -> nn.Module:
-    """The weights behind a source with a head of `kd.models.heads.HEADS`; one that the source lacks is drawn afresh.
-
-    Raises:
-        InputError: if they cannot be had, a file is truncated, or the family keeps no such head.
-    """
-    name, options = pretrained(source, key)
-    check_head(config, head, key)
-    try:
-        model: nn.Module = HEADS[head].auto.from_pretrained(name, config=config, **options)
-    except SafetensorError as error:
-        raise InputError(f"the weights of '{source}' are truncated or damaged ({error})", key) from error
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"the weights of '{source}' cannot be loaded: {_first_line(error)}", key) from error
-    return model
-
-
-def check_head(config: Any, head: str, key: str) -> None:
-    """Whether a model's family can have a head.
-
-    Raises:
-        InputError: for a family that is not known, or has no masked-LM head in one piece.
-    """
-    family = family_of(config.model_type, key)
-    if head == "masked_lm" and family.masked_lm is None:
-        able = ", ".join(name for name, known in FAMILIES.items() if known.masked_lm is not None)
-        raise InputError(f"masked language modelling works with {able}, not with {config.model_type}", key)
 
 
 def chosen_layers(init: str | Sequence[int], student: int, source: int) -> list[int]:
@@ -248,8 +194,11 @@ def build_student(
     meta: bool = False,
     key: str = "student.backbone",
     head: str = "classifier",
+    initial_key: str | None = None,
+    initial_labels: Sequence[str] | None = None,
+    pairs: bool = False,
 ) -> Encoder:
-    """A student, initialised.
+    """A student, initialised; `Encoder.notes` has what is to be said of the weights that it begins with.
 
     Args:
         spec: what to build.
@@ -259,27 +208,43 @@ def build_student(
         meta: shapes only, for checks; nothing is loaded.
         key: the configuration key that names the backbone.
         head: of `kd.models.heads.HEADS`.
+        initial_key: the configuration key that names `initial`.
+        initial_labels: names of the outputs of `initial`, where its configuration names them badly.
+        pairs: whether it will read pairs of texts.
 
     Raises:
         InputError: for sizes or an initialisation that do not fit.
     """
     config = student_config(spec, backbone, labels, key, head)
     whole = spec.init in ("checkpoint", "run")
-    given = f"student.{spec.init}" if whole else "student.init_from"
+    given = initial_key or (f"student.{spec.init}" if whole else "student.init_from")
+    notes: list[str] = []
+    asides: list[str] = []
     if initial is not None:
         found = load_config(initial, given)
         if whole:  # it may have a vocabulary of its own, which goes with its weights
             config.vocab_size, config.pad_token_id = found.vocab_size, found.pad_token_id
         check_copy(config, found, spec, given if whole else "student.init")
-    tokenizer = load_tokenizer(initial, given) if whole and initial is not None else load_tokenizer(backbone, key)
-    if meta:
-        return Encoder(new_model(config, head, meta=True), tokenizer)
-    student = new_model(config, head)
-    if initial is not None:
-        rows = head_rows(config, found, head, pretrained=spec.init_from == "pretrained" and not whole)
-        source = load_model(initial, given, found, head)
+        backbone_alone = spec.init_from == "pretrained" and not whole
+        rows = head_rows(config, found, head, backbone_alone, given, initial_labels)
+        weights = check_weights(initial, given, found, head)
+        # Where the configuration does not say what the weights are, there may be no head among them.
+        needed = rows is not None and (bool(found.architectures) or weights.has_head)
+        if needed:
+            weights = check_weights(initial, given, found, head, head_needed=True)
+        notes, asides = list(weights.notes), list(weights.asides)
+        if not needed and not (backbone_alone and HEADS[head].labelled):
+            notes.append("head drawn afresh")
+    own = whole and initial is not None
+    tokenizer = load_tokenizer(str(initial), given) if own else load_tokenizer(backbone, key)
+    check_tokenizer(tokenizer, config, given if own else key, head, pairs)
+    student = new_model(config, head, meta)
+    if initial is not None and not meta:
+        source = load_model(initial, given, found, head, needed)
         copy_layers(student, source, family_of(config.model_type), layers_to_copy(spec, config, found), rows)
-    return Encoder(with_cheaper_dropout(student), tokenizer)
+    encoder = Encoder(student if meta else with_cheaper_dropout(student), tokenizer)
+    encoder.notes, encoder.asides = notes, asides
+    return encoder
 
 
 def layers_to_copy(spec: StudentSpec, config: Any, source: Any) -> list[int]:
@@ -296,18 +261,27 @@ def layers_to_copy(spec: StudentSpec, config: Any, source: Any) -> list[int]:
     return list(range(1, depth + 1))
 
 
-def head_rows(config: Any, source: Any, head: str = "classifier", pretrained: bool = False) -> list[int] | None:
+def head_rows(
+    config: Any,
+    source: Any,
+    head: str = "classifier",
+    pretrained: bool = False,
+    key: str = "student.init_from",
+    names: Sequence[str] | None = None,
+) -> list[int] | None:
     """For each output of the student, the source's output of the same name; None if the head is to be drawn afresh.
 
     That is where the source has no such head, or its outputs have other names, or a backbone brings a classifier of another
     task. The masked-LM head that a backbone was pre-trained with is kept.
+
+    Raises:
+        InputError: if it is not certain which name stands for which output of the source.
     """
     if not HEADS[head].is_in(source) or (pretrained and HEADS[head].labelled):
         return None
     if not HEADS[head].labelled:
         return list(range(config.vocab_size))
-    ours, theirs = ([str(name).casefold() for name in c.id2label.values()] for c in (config, source))
-    return [theirs.index(name) for name in ours] if sorted(ours) == sorted(theirs) else None
+    return columns(label_names(config, key), names or label_names(source, key))
 
 
 def describe_init(spec: StudentSpec, depth: int, source_depth: int | None) -> str:
@@ -325,7 +299,3 @@ def run_in_words(run: Any) -> str:
     """`student.run` in words: its overrides, or the name of a mapping that has one."""
     parts = run if isinstance(run, Mapping) else {"overrides": run or []}
     return str(parts.get("name") or " ".join(map(str, parts.get("overrides", []))))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,5 +1,6 @@
 """Frozen teachers."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,10 +12,11 @@ from kd.forward.lazy import Inputs
 from kd.forward.needs import Needs
 from kd.forward.outputs import Outputs, UndeclaredRead
 from kd.models.encoder import Encoder
+from kd.models.labels import columns
 
 
 def match_labels(task: Sequence[str], teacher: Sequence[str], key: str) -> list[int]:
-    """For each label of the task, its column in the teacher's logits. Names are compared without case.
+    """For each label of the task, its column in the teacher's logits; see `kd.models.labels.columns`.
 
     Raises:
         InputError: if the names differ as sets; position is never used instead.
@@ -22,14 +24,17 @@ def match_labels(task: Sequence[str], teacher: Sequence[str], key: str) -> list[
     >>> match_labels(["negative", "positive"], ["POSITIVE", "NEGATIVE"], "teacher.x.labels")
     [1, 0]
     """
-    wanted, found = [name.casefold() for name in task], [name.casefold() for name in teacher]
-    if sorted(wanted) != sorted(found):
+    found = columns(task, teacher)
+    if found is None:
+        hint = f"If the teacher's configuration names them badly, list its labels in the order of its outputs: {key}=[...]"
+        if any(re.fullmatch(r"LABEL_\d+", name) for name in teacher):
+            hint = f"The teacher's outputs have no names but numbers; list the task's labels in their order: {key}=[...]"
         raise InputError(
             f"the task's labels are {list(task)}, the teacher's are {list(teacher)}; they are matched by name, and these "
-            "do not match. If the teacher's configuration names them badly, list its labels in the order of its outputs",
+            f"do not match. {hint}",
             key,
         )
-    return [found.index(name) for name in wanted]
+    return found
 
 
 class FrozenTeacher:

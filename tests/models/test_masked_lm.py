@@ -21,7 +21,8 @@ from kd.methods.finetune import Finetune
 from kd.methods.kd import KD
 from kd.models import Encoder, FrozenTeacher
 from kd.models.heads import HEADS
-from kd.models.students import build_student, load_model
+from kd.models.pretrained import load_config, load_model
+from kd.models.students import build_student
 from kd.optimizers import OptimizerFactory
 from kd.schema import StudentSpec
 
@@ -116,7 +117,7 @@ def saved(tmp_path: Path) -> Path:
 def test_head_of_a_masked_language_model_is_begun_fresh_and_tied(backbone: Path) -> None:
     model = built(backbone, backbone, "masked_lm", layers=2).model
     assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
-    source = load_model(str(backbone), "x", model.config, "classifier").bert
+    source = load_model(str(backbone), "x", load_config(str(backbone), "x"), "classifier").bert
     assert torch.equal(model.bert.embeddings.word_embeddings.weight, source.embeddings.word_embeddings.weight)
 
 

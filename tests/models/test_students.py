@@ -401,7 +401,7 @@ def test_truncated_weights_are_refused(make: Make, tmp_path: Path, init: str, ke
 
 def test_folder_without_weights_is_refused(make: Make, tmp_path: Path) -> None:
     tiny_model().config.save_pretrained(tmp_path)
-    with refused("student.init_from", "cannot be loaded"):
+    with refused("student.init_from", "has no weights"):
         student(make(), tmp_path)
 
 

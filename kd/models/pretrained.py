@@ -1,0 +1,602 @@
+"""Models of transformers as files: configuration, tokenizer and weights, compared before anything is trained.
+
+`from_pretrained` draws at random what a file lacks, drops what a configuration does not ask for, keeps the type that weights
+are stored in, and ignores settings it no longer knows. Here each of these is an input error or is told.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd.errors import InputError, one_of
+from kd.forward.taps import FAMILIES, Family, family_of
+from kd.models.heads import HEADS
+from kd.models.labels import label_text
+from kd.sources import pretrained
+
+STORED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Types that weights may be stored in; they are used in float32."""
+
+FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Files that weights may be in; the first one that is there is read, as transformers does."""
+
+SHOWN = 4
+"""Names that a message lists of many."""
+
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "type_vocab_size")
+"""Sizes in a configuration, as far as a family has them; `Family.intermediate` is one more."""
+
+NAMED_SIZES = {
+    "word_embeddings": ("vocab_size", "hidden_size"),
+    "position_embeddings": ("max_position_embeddings", "hidden_size"),
+    "token_type_embeddings": ("type_vocab_size", "hidden_size"),
+    "relative_attention_bias": ("relative_attention_num_buckets", "num_attention_heads"),
+    "predictions": ("vocab_size", "hidden_size"),
+    "lm_head": ("vocab_size", "hidden_size"),
+}
+"""Part of a tensor's name -> the sizes of its shape; those of the others are the width and the intermediate one."""
+
+
+# -- configuration -------------------------------------------------------------------------------------------------------
+
+
+def load_config(source: str, key: str) -> Any:
+    """The transformers configuration behind a source, checked, with float32 as the type of its weights.
+
+    Raises:
+        InputError: if it cannot be had, or describes a model that cannot be built or is no encoder.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    name, options = pretrained(source, key)
+    with readable("the model", source, key):
+        raw, _ = PretrainedConfig.get_config_dict(name, **options)
+    if not isinstance(raw, Mapping):
+        raise InputError(f"config.json of '{source}' must be an object, not {type(raw).__name__}", key)
+    if "model_type" not in raw:
+        raise InputError(f"config.json of '{source}' has no model_type; it is one of {', '.join(FAMILIES)}", key)
+    if not isinstance(raw["model_type"], str):
+        raise one_of(raw["model_type"], tuple(FAMILIES), key)
+    family_of(raw["model_type"], key)
+    _check_raw(raw, source, key)
+    with readable("the model", source, key):
+        config = AutoConfig.from_pretrained(name, **options)
+    config.dtype = torch.float32  # what weights are stored in decides nothing
+    if "id2label" not in raw and raw.get("label2id"):  # transformers makes up names in its place
+        config.label2id = {str(name): int(number) for name, number in raw["label2id"].items()}
+        config.id2label = {number: name for name, number in config.label2id.items()}
+    _check_config(config, source, key)
+    return config
+
+
+def _check_raw(raw: Mapping[str, Any], source: str, key: str) -> None:
+    """What transformers would misread without a word.
+
+    Raises:
+        InputError: for a model that is quantised, no encoder, or of an architecture that transformers no longer has.
+    """
+    where = f"config.json of '{source}'"
+    if raw.get("quantization_config") is not None:
+        raise InputError(f"{where} has a quantization_config: kd trains weights in {_types()}; dequantise it first", key)
+    for name in ("is_decoder", "add_cross_attention", "is_encoder_decoder"):
+        if raw.get(name):
+            raise InputError(f"{where} says {name}={raw[name]}: a decoder reads from left to right; kd distils encoders", key)
+    if (kind := raw.get("position_embedding_type", "absolute")) not in (None, "absolute"):
+        raise InputError(f"{where} says position_embedding_type={kind}; transformers 5 computes none but absolute ones", key)
+    if raw.get("transformers_weights") is not None:
+        raise InputError(f"{where} names a file of weights, transformers_weights; kd reads {FILES[0]} or {FILES[2]}", key)
+    names = raw.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise InputError(f"{where}: architectures={names!r} must be a list of names of classes", key)
+    for name in names or ():
+        mine, others = (_class_name(raw["model_type"]), [_class_name(kind) for kind in FAMILIES if kind != raw["model_type"]])
+        if not name.startswith(mine) and any(name.startswith(other) for other in others):
+            raise InputError(f"{where} says model_type={raw['model_type']}, but architectures={names}", key)
+    for name in ("id2label", "label2id"):
+        if not isinstance(raw.get(name, {}), Mapping | None):
+            raise InputError(f"{where}: {name} must be an object, not {type(raw[name]).__name__}", key)
+    for name, numbers in (("id2label", raw.get("id2label") or {}), ("label2id", (raw.get("label2id") or {}).values())):
+        written = [str(number) for number in numbers]
+        if not all(re.fullmatch(r"\d+", number) for number in written) or len(set(map(int, written))) != len(written):
+            raise InputError(f"{where}: {name} has the numbers {_listed(written)}; they must be whole, each once", key)
+
+
+def _check_config(config: Any, source: str, key: str) -> None:
+    """Values that a model cannot be built with.
+
+    Raises:
+        InputError: for one of them.
+    """
+    from transformers.activations import ACT2FN
+
+    where, family = f"config.json of '{source}'", family_of(config.model_type, key)
+    for name in (*SIZES, family.intermediate):
+        value = getattr(config, name, None)
+        if hasattr(config, name) and not (type(value) is int and value >= 1):
+            raise InputError(f"{where} says {name}={value}; it must be a whole number from 1", key)
+    if config.hidden_size % config.num_attention_heads:
+        heads, width = config.num_attention_heads, config.hidden_size
+        raise InputError(f"{where} says {heads} attention heads, which do not divide the hidden size of {width}", key)
+    act = getattr(config, family.activation)
+    if act not in ACT2FN:
+        raise InputError(f"{where} says {family.activation}={act}, which transformers does not know; gelu is usual", key)
+    for name in family.dropouts:
+        value = getattr(config, name, None)
+        if value is not None and not (isinstance(value, int | float) and 0 <= value < 1):
+            raise InputError(f"{where} says {name}={value}; it must be in [0, 1)", key)
+    for name, least in (("layer_norm_eps", 1e-30), ("initializer_range", 0.0)):
+        value = getattr(config, name, None)
+        if value is not None and not (isinstance(value, int | float) and least <= value < math.inf):
+            raise InputError(f"{where} says {name}={value}; it must be a positive number", key)
+    padding = config.pad_token_id
+    if padding is not None and not (type(padding) is int and 0 <= padding < config.vocab_size):
+        raise InputError(f"{where} says pad_token_id={padding}, which is outside its vocabulary of {config.vocab_size}", key)
+
+
+def check_head(config: Any, head: str, key: str) -> None:
+    """Whether a model's family can have a head.
+
+    Raises:
+        InputError: for a family that is not known, or has no masked-LM head in one piece.
+    """
+    family = family_of(config.model_type, key)
+    if head == "masked_lm" and family.masked_lm is None:
+        able = ", ".join(name for name, known in FAMILIES.items() if known.masked_lm is not None)
+        raise InputError(f"masked language modelling works with {able}, not with {config.model_type}", key)
+
+
+def label_names(config: Any, key: str) -> list[str]:
+    """The names of a classifier's outputs, in the order of the outputs; numbers as their text.
+
+    Raises:
+        InputError: for numbers that are not 0, 1, ..., names that are none or occur twice, or a `label2id` that says otherwise.
+    """
+    named = {int(number): name for number, name in (config.id2label or {}).items()}
+    if sorted(named) != list(range(len(named))):
+        expected = f"0 to {len(named) - 1}"
+        raise InputError(f"id2label numbers the model's outputs {_listed(sorted(named))}; they must be {expected}", key)
+    names = []
+    for number, name in sorted(named.items()):
+        if not isinstance(name, str | int | float) or not label_text(name):
+            raise InputError(f"id2label names output {number} {name!r}; a name is a text or a number", key)
+        names.append(label_text(name))
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"id2label names two of the model's outputs '{twice}': {_listed(names)}", key)
+    for name, number in (config.label2id or {}).items():
+        if label_text(name) in names and names.index(label_text(name)) != int(number):
+            raise InputError(
+                f"id2label and label2id contradict each other: output {names.index(label_text(name))} is '{label_text(name)}' "
+                f"by the former, output {number} by the latter",
+                key,
+            )
+    return names
+
+
+# -- tokenizer -----------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(source: str, key: str) -> Any:
+    """The tokenizer behind a source.
+
+    Raises:
+        InputError: if it cannot be had.
+    """
+    from transformers import AutoTokenizer
+
+    name, options = pretrained(source, key)
+    with readable("the tokenizer", source, key):
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        empty = len(tokenizer) <= len(tokenizer.all_special_tokens)  # what transformers makes up where there are no files
+    if empty:
+        raise InputError(f"'{source}' has no tokenizer: there is no vocabulary in it", key)
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise InputError(f"the tokenizer of '{source}' is a {type(tokenizer).__name__}; kd needs one of `tokenizers`", key)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, config: Any, key: str, head: str = "classifier", pairs: bool = False) -> None:
+    """Whether a model can read what a tokenizer makes.
+
+    Args:
+        tokenizer: of the model.
+        config: of the model.
+        key: that names where they are from.
+        head: of `kd.models.heads.HEADS`; a masked language model needs a mask token.
+        pairs: whether it will read pairs of texts.
+
+    Raises:
+        InputError: if the tokenizer has more tokens than the model has embeddings, lacks a special token, does not put them
+            around a text, pads with another token than the model, or numbers segments that the model does not have.
+    """
+    family = family_of(config.model_type, key)
+    for name in ("pad_token", "unk_token", "cls_token", "sep_token", *(("mask_token",) if head == "masked_lm" else ())):
+        if getattr(tokenizer, name) is None:
+            has = ", ".join(tokenizer.all_special_tokens) or "none"
+            raise InputError(f"the tokenizer has no {name}, which the model's input needs; its special tokens are {has}", key)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} tokens, numbered up to {largest}, but the model has embeddings for "
+            f"{config.vocab_size} (vocab_size): tokens were added and the embeddings not resized",
+            key,
+        )
+    ours, theirs = tokenizer.pad_token_id, config.pad_token_id
+    if ours != theirs and not (theirs is None and not family.positions_skip_padding):
+        raise InputError(
+            f"the tokenizer pads with token {ours} ({tokenizer.pad_token}), the model's config.json has pad_token_id={theirs}",
+            key,
+        )
+    try:
+        ends = tokenizer("")["input_ids"]
+        encoded = tokenizer("a ☃", "a ☃") if pairs else tokenizer("a ☃")  # a word that few vocabularies have
+    except Exception as error:  # `tokenizers` raises nothing more special
+        raise InputError(f"the tokenizer cannot read every text: {first_line(error)}", key) from error
+    if len(ends) < 2 or ends[0] != tokenizer.cls_token_id or ends[-1] != tokenizer.sep_token_id:
+        found = " ".join(tokenizer.convert_ids_to_tokens(ends)) or "nothing"
+        raise InputError(
+            f"the tokenizer does not put {tokenizer.cls_token} before a text and {tokenizer.sep_token} behind it: of an empty "
+            f"text it makes {found}",
+            key,
+        )
+    segments = max(encoded["token_type_ids"]) + 1 if "token_type_ids" in encoded else 1
+    if "token_type_ids" in family.inputs and segments > config.type_vocab_size:
+        raise InputError(
+            f"the tokenizer numbers {segments} segments in a {'pair of texts' if pairs else 'text'}, but the model has "
+            f"embeddings for {config.type_vocab_size} (type_vocab_size)",
+            key,
+        )
+
+
+# -- weights -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What is to be said of the weights behind a source.
+
+    Attributes:
+        notes: what changes a result, for the record.
+        asides: what is only good to know.
+        has_head: whether a part of the head is in the file.
+        other_head: whether the file has a head of another shape, which is not used.
+    """
+
+    notes: tuple[str, ...] = ()
+    asides: tuple[str, ...] = ()
+    has_head: bool = True
+    other_head: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The tensors in the files of weights: name -> shape, name -> type, and names of those that are not finite."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    types: Mapping[str, torch.dtype]
+    broken: frozenset[str]
+
+
+def load_model(source: str, key: str, config: Any, head: str = "classifier", head_needed: bool = False) -> nn.Module:
+    """The weights behind a source, in float32.
+
+    Args:
+        source: where they are.
+        key: the configuration key that names it.
+        config: of the model.
+        head: of `kd.models.heads.HEADS`.
+        head_needed: whether the head must be there; otherwise one that is not is drawn afresh.
+
+    Raises:
+        InputError: if they cannot be had, a file is damaged, they do not fit the configuration, or the family has no such head.
+    """
+    found = check_weights(source, key, config, head, head_needed)
+    name, options = pretrained(source, key)
+    more = {"ignore_mismatched_sizes": True} if found.other_head else {}
+    with readable("the weights", source, key):
+        model: nn.Module = HEADS[head].auto.from_pretrained(name, config=config, dtype=torch.float32, **options, **more)
+    return model
+
+
+def check_weights(source: str, key: str, config: Any, head: str = "classifier", head_needed: bool = False) -> Found:
+    """Compare the weights behind a source with a configuration; arguments as of `load_model`. Nothing is loaded.
+
+    Raises:
+        InputError: as `load_model`.
+    """
+    check_head(config, head, key)
+    paths = weight_files(source, key)
+    with readable("the weights", source, key):
+        stored = _stored(tuple((path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in paths))
+    text = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    shapes = tuple((name, shape) for name, shape in stored.shapes.items())
+    with readable("the weights", source, key):
+        fit = _fit(text, shapes, head, _Config(config))
+    family = family_of(config.model_type, key)
+    expected = {name: tuple(value.shape) for name, value in fit.model.state_dict().items()}
+
+    def is_head(name: str) -> bool:
+        return not name.startswith(f"{family.base}.")
+
+    def is_pooler(name: str) -> bool:
+        return name.startswith(f"{family.pooler}.") and not is_head(name)
+
+    _check_types(stored, fit.unused, source, key)
+    drawn = {name for name in fit.missing if is_head(name) or is_pooler(name)}
+    pooler = {name for name in drawn if is_pooler(name)}
+    if pooler and pooler != {name for name in expected if is_pooler(name)}:
+        drawn -= pooler  # half of it is there
+    lacking = sorted(fit.missing if head_needed else fit.missing - drawn)
+    if lacking:
+        raise InputError(_lacking(source, lacking, len(expected), stored, fit.unused, family, config), key)
+    for name, (theirs, ours) in sorted(fit.mismatched.items()):
+        if head_needed or not is_head(name):
+            raise InputError(_mismatch(source, name, theirs, ours, config, family), key)
+    blocks = _blocks(stored.shapes, family)
+    if len(blocks) > config.num_hidden_layers:
+        raise InputError(
+            f"'{source}' has weights of {len(blocks)} layers, its configuration says "
+            f"num_hidden_layers={config.num_hidden_layers}: the others would be left out",
+            key,
+        )
+    broken = sorted(stored.broken - fit.unused)
+    if broken:
+        raise InputError(f"'{source}' has weights that are not finite numbers in float32: {_listed(broken)}", key)
+    notes, asides = _told(source, stored, fit, family, pooler)
+    has_head = any(is_head(name) and name not in fit.missing for name in expected)
+    return Found(notes, asides, has_head, any(is_head(name) for name in fit.mismatched))
+
+
+def weight_files(source: str, key: str) -> list[str]:
+    """Paths of the files that the weights behind a source are in; those of the hub are fetched.
+
+    Raises:
+        InputError: if there are none, or a part is missing.
+    """
+    from transformers.utils.hub import cached_file
+
+    name, options = pretrained(source, key)
+    folder = Path(name) if not source.startswith("hf:") else None
+
+    def find(file: str) -> str | None:
+        if folder is not None:
+            return str(folder / file) if (folder / file).is_file() else None
+        with readable("the weights", source, key):
+            return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)  # type: ignore[no-any-return]
+
+    if folder is not None and (folder / "adapter_config.json").is_file():
+        raise InputError(f"'{source}' has an adapter (adapter_config.json); merge it into the model's weights first", key)
+    for file in FILES:
+        path = find(file)
+        if path is None:
+            continue
+        if not file.endswith(".index.json"):
+            return [path]
+        try:
+            parts = sorted(set(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values()))
+            paths = {part: find(part) for part in parts if Path(part).name == part}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"{file} of '{source}' is damaged: it has no weight_map of names and files", key) from error
+        absent = [part for part in parts if paths.get(part) is None]
+        if absent or not parts:
+            raise InputError(f"{file} of '{source}' names {len(parts)} files, of which are missing: {_listed(absent)}", key)
+        return [path for path in paths.values() if path is not None]
+    there = "" if folder is None else f"; there are {_listed(sorted(path.name for path in folder.iterdir()), 12)}"
+    raise InputError(f"'{source}' has no weights: neither {FILES[0]} nor {FILES[2]}{there}", key)
+
+
+@lru_cache(maxsize=64)
+def _stored(files: tuple[tuple[str, int, int], ...]) -> Stored:
+    """The tensors of some files, which are named with size and time so that a change is seen."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    types: dict[str, torch.dtype] = {}
+    broken = set()
+    for path, _, _ in files:
+        for name, tensor in _tensors(path):
+            shapes[name], types[name] = tuple(tensor.shape), tensor.dtype
+            if tensor.dtype in STORED and not bool(torch.isfinite(tensor.float()).all()):
+                broken.add(name)
+    return Stored(shapes, types, frozenset(broken))
+
+
+def _tensors(path: str) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    if path.endswith(".safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                yield name, file.get_tensor(name)
+        return
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        found = torch.load(path, map_location="cpu", weights_only=True)  # files of before torch 1.6
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(f"{Path(path).name} holds something else than tensors by name, as a training checkpoint does")
+    yield from found.items()
+
+
+class _Config:
+    """A configuration that does not count as an argument of what is cached."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Config)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    model: nn.Module
+    missing: frozenset[str]
+    unused: frozenset[str]
+    mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+@lru_cache(maxsize=64)
+def _fit(text: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], head: str, config: _Config) -> _Fit:
+    """Let transformers fit shapes to a model, by its own rules for prefixes, ties and older names."""
+    own = copy.deepcopy(config.config)
+    with torch.device("meta"):
+        model = HEADS[head].auto.from_config(own)
+    # One number, seen as a tensor of each shape: nothing is allocated but what the file lacks.
+    tensors = {name: torch.zeros(()).expand(shape) for name, shape in shapes}
+    with torch.random.fork_rng(devices=[]), quiet():
+        _, info = type(model).from_pretrained(
+            None, config=own, state_dict=tensors, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    mismatched = {name: (tuple(theirs), tuple(ours)) for name, theirs, ours in info["mismatched_keys"]}
+    return _Fit(model, frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), mismatched)
+
+
+def _check_types(stored: Stored, unused: frozenset[str], source: str, key: str) -> None:
+    for name in sorted(set(stored.types) - unused):
+        kind = stored.types[name]
+        if kind not in STORED and not name.endswith("position_ids"):
+            raise InputError(
+                f"the weights of '{source}' are stored in {_type(kind)} ({name}); kd reads {_types()}; dequantise them",
+                key,
+            )
+
+
+def _lacking(
+    source: str,
+    missing: Sequence[str],
+    total: int,
+    stored: Stored,
+    unused: frozenset[str],
+    family: Family,
+    config: Any,
+) -> str:
+    text = f"'{source}' lacks {len(missing)} of the {total} tensors of its model: {_listed(missing)}"
+    first = {name.partition(".")[0] for name in stored.shapes}
+    blocks = sorted(_blocks(stored.shapes, family))
+    if len(first) == 1 and len(stored.shapes) > 1 and first != {family.base}:
+        text += f". Every name in the file begins with '{next(iter(first))}.', a wrapper's prefix: save the model inside it"
+    elif unused:
+        text += f". The file has others in their place: {_listed(sorted(unused))}"
+    elif blocks != list(range(config.num_hidden_layers)):
+        text += f". num_hidden_layers={config.num_hidden_layers}, and the file has layers {_listed(list(map(str, blocks)), 24)}"
+    return f"{text}. They would be drawn at random"
+
+
+def _mismatch(source: str, name: str, theirs: tuple[int, ...], ours: tuple[int, ...], config: Any, family: Family) -> str:
+    sizes = next((found for part, found in NAMED_SIZES.items() if part in name), ("hidden_size", family.intermediate))
+    if name.startswith(f"{family.outputs}."):
+        sizes = ("num_labels", "hidden_size")
+    reasons = []
+    for there, here in zip(theirs, ours, strict=False):
+        if there != here:
+            said = [f"{size}={here}" for size in sizes if getattr(config, size, None) == here]
+            reasons += [word.replace("num_labels=", "labels in id2label: ") for word in said]
+    why = f" ({', '.join(dict.fromkeys(reasons))})" if reasons else ""
+    return (
+        f"the weights of '{source}' do not fit its configuration: {name} is {list(theirs)} in the file, "
+        f"{list(ours)} by config.json{why}"
+    )
+
+
+def _told(source: str, stored: Stored, fit: _Fit, family: Family, pooler: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    notes, asides = [], []
+    kinds = sorted({_type(kind) for name, kind in stored.types.items() if name not in fit.unused and kind in STORED})
+    if kinds != ["float32"]:
+        notes.append(f"weights stored in {' and '.join(kinds)}, used in float32")
+    if pooler:
+        notes.append("pooler drawn afresh")
+    parts = (family.embeddings, family.blocks)
+    inside = (*(f"{part}." for part in parts), *(f"{family.base}.{part}." for part in parts))
+    body = sorted(name for name in fit.unused if name.startswith(inside))
+    if body:
+        notes.append(f"{len(body)} tensors of the file not used: {_listed(body)}")
+    heads = sorted({name.removeprefix(f"{family.base}.").partition(".")[0] for name in fit.unused - set(body)})
+    if heads:
+        asides.append(f"not used of the file: {_listed(heads)}")
+    if not source.startswith("hf:"):
+        folder = Path(pretrained(source, "")[0])
+        present = [file for file in FILES if (folder / file).is_file()]
+        if len(present) > 1:
+            asides.append(f"{present[0]} is read, not {_listed(present[1:])} beside it")
+    return tuple(notes), tuple(asides)
+
+
+def _blocks(names: Mapping[str, Any], family: Family) -> set[int]:
+    found = (re.match(rf"(?:{family.base}\.)?{re.escape(family.blocks)}\.(\d+)\.", name) for name in names)
+    return {int(match[1]) for match in found if match is not None}
+
+
+# -- words ---------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def readable(what: str, source: str, key: str) -> Iterator[None]:
+    """Turn whatever a library makes of files that are missing or damaged into an input error.
+
+    Raises:
+        InputError: with the first line of the library's error.
+    """
+    try:
+        with quiet():
+            yield
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file makes libraries stumble anywhere
+        kind = "are truncated or damaged" if "Safetensor" in type(error).__name__ else "cannot be loaded"
+        verb = kind if what.endswith("s") else "cannot be loaded"
+        raise InputError(f"{what} of '{source}' {verb}: {first_line(error)}", key) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' own reports from the terminal: what they say is told in other words."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _listed(names: Sequence[Any], most: int = SHOWN) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(str(name) for name in names[:most]) + more
+
+
+def _type(kind: torch.dtype) -> str:
+    return str(kind).removeprefix("torch.")
+
+
+def _types() -> str:
+    return ", ".join(_type(kind) for kind in STORED)
+
+
+def _class_name(model_type: str) -> str:
+    from transformers import CONFIG_MAPPING
+
+    return str(CONFIG_MAPPING[model_type].__name__).removesuffix("Config")
