@@ -21,6 +21,7 @@ from kd.data.text import MaskedData
 from kd.engines.base import Engine
 from kd.errors import InputError, one_of
 from kd.functional.policy import best, rank_probabilities
+from kd.loggers import check_logger
 from kd.make import build_method, build_optimizer, make
 from kd.methods.base import Method, needs_of_teachers
 from kd.models import Encoder, FrozenTeacher
@@ -388,6 +389,7 @@ def check(run: Run, examples: Examples) -> None:
             with keys_of(role, run.spec):
                 build_examples(needed)
             break
+    check_logger(run.spec.logger.extra)
     models = build_models(run, examples.task, meta=True)
     checked_length(run.spec, models)
     texts = [text for pair in examples.texts["train"] for text in pair]
