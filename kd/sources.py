@@ -6,9 +6,12 @@ words must never stand for other weights.
 
 import hashlib
 import importlib.util
+import json
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from kd.errors import InputError
 
@@ -23,7 +26,9 @@ def package_folder(module: str, key: str) -> Path:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         spec = None
-    if spec is None or not spec.submodule_search_locations:
+    # Any folder in the working folder is importable; it is not the package of its name.
+    stray = spec is not None and spec.origin is None and package_version(module) == "unknown"
+    if spec is None or stray or not spec.submodule_search_locations:
         wheel = module.replace("_", "-")
         raise InputError(
             f"the package '{module}' is not installed; `make install` brings the ones that kd uses, or: "
@@ -53,6 +58,61 @@ def file_fingerprint(path: Path) -> str:
     return _digest(str(path), status.st_size, status.st_mtime_ns)
 
 
+def recorded_files(directory: Path, folders: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Size and digest of every file of some folders, by path below a run's directory. Model cards are for people to edit."""
+    return {
+        file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "digest": file_fingerprint(file)}
+        for folder in folders
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.suffix != ".md"
+    }
+
+
+def damaged_file(directory: Path, files: Any, thorough: bool) -> str | None:
+    """The first recorded file that is missing or not as it was written, and what is wrong with it; None if all are whole.
+
+    Args:
+        directory: of the run.
+        files: as `recorded_files` gave them; what is not known of a file is not compared.
+        thorough: compare digests as well as sizes.
+    """
+    if not isinstance(files, Mapping) or not all(isinstance(known, Mapping) for known in files.values()):
+        return "result.json does not say what its exported files are"
+    for name, known in files.items():
+        path = directory / name
+        try:
+            if path.stat().st_size != known.get("bytes", path.stat().st_size) or not path.is_file():
+                return f"{name} has another size than result.json says"
+            if thorough and "digest" in known and file_fingerprint(path) != known["digest"]:
+                return f"{name} is damaged: its digest is not the one in result.json"
+        except (OSError, ValueError):
+            return f"{name} is missing"
+    return None
+
+
+def _check_export(folder: Path, source: str, key: str) -> None:
+    """Check a model that is given as a source, if it is one that a finished run has exported: `student`, or one of `peers`.
+
+    Raises:
+        InputError: if it is not as the run wrote it.
+    """
+    directory = folder.parent.parent if folder.parent.name == "peers" else folder.parent
+    try:
+        result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # not the record of a run
+    files = result.get("files") if isinstance(result, dict) else None
+    if not isinstance(files, dict):
+        return  # of a time before digests were recorded
+    own = {name: known for name, known in files.items() if (directory / name).parent == folder}
+    if why := damaged_file(directory, own, thorough=True):
+        raise InputError(
+            f"'{source}' is a finished run whose model is not as it was written: {why}. The command that made it exports it "
+            "again; a changed model can be used from a folder of its own, without the result.json",
+            key,
+        )
+
+
 def _local(source: str, key: str) -> Path | None:
     """The folder of a local source; None for the hub.
 
@@ -68,6 +128,7 @@ def _local(source: str, key: str) -> Path | None:
         path = Path(source).expanduser()
         if (path / "result.json").is_file():  # a finished run holds its student in a folder of its own
             path = path / "student"
+        _check_export(path, source, key)
     if not (path / "config.json").is_file():
         raise InputError(
             f"'{source}' holds no model: there is no config.json in {path}. "
@@ -77,12 +138,24 @@ def _local(source: str, key: str) -> Path | None:
     return path
 
 
+def check_not_here(name: str, key: str) -> None:
+    """Check that what is meant to come from the hub does not come from a folder of that name in the working folder.
+
+    Raises:
+        InputError: if there is one: the libraries of the hub would take it.
+    """
+    if Path(name).exists():
+        here = Path(name).absolute()
+        raise InputError(f"'{name}' is meant to come from the hub, but '{here}' would be read in its place", key)
+
+
 def pretrained(source: str, key: str) -> tuple[str, dict[str, str]]:
     """What to pass to `from_pretrained`: the name or folder, and keyword arguments."""
     path = _local(source, key)
     if path is not None:
         return str(path), {}
     name, _, revision = source.removeprefix("hf:").partition("@")
+    check_not_here(name, key)
     return name, {"revision": revision} if revision else {}
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from kd.data.tables import Row, rows
 from kd.errors import InputError
-from kd.sources import file_fingerprint, package_folder, package_version
+from kd.sources import check_not_here, file_fingerprint, package_folder, package_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +254,7 @@ class Glue:
                 "or point paths.glue at a folder of GLUE's TSV files",
                 "paths.glue",
             ) from error
+        check_not_here(self.repository, "paths.glue")
         try:
             data = load_dataset(self.repository, self.subset)
         except Exception as error:  # the library raises a dozen kinds for a hub that cannot be reached

@@ -70,7 +70,8 @@ def load_config(source: str, key: str) -> Any:
     family_of(raw["model_type"], key)
     _check_raw(raw, source, key)
     with readable("the model", source, key):
-        config = AutoConfig.from_pretrained(name, **options)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+    config._attn_implementation = None  # a file may name a kernel on the hub, which would be fetched and executed
     config.dtype = torch.float32  # what weights are stored in decides nothing
     if "id2label" not in raw and raw.get("label2id"):  # transformers makes up names in its place
         config.label2id = {str(name): int(number) for name, number in raw["label2id"].items()}
@@ -196,7 +197,7 @@ def load_tokenizer(source: str, key: str) -> Any:
 
     name, options = pretrained(source, key)
     with readable("the tokenizer", source, key):
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
         empty = len(tokenizer) <= len(tokenizer.all_special_tokens)  # what transformers makes up where there are no files
     if empty:
         raise InputError(f"'{source}' has no tokenizer: there is no vocabulary in it", key)
@@ -304,7 +305,9 @@ def load_model(source: str, key: str, config: Any, head: str = "classifier", hea
     name, options = pretrained(source, key)
     more = {"ignore_mismatched_sizes": True} if found.other_head else {}
     with readable("the weights", source, key):
-        model: nn.Module = HEADS[head].auto.from_pretrained(name, config=config, dtype=torch.float32, **options, **more)
+        model: nn.Module = HEADS[head].auto.from_pretrained(
+            name, config=config, dtype=torch.float32, trust_remote_code=False, **options, **more
+        )
     return model
 
 
