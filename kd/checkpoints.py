@@ -1,11 +1,11 @@
-"""Checkpoints that a kill, a full disk or a crash cannot ruin."""
+"""Checkpoints that a kill, a full disk, a crash or a flipped bit cannot ruin, and that execute nothing when they are read."""
 
+import hashlib
 import os
-import pickle
 import time
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning.pytorch as pl
 import torch
@@ -13,29 +13,62 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from kd.data.tasks import higher_is_better
+from kd.engines.base import Engine
 from kd.errors import InputError
+from kd.runs import writing
+
+SEAL = b"kd blake2b-256 "
+"""Before the checksum, in the comment that ends the file: a checkpoint is a zip archive, and torch reads one with a comment."""
+
+DIGITS = 64
+"""Hexadecimal digits of the checksum."""
+
+STATE = ("pytorch-lightning_version", "epoch", "global_step", "state_dict", "loops", "callbacks", "lr_schedulers", "kd")
+"""Parts of a checkpoint that training can go on from, beside the optimiser's."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target and renames.
+    """Writes beside the target and renames; what it writes carries a checksum and its run's digest, and is read with both.
 
     Lightning's own writer stages the file in the system's temporary folder; from another file system the last step is a
     copy, which a kill or a full disk leaves truncated in place of the checkpoint that was there.
+
+    Args:
+        digest: of the run whose checkpoints these are.
     """
 
+    def __init__(self, digest: str) -> None:
+        super().__init__()
+        self.digest = digest
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint, all or nothing."""
+        """Write a checkpoint, all or nothing.
+
+        Raises:
+            InputError: if the folder cannot be written.
+        """
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         draft = target.with_name(target.name + ".part")
-        try:
-            with draft.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, target)
-        finally:
-            draft.unlink(missing_ok=True)
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draft.unlink(missing_ok=True)  # a link that is not ours would be written through
+            try:
+                with draft.open("x+b") as file:
+                    torch.save({**checkpoint, "digest": self.digest}, file)
+                    seal(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(draft, target)
+            finally:
+                draft.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint of the run, on the CPU and without executing anything, whatever the arguments.
+
+        Raises:
+            InputError: if it is damaged, or none of this run.
+        """
+        return read_checkpoint(Path(path), self.digest)
 
 
 class Checkpoint(ModelCheckpoint):
@@ -95,21 +128,115 @@ def checkpoint_callbacks(folder: Path, monitor: str, minutes: float) -> list[pl.
     return [best, last, EveryFewMinutes(folder, minutes)]
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of this program's own making.
+def seal(file: BinaryIO) -> None:
+    """Put a checksum at the end of a zip archive without a comment, as its comment.
+
+    Args:
+        file: open for reading and writing.
+    """
+    file.seek(-2, os.SEEK_END)  # an archive without a comment ends with the comment's length
+    file.write((len(SEAL) + DIGITS).to_bytes(2, "little"))
+    size = file.tell()
+    file.write(SEAL + _checksum(file, size))
+
+
+def _checksum(file: BinaryIO, size: int) -> bytes:
+    """The checksum of a file's first bytes; the file is left behind them."""
+    digest = hashlib.blake2b(digest_size=DIGITS // 2)
+    file.seek(0)
+    while block := file.read(min(size, 1 << 24)):
+        digest.update(block)
+        size -= len(block)
+    return digest.hexdigest().encode()
+
+
+def _damage(file: BinaryIO) -> str | None:
+    """What is wrong with a sealed file; None if every byte is as it was written."""
+    size = file.seek(0, os.SEEK_END) - len(SEAL) - DIGITS
+    if size <= 0:
+        return "it is truncated"
+    file.seek(size)
+    mark, written = file.read(len(SEAL)), file.read()
+    if mark != SEAL:
+        return "it is truncated or damaged, or an earlier version of kd wrote it: there is no checksum at its end"
+    return None if _checksum(file, size) == written else "it is truncated or damaged: its checksum is another"
+
+
+def refused(path: Path, why: str) -> InputError:
+    """The error for a checkpoint that cannot be used."""
+    return InputError(f"the checkpoint '{path}' cannot be used: {why}. Begin this run again with resume=false", "resume")
+
+
+def read_checkpoint(path: Path, digest: str) -> dict[str, Any]:
+    """A checkpoint of a run, every byte as it was written. Nothing in it is executed.
+
+    Args:
+        path: of the file.
+        digest: of the run.
 
     Raises:
-        InputError: if the file is truncated or is none.
+        InputError: if it is missing, truncated, damaged, none of this program, or of another run.
     """
     try:
-        # Written by this program into the run's own folder; it holds optimiser and loop states, not only tensors.
-        found = torch.load(path, map_location="cpu", weights_only=False)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, OSError) as error:
-        raise InputError(
-            f"the checkpoint '{path}' cannot be read, it is truncated or damaged ({str(error).splitlines()[0]}). "
-            "Begin this run again with resume=false",
-            "resume",
-        ) from error
-    if not isinstance(found, dict) or "state_dict" not in found:
-        raise InputError(f"'{path}' is not a checkpoint of this program. Begin this run again with resume=false", "resume")
+        with path.open("rb") as file:
+            if why := _damage(file):
+                raise refused(path, why)
+            file.seek(0)
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise refused(path, "it is missing") from error
+    except OSError as error:
+        raise refused(path, error.strerror or str(error)) from error
+    except Exception as error:  # torch's reader raises a dozen kinds for a file that was made to be wrong
+        raise refused(path, f"it holds more than tensors and numbers, or is none ({type(error).__name__})") from error
+    if not isinstance(found, dict) or not isinstance(found.get("state_dict"), dict):
+        raise refused(path, "it is not a checkpoint of this program")
+    if found.get("digest") != digest:
+        raise refused(path, f"it is of the run {found.get('digest')}, not of {digest}")
     return found
+
+
+def check_weights(found: Mapping[str, Any], engine: Engine, path: Path) -> None:
+    """Check that a checkpoint's tensors are those of a run's models and methods.
+
+    Raises:
+        InputError: naming one that is missing, too many, or of another shape.
+    """
+    theirs, ours = found["state_dict"], engine.state_dict()
+    if apart := sorted(theirs.keys() ^ ours.keys(), key=str):
+        has = "has" if apart[0] in theirs else "lacks"
+        raise refused(path, f"it is of another model: it {has} '{apart[0]}'")
+    for name, tensor in ours.items():
+        shape = getattr(theirs[name], "shape", None)
+        if shape != tensor.shape:
+            raise refused(path, f"it is of another model: '{name}' is {_size(shape)}, not {_size(tensor.shape)}")
+
+
+def _size(shape: Any) -> str:
+    return "no tensor" if shape is None else " x ".join(map(str, shape)) or "one number"
+
+
+def check_resumable(found: Mapping[str, Any], engine: Engine, path: Path) -> None:
+    """Check that training can go on from a checkpoint.
+
+    Raises:
+        InputError: if a part of it is missing or of another run.
+    """
+    check_weights(found, engine, path)
+    if lacking := [name for name in (*STATE, "optimizer_states") if name not in found]:
+        raise refused(path, f"it lacks {', '.join(lacking)}")
+    try:
+        groups = [len(group["params"]) for state in found["optimizer_states"] for group in state["param_groups"]]
+    except (KeyError, TypeError):
+        groups = []
+    ours = [len(group["params"]) for group in engine.optimizer_factory.optimizer(engine).param_groups]
+    if groups != ours:
+        raise refused(path, f"its optimiser has {groups} parameters by group, not {ours}")
+
+
+def best_is_due(found: Mapping[str, Any]) -> bool:
+    """Whether a run whose last checkpoint this is has written `best.ckpt`."""
+    states = found["callbacks"].values()
+    return any(Path(state.get("best_model_path") or "").name == "best.ckpt" for state in states)

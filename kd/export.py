@@ -1,16 +1,23 @@
 """The deployable folder of a run: a plain Hugging Face model, its tokenizer, and a model card."""
 
 import os
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from yaml import YAMLError
 
+from kd.data.tasks import higher_is_better
+from kd.errors import InputError
 from kd.forward import Needs
 from kd.models import Encoder
 from kd.models.heads import HEADS
+from kd.planning import backbone_of
+from kd.runs import Run, remove, writing
+from kd.sources import pretrained
 
 TOLERANCE = 1e-5
 """Largest difference between the run's logits and the exported model's that is taken for rounding."""
@@ -23,13 +30,22 @@ def export(student: Encoder, folder: Path, card: str) -> None:
         student: the model; its extras (projections) are not part of it.
         folder: replaced if it is there.
         card: text of `README.md`.
+
+    Raises:
+        InputError: if it cannot be written.
     """
     draft = folder.with_name(folder.name + ".part")
-    shutil.rmtree(draft, ignore_errors=True)
-    student.save(draft)
-    (draft / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(draft, folder)
+    with writing(folder):
+        remove(draft)
+        draft.mkdir(parents=True)
+        (draft / "README.md").write_text(card, encoding="utf-8")
+        student.save(draft)
+        readable = (draft / "README.md").stat().st_mode  # what the umask grants; safetensors writes for the owner alone
+        for file in draft.rglob("*"):
+            if file.is_file():
+                file.chmod(readable)
+        remove(folder)
+        os.replace(draft, folder)
 
 
 @torch.no_grad()
@@ -54,39 +70,156 @@ def largest_difference(student: Encoder, folder: Path, inputs: Mapping[str, torc
     return float((theirs - ours[..., :outputs]).abs().max())
 
 
-def _rows(split: str, metrics: Mapping[str, float | None], prefix: str = "") -> list[str]:
-    shown = {name: "undefined" if value is None else f"{value:.4f}" for name, value in metrics.items()}
-    return [f"| {split} | {prefix}{name} | {value} |" for name, value in shown.items()]
+def percent(metric: str, value: float | None) -> str:
+    """A metric as people read it: in percent, or in its own unit where it is an error.
+
+    >>> percent("accuracy", 0.84321), percent("mse", 0.5), percent("pearson", None)
+    ('84.3 %', '0.5000', 'undefined')
+    """
+    if value is None:
+        return "undefined"
+    return f"{100 * value:.1f} %" if higher_is_better(metric) else f"{value:.4f}"
+
+
+def stated_license(source: str, key: str) -> str | None:
+    """The licence that a local model's own card states; None where there is no card, or no licence in it.
+
+    The licence of the package that ships a model is not the model's.
+    """
+    try:
+        name, _ = pretrained(source, key)
+        stated = ModelCard.load(Path(name) / "README.md").data.to_dict().get("license")
+    except (OSError, ValueError, TypeError, AttributeError, YAMLError, InputError):  # a card that is broken states nothing
+        return None
+    return stated if isinstance(stated, str) and re.fullmatch(r"[\w.+-]+", stated) else None
+
+
+def origin(run: Run) -> dict[str, Any]:
+    """What a model card says of a run's backbone and data: names without the places where they lie on this machine."""
+    source, key = backbone_of(run.spec)
+    data = run.identity["data"]
+    known = str(data.get("hub") or data.get("package") or "")
+    is_path = not source.startswith(("hf:", "package:"))
+    return {
+        "backbone": Path(source).expanduser().resolve().name if is_path else source,
+        "license": stated_license(source, key),
+        "data": known.rpartition("/")[0] if "hub" in data else known.partition("==")[0] or run.spec.task.name,
+        "columns": len(run.spec.task.source.get("text") or [""]),
+    }
+
+
+def _metadata(result: Mapping[str, Any]) -> ModelCardData:
+    """What the hub reads of a card. Figures are fractions, as in `result.json`; an unknown licence is said to be unknown."""
+    source = result["origin"]["backbone"]
+    base = re.sub("^(hf|package):", "", source).partition("@")[0]
+    if source.startswith("package:"):
+        base = base.partition("/")[0]
+    figures = [
+        EvalResult(
+            task_type=result["pipeline"],
+            dataset_type=result["origin"]["data"],
+            dataset_name=result["task"],
+            dataset_split=split,
+            metric_type=name,
+            metric_value=value,
+        )
+        for split, values in result["metrics"].items()
+        for name, value in values.items()
+        if value is not None
+    ]
+    return ModelCardData(
+        license=result["origin"]["license"] or "unknown",
+        library_name="transformers",
+        pipeline_tag=result["pipeline"],
+        tags=["knowledge-distillation", result["method"]],
+        base_model=base,
+        datasets=[result["origin"]["data"]],
+        metrics=list(dict.fromkeys(name for values in result["metrics"].values() for name in values)),
+        model_name=f"{result['student']}-{result['method']}-{result['task']}",
+        eval_results=figures or None,
+    )
+
+
+def _rows(split: str, metrics: Mapping[str, float | None], model: str) -> list[str]:
+    return [f"| {model} | {split} | {name} | {percent(name, value)} |" for name, value in metrics.items()]
+
+
+def _results(result: Mapping[str, Any]) -> str:
+    """The table of the student, its agreement with its teachers, and the teachers themselves."""
+    rows = [row for split, values in result["metrics"].items() for row in _rows(split, values, "this model")]
+    for name, splits in result["metrics_teacher"].items():
+        rows += [row for split, values in splits.items() for row in _rows(split, values, f"teacher {name}")]
+    for split, values in result["agreement"].items():
+        kind = "pearson" if result["labels"] is None and result["pipeline"] != "fill-mask" else "accuracy"
+        rows += [f"| this model | {split} | agreement with {name} | {percent(kind, value)} |" for name, value in values.items()]
+    return "\n".join(["| model | split | metric | value |", "|---|---|---|---|", *rows])
+
+
+def _use(result: Mapping[str, Any]) -> str:
+    """Python that uses the model; longer texts are cut as they were in training."""
+    pipeline, length = result["pipeline"], result["max_length"]
+    cut = f"truncation=True, max_length={length}"
+    if pipeline == "fill-mask":
+        return f"""from transformers import pipeline
+use = pipeline("{pipeline}", model="path/to/this/folder", tokenizer_kwargs=dict({cut}))
+use(f"a text with a {{use.tokenizer.mask_token}} in it")"""
+    text = '"a text"' if result["origin"]["columns"] == 1 else '{"text": "a first text", "text_pair": "a second text"}'
+    more = ', function_to_apply="none"' if result["labels"] is None else ""
+    return f"""from transformers import pipeline
+use = pipeline("{pipeline}", model="path/to/this/folder", {cut}{more})
+use({text})"""
+
+
+def _settings(result: Mapping[str, Any]) -> str:
+    """The hyper-parameters that a reader looks for first."""
+    identity = result["identity"]
+    optimizer, trainer = identity["optimizer"], identity["trainer"]
+    batch = f"{result['batch_size']} examples" if result["batch_tokens"] is None else f"{result['batch_tokens']} tokens"
+    method = {name: value for name, value in identity["method"].items() if name not in ("name", "_target_", "weights")}
+    rows = {
+        "epochs": result["epochs"],
+        "batch of an optimiser step": batch,
+        "peak learning rate": result["lr"],
+        "schedule": f"{optimizer['schedule']}, warmup {optimizer['warmup']}",
+        "weight decay": optimizer["weight_decay"],
+        "optimiser": str(optimizer["factory"].get("_target_", "")).rpartition(".")[2],
+        "gradient clipping": trainer.get("clip"),
+        "precision of training": result["precision"],
+        "seed": result["seed"],
+        "weights of the method's terms": result["weights"],
+        **{f"method.{name}": value for name, value in method.items()},
+    }
+    return "\n".join(["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
 def model_card(result: Mapping[str, Any]) -> str:
     """The model card: what this model is, where it comes from, what it scores and how that was measured."""
     teachers = ", ".join(result["teacher"]) or "none"
-    selection = result["selection"]
-    pipeline = result["pipeline"]
-    unnamed = {"fill-mask": "the vocabulary (masked language model)"}.get(pipeline, "one score (regression)")
+    selection, about = result["selection"], result["origin"]
+    unnamed = {"fill-mask": "the vocabulary (masked language model)"}.get(result["pipeline"], "one score (regression)")
     labels = ", ".join(result["labels"]) if result["labels"] else unnamed
     parameters = f"{result['parameters']['student']:,} (embeddings included)"
     if result["parameters"]["exported"] != result["parameters"]["student"]:
         parameters += f" in training, {result['parameters']['exported']:,} in this folder, which transformers reads as it is"
     lineage = "\n".join(f"- {name}: run `{digest}`" for name, digest in result["inputs"].items()) or "- no other runs"
-    metrics = [row for split, values in result["metrics"].items() for row in _rows(split, values)]
-    agreement = [row for split, values in result["agreement"].items() for row in _rows(split, values, "agreement with ")]
-    table = "\n".join(["| split | metric | value |", "|---|---|---|", *metrics, *agreement])
+    identity = result["identity"]
+    data = ", ".join(f"{name} `{value}`" for name, value in identity["data"].items() if isinstance(value, str | int | float))
+    examples = ", ".join(f"{count:,} {split}" for split, count in result["examples"].items())
+    stated = f"{about['license']}, as the card of the base model states" if about["license"] else "unknown, nothing states one"
     return f"""---
-library_name: transformers
-pipeline_tag: {pipeline}
-tags: [knowledge-distillation, {result["method"]}]
+{_metadata(result).to_yaml(line_break=chr(10))}
 ---
 # {result["student"]} student of {teachers}, {result["method"]} on {result["task"]}
 
 Made with kd {result["versions"]["kd"]}, run `{result["digest"]}`, seed {result["seed"]}.
 
 ```python
-from transformers import pipeline
-use = pipeline("{pipeline}", model="path/to/this/folder")
+{_use(result)}
 ```
 
+- Licence: {stated}. That of the data is not known to kd
+- Base model: `{about["backbone"]}` (`{identity["student"]["backbone"]}`)
+- Data: {result["task"]}: {examples} examples; {data}
 - Labels: {labels}
 - Parameters: {parameters}
 - Initialisation: {result["init"]}
@@ -94,13 +227,18 @@ use = pipeline("{pipeline}", model="path/to/this/folder")
 
 ## Results
 
-{table}
+{_results(result)}
 
-One seed. The checkpoint is the {selection["kind"]} one, {selection["by"]}. Metrics are in float32.
+One seed. The checkpoint is the {selection["kind"]} one, {selection["by"]}. Models are scored in float32. What is in
+percent here is a fraction in the metadata of this card.
+
+## Training
+
+{_settings(result)}
 
 ## Lineage
 
 {lineage}
 
-Method `{result["method"]}`, weights {result["weights"]}. Everything that made this model is in the run's `config.yaml`.
+Everything that made this model is in the run's `config.yaml`.
 """

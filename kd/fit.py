@@ -14,11 +14,19 @@ from omegaconf import OmegaConf
 
 from kd import distributed
 from kd.build import Models, build_data, build_engine, build_models
-from kd.checkpoints import AtomicCheckpointIO, checkpoint_callbacks, read_checkpoint
+from kd.checkpoints import (
+    AtomicCheckpointIO,
+    best_is_due,
+    check_resumable,
+    check_weights,
+    checkpoint_callbacks,
+    read_checkpoint,
+)
 from kd.data.datamodule import Examples, KDData
 from kd.engines.base import Engine
+from kd.errors import InputError
 from kd.evaluate import Evaluation, evaluate, folder_megabytes, headline, latencies
-from kd.export import TOLERANCE, export, largest_difference, model_card
+from kd.export import TOLERANCE, export, largest_difference, model_card, origin
 from kd.hardware import git, hardware, keep_memory, versions
 from kd.loggers import History, close_wandb
 from kd.make import make
@@ -26,7 +34,8 @@ from kd.models import CachedTeacher, Encoder, FrozenTeacher
 from kd.models.heads import HEADS
 from kd.preflight import preflight
 from kd.progress import Progress
-from kd.runs import Run
+from kd.runs import Run, read_record, write_record
+from kd.sources import recorded_files
 
 
 def fit(run: Run, examples: Examples) -> dict[str, Any]:
@@ -42,15 +51,13 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
     keep_memory()  # from here on: what building took, a teacher's weights among it, goes back to the system
     engine = build_engine(run, models, examples.task)
     distributed.on_first(lambda: begin(run, engine, data, models.inits))
-    last = run.checkpoints / "last.ckpt"
-    checkpoint = read_checkpoint(last) if last.is_file() else None
-    step = None if checkpoint is None else int(checkpoint["global_step"])
-    if checkpoint is not None and distributed.is_first():
-        print(f"  going on from step {step}", flush=True)
-    del checkpoint
+    starts = count_fills(run, engine, models.caches)
+    step = last_step(run, engine)
+    if step is not None:
+        distributed.say(f"  going on from step {step}")
     trainer = build_trainer(run, engine, step)
     try:
-        train(trainer, engine, data, last if step is not None else None)
+        train(trainer, engine, data, run.checkpoints / "last.ckpt" if step is not None else None)
     finally:
         close_wandb()
     for encoder in (*models.students.values(), *models.teaching):
@@ -64,7 +71,7 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
         for split in examples.evaluated
     }
     work = {name: {**done, "examples": distributed.total(done["examples"])} for name, done in engine.teacher_work.items()}
-    counts = {"examples": distributed.total(engine.examples), "teachers": work}
+    counts = {"examples": distributed.total(engine.examples), "teachers": work, "starts": starts}
     return distributed.on_first(lambda: conclude(run, models, data, engine, scores, selection, counts))
 
 
@@ -73,6 +80,62 @@ def begin(run: Run, engine: Engine, data: KDData, inits: Mapping[str, str]) -> N
     run.begin(run.spec.resume)
     if run.spec.preflight:
         print("\n".join(preflight(run, engine, data, inits).lines), flush=True)
+
+
+def count_fills(run: Run, engine: Engine, caches: dict[str, dict[str, Any]]) -> int:
+    """Add what earlier starts of this run spent on filling caches: a kill before the first checkpoint must not hide it.
+
+    Args:
+        run: whose folder holds the sums, in `checkpoints/costs.json`.
+        engine: its teachers get the passes of all starts.
+        caches: what the record will say of them; they get the seconds of all starts.
+
+    Returns:
+        How often this run was started.
+    """
+    ranks = distributed.gather(engine.work_of_teachers())
+    spent = {}
+    for name, done in engine.work_of_teachers().items():
+        told = caches.get(name, {})
+        spent[name] = {kind: sum(work[name][kind] for work in ranks) for kind in done}
+        spent[name] |= {"seconds": told.get("seconds", 0.0), "written": told.get("written", [])}
+
+    def added() -> dict[str, Any]:
+        path = run.checkpoints / "costs.json"
+        kept = read_record(path)
+        if kept is None and path.exists():
+            distributed.say(f"  '{path}' is damaged: what earlier starts of this run spent on caches is not counted")
+        kept = kept or {"starts": 0, "caches": {}}
+        sums = {
+            name: {kind: value + kept["caches"].get(name, {}).get(kind, type(value)()) for kind, value in now.items()}
+            for name, now in spent.items()
+        }
+        return write_record(path, {"starts": 1 + kept["starts"], "caches": sums})
+
+    sums = distributed.on_first(added)
+    for teacher in engine.teachers:
+        known = sums["caches"][teacher.name]
+        teacher.work = {kind: known[kind] if distributed.is_first() else 0 for kind in teacher.work}
+        if "seconds" in caches.get(teacher.name, {}):
+            caches[teacher.name] |= {"seconds": round(known["seconds"], 3), "written": list(dict.fromkeys(known["written"]))}
+    engine.filled = engine.work_of_teachers()
+    return int(sums["starts"])
+
+
+def last_step(run: Run, engine: Engine) -> int | None:
+    """The optimiser step that a run goes on from; None where it begins.
+
+    Raises:
+        InputError: if a checkpoint is damaged, missing, or of another run.
+    """
+    last, best = run.checkpoints / "last.ckpt", run.checkpoints / "best.ckpt"
+    if not last.exists():
+        return None
+    found = read_checkpoint(last, run.digest)
+    check_resumable(found, engine, last)
+    if run.spec.trainer.selection == "best" and best_is_due(found):  # now, not when training is over
+        check_weights(read_checkpoint(best, run.digest), engine, best)
+    return int(found["global_step"])
 
 
 def quieten() -> None:
@@ -128,7 +191,8 @@ def build_trainer(
         logger=loggers,
         callbacks=list(callbacks),
         # One process is alone also inside a SLURM job: Lightning would take the job's tasks for its own and bypass SIGTERM.
-        plugins=[AtomicCheckpointIO(), *([LightningEnvironment()] if distributed.world() == 1 else [])],
+        plugins=[AtomicCheckpointIO(run.digest), *([LightningEnvironment()] if distributed.world() == 1 else [])],
+        default_root_dir=run.directory,  # in a SLURM job Lightning looks there, else in the working folder, for a checkpoint
         log_every_n_steps=10,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # the batch sampler shards without loss or repetition
@@ -141,25 +205,91 @@ def build_trainer(
 def train(trainer: pl.Trainer, engine: Engine, data: KDData, checkpoint: Path | None) -> None:
     """Fit; Ctrl-C comes out as what it is."""
     try:
-        trainer.fit(engine, datamodule=data, ckpt_path=checkpoint, weights_only=False)
+        trainer.fit(engine, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as error:  # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from error
 
 
 def select(run: Run, engine: Engine) -> dict[str, Any]:
-    """Put the chosen weights into the student; what was chosen and by what."""
-    best = run.checkpoints / "best.ckpt"
-    monitor = f"validation {engine.task.monitor}"
-    if run.spec.trainer.selection == "last" or not best.is_file():
+    """Put the chosen weights into the student; what was chosen and by what.
+
+    Raises:
+        InputError: if the best checkpoint is missing, damaged, or of another run.
+    """
+    if run.spec.trainer.selection == "last":
         return {"kind": "last", "by": "at the end of training", "epoch": run.spec.trainer.max_epochs}
-    found = read_checkpoint(best)
-    engine.load_state_dict(found["state_dict"])
+    found = load_weights(run, engine, "best.ckpt")
+    monitor = f"validation {engine.task.monitor}"
     whose = "" if len(engine.learners) == 1 else f" of the best of {len(engine.learners)} students"
     return {
         "kind": "best",
         "by": f"chosen by {monitor}{whose} over {run.spec.trainer.max_epochs} epoch(s)",
         "epoch": found["epoch"] + 1,
     }
+
+
+def load_weights(run: Run, engine: Engine, name: str) -> dict[str, Any]:
+    """Put a checkpoint's weights into a run's models; the checkpoint.
+
+    Raises:
+        InputError: if it is missing, damaged, or of another run.
+    """
+    path = run.checkpoints / name
+    found = read_checkpoint(path, run.digest)
+    check_weights(found, engine, path)
+    engine.load_state_dict(found["state_dict"])
+    return found
+
+
+def export_again(run: Run, examples: Examples, record: dict[str, Any]) -> dict[str, Any]:
+    """Export the students of a finished run once more, from its checkpoint, and record what was written.
+
+    Args:
+        run: done; its inputs are as well.
+        examples: of its task.
+        record: of the run.
+
+    Raises:
+        InputError: if the checkpoint cannot be read, or its weights are not those that were recorded.
+    """
+    quieten()
+    record = {"origin": origin(run), **record}  # of an earlier version, the record has none
+    models = build_models(run, examples.task, texts=examples.texts["train"])
+    engine = build_engine(run, models, examples.task)
+    load_weights(run, engine, f"{run.spec.trainer.selection}.ckpt")
+    for name, student in models.students.items():
+        student.compiled = False
+        known = record["students"].get(name)
+        if not isinstance(known, dict):
+            raise InputError(f"'{run.directory / 'result.json'}' does not know the student '{name}'; remove it", "resume")
+        export(student, folder_of(run, name, record["headline"]), card_of(record, name))
+    written = exported_files(run, list(models.students), record["headline"])
+    for name, known in (record.get("files") or {}).items():
+        if name.endswith(".safetensors") and written.get(name) != known:
+            raise InputError(
+                f"'{run.directory / name}' was exported again, and differs from what result.json says of it. One of the two is "
+                "damaged: begin this run again with resume=false",
+                "resume",
+            )
+    return run.finish({**record, "files": written})
+
+
+def folder_of(run: Run, name: str, headline: str) -> Path:
+    """Where a student of a run is exported to."""
+    return run.student if name == headline else run.directory / "peers" / name
+
+
+def exported_files(run: Run, names: Sequence[str], headline: str) -> dict[str, dict[str, Any]]:
+    """Size and digest of every exported file, by its path in the run's directory."""
+    return recorded_files(run.directory, [folder_of(run, name, headline) for name in names])
+
+
+def card_of(record: Mapping[str, Any], name: str) -> str:
+    """The model card of one of a run's students."""
+    own = record["students"][name]
+    label = record["student"] if len(record["students"]) == 1 else name
+    counts = {"student": own["parameters"], "exported": own["exported"]}
+    return model_card({**record, **own, "student": label, "parameters": counts})
 
 
 def conclude(
@@ -194,6 +324,7 @@ def conclude(
             "cache": sum(made.get("seconds", 0.0) for made in models.caches.values()),
             "before": seconds_before(run),
         },
+        "resumed": {"starts": counts["starts"], "from_steps": engine.resumed},
         "examples_per_second": round(counts["examples"] / max(engine.seconds, 1e-9), 3),
         "teacher_forward_examples": sum(work["examples"] for work in counts["teachers"].values()),
         "teacher_forwards": counts["teachers"],
@@ -201,6 +332,7 @@ def conclude(
         "notes_teacher": {teacher.name: teacher.shape.notes for teacher in models.teachers if teacher.shape.notes},
         "labels": engine.task.labels,
         "pipeline": HEADS[engine.task.head].pipeline,
+        "origin": origin(run),
         "max_length": run.spec.task.max_length,
         "limit_train": run.spec.task.limit_train,
         "examples": {split: len(found) for split, found in data.examples.texts.items()},
@@ -221,8 +353,8 @@ def conclude(
     remembered = {teacher.name: teacher.latency for teacher in models.teachers if isinstance(teacher, CachedTeacher)}
     present = {name: each for name, each in teachers.items() if name not in remembered}
     speeds = latencies({**{f"student {name}": each for name, each in models.students.items()}, **present})
-    folders = {name: run.student if name == first else run.directory / "peers" / name for name in models.students}
-    students = {}
+    folders = {name: folder_of(run, name, first) for name in models.students}
+    students: dict[str, Any] = {}
     for place, (name, student) in enumerate(models.students.items()):
         own: dict[str, Any] = {
             "metrics": {**{split: found.students[name] for split, found in scores.items()}},
@@ -234,9 +366,7 @@ def conclude(
             "folder": str(folders[name].relative_to(run.directory)),
         }
         own["metrics"].setdefault("test", {})
-        counts_of_it = {"student": own["parameters"], "exported": own["exported"]}
-        label = record["student"] if len(models.students) == 1 else name
-        export(student, folders[name], model_card({**record, **own, "student": label, "parameters": counts_of_it}))
+        export(student, folders[name], card_of({**record, "students": {**dict.fromkeys(models.students), name: own}}, name))
         own["export_difference"] = exported_alike(student, place, folders[name], data)
         own["megabytes"] = round(folder_megabytes(folders[name], "*.safetensors"), 2)
         students[name] = own
@@ -255,9 +385,8 @@ def conclude(
         "student": chosen["latency_ms"],
         **{name: value and round(value, 3) for name, value in known.items()},
     }
-    record |= {"headline": first, "students": students}
-    run.finish(record)
-    return record
+    record |= {"headline": first, "students": students, "files": exported_files(run, list(students), first)}
+    return run.finish(record)
 
 
 def seconds_before(run: Run) -> float:

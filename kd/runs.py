@@ -17,6 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from kd.errors import InputError, disk_is_full
 from kd.schema import RunSpec
+from kd.sources import damaged_file
+
+RECORD: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("metrics", "students", "seconds", "selection", "parameters", "megabytes", "latency_ms"), dict),
+    **dict.fromkeys(("agreement", "metrics_teacher", "metrics_ensemble", "inputs", "versions"), dict),
+    **dict.fromkeys(("method", "student", "task", "init", "headline", "precision"), str),
+}
+"""What other parts of the program read in the record of a finished run."""
 
 
 @dataclass
@@ -58,12 +66,34 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """The record of a finished run; None for any other. It is written last, and all at once."""
-        try:
-            found = json.loads((self.directory / "result.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        """The record of a finished run; None for any other. It is written last, and all at once.
+
+        One that is damaged, or is another program's, is none: the run then goes on from its last checkpoint and writes it anew.
+        """
+        found = read_record(self.directory / "result.json")
+        if found is None or found.get("digest") != self.digest:
             return None
-        return found if isinstance(found, dict) and found.get("digest") == self.digest else None
+        whole = (
+            all(isinstance(found.get(name), kind) for name, kind in RECORD.items()) and found["headline"] in found["students"]
+        )
+        return found if whole else None
+
+    def damage(self, result: Mapping[str, Any], thorough: bool = False) -> str | None:
+        """The first file of a finished run's exports that is missing or not as it was written; None if they are whole.
+
+        Args:
+            result: the record.
+            thorough: compare digests, for a run that uses the weights; otherwise only sizes, which takes no time.
+        """
+        files = result.get("files")
+        if files is None:  # of a time before digests were recorded
+            files = {"student/config.json": {}, "student/model.safetensors": {}}
+        return damaged_file(self.directory, files, thorough)
+
+    def is_done(self, thorough: bool = False) -> bool:
+        """Whether its record is there and its exports are whole; see `damage`."""
+        result = self.result
+        return result is not None and self.damage(result, thorough) is None
 
     @property
     def student(self) -> Path:
@@ -80,26 +110,29 @@ class Run:
         """`best.ckpt` and `last.ckpt`."""
         return self.directory / "checkpoints"
 
-    def finish(self, result: Mapping[str, Any]) -> None:
-        """Write the record that makes the run done."""
-        write_atomically(
-            self.directory / "result.json", json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        )
+    def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the record that makes the run done; the record as it was written, with its checksum.
+
+        Raises:
+            InputError: if it cannot be written.
+        """
+        return write_record(self.directory / "result.json", result)
 
     def begin(self, resume: bool) -> None:
         """Make the directory; forget what is there unless it is to be resumed.
 
         Raises:
-            InputError: if it cannot be made.
+            InputError: if it cannot be made, or something else is in the place of a file that the run will write.
         """
-        try:
+        with writing(self.directory):
             if not resume:
-                shutil.rmtree(self.checkpoints, ignore_errors=True)
-                (self.directory / "metrics.csv").unlink(missing_ok=True)
+                remove(self.checkpoints)
+                remove(self.directory / "metrics.csv")
+            for name in ("result.json", "metrics.csv", "config.yaml", "checkpoints/last.ckpt", "checkpoints/best.ckpt"):
+                if (path := self.directory / name).is_dir():
+                    raise InputError(f"'{path}' is a folder, where this run writes a file; remove it", "paths.runs")
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_atomically(self.directory / "config.yaml", OmegaConf.to_yaml(self.config))
-        except OSError as error:
-            raise InputError(f"cannot write to '{self.directory}': {error.strerror}", "paths.runs") from error
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -157,14 +190,18 @@ def locked(folder: Path, waiting: str) -> Iterator[None]:
     Args:
         folder: to be held.
         waiting: what to say while another process holds it.
+
+    Raises:
+        InputError: if it cannot be made or written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(waiting, flush=True)
-        lock.acquire()
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(waiting, flush=True)
+            lock.acquire()
     try:
         yield
     finally:
@@ -185,10 +222,66 @@ def digest_of(identified: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
+def write_record(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a JSON file that carries a checksum of its values, all or nothing; what was written.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    content = {name: value for name, value in record.items() if name != "checksum"}
+    content["checksum"] = digest_of(content)
+    with writing(path):
+        write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return content
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What `write_record` wrote; None if there is no such file, or a value is another. One without a checksum is taken."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            return None
+        content = {name: value for name, value in found.items() if name != "checksum"}
+        return found if "checksum" not in found or found["checksum"] == digest_of(content) else None
+    except (OSError, ValueError, OverflowError, RecursionError):
+        return None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the user can put right about a place that cannot be written; a full disk has a message of its own.
+
+    Args:
+        path: what is written.
+
+    Raises:
+        InputError: naming the path.
+    """
+    try:
+        yield
+    except OSError as error:
+        if disk_is_full(error):
+            raise
+        raise InputError(f"cannot write to '{path}': {error.strerror or error}", "paths.runs") from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if it is there.
+
+    Raises:
+        OSError: if that cannot be done.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file, all or nothing."""
     draft = path.with_name(path.name + ".part")
-    with draft.open("w", encoding="utf-8") as file:
+    draft.unlink(missing_ok=True)  # a link that is not ours would be written through
+    with draft.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

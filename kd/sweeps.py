@@ -167,7 +167,7 @@ def planned(state: Sweep, options: Sequence[str]) -> list[int]:
                 continue
             run = plan(config, overrides)
             check_launch(run)
-            if distributed.world() == 1 and run.result is not None:
+            if distributed.world() == 1 and run.is_done():
                 deliver(run)
                 state.done += 1
             else:

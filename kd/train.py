@@ -38,8 +38,14 @@ def execute(run: Run, purpose: str = "", first: bool = True) -> dict[str, Any]:
     Raises:
         InputError: for what the user can put right.
     """
-    result = distributed.on_first(lambda: run.result)
-    if result is not None:
+
+    def state() -> tuple[dict[str, Any] | None, str | None]:
+        """The record, and what is damaged of the exports; a run that another begins from is looked at byte by byte."""
+        record = run.result
+        return record, None if record is None else run.damage(record, thorough=not first)
+
+    result, damage = distributed.on_first(state)
+    if result is not None and damage is None:
         distributed.say(f"done already: {purpose or run.name}")
         distributed.say(f"  {run.directory}")
         return result
@@ -49,8 +55,8 @@ def execute(run: Run, purpose: str = "", first: bool = True) -> dict[str, Any]:
         distributed.on_first(lambda: held.enter_context(run.lock()))
         if not all(distributed.gather(run.directory.is_dir())):
             raise InputError(f"'{run.spec.paths.runs}' is not a folder that all machines share", "paths.runs")
-        result = distributed.on_first(lambda: run.result)  # another process may have made it while this one waited
-        if result is not None:
+        result, damage = distributed.on_first(state)  # another process may have made it while this one waited
+        if result is not None and damage is None:
             return result
         if first:
             check_all(run)  # before anything is trained for it
@@ -58,9 +64,17 @@ def execute(run: Run, purpose: str = "", first: bool = True) -> dict[str, Any]:
         for role, needed in run.inputs.items():
             with keys_of(role, run.spec):
                 execute(needed, f"{role}: {needed.name}", first=False)
-        from kd.fit import fit
+        from kd.fit import export_again, fit
 
         distributed.say(f"\n{purpose or run.name}\n  {run.directory}")
+        if result is not None:
+            distributed.say(f"  done, but {damage}; it is exported again")
+            try:
+                return distributed.on_first(lambda: export_again(run, examples, result))
+            except InputError as error:
+                if run.spec.resume:
+                    raise
+                distributed.say(f"  that cannot be done, so the run begins again: {error.message}")
         return fit(run, examples)
 
 

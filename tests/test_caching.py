@@ -22,6 +22,7 @@ from kd.forward import Needs, UndeclaredRead
 from kd.models import CachedTeacher, FrozenTeacher
 from kd.runs import Run
 from kd.schema import cache_limit
+from kd.sources import recorded_files
 from whole_runs import Small, last_weights, made, planned, pool
 
 TRAIN, VALIDATION, TEST = 96, 32, 32
@@ -235,10 +236,12 @@ def test_another_text_or_other_weights_are_not_served_from_what_is_there(
 
 def test_weights_that_change_under_one_name_are_noticed(fresh, teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
     built(fresh("method=kd"))
-    weights = planned(fresh()).inputs["teacher minilm"].student / "model.safetensors"
+    run = planned(fresh()).inputs["teacher minilm"]
+    weights = run.student / "model.safetensors"
     found = bytearray(weights.read_bytes())
     found[-5] ^= 1
     weights.write_bytes(found)
+    run.finish({**run.result, "files": recorded_files(run.directory, [run.student])})  # not damaged: another's
     capsys.readouterr()
     built(fresh("method=kd"))
     assert "was made of other weights" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from kd.config import compose
 from kd.errors import InputError
 from kd.planning import plan, source_of
-from kd.runs import Run, write_atomically
+from kd.runs import RECORD, Run, write_atomically
 
 Planner = Callable[..., Run]
 
@@ -406,10 +406,32 @@ def test_a_run_is_done_once_its_whole_record_is_there(run: Run) -> None:
     assert run.result is None
     run.begin(resume=True)
     assert run.result is None
-    record = {"digest": run.digest, "metrics": {"test": {"accuracy": 0.5}}, "note": "é"}
-    run.finish(record)
-    assert run.result == record
+    record = whole_record(run) | {"note": "é"}
+    assert run.finish(record) == record | {"checksum": run.result["checksum"]}
+    assert run.result == run.finish(record)
     assert not list(run.directory.glob("*.part"))
+
+
+def whole_record(run: Run) -> dict:
+    """The parts of a record that make it one."""
+    return {name: "x" if kind is str else {"x": {}} for name, kind in RECORD.items()} | {"digest": run.digest}
+
+
+def test_a_record_without_a_part_that_others_read_is_none(run: Run) -> None:
+    run.begin(resume=True)
+    for name in RECORD:
+        run.finish({part: value for part, value in whole_record(run).items() if part != name})
+        assert run.result is None, name
+
+
+def test_a_record_in_which_a_character_was_changed_is_none_or_says_the_same(run: Run) -> None:
+    run.begin(resume=True)
+    written = run.finish(whole_record(run) | {"metrics": {"test": {"accuracy": 0.8125}}})
+    text = (run.directory / "result.json").read_bytes()
+    for place in range(len(text)):
+        (run.directory / "result.json").write_bytes(text[:place] + bytes([text[place] ^ 1]) + text[place + 1 :])
+        found = run.result
+        assert found is None or {**found, "checksum": 0}.items() >= {**written, "checksum": 0}.items(), text[place:][:9]
 
 
 @pytest.mark.parametrize("content", ["", "{", '["digest"]', "{}", '{"digest": "000000000000"}', "null", "\x00"])
@@ -421,7 +443,7 @@ def test_a_record_that_is_broken_or_of_another_run_is_none(run: Run, content: st
 
 def test_a_record_cut_short_at_any_byte_is_none(run: Run) -> None:
     run.begin(resume=True)
-    run.finish({"digest": run.digest, "seed": 0})
+    run.finish(whole_record(run))
     text = (run.directory / "result.json").read_text().rstrip()
     for size in range(len(text)):
         (run.directory / "result.json").write_text(text[:size])

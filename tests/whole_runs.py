@@ -66,7 +66,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 def last_weights(run: Run, prefix: str = "") -> dict[str, torch.Tensor]:
     """What training ended with; the exported student may be an earlier epoch's."""
-    found = torch.load(run.checkpoints / "last.ckpt", weights_only=False)["state_dict"]
+    found = torch.load(run.checkpoints / "last.ckpt", weights_only=True)["state_dict"]
     return {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kd import distributed
 from kd.data.batch import Batch
 from kd.data.tasks import Task
 from kd.engines.safety import LossWatch, check_weights_finite, clip_gradients
@@ -94,6 +95,10 @@ class Engine(pl.LightningModule):
         self.seconds = 0.0
         self.examples = 0
         self.teacher_work: dict[str, dict[str, int]] = {}
+        self.resumed: list[int] = []
+        """Optimiser steps of the checkpoints that training went on from."""
+        self.filled = self.work_of_teachers()
+        """What caches took, which is no part of training: of what teachers did, a checkpoint holds the rest."""
         self.validation: dict[str, dict[str, float | None]] = {}
         """Of the last validation: student -> metric -> value."""
         self._began = 0.0
@@ -196,8 +201,13 @@ class Engine(pl.LightningModule):
     def on_train_end(self) -> None:
         """Stop the clock; validation and checkpoints count as training time."""
         self.watch.settle()
-        self.seconds += time.perf_counter() - self._began
+        self.seconds, self._began = self.elapsed, 0.0
         self.teacher_work = self.work_of_teachers()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training so far, also between batches."""
+        return self.seconds + (time.perf_counter() - self._began if self._began else 0.0)
 
     def work_of_teachers(self) -> dict[str, dict[str, int]]:
         """Name -> passes, examples and looks so far, on this rank."""
@@ -272,23 +282,33 @@ class Engine(pl.LightningModule):
             NonFiniteWeights: naming the first parameter.
         """
         self.settle()
+        own = {
+            name: {kind: count - self.filled.get(name, {}).get(kind, 0) for kind, count in work.items()}
+            for name, work in self.work_of_teachers().items()
+        }
+        ranks = distributed.gather((self.examples, own))
         checkpoint["kd"] = {
-            "seconds": self.seconds,
-            "examples": self.examples,
-            "teacher_work": self.work_of_teachers(),
+            "seconds": self.elapsed,
+            "examples": sum(examples for examples, _ in ranks),
+            "teacher_work": {
+                name: {kind: sum(work[name][kind] for _, work in ranks) for kind in kinds} for name, kinds in own.items()
+            },
             "validation": self.validation,
+            "resumed": self.resumed,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the counters up again."""
+        """Take the counters up again: what all ranks did until then is the first one's now."""
         kept = checkpoint.get("kd", {})
         self.seconds = kept.get("seconds", 0.0)
-        self.examples = kept.get("examples", 0)
         self.validation = kept.get("validation", {})
-        for teacher in self.teachers:
-            before = kept.get("teacher_work", {}).get(teacher.name, {})
-            # Beside what a cache took that had to be filled again.
-            teacher.work = {name: count + before.get(name, 0) for name, count in teacher.work.items()}
+        self.resumed = [*kept.get("resumed", []), int(checkpoint.get("global_step", 0))]
+        if distributed.is_first():
+            self.examples = kept.get("examples", 0)
+            for teacher in self.teachers:
+                before = kept.get("teacher_work", {}).get(teacher.name, {})
+                # Beside what a cache took that had to be filled again.
+                teacher.work = {name: count + before.get(name, 0) for name, count in teacher.work.items()}
         self.teacher_work = self.work_of_teachers()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Engine":

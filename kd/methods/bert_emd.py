@@ -69,7 +69,7 @@ class BertEMD(Method):
     (student layers, teacher layers), zeros before the first step; `student_hidden`, `student_attention`, (student layers,), and
     `teacher_hidden`, `teacher_attention`, (teacher layers,):
 
-        state = torch.load("<run>/checkpoints/best.ckpt", weights_only=False)["state_dict"]
+        state = torch.load("<run>/checkpoints/best.ckpt", weights_only=True)["state_dict"]
         state["method.plan_hidden"]  # [i - 1, j - 1]: how much student layer i has to do with teacher layer j
 
     The key is that of one student without a pool: a pool's copies are `method.each.0` and so on, a cohort's

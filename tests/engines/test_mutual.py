@@ -389,7 +389,7 @@ def test_a_cohort_that_takes_turns_resumes_to_the_weights_of_an_unbroken_one(
     again = train.execute(run)
     assert same_weights(last_weights(run), last_weights(unbroken))
     assert (again["students"].keys(), again["metrics"]) == (result["students"].keys(), result["metrics"])
-    saved = torch.load(run.checkpoints / "last.ckpt", weights_only=False)
+    saved = torch.load(run.checkpoints / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 12, "one step to a batch, however many learners took turns"
 
 
@@ -406,7 +406,7 @@ def test_a_cohort_that_takes_turns_keeps_checkpoints_inside_an_epoch(
     unbroken, _ = cohort
     run = planned(small(*COHORT, f"paths.runs={tmp_path}", "trainer.checkpoint_minutes=0"))
     broken_off(run, 8, monkeypatch)
-    assert torch.load(run.checkpoints / "last.ckpt", weights_only=False)["global_step"] in (7, 8)
+    assert torch.load(run.checkpoints / "last.ckpt", weights_only=True)["global_step"] in (7, 8)
     train.execute(run)
     assert same_weights(last_weights(run), last_weights(unbroken))
 

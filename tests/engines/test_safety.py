@@ -96,7 +96,7 @@ def test_a_late_look_keeps_the_last_good_checkpoint(
     with pytest.raises(NonFiniteLoss, match=f"not finite at step {at}: term 'task'"):
         train.execute(run)
     for name, step in {"last": 6 if minutes else at, "best": 6}.items():
-        kept = torch.load(run.checkpoints / f"{name}.ckpt", weights_only=False)
+        kept = torch.load(run.checkpoints / f"{name}.ckpt", weights_only=True)
         assert kept["global_step"] == step
         assert all(torch.isfinite(tensor).all() for tensor in kept["state_dict"].values())
 

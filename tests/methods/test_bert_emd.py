@@ -422,9 +422,9 @@ def test_run_that_was_stopped_goes_on_with_its_masses_and_its_plan_is_in_the_bes
     broken_off(run, 8, monkeypatch)
     assert train.execute(run)["metrics"] == result["metrics"]
     assert same_weights(last_weights(run), last_weights(unbroken))
-    counted = [torch.load(each.checkpoints / "last.ckpt", weights_only=False)["kd"]["examples"] for each in (run, unbroken)]
+    counted = [torch.load(each.checkpoints / "last.ckpt", weights_only=True)["kd"]["examples"] for each in (run, unbroken)]
     assert counted == [2 * 96, 2 * 96]
-    state = torch.load(run.checkpoints / "best.ckpt", weights_only=False)["state_dict"]
+    state = torch.load(run.checkpoints / "best.ckpt", weights_only=True)["state_dict"]
     for kind in KINDS:
         flow, masses = state[f"method.plan_{kind}"], state[f"method.teacher_{kind}"]
         assert flow.shape == (2, 4)
