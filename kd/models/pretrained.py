@@ -8,6 +8,7 @@ import contextlib
 import copy
 import json
 import math
+import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -421,14 +422,26 @@ def _tensors(path: str) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
         return
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = _unpickled(path, mmap=True)
     except RuntimeError as error:
         if "mmap" not in str(error):
             raise
-        found = torch.load(path, map_location="cpu", weights_only=True)  # files of before torch 1.6
+        found = _unpickled(path)  # files of before torch 1.6
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{Path(path).name} holds something else than tensors by name, as a training checkpoint does")
     yield from found.items()
+
+
+def _unpickled(path: str, **options: Any) -> Any:
+    """What torch finds in a file, as far as it is tensors and plain values: nothing in it is executed.
+
+    Raises:
+        ValueError: if it is more.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, **options)
+    except pickle.UnpicklingError as error:  # its words propose to execute what is in the file
+        raise ValueError(f"{Path(path).name} holds more than tensors, which is not read; use safetensors") from error
 
 
 class _Config:
