@@ -1,6 +1,7 @@
 """What this machine is, as a result states it. Nothing here imports torch unless it has to."""
 
 import ctypes
+import math
 import os
 import platform
 import subprocess
@@ -10,6 +11,10 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+SPINS = 1000
+"""Rounds that a waiting thread of GNU's OpenMP, the one in torch's wheels, counts before it sleeps; its own default is 300,000.
+Our choice: on two idle cores a step takes as long, on busy ones a third (`experiments/bench/README.md`)."""
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true", "auto")
 
@@ -38,6 +43,57 @@ def resolve_precision(precision: str, accelerator: str) -> str:
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     return "bf16-mixed" if cpu_has_bf16() else "32-true"
+
+
+def configure_openmp() -> None:
+    """Let threads that wait sleep early, and have no more of them than a container's quota of processor time lasts for.
+
+    By default a thread counts for milliseconds before it sleeps. Where other processes want the cores, the thread that it waits
+    for is the one that gets none meanwhile, at each of the hundreds of products of a step. And OpenMP counts the cores that a
+    process may run on, not the time that its control group gives it: with more threads all of them are stopped now and then.
+
+    OpenMP reads its settings when torch is imported, so this comes before. What the user has set stays. How many threads there
+    are changes a result by rounding alone, and `result.json` states it; that they follow from the machine and not from its
+    present load keeps runs that are resumed equal to the bit.
+    """
+    if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
+    quota = cpu_quota()
+    if quota < (os.cpu_count() or 1) and not any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")):
+        allowed = len(os.sched_getaffinity(0))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, min(int(quota), allowed)))
+
+
+def cpu_quota(root: Path = Path("/")) -> float:
+    """Processors whose time the control groups of this process have; infinity without a limit. Linux alone knows them.
+
+    Args:
+        root: of the file system.
+    """
+    table = root / "proc/self/cgroup"
+    limits = [math.inf]
+    for line in table.read_text().splitlines() if table.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # Version 2 has one tree, version 1 one for each controller. A container may see its own group as the root.
+        mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        group = mount / path.lstrip("/")
+        for folder in (mount, group, *(parent for parent in group.parents if mount in parent.parents)):
+            quota, period = _quota_of(folder)
+            if quota > 0 and period > 0:
+                limits.append(quota / period)
+    return min(limits)
+
+
+def _quota_of(folder: Path) -> tuple[float, float]:
+    """Microseconds of processor time in each period of so many, of one control group; zeros where it has no limit."""
+    names = ("cpu.max",) if (folder / "cpu.max").is_file() else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    try:
+        words = [word for name in names for word in (folder / name).read_text().split()]
+        return float(words[0]), float(words[1])
+    except (OSError, ValueError, IndexError):  # no such files, or "max"
+        return 0.0, 0.0
 
 
 def keep_memory() -> bool:

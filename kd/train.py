@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kd import distributed
 from kd.config import ROOT, conf_folder, explain
 from kd.errors import DISK_FULL, InputError, disk_is_full
+from kd.hardware import configure_openmp
 from kd.planning import keys_of, plan
 from kd.runs import Run, digest_of, writes_to
 from kd.sweeps import SWEEPER, Failure, PointsFailed
@@ -237,6 +238,7 @@ def stop(message: str, status: int) -> None:
 
 def main() -> None:
     """The command."""
+    configure_openmp()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print its own report and exit with 1
     command = hydra.main(config_path=str(conf_folder()), config_name=ROOT, version_base="1.3")(job)
     with plain_errors():

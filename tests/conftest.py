@@ -73,6 +73,21 @@ def write_csv(path: Path, count: int, seed: int = 0, labels: tuple[str, str] = (
     return path
 
 
+FAST = ("functional", "forward", "methods", "conformance", "data", "models", "test_config.py", "test_accumulation.py")
+"""What `make test-fast` looks at, of this folder: every formula, the contract of every method, data, models, configurations."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `fast` what is in these places, and in docstrings, and makes no whole run and starts no second process."""
+    here = Path(__file__).parent
+    for item in items:
+        place = item.path.relative_to(here).parts[0] if item.path.is_relative_to(here) else ""
+        whole_run = "small" in getattr(item, "fixturenames", ())  # overrides of a run
+        marked = any(item.get_closest_marker(name) for name in ("slow", "ddp", "gpu"))
+        if place in ("", *FAST) and not whole_run and not marked:
+            item.add_marker("fast")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _quiet() -> None:
     transformers.logging.set_verbosity_error()

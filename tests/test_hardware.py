@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from kd import hardware
+
+OPENMP = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 MEASURE = """
 from kd.hardware import keep_memory
@@ -49,3 +52,81 @@ def test_elsewhere_memory_is_left_alone(place: str, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(hardware.ctypes, "CDLL", lambda name: object())
     assert not hardware.keep_memory()
+
+
+@pytest.fixture
+def openmp(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment that says nothing of OpenMP."""
+    for name in OPENMP:
+        monkeypatch.setenv(name, "")  # so that it is put back whatever happens to it
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def asked() -> dict[str, str]:
+    hardware.configure_openmp()
+    return {name: os.environ[name] for name in OPENMP if name in os.environ}
+
+
+def test_threads_wait_asleep_unless_the_user_says_how_they_wait(openmp: pytest.MonkeyPatch) -> None:
+    openmp.setattr(hardware, "cpu_quota", lambda: float("inf"))
+    assert asked() == {"GOMP_SPINCOUNT": "1000"}
+    for name, value in {"GOMP_SPINCOUNT": "7", "OMP_WAIT_POLICY": "active"}.items():
+        openmp.delenv("GOMP_SPINCOUNT", raising=False)
+        openmp.setenv(name, value)
+        assert asked() == {name: value}
+
+
+def test_threads_are_no_more_than_a_container_has_time_for_unless_the_user_says_how_many(openmp: pytest.MonkeyPatch) -> None:
+    openmp.setattr(os, "cpu_count", lambda: 64)
+    openmp.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
+    for quota, threads in {64.0: None, 40.0: "16", 4.0: "4", 2.5: "2", 0.5: "1"}.items():
+        openmp.delenv("OMP_NUM_THREADS", raising=False)
+        openmp.setattr(hardware, "cpu_quota", lambda quota=quota: quota)
+        assert asked().get("OMP_NUM_THREADS") == threads
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        openmp.delenv("OMP_NUM_THREADS", raising=False)
+        openmp.setenv(name, "9")
+        assert {asked().get(name), asked().get("OMP_NUM_THREADS", "9")} == {"9"}
+
+
+@pytest.mark.parametrize(
+    ("table", "files", "quota"),
+    [
+        ("0::/", {}, float("inf")),
+        ("0::/", {"cpu.max": "max 100000"}, float("inf")),
+        ("0::/", {"cpu.max": "250000 100000"}, 2.5),
+        ("0::/a/b", {"a/cpu.max": "400000 100000", "a/b/cpu.max": "max 100000"}, 4.0),
+        ("0::/a/b", {"a/cpu.max": "400000 100000", "a/b/cpu.max": "50000 100000"}, 0.5),
+        ("3:cpu,cpuacct:/a\n0::/", {"cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000"}, 3.0),
+        ("3:cpu:/not/seen", {"cpu/cpu.cfs_quota_us": "150000", "cpu/cpu.cfs_period_us": "100000"}, 1.5),
+        ("3:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, float("inf")),
+        ("3:memory:/a\n1:cpuset:/a", {"memory/a/cpu.max": "100000 100000"}, float("inf")),
+    ],
+)
+def test_a_quota_is_the_smallest_of_the_control_groups_above(
+    tmp_path: Path, table: str, files: dict[str, str], quota: float
+) -> None:
+    for name, text in {"proc/self/cgroup": table, **{f"sys/fs/cgroup/{name}": text for name, text in files.items()}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert hardware.cpu_quota(tmp_path) == quota
+    assert hardware.cpu_quota(tmp_path / "no Linux") == float("inf")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP")
+def test_the_commands_ask_before_torch_reads_its_settings() -> None:
+    """It shows them on request; the command ends, because of its arguments, before it trains anything."""
+    command = (
+        "import sys, kd.train\n"
+        "sys.argv = ['kd-train', 'method=finetune', 'teacher=[]', 'task=file', 'task.train=/missing.csv', 'preflight=false']\n"
+        "try: kd.train.main()\n"
+        "except SystemExit: pass\n"
+        "import torch"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in OPENMP} | {"OMP_DISPLAY_ENV": "verbose"}
+    found = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True)
+    shown = [line for line in found.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
+    if not shown:
+        pytest.skip("torch was built with another OpenMP")
+    assert all("'1000'" in line for line in shown)

@@ -132,6 +132,7 @@ def test_more_tokens_than_the_text_supports_are_refused_with_both_numbers() -> N
         operated(LearnedVocabulary(20), student())
 
 
+@pytest.mark.ddp
 def test_two_processes_learn_the_same_vocabulary() -> None:
     code = (
         "import random; from conftest import tiny_tokenizer; from kd.models.vocabularies import learned_tokens\n"
