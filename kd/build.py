@@ -163,7 +163,9 @@ def build_online(run: Run, task: Task, meta: bool) -> Encoder | None:
         torch.manual_seed(spec.seed)
         initial = None if spec.student.init == "random" else backbone
         pairs = len(run.spec.task.text) > 1
-        return build_student(spec.student, backbone, task.labels, initial, meta, key, initial_key=key, pairs=pairs)
+        return build_student(
+            spec.student, backbone, task.labels, initial, meta, key, initial_key=key, pairs=pairs, start=task.start
+        )
 
 
 def teacher_labels(config: Any, spec: TeacherSpec, name: str) -> list[str]:
@@ -242,6 +244,7 @@ def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple
             initial_key,
             initial_labels(run, student_spec),
             len(spec.task.text) > 1,
+            task.start,
         )
         notes, asides = student.notes, student.asides
         student, done = operate(run, student, None if meta else [text for pair in texts for text in pair])

@@ -20,9 +20,7 @@ import numpy as np
 from kd import distributed
 from kd.data.store import Remembered, Store
 from kd.errors import InputError
-from kd.evaluate import latencies
 from kd.forward import Needs
-from kd.models.compiled import as_it_is
 from kd.models.teachers import CachedTeacher, FrozenTeacher
 from kd.passes import Plan, probe, write
 from kd.planning import teacher_source
@@ -105,7 +103,6 @@ def cached(
     if isinstance(seconds, str):
         return seconds
     missing = [plan for plan in plans if plan.absent]
-    latency = distributed.on_first(lambda: _latency(run, teacher, bool(missing)))
     for plan in missing:
         done = write(run, teacher, plan)
         if plan.split == "train":
@@ -118,7 +115,7 @@ def cached(
     what = f"made in {taken:.1f} s" if missing else "made before, teacher not loaded"
     distributed.say(f"  teacher '{teacher.name}' is remembered: {kept}, {_megabytes(size)}, {what}")
     record = {"used": True, "bytes": size, "seconds": round(taken, 3), "written": [plan.split for plan in missing]}
-    return CachedTeacher(teacher, passes, examples, latency), record
+    return CachedTeacher(teacher, passes, examples), record
 
 
 def folder_of(run: Run, teacher: FrozenTeacher) -> Path:
@@ -208,19 +205,6 @@ def estimate(run: Run, teacher: FrozenTeacher, plans: Sequence[Plan]) -> float |
     count = ", ".join(f"{plan.split} {plan.store.examples}" for plan in missing)
     distributed.say(f"  teacher '{teacher.name}' is run once over {count}: {_megabytes(size)}, about {seconds:.0f} s")
     return seconds
-
-
-def _latency(run: Run, teacher: FrozenTeacher, loaded: bool) -> float | None:
-    """Of the teacher, measured while it is there and kept for the runs in which it is not."""
-    path = folder_of(run, teacher) / "latency.json"
-    if loaded:
-        with as_it_is(teacher.shape):
-            milliseconds = latencies({"teacher": teacher.encoder})["teacher"]
-        write_atomically(path, json.dumps(milliseconds))
-    try:
-        return float(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return None
 
 
 def _not_writable(folder: Path) -> str | None:

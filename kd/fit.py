@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import transformers
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from omegaconf import OmegaConf
@@ -25,15 +26,16 @@ from kd.checkpoints import (
 from kd.data.datamodule import Examples, KDData
 from kd.engines.base import Engine
 from kd.errors import InputError
-from kd.evaluate import Evaluation, evaluate, folder_megabytes, headline, latencies
+from kd.evaluate import LATENCY_MEASURE, Evaluation, baseline, evaluate, folder_megabytes, headline, latencies, to_time
 from kd.export import TOLERANCE, export, largest_difference, model_card, origin
 from kd.hardware import git, hardware, keep_memory, versions
 from kd.loggers import History, close_wandb
 from kd.make import make
-from kd.models import CachedTeacher, Encoder, FrozenTeacher
+from kd.models import Encoder, FrozenTeacher
 from kd.models.heads import HEADS
 from kd.preflight import preflight
 from kd.progress import Progress
+from kd.report import cure
 from kd.runs import Run, read_record, write_record
 from kd.sources import recorded_files
 
@@ -150,7 +152,7 @@ def quieten() -> None:
         ".*resuming from a checkpoint that ended before the epoch ended.*",  # the sampler goes on where it stopped
         ".*number of training batches .* is smaller than the logging interval.*",
         ".*dataloader is not resumable.*",
-        ".*will save all targets and predictions in buffer.*",
+        ".*will save all targets and predictions in.*buffer.*",
         ".*sync_dist=True.*",  # torchmetrics has reduced what is logged on epoch level
         ".*isinstance.treespec, LeafSpec.*",
         ".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*",
@@ -173,7 +175,8 @@ def build_trainer(
     spec = run.spec.trainer
     if callbacks is None:
         checkpoints = checkpoint_callbacks(run.checkpoints, engine.task.monitor, spec.checkpoint_minutes)
-        callbacks = [Progress(run.name, spec.progress), *checkpoints]
+        advice = cure(list(run.spec.teacher), vars(run.spec.student))
+        callbacks = [Progress(run.name, spec.progress, advice), *checkpoints]
     loggers: list[Any] = [History(run.directory / "metrics.csv", step)]
     if run.spec.logger.extra and distributed.is_first():
         container = OmegaConf.to_container(run.config, resolve=True)
@@ -350,9 +353,15 @@ def conclude(
         "git": git(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    remembered = {teacher.name: teacher.latency for teacher in models.teachers if isinstance(teacher, CachedTeacher)}
-    present = {name: each for name, each in teachers.items() if name not in remembered}
-    speeds = latencies({**{f"student {name}": each for name, each in models.students.items()}, **present})
+    timed = {teacher.name: to_time(teacher, engine.task.head) for teacher in models.teachers}
+    speeds = latencies({**{f"student {name}": each for name, each in models.students.items()}, **timed})
+    del timed
+    record["latency"] = {
+        "measure": LATENCY_MEASURE,
+        "threads": torch.get_num_threads(),
+        "spread": {name: found.spread for name, found in speeds.items()},
+    }
+    record["baseline"] = baseline(engine.task, data.examples.labels)
     folders = {name: folder_of(run, name, first) for name in models.students}
     students: dict[str, Any] = {}
     for place, (name, student) in enumerate(models.students.items()):
@@ -361,7 +370,8 @@ def conclude(
             "agreement": {split: found.agreement[name] for split, found in scores.items()},
             "parameters": student.parameter_count(),
             "exported": sum(parameter.numel() for parameter in student.plain().parameters()),
-            "latency_ms": round(speeds[f"student {name}"], 3),
+            "latency_ms": speeds[f"student {name}"].milliseconds,
+            "collapsed": scores["validation"].collapsed.get(name, False),
             "init": models.inits[name],
             "folder": str(folders[name].relative_to(run.directory)),
         }
@@ -380,11 +390,8 @@ def conclude(
         "teachers": counted,
     }
     record["megabytes"] = {"student": chosen["megabytes"], **{name: megabytes(each) for name, each in teachers.items()}}
-    known = {name: speeds.get(name, remembered.get(name)) for name in teachers}
-    record["latency_ms"] = {
-        "student": chosen["latency_ms"],
-        **{name: value and round(value, 3) for name, value in known.items()},
-    }
+    record["latency_ms"] = {"student": chosen["latency_ms"], **{name: speeds[name].milliseconds for name in teachers}}
+    record["collapsed"] = chosen["collapsed"]
     record |= {"headline": first, "students": students, "files": exported_files(run, list(students), first)}
     return run.finish(record)
 

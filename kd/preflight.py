@@ -12,15 +12,19 @@ from kd.data.datamodule import KDData
 from kd.data.tasks import higher_is_better
 from kd.engines.base import Engine
 from kd.errors import InputError
+from kd.evaluate import baseline
 from kd.forward import Needs
 from kd.methods.base import Progress
 from kd.models.compiled import as_it_is
+from kd.report import score
 from kd.runs import Run
 
 PROBE = 8
 """Examples of the batch that is run."""
 LOOK = 256
 """Validation examples that a ready teacher is tried on."""
+BARELY = 0.1
+"""Share of the way from a prediction without looking to a perfect one up to which a teacher is barely better. Our choice."""
 
 
 @dataclass
@@ -94,25 +98,35 @@ def check_steps(report: Report, run: Run, data: KDData) -> None:
 
 
 def check_teachers(report: Report, run: Run, engine: Engine, data: KDData) -> None:
-    """Labels agree (the build has matched them by name); each teacher beats chance."""
-    task, examples = engine.task, data.examples
-    chance = task.chance(task.label_tensor(examples.labels["validation"]))
-    name = next((metric for metric in task.metrics if metric in chance), None)
+    """Labels agree (the build has matched them by name); each teacher beats a prediction without looking."""
+    task, name = engine.task, engine.task.monitor
+    floor = baseline(task, data.examples.labels).get("validation")
     for place, teacher in enumerate(engine.teachers):
         if task.labels is not None:
             report.ok(f"labels of data and teacher '{teacher.name}' agree by name: {', '.join(task.labels)}")
         for text in (*teacher.shape.notes, *teacher.shape.asides):
             report.note(f"teacher '{teacher.name}': {text}")
-        if name is None:
+        if floor is None:
             continue
         value = teacher_score(run, engine, data, place, name)
-        shown = "undefined" if value is None else f"{value:.4f}"
-        words = f"teacher '{teacher.name}' {name} {shown} on validation, chance is {chance[name]:.4f}"
-        better = value is not None and (value > chance[name]) == higher_is_better(name)
-        if better:
+        chance = floor[name] or 0.0
+        who = "the mean of the scores" if task.labels is None else "the majority class"
+        words = f"teacher '{teacher.name}' {name} {score(name, value)} on validation, {who} has {score(name, chance)}"
+        gain = 0.0 if value is None else gained(value, chance, name)
+        if gain > BARELY:
             report.ok(words)
         else:
-            report.warn(f"{words}: it has nothing to teach")
+            report.warn(f"{words}: it has {'little' if gain > 0 else 'nothing'} to teach")
+
+
+def gained(value: float, chance: float, metric: str) -> float:
+    """How much of the way from a prediction without looking to a perfect one a metric has come; negative below the former.
+
+    >>> gained(0.75, 0.5, "accuracy"), gained(2.0, 1.0, "mse")
+    (0.5, -1.0)
+    """
+    way = (1.0 if higher_is_better(metric) else 0.0) - chance
+    return (value - chance) / way if way else 0.0
 
 
 def teacher_score(run: Run, engine: Engine, data: KDData, place: int, metric: str) -> float | None:

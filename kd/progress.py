@@ -7,6 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 from tqdm.auto import tqdm
 
+from kd.report import score
+
 PLAIN_SECONDS = 20.0
 """Seconds between lines where the output is no terminal."""
 
@@ -17,10 +19,12 @@ class Progress(pl.Callback):
     Args:
         label: what is trained.
         mode: `bar`, `plain`, `none`, or `auto` (a bar on a terminal).
+        cure: what to try where a student's predictions are all alike.
     """
 
-    def __init__(self, label: str, mode: str = "auto") -> None:
-        self.label = label
+    def __init__(self, label: str, mode: str = "auto", cure: str = "") -> None:
+        self.label, self.cure = label, cure
+        self._warned = False
         self.mode = ("bar" if sys.stderr.isatty() else "plain") if mode == "auto" else mode
         self.bar: Any = None
         self._began = self._shown = 0.0
@@ -63,8 +67,14 @@ class Progress(pl.Callback):
         """A line for each epoch."""
         if trainer.is_global_zero and not trainer.sanity_checking and self.mode != "none":
             found = {k.removeprefix("validation/"): v for k, v in trainer.callback_metrics.items() if k.startswith("val")}
-            words = "  ".join(f"{name} {float(value):.4f}" for name, value in found.items())
+            words = "  ".join(f"{name} {score(name.rpartition('/')[2], float(value))}" for name, value in found.items())
             line = f"{self.label}: epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  validation {words}"
+            constant = getattr(module, "constant", {})
+            if constant and not self._warned:  # once a run
+                self._warned = True
+                several = len(getattr(module, "learners", constant)) > 1
+                whose = [f"{name}: {what}" if several else what for name, what in constant.items()]
+                line += f"  WARN {'; '.join(whose)}{self.cure and f'. Try {self.cure}'}"
             self.bar.write(line, file=sys.stdout) if self.bar is not None else print(line, flush=True)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -17,8 +17,29 @@ def _console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=200)
 
 
-def _number(value: float | None, digits: int = 4) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+OWN_UNITS = ("mse", "loss")
+"""Metrics in the units of the labels, or in nats; all others are shown in percent."""
+
+UNITS = "In percent (correlations times 100, as GLUE gives them); mse in the labels' units, loss in nats."
+
+
+def score(metric: str, value: float | None) -> str:
+    """A metric as every table and message shows it: in percent, correlations times 100; errors as they are.
+
+    Args:
+        metric: its name.
+        value: as records have it, a fraction.
+
+    >>> score("accuracy", 0.8125), score("pearson", -0.5), score("mse", 2.25), score("pearson", None)
+    ('81.2', '-50.0', '2.2500', 'undefined')
+    """
+    if value is None:
+        return "undefined"
+    return f"{value:.4f}" if metric in OWN_UNITS else f"{100 * value:.1f}"
 
 
 def closing_table(result: Mapping[str, Any], directory: Path) -> None:
@@ -34,7 +55,7 @@ def closing_table(result: Mapping[str, Any], directory: Path) -> None:
     table.add_column("latency ms", justify="right")
 
     def scores(found: Mapping[str, Mapping[str, float | None]]) -> list[str]:
-        return [_number(found.get(split, {}).get(metric)) for split, metric in metrics]
+        return [score(metric, found[split][metric]) if metric in found.get(split, {}) else "" for split, metric in metrics]
 
     students = result["students"]
     for name, student in students.items():
@@ -44,7 +65,7 @@ def closing_table(result: Mapping[str, Any], directory: Path) -> None:
             f"{student['parameters']:,}",
             _number(student["megabytes"], 1),
             *scores(student["metrics"]),
-            *(_number(student["agreement"][first].get(teacher)) for teacher in teachers),
+            *(score("agreement", student["agreement"][first].get(teacher)) for teacher in teachers),
             _number(student["latency_ms"], 2),
         )
     if result["metrics_ensemble"]:
@@ -58,13 +79,35 @@ def closing_table(result: Mapping[str, Any], directory: Path) -> None:
             *[""] * len(teachers),
             _number(result["latency_ms"][name], 2),
         )
+    if baseline := result.get("baseline"):
+        label = "mean of the scores" if result["labels"] is None else "majority class"
+        table.add_row(label, "", "", *scores(baseline), *[""] * len(teachers), "")
     console = _console()
     console.print(table)
+    console.print(UNITS, highlight=False)
+    for name, student in students.items():
+        if student.get("collapsed"):
+            what = "predicted scores hardly differ" if result["labels"] is None else "predictions are one class"
+            known = result["identity"].get("student", {})
+            words = f"WARN  student {name if len(students) > 1 else result['student']}: its {what}, whatever the text. "
+            console.print(f"{words}Try {cure(result['teacher'], known)}", highlight=False)
     console.print(protocol([result]), highlight=False)
     console.print(f"run: {directory}\nexported student: {directory / 'student'}", highlight=False, soft_wrap=True)
     if len(students) > 1:
         words = "the run's student is the best on validation; the others are in"
         console.print(f"{words} {directory / 'peers'}", highlight=False, soft_wrap=True)
+
+
+def cure(teachers: Sequence[str], student: Mapping[str, Any]) -> str:
+    """What to try where a student predicts one class: keys and values.
+
+    Args:
+        teachers: names of the run's teachers.
+        student: `init` and `init_from`.
+    """
+    copies = student.get("init") not in ("random", "checkpoint", "run")
+    better = ["student.init_from=teacher"] if teachers and copies and student.get("init_from") != "teacher" else []
+    return ", ".join([*better, "a larger optimizer.lr", "more trainer.max_epochs"])
 
 
 def protocol(results: Sequence[Mapping[str, Any]]) -> str:
@@ -77,13 +120,23 @@ def protocol(results: Sequence[Mapping[str, Any]]) -> str:
     checkpoint = common(f"{r['selection']['kind']} checkpoint, {r['selection']['by']}" for r in results)
     init = common(r["init"] for r in results)
     precision = common(r["precision"] for r in results)
-    latency = "latency: one sentence of 32 tokens, float32, CPU, median, tokenizer excluded."
-    return f"{checkpoint}; student starts from {init}; trained in {precision}, scored in float32. {latency}"
+    latency = common(latency_words(r) for r in results)
+    return f"{checkpoint}; student starts from {init}; trained in {precision}, scored in float32. latency: {latency}."
+
+
+def latency_words(result: Mapping[str, Any]) -> str:
+    """How a record's latencies were measured."""
+    about = result.get("latency")
+    if about is None:  # a record of before it was stated
+        return "one sentence of 32 tokens, float32, CPU, median, tokenizer excluded"
+    return f"{about['threads']} thread(s), {about['measure']}"
 
 
 def load_results(folder: Path) -> list[dict[str, Any]]:
     """The records of every finished run in a folder, oldest first."""
     found = []
+    if folder.exists():
+        next(folder.iterdir(), None)  # says what is wrong with it, where `glob` finds nothing
     for path in folder.glob("*/result.json"):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
@@ -121,23 +174,28 @@ def models(result: Mapping[str, Any]) -> list[str]:
 
 def differences(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
     """For each group, the settings in which it differs from the others of the same task, method and student, in words."""
-    found = []
+    alike: dict[str, list[dict[str, Any]]] = {}
     for group in groups:
-        first, own = group[0], settings(group[0]["identity"])
-        same = ("task", "method", "teacher")
-        alike = [g[0] for g in groups if all(g[0][name] == first[name] for name in same) and models(g[0]) == models(first)]
-        others = [settings(other["identity"]) for other in alike]
-        names = [
-            name
-            for name in own
-            if not name.removeprefix("before.").startswith(TOLD) and any(other.get(name) != own[name] for other in others)
-        ]
-        found.append(" ".join(f"{name.removeprefix('method.')}={own[name]}" for name in names))
-    return found
+        alike.setdefault(_kind(group[0]), []).append(settings(group[0]["identity"]))
+    varied = {kind: _varied(found) for kind, found in alike.items()}
+    own = {kind: iter(found) for kind, found in alike.items()}
+    words = []
+    for group in groups:
+        kind = _kind(group[0])
+        shown = {name: value for name, value in next(own[kind]).items() if name in varied[kind]}
+        words.append(" ".join(f"{name.removeprefix('method.')}={value}" for name, value in shown.items()))
+    return words
 
 
-OWN_UNITS = ("mse", "loss")
-"""Metrics in the units of the labels, or in nats; all others are shown in percent."""
+def _kind(result: Mapping[str, Any]) -> str:
+    """What rows have in common that are told apart by their settings."""
+    return json.dumps([result["task"], result["method"], result["teacher"], models(result)])
+
+
+def _varied(found: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Names whose values are not the same everywhere; one that is missing counts as None."""
+    names = {name for one in found for name in one if not name.removeprefix("before.").startswith(TOLD)}
+    return {name for name in names if any(one.get(name) != found[0].get(name) for one in found)}
 
 
 def _spread(values: Sequence[float | None], scale: float = 100.0) -> str:
@@ -145,7 +203,9 @@ def _spread(values: Sequence[float | None], scale: float = 100.0) -> str:
     if len(known) < len(values) or not known:
         return "undefined"
     mean = statistics.fmean(known)
-    return f"{scale * mean:.2f}" if len(known) == 1 else f"{scale * mean:.2f} ± {scale * statistics.stdev(known):.2f}"
+    digits = 1 if scale == 100.0 else 4
+    spread = f" ± {scale * statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{scale * mean:.{digits}f}{spread}"
 
 
 Scores = Mapping[str, Mapping[str, float | None]]
@@ -182,7 +242,7 @@ def report_table(results: Sequence[Mapping[str, Any]]) -> Table:
         return [
             *cells,
             _spread(agreements) if agreements else "",
-            _number(statistics.median(e["latency_ms"] for e in found), 2),
+            _number(_median(e["latency_ms"] for e in found), 2),
         ]
 
     for group, words in zip(groups, told, strict=True):
@@ -203,6 +263,11 @@ def report_table(results: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
 def first_runs(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those that a method of another begins with: half of what it does, so no rows of a table unless they are asked for."""
     names = {result["inputs"].get("before", "").rpartition("-")[2] for result in results}
@@ -217,7 +282,11 @@ def main() -> None:
     parser.add_argument("--method", help="only these methods, separated by commas")
     parser.add_argument("--json", action="store_true", help="the records themselves, as JSON")
     arguments = parser.parse_args()
-    results = load_results(arguments.runs)
+    try:
+        results = load_results(arguments.runs.expanduser())
+    except OSError as error:
+        print(f"kd-report: cannot read '{arguments.runs}': {error.strerror}\n  change: paths.runs", file=sys.stderr)
+        sys.exit(2)
     if arguments.task:
         results = [result for result in results if result["task"] == arguments.task]
     if arguments.method:
@@ -230,12 +299,17 @@ def main() -> None:
         return
     console = _console()
     unfinished = [] if arguments.method else first_runs(results)
-    for task in dict.fromkeys(result["task"] for result in results):
-        chosen = [result for result in results if result["task"] == task and result not in unfinished]
-        if not chosen:
-            continue
+    left_out = {result["run"] for result in unfinished}
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        if result["run"] not in left_out:
+            tasks.setdefault(result["task"], []).append(result)
+    for chosen in tasks.values():
         console.print(report_table(chosen))
-        console.print(f"Percent; mean ± standard deviation over seeds. {protocol(chosen)}\n", highlight=False)
+        console.print(f"{UNITS} Mean ± standard deviation over seeds. {protocol(chosen)}", highlight=False)
+        if constant := [result["run"] for result in chosen if result.get("collapsed")]:
+            console.print(f"Students that predict one class, or nearly one score: {', '.join(constant)}", highlight=False)
+        console.print()
     if unfinished:
         left = ",".join(dict.fromkeys(result["method"] for result in unfinished))
         console.print(f"Left out: runs that others begin with; --method={left} shows them", highlight=False)

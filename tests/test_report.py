@@ -70,16 +70,16 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
 def test_seeds_are_averaged_with_their_sample_deviation() -> None:
     (row,) = cells(report.report_table([record(0), record(1), record(2)]))
     mean, spread = 100 * statistics.fmean([0.5, 0.52, 0.54]), 100 * statistics.stdev([0.5, 0.52, 0.54])
-    assert row["test accuracy"] == f"{mean:.2f} ± {spread:.2f}" == "52.00 ± 2.00"
-    assert row["validation accuracy"] == "61.00 ± 1.00"
-    assert row["agreement"] == "87.50 ± 0.00"
+    assert row["test accuracy"] == f"{mean:.1f} ± {spread:.1f}" == "52.0 ± 2.0"
+    assert row["validation accuracy"] == "61.0 ± 1.0"
+    assert row["agreement"] == "87.5 ± 0.0"
     assert (row["seeds"], row["latency ms"], row["train s"]) == ("0, 1, 2", "3.00", "31")
     assert (row["parameters"], row["MB"]) == ("12,345,678", "47.1")
 
 
 def test_one_seed_has_no_spread() -> None:
     (row,) = cells(report.report_table([record(1)]))
-    assert row["test accuracy"] == "52.00"
+    assert row["test accuracy"] == "52.0"
 
 
 def test_only_runs_of_one_family_are_averaged() -> None:
@@ -110,7 +110,7 @@ def test_a_metric_that_a_run_does_not_have_is_undefined_not_averaged_away() -> N
         report.report_table([record(0), record(1, metrics={"validation": {"accuracy": None}, "test": {"accuracy": 0.5}})])
     )
     assert row["validation accuracy"] == "undefined"
-    assert row["test accuracy"] == "50.00 ± 0.00"
+    assert row["test accuracy"] == "50.0 ± 0.0"
 
 
 def test_tasks_with_different_metrics_share_a_table_with_gaps() -> None:
@@ -123,8 +123,8 @@ def test_tasks_with_different_metrics_share_a_table_with_gaps() -> None:
         agreement={"validation": {}},
     )
     rte, cola = cells(report.report_table([record(0), other]))
-    assert (rte["validation matthews_corrcoef"], cola["validation matthews_corrcoef"]) == ("", "25.00")
-    assert (rte["test accuracy"], cola["test accuracy"]) == ("50.00", "")
+    assert (rte["validation matthews_corrcoef"], cola["validation matthews_corrcoef"]) == ("", "25.0")
+    assert (rte["test accuracy"], cola["test accuracy"]) == ("50.0", "")
     assert (cola["teacher"], cola["agreement"]) == ("", "")
 
 
@@ -150,9 +150,9 @@ def test_the_closing_table_puts_student_and_teachers_side_by_side(monkeypatch, c
     lines = capsys.readouterr().out.splitlines()
     student = next(line for line in lines if "student 2l" in line)
     teacher = next(line for line in lines if "teacher minilm" in line)
-    for word in ("12,345,678", "47.1", "0.6100", "0.5200", "0.8750", "3.00"):
+    for word in ("12,345,678", "47.1", "61.0", "52.0", "87.5", "3.00"):
         assert word in student
-    for word in ("22,700,000", "86.7", "0.7000", "0.6500", "9.25"):
+    for word in ("22,700,000", "86.7", "70.0", "65.0", "9.25"):
         assert word in teacher
     assert any("kd on rte, seed 1" in line for line in lines)
     assert "run: runs/kd-2l" in lines
@@ -175,17 +175,18 @@ def test_the_closing_table_shows_every_student_and_their_ensemble(monkeypatch, c
     found |= {"students": {"3l": one, "2l": weaker}, "headline": "3l", "metrics_ensemble": ensemble}
     report.closing_table(found, Path("run"))
     lines = capsys.readouterr().out.splitlines()
-    assert any("student 3l (the run's)" in line and "0.6000" in line for line in lines)
-    assert any("student 2l" in line and "0.4321" in line and "999" in line and "(the run's)" not in line for line in lines)
-    assert any("ensemble of the students" in line and "0.6543" in line and "0.5432" in line for line in lines)
+    assert any("student 3l (the run's)" in line and "60.0" in line for line in lines)
+    assert any("student 2l" in line and "43.2" in line and "999" in line and "(the run's)" not in line for line in lines)
+    assert any("ensemble of the students" in line and "65.4" in line and "54.3" in line for line in lines)
     assert any("the others are in" in line for line in lines)
 
 
 def test_the_command_prints_a_table_and_its_protocol(tmp_path: Path, monkeypatch, capsys) -> None:
     command(monkeypatch, write(tmp_path, record(0), record(1)))
     out = capsys.readouterr().out
-    assert "51.00 ± 1.41" in out
-    assert "Percent; mean ± standard deviation over seeds. best checkpoint" in out.replace("\n", " ")
+    assert "51.0 ± 1.4" in out
+    assert "In percent (correlations times 100" in out
+    assert "Mean ± standard deviation over seeds. best checkpoint" in out.replace("\n", " ")
 
 
 @pytest.mark.parametrize(
@@ -242,3 +243,65 @@ def test_settings_of_the_run_that_a_method_begins_with_tell_rows_apart() -> None
     rows = cells(report.report_table([*first, other]))
     assert [row["where"] for row in rows] == ["before.method.attention=scores", "before.method.attention=kl"]
     assert [row["seeds"] for row in rows] == ["0, 1", "0"]
+
+
+def test_a_table_of_many_configurations_looks_at_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+    original = report.settings
+    monkeypatch.setattr(report, "settings", lambda found, prefix="": looked.append(prefix) or original(found, prefix))
+    many = [record(0, f"f{n}", {"trainer": {"max_epochs": n}}) for n in range(40)]
+    assert len(set(report.differences(report.grouped(many)))) == 40
+    assert looked.count("") == 40
+
+
+def test_a_setting_that_some_rows_lack_tells_those_that_have_it() -> None:
+    old, new = record(0, "f0"), record(0, "f1", {"optimizer": {"lr": 1}})
+    same = record(0, "f2", {"trainer": {"max_epochs": 3.0}, "optimizer": {"lr": None}})  # equal to the first
+    assert report.differences(report.grouped([old, new, same])) == ["", "optimizer.lr=1", "optimizer.lr=None"]
+
+
+def test_errors_keep_their_units_where_other_metrics_are_in_percent(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(report, "_console", lambda: Console(width=200))
+    scores = {"validation": {"pearson": 0.8125, "mse": 1.25}}
+    found = record(0, metrics=scores, metrics_teacher={}, agreement={"validation": {}}, teacher=[], labels=None)
+    report.closing_table({**found, "baseline": {"validation": {"pearson": None, "mse": 2.5}}}, Path("run"))
+    lines = capsys.readouterr().out.splitlines()
+    assert any("student 2l" in line and "81.2" in line and "1.2500" in line for line in lines)
+    assert any("mean of the scores" in line and "undefined" in line and "2.5000" in line for line in lines)
+    (row,) = cells(report.report_table([found]))
+    assert (row["validation pearson"], row["validation mse"]) == ("81.2", "1.2500")
+
+
+def test_a_student_that_predicts_one_class_is_told_beside_the_majority_class(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(report, "_console", lambda: Console(width=200))
+    found = record(0, labels=["bad", "good"], baseline={"validation": {"accuracy": 0.6}, "test": {"accuracy": 0.55}})
+    found["students"]["student"]["collapsed"] = True
+    found["latency_ms"] = {"student": None, "minilm": None}
+    found["identity"]["student"] = {"init": "first", "init_from": "pretrained"}
+    report.closing_table(found, Path("run"))
+    out = capsys.readouterr().out
+    assert any("majority class" in line and "60.0" in line and "55.0" in line for line in out.splitlines())
+    assert "WARN  student 2l: its predictions are one class" in out
+    assert "Try student.init_from=teacher, a larger optimizer.lr, more trainer.max_epochs" in out
+
+
+def test_the_cure_names_no_value_that_is_there_already_or_cannot_be() -> None:
+    given = {"init": "first", "init_from": "pretrained"}
+    assert report.cure(["minilm"], given).startswith("student.init_from=teacher, ")
+    for teachers, student in [([], given), (["t"], {**given, "init_from": "teacher"}), (["t"], {**given, "init": "random"})]:
+        assert report.cure(teachers, student) == "a larger optimizer.lr, more trainer.max_epochs"
+
+
+def test_runs_that_predict_one_class_are_named_below_the_table(tmp_path: Path, monkeypatch, capsys) -> None:
+    command(monkeypatch, write(tmp_path, record(0), record(1, collapsed=True)))
+    assert "one class, or nearly one score: run1" in capsys.readouterr().out
+
+
+def test_a_folder_of_runs_that_is_none_is_told(tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, tmp_path / "file")
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert "cannot read" in err
+    assert "change: paths.runs" in err

@@ -58,6 +58,10 @@ def test_result_holds_the_contracted_fields(finished: tuple[Run, dict]) -> None:
     assert {"torch", "lightning", "transformers", "kd"} <= set(result["versions"])
     assert result["hardware"]["cores"]
     assert "git" in result
+    assert result["baseline"] == {"validation": {"accuracy": 0.5}, "test": {"accuracy": 0.5}}
+    assert result["collapsed"] is result["students"]["student"]["collapsed"]
+    assert result["latency"]["threads"] == torch.get_num_threads()
+    assert set(result["latency"]["spread"]) == {"student student", "minilm"}
     for name in ("config.yaml", "metrics.csv", "checkpoints", "student/config.json", "student/model.safetensors"):
         assert (run.directory / name).exists(), name
 

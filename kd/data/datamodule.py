@@ -70,6 +70,8 @@ def load_examples(spec: TaskSpec, source: Source) -> Examples:
         only = task.labels[int(labels["train"][0])]
         key = "task.label" if spec.limit_train is None else "task.limit_train"
         raise InputError(f"every training example has the label '{only}'; a classifier needs two or more", key)
+    if isinstance(task, Regression):
+        task.start = float(np.mean(labels["train"]))  # else the first steps go into finding it
     ordered = {"train": None, "validation": None, **dict.fromkeys(texts)}
     return Examples(task, {split: texts[split] for split in ordered}, {split: labels[split] for split in ordered})
 

@@ -34,6 +34,7 @@ class MaskedLM:
 
     head = "masked_lm"
     agreement = "accuracy"
+    start: float | None = None
 
     def __init__(self, name: str, metrics: Sequence[str], monitor: str) -> None:
         self.name = name
@@ -105,6 +106,12 @@ class MaskedLM:
     def chance(self, labels: Tensor) -> dict[str, float]:
         """Unknown: it is a matter of the vocabulary."""
         return {}
+
+    def constant(self, labels: Sequence[float]) -> None:
+        """None: the labels are the text's own words."""
+
+    def collapse(self) -> None:
+        """None: a model that has just begun says the most frequent word everywhere."""
 
 
 def by_example(values: Tensor, labels: Tensor) -> Tensor:

@@ -42,6 +42,52 @@ class Matches(Metric):
         return self.equal / self.count
 
 
+NEARLY_CONSTANT = 0.05
+"""Standard deviation of predicted scores, as a share of that of the labels, below which they hardly differ. Our choice."""
+
+
+class Collapse(Metric):
+    """Whether predictions are one class, or nearly one score, where the labels are not.
+
+    Its value is (4,): 1 if they are, else 0; the lowest prediction; the standard deviations of predictions and labels.
+    """
+
+    full_state_update = False
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for whose in ("predictions", "labels"):
+            self.add_state(f"{whose}_least", torch.tensor(torch.inf, dtype=torch.double), dist_reduce_fx="min")
+            self.add_state(f"{whose}_most", torch.tensor(-torch.inf, dtype=torch.double), dist_reduce_fx="max")
+            self.add_state(f"{whose}_moments", torch.zeros(3, dtype=torch.double), dist_reduce_fx="sum")
+        self.add_state("scores", torch.zeros(()), dist_reduce_fx="max")
+
+    def update(self, predictions: Tensor, labels: Tensor) -> None:
+        """Take up predictions and labels, both (batch,): classes as integers, scores as floating point."""
+        if predictions.is_floating_point():
+            self.scores = torch.ones_like(self.scores)  # type: ignore[has-type]
+        for whose, values in {"predictions": predictions.double(), "labels": labels.double()}.items():
+            if not values.numel():
+                continue
+            setattr(self, f"{whose}_least", torch.minimum(getattr(self, f"{whose}_least"), values.min()))
+            setattr(self, f"{whose}_most", torch.maximum(getattr(self, f"{whose}_most"), values.max()))
+            moments = torch.stack([torch.ones_like(values), values, values.square()]).sum(dim=1)
+            setattr(self, f"{whose}_moments", getattr(self, f"{whose}_moments") + moments)
+
+    def compute(self) -> Tensor:
+        """See the class."""
+        spreads = []
+        for whose in ("predictions", "labels"):
+            count, total, squares = getattr(self, f"{whose}_moments")
+            spreads.append((squares / count - (total / count).square()).clamp(min=0).sqrt())
+        least, most = self.predictions_least, self.predictions_most
+        alike: Tensor = least == most  # type: ignore[assignment]
+        if self.scores:
+            alike = alike | (spreads[0] < NEARLY_CONSTANT * spreads[1])
+        alike = alike & (self.labels_least < self.labels_most)  # type: ignore[operator]
+        return torch.stack([alike.double(), least, *spreads])  # type: ignore[list-item]
+
+
 CLASSIFICATION: Mapping[str, Callable[..., Any]] = {
     "accuracy": lambda classes, **options: MulticlassAccuracy(classes, average="micro", **options),
     "f1": lambda classes, **options: BinaryF1Score(**options),  # of the second of two classes, as GLUE reports it

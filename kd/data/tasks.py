@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kd.data.metrics import CLASSIFICATION, REGRESSION
+from kd.data.metrics import CLASSIFICATION, REGRESSION, Collapse
 from kd.data.sources import Example
 from kd.errors import InputError, one_of
 from kd.functional import logits as soft_losses
@@ -23,6 +23,8 @@ class Task(Protocol):
     labels: list[str] | None
     metrics: tuple[str, ...]
     monitor: str
+    start: float | None
+    """Where the bias of a head that is drawn afresh begins; None is zero."""
     agreement: str
     """The metric that, with a teacher's predictions in place of the labels, says how far a student agrees with it."""
 
@@ -68,11 +70,20 @@ class Task(Protocol):
         """What predicting without looking scores: the majority class, or the mean."""
         ...
 
+    def constant(self, labels: Sequence[float]) -> Tensor | None:
+        """Logits (1, classes) of a prediction without looking, given the training labels; None where there is no such thing."""
+        ...
+
+    def collapse(self) -> Any:
+        """A fresh `kd.data.metrics.Collapse`; None where one prediction for all examples is nothing unusual."""
+        ...
+
 
 class Labelled:
     """What tasks with one label for each example have in common."""
 
     head = "classifier"
+    start: float | None = None
 
     def of(self, labels: Tensor) -> Self:
         """Itself: a mean over the batch is a mean over its rows."""
@@ -81,6 +92,10 @@ class Labelled:
     def predict(self, logits: Tensor) -> Tensor:
         """Predictions, (batch,)."""
         raise NotImplementedError
+
+    def collapse(self) -> Any:
+        """A fresh metric that tells whether predictions are one class, or nearly one score."""
+        return Collapse()
 
     def score(self, metrics: Mapping[str, Any], logits: Tensor, labels: Tensor) -> None:
         """Update metrics with the predictions of a batch."""
@@ -181,6 +196,11 @@ class Classification(Labelled):
         counts = torch.bincount(labels.long(), minlength=len(self.names))
         return {"accuracy": float(counts.max() / counts.sum()), "matthews_corrcoef": 0.0}
 
+    def constant(self, labels: Sequence[float]) -> Tensor:
+        """The majority class; the first of equal ones."""
+        counts = torch.bincount(self.label_tensor(labels), minlength=len(self.names))
+        return F.one_hot(counts.argmax(), len(self.names))[None].float()
+
 
 class Regression(Labelled):
     """A score. Temperature and the form of the soft loss do not apply: both losses are mean squared errors.
@@ -242,6 +262,10 @@ class Regression(Labelled):
     def chance(self, labels: Tensor) -> dict[str, float]:
         """Correlations of 0; the variance, as mean squared error."""
         return {"pearson": 0.0, "spearman": 0.0, "mse": float(labels.float().var(unbiased=False))}
+
+    def constant(self, labels: Sequence[float]) -> Tensor:
+        """The mean score."""
+        return torch.tensor(labels, dtype=torch.double).mean().float().view(1, 1)
 
 
 def log_mean_probability(logits: Sequence[Tensor]) -> Tensor:

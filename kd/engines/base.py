@@ -38,6 +38,18 @@ def check_weights(names: Sequence[str], weights: Mapping[str, Any]) -> None:
         raise InputError(f"the term '{lacking[0]}' has no weight", f"method.weights.{lacking[0]}")
 
 
+def in_words(collapse: Sequence[float], labels: Sequence[str] | None) -> str:
+    """What the value of a `kd.data.metrics.Collapse` says.
+
+    >>> in_words([1, 1, 0, 0.5], ["bad", "good"])
+    "every prediction is 'good'"
+    """
+    _, least, ours, theirs = collapse
+    if labels is None:
+        return f"predicted scores hardly differ (standard deviation {ours:.3g}, that of the labels {theirs:.3g})"
+    return f"every prediction is '{labels[int(least)]}'"
+
+
 @dataclass
 class Learner:
     """A student and the method that is bound to it."""
@@ -101,6 +113,9 @@ class Engine(pl.LightningModule):
         """What caches took, which is no part of training: of what teachers did, a checkpoint holds the rest."""
         self.validation: dict[str, dict[str, float | None]] = {}
         """Of the last validation: student -> metric -> value."""
+        self.collapse = nn.ModuleDict()
+        self.constant: dict[str, str] = {}
+        """Of the last validation: student -> in what way its predictions are all alike, for those of which that is so."""
         self._began = 0.0
         self._last: Loss | None = None
         self.watch = LossWatch()
@@ -223,6 +238,9 @@ class Engine(pl.LightningModule):
         self.settle()
         for name in self.evaluated:
             self._reset(name)
+        for name in self.learners:
+            if (metric := self.task.collapse()) is not None:
+                self.collapse[f"of-{name}"] = metric.to(self.device)
 
     @property
     def evaluated(self) -> list[str]:
@@ -251,6 +269,8 @@ class Engine(pl.LightningModule):
         if len(found) > 1:
             self.log_dict({f"validation/{name}/{m}": value for name, values in found.items() for m, value in values.items()})
         self.validation = scores
+        alike = {name.removeprefix("of-"): metric.compute().tolist() for name, metric in self.collapse.items()}  # type: ignore[operator]
+        self.constant = {name: in_words(found, self.task.labels) for name, found in alike.items() if found[0]}
 
     def configure_optimizers(self) -> Any:
         """The factory's optimiser over everything that is trained, and its schedule by optimiser steps."""
@@ -328,6 +348,8 @@ class Engine(pl.LightningModule):
 
     def _update(self, name: str, logits: Tensor, labels: Tensor) -> None:
         self.task.score(self.metrics[f"of-{name}"], logits.float(), labels)  # type: ignore[arg-type]
+        if f"of-{name}" in self.collapse:
+            self.collapse[f"of-{name}"].update(self.task.predict(logits.float()), labels)  # type: ignore[operator]
 
     def _compute(self, name: str) -> dict[str, Tensor]:
         metrics = self.metrics[f"of-{name}"].items()  # type: ignore[operator,union-attr]

@@ -197,6 +197,7 @@ def build_student(
     initial_key: str | None = None,
     initial_labels: Sequence[str] | None = None,
     pairs: bool = False,
+    start: float | None = None,
 ) -> Encoder:
     """A student, initialised; `Encoder.notes` has what is to be said of the weights that it begins with.
 
@@ -211,6 +212,7 @@ def build_student(
         initial_key: the configuration key that names `initial`.
         initial_labels: names of the outputs of `initial`, where its configuration names them badly.
         pairs: whether it will read pairs of texts.
+        start: bias of a head that is drawn afresh, the mean of the scores; None leaves it at zero.
 
     Raises:
         InputError: for sizes or an initialisation that do not fit.
@@ -220,6 +222,7 @@ def build_student(
     given = initial_key or (f"student.{spec.init}" if whole else "student.init_from")
     notes: list[str] = []
     asides: list[str] = []
+    needed = False
     if initial is not None:
         found = load_config(initial, given)
         if whole:  # it may have a vocabulary of its own, which goes with its weights
@@ -242,6 +245,9 @@ def build_student(
     if initial is not None and not meta:
         source = load_model(initial, given, found, head, needed)
         copy_layers(student, source, family_of(config.model_type), layers_to_copy(spec, config, found), rows)
+    if start is not None and not needed:
+        nn.init.constant_(student.get_submodule(family_of(config.model_type).outputs).bias, start)  # type: ignore[arg-type]
+        notes.append(f"head at the mean of the scores, {start:.4g}")
     encoder = Encoder(student if meta else with_cheaper_dropout(student), tokenizer)
     encoder.notes, encoder.asides = notes, asides
     return encoder

@@ -142,12 +142,11 @@ class CachedTeacher(FrozenTeacher):
         teacher: that was run; it can be forgotten.
         passes: that it took to fill the cache, in this run and on this rank.
         examples: forwarded in them, training examples alone.
-        latency: milliseconds for one sentence, measured when the cache was filled.
     """
 
-    def __init__(self, teacher: FrozenTeacher, passes: int = 0, examples: int = 0, latency: float | None = None) -> None:
+    def __init__(self, teacher: FrozenTeacher, passes: int = 0, examples: int = 0) -> None:
         super().__init__(teacher.shape, teacher.name, teacher.columns)
-        self.passes, self.examples, self.latency = passes, examples, latency
+        self.passes, self.examples = passes, examples
 
     def __call__(self, inputs: Inputs, needs: Needs) -> Outputs:
         """What it said.
