@@ -3,6 +3,12 @@
 What it says of a split is kept with the teacher's run, for all students, methods and seeds, under a digest of the teacher's
 weights, the text as tokenised and the precision. What cannot be kept, or would be too large, is computed at every step.
 The pass itself is in `kd.passes`.
+
+What holds on every machine: a number that is kept is read again to the bit, and from the same numbers training that reads
+them ends with the same weights, to the bit, as training whose teacher runs. The numbers themselves are those of a running
+teacher but for rounding: the pass has other batches, and a processor adds up products in an order that depends on their
+shape, its instructions and its libraries. Rounding is all that sets two such runs apart, as it does one run on two machines;
+an optimiser that divides by the size of a gradient, such as AdamW, makes it visible where gradients are nothing else.
 """
 
 import contextlib

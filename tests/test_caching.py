@@ -18,12 +18,12 @@ from kd import caching, passes, train
 from kd.build import Models, build_data, build_examples, build_models
 from kd.data.datamodule import KDData
 from kd.errors import InputError
-from kd.forward import Needs, UndeclaredRead
+from kd.forward import Needs, Outputs, UndeclaredRead
 from kd.models import CachedTeacher, FrozenTeacher
 from kd.runs import Run
 from kd.schema import cache_limit
 from kd.sources import recorded_files
-from whole_runs import Small, last_weights, made, planned, pool
+from whole_runs import Small, last_weights, made, planned, pool, same_weights
 
 TRAIN, VALIDATION, TEST = 96, 32, 32
 
@@ -70,15 +70,37 @@ def kept(overrides: list[str]) -> dict[str, set[str]]:
 # That it is as good as running
 
 
-SGD = ("optimizer.factory._target_=torch.optim.SGD", "~optimizer.factory.betas", "~optimizer.factory.eps")
+def each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run teachers over one example at a time, without its padding.
+
+    How a processor adds up a product of matrices depends on their shapes, and the pass has other batches than training. Alone,
+    an example's shapes are the same in both, so what a teacher says of it is the same to the bit on every machine.
+    """
+    original = FrozenTeacher.run
+
+    def run(teacher: FrozenTeacher, inputs: dict[str, torch.Tensor], needs: Needs) -> Outputs:
+        assert not needs.tokens  # what is said of tokens would have to be padded again
+        rows = [{name: t[row : row + 1, :length] for name, t in inputs.items()} for row, length in enumerate(lengths(inputs))]
+        said = [original(teacher, row, needs).named() for row in rows]
+        named = {name: torch.cat([one[name] for one in said]) for name in said[0]}
+        return Outputs.from_named(named, inputs["attention_mask"].bool(), needs, teacher.heads)
+
+    monkeypatch.setattr(FrozenTeacher, "run", run)
+
+
+def lengths(inputs: dict[str, torch.Tensor]) -> list[int]:
+    return inputs["attention_mask"].sum(dim=1).tolist()
 
 
 @pytest.mark.parametrize(
     "words",
-    [("method=pkd",), ("method=kd",), ("method=kd", *SGD), ("method=p2p_mutual", *SGD), ("method=pkd", "pool=wkd")],
-    ids=lambda words: " ".join(words[:2]),
+    [("method=pkd",), ("method=kd",), ("method=p2p_mutual",), ("method=pkd", "pool=wkd")],
+    ids=lambda words: " ".join(words),
 )
-def test_cached_and_live_training_end_with_the_same_weights(fresh, backbone: Path, words: tuple[str, ...]) -> None:
+def test_cached_and_live_training_from_the_same_outputs_end_with_the_same_weights(
+    fresh, backbone: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each_alone(monkeypatch)
     teachers = pool(backbone, "minilm", "minilm_3l") if "pool=wkd" in words else []
     words = (*teachers, *words, "student.dropout=0.1")
     cached, one = made(fresh(*words, "cache=on"))
@@ -86,13 +108,9 @@ def test_cached_and_live_training_end_with_the_same_weights(fresh, backbone: Pat
     shutil.rmtree(cached.directory)
     live, other = made(fresh(*words, "cache=off"))
     assert cached.digest == live.digest, "how a teacher is read changes no result"
-    theirs = last_weights(live)
-    assert ours.keys() == theirs.keys()
-    apart = {name: float((ours[name] - theirs[name]).abs().max()) for name in ours}
-    if SGD[0] not in words:
-        # Keys' biases change no attention, so their gradients are rounding alone, which AdamW scales up to its step.
-        apart = {name: largest for name, largest in apart.items() if not name.endswith("self.key.bias")}
-    assert max(apart.values()) <= 1e-6, max(apart, key=lambda name: apart[name])
+    assert all(each["used"] for each in one["cache"].values())
+    assert one["teacher_forward_examples"] < other["teacher_forward_examples"]
+    assert same_weights(ours, last_weights(live))
     for key in ("metrics", "metrics_teacher", "agreement"):
         assert one[key] == other[key], key
 
@@ -114,18 +132,28 @@ def test_the_second_of_a_sweep_does_not_load_the_teacher(fresh, monkeypatch: pyt
         assert result["megabytes"]["minilm"] == first["megabytes"]["minilm"]
 
 
-def test_what_is_read_is_what_the_teacher_says_of_that_example(fresh) -> None:
-    _, live, plain = built(fresh("method=pkd", "cache=off"))
-    _, cached, data = built(fresh("method=pkd", "cache=on"))
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_what_is_read_is_what_the_teacher_says_of_that_example_but_for_rounding(fresh, precision: str) -> None:
+    _, live, plain = built(fresh("method=pkd", "cache=off", f"trainer.precision={precision}"))
+    _, cached, data = built(fresh("method=pkd", "cache=on", f"trainer.precision={precision}"))
     needs = cached.methods["student"].needs()[1][0]
     assert needs.cls
+    kind = torch.float64 if precision == "64-true" else torch.float32
+    live.teachers[0].encoder.to(kind)
+    # Sums of up to 64 products are formed in another order where the shapes of a batch are others, in each of 4 blocks: each
+    # may be off by as many units in the last place as it has products.
+    bound = 4 * 64 * torch.finfo(kind).eps
     for split, asked in (("train", needs), ("validation", Needs()), ("test", Needs())):
         for rows in ([5], [3, 0, 7], list(range(20, 8, -1))):
             expected = live.teachers[0](plain.collate(split)(rows).teachers[0], asked).named()
             found = cached.teachers[0](data.collate(split)(rows).teachers[0], asked).named()
             assert expected.keys() == found.keys()
             for name, tensor in expected.items():
-                assert torch.allclose(tensor, found[name], rtol=0, atol=2e-6), (split, name)
+                assert found[name].dtype == kind
+                size = float(tensor.abs().max())
+                assert torch.allclose(tensor, found[name], rtol=0, atol=bound * size), (split, name)
+                if len(rows) > 1:  # no two examples are as near to each other
+                    assert float((tensor[0] - tensor[1]).abs().max()) > 10 * bound * size
 
 
 def test_what_is_remembered_is_padded_as_the_tokens_are(fresh) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kd.forward.needs import Needs
+from kd.functional.hidden import at_least_float32
 
 
 class UndeclaredRead(RuntimeError):
@@ -89,7 +90,7 @@ class Outputs:
 
     def attention(self, layer: int) -> Tensor:
         """Attention probabilities, (batch, heads, tokens, tokens): softmax of the scores over real tokens, no dropout."""
-        scores = self.scores(layer)
+        scores = at_least_float32(self.scores(layer))
         blocked = ~self.mask[:, None, None, :]
         return scores.masked_fill(blocked, torch.finfo(scores.dtype).min).softmax(dim=-1)
 

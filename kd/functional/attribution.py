@@ -19,7 +19,7 @@ def odds(logits: Tensor) -> list[Tensor]:
     Args:
         logits: (batch, classes).
     """
-    classes = logits.shape[-1]
+    logits, classes = at_least_float32(logits), logits.shape[-1]
     found = []
     for own in range(1 if classes == 2 else classes):
         others = [logits[:, other] for other in range(classes) if other != own]
@@ -43,11 +43,10 @@ def scores(logits: Tensor, target: str = "loss") -> list[Tensor]:
     """
     if target not in TARGETS:
         raise ValueError(f"target '{target}' is not one of {', '.join(TARGETS)}")
-    logits = at_least_float32(logits)
-    return odds(logits) if is_loss(logits, target) else list(logits.unbind(dim=-1))
+    return odds(logits) if _is_loss(logits, target) else list(at_least_float32(logits).unbind(dim=-1))
 
 
-def is_loss(logits: Tensor, target: str) -> bool:
+def _is_loss(logits: Tensor, target: str) -> bool:
     """Whether losses are attributed, and not outputs of the model: of a regression the score is, whatever the target."""
     return target == "loss" and logits.shape[-1] > 1
 
@@ -74,12 +73,12 @@ def attributions(
         (batch, tokens, width, views), for each example and view up to a factor, in float32 at least.
     """
     count = passes[0][0].shape[-1]
-    single = count == 2 and is_loss(passes[0][0], target)
+    single = count == 2 and _is_loss(passes[0][0], target)
     found = [scores(logits.flip(-1) if single and first else logits, target) for logits, _ in passes]
     views = []
     for of_view in zip(*found, strict=True):
         factors = [torch.ones_like(score) for score in of_view]
-        if is_loss(passes[0][0], target):
+        if _is_loss(passes[0][0], target):
             slopes = torch.stack([F.logsigmoid(against) for against in of_view])
             factors = list((slopes - slopes.detach().amax(dim=0)).exp())
         gradients = [

@@ -79,6 +79,7 @@ def mean_over_real(values: Tensor, real: Tensor, padding: str) -> Tensor:
     Raises:
         ValueError: for another word.
     """
+    values = at_least_float32(values)
     if padding == "reference":
         return values.mean()
     if padding != "strict":

@@ -98,7 +98,7 @@ def cost_attention(flow: Tensor, cost: Tensor, mass: Tensor, update: str = "soft
         tau: > 0; a large one evens the masses out. `sum` has no use for it.
 
     Returns:
-        (layers,), positive, adding up to 1, of the type of `mass`; computed in float64.
+        (layers,), positive, adding up to 1, of the type of `mass` or float32 if that is narrower; computed in float64.
 
     Raises:
         ValueError: for another word.
@@ -126,7 +126,7 @@ def shared_cost_attention(
         tau: > 0.
 
     Returns:
-        (layers,), positive, adding up to 1, of the type of the first masses; computed in float64.
+        (layers,), positive, adding up to 1, of the type of the first masses or float32; computed in float64.
 
     Raises:
         ValueError: for another word.
@@ -141,7 +141,7 @@ def shared_cost_attention(
     found = torch.stack([_first_masses(*each, update, tau) for each in transports]).mean(dim=0)
     if update == "softmax2":
         found = found.softmax(dim=0)
-    return found.to(transports[0][2].dtype)
+    return found.to(torch.promote_types(transports[0][2].dtype, torch.float32))
 
 
 def _first_masses(flow: Tensor, cost: Tensor, mass: Tensor, update: str, tau: float) -> Tensor:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from kd.errors import InputError
-from kd.functional.logits import SOFT_LOSSES
+from kd.functional.logits import SOFT_LOSSES, widened
 from kd.methods.base import Method, Step
 from kd.methods.kd import BATCH_MEANS, checked
 from kd.schedules import Staircase
@@ -58,7 +58,7 @@ class AnnealingKD(Method):
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         """The regression of scaled logits."""
-        target = self.factor(step.progress.fraction) * step.teacher.outputs.logits
+        target = self.factor(step.progress.fraction) * widened(step.teacher.outputs.logits)
         return {"logits": step.task.soft(step.student.outputs.logits, target, 1.0, self.loss, self.reduction)}
 
     def describe(self) -> dict[str, str]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kd.errors import one_of
 from kd.forward import Needs
+from kd.functional.logits import widened
 from kd.methods.base import Method, Step
 from kd.methods.kd import checked_temperature
 from kd.models import Encoder, FrozenTeacher
@@ -62,7 +63,7 @@ class Mutual(Method):
         peers = [peer.outputs.logits for peer in step.peers]
         if self.target == "mean":
             # The mean is of tempered probabilities; `soft` divides by the temperature again.
-            peers = [step.task.ensemble([logits / temperature for logits in peers]) * temperature]
+            peers = [step.task.ensemble([widened(logits) / temperature for logits in peers]) * temperature]
         terms = torch.stack([step.task.soft(own, logits, temperature, "kl", "batchmean") for logits in peers])
         return {**self.inner.terms(step), "mutual": terms.sum() if self.target == "sum" else terms.mean()}
 

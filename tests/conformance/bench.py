@@ -124,9 +124,19 @@ class Bench:
         dropout: of the students.
         seed: of the weights.
         more: further overrides.
+        double: everything in float64, so that two ways to compute one thing, whose sums have another order, agree to far
+            below any mistake, whatever a machine's instructions and libraries.
     """
 
-    def __init__(self, case: str, same: bool = False, dropout: float = 0.0, seed: int = 0, more: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        case: str,
+        same: bool = False,
+        dropout: float = 0.0,
+        seed: int = 0,
+        more: Sequence[str] = (),
+        double: bool = False,
+    ) -> None:
         spec = typed(configured(case, more))
         self.weights = spec.method["weights"]
         names, online = list(spec.teacher), spec.cohort.teacher == "online"
@@ -157,6 +167,8 @@ class Bench:
             weights=weights,
             optimizer=optimizer,
         )
+        if double:
+            self.engine.double()  # which takes its frozen teachers along
         self.engine.train()
         self.counts = {"teachers": len(names), "students": count}
 
@@ -278,7 +290,7 @@ def save_two_rank_updates(rank: int, world: int, port: int, folder: Path) -> Non
 
     found = {}
     for name, more, count in two_rank_cases():
-        bench = Bench(name, more=more)
+        bench = Bench(name, more=more, double=True)
         optimizer = bench.engine.optimizer_factory.optimizer(bench.engine)
         wrapped = DistributedDataParallel(Stepper(bench.engine))
         whole, sampler = bench.batch(count), LengthBatches([9] * count, count, None, rank, world)

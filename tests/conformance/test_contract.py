@@ -32,6 +32,10 @@ from kd.methods.base import Progress, needs_of_teachers
 pytestmark = pytest.mark.parametrize("name", CASES)
 
 
+SUMS = 1e-9
+"""Beyond rounding in float64: terms are of a size of 1 to 1e3, sums of 1e4 products at most; 1e3 * 1e4 * 1e-16 is 1e-9."""
+
+
 def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float) -> None:
     assert one.keys() == other.keys()
     for term in one:
@@ -105,9 +109,9 @@ def test_every_declared_need_is_used_and_nothing_else_is_kept(name: str, monkeyp
 
 
 def test_padding_changes_no_term(name: str) -> None:
-    bench = Bench(name)
+    bench = Bench(name, double=True)
     batch = bench.batch()
-    close(bench.terms(batch), bench.terms(more_padding(batch)), 1e-5)
+    close(bench.terms(batch), bench.terms(more_padding(batch)), SUMS)
 
 
 def test_a_student_that_equals_its_teachers_and_peers_is_at_every_minimum(name: str) -> None:
@@ -133,10 +137,10 @@ def test_a_student_that_equals_its_teachers_and_peers_is_at_every_minimum(name: 
 
 
 def test_order_of_the_batch_changes_no_term(name: str) -> None:
-    bench = Bench(name)
+    bench = Bench(name, double=True)
     batch = bench.batch()
     shuffled = take(batch, torch.randperm(len(batch), generator=torch.Generator().manual_seed(1)))
-    close(bench.terms(batch), bench.terms(shuffled), 1e-6)
+    close(bench.terms(batch), bench.terms(shuffled), SUMS)
 
 
 def test_checkpoint_holds_no_frozen_teacher_and_restores_the_next_loss(name: str) -> None:
@@ -172,7 +176,7 @@ def test_teachers_stay_in_eval_mode_and_dropout_does_not_reach_them(name: str) -
 
 
 def test_a_remembered_teacher_is_as_good_as_one_that_runs(name: str, tmp_path: Path) -> None:
-    live, remembered = Bench(name, dropout=0.1), Bench(name, dropout=0.1)
+    live, remembered = (Bench(name, dropout=0.1, double=True) for _ in range(2))
     needs = needs_of_teachers(live.methods.values(), len(live.teachers))
     if any(need.live or need.gradient for need in needs):  # it says so, and the command runs its teachers at every step
         run, data = SimpleNamespace(spec=SimpleNamespace(cache="on")), SimpleNamespace(changes="")
@@ -189,7 +193,8 @@ def test_a_remembered_teacher_is_as_good_as_one_that_runs(name: str, tmp_path: P
     for key, gradient in gradients[0].items():
         assert (gradient is None) == (gradients[1][key] is None), key
         if gradient is not None:
-            assert torch.allclose(gradient, gradients[1][key], rtol=0, atol=1e-6), key
+            # What is said of padding is not kept; that zeros stand there in its place may change the order of a sum alone.
+            assert torch.allclose(gradient, gradients[1][key], rtol=0, atol=SUMS), key
 
 
 def test_step_in_bf16_autocast_is_finite(name: str) -> None:
@@ -228,15 +233,14 @@ def test_two_ranks_with_their_shares_equal_one_with_the_whole(name: str, two_ran
     for method, more, count in two_rank_cases():
         if method != name:
             continue
-        case, bench = case_name(method, more, count), Bench(name, more=more)
+        case, bench = case_name(method, more, count), Bench(name, more=more, double=True)
         before = copy.deepcopy(bench.engine.state_dict())
         bench.update(bench.batch(count))
         moved = 0.0
         for key, tensor in bench.engine.state_dict().items():
             one, other = (rank[case][key] for rank in two_ranks)
             assert torch.equal(one, other), f"{case}, {key}: the ranks drifted apart"
-            # float32 sums in another order: a few units in the last place of the largest update
             step = float((tensor - before[key]).abs().max())
-            assert float((one - tensor).abs().max()) <= 1e-6 * max(1.0, step), f"{case}, {key}"
+            assert float((one - tensor).abs().max()) <= SUMS * max(1.0, step), f"{case}, {key}"
             moved = max(moved, step)
         assert moved > 1e-4

@@ -1,0 +1,264 @@
+"""Every function of `kd.functional` over the range and the precisions that models show it, beside float64."""
+
+import contextlib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import kd.functional
+from kd.functional import attention, attribution, hidden, logits, transport
+from kd.functional.hidden import PADDING
+
+Call = tuple[Callable[..., Tensor], list[Tensor]]
+"""A function of tensors, and the tensors, in float64; gradients are taken with respect to the first."""
+HALF = (torch.float16, torch.bfloat16)
+PRECISIONS = [
+    (torch.float32, None),
+    *((kind, None) for kind in HALF),
+    *((torch.float32, kind) for kind in HALF),
+    *((k, k) for k in HALF),
+]
+"""The type of the inputs, and that of autocast around the function."""
+UNITS = 32
+"""Units in float32's last place that a result may be off by: sums here have at most a few hundred terms of one size, whose
+roundings add up like the root of their number, and a handful of operations follow one another."""
+
+
+@dataclass
+class Situation:
+    """What inputs look like.
+
+    Attributes:
+        examples: in the batch.
+        lengths: real tokens of the first examples; the others have all six.
+        size: of logits.
+        scores: size of attention scores.
+        certain: one class has all the probability, and one key of each row.
+        equal: the teacher shows what the student shows.
+    """
+
+    examples: int = 3
+    lengths: tuple[int, ...] = (6, 4, 2)
+    size: float = 2.0
+    scores: float = 2.0
+    certain: bool = False
+    equal: bool = False
+    classes: int = 3
+
+    def draw(self, *shape: int, size: float, certain: bool | None = None) -> list[Tensor]:
+        """The student's and the teacher's tensors of a shape; of this size, or with one entry of it in the last axis."""
+        generator = torch.Generator().manual_seed(len(shape) + self.examples)
+        found = [torch.randn(self.examples, *shape, generator=generator, dtype=torch.float64) for _ in range(2)]
+        if self.certain if certain is None else certain:
+            found = [size * (tensor == tensor.amax(dim=-1, keepdim=True)) for tensor in found]
+        else:
+            found = [size * tensor / tensor.abs().max() for tensor in found]
+        return [found[0], found[0].clone()] if self.equal else [tensor.double() for tensor in found]
+
+    @property
+    def mask(self) -> Tensor:
+        """(examples, 6)."""
+        return torch.arange(6) < torch.tensor((*self.lengths, 6, 6, 6)[: self.examples])[:, None]
+
+    def logits(self) -> list[Tensor]:
+        return self.draw(self.classes, size=self.size)
+
+    def attention(self) -> list[Tensor]:
+        return self.draw(2, 6, 6, size=self.scores)
+
+    def states(self, *shape: int) -> list[Tensor]:
+        return self.draw(*shape, size=min(self.size, 300.0), certain=False)
+
+
+SITUATIONS = {
+    "ordinary": Situation(),
+    "large": Situation(size=1e4, scores=3e3),
+    "certain": Situation(size=1e4, scores=3e3, certain=True),
+    "sure of two": Situation(size=30.0, scores=30.0, certain=True, classes=2),
+    "equal": Situation(equal=True),
+    "equal and large": Situation(size=1e4, scores=3e3, equal=True),
+    "one real token": Situation(lengths=(1, 1, 1), size=1e4, scores=3e3),
+    "one example": Situation(examples=1, size=1e4, scores=3e3),
+    "one example of one token": Situation(examples=1, lengths=(1,)),
+}
+
+
+def attention_errors(function: Callable[..., Tensor], s: Situation, distributions: bool = False) -> Iterator[Call]:
+    inputs = s.attention()
+    if distributions:
+        inputs = [scores.masked_fill(~s.mask[:, None, None], -1e9).softmax(dim=-1) for scores in inputs]
+    for padding in PADDING:
+        yield lambda *maps, padding=padding: function(*maps, s.mask, padding=padding), inputs
+
+
+def divergences(s: Situation) -> Iterator[Call]:
+    for direction in attention.DIRECTIONS:
+        for padding in PADDING:
+            yield lambda *m, d=direction, p=padding: attention.attention_divergence(*m, s.mask, d, p), s.attention()
+
+
+def means_of_distributions(s: Situation) -> Iterator[Call]:
+    real = s.mask[:, None, None]  # elsewhere is the lowest number of a type
+    yield lambda *scores: attention.mean_distribution(scores, s.mask).masked_fill(~real, 0.0), s.attention()
+
+
+def soft_losses(function: Callable[..., Tensor], s: Situation) -> Iterator[Call]:
+    for temperature in (1.0, 4.0):
+        for reduction in logits.REDUCTIONS:
+            # T squared multiplies rounding too, so it is divided out again
+            yield lambda *each, t=temperature, r=reduction: function(*each, t, r) / t**2, s.logits()
+
+
+def maps_of(states: Tensor, s: Situation, target: str, steps: int) -> Tensor:
+    """Attributions of logits that are a fixed function of the states."""
+    states = states.detach().requires_grad_()
+    inner = torch.linspace(-1, 1, 4 * s.classes).view(4, s.classes).double() * s.size / 4
+    passes = []
+    with torch.autocast("cpu", enabled=False):  # the model's own arithmetic is not what is looked at
+        for step in range(1, steps + 1):
+            at = states if step == steps else states * (step / steps)
+            found = (at.double().tanh() @ inner).mean(dim=1)
+            passes.append((found.to(torch.promote_types(states.dtype, torch.float32)), at))
+    return attribution.attributions(passes, target)
+
+
+def attributions(s: Situation) -> Iterator[Call]:
+    for target in attribution.TARGETS:
+        # one pass: of several the weights are exponentials of the model's logits, and as exact as these (test_attribution)
+        yield lambda states, t=target: maps_of(states, s, t, 1), s.states(6, 4)[:1]
+
+
+def map_errors(s: Situation) -> Iterator[Call]:
+    inputs = [maps.abs() * s.mask[..., None] for maps in s.states(6, 3)]
+    for distance in attribution.DISTANCES:
+        for reduction in attribution.REDUCTIONS:
+            if reduction != "norm" or distance == "l2":
+                yield lambda *m, d=distance, r=reduction: attribution.map_error(*m, s.mask, d, 2.0, r), inputs
+
+
+def patiences(s: Situation) -> Iterator[Call]:
+    for normalize in (True, False):
+        for reduction in hidden.REDUCTIONS:
+            yield lambda *states, n=normalize, r=reduction: hidden.patience(*states, n, r), s.states(2, 8)
+
+
+def token_errors(s: Situation) -> Iterator[Call]:
+    for padding in PADDING:
+        yield lambda *states, p=padding: hidden.token_error(*states, s.mask, p), s.states(6, 8)
+
+
+def means(s: Situation) -> Iterator[Call]:
+    for padding in PADDING:
+        yield lambda values, p=padding: hidden.mean_over_real(values, s.mask, p), s.draw(6, size=s.size, certain=False)[:1]
+
+
+def transports(s: Situation) -> tuple[Tensor, Tensor, Tensor]:
+    cost = s.draw(4, size=s.size, certain=False)[0].abs()
+    return (
+        transport.plan(cost, *(torch.full((n,), 1 / n).double() for n in cost.shape)),
+        cost,
+        torch.full((len(cost),), 1 / len(cost)),
+    )
+
+
+def masses(s: Situation) -> Iterator[Call]:
+    flow, cost, mass = transports(s)
+    for update in transport.UPDATES:
+        # the unit costs are rounded as the inputs are, and `softmax` takes exponentials of their inverses
+        yield lambda f, c, m, u=update: transport.cost_attention(f, c, m, u, tau=10.0), [flow, cost, mass]
+        yield lambda f, c, m, u=update: transport.shared_cost_attention([(f, c, m)] * 2, u, 10.0), [flow, cost, mass]
+
+
+def plans(s: Situation) -> Iterator[Call]:
+    equal = [torch.full((n,), 1 / n).double() for n in (s.examples, 4)]
+    yield lambda cost: (transport.plan(cost, *equal).double() * cost.double()).sum(), [transports(s)[1]]
+
+
+INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
+    "attention.score_error": lambda s: attention_errors(attention.score_error, s),
+    "attention.probability_error": lambda s: attention_errors(attention.probability_error, s, distributions=True),
+    "attention.attention_divergence": divergences,
+    "attention.mean_distribution": means_of_distributions,
+    "attribution.odds": lambda s: iter([(lambda z: torch.stack(attribution.odds(z)), s.logits()[:1])]),
+    "attribution.scores": lambda s: iter([(lambda z: torch.stack(attribution.scores(z)), s.logits()[:1])]),
+    "attribution.attributions": attributions,
+    "attribution.token_maps": lambda s: iter([(lambda a: attribution.token_maps(a, 3), s.states(6, 4, 2)[:1])]),
+    "attribution.map_error": map_errors,
+    "hidden.patience": patiences,
+    "hidden.token_error": token_errors,
+    "hidden.mean_over_real": means,
+    "hidden.unit": lambda s: iter([(hidden.unit, s.states(8)[:1])]),
+    "hidden.at_least_float32": lambda s: iter([(hidden.at_least_float32, s.states(8)[:1])]),
+    "logits.widened": lambda s: iter([(logits.widened, s.logits()[:1])]),
+    "logits.kl_divergence": lambda s: soft_losses(logits.kl_divergence, s),
+    "logits.soft_cross_entropy": lambda s: soft_losses(logits.soft_cross_entropy, s),
+    "logits.squared_error": lambda s: iter(
+        [(lambda *z, r=r: logits.squared_error(*z, r), s.logits()) for r in logits.REDUCTIONS]
+    ),
+    "transport.plan": plans,
+    "transport.cost_attention": masses,
+    "transport.shared_cost_attention": masses,
+}
+"""What each function of tensors is called with."""
+ROUNDED = ("attribution.attributions",)
+"""Whose values are made of gradients, which a model gives in the type of its states."""
+
+
+def functions() -> list[str]:
+    """Every public function of `kd.functional` that takes tensors."""
+    names = []
+    for module in pkgutil.iter_modules(kd.functional.__path__):
+        found = importlib.import_module(f"kd.functional.{module.name}")
+        for name, function in inspect.getmembers(found, inspect.isfunction):
+            kinds = [str(parameter.annotation) for parameter in inspect.signature(function).parameters.values()]
+            if function.__module__ == found.__name__ and not name.startswith("_") and any("Tensor" in kind for kind in kinds):
+                names.append(f"{module.name}.{name}")
+    return names
+
+
+def evaluated(function: Callable[..., Tensor], tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Value, and gradient of its sum by the first tensor, where there is one."""
+    first = tensors[0].detach().requires_grad_()
+    value = function(first, *tensors[1:])
+    if not value.requires_grad:
+        return value.detach(), None
+    (gradient,) = torch.autograd.grad(value.sum(), first, allow_unused=True)
+    return value.detach(), gradient
+
+
+def near(found: Tensor, exact: Tensor, inputs: list[Tensor], kind: torch.dtype, rounded: bool) -> None:
+    assert found.isfinite().all()
+    unit = torch.finfo(torch.float32).eps
+    largest = max([float(tensor.abs().max()) for tensor in inputs if tensor.is_floating_point()] + [1.0])
+    # A gradient is returned in the type of its input: a unit of that, and its smallest number, come on top.
+    rounding = torch.finfo(kind).eps if rounded or found.dtype in HALF else 0.0
+    smallest = torch.finfo(found.dtype).smallest_normal if found.dtype in HALF else 0.0
+    # Exponentials of differences are as exact as the differences, which have units of the largest input.
+    atol = UNITS * unit * largest * max(1.0, float(exact.abs().max()) / largest) + smallest
+    torch.testing.assert_close(found.double(), exact.double(), rtol=rounding + UNITS * unit, atol=atol)
+
+
+def test_every_function_of_tensors_has_inputs_here() -> None:
+    assert sorted(INPUTS) == sorted(functions())
+
+
+@pytest.mark.parametrize("name", sorted(INPUTS))
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_values_and_gradients_are_finite_and_near_those_of_float64(name: str, situation: str) -> None:
+    for function, drawn in INPUTS[name](SITUATIONS[situation]):
+        for kind, mixed in PRECISIONS:
+            tensors = [tensor.to(kind) for tensor in drawn]
+            exact, slope = evaluated(function, [tensor.double() for tensor in tensors])
+            with torch.autocast("cpu", dtype=mixed) if mixed else contextlib.nullcontext():
+                value, gradient = evaluated(function, tensors)
+            assert value.dtype in (torch.float32, torch.float64), "a result is not returned in half precision"
+            near(value, exact, tensors, kind, name in ROUNDED)
+            assert (gradient is None) == (slope is None)
+            if gradient is not None and slope is not None:
+                near(gradient, slope, tensors, kind, name in ROUNDED)
