@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from kd.engines.base import Engine
 from kd.errors import InputError, one_of
 from kd.functional.policy import best, rank_probabilities
 from kd.loggers import check_logger
-from kd.make import build_method, build_optimizer, make
+from kd.make import arguments_of, build_method, build_optimizer, logger_maker
 from kd.methods.base import Method, needs_of_teachers
 from kd.models import Encoder, FrozenTeacher
 from kd.models.compiled import check_compiler
@@ -52,6 +53,7 @@ from kd.runs import Run
 from kd.schedules import Schedule
 from kd.schema import RunSpec, StudentSpec, TeacherSpec
 from kd.surgeries import check_vocabularies, operate, surgeries
+from kd.values import locate, one_line, subclass_of
 
 DATA: Mapping[str, type[KDData]] = {"classifier": KDData, "masked_lm": MaskedData}
 """What makes batches for a head of `kd.models.heads.HEADS`."""
@@ -133,7 +135,7 @@ def build_teachers(run: Run, task: Task, meta: bool) -> list[FrozenTeacher]:
                 columns = teacher_columns(task, teacher_labels(config, spec, name), f"teacher.{name}.labels")
                 check_outputs(config, task, spec.model, key)
         elif meta:  # it has yet to be made: the shape that it will have
-            with keys_of(f"teacher {name}", run.spec):
+            with keys_of(f"teacher {name}", run.spec, run.config):
                 config = student_config(
                     made.spec.student, backbone_of(made.spec)[0], task.labels, "student.backbone", task.head
                 )
@@ -157,7 +159,7 @@ def build_online(run: Run, task: Task, meta: bool) -> Encoder | None:
     if run.spec.cohort.teacher != "online":
         return None
     ((name, teacher),) = run.spec.teacher.items()
-    with keys_of(f"teacher {name}", run.spec):
+    with keys_of(f"teacher {name}", run.spec, run.config):
         spec = typed(teacher_config(run.config, run.spec, name, teacher))
         backbone, key = backbone_of(spec)
         torch.manual_seed(spec.seed)
@@ -358,19 +360,23 @@ def build_engine(run: Run, models: Models, task: Task) -> Engine:
         InputError: for an engine that does not fit the students, or that cannot do what the trainer is asked for.
     """
     trainer = run.spec.trainer
-    maker = make({**run.spec.engine, "_partial_": True}, "engine")
+    given: dict[str, Any] = {
+        "students": models.students,
+        "methods": models.methods,
+        "teachers": models.teachers,
+        "online": models.online,
+        "task": task,
+        "weights": models.weights,
+        "optimizer": build_optimizer(run.spec),
+        "seed": run.spec.seed,
+        "clip": trainer.clip,
+    }
+    if taken := [name for name in run.spec.engine if name in given]:
+        raise InputError(f"engine.{taken[0]} follows from the rest of the configuration", f"engine.{taken[0]}")
+    target = locate(run.spec.engine, "engine", subclass_of(Engine), "an engine: a class of kd.engines.base.Engine")
+    options = arguments_of(target, run.spec.engine, "engine")
     try:
-        engine: Engine = maker(
-            students=models.students,
-            methods=models.methods,
-            teachers=models.teachers,
-            online=models.online,
-            task=task,
-            weights=models.weights,
-            optimizer=build_optimizer(run.spec),
-            seed=run.spec.seed,
-            clip=trainer.clip,
-        )
+        engine: Engine = target(**given, **options)
     except TypeError as error:
         raise InputError(f"the engine cannot be made: {error}", "engine") from error
     if not engine.automatic_optimization:  # it steps the optimiser itself, batch by batch
@@ -381,6 +387,67 @@ def build_engine(run: Run, models: Models, task: Task) -> Engine:
     return engine
 
 
+def check_optimizer_steps(spec: RunSpec) -> None:
+    """Make the optimiser and one step with it, on a layer that is thrown away.
+
+    Raises:
+        InputError: for arguments that it does not take, or that make a step of something else than numbers.
+    """
+    key, layer = "optimizer.factory", torch.nn.Linear(2, 2)
+    factory = build_optimizer(spec)
+    try:
+        optimizer = factory.optimizer(layer)
+        layer(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    except Exception as error:  # torch raises a dozen kinds for arguments of another type
+        raise InputError(f"the optimiser cannot be made: {one_line(error)}", key) from error
+    if not all(parameter.isfinite().all() for parameter in layer.parameters()):
+        raise InputError("a step of the optimiser makes weights that are not finite", key)
+
+
+def check_memory(spec: RunSpec, models: Models) -> None:
+    """Compare what training cannot do without, weights and gradients in float32, with the memory of the machine.
+
+    Raises:
+        InputError: if it is more; what else training takes, as an optimiser's state, comes on top.
+    """
+    count = sum(student.parameter_count() for student in models.students.values())
+    if spec.trainer.accelerator == "gpu" and torch.cuda.is_available():
+        memory, whose = torch.cuda.get_device_properties(0).total_memory, "accelerator"
+    elif hasattr(os, "sysconf"):
+        memory, whose = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "machine"
+    else:
+        return
+    if 8 * count > memory:
+        sizes = [name for name in ("width", "intermediate", "layers") if getattr(spec.student, name) is not None]
+        key = "cohort.students" if len(models.students) > 1 else f"student.{sizes[0]}" if sizes else "student"
+        raise InputError(
+            f"{count:,} parameters take {8 * count / 1e9:,.0f} GB for weights and gradients alone, and the {whose} has "
+            f"{memory / 1e9:,.0f}; use a smaller student",
+            key,
+        )
+
+
+def check_arguments(run: Run) -> None:
+    """Check whatever needs neither data nor models: methods, schedules, surgeries, optimisers, loggers of a run and its inputs.
+
+    Raises:
+        InputError: naming the argument that cannot work.
+    """
+    spec = run.spec
+    chances = [1 / max(len(spec.teacher), 1)] * len(spec.teacher)
+    build_method(spec.method, spec.pool, spec.cohort, chances)
+    surgeries(spec)
+    locate(spec.engine, "engine", subclass_of(Engine), "an engine: a class of kd.engines.base.Engine")
+    check_optimizer_steps(spec)
+    if spec.logger.extra:
+        logger_maker(spec)
+    for role, needed in run.inputs.items():
+        if needed.result is None:
+            with keys_of(role, run.spec, run.config):
+                check_arguments(needed)
+
+
 def check(run: Run, examples: Examples) -> None:
     """Build a run with shapes in place of weights, so that what cannot work is found before anything is paid for.
 
@@ -389,7 +456,7 @@ def check(run: Run, examples: Examples) -> None:
     """
     for role, needed in run.inputs.items():
         if role.startswith("pilot "):  # all of them hold out the same examples
-            with keys_of(role, run.spec):
+            with keys_of(role, run.spec, run.config):
                 build_examples(needed)
             break
     check_logger(run.spec.logger.extra)
@@ -399,11 +466,9 @@ def check(run: Run, examples: Examples) -> None:
     for surgery in surgeries(run.spec).values():
         if hasattr(surgery, "rehearse"):
             surgery.rehearse(models.student.tokenizer, texts)
+    check_memory(run.spec, models)
     build_engine(run, models, examples.task)
-    try:
-        build_optimizer(run.spec).optimizer(torch.nn.Linear(2, 2))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"the optimiser cannot be made: {error}", "optimizer.factory") from error
+    check_optimizer_steps(run.spec)
     if run.spec.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         raise InputError("there is no GPU that torch can use here; use trainer=cpu", "trainer")
     if run.spec.trainer.compile:

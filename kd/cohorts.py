@@ -9,7 +9,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kd import config as composition
 from kd.errors import InputError, one_of
-from kd.schema import RunSpec, StudentSpec
+from kd.schema import RunSpec, StudentSpec, check_student
+from kd.stages import nested
+from kd.values import shown
 
 
 def check_cohort(spec: RunSpec) -> None:
@@ -49,7 +51,7 @@ def check_cohort(spec: RunSpec) -> None:
                 "student.init_from",
             )
         ((name, teacher),) = spec.teacher.items()
-        begins = teacher.run.get("student", {}).get("init", "first")
+        begins = nested(teacher.run, "student.init") or "first"
         if begins in WHOLE or teacher.run.get("surgery"):
             raise InputError(
                 f"a teacher that is trained online begins from layers of its backbone or at random, not from a {begins}",
@@ -75,6 +77,10 @@ def cohort_identity(spec: RunSpec) -> dict[str, Any]:
     return {**asdict(spec.cohort), "students": students}
 
 
+MOST_STUDENTS = 64
+"""Of a cohort; a run holds all of them in memory."""
+
+
 def students_of(spec: RunSpec) -> dict[str, StudentSpec]:
     """Name -> student, for every student of the cohort; the first one's seed is the run's.
 
@@ -85,12 +91,15 @@ def students_of(spec: RunSpec) -> dict[str, StudentSpec]:
         InputError: for something else.
     """
     given = spec.cohort.students
+    count = len(given) if isinstance(given, list) else given
+    if isinstance(count, int) and not isinstance(count, bool) and count > MOST_STUDENTS:
+        raise InputError(f"cohort.students: {shown(count)} students are more than {MOST_STUDENTS}", "cohort.students")
     if isinstance(given, int) and not isinstance(given, bool):
         entries: list[Any] = [{}] * given
     elif isinstance(given, list):
         entries = given
     else:
-        raise InputError(f"cohort.students={given} is neither a number nor a list of students", "cohort.students")
+        raise InputError(f"cohort.students={shown(given)} is neither a number nor a list of students", "cohort.students")
     if not entries:
         raise InputError(f"cohort.students={given} leaves nobody to train", "cohort.students")
     found: dict[str, StudentSpec] = {}
@@ -125,6 +134,7 @@ def varied(student: StudentSpec, entry: Any, changes: Any) -> StudentSpec:
     except OmegaConfBaseException as error:
         raise InputError(f"cohort.students: '{entry}': {str(error).splitlines()[0]}", "cohort.students") from error
     assert isinstance(merged, StudentSpec)
+    check_sizes(merged, entry)
     if not isinstance(merged.name, str) or not re.fullmatch(r"[\w-][\w.-]*", merged.name) or merged.name in RESERVED:
         raise InputError(
             f"cohort.students: the name '{merged.name}' is part of a folder's: letters, digits, '.', '_' and '-', and not "
@@ -136,6 +146,18 @@ def varied(student: StudentSpec, entry: Any, changes: Any) -> StudentSpec:
     if changes and student.init in WHOLE:
         raise InputError(f"students that begin from one {student.init} are all alike: cohort.students=2", "cohort.students")
     return merged
+
+
+def check_sizes(student: StudentSpec, entry: Any) -> None:
+    """Check the numbers of a student of a cohort.
+
+    Raises:
+        InputError: for one out of its range.
+    """
+    try:
+        check_student(student)
+    except InputError as error:
+        raise InputError(f"cohort.students: '{shown(entry)}': {error.message}", "cohort.students") from error
 
 
 def known_student(name: str) -> bool:

@@ -30,7 +30,7 @@ from kd.evaluate import LATENCY_MEASURE, Evaluation, baseline, evaluate, folder_
 from kd.export import TOLERANCE, export, largest_difference, model_card, origin
 from kd.hardware import git, hardware, keep_memory, versions
 from kd.loggers import History, close_wandb
-from kd.make import make
+from kd.make import logger_maker
 from kd.models import Encoder, FrozenTeacher
 from kd.models.heads import HEADS
 from kd.preflight import preflight
@@ -180,7 +180,7 @@ def build_trainer(
     loggers: list[Any] = [History(run.directory / "metrics.csv", step)]
     if run.spec.logger.extra and distributed.is_first():
         container = OmegaConf.to_container(run.config, resolve=True)
-        loggers.append(make(run.spec.logger.extra, "logger")(folder=run.directory, name=run.name, config=container))
+        loggers.append(logger_maker(run.spec)(folder=run.directory, name=run.name, config=container))
     return pl.Trainer(
         accelerator=spec.accelerator,
         devices=distributed.local_world() if distributed.world() > 1 else spec.devices,

@@ -136,6 +136,12 @@ def versions(more: Sequence[str] = ()) -> dict[str, str]:
     return found
 
 
+def version_line() -> str:
+    """Version of kd and of what decides its results, as `--version` prints them."""
+    found = versions()
+    return " ".join(f"{name} {found[name]}" for name in ("kd", "python", "torch", "lightning", "transformers", "hydra-core"))
+
+
 def git() -> dict[str, Any] | None:
     """Commit of the checkout that kd runs from, and whether it has changes; None for an installed wheel."""
     folder = Path(__file__).parent.parent

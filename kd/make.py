@@ -1,33 +1,103 @@
-"""Nodes of a configuration to objects."""
+"""Nodes of a configuration to objects.
 
-import math
-from collections.abc import Mapping, Sequence
+A node names its class as `_target_`. Where it stands decides what it may name: a method, a schedule, an optimiser. The name is
+looked up, and the class compared with what its place expects, before anything is called.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
+from torch.optim import Optimizer
 
 from kd.engines.base import check_weights
 from kd.errors import InputError
+from kd.loggers import wandb_logger
 from kd.methods.base import Method
 from kd.optimizers import OptimizerFactory
-from kd.schedules import Schedule, as_schedule
+from kd.schedules import Schedule, ScheduleNode, as_schedule, extremes
 from kd.schema import CohortSpec, PoolSpec, RunSpec
+from kd.values import TINY, locate, number, one_line, shown, subclass_of, switch
+
+TRUTHS = ("<class 'bool'>", "bool", "bool | None", "typing.Optional[bool]")
+"""How the annotation of a truth value reads."""
 
 
-def make(node: Mapping[str, Any], key: str, **extra: Any) -> Any:
-    """Instantiate a `_target_` node.
+def make(target: Callable[..., Any], node: Mapping[str, Any], key: str, *given: Any) -> Any:
+    """What a class makes of the arguments of a node. Schedules among them are made first.
+
+    Args:
+        target: found by `locate`.
+        node: arguments by name.
+        key: where it stands.
+        given: arguments that come before those of the node.
 
     Raises:
-        InputError: for a class that does not exist, or arguments that it does not take.
+        InputError: for arguments that it does not take.
     """
+    arguments = arguments_of(target, node, key, len(given))
     try:
-        return instantiate(dict(node), _convert_="all", **extra)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, InputError):
-            raise error.__cause__ from error
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise InputError(f"{node.get('_target_')} cannot be made: {cause}", key) from error
+        return target(*given, **arguments)
+    except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
+        raise InputError(f"{node.get('_target_')} cannot be made: {one_line(error)}", key) from error
+
+
+def arguments_of(target: Callable[..., Any], node: Mapping[str, Any], key: str, given: int = 0) -> dict[str, Any]:
+    """Arguments of a node, with schedules made of the nodes among them.
+
+    Raises:
+        InputError: naming an argument that the class does not take, or that holds a node of anything but a schedule.
+    """
+    arguments = {}
+    try:
+        parameters = list(inspect.signature(target).parameters.values())[given:]
+    except (TypeError, ValueError):
+        parameters = None
+    names = [each.name for each in parameters or [] if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    hints = {each.name: each.annotation for each in parameters or []}
+    any_name = parameters is None or any(each.kind is each.VAR_KEYWORD for each in parameters)
+    for name, value in node.items():
+        if name in ("_target_", "_partial_"):
+            continue
+        where = f"{key}.{name}"
+        if name not in names and not any_name:
+            known = f"it takes {', '.join(names)}" if names else "it takes none"
+            raise InputError(f"{getattr(target, '__name__', target)} takes no argument '{name}'; {known}", where)
+        if value is not None and str(hints.get(name)) in TRUTHS:
+            switch(value, where)
+        arguments[name] = made_schedules(value, where)
+    return arguments
+
+
+def made_schedules(value: Any, key: str) -> Any:
+    """A value with schedules in place of their nodes.
+
+    Raises:
+        InputError: for a node of anything else.
+    """
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            return make_schedule(value, key)
+        return {name: made_schedules(inner, f"{key}.{name}") for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [made_schedules(inner, key) for inner in value]
+    return value
+
+
+def make_schedule(node: Mapping[str, Any], key: str) -> Any:
+    """A schedule of its node.
+
+    Raises:
+        InputError: for another class, or arguments that it does not take.
+    """
+    schedule = "a schedule, as kd.schedules.Linear: a class that inherits from kd.schedules.ScheduleNode"
+    target = locate(node, key, subclass_of(ScheduleNode), schedule)
+    try:
+        return make(target, node, key)
+    except InputError as error:  # the key is the schedule's: its arguments make sense together
+        raise InputError(error.message, key) from error
 
 
 def build_method(
@@ -44,47 +114,42 @@ def build_method(
     Raises:
         InputError: for an unknown argument, or weights and terms that do not match.
     """
+    is_method = subclass_of(Method)
     arguments = {name: value for name, value in node.items() if name not in ("name", "weights", "before")}
-    method: Method = make(arguments, "method")
-    if not isinstance(method, Method):
-        raise InputError(f"{node.get('_target_')} is not a Method", "method._target_")
+    method: Method = make(locate(node, "method", is_method, "a Method"), arguments, "method")
     if pool is not None and pool.wrapper is not None:
-        method = called(make({**pool.wrapper, "_partial_": True}, "pool.wrapper"), method, chances, key="pool.wrapper")
+        wrapper = locate(pool.wrapper, "pool.wrapper", is_method, "a Method")
+        method = make(wrapper, pool.wrapper, "pool.wrapper", method, chances)
     if cohort is not None and cohort.peers is not None:
-        method = called(make({**cohort.peers, "_partial_": True}, "cohort.peers"), method, key="cohort.peers")
-    weights = node.get("weights", {})
+        peers = locate(cohort.peers, "cohort.peers", is_method, "a Method")
+        method = make(peers, cohort.peers, "cohort.peers", method)
+    weights = node.get("weights")
     if not isinstance(weights, Mapping):
-        raise InputError(f"method.weights={weights!r} is not a mapping of terms to numbers", "method.weights")
+        raise InputError(f"method.weights={shown(weights)} is not a mapping of terms to numbers", "method.weights")
     check_weights(method.names, weights)
-    return method, {name: build_schedule(value, f"method.weights.{name}") for name, value in weights.items()}
+    schedules = {name: build_schedule(value, f"method.weights.{name}") for name, value in weights.items()}
+    if not any(any(extremes(schedule)) for schedule in schedules.values()):
+        raise InputError("all weights are zero throughout training, so nothing would be learnt", "method.weights")
+    return method, schedules
 
 
-def called(maker: Any, *arguments: Any, key: str) -> Any:
-    """What a partial makes of these arguments.
-
-    Raises:
-        InputError: for options that it does not take.
-    """
-    try:
-        return maker(*arguments)
-    except TypeError as error:
-        raise InputError(f"{maker.func.__name__} cannot be made: {error}", key) from error
+LARGEST_WEIGHT = 1e9
+"""Of a term. The largest that is published for any method here is 1000; float32 ends at 3e38."""
 
 
 def build_schedule(value: Any, key: str) -> Schedule:
-    """A number, or a node of `kd.schedules`, as a schedule.
+    """A weight, a number or a node of `kd.schedules`, as a schedule.
 
     Raises:
-        InputError: for anything else.
+        InputError: for anything else, or a number that no weight can be.
     """
-    made = make(value, key) if isinstance(value, Mapping) else value
+    made = make_schedule(value, key) if isinstance(value, Mapping) else value
     try:
         schedule = as_schedule(made)
-        finite = all(math.isfinite(schedule(step / 100)) for step in range(101))
     except (TypeError, ValueError) as error:
-        raise InputError(f"{key}={value!r} is neither a number nor a schedule of numbers", key) from error
-    if not finite:
-        raise InputError(f"{key}={value!r} is not finite throughout training", key)
+        raise InputError(f"{key}={shown(value)} is neither a finite number nor a schedule of such", key) from error
+    for weight in extremes(schedule):
+        number(weight, key, TINY, LARGEST_WEIGHT, zero=True)
     return schedule
 
 
@@ -101,4 +166,27 @@ def build_optimizer(spec: RunSpec) -> OptimizerFactory:
             "use bf16-mixed, or optimizer.factory.fused=false",
             "trainer.precision",
         )
-    return OptimizerFactory(make(part.factory, "optimizer.factory"), part.lr, part.weight_decay, part.schedule, part.warmup)
+    kind = "an optimiser: a class of torch.optim.Optimizer"
+    target = locate(part.factory, "optimizer.factory", subclass_of(Optimizer), kind, partial=True)
+    options = {name: value for name, value in part.factory.items() if name not in ("_target_", "_partial_")}
+    if taken := [name for name in ("params", "lr", "weight_decay") if name in options]:
+        where = {"params": "optimizer.factory.params"}.get(taken[0], f"optimizer.{taken[0]}")
+        raise InputError(f"optimizer.factory.{taken[0]} is set elsewhere: {where}", f"optimizer.factory.{taken[0]}")
+    arguments_of(target, options, "optimizer.factory", given=1)
+    maker = functools.partial(target, **options)
+    return OptimizerFactory(maker, part.lr, part.weight_decay, part.schedule, part.warmup)
+
+
+def logger_maker(spec: RunSpec) -> Callable[..., Logger]:
+    """What makes the logger beside the history; it is called with `folder`, `name` and `config`.
+
+    Raises:
+        InputError: for something that makes none, or options that it does not take.
+    """
+    node, is_logger = spec.logger.extra, subclass_of(Logger)
+
+    def fits(found: Any) -> bool:
+        return found is wandb_logger or is_logger(found)
+
+    target = locate(node, "logger.extra", fits, "a logger of Lightning", partial=True)
+    return functools.partial(target, **arguments_of(target, node, "logger.extra"))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from kd.errors import InputError, one_of
+from kd.schema import check_optimizer
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda fraction: 1.0 - fraction,
@@ -25,21 +25,14 @@ class OptimizerFactory:
 
     Args:
         make: takes parameter groups and `lr`, gives an optimiser; for example a partial of `torch.optim.AdamW`.
-        lr: peak learning rate, > 0.
-        weight_decay: of matrices.
+        lr: peak learning rate, from 1e-12 to 100: below it nothing moves, above it nothing converges.
+        weight_decay: of matrices, 0 or from 1e-12 to 100.
         schedule: after the warm-up: `linear` to zero, `cosine` to zero, or `constant`.
         warmup: fraction of all steps in which the rate rises linearly from zero.
     """
 
     def __init__(self, make: Callable[..., Optimizer], lr: float, weight_decay: float, schedule: str, warmup: float) -> None:
-        if not lr > 0:
-            raise InputError(f"optimizer.lr={lr} must be positive", "optimizer.lr")
-        if not 0 <= warmup <= 1:
-            raise InputError(f"optimizer.warmup={warmup} is a fraction of training, in [0, 1]", "optimizer.warmup")
-        if not weight_decay >= 0:
-            raise InputError(f"optimizer.weight_decay={weight_decay} must not be negative", "optimizer.weight_decay")
-        if schedule not in SCHEDULES:
-            raise one_of(schedule, tuple(SCHEDULES), "optimizer.schedule")
+        check_optimizer(lr, weight_decay, schedule, warmup)
         self.make, self.lr, self.weight_decay, self.warmup = make, lr, weight_decay, warmup
         self.decay = SCHEDULES[schedule]
 

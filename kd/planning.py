@@ -6,13 +6,11 @@ run of its own, made first if it is missing and reused if it is done.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from kd import config as composition
 from kd.cohorts import PEERS, check_cohort, cohort_identity
@@ -23,7 +21,8 @@ from kd.pools import RANKED, check_pool, pool_identity, teachers_of
 from kd.runs import Run, digest_of
 from kd.schema import PoolSpec, RunSpec, TeacherSpec, check_values
 from kd.sources import fingerprint
-from kd.stages import before_config, has_key, stage_config, without
+from kd.stages import before_config, has_key, key_of_stage, laid_over, nested, stage_config, without
+from kd.values import has, locate, one_line, shown
 
 FORMAT = 1
 """Part of every digest; raised when a change of code makes old results incomparable."""
@@ -71,24 +70,28 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teac
     check_pool(spec)
     inputs = dict(teaching or {})
     for role, needed in teacher_configs(config, spec) if teaching is None else ():
-        with keys_of(role, spec):
+        with keys_of(role, spec, config):
             inputs[role] = plan(needed, pilot_overrides(role, spec, overrides), depth)
     if (before := spec.method.get("before")) is not None:
         first = before_config(config)
-        with keys_of("before", spec):
+        with keys_of("before", spec, config):
             inputs["before"] = plan(first, overrides, depth, inputs)
         spec.student = replace(spec.student, init="run", run={"name": before["name"]})
     elif spec.student.init == "run":
-        inputs["stage"] = plan(*stage_config(spec.student.run, "student.run", overrides, depth), depth + 1)
+        stage = stage_config(spec.student.run, "student.run", overrides, depth, config)
+        with keys_of("stage", spec, config):
+            inputs["stage"] = plan(*stage, depth + 1)
     for name, surgery in spec.surgery.items():
         if surgery.get("run") is not None:
-            key = f"surgery.{name}.run"
-            inputs[f"surgery {name}"] = plan(*stage_config(surgery["run"], key, overrides, depth), depth + 1)
+            stage = stage_config(surgery["run"], f"surgery.{name}.run", overrides, depth, config)
+            with keys_of(f"surgery {name}", spec, config):
+                inputs[f"surgery {name}"] = plan(*stage, depth + 1)
     identified = identity(spec, inputs)
     if spec.cohort.teacher == "online":  # it has no run of its own, so its shape and start are part of this one
         ((name, teacher),) = spec.teacher.items()
-        with keys_of(f"teacher {name}", spec):
+        with keys_of(f"teacher {name}", spec, config):
             made = composition.typed(teacher_config(config, spec, name, teacher))
+            check_values(made)
         identified["online"] = {key: value for key, value in identity(made, {}).items() if key in ("student", "seed")}
     digest = digest_of(identified)
     name = f"{spec.method['name']}-{spec.student.name}-{spec.task.name}-s{spec.seed}-{digest}"
@@ -96,27 +99,32 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teac
 
 
 @contextmanager
-def keys_of(role: str, spec: RunSpec) -> Iterator[None]:
+def keys_of(role: str, spec: RunSpec, config: DictConfig) -> Iterator[None]:
     """Errors of an input's run name the key of the run that needs it: where the user can change it.
 
     Args:
         role: of the input.
         spec: of the run that needs it.
+        config: of the run that needs it, with what it interpolates.
     """
     try:
         yield
     except InputError as error:
-        key = key_for(role, spec, error.key)
+        key = key_for(role, spec, error.key, config)
+        if error.key and key in ("student.run", f"surgery.{role.removeprefix('surgery ')}.run") and key != error.key:
+            raise InputError(f"the run of {key}: {error.message} ({error.key})", key) from error
         raise InputError(error.message.replace(f"{error.key}=", f"{key}="), key) from error
 
 
-def key_for(role: str, spec: RunSpec, key: str | None) -> str | None:
+def key_for(role: str, spec: RunSpec, key: str | None, config: DictConfig | None = None) -> str | None:
     """Where a run says what an input of it has at a key.
 
     >>> key_for("teacher minilm", RunSpec(), "optimizer.lr")
     'teacher.minilm.run.optimizer.lr'
     """
     kind, _, name = role.partition(" ")
+    if key is not None and kind in ("stage", "surgery") and config is not None:
+        return key_of_stage(config, "student.run" if kind == "stage" else f"surgery.{name}.run", key)
     if key is None or kind not in ("teacher", "pilot", "before"):
         return key
     if kind == "before":
@@ -128,6 +136,10 @@ def key_for(role: str, spec: RunSpec, key: str | None) -> str | None:
         return "pool.holdout"
     if is_student(role, spec):  # it has the very keys of the run that needs it
         return key
+    if key.startswith("teacher.") or (spec.pool.chain and key.startswith("method.")):  # a link has this run's
+        return key
+    if has_key(spec.teacher[name].run, key):
+        return f"teacher.{name}.run.{key}"
     if key == "student.backbone":
         return f"teacher.{name}.backbone"
     part, _, rest = key.partition(".")
@@ -178,9 +190,19 @@ def source_of(spec: RunSpec) -> Source:
     """
     node = dict(spec.task.source)
     try:
-        return get_class(node.pop("_target_"))(**node)  # type: ignore[no-any-return]
-    except (KeyError, TypeError, ImportError, ValueError) as error:
-        raise InputError(f"the task's source cannot be made: {error}", "task.source") from error
+        target = locate(node, "task.source", has("splits", "fingerprint"), "a source: a class with `splits` and `fingerprint`")
+        source = target(**{key: value for key, value in node.items() if key != "_target_"})
+    except InputError as error:
+        raise InputError(error.message, "task.source") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the task's source cannot be made: {one_line(error)}", "task.source") from error
+    for field in fields(source) if is_dataclass(source) else ():
+        value, kind = getattr(source, field.name), str(field.type)
+        wrong = () if "Mapping" in kind else (Mapping,) if "Sequence" in kind else (Mapping, list)
+        if isinstance(value, wrong):
+            key = f"task.source.{field.name}"
+            raise InputError(f"{key}={shown(value)} is not what the task's source takes there", key)
+    return source  # type: ignore[no-any-return]
 
 
 def method_identity(method: Mapping[str, Any]) -> dict[str, Any]:
@@ -309,22 +331,13 @@ def teacher_config(parent: DictConfig, spec: RunSpec, name: str, teacher: Teache
         OmegaConf.update(config, f"trainer.{key}", getattr(spec.trainer, key), force_add=True)
     OmegaConf.update(config, "student.backbone", teacher.backbone)
     config.preflight, config.resume, config.cache = spec.preflight, spec.resume, spec.cache
-    if teacher.run.get("student", {}).get("init") == "run" or any(
-        (surgery or {}).get("run") for surgery in teacher.run.get("surgery", {}).values()
+    surgeries = teacher.run.get("surgery")
+    if nested(teacher.run, "student.init") == "run" or any(
+        nested(surgeries, f"{surgery}.run") for surgery in (surgeries if isinstance(surgeries, Mapping) else ())
     ):
         raise InputError(
             "a teacher's run cannot begin from a further run; make that run by a command of its own, and give its folder as "
             f"teacher.{name}.model or as student.checkpoint",
             f"teacher.{name}.run.student.init",
         )
-    try:
-        OmegaConf.set_struct(config, True)
-        merged = OmegaConf.merge(config, teacher.run)
-    except OmegaConfBaseException as error:
-        explained = composition.explain(error)
-        raise InputError(
-            f"teacher.{name}.run does not fit a run's configuration: {explained.message} ({explained.key})",
-            f"teacher.{name}.run",
-        ) from error
-    assert isinstance(merged, DictConfig)
-    return merged
+    return laid_over(config, teacher.run, f"teacher.{name}.run")

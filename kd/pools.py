@@ -1,11 +1,11 @@
 """What a method sees of several teachers, as far as the configuration tells."""
 
-import math
 from typing import Any
 
 from kd.cohorts import students_of
 from kd.errors import InputError, one_of
-from kd.schema import RunSpec
+from kd.schema import RunSpec, check_share
+from kd.values import number, shown
 
 
 def teachers_of(spec: RunSpec) -> list[str]:
@@ -35,6 +35,8 @@ def check_pool(spec: RunSpec) -> None:
         InputError: for a pool of one, or a distribution that is none.
     """
     pool, names = spec.pool, list(spec.teacher)
+    number(pool.sharpness, "pool.sharpness", 0, 100)
+    check_share(pool.holdout, "pool.holdout")
     if pool.wrapper is None and pool.distribution is not None:
         raise InputError(
             f"pool={pool.name} has no distribution: it shows the method all teachers, or the end of a chain. "
@@ -68,11 +70,7 @@ def check_pool(spec: RunSpec) -> None:
         if abs(sum(numbers) - 1) > 1e-6:
             raise InputError(f"pool.distribution={given} adds up to {sum(numbers):g}, not 1", "pool.distribution")
     elif given not in ("uniform", *RANKED):
-        raise one_of(given, ("uniform", *RANKED, "[probability, ...]"), "pool.distribution")
-    if not 0 <= pool.sharpness < math.inf:
-        raise InputError(f"pool.sharpness={pool.sharpness} must be a number from 0", "pool.sharpness")
-    if not 0 < pool.holdout < 1:
-        raise InputError(f"pool.holdout={pool.holdout} is a share of train, between 0 and 1", "pool.holdout")
+        raise one_of(shown(given), ("uniform", *RANKED, "[probability, ...]"), "pool.distribution")
     if given in RANKED and spec.task.holdout is not None:
         raise InputError("a pilot cannot have pilots of its own: task.holdout is set already", "task.holdout")
     if given in RANKED and given != "student_rank":

@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from kd.hardware import version_line
+
 
 def _console() -> Console:
     # Where there is no terminal, a table is as wide as it needs to be; a pipe or a log has no width.
@@ -280,6 +282,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="?", default="runs", type=Path, help="folder of runs (paths.runs), default: runs")
     parser.add_argument("--task", help="only this task")
     parser.add_argument("--method", help="only these methods, separated by commas")
+    parser.add_argument("--version", action="version", version=version_line())
     parser.add_argument("--json", action="store_true", help="the records themselves, as JSON")
     arguments = parser.parse_args()
     try:

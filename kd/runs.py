@@ -209,14 +209,20 @@ def locked(folder: Path, waiting: str) -> Iterator[None]:
 
 
 def digest_of(identified: Mapping[str, Any]) -> str:
-    """Twelve hexadecimal digits that stand for a configuration; 10 and 10.0 are the same number."""
+    """Twelve hexadecimal digits that stand for a configuration.
+
+    10 and 10.0 are the same number, and so are 0.0 and -0.0. A whole number beyond 2^53 that no float holds stands for itself.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {str(name): plain(inner) for name, inner in value.items()}
         if isinstance(value, list | tuple):
             return [plain(inner) for inner in value]
-        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return value
+        exact = isinstance(value, float) or (abs(value) < 2**1000 and int(float(value)) == value)
+        return float(value) + 0.0 if exact else value  # adding zero takes the sign from -0.0
 
     text = json.dumps(plain(identified), sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()

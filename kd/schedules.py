@@ -5,17 +5,54 @@ A weight or a temperature in a configuration is a plain number or a node such as
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 Schedule = Callable[[float], float]
 
 
+class ScheduleNode:
+    """Base of the schedules that a configuration can name; one of your own inherits from it."""
+
+    __slots__ = ()
+
+    def __call__(self, fraction: float) -> float:
+        """The value at a fraction of training."""
+        raise NotImplementedError
+
+    @property
+    def extremes(self) -> Sequence[float]:
+        """Values between which all others lie."""
+        return [self(step / 1000) for step in range(1001)]
+
+
+def check_finite(schedule: Any) -> None:
+    """Check that the arguments of a schedule are finite numbers, or lists of them.
+
+    Raises:
+        ValueError: naming one that is not.
+    """
+    for name in (argument.name for argument in fields(schedule)):
+        value = getattr(schedule, name)
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(each, bool) or not isinstance(each, int | float) or not math.isfinite(each):
+                raise ValueError(f"a schedule is made of finite numbers, got {name}={value!r}")
+
+
 @dataclass(frozen=True, slots=True)
-class Constant:
+class Constant(ScheduleNode):
     """The same value throughout."""
 
     value: float
+
+    def __post_init__(self) -> None:
+        check_finite(self)
+
+    @property
+    def extremes(self) -> Sequence[float]:
+        """The value."""
+        return [self.value]
 
     def __call__(self, fraction: float) -> float:
         """The value at a fraction of training."""
@@ -23,7 +60,7 @@ class Constant:
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
+class Linear(ScheduleNode):
     """A straight line from `start` at fraction `begin` to `end` at fraction `until`, flat outside.
 
     >>> Linear(start=1.0, end=0.0)(0.25)
@@ -36,8 +73,14 @@ class Linear:
     until: float = 1.0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if not 0.0 <= self.begin < self.until <= 1.0:
             raise ValueError(f"a linear schedule needs 0 <= begin < until <= 1, got begin={self.begin} until={self.until}")
+
+    @property
+    def extremes(self) -> Sequence[float]:
+        """Both ends."""
+        return [self.start, self.end]
 
     def __call__(self, fraction: float) -> float:
         """The value at a fraction of training."""
@@ -46,11 +89,19 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
-class Cosine:
+class Cosine(ScheduleNode):
     """Half a cosine from `start` to `end`."""
 
     start: float
     end: float
+
+    def __post_init__(self) -> None:
+        check_finite(self)
+
+    @property
+    def extremes(self) -> Sequence[float]:
+        """Both ends."""
+        return [self.start, self.end]
 
     def __call__(self, fraction: float) -> float:
         """The value at a fraction of training."""
@@ -58,18 +109,26 @@ class Cosine:
 
 
 @dataclass(frozen=True, slots=True)
-class Piecewise:
+class Piecewise(ScheduleNode):
     """`values[i]` from fraction `boundaries[i - 1]` up to, not including, `boundaries[i]`."""
 
     boundaries: list[float]
     values: list[float]
 
     def __post_init__(self) -> None:
+        if not all(isinstance(each, list | tuple) for each in (self.boundaries, self.values)):
+            raise ValueError(f"boundaries and values are lists, got {self.boundaries!r} and {self.values!r}")
+        check_finite(self)
         if len(self.values) != len(self.boundaries) + 1 or sorted(self.boundaries) != list(self.boundaries):
             raise ValueError(
                 f"a piecewise schedule needs ascending boundaries and one value more than boundaries, "
                 f"got boundaries={list(self.boundaries)} values={list(self.values)}"
             )
+
+    @property
+    def extremes(self) -> Sequence[float]:
+        """The values."""
+        return self.values
 
     def __call__(self, fraction: float) -> float:
         """The value at a fraction of training."""
@@ -77,7 +136,7 @@ class Piecewise:
 
 
 @dataclass(frozen=True, slots=True)
-class Staircase:
+class Staircase(ScheduleNode):
     """`steps` values at even distances from `start` to `end`, each for an equal part of training; one step is `end` alone.
 
     With as many steps as epochs it changes from epoch to epoch, as in AD-KD's annealed temperature.
@@ -90,9 +149,15 @@ class Staircase:
     end: float
     steps: int
 
+    @property
+    def extremes(self) -> Sequence[float]:
+        """Both ends; one step is the end alone."""
+        return [self.end] if self.steps == 1 else [self.start, self.end]
+
     def __post_init__(self) -> None:
         if type(self.steps) is not int or self.steps < 1:
             raise ValueError(f"a staircase needs a whole number of steps, one or more, got steps={self.steps}")
+        check_finite(self)
 
     def __call__(self, fraction: float) -> float:
         """The value at a fraction of training."""
@@ -103,5 +168,19 @@ class Staircase:
 
 
 def as_schedule(value: "float | Schedule") -> Schedule:
-    """A number as a constant schedule; a schedule as it is."""
+    """A number as a constant schedule; a schedule as it is.
+
+    Raises:
+        TypeError: for a truth value or a word.
+        ValueError: for a number that is not finite.
+    """
+    if isinstance(value, bool | str):
+        raise TypeError(f"{value!r} is not a number")
     return value if callable(value) else Constant(float(value))
+
+
+def extremes(schedule: Schedule) -> Sequence[float]:
+    """Values between which all others of a schedule lie; of one that does not say them, a thousand samples."""
+    if isinstance(schedule, ScheduleNode):
+        return schedule.extremes
+    return [schedule(step / 1000) for step in range(1001)]

@@ -1,13 +1,15 @@
 """The typed shape of each part of a configuration. OmegaConf checks values against it and names the key that is wrong."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
-from kd.errors import InputError, one_of
+from kd.errors import InputError
 from kd.hardware import PRECISIONS
+from kd.values import LARGEST_SEED, MANY, TINY, number, shown, whole, word
 
 
 @dataclass
@@ -166,24 +168,46 @@ def cache_limit(setting: Any) -> float | None:
     >>> cache_limit("20GB"), cache_limit("1.5 mb"), cache_limit("off")
     (20000000000.0, 1500000.0, 0.0)
     """
-    word = str(setting).strip().lower()
-    word = {"true": "on", "false": "off"}.get(word, word)  # what YAML makes of the bare words
+    text = str(setting).strip().lower()
+    text = {"true": "on", "false": "off"}.get(text, text)  # what YAML makes of the bare words
     named: dict[str, float | None] = {"auto": None, "on": float("inf"), "off": 0.0}
-    if word in named:
-        return named[word]
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", word)
+    if text in named:
+        return named[text]
+    size = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmgt]?)b?", text)
     if size is None:
-        raise InputError(f"cache={setting} must be auto, on, off, or a size as 500MB or 20GB", "cache")
+        raise InputError(f"cache={shown(setting)} must be auto, on, off, or a size as 500MB or 20GB", "cache")
     return float(size[1]) * 1000.0 ** " kmgt".index(size[2] or " ")
 
 
+MOST = {
+    "task.max_length": MANY,
+    "task.limit_train": 2**40,
+    "trainer.max_epochs": MANY,
+    "trainer.batch_size": MANY,
+    "trainer.batch_tokens": 2**31,
+    "trainer.pad_multiple": 65_536,
+    "trainer.accumulate": MANY,
+    "trainer.eval_batch_size": MANY,
+}
+"""Keys that are whole numbers from 1, and the largest that makes sense of each."""
+
+SIZES = {"layers": 256, "width": 65_536, "heads": 65_536, "intermediate": 1_048_576}
+"""The same of a student."""
+
+LONGEST_NAME = 64
+"""Of a method, student or task: folders are named by all three, and a file system takes 255 bytes."""
+
+DECAYS = ("linear", "cosine", "constant")
+"""What the learning rate does after the warm-up."""
+
+
 def check_values(spec: RunSpec) -> None:
-    """What can be told from the values alone.
+    """Check what can be told from the values alone.
 
     Raises:
         InputError: for a word that is not in its list, or a number out of its range.
     """
-    trainer = spec.trainer
+    trainer, student = spec.trainer, spec.student
     words = {
         "precision": PRECISIONS,
         "selection": ("best", "last"),
@@ -192,21 +216,116 @@ def check_values(spec: RunSpec) -> None:
         "progress": ("auto", "bar", "plain", "none"),
     }
     for key, allowed in words.items():
-        if getattr(trainer, key) not in allowed:
-            raise one_of(getattr(trainer, key), allowed, f"trainer.{key}")
-    ones = ("max_epochs", "batch_size", "batch_tokens", "pad_multiple", "accumulate", "eval_batch_size")
-    for key, bound in {**dict.fromkeys(ones, 1), "num_workers": 0, "checkpoint_minutes": 0}.items():
-        if getattr(trainer, key) is not None and not getattr(trainer, key) >= bound:
-            raise InputError(f"trainer.{key}={getattr(trainer, key)} must be at least {bound}", f"trainer.{key}")
-    if trainer.devices != "auto" and not (str(trainer.devices).isdigit() and int(trainer.devices) > 0):
-        raise InputError(f"trainer.devices={trainer.devices} must be auto or a number from 1", "trainer.devices")
+        word(getattr(trainer, key), allowed, f"trainer.{key}")
+    check_student(student)
+    for key, most in MOST.items():
+        part, _, name = key.partition(".")
+        if (value := getattr(getattr(spec, part), name)) is not None:
+            whole(value, key, 1, most)
+    whole(trainer.num_workers, "trainer.num_workers", 0, 1024)
+    number(trainer.checkpoint_minutes, "trainer.checkpoint_minutes", 0, 525_600)
+    if trainer.clip is not None:
+        if trainer.clip == 0 or trainer.clip == math.inf:
+            raise InputError(f"trainer.clip={trainer.clip} must be a positive number; trainer.clip=null is off", "trainer.clip")
+        number(trainer.clip, "trainer.clip", TINY, 1e12)
+    devices = str(trainer.devices)
+    if isinstance(trainer.devices, bool) or not (
+        devices == "auto" or (devices.isascii() and devices.isdigit() and len(devices) < 6 and int(devices) > 0)
+    ):
+        raise InputError(f"trainer.devices={shown(trainer.devices)} must be auto or a number from 1", "trainer.devices")
     cache_limit(spec.cache)
     if spec.seed < 0:
         raise InputError(f"seed={spec.seed} must not be negative", "seed")
-    if not spec.paths.runs:
-        raise InputError("paths.runs is empty; it is the folder where runs live", "paths.runs")
-    for part, name in {"method": spec.method.get("name"), "student": spec.student.name, "task": spec.task.name}.items():
-        if not re.fullmatch(r"[\w.-]+", str(name)):
-            raise InputError(
-                f"{part}.name='{name}' is part of a folder's name: letters, digits, '.', '_' and '-'", f"{part}.name"
-            )
+    whole(spec.seed, "seed", 0, LARGEST_SEED)
+    if spec.task.holdout is not None:
+        check_share(spec.task.holdout, "task.holdout")
+    optimizer = spec.optimizer
+    check_optimizer(optimizer.lr, optimizer.weight_decay, optimizer.schedule, optimizer.warmup)
+    check_columns(spec.task)
+    check_path(spec.paths.runs, "paths.runs")
+    names: dict[str, Any] = {"method.name": spec.method.get("name"), "student.name": student.name, "task.name": spec.task.name}
+    for key, name in names.items():
+        check_name(name, key)
+
+
+def check_student(student: StudentSpec) -> None:
+    """Check the numbers of a student.
+
+    Raises:
+        InputError: for one out of its range.
+    """
+    for name, most in SIZES.items():
+        if (value := getattr(student, name)) is not None:
+            whole(value, f"student.{name}", 1, most)
+    if student.dropout is not None:
+        number(student.dropout, "student.dropout", 0, 0.99)
+
+
+def check_optimizer(lr: float, weight_decay: float, schedule: str, warmup: float) -> None:
+    """Check the values of an optimiser; the arguments are those of `kd.optimizers.OptimizerFactory`.
+
+    Raises:
+        InputError: for one that is out of its range.
+    """
+    if not lr > 0:
+        raise InputError(f"optimizer.lr={lr} must be positive", "optimizer.lr")
+    number(lr, "optimizer.lr", TINY, 100)
+    number(weight_decay, "optimizer.weight_decay", TINY, 100, zero=True)
+    number(warmup, "optimizer.warmup", 0, 1)
+    word(schedule, DECAYS, "optimizer.schedule")
+
+
+def check_share(value: float, key: str) -> None:
+    """Check a share of train.
+
+    Raises:
+        InputError: if it is not between 0 and 1.
+    """
+    if not 0 < value < 1:
+        raise InputError(f"{key}={value} is a share of train, between 0 and 1", key)
+
+
+def check_columns(task: TaskSpec) -> None:
+    """Check that lists of a task have no empty or repeated entry.
+
+    Raises:
+        InputError: if one has.
+    """
+    if len(task.text) not in (1, 2):
+        raise InputError(f"task.text={shown(task.text)} must name one column, or two for a pair", "task.text")
+    for key, entries in {"text": task.text, "labels": task.labels, "metrics": task.metrics}.items():
+        for place, entry in enumerate(entries or []):
+            if not str(entry).strip():
+                raise InputError(f"task.{key}={shown(entries)} has an empty entry", f"task.{key}")
+            if entry in (entries or [])[:place] if len(entries or []) < 1000 else False:
+                raise InputError(f"task.{key}={shown(entries)} lists '{shown(entry)}' twice", f"task.{key}")
+
+
+def check_path(path: str, key: str) -> None:
+    """Check that a path can be one.
+
+    Raises:
+        InputError: for an empty one, or one that has a zero byte or bytes that are no text.
+    """
+    if not path:
+        raise InputError(f"{key} is empty; it is the folder where runs live", key)
+    try:
+        encoded = path.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{key}={path!a} is not valid Unicode", key) from None
+    if b"\0" in encoded or "\n" in path:
+        raise InputError(f"{key}={shown(path)} has a character that a folder's name cannot have", key)
+    if len(encoded) > 3500 or any(len(part) > 255 for part in encoded.split(b"/")):
+        raise InputError(f"{key}={shown(path)} is longer than a file system allows", key)
+
+
+def check_name(name: Any, key: str) -> None:
+    """Check a name that becomes part of a folder's.
+
+    Raises:
+        InputError: for another character than a letter, digit, '.', '_' or '-', or for too many.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        raise InputError(f"{key}='{shown(name)}' is part of a folder's name: letters, digits, '.', '_' and '-'", key)
+    if len(name.encode()) > LONGEST_NAME:
+        raise InputError(f"{key}='{shown(name)}' is part of a folder's name, of at most {LONGEST_NAME} bytes", key)

@@ -1,8 +1,7 @@
 """The surgeries of a run, and whether its student still reads what its teachers read."""
 
-from collections.abc import Sequence
-
-from hydra.utils import get_class
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kd.data.tasks import Task
 from kd.data.text import OTHER_VOCABULARY
@@ -16,15 +15,24 @@ from kd.models.heads import HEADS
 from kd.models.surgery import Material, Surgery
 from kd.runs import Run
 from kd.schema import RunSpec
+from kd.values import has, locate
+
+
+def surgery_class(name: str, node: Mapping[str, Any]) -> Any:
+    """The class of a surgery.
+
+    Raises:
+        InputError: if there is none, or it is no surgery.
+    """
+    return locate(node, f"surgery.{name}", has("changes_vocabulary", "__call__"), "a surgery, with `changes_vocabulary`")
 
 
 def surgeries(spec: RunSpec) -> dict[str, Surgery]:
     """Name -> surgery, in the order in which they are made."""
     found = {}
     for name, node in spec.surgery.items():
-        found[name] = make({key: value for key, value in node.items() if key != "run"}, f"surgery.{name}")
-        if not callable(found[name]):
-            raise InputError(f"surgery.{name} has no class: its _target_ is missing", f"surgery.{name}")
+        options = {key: value for key, value in node.items() if key != "run"}
+        found[name] = make(surgery_class(name, node), options, f"surgery.{name}")
     return found
 
 
@@ -50,8 +58,8 @@ def operate(run: Run, student: Encoder, texts: Sequence[str] | None) -> tuple[En
 
 def vocabulary_key(run: Run) -> str | None:
     """The key that gives a student a vocabulary of its own, as far as the configuration shows; None if there is none."""
-    for node in run.spec.surgery.values():
-        if getattr(get_class(str(node.get("_target_"))), "changes_vocabulary", False):
+    for name, node in run.spec.surgery.items():
+        if surgery_class(name, node).changes_vocabulary:
             return "surgery"
     stage = run.inputs.get("before", run.inputs.get("stage"))
     return "student.run" if stage is not None and vocabulary_key(stage) is not None else None

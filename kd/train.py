@@ -18,14 +18,17 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from kd import distributed
-from kd.config import ROOT, conf_folder, explain
+from kd.config import FROM_HYDRA, ROOT, check_overrides, conf_folder, explain, typed
 from kd.errors import DISK_FULL, InputError, disk_is_full
-from kd.hardware import configure_openmp
+from kd.hardware import configure_openmp, version_line
 from kd.planning import keys_of, plan
 from kd.runs import Run, digest_of, writes_to
 from kd.sweeps import SWEEPER, Failure, PointsFailed
 
 INTERRUPTED = 130
+
+_begun = False
+"""Whether Hydra has composed a configuration and called `job`."""
 
 
 def execute(run: Run, purpose: str = "", first: bool = True) -> dict[str, Any]:
@@ -63,7 +66,7 @@ def execute(run: Run, purpose: str = "", first: bool = True) -> dict[str, Any]:
             check_all(run)  # before anything is trained for it
         examples = build_examples(run)
         for role, needed in run.inputs.items():
-            with keys_of(role, run.spec):
+            with keys_of(role, run.spec, run.config):
                 execute(needed, f"{role}: {needed.name}", first=False)
         from kd.fit import export_again, fit
 
@@ -89,8 +92,10 @@ def check_all(run: Run, known: dict[str, Any] | None = None) -> None:
     Raises:
         InputError: for what cannot work, naming the key of the command.
     """
-    from kd.build import build_examples, check
+    from kd.build import build_examples, check, check_arguments
 
+    if known is None:
+        check_arguments(run)
     known = {} if known is None else known
     text = digest_of({part: run.identity[part] for part in ("task", "data")})
     if text not in known:
@@ -98,7 +103,7 @@ def check_all(run: Run, known: dict[str, Any] | None = None) -> None:
     check(run, known[text])
     for role, needed in run.inputs.items():
         if needed.result is None:
-            with keys_of(role, run.spec):
+            with keys_of(role, run.spec, run.config):
                 check_all(needed, known)
 
 
@@ -107,8 +112,10 @@ def job(config: DictConfig) -> Failure | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    global _begun
+    _begun = True
     hydra_config = HydraConfig.get()
-    overrides = list(hydra_config.overrides.task)
+    overrides = hydra_config.overrides.task
     if hydra_config.mode == RunMode.RUN:
         with plain_errors():
             make_point(config, overrides)
@@ -121,7 +128,8 @@ def job(config: DictConfig) -> Failure | None:
 
 def make_point(config: DictConfig, overrides: Sequence[str]) -> None:
     """The run of a configuration, made if need be."""
-    run = plan(config, overrides)
+    typed(config)  # first: of a value that cannot be interpolated it names the key
+    run = plan(config, list(overrides))
     check_launch(run)
     distributed.start(run.spec.trainer.accelerator)
     check_ranks(run)
@@ -162,7 +170,7 @@ def check_launch(run: Run, key: str = "trainer.batch_size") -> None:
             key,
         )
     for role, needed in run.inputs.items():
-        with keys_of(role, run.spec):
+        with keys_of(role, run.spec, run.config):
             check_launch(needed, "student.run" if role == "stage" else "trainer.batch_size")
 
 
@@ -238,16 +246,26 @@ def stop(message: str, status: int) -> None:
 
 def main() -> None:
     """The command."""
+    if "--version" in sys.argv[1:]:  # Hydra would print its own
+        print(version_line())
+        return
+    global _begun
+    _begun = False
     configure_openmp()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print its own report and exit with 1
     command = hydra.main(config_path=str(conf_folder()), config_name=ROOT, version_base="1.3")(job)
     with plain_errors():
         status = 0
+        check_overrides([word for word in sys.argv[1:] if not word.startswith("-")])
         distributed.join()
         try:
             command()
         except PointsFailed as failed:
             status = failed.status
+        except FROM_HYDRA as error:
+            if _begun or isinstance(error, BrokenPipeError):
+                raise
+            raise explain(error) from error  # Hydra's own, of an override that it cannot work with
         distributed.leave(status)
         if status:
             sys.exit(status)

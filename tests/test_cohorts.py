@@ -184,7 +184,7 @@ BAD = {
     "an engine of one student": (["engine=distiller"], "engine", "one student and no teacher"),
     "an unknown target": (["cohort.peers.target=all"], "cohort.peers.target", "each, sum, mean"),
     "no temperature": (["cohort.peers.temperature=0"], "cohort.peers.temperature", "positive"),
-    "an unknown option of peers": (["+cohort.peers.gain=2"], "cohort.peers", "gain"),
+    "an unknown option of peers": (["+cohort.peers.gain=2"], "cohort.peers.gain", "gain"),
 }
 
 

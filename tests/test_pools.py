@@ -287,7 +287,7 @@ BAD = {
     "a negative probability": (3, ["pool.distribution=[1.2,-0.4,0.2]"], "pool.distribution", "not negative"),
     "a word among probabilities": (2, ["pool.distribution=[0.5,half]"], "pool.distribution", "a probability"),
     "an unknown word": (3, ["pool.distribution=teacher_rnk"], "pool.distribution", "uniform.*Did you mean 'teacher_rank'"),
-    "a negative sharpness": (3, ["pool.sharpness=-1"], "pool.sharpness", "a number from 0"),
+    "a negative sharpness": (3, ["pool.sharpness=-1"], "pool.sharpness", "at least 0"),
     "nothing held out": (3, ["pool.distribution=best", "pool.holdout=0"], "pool.holdout", "between 0 and 1"),
     "all held out": (3, ["pool.distribution=best", "pool.holdout=1"], "pool.holdout", "between 0 and 1"),
     "pilots of a pilot": (3, ["pool.distribution=best", "task.holdout=0.2"], "task.holdout", "pilots of its own"),

@@ -88,7 +88,7 @@ def test_seeds_of_both_runs_are_one_family(staged: Callable[..., Run]) -> None:
     ("more", "key"),
     [
         (["method.before.run.trainer.max_epochs=0"], "method.before.run.trainer.max_epochs"),
-        (["+method.before.run.optimizer.speed=1"], "method.before.run"),
+        (["+method.before.run.optimizer.speed=1"], "method.before.run.optimizer.speed"),
         (["method.before.tau_max=3"], "method.before.tau_max"),
         (["method.before.epochs=null"], "method.before.epochs"),
         (["method.before=5"], "method.before"),

@@ -409,7 +409,7 @@ BAD = {
         "method.weights.hidden",
         "schedule",
     ),
-    "optimiser with other arguments": (["optimizer.factory._target_=torch.optim.SGD"], "optimizer.factory", "betas"),
+    "optimiser with other arguments": (["optimizer.factory._target_=torch.optim.SGD"], "optimizer.factory.betas", "betas"),
     "method that is none": (["method._target_=builtins.dict"], "method._target_", "is not a Method"),
     "normalize that is no truth": (["method.normalize=maybe"], "method.normalize", "true, false"),
     "no metric": (["task.metrics=[]"], "task.metrics", "needs a metric"),
@@ -444,7 +444,7 @@ BAD = {
     "several devices in one process": (["trainer.devices=2"], "trainer.devices", "torchrun"),
     "misspelt key of a teacher's run": (
         ["+teacher.minilm.run.optimizer.rate=1"],
-        "teacher.minilm.run",
+        "teacher.minilm.run.optimizer.rate",
         "optimizer.rate",
     ),
 }

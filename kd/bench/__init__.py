@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from kd.errors import InputError
-from kd.hardware import configure_openmp
+from kd.hardware import configure_openmp, version_line
 
 DESCRIPTION = """Time a method's training steps beside plain fine-tuning of the same student in the same harness, and, with
 --peer, beside TextBrewer. Each contestant has a process of its own; they take turns, and one works at a time. A turn is an
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to this file")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the ratios; needs pip install 'kd[bench]'")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write bench.json, table.md and bench.png into this folder")
+    parser.add_argument("--version", action="version", version=version_line())
     arguments = parser.parse_intermixed_args()
     configure_openmp()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn where a data loader forks

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from kd.data.tables import Row, rows
 from kd.errors import InputError
 from kd.sources import check_not_here, file_fingerprint, package_folder, package_version
+from kd.values import number
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +44,31 @@ def hash_fraction(texts: Sequence[str]) -> float:
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest()) / 2**64
 
 
+SPLITS = ("train", "validation", "test")
+"""Names of splits, in the order in which a text's hash is compared with their shares."""
+
+
 def split_by_hash(examples: Sequence[Example], shares: Mapping[str, float]) -> Splits:
     """Cut examples into splits by a hash of their text, so that no text is in two splits.
 
     Args:
         examples: any order; it is kept within a split.
         shares: split name -> share of the text, adding up to 1.
+
+    Raises:
+        InputError: for shares that do not.
     """
-    splits: Splits = {name: [] for name in shares}
-    bounds = list(itertools.accumulate(shares.values()))[:-1]  # the last split takes the rest, rounding included
+    # In an order of their own: a mapping has none, and runs whose shares differ by it alone have one digest.
+    names = sorted(shares, key=lambda name: (SPLITS.index(name) if name in SPLITS else len(SPLITS), name))
+    for name in names:
+        number(shares[name], "task.source.shares", 0, 1)
+    if not names or abs(sum(shares.values()) - 1) > 1e-6:
+        raise InputError(f"task.source.shares={dict(shares)} add up to {sum(shares.values()):g}, not 1", "task.source.shares")
+    splits: Splits = {name: [] for name in names}
+    bounds = list(itertools.accumulate(shares[name] for name in names))[:-1]  # the last takes the rest, rounding included
     for example in examples:
         place = bisect.bisect_right(bounds, hash_fraction(example.texts))
-        splits[list(shares)[place]].append(example)
+        splits[names[place]].append(example)
     return splits
 
 

@@ -15,6 +15,7 @@ from kd.methods.base import Method, Step
 from kd.methods.kd import BATCH_MEANS, checked, checked_temperature
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
+from kd.values import whole
 
 VIEWS = ("all", "gold")
 Run = Callable[[Mapping[str, Tensor], Needs], Outputs]
@@ -68,6 +69,10 @@ class TeacherMaps:
             outputs = model(inputs, Needs(hidden=[self.layer], gradient=True))
             found = passes(model, inputs, outputs, self.steps, self.layer)
             return attribution.token_maps(attribution.attributions(found, self.target, first=self.first), self.keep)
+
+
+MOST_STEPS = 1000
+"""Of the integrated gradients; a step is a pass of both models."""
 
 
 class ADKD(Method):
@@ -129,9 +134,9 @@ class ADKD(Method):
         self.temperature = checked_temperature(temperature)
         self.loss = checked(loss, SOFT_LOSSES, "method.loss")
         self.reduction = checked(reduction, BATCH_MEANS, "method.reduction")
-        for value, key in ((steps, "steps"), (1 if topk is None else topk, "topk")):
-            if type(value) is not int or value < 1:
-                raise InputError(f"method.{key}={value} must be a whole number, 1 or more", f"method.{key}")
+        whole(steps, "method.steps", 1, MOST_STEPS)
+        if topk is not None:
+            whole(topk, "method.topk")
         self.steps, self.topk = steps, topk
         if not isinstance(layers, Sequence) or len(layers) != 2 or not all(type(layer) is int for layer in layers):
             raise InputError(f"method.layers={layers} is not a pair [student layer, teacher layer]", "method.layers")
@@ -142,7 +147,7 @@ class ADKD(Method):
                 "method.steps",
             )
         self.target = checked(target, attribution.TARGETS, "method.target")
-        if norm not in (1, 2):
+        if isinstance(norm, bool) or norm not in (1, 2):
             raise InputError(f"method.norm={norm} must be 1 or 2", "method.norm")
         self.norm = float(norm)
         self.views = checked(views, VIEWS, "method.views")

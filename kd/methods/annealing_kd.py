@@ -7,6 +7,7 @@ from kd.functional.logits import SOFT_LOSSES, widened
 from kd.methods.base import Method, Step
 from kd.methods.kd import BATCH_MEANS, checked
 from kd.schedules import Staircase
+from kd.values import whole
 
 LOSSES = tuple(name for name in SOFT_LOSSES if name != "ce")
 
@@ -41,10 +42,8 @@ class AnnealingKD(Method):
 
     def __init__(self, tau_max: int = 7, epochs: int = 14, loss: str = "mse", reduction: str = "elementmean") -> None:
         super().__init__()
-        if type(tau_max) is not int or tau_max < 1:
-            raise InputError(f"method.tau_max={tau_max} must be a whole number, 1 or more", "method.tau_max")
-        if type(epochs) is not int or epochs < 1:
-            raise InputError(f"method.epochs={epochs} must be a whole number, 1 or more", "method.epochs")
+        whole(tau_max, "method.tau_max")
+        whole(epochs, "method.epochs")
         if epochs % tau_max:
             raise InputError(
                 f"the temperature falls in tau_max={tau_max} steps of equal length, which {epochs} epochs cannot be divided "

@@ -1,6 +1,5 @@
 """BERT-EMD: many-to-many layer mapping by transport."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -18,6 +17,7 @@ from kd.methods.base import Method, Step, check_heads, projection
 from kd.methods.kd import BATCH_MEANS, checked, checked_switch, checked_temperature
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
+from kd.values import number
 
 ERRORS = {"attention": score_error, "hidden": token_error}
 """What is transported, and what a unit of it costs between two layers."""
@@ -93,9 +93,7 @@ class BertEMD(Method):
     ) -> None:
         super().__init__()
         self.update = checked(update, (*UPDATES, "none"), "method.update")
-        if isinstance(tau, bool) or not isinstance(tau, int | float) or not 0 < tau < math.inf:
-            raise InputError(f"method.tau={tau!r} must be a positive number", "method.tau")
-        self.tau = float(tau)
+        self.tau = number(tau, "method.tau", 1e-6, 1e6)
         self.separate = checked_switch(separate, "method.separate")
         self.share_projection = checked_switch(share_projection, "method.share_projection")
         self.teacher_dropout = checked_switch(teacher_dropout, "method.teacher_dropout")

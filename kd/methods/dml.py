@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kd.errors import one_of
 from kd.forward import Needs
 from kd.functional.logits import widened
 from kd.methods.base import Method, Step
 from kd.methods.kd import checked_temperature
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
+from kd.values import word
 
 TARGETS = ("each", "sum", "mean")
 
@@ -37,8 +37,7 @@ class Mutual(Method):
 
     def __init__(self, inner: Method, temperature: "float | Schedule" = 1.0, target: str = "each") -> None:
         super().__init__()
-        if target not in TARGETS:
-            raise one_of(target, TARGETS, "cohort.peers.target")
+        word(target, TARGETS, "cohort.peers.target")
         self.inner = inner
         self.names = (*inner.names, "mutual")
         self.teachers, self.listens = inner.teachers, inner.listens

@@ -2,10 +2,14 @@
 
 from torch import Tensor
 
-from kd.errors import InputError, one_of
+from kd.errors import InputError
 from kd.functional.logits import REDUCTIONS, SOFT_LOSSES
 from kd.methods.base import Method, Step
-from kd.schedules import Schedule, as_schedule
+from kd.schedules import Schedule, as_schedule, extremes
+from kd.values import number, shown, switch, word
+
+TEMPERATURES = (1e-3, 1e4)
+"""The coldest and the hottest."""
 
 BATCH_MEANS = tuple(name for name in REDUCTIONS if name not in ("sum", "none"))
 """Reductions whose value does not depend on the batch size: a sum over the batch would change with ranks and accumulation."""
@@ -53,9 +57,7 @@ def checked(value: str, allowed: tuple[str, ...], key: str) -> str:
     Raises:
         InputError: for another word.
     """
-    if value not in allowed:
-        raise one_of(value, allowed, key)
-    return value
+    return word(value, allowed, key)
 
 
 def checked_switch(value: bool, key: str) -> bool:
@@ -64,22 +66,23 @@ def checked_switch(value: bool, key: str) -> bool:
     Raises:
         InputError: for anything else.
     """
-    if not isinstance(value, bool):
-        raise one_of(value, ("true", "false"), key)
-    return value
+    return switch(value, key)
 
 
 def checked_temperature(value: "float | Schedule", key: str = "method.temperature") -> Schedule:
-    """A temperature as a schedule, positive throughout.
+    """A temperature as a schedule, in [0.001, 10000] throughout.
+
+    Colder, logits of ordinary size would leave float32's range; hotter, nothing is left of them.
 
     Raises:
-        InputError: for something that is no number, or not positive.
+        InputError: for something that is no number, or out of that range.
     """
     try:
         schedule = as_schedule(value)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{key}={value!r} is not a number", key) from error
-    for fraction in (step / 100 for step in range(101)):
-        if not schedule(fraction) > 0:
-            raise InputError(f"{key} is {schedule(fraction)}, it must be positive", key)
+        raise InputError(f"{key}={shown(value)} is not a number", key) from error
+    for reached in extremes(schedule):
+        if not reached > 0:
+            raise InputError(f"{key} is {reached}, it must be positive", key)
+        number(reached, key, *TEMPERATURES)
     return schedule

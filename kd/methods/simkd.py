@@ -14,6 +14,7 @@ from kd.methods.base import Method, Step, projection
 from kd.methods.kd import BATCH_MEANS, checked, checked_temperature
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
+from kd.values import whole
 
 FEATURES = ("pooled", "cls", "tokens")
 
@@ -105,8 +106,8 @@ class SimKD(Method):
                 "vector for each example",
                 "method.padding",
             )
-        if factor is not None and (type(factor) is not int or factor < 1):
-            raise InputError(f"method.factor={factor} must be a whole number, 1 or more, or null", "method.factor")
+        if factor is not None:
+            whole(factor, "method.factor")
         self.factor = factor
         self.temperature = checked_temperature(temperature)
         self.loss = checked(loss, SOFT_LOSSES, "method.loss")

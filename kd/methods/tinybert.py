@@ -14,6 +14,7 @@ from kd.functional.hidden import PADDING, at_least_float32, token_error
 from kd.methods.base import Method, Progress, Step, check_heads, freeze_above, projection
 from kd.methods.kd import checked, checked_switch
 from kd.models import Encoder, FrozenTeacher
+from kd.values import LARGEST_SEED, whole
 
 MAPS = ("uniform", "top", "last", "bottom", "mean", "random")
 TARGETS = ("scores", "probabilities", "kl")
@@ -81,9 +82,7 @@ class TinyBERT(Method):
             checked(layers, MAPS, "method.layers")
         self.layers = layers
         self.redraw = checked(redraw, REDRAWS, "method.redraw")
-        if type(draw_seed) is not int or draw_seed < 0:
-            raise InputError(f"method.draw_seed={draw_seed!r} is not a number from 0", "method.draw_seed")
-        self.draw_seed = draw_seed
+        self.draw_seed = whole(draw_seed, "method.draw_seed", 0, LARGEST_SEED)
         self.attention = checked(attention, TARGETS, "method.attention")
         self.direction = checked(direction, DIRECTIONS, "method.direction")
         self.padding = checked(padding, PADDING, "method.padding")

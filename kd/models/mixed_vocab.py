@@ -27,6 +27,7 @@ from kd.errors import InputError
 from kd.models.encoder import Encoder
 from kd.models.surgery import Material, check_special_tokens, drawn_table, whole_number, word_table
 from kd.models.vocabularies import check_wordpiece, learned_tokens, set_outputs, set_vocabulary, with_vocabulary
+from kd.values import number, switch
 
 FOLDER = "vocabulary"
 """Where, inside an exported Stage I model, the small vocabulary and its embeddings are."""
@@ -181,10 +182,8 @@ class MixedStage:
     def __init__(self, size: int, width: int | None = None, probability: float = 0.5, tied: bool = True) -> None:
         self.size = whole_number(size, 1, "surgery.mixed_stage.size")
         self.width = None if width is None else whole_number(width, 1, "surgery.mixed_stage.width")
-        if not 0.0 <= probability <= 1.0:
-            key = "surgery.mixed_stage.probability"
-            raise InputError(f"{key}={probability} must be in [0, 1]", key)
-        self.probability, self.tied = float(probability), tied
+        self.probability = number(probability, "surgery.mixed_stage.probability", 0, 1)
+        self.tied = switch(tied, "surgery.mixed_stage.tied")
 
     def rehearse(self, tokenizer: Any, texts: Sequence[str]) -> None:
         """Learn the vocabulary and forget it, to see whether the texts support it before anything is trained."""

@@ -21,6 +21,7 @@ from kd.models.vocabularies import (
     used_tokens,
     with_vocabulary,
 )
+from kd.values import whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +78,7 @@ def whole_number(value: Any, least: int, key: str) -> int:
     Raises:
         InputError: if it is none, or too small.
     """
-    if type(value) is not int or value < least:
-        raise InputError(f"{key}={value} must be a whole number from {least}", key)
-    return value
+    return whole(value, key, least)
 
 
 class CutVocabulary:
