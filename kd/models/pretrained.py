@@ -31,6 +31,12 @@ STORED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Files that weights may be in; the first one that is there is read, as transformers does."""
 
+MOST, DEEPEST = 1 << 24, 1000
+"""The largest size, and number of layers, that is taken for one: a model is built, without weights, before it is compared."""
+
+ROOM = 8
+"""How many times the size of its file a model may have for transformers to draw what is missing."""
+
 SHOWN = 4
 """Names that a message lists of many."""
 
@@ -74,9 +80,10 @@ def load_config(source: str, key: str) -> Any:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
     config._attn_implementation = None  # a file may name a kernel on the hub, which would be fetched and executed
     config.dtype = torch.float32  # what weights are stored in decides nothing
-    if "id2label" not in raw and raw.get("label2id"):  # transformers makes up names in its place
-        config.label2id = {str(name): int(number) for name, number in raw["label2id"].items()}
-        config.id2label = {number: name for name, number in config.label2id.items()}
+    numbers = {str(name): int(number) for name, number in (raw.get("label2id") or {}).items()}
+    if raw.get("id2label") is None and len(set(numbers.values())) == len(numbers) > 0:
+        # transformers makes up names in its place
+        config.id2label, config.label2id = {number: name for name, number in numbers.items()}, numbers
     _check_config(config, source, key)
     return config
 
@@ -109,7 +116,8 @@ def _check_raw(raw: Mapping[str, Any], source: str, key: str) -> None:
             raise InputError(f"{where}: {name} must be an object, not {type(raw[name]).__name__}", key)
     for name, numbers in (("id2label", raw.get("id2label") or {}), ("label2id", (raw.get("label2id") or {}).values())):
         written = [str(number) for number in numbers]
-        if not all(re.fullmatch(r"\d+", number) for number in written) or len(set(map(int, written))) != len(written):
+        whole = all(re.fullmatch(r"[0-9]{1,9}", number) for number in written)
+        if not whole or (name == "id2label" and len(set(map(int, written))) < len(written)):
             raise InputError(f"{where}: {name} has the numbers {_listed(written)}; they must be whole, each once", key)
 
 
@@ -124,8 +132,9 @@ def _check_config(config: Any, source: str, key: str) -> None:
     where, family = f"config.json of '{source}'", family_of(config.model_type, key)
     for name in (*SIZES, family.intermediate):
         value = getattr(config, name, None)
-        if hasattr(config, name) and not (type(value) is int and value >= 1):
-            raise InputError(f"{where} says {name}={value}; it must be a whole number from 1", key)
+        most = DEEPEST if name == "num_hidden_layers" else MOST
+        if hasattr(config, name) and not (type(value) is int and 1 <= value <= most):
+            raise InputError(f"{where} says {name}={value}; it must be a whole number from 1 to {most}", key)
     if config.hidden_size % config.num_attention_heads:
         heads, width = config.num_attention_heads, config.hidden_size
         raise InputError(f"{where} says {heads} attention heads, which do not divide the hidden size of {width}", key)
@@ -242,10 +251,15 @@ def check_tokenizer(tokenizer: Any, config: Any, key: str, head: str = "classifi
     try:
         ends = tokenizer("")["input_ids"]
         encoded = tokenizer("a ☃", "a ☃") if pairs else tokenizer("a ☃")  # a word that few vocabularies have
-    except Exception as error:  # `tokenizers` raises nothing more special
+    except BaseException as error:
+        if not _of_a_library(error):
+            raise
         raise InputError(f"the tokenizer cannot read every text: {first_line(error)}", key) from error
+    largest = max([*ends, *encoded["input_ids"]])
+    if largest >= config.vocab_size:
+        raise InputError(f"the tokenizer makes token {largest}, the model has embeddings for {config.vocab_size}", key)
     if len(ends) < 2 or ends[0] != tokenizer.cls_token_id or ends[-1] != tokenizer.sep_token_id:
-        found = " ".join(tokenizer.convert_ids_to_tokens(ends)) or "nothing"
+        found = " ".join(map(str, tokenizer.convert_ids_to_tokens(ends))) or "nothing"
         raise InputError(
             f"the tokenizer does not put {tokenizer.cls_token} before a text and {tokenizer.sep_token} behind it: of an empty "
             f"text it makes {found}",
@@ -471,6 +485,9 @@ def _fit(text: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], head: str, 
     own = copy.deepcopy(config.config)
     with torch.device("meta"):
         model = HEADS[head].auto.from_config(own)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if sum(map(math.prod, expected.values())) > ROOM * sum(math.prod(shape) for _, shape in shapes) + ROOM * 1e6:
+        return _fit_by_name(model, expected, dict(shapes), family_of(own.model_type))
     # One number, seen as a tensor of each shape: nothing is allocated but what the file lacks.
     tensors = {name: torch.zeros(()).expand(shape) for name, shape in shapes}
     with torch.random.fork_rng(devices=[]), quiet():
@@ -479,6 +496,20 @@ def _fit(text: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], head: str, 
         )
     mismatched = {name: (tuple(theirs), tuple(ours)) for name, theirs, ours in info["mismatched_keys"]}
     return _Fit(model, frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), mismatched)
+
+
+def _fit_by_name(
+    model: nn.Module, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], family: Family
+) -> _Fit:
+    """Fit shapes by names alone, where the model is so much larger than its file that transformers must not draw the rest."""
+    names = {name: name if name in stored else name.removeprefix(f"{family.base}.") for name in expected}
+    missing = {name for name, theirs in names.items() if theirs not in stored}
+    mismatched = {
+        name: (stored[theirs], expected[name])
+        for name, theirs in names.items()
+        if name not in missing and stored[theirs] != expected[name]
+    }
+    return _Fit(model, frozenset(missing), frozenset(stored) - set(names.values()), mismatched)
 
 
 def _check_types(stored: Stored, unused: frozenset[str], source: str, key: str) -> None:
@@ -571,10 +602,17 @@ def readable(what: str, source: str, key: str) -> Iterator[None]:
             yield
     except InputError:
         raise
-    except Exception as error:  # a damaged file makes libraries stumble anywhere
+    except BaseException as error:
+        if not _of_a_library(error):
+            raise
         kind = "are truncated or damaged" if "Safetensor" in type(error).__name__ else "cannot be loaded"
         verb = kind if what.endswith("s") else "cannot be loaded"
         raise InputError(f"{what} of '{source}' {verb}: {first_line(error)}", key) from error
+
+
+def _of_a_library(error: BaseException) -> bool:
+    """Whether an error is one that libraries stumble with on damaged files: any, and a panic of those written in Rust."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 @contextlib.contextmanager

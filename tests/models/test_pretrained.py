@@ -251,6 +251,9 @@ EVERYWHERE = {
     "architectures of another kind": (config(architectures="BertModel"), "must be a list of names"),
     "heads that do not divide": (config(num_attention_heads=5), "5 attention heads, which do not divide the hidden size of 32"),
     "no layers": (config(num_hidden_layers=0), "num_hidden_layers=0; it must be a whole number from 1"),
+    "a billion layers": (config(num_hidden_layers=10**9), "num_hidden_layers=1000000000; .* from 1 to 1000"),
+    "a width of millions": (config(hidden_size=2**23), r"is \[32\] in the file, \[8388608\] by config.json"),
+    "a vocabulary of billions": (config(vocab_size=10**10), "vocab_size=10000000000; .* from 1 to 16777216"),
     "a size in words": (config(hidden_size="wide"), "cannot be loaded: .*hidden_size|hidden_size=wide"),
     "an unknown activation": (config(hidden_act="gelub"), "hidden_act=gelub, which transformers does not know"),
     "a dropout of everything": (config(hidden_dropout_prob=1.5), r"hidden_dropout_prob=1.5; it must be in \[0, 1\)"),
@@ -280,6 +283,14 @@ EVERYWHERE = {
         r"pads with token 0 \(\[PAD\]\), the model's .* pad_token_id=7",
     ),
     "nothing around a text": (rules(lambda r: r.update(post_processor=None)), r"does not put \[CLS\] before a text.*nothing"),
+    "a first token that is not there": (
+        rules(lambda r: r["post_processor"]["special_tokens"]["[CLS]"].update(ids=[99])),
+        "makes token 99, the model has embeddings for 41",
+    ),
+    "rules that name no token": (
+        rules(lambda r: r["post_processor"]["single"][0]["SpecialToken"].update(id="[X]")),
+        "tokenizer.* cannot",
+    ),
     "words without [UNK]": (rules(lambda r: r["model"].update(unk_token="[NONE]")), "cannot read every text: .*UNK"),
 }
 """Damage -> how the folder is damaged, and what is said of it, whatever it is used for."""
