@@ -9,9 +9,12 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.utils import get_class
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -22,6 +25,17 @@ from kd.planning import plan
 from kd.runs import Run, check_writable
 
 SWEEPER = "hydra_plugins.kd_sweeper.Points"
+
+
+def register() -> None:
+    """Make the sweeper known to Hydra.
+
+    Hydra takes plugins from a top-level package `hydra_plugins` alone, which is a namespace that any folder may add to.
+    """
+    folder = str(Path(__file__).parent / "plugins")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    Plugins.instance().register(get_class(SWEEPER))
 
 
 class PointsFailed(Exception):

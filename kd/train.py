@@ -23,7 +23,7 @@ from kd.errors import DISK_FULL, InputError, disk_is_full
 from kd.hardware import configure_openmp, version_line
 from kd.planning import keys_of, plan
 from kd.runs import Run, digest_of, writes_to
-from kd.sweeps import SWEEPER, Failure, PointsFailed
+from kd.sweeps import SWEEPER, Failure, PointsFailed, register
 
 INTERRUPTED = 130
 
@@ -258,6 +258,7 @@ def main() -> None:
         status = 0
         check_overrides([word for word in sys.argv[1:] if not word.startswith("-")])
         distributed.join()
+        register()
         try:
             command()
         except PointsFailed as failed:
