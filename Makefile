@@ -44,7 +44,7 @@ test: .venv/developing ## all tests that need no accelerator (about 13 minutes)
 	@echo "make test: about 13 minutes on two quiet cores; make test-fast takes under 2."
 	$(BIN)/python -m pytest --verbosity 0 --durations 15 -m "not gpu"
 
-test-fast: .venv/developing ## formulas, data, models, configuration; no whole runs, no second process (under 2 minutes)
+test-fast: .venv/developing ## formulas, contracts, data, configurations; no whole runs (under 2 minutes)
 	$(BIN)/python -m pytest --verbosity 0 -m "fast and not gpu"
 
 check: lint types test ## what must pass before a commit: ruff, mypy, all tests (about 14 minutes)

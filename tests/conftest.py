@@ -73,8 +73,8 @@ def write_csv(path: Path, count: int, seed: int = 0, labels: tuple[str, str] = (
     return path
 
 
-FAST = ("functional", "forward", "methods", "conformance", "data", "models", "test_config.py", "test_accumulation.py")
-"""What `make test-fast` looks at, of this folder: every formula, the contract of every method, data, models, configurations."""
+FAST = ("functional", "forward", "methods", "conformance", "data", "test_config.py", "test_accumulation.py")
+"""What `make test-fast` looks at, of this folder: every formula, the contract of every method, data, configurations."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -82,8 +82,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         place = item.path.relative_to(here).parts[0] if item.path.is_relative_to(here) else ""
-        whole_run = "small" in getattr(item, "fixturenames", ())  # overrides of a run
-        marked = any(item.get_closest_marker(name) for name in ("slow", "ddp", "gpu"))
+        # Overrides of a run are what a whole run is made from.
+        whole_run = "small" in getattr(item, "fixturenames", ())
+        marked = any(item.get_closest_marker(name) for name in ("slow", "ddp", "gpu", "thorough"))
         if place in ("", *FAST) and not whole_run and not marked:
             item.add_marker("fast")
 

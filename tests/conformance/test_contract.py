@@ -42,6 +42,7 @@ def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], toleranc
         assert float((one[term] - other[term]).abs()) <= tolerance, f"{term}: {one[term]} and {other[term]}"
 
 
+@pytest.mark.thorough
 def test_configuration_carries_the_name_of_its_file_and_refuses_unknown_keys(name: str) -> None:
     method = name.split()[0]
     found = configured(name).method.name
@@ -51,6 +52,7 @@ def test_configuration_carries_the_name_of_its_file_and_refuses_unknown_keys(nam
     assert error.value.key == "method.no_such_key"
 
 
+@pytest.mark.thorough
 def test_method_survives_pickling(name: str) -> None:
     bench = Bench(name)
     for method in bench.methods.values():
@@ -87,6 +89,7 @@ def test_every_trainable_parameter_gets_a_gradient_and_the_teacher_none(name: st
             assert torch.equal(tensor, state[key]), key
 
 
+@pytest.mark.thorough
 def test_every_declared_need_is_used_and_nothing_else_is_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bench, reads = Bench(name), Recorded(monkeypatch)
     used: dict[int, set[str]] = {}
@@ -143,6 +146,7 @@ def test_order_of_the_batch_changes_no_term(name: str) -> None:
     close(bench.terms(batch), bench.terms(shuffled), SUMS)
 
 
+@pytest.mark.thorough
 def test_checkpoint_holds_no_frozen_teacher_and_restores_the_next_loss(name: str) -> None:
     bench = Bench(name)
     bench.update(bench.batch())
@@ -158,6 +162,7 @@ def test_checkpoint_holds_no_frozen_teacher_and_restores_the_next_loss(name: str
     close(bench.terms(bench.batch(seed=4)), other.terms(bench.batch(seed=4)), 0.0)
 
 
+@pytest.mark.thorough
 def test_teachers_stay_in_eval_mode_and_dropout_does_not_reach_them(name: str) -> None:
     bench = Bench(name, dropout=0.5)
     for teacher in bench.teachers:
@@ -175,6 +180,7 @@ def test_teachers_stay_in_eval_mode_and_dropout_does_not_reach_them(name: str) -
         assert not torch.equal(step.student.outputs.logits, other.student.outputs.logits)
 
 
+@pytest.mark.thorough
 def test_a_remembered_teacher_is_as_good_as_one_that_runs(name: str, tmp_path: Path) -> None:
     live, remembered = (Bench(name, dropout=0.1, double=True) for _ in range(2))
     needs = needs_of_teachers(live.methods.values(), len(live.teachers))
@@ -197,6 +203,7 @@ def test_a_remembered_teacher_is_as_good_as_one_that_runs(name: str, tmp_path: P
             assert torch.allclose(gradient, gradients[1][key], rtol=0, atol=SUMS), key
 
 
+@pytest.mark.thorough
 def test_step_in_bf16_autocast_is_finite(name: str) -> None:
     bench = Bench(name)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -206,6 +213,7 @@ def test_step_in_bf16_autocast_is_finite(name: str) -> None:
     assert all(torch.isfinite(p.grad).all() for p in bench.engine.parameters() if p.grad is not None)
 
 
+@pytest.mark.thorough
 def test_one_seed_gives_one_result(name: str) -> None:
     def trained() -> dict[str, torch.Tensor]:
         bench = Bench(name, dropout=0.1)

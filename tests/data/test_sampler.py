@@ -141,6 +141,7 @@ def spread_of(counts: np.ndarray) -> float:
     return float(counts.var() / counts.mean())
 
 
+@pytest.mark.thorough
 def test_a_fixed_count_lets_examples_of_similar_length_meet_equally_often_anywhere_in_the_epoch() -> None:
     lengths = 5 + np.arange(600) % 40  # as many of each: the chance to meet is also a matter of how many there are
     together, places = met(LengthBatches(lengths.tolist(), 4, 0), 400)
@@ -155,6 +156,7 @@ def test_a_fixed_count_lets_examples_of_similar_length_meet_equally_often_anywhe
     assert rates.mean() > near > 20 * far
 
 
+@pytest.mark.thorough
 def test_a_token_budget_lets_examples_of_a_class_meet_equally_often_anywhere_in_the_epoch() -> None:
     lengths = np.random.default_rng(1).integers(5, 45, 600)
     sampler = TokenBatches(lengths.tolist(), 160, (1, 64), 0)

@@ -258,6 +258,7 @@ def test_unknown_update_is_refused() -> None:
         cost_attention(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), "mean")
 
 
+@pytest.mark.thorough
 def test_solver_is_imported_when_it_is_used_and_brings_no_other_array_library() -> None:
     code = (
         "import sys, torch; from kd.functional.transport import plan; assert 'ot' not in sys.modules\n"
