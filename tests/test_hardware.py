@@ -12,8 +12,12 @@ from kd import hardware
 OPENMP = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 MEASURE = """
+import sys
 from kd.hardware import keep_memory
 kept = keep_memory()
+if not kept:
+    print(0, 0)
+    sys.exit()
 import resource, torch
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(30):

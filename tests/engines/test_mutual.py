@@ -171,7 +171,7 @@ UPDATED = ["dml cohort.students=3", "p2p_mutual", "p2p_mutual cohort.teacher=onl
 @pytest.mark.parametrize("update", ["simultaneous", "sequential"])
 @pytest.mark.parametrize("case", UPDATED)
 def test_training_equals_loops_with_an_optimiser_for_each(case: str, update: str, make: Any) -> None:
-    for clip in (None, 0.3):
+    for clip in (0.3,) if make is torch.optim.AdamW else (None, 0.3):  # clipping does not ask who steps
         bench = Bench(case, more=[f"engine.update={update}"])
         bench.engine.double()
         batches = [bench.batch(seed=seed) for seed in range(2)]
