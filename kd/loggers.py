@@ -101,7 +101,7 @@ def whole_rows(path: Path) -> tuple[list[dict[str, str]], int]:
         return [], 1
     left_out = int(bool(lines.pop()))  # behind the last line's end there is nothing
     if header[:1] != ["step"] or len(set(header)) < len(header):
-        return [], len(lines) + left_out
+        return [], max(len(lines) + left_out, 1)
     rows: list[dict[str, str]] = []
     for line in lines[1:]:
         row = _whole_row(header, line)

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -244,8 +245,19 @@ def stop(message: str, status: int) -> None:
         distributed.end(status)
 
 
+def leave_out_working_folder() -> None:
+    """Import nothing from the working folder, which `python -m` puts first: it may be anybody's, and any folder is importable.
+
+    A folder called `wandb`, `datasets` or `hydra_plugins` would be taken for the package. `kd-train` never looks there.
+    """
+    here, checkout = Path.cwd(), Path(__file__).resolve().parent.parent
+    if sys.path and here == Path(sys.path[0]).absolute() and here.resolve() != checkout:
+        del sys.path[0]
+
+
 def main() -> None:
     """The command."""
+    leave_out_working_folder()
     if "--version" in sys.argv[1:]:  # Hydra would print its own
         print(version_line())
         return

@@ -3,6 +3,7 @@
 import csv
 import os
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from kd.config import compose
 from kd.errors import InputError
-from kd.loggers import History, wandb_logger
+from kd.loggers import History, check_logger, close_wandb, wandb_logger
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -63,6 +64,54 @@ def test_a_new_history_replaces_the_old_file(tmp_path: Path) -> None:
     log(History(tmp_path / "metrics.csv"), 0, 1, 2)
     log(History(tmp_path / "metrics.csv"), 7)
     assert [row["step"] for row in read(tmp_path / "metrics.csv")] == ["7"]
+
+
+TORN = {
+    "NUL bytes at the end": (lambda whole: whole + bytes(64), 12),
+    "a line of NUL bytes": (lambda whole: whole + bytes(64) + b"\n", 12),
+    "NUL bytes within": (lambda whole: whole[:80] + b"\0" + whole[81:], 11),
+    "cut within a number": (lambda whole: whole.rstrip()[:-1], 11),
+    "cut before its last line's end": (lambda whole: whole.rstrip(), 11),
+    "cut within the header": (lambda whole: whole[:9], 0),
+    "empty": (lambda whole: b"", 0),
+    "no header": (lambda whole: whole.split(b"\n", 1)[1], 0),
+    "another header": (lambda whole: b"epoch,step\n1,2\n", 0),
+    "a pickle": (lambda whole: b"\x80\x04\x95\n.", 0),
+    "bytes that are no text": (lambda whole: whole[:70] + b"\xff\xfe" + whole[72:], 11),
+    "a line of words": (lambda whole: whole + b"a,b,c,d\n", 12),
+    "a line too long": (lambda whole: whole + b"1,2,3,4,5,6\n", 12),
+    "a cell too large": (lambda whole: whole + b"12,0," + b"x" * 200_000 + b",\n", 12),
+    "an open quote": (lambda whole: whole + b'12,0,"1,\n', 12),
+    "a step that comes again": (lambda whole: whole + b"3,0,1,\n", 12),
+}
+
+
+@pytest.mark.parametrize("kind", TORN)
+def test_a_torn_history_is_read_as_far_as_it_is_whole(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "metrics.csv"
+    log(History(path), *range(12))
+    whole = History(path, last_step=11).rows
+    tear, left = TORN[kind]
+    path.write_bytes(tear(path.read_bytes()))
+    resumed = History(path, last_step=11)
+    assert len(resumed.rows) == left
+    assert all(row in whole for row in resumed.rows)
+    assert "is damaged" in capsys.readouterr().out
+    log(resumed, 12, 13)
+    assert read(path)[-2:] == [{"step": "12", "epoch": "3", "train/loss": "0.0769231"}, {**read(path)[-1], "step": "13"}]
+    assert b"\0" not in path.read_bytes()
+
+
+def test_a_folder_called_wandb_is_not_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(sys, "meta_path", [PathFinder])
+    with pytest.raises(InputError, match="pip install wandb") as caught:
+        check_logger({"_target_": "kd.loggers.wandb_logger"})
+    assert caught.value.key == "logger"
+    assert "wandb" in sys.modules, "what was imported was the folder"
+    close_wandb()
 
 
 def test_resuming_without_a_file_begins_one(tmp_path: Path) -> None:

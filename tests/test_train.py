@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from conftest import write_csv
@@ -22,6 +23,7 @@ from kd.data.sources import Files
 from kd.engines.distiller import Distiller
 from kd.engines.safety import clip_gradients
 from kd.errors import InputError
+from kd.export import model_card
 from kd.runs import Run
 from whole_runs import broken_off, last_weights, made, planned, same_weights, torchrun, weights
 
@@ -130,6 +132,41 @@ def test_model_card_states_lineage_and_protocol(finished: tuple[Run, dict]) -> N
     lineage = result["inputs"]["teacher minilm"]
     for words in (run.digest, lineage, "first layers [1, 2]", "chosen by validation accuracy", "seed 0"):
         assert words in card
+    for split in ("validation", "test"):
+        assert f"| this model | {split} | accuracy | {100 * result['metrics'][split]['accuracy']:.1f} % |" in card
+        teacher = result["metrics_teacher"]["minilm"][split]["accuracy"]
+        assert f"| teacher minilm | {split} | accuracy | {100 * teacher:.1f} % |" in card
+    for words in (
+        "| epochs | 2 |",
+        "| peak learning rate | 0.005 |",
+        "| method.temperature | ",
+        "96 train",
+        "Licence: unknown",
+    ):
+        assert words in card
+
+
+def test_model_card_has_metadata_as_the_hub_reads_it(finished: tuple[Run, dict]) -> None:
+    run, result = finished
+    about = ModelCard.load(run.student / "README.md").data
+    assert (about.license, about.pipeline_tag, about.library_name) == ("unknown", "text-classification", "transformers")
+    assert (about.base_model, about.datasets, about.metrics) == ("backbone", ["file"], ["accuracy"])
+    assert {figure.dataset_split: figure.metric_value for figure in about.eval_results} == {
+        split: values["accuracy"] for split, values in result["metrics"].items()
+    }
+    assert str(run.directory.parent) not in (run.student / "README.md").read_text(), "no place on this machine"
+
+
+def test_snippet_of_a_model_card_takes_a_text_of_any_length(finished: tuple[Run, dict]) -> None:
+    run, result = finished
+    for record in (result, {**result, "origin": {**result["origin"], "columns": 2}}):
+        card = model_card({**record, **record["students"]["student"], "parameters": record["parameters"]})
+        code = card.partition("```python\n")[2].partition("```")[0].replace("path/to/this/folder", str(run.student))
+        code = code.replace('"a text"', repr("fine " * 900)).replace('"a first text"', repr("fine " * 900))
+        names: dict = {}
+        exec(code.replace("\nuse(", "\nfound = use("), names)
+        found = names["found"][0] if isinstance(names["found"], list) else names["found"]
+        assert found["label"] in ("negative", "positive")
 
 
 def test_history_has_terms_and_validation_of_every_epoch(finished: tuple[Run, dict]) -> None:

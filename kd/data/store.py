@@ -29,6 +29,8 @@ RAW: Mapping[torch.dtype, type] = {
     torch.float16: np.float16,
     torch.bfloat16: np.uint16,  # numpy has no word for it; the bits are what is kept
 }
+NAMES = {str(kind).removeprefix("torch.") for kind in RAW}
+"""The same types, by name."""
 RELEASE = 8
 """Reads after which pages are let go of."""
 CHUNK = 1 << 24
@@ -92,11 +94,15 @@ class Store:
         """What is known of a tensor; None if it is not there."""
         try:
             found = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-            return Entry(tuple(found.pop("shape")), **found)
+            entry = Entry(tuple(found.pop("shape")), **found)
+            rows, width = entry.shape
+            if all(isinstance(size, int) for size in (rows, width)) and {entry.stored, entry.shown} <= NAMES:
+                return entry
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return Entry((0, 0), "uint8", "uint8")  # no file has these bytes: it is damaged
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            pass
+        return Entry((0, 0), "uint8", "uint8")  # no file has these bytes: it is damaged
 
     def damaged(self, names: Iterable[str]) -> list[str]:
         """Those that are there but not as they were written; reads every byte."""
