@@ -102,11 +102,20 @@ def unit(vectors: Tensor, dim: int = -1, norm: float = 2.0) -> Tensor:
     >>> unit(torch.tensor([3e-30, 4e-30]))
     tensor([0.6000, 0.8000])
     """
+    # What is not zero is then 1 long or longer, so that the bound is for zeros alone.
+    return F.normalize(near_one(vectors, dim), p=norm, dim=dim, eps=0.5)
+
+
+def near_one(vectors: Tensor, dim: int = -1) -> Tensor:
+    """Vectors divided by the power of two that brings their largest entry to between 1 and 2, which rounds nothing.
+
+    >>> near_one(torch.tensor([0.0, 3e-30, -6e-30]))
+    tensor([ 0.0000,  0.9509, -1.9018])
+    """
     vectors = at_least_float32(vectors)
     largest = vectors.detach().abs().amax(dim=dim, keepdim=True)
     power = largest / (2 * largest.frexp().mantissa)
-    # What is not zero is now 1 long or longer, so that the bound is for zeros alone.
-    return F.normalize(vectors / torch.where(largest > 0, power, 1.0), p=norm, dim=dim, eps=0.5)
+    return vectors / torch.where(largest > 0, power, 1.0)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

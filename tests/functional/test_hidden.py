@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kd.functional.hidden import PADDING, REDUCTIONS, patience, token_error
+from kd.functional.hidden import PADDING, REDUCTIONS, patience, token_error, unit
 
 STUDENT, TEACHER = torch.tensor([[[3.0, 4.0]]]).double(), torch.tensor([[[4.0, 3.0]]]).double()
 BATCH, LAYERS, WIDTH = 3, 2, 5
@@ -128,3 +128,21 @@ def test_token_error_equals_equation_8_of_tinybert_written_as_loops(padding: str
         token_error(ours, theirs, mask, "ignore")
     with pytest.raises(ValueError, match="shape"):
         token_error(ours, theirs[:, :1], mask, padding)
+
+
+@pytest.mark.parametrize("size", [1e-42, 1e-20, 1e-6, 1.0, 300.0, 1e25, 3e38])
+@pytest.mark.parametrize("norm", [1.0, 2.0])
+def test_unit_vectors_have_their_direction_whatever_their_length(size: float, norm: float) -> None:
+    vectors = size * torch.tensor([[0.6, -0.8], [0.0, 1.0], [0.0, 0.0]])
+    vectors.requires_grad_()
+    found = unit(vectors, norm=norm)
+    exact = vectors.detach().double()
+    exact = exact / exact.norm(p=norm, dim=-1, keepdim=True).clamp(min=1e-300)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+    if 1e-6 <= size <= 300:
+        assert torch.equal(found, torch.nn.functional.normalize(vectors, p=norm, dim=-1)), (
+            "ordinary vectors are as torch has them"
+        )
+        (gradient,) = torch.autograd.grad(found[:, 0].sum(), vectors)
+        assert gradient.isfinite().all()
+        assert gradient[2].abs().max() <= 2, "zeros are not blown up"

@@ -194,6 +194,7 @@ INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
     "hidden.token_error": token_errors,
     "hidden.mean_over_real": means,
     "hidden.unit": lambda s: iter([(hidden.unit, s.states(8)[:1])]),
+    "hidden.near_one": lambda s: iter([(hidden.near_one, s.states(8)[:1])]),
     "hidden.at_least_float32": lambda s: iter([(hidden.at_least_float32, s.states(8)[:1])]),
     "logits.widened": lambda s: iter([(logits.widened, s.logits()[:1])]),
     "logits.kl_divergence": lambda s: soft_losses(logits.kl_divergence, s),

@@ -183,6 +183,16 @@ def test_a_teacher_with_its_two_classes_reversed_shows_the_views_of_the_same_cla
     assert method.terms(step)["attribution"].item() == pytest.approx(expected, rel=1e-9)
 
 
+def test_teachers_maps_fit_sixteen_bits_however_small_the_gradients_are() -> None:
+    teacher = encoder(3, classes=2)
+    expected = TeacherMaps(0, 1, None, "logit")(teacher, INPUTS)
+    with torch.no_grad():
+        teacher.model.classifier.weight *= 2.0**-40
+    found = TeacherMaps(0, 1, None, "logit")(teacher, INPUTS)
+    assert torch.equal(found, expected)
+    assert ((found.amax(dim=1) >= 1) & (found.amax(dim=1) < 2)).all()
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_terms_are_finite_whatever_the_margin(steps: int) -> None:
     for margin in (12.0, 45.0, 300.0, 1e4):
