@@ -454,6 +454,10 @@ def check(run: Run, examples: Examples) -> None:
     Raises:
         InputError: for whatever does not fit.
     """
+    if run.spec.trainer.precision == "16-mixed" and (run.spec.trainer.accelerator == "cpu" or not torch.cuda.is_available()):
+        raise InputError(  # Lightning would train in bf16 and the record would not say so
+            "trainer.precision=16-mixed needs a GPU; a processor computes 32-true, or bf16-mixed", "trainer.precision"
+        )
     for role, needed in run.inputs.items():
         if role.startswith("pilot "):  # all of them hold out the same examples
             with keys_of(role, run.spec, run.config):

@@ -119,7 +119,7 @@ def keys_of(role: str, spec: RunSpec, config: DictConfig) -> Iterator[None]:
 def key_for(role: str, spec: RunSpec, key: str | None, config: DictConfig | None = None) -> str | None:
     """Where a run says what an input of it has at a key.
 
-    >>> key_for("teacher minilm", RunSpec(), "optimizer.lr")
+    >>> key_for("teacher minilm", RunSpec(teacher={"minilm": TeacherSpec()}), "optimizer.lr")
     'teacher.minilm.run.optimizer.lr'
     """
     kind, _, name = role.partition(" ")

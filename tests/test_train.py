@@ -455,6 +455,11 @@ BAD = {
     "unknown accelerator": (["trainer.accelerator=foo"], "trainer.accelerator", "cpu, gpu, auto"),
     "no devices": (["trainer.devices=0"], "trainer.devices", "number from 1"),
     "half precision with a fused optimiser": (["trainer.precision=16-mixed"], "trainer.precision", "bf16-mixed"),
+    "half precision without a GPU": (
+        ["method=finetune", "teacher=[]", "trainer.precision=16-mixed", "optimizer.factory.fused=false"],
+        "trainer.precision",
+        "needs a GPU",
+    ),
     "key of another method": (["method=kd", "method.layers=last"], "method.layers", "chosen method has no key"),
     "unknown method": (["method=pdk"], "method", "Did you mean 'pkd'"),
     "unknown student": (["student=33l"], "student", "there is no student '33l'"),
