@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +50,7 @@ from kd.models.students import (
 from kd.models.teachers import match_labels
 from kd.planning import backbone_of, keys_of, source_of, teacher_config, teacher_source
 from kd.pools import teachers_of
-from kd.runs import Run
+from kd.runs import Run, digest_of
 from kd.schedules import Schedule
 from kd.schema import RunSpec, StudentSpec, TeacherSpec
 from kd.surgeries import check_vocabularies, operate, surgeries
@@ -249,7 +250,7 @@ def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple
             task.start,
         )
         notes, asides = student.notes, student.asides
-        student, done = operate(run, student, None if meta else [text for pair in texts for text in pair])
+        student, done = operate(run, student, None if meta else flat(texts) if spec.surgery else [])
         own = copy.deepcopy(method)
         own.bind(student, teachers if online is None else [online])  # type: ignore[list-item]
         check_vocabularies(run, task, own, student, models.teaching)
@@ -303,9 +304,22 @@ def initial_labels(run: Run, spec: StudentSpec) -> list[str] | None:
     return None if teacher.model is None else teacher.labels
 
 
+_examples: weakref.WeakValueDictionary[str, Examples] = weakref.WeakValueDictionary()
+"""What has been read, for as long as somebody has it: a run and the runs that make its teachers read the same files."""
+
+
 def build_examples(run: Run) -> Examples:
-    """The task's text and labels, read and checked."""
-    return load_examples(run.spec.task, source_of(run.spec))
+    """The task's text and labels, read and checked; once, where several runs of this process need them at a time."""
+    text = digest_of({part: run.identity[part] for part in ("task", "data")})
+    examples = _examples.get(text)
+    if examples is None:
+        examples = _examples[text] = load_examples(run.spec.task, source_of(run.spec))
+    return examples
+
+
+def flat(texts: Sequence[tuple[str, ...]]) -> list[str]:
+    """Every text on its own."""
+    return [text for pair in texts for text in pair]
 
 
 def build_data(run: Run, examples: Examples, models: Models) -> KDData:
@@ -466,10 +480,9 @@ def check(run: Run, examples: Examples) -> None:
     check_logger(run.spec.logger.extra)
     models = build_models(run, examples.task, meta=True)
     checked_length(run.spec, models)
-    texts = [text for pair in examples.texts["train"] for text in pair]
     for surgery in surgeries(run.spec).values():
         if hasattr(surgery, "rehearse"):
-            surgery.rehearse(models.student.tokenizer, texts)
+            surgery.rehearse(models.student.tokenizer, flat(examples.texts["train"]))
     check_memory(run.spec, models)
     build_engine(run, models, examples.task)
     check_optimizer_steps(run.spec)

@@ -62,7 +62,8 @@ class History(Logger):
         number = step or 0
         if not self.rows or int(self.rows[-1]["step"]) != number:
             self.rows.append({"step": number})
-        self.rows[-1].update({name: f"{value:g}" for name, value in metrics.items()})
+        # Nine digits tell any two float32 numbers apart, which is what Lightning gives.
+        self.rows[-1].update({name: f"{value:.9g}" for name, value in metrics.items()})
         self._written = min(self._written, len(self.rows) - 1)
 
     @rank_zero_only

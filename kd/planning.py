@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kd import config as composition
 from kd.cohorts import PEERS, check_cohort, cohort_identity
-from kd.data.sources import Source
+from kd.data.sources import Source, as_names
 from kd.errors import InputError
 from kd.hardware import resolve_precision
 from kd.pools import RANKED, check_pool, pool_identity, teachers_of
@@ -46,6 +46,12 @@ UNLESS_ASKED_FOR = {"batch_tokens": None, "pad_multiple": 1, "compile": False}
 
 METHOD_UNLESS_ASKED_FOR: Mapping[str, Mapping[str, Any]] = {"kd.methods.simkd.SimKD": {"padding": "strict"}}
 """The same of a method's options, by its class: options that came later, at the value that was built in before."""
+
+UNSET = ("limit_validation", "limit_test", "format", "delimiter", "columns")
+"""Keys of a task, and of its source, that are no part of an identity while they are null, for the same reason."""
+
+NAMES = ("text", "label", "columns")
+"""Keys of a task's source that name columns: text, also where a command line has a number."""
 
 PLACES = ("root", "train", "validation", "test")
 """Keys that say where data is; their content enters the digest instead."""
@@ -233,6 +239,10 @@ def identity(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
     if spec.trainer.batch_tokens is not None:
         trainer["batch_size"] = None
     source = {key: value for key, value in task.pop("source").items() if key not in PLACES}
+    source.update({name: as_names(source[name]) for name in NAMES if name in source})
+    task, source = (
+        {key: value for key, value in part.items() if key not in UNSET or value is not None} for part in (task, source)
+    )
     return {
         "format": FORMAT,
         "method": method_identity(spec.method),

@@ -10,6 +10,7 @@ import torch
 
 from kd.data.datamodule import KDData
 from kd.data.tasks import higher_is_better
+from kd.data.texts import count_shared
 from kd.engines.base import Engine
 from kd.errors import InputError
 from kd.evaluate import baseline
@@ -78,9 +79,8 @@ def check_data(report: Report, data: KDData) -> None:
     """Sizes, text shared between splits, tokenizers."""
     texts = data.examples.texts
     report.ok("examples: " + ", ".join(f"{split} {len(found)}" for split, found in texts.items()))
-    seen = set(texts["train"])
     for split in data.examples.evaluated:
-        if shared := sum(text in seen for text in texts[split]):
+        if shared := count_shared(texts[split], texts["train"]):
             report.warn(f"{shared} of {len(texts[split])} texts of '{split}' are also in train")
     if data.shared_tokenizer:
         report.ok("student and teachers read the same tokens" if data.teacher_keys else "one tokenizer")

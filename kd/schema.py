@@ -77,11 +77,16 @@ class TaskSpec:
     monitor: str = MISSING
     max_length: int = 128
     limit_train: int | None = None
+    limit_validation: int | None = None
+    limit_test: int | None = None
     holdout: float | None = None
-    train: str | None = None
-    validation: str | None = None
-    test: str | None = None
+    train: Any = None
+    validation: Any = None
+    test: Any = None
     quoted: bool | None = None
+    format: str | None = None
+    delimiter: str | None = None
+    columns: list[str] | None = None
 
 
 @dataclass

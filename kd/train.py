@@ -63,9 +63,9 @@ def execute(run: Run, purpose: str = "", first: bool = True) -> dict[str, Any]:
         result, damage = distributed.on_first(state)  # another process may have made it while this one waited
         if result is not None and damage is None:
             return result
+        examples = build_examples(run)  # held from here on, so that the checks, and the runs that make teachers, find them read
         if first:
             check_all(run)  # before anything is trained for it
-        examples = build_examples(run)
         for role, needed in run.inputs.items():
             with keys_of(role, run.spec, run.config):
                 execute(needed, f"{role}: {needed.name}", first=False)

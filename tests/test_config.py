@@ -81,6 +81,9 @@ def test_the_tasks_keys_reach_its_source() -> None:
         "text": ["premise", "hypothesis"],
         "label": "gold",
         "quoted": True,
+        "format": None,
+        "delimiter": None,
+        "columns": None,
     }
     assert spec("task=rte", "paths.glue=/glue").task.source["root"] == "/glue"
 

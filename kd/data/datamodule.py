@@ -11,17 +11,20 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from kd.data.batch import Batch
+from kd.data.labels import class_names
 from kd.data.language import MaskedLM
 from kd.data.sampler import LengthBatches, Rows, TokenBatches
-from kd.data.sources import Source, Splits, hash_fraction
+from kd.data.sources import Source, hash_fraction
 from kd.data.store import Remembered
 from kd.data.tasks import Classification, Regression, Task
+from kd.data.texts import INTERNED, Table
 from kd.data.tokens import Store, Tokens, tokenizer_fingerprint
 from kd.errors import InputError, one_of
 from kd.schema import TaskSpec
 
 LIMIT_SEED = 0
-"""Seed of the shuffle behind `task.limit_train`: fixed, so that students of every seed and their teacher see the same text."""
+"""Seed of the shuffle behind `task.limit_train` and its like: fixed, so that students of every seed and their teacher see the
+same text."""
 
 
 @dataclass
@@ -35,8 +38,8 @@ class Examples:
     """
 
     task: Task
-    texts: dict[str, list[tuple[str, ...]]]
-    labels: dict[str, list[float]]
+    texts: Mapping[str, Sequence[tuple[str, ...]]]
+    labels: Mapping[str, Sequence[float]]
 
     @property
     def evaluated(self) -> list[str]:
@@ -52,31 +55,77 @@ def load_examples(spec: TaskSpec, source: Source) -> Examples:
     """
     if len(spec.text) not in (1, 2):
         raise InputError(f"task.text={spec.text} must name one column, or two for a pair", "task.text")
-    raw = source.splits()
-    task = build_task(spec, raw)
-    if spec.limit_train is not None:
-        if spec.limit_train < 1:
-            raise InputError(f"task.limit_train={spec.limit_train} must be at least 1", "task.limit_train")
-        order = np.random.default_rng(LIMIT_SEED).permutation(len(raw["train"]))
-        raw["train"] = [raw["train"][place] for place in order[: spec.limit_train]]
+    limits = {"train": spec.limit_train, "validation": spec.limit_validation, "test": spec.limit_test}
+    for split, limit in limits.items():
+        if limit is not None and limit < 1:
+            raise InputError(f"task.limit_{split}={limit} must be at least 1", f"task.limit_{split}")
+    raw = {split: Table.of(examples) for split, examples in source.splits().items()}
+    check_sizes(raw)
+    task = build_task(spec, raw["train"])
+    raw["train"] = limited(raw["train"], spec.limit_train)
     if spec.holdout is not None:
         raw = held_out(raw, spec.holdout)
-    for split, examples in raw.items():
-        if not examples:
-            raise InputError(f"the split '{split}' has no examples; the file is too small to be split", f"task.{split}")
-    texts = {split: [example.texts for example in examples] for split, examples in raw.items()}
-    labels = {split: [task.encode(example) for example in examples] for split, examples in raw.items()}
-    if task.labels is not None and len(set(labels["train"])) < 2:
-        only = task.labels[int(labels["train"][0])]
-        key = "task.label" if spec.limit_train is None else "task.limit_train"
-        raise InputError(f"every training example has the label '{only}'; a classifier needs two or more", key)
+    for split in raw:
+        if split != "train":  # `validation_mismatched` is limited as `validation` is
+            raw[split] = limited(raw[split], limits[split.partition("_")[0]])
+    labels = {split: encoded(task, table, spec) for split, table in raw.items()}
+    try:
+        task.check_labels(labels["train"])
+    except InputError as error:
+        raise InputError(error.message, error.key if spec.limit_train is None else "task.limit_train") from error
     if isinstance(task, Regression):
         task.start = float(np.mean(labels["train"]))  # else the first steps go into finding it
-    ordered = {"train": None, "validation": None, **dict.fromkeys(texts)}
-    return Examples(task, {split: texts[split] for split in ordered}, {split: labels[split] for split in ordered})
+    ordered = {"train": None, "validation": None, **dict.fromkeys(raw)}
+    return Examples(task, {split: raw[split].texts for split in ordered}, {split: labels[split] for split in ordered})
 
 
-def held_out(raw: Splits, share: float) -> Splits:
+def check_sizes(raw: Mapping[str, Table]) -> None:
+    """Nothing, if every split has examples.
+
+    Raises:
+        InputError: if one has none.
+    """
+    for split, table in raw.items():
+        if not len(table):
+            raise InputError(f"the split '{split}' has no examples; the file is too small to be split", f"task.{split}")
+
+
+def limited(table: Table, count: int | None) -> Table:
+    """The first examples after a shuffle with a fixed seed, at most so many; all of them, as they are, without a limit."""
+    if count is None:
+        return table
+    return table.take(np.random.default_rng(LIMIT_SEED).permutation(len(table))[:count])
+
+
+def encoded(task: Task, table: Table, spec: TaskSpec) -> list[float]:
+    """The numbers of a split's labels.
+
+    Raises:
+        InputError: for a label that is none of the task's.
+    """
+    numbers: dict[tuple[type, Any], float] = {}
+    found = []
+    for row, label in enumerate(table.labels):
+        try:
+            number = numbers.get((type(label), label))
+        except TypeError:  # a list, which `encode` refuses
+            number = None
+        if number is None:
+            try:
+                number = task.encode(table[row])
+            except InputError as error:
+                if error.key != "task.labels" or spec.labels is not None:
+                    raise
+                raise InputError(
+                    f"{error.message}. These are the labels of train; task.labels=[...] lists others", error.key
+                ) from error
+            if len(numbers) < INTERNED:
+                numbers[type(label), label] = number
+        found.append(number)
+    return found
+
+
+def held_out(raw: Mapping[str, Table], share: float) -> dict[str, Table]:
     """Train cut in two by a hash of the text: train, and validation in place of the task's own evaluation splits.
 
     Raises:
@@ -85,30 +134,26 @@ def held_out(raw: Splits, share: float) -> Splits:
     if not 0 < share < 1:
         raise InputError(f"task.holdout={share} is a share of train, between 0 and 1", "task.holdout")
     # Salted: where the task's own splits come from the same hash, the unsalted one would put nothing into the last share.
-    held = [hash_fraction(("held out", *example.texts)) < share for example in raw["train"]]
-    found = {
-        "train": [example for example, out in zip(raw["train"], held, strict=True) if not out],
-        "validation": [example for example, out in zip(raw["train"], held, strict=True) if out],
-    }
-    if not all(found.values()):
+    train = raw["train"]
+    held = np.fromiter((hash_fraction(("held out", *texts)) < share for texts in train.texts), bool, len(train))
+    found = {"train": train.take(np.flatnonzero(~held)), "validation": train.take(np.flatnonzero(held))}
+    if not all(map(len, found.values())):
         raise InputError(f"a share of {share} of {len(held)} examples leaves nothing to score, or to train on", "task.holdout")
     return found
 
 
-def build_task(spec: TaskSpec, raw: Splits) -> Task:
+def build_task(spec: TaskSpec, train: Table) -> Task:
     """The task of a description; without `labels`, its classes are the sorted labels of the training split."""
     kinds = ("classification", "regression", "masked_lm")
     if spec.kind not in kinds:
         raise one_of(spec.kind, kinds, "task.kind")
-    if spec.kind == "regression":
-        return Regression(spec.name, spec.metrics, spec.monitor)
     if spec.kind == "masked_lm":
         return MaskedLM(spec.name, spec.metrics, spec.monitor)
-    if spec.labels is None:
-        for example in raw["train"]:
-            if example.label is None or not str(example.label).strip():
-                raise InputError(f"{example.where}: the label is missing", "task.label")
-    labels = spec.labels or sorted({str(example.label).strip() for example in raw["train"]})
+    if spec.label is None:
+        raise InputError(f"task.label is null: a {spec.kind} needs the column of its labels", "task.label")
+    if spec.kind == "regression":
+        return Regression(spec.name, spec.metrics, spec.monitor)
+    labels = spec.labels or class_names(train)
     if len(labels) < 2 and spec.labels is None:
         raise InputError(f"every training example has the label '{labels[0]}'; a classifier needs two or more", "task.label")
     return Classification(spec.name, labels, spec.codes, spec.metrics, spec.monitor)
@@ -276,9 +321,9 @@ class KDData(pl.LightningDataModule):
         if seed is not None and self.batch_tokens is not None:
             key, size = "trainer.batch_tokens", self.batch_tokens
             padding = (self.pad_multiple, self.max_length)
-            sampler = TokenBatches(tokens.longest.tolist(), size, padding, seed, self.rank, self.world, accumulate)
+            sampler = TokenBatches(tokens.longest, size, padding, seed, self.rank, self.world, accumulate)
         else:
-            sampler = LengthBatches(tokens.lengths.tolist(), size, seed, self.rank, self.world, accumulate)
+            sampler = LengthBatches(tokens.lengths, size, seed, self.rank, self.world, accumulate)
         if sampler.smallest() < self.world:
             raise InputError(
                 f"{key}={size} cuts '{split}' into batches of which one has {sampler.smallest()} examples for {self.world} "

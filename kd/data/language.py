@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kd.data.metrics import MASKED_LM
-from kd.data.sources import Example
 from kd.data.tasks import known_metrics, log_mean_probability
+from kd.data.texts import Example
 from kd.functional import logits as soft_losses
 
 NOT_PREDICTED = -100
@@ -46,6 +46,9 @@ class MaskedLM:
     def encode(self, example: Example) -> float:
         """Text has no label; what is predicted is drawn when a batch is made."""
         return 0.0
+
+    def check_labels(self, values: Sequence[float]) -> None:
+        """Nothing: there are none."""
 
     def label_tensor(self, values: Sequence[float]) -> Tensor:
         """(batch,), for what knows no better."""

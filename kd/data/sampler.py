@@ -52,7 +52,7 @@ class LengthBatches(Sampler[list[int]]):
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
         batch_size: int,
         seed: int | None,
         rank: int = 0,
@@ -144,7 +144,7 @@ class TokenBatches(LengthBatches):
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
         budget: int,
         padding: tuple[int, int],
         seed: int,

@@ -3,27 +3,27 @@
 import bisect
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import time
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from kd.data.tables import Row, rows
+import numpy as np
+
+from kd import distributed
+from kd.data.tables import Layout, Row, check_file, column_names, data_path, lines, rows
+from kd.data.texts import Example as Example
+from kd.data.texts import Table, TableWriter, shown
 from kd.errors import InputError
 from kd.sources import check_not_here, file_fingerprint, package_folder, package_version
 from kd.values import number
 
+Splits = dict[str, Sequence[Example]]
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One raw example: one or two texts, the label as the file has it, and where it stands."""
-
-    texts: tuple[str, ...]
-    label: Any
-    where: str
-
-
-Splits = dict[str, list[Example]]
+SAY_AFTER = 10.0
+"""Seconds after which reading, and after which cutting into tokens, says how far it is."""
 
 
 class Source(Protocol):
@@ -64,61 +64,204 @@ def split_by_hash(examples: Sequence[Example], shares: Mapping[str, float]) -> S
         number(shares[name], "task.source.shares", 0, 1)
     if not names or abs(sum(shares.values()) - 1) > 1e-6:
         raise InputError(f"task.source.shares={dict(shares)} add up to {sum(shares.values()):g}, not 1", "task.source.shares")
-    splits: Splits = {name: [] for name in names}
+    table = Table.of(examples)
     bounds = list(itertools.accumulate(shares[name] for name in names))[:-1]  # the last takes the rest, rounding included
-    for example in examples:
-        place = bisect.bisect_right(bounds, hash_fraction(example.texts))
-        splits[names[place]].append(example)
-    return splits
+    places = np.fromiter((bisect.bisect_right(bounds, hash_fraction(texts)) for texts in table.texts), np.int8, len(table))
+    return {name: table.take(np.flatnonzero(places == place)) for place, name in enumerate(names)}
+
+
+def is_blank(text: str) -> bool:
+    r"""Whether a text has nothing to read: blanks, control characters and invisible ones alone.
+
+    >>> is_blank(" \t\u200b\x07"), is_blank(" . ")
+    (True, False)
+    """
+    return not any(unicodedata.category(letter)[0] not in "CZ" for letter in text)
+
+
+def check_text(text: Any, name: str, where: str, blank: bool) -> None:
+    """Nothing, if a value of a file can be read as text.
+
+    Args:
+        text: the value.
+        name: of its column.
+        where: it stands.
+        blank: whether it may have nothing to read.
+
+    Raises:
+        InputError: if not.
+    """
+    if not isinstance(text, str):
+        raise InputError(f"{where}: '{name}' is {shown(text)}, not text", "task.text")
+    if "\0" in text:
+        raise InputError(f"{where}: '{name}' has a NUL character: {shown(text)}; is the file damaged?", "task.text")
+    if not blank and is_blank(text):
+        raise InputError(f"{where}: '{name}' is blank ({shown(text)}); leave the line out, or give it a text", "task.text")
+
+
+def half_character(where: str, error: UnicodeEncodeError) -> InputError:
+    """The error of a text that was cut inside a character."""
+    half = shown(error.object[error.start : error.start + 1])
+    return InputError(f"{where}: half of a character, {half} (a lone surrogate), which is no text", "task.text")
 
 
 def examples_of(
-    table: Iterator[tuple[int, Row]], path: Path, text: Sequence[str], label: str | None, key: str
-) -> list[Example]:
+    table: Iterable[tuple[int, Row]], path: Path, text: Sequence[str], label: str | None, key: str, blank: bool = True
+) -> Table:
     """The rows of a table as examples; without a label column they have no label.
 
+    Args:
+        table: rows with the lines they begin on.
+        path: of the file.
+        text: its text columns.
+        label: its label column.
+        key: the configuration key that an error of the file names.
+        blank: whether a text may have nothing to read.
+
     Raises:
-        InputError: if a column is missing, a text is none, or there is no row.
+        InputError: if a column is missing, a text or label is none, or there is no row.
     """
-    found = []
-    columns = [*text, *([] if label is None else [label])]
-    for line, row in table:
-        missing = [name for name in columns if name not in row]
-        if missing:
-            wrong = "task.label" if missing == [label] else "task.text"
-            raise InputError(
-                f"'{path}', line {line}: no column '{missing[0]}'; the columns are {', '.join(map(str, row))}", wrong
-            )
-        for name in text:
-            if not isinstance(row[name], str):
-                raise InputError(f"'{path}', line {line}: '{name}' is {row[name]!r}, not text", "task.text")
+    writer, place, columns = TableWriter(), f"'{path}', line ", [*text, *([] if label is None else [label])]
+    for line, row in reported(table, path):
+        for name in columns:
+            if name not in row:
+                raise no_column(name, row, f"{place}{line}", "task.label" if name == label else "task.text")
+        texts = [row[name] for name in text]
+        for name, value in zip(text, texts, strict=True):
+            # The first letter tells it of nearly every text, and this is done for each of a million.
+            if not (isinstance(value, str) and value[:1].isalnum()) or "\0" in value:
+                check_text(value, name, f"{place}{line}", blank)
         value = None if label is None else row[label]
-        found.append(Example(tuple(row[name] for name in text), value, f"'{path}', line {line}"))
-    if not found:
+        try:
+            writer.add(texts, value, place, line)
+        except UnicodeEncodeError as error:
+            raise half_character(f"{place}{line}", error) from error
+    if not writer.labels:
         raise InputError(f"the file '{path}' has no examples", key)
+    return writer.table()
+
+
+def no_column(name: str, row: Row, where: str, key: str) -> InputError:
+    """The error of a column that is not there, with what a table without it often is."""
+    hint = ""
+    if len(row) == 1 and any(mark in str(next(iter(row))) for mark in ";\t|"):
+        hint = ". With another character between fields: task.delimiter=semicolon|tab|pipe"
+    elif any(" " in str(column) for column in row):
+        hint = ". If the first line is an example, name the columns: 'task.columns=[text,label]'"
+    return InputError(f"{where}: no column '{name}'; the columns are {column_names(row)}{hint}", key)
+
+
+def reported(table: Iterable[tuple[int, Row]], path: Path) -> Iterator[tuple[int, Row]]:
+    """The rows; where there are so many that it takes long, how far the reading is."""
+    said = time.monotonic()
+    for count, (line, row) in enumerate(table, start=1):
+        if count % 50_000 == 0 and time.monotonic() - said > SAY_AFTER:
+            said = time.monotonic()
+            distributed.say(f"  reading '{path.name}': {count:,} examples so far")
+        yield line, row
+
+
+def as_names(values: Any) -> Any:
+    """Names of columns as text: on a command line `[0,1]` is two numbers, and a header has none.
+
+    >>> as_names([0, "b"]), as_names(1), as_names(None)
+    (['0', 'b'], '1', None)
+    """
+    if isinstance(values, list | tuple):
+        return [str(value) for value in values]
+    return None if values is None else str(values)
+
+
+def check_hash_split(splits: Splits, path: str, key: str = "task.validation") -> None:
+    """Nothing, if a split by hash has an example in each part.
+
+    Raises:
+        InputError: if one is left without.
+    """
+    sizes = {name: len(examples) for name, examples in splits.items()}
+    shares = ", ".join(f"{size} into {name}" for name, size in sizes.items())
+    for name, size in sizes.items():
+        if size == 0:
+            raise InputError(
+                f"{path} is too small to be split: a hash of the text puts {shares} of {sum(sizes.values())} examples, which "
+                f"leaves '{name}' without; give the splits files of their own: "
+                "task.validation=..., task.test=...",
+                key,
+            )
+
+
+def given_paths(train: Any, validation: Any, test: Any, usage: str) -> dict[str, dict[str | None, Path]]:
+    """Split -> class -> file, as a configuration gives them; the class is None of a file that holds its own labels.
+
+    Raises:
+        InputError: without a training file, or for something that is neither a file nor one for each class.
+    """
+    if train is None:
+        raise InputError(usage, "task.train")
+    found: dict[str, dict[str | None, Path]] = {}
+    for split, value in {"train": train, "validation": validation, "test": test}.items():
+        key = f"task.{split}"
+        if isinstance(value, Mapping):
+            if len(value) < 2 or not all(isinstance(path, str) for path in value.values()):
+                raise InputError(
+                    f"{key}={dict(value)} must give a file for each of two classes or more: '{key}={{pos: a.txt, neg: b.txt}}'",
+                    key,
+                )
+            found[split] = {str(name).strip(): data_path(path, key) for name, path in value.items()}
+        elif isinstance(value, list | tuple):
+            raise InputError(
+                f"{key}={list(value)} must be a file, or one for each class: '{key}={{pos: a.txt, neg: b.txt}}'", key
+            )
+        elif value is not None:
+            found[split] = {None: data_path(str(value), key)}
+    return found
+
+
+PER_CLASS = ". One file for each class: '{key}={{pos: pos.txt, neg: neg.txt}}'"
+
+
+def fingerprint_of(paths: Mapping[str, Mapping[str | None, Path]]) -> dict[str, str]:
+    """A digest of every file's bytes.
+
+    Raises:
+        InputError: for a file that cannot be read.
+    """
+    found = {}
+    for split, files in paths.items():
+        for name, path in files.items():
+            check_file(path, f"task.{split}", PER_CLASS.format(key=f"task.{split}"))
+            found[split if name is None else f"{split}/{name}"] = file_fingerprint(path)
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """A user's own CSV, TSV or JSON Lines files.
+    """A user's own CSV, TSV or JSON Lines files, or a file for each class.
 
     Without a validation file, `train` is split by a hash of the text: 90/10 where there is a test file, else 80/10/10
     into train, validation and test (our choice).
+
+    Args:
+        train: a file; or class -> file, each with the texts of one class, a text on each line of a `.txt`.
+        text: text columns.
+        label: label column.
+        validation: as `train`.
+        test: as `train`.
+        quoted: of `kd.data.tables.Layout`, as the rest.
     """
 
-    train: str | None
+    train: Any
     text: Sequence[str]
-    label: str
-    validation: str | None = None
-    test: str | None = None
+    label: str | None
+    validation: Any = None
+    test: Any = None
     quoted: bool | None = None
+    format: str | None = None
+    delimiter: str | None = None
+    columns: Sequence[str] | None = None
 
-    def _paths(self) -> dict[str, Path]:
-        if self.train is None:
-            raise InputError("task=file needs task.train=<file.csv|.tsv|.jsonl>", "task.train")
-        named = {"train": self.train, "validation": self.validation, "test": self.test}
-        return {split: Path(path).expanduser() for split, path in named.items() if path is not None}
+    def _paths(self) -> dict[str, dict[str | None, Path]]:
+        return given_paths(self.train, self.validation, self.test, "task=file needs task.train=<file.csv|.tsv|.jsonl>")
 
     def splits(self) -> Splits:
         """The examples of every split.
@@ -126,24 +269,44 @@ class Files:
         Raises:
             InputError: if a file is missing, empty, lacks a column, or has a broken line.
         """
-        found = {
-            split: examples_of(rows(path, f"task.{split}", quoted=self.quoted), path, self.text, self.label, f"task.{split}")
-            for split, path in self._paths().items()
-        }
+        found: Splits = {}
+        for split, files in self._paths().items():
+            parts = [self._read(path, name, f"task.{split}") for name, path in files.items()]
+            found[split] = parts[0] if len(parts) == 1 else Table.joined(parts)
         if "validation" not in found:
             rest = {} if "test" in found else {"test": 0.1}
             shares = {"train": 0.9 - sum(rest.values()), "validation": 0.1, **rest}
-            found.update(split_by_hash(found["train"], shares))
+            parts_of_train = split_by_hash(found["train"], shares)
+            check_hash_split(parts_of_train, f"'{self.train}'")
+            found.update(parts_of_train)
+        return found
+
+    def _read(self, path: Path, name: str | None, key: str) -> Table:
+        text, label = as_names(self.text), as_names(self.label)
+        layout = Layout(self.format, self.delimiter, as_names(self.columns), self.quoted)
+        if name is None and layout.format != "lines":
+            if label in text:
+                raise InputError(f"task.label={label} is among task.text={text}: the label would be read as text", "task.label")
+            return examples_of(rows(path, key, layout=layout), path, text, label, key, blank=False)
+        if name is None:
+            raise InputError(
+                f"task.format=lines has no labels: give a file for each class, '{key}={{pos: pos.txt, neg: neg.txt}}'",
+                "task.format",
+            )
+        if layout.format == "lines" or (layout.format is None and path.suffix.lower() not in (".csv", ".tsv", *JSON)):
+            table = ((number, {"text": line}) for number, line in lines(path, key))
+            found = examples_of(table, path, ["text"], None, key, blank=False)
+        else:
+            found = examples_of(rows(path, key, layout=layout), path, text, None, key, blank=False)
+        found.labels = [name] * len(found)
         return found
 
     def fingerprint(self) -> dict[str, str]:
         """A digest of every file's bytes."""
-        found = {}
-        for split, path in self._paths().items():
-            if not path.is_file():
-                raise InputError(f"the file '{path}' does not exist", f"task.{split}")
-            found[split] = file_fingerprint(path)
-        return found
+        return fingerprint_of(self._paths())
+
+
+JSON = (".jsonl", ".ndjson", ".json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +341,7 @@ class PackageFile:
             for line, row in rows(path, "task")
             if all(row.get(column) == value for column, value in self.where.items())
         )
-        examples = examples_of(table, path, self.text, self.label, "task")
+        examples = examples_of(table, path, as_names(self.text), as_names(self.label), "task")
         return split_by_hash(examples, self.shares or {"train": 0.8, "validation": 0.1, "test": 0.1})
 
     def fingerprint(self) -> dict[str, str]:
@@ -245,7 +408,7 @@ class Glue:
         return self._from_hub() if self.root is None else self._from_folder()
 
     def _from_folder(self) -> Splits:
-        text, label = self.local_text or self.text, self.local_label or self.label
+        text, label = as_names(self.local_text or self.text), as_names(self.local_label or self.label)
         found: Splits = {}
         for split, path in self._files().items():
             if split == "test" and not self._labelled(path, label):
@@ -283,19 +446,25 @@ class Glue:
             if name not in data:
                 continue
             feature = data[name].features[self.label]
-            examples = [
-                Example(
-                    tuple(row[column] for column in self.text),
-                    feature.int2str(row[self.label])
-                    if hasattr(feature, "int2str") and row[self.label] >= 0
-                    else row[self.label],
-                    f"{self.repository}/{self.subset}, {name}, row {number}",
-                )
-                for number, row in enumerate(data[name])
+            table = [
+                (number, {**row, self.label: hub_label(row[self.label], feature)}) for number, row in enumerate(data[name])
             ]
-            if split != "test" or all(example.label not in (-1, -1.0) for example in examples):
-                found[split] = examples
+            if split == "test" and any(row[self.label] in (None, -1, -1.0) for _, row in table):
+                continue
+            found[split] = self._rows_of_hub(table, f"{self.repository}/{self.subset}, {name}, row ")
         return found
+
+    def _rows_of_hub(self, table: Sequence[tuple[int, Row]], place: str) -> Table:
+        writer = TableWriter()
+        for row_number, row in table:
+            texts = [row[column] for column in self.text]
+            for name, text in zip(self.text, texts, strict=True):
+                check_text(text, name, f"{place}{row_number}", blank=True)
+            try:
+                writer.add(texts, row[self.label], place, row_number)
+            except UnicodeEncodeError as error:
+                raise half_character(f"{place}{row_number}", error) from error
+        return writer.table()
 
     def fingerprint(self) -> dict[str, str]:
         """Digests of the files, or the hub's name."""
@@ -303,3 +472,10 @@ class Glue:
             names = {split: name for split, (name, _) in self._names().items()}
             return {"hub": f"{self.repository}/{self.subset}", **names}
         return {split: file_fingerprint(path) for split, path in self._files().items()}
+
+
+def hub_label(value: Any, feature: Any) -> Any:
+    """A label of the hub: the name of a class, None where it is missing (a class number of -1), or what is there."""
+    if not hasattr(feature, "int2str"):
+        return value
+    return None if value is None or value < 0 else feature.int2str(value)

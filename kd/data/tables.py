@@ -1,18 +1,162 @@
-"""Readers of CSV, TSV and JSON Lines files: strict, and clear about where a file is wrong."""
+"""Readers of CSV, TSV, JSON Lines and plain lines: strict, and clear about where a file is wrong."""
 
 import csv
 import json
+import re
+import stat
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd.errors import InputError
+from kd.data.texts import shown
+from kd.errors import InputError, one_of
 
 Row = Mapping[str, Any]
 
+FORMATS = ("csv", "tsv", "jsonl", "json", "lines")
+"""Of `task.format`: `jsonl` and `json` are an object on each line, or one array of objects; `lines` is a text on each line."""
+
+SUFFIXES: Mapping[str, str] = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+}
+"""What a file is by the end of its name, where `task.format` does not say it."""
+
+DELIMITERS: Mapping[str, str] = {
+    "comma": ",",
+    "semicolon": ";",
+    "tab": "\t",
+    "\\t": "\t",
+    "pipe": "|",
+    "colon": ":",
+    "space": " ",
+}
+"""Words for `task.delimiter`: several of the characters have a meaning of their own on a command line."""
+
+MAGIC: Mapping[bytes, str] = {
+    b"\x1f\x8b": "compressed (gzip)",
+    b"BZh": "compressed (bzip2)",
+    b"\xfd7zXZ": "compressed (xz)",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd)",
+    b"PK\x03\x04": "a zip archive or a spreadsheet",
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+}
+"""What files that are no text begin with."""
+
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # one review may be longer than the default of 128 kB
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a file is laid out, where its name does not say it. A null is what its name says, or what is usual.
+
+    Attributes:
+        format: of `FORMATS`.
+        delimiter: one character, or one of the words of `DELIMITERS`.
+        columns: names of all columns, for a file whose first line is an example.
+        quoted: whether fields may be quoted; by default in CSV, not in TSV (as GLUE ships it).
+    """
+
+    format: str | None = None
+    delimiter: str | None = None
+    columns: Sequence[str] | None = None
+    quoted: bool | None = None
+
+    def kind(self, path: Path, key: str) -> str:
+        """What a file is.
+
+        Raises:
+            InputError: for options that do not fit each other, or a file that neither they nor its name say the kind of.
+        """
+        if self.format is not None and self.format not in FORMATS:
+            raise one_of(self.format, FORMATS, "task.format")
+        kind = self.format or SUFFIXES.get(path.suffix.lower()) or (self.delimiter and "csv")
+        if kind is None:
+            raise InputError(
+                f"'{path}' is not a .csv, .tsv or .jsonl file; task.format={'|'.join(FORMATS)} says what it is instead", key
+            )
+        if kind not in ("csv", "tsv"):
+            for name in ("delimiter", "columns"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"task.{name} is for tables (csv, tsv), '{path}' is {kind}", f"task.{name}")
+        return kind
+
+    def separator(self, kind: str) -> str:
+        """The character between fields.
+
+        Raises:
+            InputError: for a delimiter that is neither a character nor a word for one.
+        """
+        if self.delimiter is None:
+            return "\t" if kind == "tsv" else ","
+        found = DELIMITERS.get(self.delimiter, self.delimiter)
+        if len(found) != 1 or found in '"\r\n\0' or "\ud800" <= found <= "\udfff":
+            words = ", ".join(name for name in DELIMITERS if name.isalpha())
+            raise InputError(
+                f"task.delimiter={shown(self.delimiter)} must be one character between fields, or a word for it: {words}",
+                "task.delimiter",
+            )
+        return found
+
+    def names(self) -> list[str] | None:
+        """The names of the columns, if they are given.
+
+        Raises:
+            InputError: for no name, or one that is there twice.
+        """
+        if self.columns is None:
+            return None
+        names = list(self.columns)
+        if not names or len(set(names)) != len(names):
+            raise InputError(f"task.columns={names} must name every column of the file once", "task.columns")
+        return names
+
+
+def data_path(name: str, key: str) -> Path:
+    """A path as a configuration has it, `~` replaced.
+
+    Raises:
+        InputError: for a home folder that is not there.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{shown(name)}: {error}", key) from error
+
+
+def check_file(path: Path, key: str, folder: str = "") -> None:
+    """Nothing, if a path is a file that can be opened.
+
+    Args:
+        path: what is to be read.
+        key: the configuration key that an error names.
+        folder: what to say beside it of a folder.
+
+    Raises:
+        InputError: if it is not.
+    """
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise InputError(f"'{path}' is a folder, not a file{folder}", key)
+        if not stat.S_ISREG(mode):
+            raise InputError(f"'{path}' is no file but a device or a pipe", key)
+        with path.open("rb"):
+            pass
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"the file '{path}' does not exist", key) from error
+    except (OSError, ValueError) as error:  # a name that is too long, a link in a circle, no permission; a NUL in a name
+        raise InputError(
+            f"the file {shown(str(path))} cannot be read ({getattr(error, 'strerror', None) or error})", key
+        ) from error
 
 
 def rows(
@@ -22,36 +166,75 @@ def rows(
     quoted: bool | None = None,
     encoding: str = "utf-8-sig",
     skip_broken: bool = False,
+    layout: Layout | None = None,
 ) -> Iterator[tuple[int, Row]]:
     """The rows of a file with their line numbers.
 
     Args:
-        path: ends in .csv, .tsv, .txt (as TSV), .jsonl, .ndjson or .json (one object a line).
+        path: ends in .csv, .tsv, .txt (as TSV), .jsonl, .ndjson or .json (an object a line, or an array of them), or `layout`
+            says what it is.
         key: the configuration key that an error names.
         columns: names, for a file without a header.
         quoted: whether fields may be quoted; by default in CSV, not in TSV (as GLUE ships it).
         encoding: by default UTF-8 with or without a byte-order mark.
         skip_broken: leave out lines with another number of fields, with a warning that counts them.
+        layout: in place of `columns` and `quoted`, and more.
 
     Raises:
         InputError: if the file is missing, empty, of another kind, not text, or a line is broken.
     """
-    if not path.is_file():
-        raise InputError(f"the file '{path}' does not exist", key)
-    if path.stat().st_size == 0:
-        raise InputError(f"the file '{path}' is empty", key)
-    kind = path.suffix.lower()
-    if kind in (".jsonl", ".ndjson", ".json"):
-        reader = _json_lines(path, key, encoding)
-    elif kind in (".csv", ".tsv", ".txt"):
-        commas = kind == ".csv"
-        reader = _delimited(path, key, columns, commas if quoted is None else quoted, commas, encoding, skip_broken)
-    else:
-        raise InputError(f"'{path}' is not a .csv, .tsv or .jsonl file", key)
+    layout = layout or Layout(columns=columns, quoted=quoted)
+    check_file(path, key)
+    kind = layout.kind(path, key)
+    _check_beginning(path, key)
     try:
-        yield from reader
+        if kind in ("csv", "tsv"):
+            yield from _delimited(path, key, layout, kind, encoding, skip_broken)
+        elif kind == "lines":
+            for number, line in lines(path, key, encoding):
+                yield number, {"text": line}
+        else:
+            yield from _json_rows(path, key, encoding)
     except UnicodeDecodeError as error:
         raise InputError(f"'{path}', line {_undecodable_line(path, encoding)}: not UTF-8 text", key) from error
+    except OSError as error:
+        raise InputError(f"the file '{path}' cannot be read ({error.strerror})", key) from error
+
+
+def lines(path: Path, key: str, encoding: str = "utf-8-sig") -> Iterator[tuple[int, str]]:
+    """The lines of a file that are not blank, with their numbers.
+
+    Raises:
+        InputError: if the file is missing, empty or not text.
+    """
+    check_file(path, key)
+    _check_beginning(path, key)
+    number = 0
+    try:
+        with path.open(encoding=encoding, newline="") as file:
+            for part in file:
+                for line in part.splitlines():  # also at the separators that are not line ends to `open`
+                    number += 1
+                    if line.strip():
+                        yield number, line
+    except UnicodeDecodeError as error:
+        raise InputError(f"'{path}', line {_undecodable_line(path, encoding)}: not UTF-8 text", key) from error
+
+
+def _check_beginning(path: Path, key: str) -> None:
+    """Nothing, if a file begins like text."""
+    with path.open("rb") as file:
+        first = file.read(4096)
+    if not first:
+        raise InputError(f"the file '{path}' is empty", key)
+    for magic, what in MAGIC.items():
+        if first.startswith(magic):
+            raise InputError(f"'{path}' is {what}, not text: unpack it, or save it as CSV or JSON Lines", key)
+    if first.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise InputError(f"'{path}' is UTF-16, not UTF-8 text: iconv -f UTF-16 -t UTF-8", key)
+    if b"\0" in first:
+        line = first[: first.index(b"\0")].count(b"\n") + 1
+        raise InputError(f"'{path}', line {line}: a NUL byte; this is not UTF-8 text (UTF-16, or a damaged file?)", key)
 
 
 def _undecodable_line(path: Path, encoding: str) -> int:
@@ -65,57 +248,128 @@ def _undecodable_line(path: Path, encoding: str) -> int:
     return 0
 
 
-def _delimited(
-    path: Path,
-    key: str,
-    columns: Sequence[str] | None,
-    quoted: bool,
-    commas: bool,
-    encoding: str,
-    skip_broken: bool,
-) -> Iterator[tuple[int, Row]]:
+def _delimited(path: Path, key: str, layout: Layout, kind: str, encoding: str, skip_broken: bool) -> Iterator[tuple[int, Row]]:
+    separator, names = layout.separator(kind), layout.names()
+    quoted = kind == "csv" if layout.quoted is None else layout.quoted
+    whose = "the header has" if names is None else "task.columns has"
     with path.open(newline="", encoding=encoding) as file:
-        reader = csv.reader(
-            file,
-            delimiter="," if commas else "\t",
-            quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
-            strict=True,
-        )
+        reader = csv.reader(file, delimiter=separator, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=True)
         start, skipped = 1, 0
-        names = list(columns) if columns is not None else None
         try:
             for fields in reader:
                 line, start = start, reader.line_num + 1
                 if names is None:
                     names = fields
                     if twice := {name for name in names if names.count(name) > 1}:
-                        raise InputError(f"'{path}': the column '{min(twice)}' is there twice", key)
+                        raise InputError(f"'{path}': the column {shown(min(twice))} is there twice", key)
                     continue
                 if not fields:
                     continue
+                if line == 1 and fields == names:
+                    raise InputError(
+                        f"'{path}', line 1 holds the names of the columns; task.columns is for files whose first line is an "
+                        "example",
+                        "task.columns",
+                    )
                 if len(fields) == len(names):
                     yield line, dict(zip(names, fields, strict=True))
                 elif skip_broken:
                     skipped += 1
                 else:
-                    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-                    found = f"{len(fields)} fields where the header has {len(names)} ({shown})"
-                    raise InputError(f"'{path}', line {line}: {found}", key)
+                    listed = ", ".join(map(_bare, names[:6])) + (", ..." if len(names) > 6 else "")
+                    raise InputError(f"'{path}', line {line}: {len(fields)} fields where {whose} {len(names)} ({listed})", key)
         except csv.Error as error:
-            raise InputError(f"'{path}', line {start}: {error}", key) from error
+            why = str(error)
+            if "unexpected end of data" in why:
+                why = "a quote is opened and never closed; task.quoted=false reads quotes as text"
+            raise InputError(f"'{path}', line {start}: {why}", key) from error
     if skipped:
         warnings.warn(f"'{path}': {skipped} broken lines were left out", stacklevel=2)
 
 
-def _json_lines(path: Path, key: str, encoding: str) -> Iterator[tuple[int, Row]]:
+def _bare(name: str) -> str:
+    """A column's name in a message: without quotes where it needs none."""
+    return name if name.isprintable() and len(name) < 40 else shown(name)
+
+
+def column_names(row: Row) -> str:
+    """The columns of a row, for a message."""
+    names = [_bare(str(name)) for name in row]
+    return ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are all different; the parser would take the last of two in silence."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {shown(next(name for name in names if names.count(name) > 1))} is there twice")
+    return found
+
+
+BLANKS = re.compile(r"[ \t\r\n]*")
+DECODER = json.JSONDecoder(object_pairs_hook=_once)
+
+
+def _json_rows(path: Path, key: str, encoding: str) -> Iterator[tuple[int, Row]]:
+    """Objects on lines of their own, or one array of objects, as its first character says."""
     with path.open(encoding=encoding) as file:
+        first = ""
+        while not first.strip() and (first := file.read(256)):
+            pass
+        file.seek(0)
+        if first.lstrip().startswith("["):
+            yield from _json_array(path, key, file.read())
+            return
         for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"'{path}', line {number}: not JSON ({error.msg})", key) from error
-            if not isinstance(row, dict):
-                raise InputError(f"'{path}', line {number}: not a JSON object", key)
-            yield number, row
+            if line.strip():
+                yield number, _object(path, key, number, line)
+
+
+def _object(path: Path, key: str, number: int, line: str) -> Row:
+    try:
+        row = DECODER.decode(line)
+    except (ValueError, RecursionError) as error:  # digits without end and depth without end are no JSONDecodeError
+        why = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(":")[0]
+        raise InputError(
+            f"'{path}', line {number}: not JSON ({why}); a file has one object on each line, or one array of objects", key
+        ) from error
+    if not isinstance(row, dict):
+        raise InputError(f"'{path}', line {number}: not a JSON object", key)
+    return row
+
+
+def _json_array(path: Path, key: str, text: str) -> Iterator[tuple[int, Row]]:
+    """The objects of an array, one at a time, with the lines where they begin."""
+    line, counted = 1, 0
+
+    def at(place: int) -> str:
+        """The character behind any blanks, and a count of the lines before it."""
+        nonlocal line, counted
+        match = BLANKS.match(text, place)
+        assert match is not None
+        line, counted = line + text.count("\n", counted, match.end()), match.end()
+        return text[counted : counted + 1]
+
+    def fail(why: object) -> InputError:
+        return InputError(f"'{path}', line {line}: not a JSON array of objects ({why})", key)
+
+    mark = at(text.index("[") + 1)
+    while mark != "]":
+        try:
+            row, end = DECODER.raw_decode(text, counted)
+        except json.JSONDecodeError as error:
+            line = error.lineno
+            raise fail(error.msg) from error
+        except (ValueError, RecursionError) as error:
+            raise fail(str(error).partition(":")[0]) from error
+        if not isinstance(row, dict):
+            raise fail("an entry is not an object")
+        yield line, row
+        mark = at(end)
+        if mark == ",":
+            at(counted + 1)
+        elif mark != "]":
+            raise fail("expecting ',' or ']'")
+    if at(counted + 1):
+        raise fail("more text behind it")

@@ -1,17 +1,32 @@
 """Tasks own the label names, the hard and the soft loss, and the metrics, so that no method asks what kind of task it is."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kd.data.labels import is_missing, label_name, listed, missing
 from kd.data.metrics import CLASSIFICATION, REGRESSION, Collapse
-from kd.data.sources import Example
+from kd.data.texts import Example, shown
 from kd.errors import InputError, one_of
 from kd.functional import logits as soft_losses
+
+SCORE = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+"""A score as text. Python's own reader also takes `1_000` and the digits of other scripts."""
+
+LARGEST = 1e18
+"""Of a score: the sum of a batch's squared errors is finite in float32 below it."""
+
+SMALLEST = 1e-15
+"""Standard deviation of scores: the square of a hundredth of it is a normal number in float32."""
+
+CLOSEST = 0.01
+"""Of the scores' standard deviation: the step between neighbouring float32 numbers where they lie, at most. Our choice."""
 
 
 class Task(Protocol):
@@ -30,6 +45,10 @@ class Task(Protocol):
 
     def encode(self, example: Example) -> float:
         """The number of a raw label."""
+        ...
+
+    def check_labels(self, values: Sequence[float]) -> None:
+        """Raise an InputError for training labels, as `encode` gives them, from which nothing can be learned."""
         ...
 
     def hard(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -99,7 +118,7 @@ class Labelled:
 
     def score(self, metrics: Mapping[str, Any], logits: Tensor, labels: Tensor) -> None:
         """Update metrics with the predictions of a batch."""
-        predictions = self.predict(logits.float())
+        predictions = self.predict(soft_losses.widened(logits))
         for metric in metrics.values():
             metric.update(predictions, labels)
 
@@ -125,7 +144,7 @@ class Classification(Labelled):
 
     Args:
         name: of the task.
-        labels: class names; their order is the order of the logits.
+        labels: class names; their order is the order of the logits. Names that are the same number, 1 and 1.0, are one.
         codes: raw label -> class name, for files that hold numbers.
         metrics: of `kd.data.metrics.CLASSIFICATION`; `f1` is the F1 of the second of two classes, as GLUE reports it.
         monitor: the metric that chooses the best checkpoint.
@@ -141,11 +160,17 @@ class Classification(Labelled):
         self.names = list(labels)
         if len(self.names) < 2 or len(set(self.names)) != len(self.names):
             raise InputError(f"a classification task needs two different labels or more, got {self.names}", "task.labels")
+        if blank := [name for name in self.names if not name.strip()]:
+            raise InputError(f"a class needs a name, {shown(blank[0])} is blank", "task.labels")
         for raw, label in codes.items():
             if label not in self.names:
                 raise InputError(f"task.codes maps '{raw}' to '{label}', which is not a label: {self.names}", "task.codes")
         self.numbers = {name: number for number, name in enumerate(self.names)}
         self.numbers.update({raw: self.numbers[label] for raw, label in codes.items() if raw not in self.numbers})
+        for raw, number in list(self.numbers.items()):
+            name = label_name(raw, f"the label {shown(raw)}", "task.labels")
+            if self.numbers.setdefault(name, number) != number:
+                raise InputError(f"the labels {shown(raw)} and {shown(name)} are the same number", "task.labels")
         self.metrics = known_metrics(metrics, monitor, tuple(CLASSIFICATION))
         self.monitor = monitor
         if "f1" in self.metrics and len(self.names) != 2:
@@ -155,12 +180,26 @@ class Classification(Labelled):
         """The class index of a raw label.
 
         Raises:
-            InputError: for a label that the task does not have.
+            InputError: for a label that is missing, or that the task does not have.
         """
-        raw = str(example.label).strip()
-        if raw not in self.numbers:
-            raise InputError(f"{example.where}: unknown label '{raw}'; the labels are {', '.join(self.numbers)}", "task.labels")
-        return self.numbers[raw]
+        name = label_name(example.label, example.where)
+        if name not in self.numbers:
+            if is_missing(name):
+                raise missing(example.label, example.where)
+            raise InputError(
+                f"{example.where}: unknown label {shown(name)}; the labels are {listed(list(self.numbers))}", "task.labels"
+            )
+        return self.numbers[name]
+
+    def check_labels(self, values: Sequence[float]) -> None:
+        """Nothing, if there are two classes or more.
+
+        Raises:
+            InputError: if there is one.
+        """
+        if len(set(values)) < 2:
+            only = self.names[int(values[0])]
+            raise InputError(f"every training example has the label '{only}'; a classifier needs two or more", "task.label")
 
     def label_tensor(self, values: Sequence[float]) -> Tensor:
         """(batch,), long."""
@@ -193,7 +232,7 @@ class Classification(Labelled):
 
     def chance(self, labels: Tensor) -> dict[str, float]:
         """The majority class's share, as accuracy; 0 as Matthews correlation."""
-        counts = torch.bincount(labels.long(), minlength=len(self.names))
+        counts = torch.bincount(labels.long(), minlength=len(self.names)).double()
         return {"accuracy": float(counts.max() / counts.sum()), "matthews_corrcoef": 0.0}
 
     def constant(self, labels: Sequence[float]) -> Tensor:
@@ -220,19 +259,41 @@ class Regression(Labelled):
         """The score as a number.
 
         Raises:
-            InputError: if it is none.
+            InputError: if it is missing, none, or too large for its squared error.
         """
-        try:
-            value = float(example.label)
-        except (TypeError, ValueError):
-            value = math.nan
-        if not math.isfinite(value):
-            raise InputError(f"{example.where}: the score '{example.label}' is not a finite number", "task.label")
+        value = score_of(example.label)
+        if math.isnan(value):
+            why = "; the label is missing" if is_missing_score(example.label) else ""
+            raise InputError(f"{example.where}: the score {shown(example.label)} is not a finite number{why}", "task.label")
+        if abs(value) >= LARGEST:
+            raise InputError(
+                f"{example.where}: the score {shown(example.label)} is too large, its squared error would overflow: scale the "
+                f"scores to less than {LARGEST:g}",
+                "task.label",
+            )
         return value
 
+    def check_labels(self, values: Sequence[float]) -> None:
+        """Nothing, if the scores differ, and by enough for float32 arithmetic.
+
+        Raises:
+            InputError: if they do not.
+        """
+        scores = np.asarray(values, dtype=np.float64)
+        size = float(np.abs(scores).max())
+        if scores.min() == scores.max():
+            raise InputError(f"every training example has the score {values[0]:g}; there is nothing to learn", "task.label")
+        spread = float((scores / size).std()) * size
+        if spread < SMALLEST or float(np.spacing(np.float32(size))) > CLOSEST * spread:
+            raise InputError(
+                f"the scores lie within {spread:g} (their standard deviation) of {float(scores.mean()):g}, too close for "
+                "float32 arithmetic: subtract their mean and scale them",
+                "task.label",
+            )
+
     def label_tensor(self, values: Sequence[float]) -> Tensor:
-        """(batch,), float."""
-        return torch.tensor(values, dtype=torch.float)
+        """(batch,), double: a metric is of the scores as they are; losses are in the precision of the logits."""
+        return torch.tensor(values, dtype=torch.double)
 
     def hard(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean squared error of logits (batch, 1) against labels (batch,)."""
@@ -261,11 +322,32 @@ class Regression(Labelled):
 
     def chance(self, labels: Tensor) -> dict[str, float]:
         """Correlations of 0; the variance, as mean squared error."""
-        return {"pearson": 0.0, "spearman": 0.0, "mse": float(labels.float().var(unbiased=False))}
+        return {"pearson": 0.0, "spearman": 0.0, "mse": float(labels.double().var(unbiased=False))}
 
     def constant(self, labels: Sequence[float]) -> Tensor:
         """The mean score."""
         return torch.tensor(labels, dtype=torch.double).mean().float().view(1, 1)
+
+
+def score_of(raw: Any) -> float:
+    """The number of a raw score, NaN if it is none; infinite only where a finite number is too large.
+
+    >>> [score_of(raw) for raw in (" 0.25", "1e3", 3, True, "1_000", "inf", float("inf"), "1e400")]
+    [0.25, 1000.0, 3.0, nan, nan, nan, nan, inf]
+    """
+    if isinstance(raw, str):
+        return float(raw) if SCORE.fullmatch(raw.strip()) else math.nan
+    if isinstance(raw, bool) or not isinstance(raw, int | float) or (isinstance(raw, float) and math.isinf(raw)):
+        return math.nan
+    try:
+        return float(raw)
+    except OverflowError:
+        return math.inf
+
+
+def is_missing_score(raw: Any) -> bool:
+    """Whether a raw score is what tables hold where a value is missing."""
+    return raw is None or raw != raw or (isinstance(raw, str) and is_missing(raw.strip()))
 
 
 def log_mean_probability(logits: Sequence[Tensor]) -> Tensor:

@@ -1,5 +1,6 @@
 """Unlabelled text for masked language modelling: where it is, how it is cut into examples, how positions are masked."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,13 @@ from kd.data.batch import Batch
 from kd.data.datamodule import Examples, KDData
 from kd.data.language import NOT_PREDICTED
 from kd.data.sampler import Rows
-from kd.data.sources import Example, Splits, examples_of, split_by_hash
+from kd.data.sources import Splits, as_names, check_hash_split, examples_of, fingerprint_of, given_paths, split_by_hash
+from kd.data.tables import Layout
+from kd.data.tables import lines as text_lines
 from kd.data.tables import rows as table_rows
-from kd.data.tokens import Store, padded_length, tokenizer_fingerprint
+from kd.data.texts import Table, Texts
+from kd.data.tokens import Store, encodings, padded_length, tokenizer_fingerprint
 from kd.errors import InputError
-from kd.sources import file_fingerprint
 
 PREDICTED = 0.15
 """Share of an example's tokens that are predicted. Devlin et al., NAACL 2019, section 3.1, as the two that follow."""
@@ -38,16 +41,20 @@ class TextFiles:
     Without a validation file, `train` is split 95/5 by a hash of the text.
     """
 
-    train: str | None
+    train: Any
     text: Sequence[str]
-    validation: str | None = None
+    validation: Any = None
     quoted: bool | None = None
+    format: str | None = None
+    delimiter: str | None = None
+    columns: Sequence[str] | None = None
 
-    def _paths(self) -> dict[str, Path]:
-        if self.train is None:
-            raise InputError("task=text needs task.train=<file.txt|.csv|.tsv|.jsonl>", "task.train")
-        named = {"train": self.train, "validation": self.validation}
-        return {split: Path(path).expanduser() for split, path in named.items() if path is not None}
+    def _paths(self) -> dict[str, dict[str | None, Path]]:
+        found = given_paths(self.train, self.validation, None, "task=text needs task.train=<file.txt|.csv|.tsv|.jsonl>")
+        for split, files in found.items():
+            if None not in files:
+                raise InputError(f"text without labels has no classes: task.{split} must be a file", f"task.{split}")
+        return found
 
     def splits(self) -> Splits:
         """The texts of `train` and `validation`.
@@ -55,30 +62,22 @@ class TextFiles:
         Raises:
             InputError: if a file is missing, empty, not text, lacks the column, or has a broken line.
         """
-        found = {split: self._read(path, f"task.{split}") for split, path in self._paths().items()}
+        found: Splits = {split: self._read(files[None], f"task.{split}") for split, files in self._paths().items()}
         if "validation" not in found:
             found = split_by_hash(found["train"], {"train": 1 - HELD_OUT, "validation": HELD_OUT})
+            check_hash_split(found, f"'{self.train}'")
         return found
 
-    def _read(self, path: Path, key: str) -> list[Example]:
-        if path.suffix.lower() != ".txt":
-            return examples_of(table_rows(path, key, quoted=self.quoted), path, self.text, None, key)
-        if not path.is_file():
-            raise InputError(f"the file '{path}' does not exist", key)
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise InputError(f"'{path}': not UTF-8 text ({error.reason} at byte {error.start})", key) from error
-        return [Example((line,), None, f"'{path}', line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    def _read(self, path: Path, key: str) -> Table:
+        if self.format == "lines" or (self.format is None and path.suffix.lower() == ".txt" and self.delimiter is None):
+            lines = ((number, {"text": line}) for number, line in text_lines(path, key))
+            return examples_of(lines, path, ["text"], None, key)
+        layout = Layout(self.format, self.delimiter, as_names(self.columns), self.quoted)
+        return examples_of(table_rows(path, key, layout=layout), path, as_names(self.text), None, key)
 
     def fingerprint(self) -> dict[str, str]:
         """A digest of every file's bytes."""
-        found = {}
-        for split, path in self._paths().items():
-            if not path.is_file():
-                raise InputError(f"the file '{path}' does not exist", f"task.{split}")
-            found[split] = file_fingerprint(path)
-        return found
+        return fingerprint_of(self._paths())
 
 
 @dataclass(frozen=True)
@@ -111,10 +110,13 @@ class MixedTokenizer:
         self.second.save_pretrained(Path(folder) / "vocabulary")
 
 
-def words_of(tokenizer: Any, texts: Sequence[str]) -> dict[str, np.ndarray]:
+def words_of(tokenizer: Any, texts: Texts) -> dict[str, np.ndarray]:
     """Tokens of all texts (`ids`), where each word begins (`starts`, and the end of all), and words of each text (`words`)."""
-    ids, starts, words, total = [], [], [], 0
-    for encoding in tokenizer(list(texts), add_special_tokens=False, truncation=False, padding=False).encodings:
+    ids: list[np.ndarray] = []
+    starts: list[np.ndarray] = []
+    words: list[int] = []
+    total = 0
+    for encoding in itertools.chain.from_iterable(encodings(tokenizer, texts, special=False, words=True)):
         # Ids of words are what both vocabularies agree on, since normaliser and pre-tokeniser are the same.
         places = np.asarray([-1 if place is None else place for place in encoding.word_ids], dtype=np.int64)
         begins = np.flatnonzero(np.diff(places, prepend=-2))
@@ -135,9 +137,9 @@ class Vocabulary:
         store: where tokens are kept.
     """
 
-    def __init__(self, tokenizer: Any, texts: Sequence[str], shift: int = 0, store: Store | None = None) -> None:
+    def __init__(self, tokenizer: Any, texts: Texts, shift: int = 0, store: Store | None = None) -> None:
         arrays = (store or Store()).arrays(
-            lambda: ["words", tokenizer_fingerprint(tokenizer), list(texts)], lambda: words_of(tokenizer, texts)
+            lambda: ["words", tokenizer_fingerprint(tokenizer), texts.digest()], lambda: words_of(tokenizer, texts)
         )
         special = set(tokenizer.all_special_ids)
         self.ids = arrays["ids"].astype(np.int64) + shift
@@ -192,7 +194,7 @@ class MaskedTokens:
         self.seed, self.multiple, self.max_length = seed, multiple, max_length
         if parts[0].mask_token_id is None:
             raise InputError("the tokenizer has no mask token, which masked language modelling needs", "task")
-        plain = [" ".join(text) for text in texts]
+        plain = Texts.of(texts).joined()
         shifts = [0, int(getattr(tokenizer, "shift", 0))]
         self.vocabularies = [Vocabulary(part, plain, shift, store) for part, shift in zip(parts, shifts, strict=False)]
         first = self.vocabularies[0]

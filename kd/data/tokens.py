@@ -2,26 +2,37 @@
 
 import contextlib
 import hashlib
-import io
+import itertools
 import json
 import os
+import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from kd import distributed
+from kd.data.sources import SAY_AFTER
+from kd.data.texts import Texts
 
 FORMAT = 1
 """Part of the name of every stored file; raised when what is stored changes."""
 
 CHECKSUM = 32
 """Bytes at the end of a stored file: the checksum of what is before them."""
+
+PIECE = 1 << 22
+"""Bytes read at a time for a checksum."""
+
+AT_ONCE = 4096
+"""Texts that are cut at a time: as the library holds them, a text of 20 words takes 2 kB. It changes no token."""
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -104,17 +115,25 @@ class Store:
 def read(path: Path) -> dict[str, np.ndarray] | None:
     """The arrays of a file; None if there is none, or if it is damaged."""
     try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    body, checksum = content[:-CHECKSUM], content[-CHECKSUM:]
-    if hashlib.blake2b(body, digest_size=CHECKSUM).digest() != checksum:
-        return None
-    try:
-        with np.load(io.BytesIO(body), allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END) - CHECKSUM
+            file.seek(0)
+            if size <= 0 or checksum_of(file, size) != file.read(CHECKSUM):
+                return None
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as content:
+                return {name: content[name] for name in content.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):  # somebody else's, with a checksum that fits
         return None
+
+
+def checksum_of(file: BinaryIO, size: int) -> bytes:
+    """The checksum of the next bytes of a file, which is read piece by piece."""
+    found = hashlib.blake2b(digest_size=CHECKSUM)
+    while size > 0 and (piece := file.read(min(size, PIECE))):
+        found.update(piece)
+        size -= len(piece)
+    return found.digest()
 
 
 def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -125,18 +144,78 @@ def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
-    body = io.BytesIO()
-    np.savez(body, **arrays)  # type: ignore[arg-type]
     try:
-        with draft.open("wb") as file:
-            file.write(body.getbuffer())
-            file.write(hashlib.blake2b(body.getbuffer(), digest_size=CHECKSUM).digest())
+        with draft.open("w+b") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            checksum = checksum_of(file, size)
+            file.seek(0, os.SEEK_END)
+            file.write(checksum)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
     finally:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
+
+
+def encodings(
+    tokenizer: Any, texts: Texts, max_length: int | None = None, special: bool = True, words: bool = False
+) -> Iterator[list[Any]]:
+    """The texts as a tokenizer cuts them, a piece at a time, which is cut while the one before it is looked at.
+
+    A copy of the tokenizer is set up for it: truncation and padding of the one that is given, which is exported, stay.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        texts: one or two for each example.
+        max_length: tokens at most; None cuts none off.
+        special: whether special tokens come around the texts.
+        words: whether it is to be known which word a token is of; it takes longer.
+    """
+    rules = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    rules.encode_special_tokens = tokenizer.split_special_tokens  # no part of the rules as text
+    rules.no_padding()
+    rules.no_truncation()
+    if max_length is not None:
+        rules.enable_truncation(max_length, stride=0, strategy="longest_first", direction=tokenizer.truncation_side)
+    began = said = time.monotonic()
+
+    def piece(start: int) -> list[Any]:
+        rows: list[Any] = texts[start : start + AT_ONCE]
+        if texts.columns == 1:
+            rows = [text for (text,) in rows]
+        encode = rules.encode_batch if words else rules.encode_batch_fast
+        return list(encode(rows, add_special_tokens=special))
+
+    with ThreadPoolExecutor(1) as pool:
+        starts = range(0, len(texts), AT_ONCE)
+        waiting = [pool.submit(piece, start) for start in starts[:1]]
+        for number in range(len(starts)):
+            done = waiting.pop().result()
+            waiting += [pool.submit(piece, start) for start in starts[number + 1 : number + 2]]
+            yield done
+            if time.monotonic() - said > SAY_AFTER:
+                said = time.monotonic()
+                count = min((number + 1) * AT_ONCE, len(texts))
+                print(f"  cutting texts into tokens: {count:,} of {len(texts):,} in {said - began:.0f} s", flush=True)
+
+
+def cut(tokenizer: Any, texts: Texts, max_length: int) -> dict[str, np.ndarray]:
+    """The tokens of all texts as flat arrays, and `offsets`, (examples + 1,), where each example's begin."""
+    names = {"input_ids": ("ids", np.int32), "token_type_ids": ("type_ids", np.int8)}
+    names = {name: names[name] for name in names if name == "input_ids" or name in tokenizer.model_input_names}
+    lengths: list[np.ndarray] = []
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for encoded in encodings(tokenizer, texts, max_length):
+        lengths.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))
+        count = int(lengths[-1].sum())
+        for name, (attribute, kind) in names.items():
+            values = itertools.chain.from_iterable(getattr(one, attribute) for one in encoded)
+            found[name].append(np.fromiter(values, kind, count))
+    offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.concatenate(lengths))])
+    return {"offsets": offsets, **{name: np.concatenate(pieces) for name, pieces in found.items()}}
 
 
 class Tokens:
@@ -158,21 +237,14 @@ class Tokens:
         multiple: int = 1,
         store: Store | None = None,
     ) -> None:
-        columns = [list(column) for column in zip(*texts, strict=True)]
+        texts = Texts.of(texts)
 
         def make() -> dict[str, np.ndarray]:
-            encoded = tokenizer(*columns, truncation=True, max_length=max_length, padding=False)
-            offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in encoded["input_ids"]])])
-            flat = {
-                name: np.fromiter((value for row in encoded[name] for value in row), dtype, offsets[-1])
-                for name, dtype in (("input_ids", np.int32), ("token_type_ids", np.int8))
-                if name in encoded
-            }
-            return {"offsets": offsets, **flat}
+            return cut(tokenizer, texts, max_length)
 
         def source() -> list[Any]:
             settings = [tokenizer.truncation_side, tokenizer.model_input_names, max_length]
-            return ["tokens", tokenizer_fingerprint(tokenizer), *settings, columns]
+            return ["tokens", tokenizer_fingerprint(tokenizer), *settings, texts.digest()]
 
         self.columns = (store or Store()).arrays(source, make)
         self.offsets = self.columns.pop("offsets")

@@ -87,8 +87,8 @@ def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, content: s
 
 
 def test_a_missing_file_and_a_folder_are_no_files(tmp_path: Path) -> None:
-    for path in (tmp_path / "a.csv", tmp_path):
-        with pytest.raises(InputError, match="does not exist") as caught:
+    for path, words in ((tmp_path / "a.csv", "does not exist"), (tmp_path, "is a folder, not a file")):
+        with pytest.raises(InputError, match=words) as caught:
             list(rows(path, "task.test"))
         assert caught.value.key == "task.test"
 

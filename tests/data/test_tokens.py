@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import FILLER, tiny_tokenizer
 from kd import distributed
+from kd.data import text as masked
 from kd.data import tokens
 from kd.data.text import MaskedTokens
 from kd.data.tokens import Store, Tokens, read, write
@@ -19,7 +20,7 @@ PAIRS = [(text, f"it was {text}") for (text,) in TEXTS]
 
 
 class Counting:
-    """A tokenizer that counts how often it is asked to cut text."""
+    """A tokenizer, and how often texts are cut with it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer, self.calls = tokenizer, 0
@@ -28,13 +29,20 @@ class Counting:
         return getattr(self.tokenizer, name)
 
     def __call__(self, *texts: object, **options: object) -> object:
-        self.calls += 1
         return self.tokenizer(*texts, **options)
 
 
 @pytest.fixture
-def tokenizer() -> Counting:
-    return Counting(tiny_tokenizer())
+def tokenizer(monkeypatch: pytest.MonkeyPatch) -> Counting:
+    counting, encodings = Counting(tiny_tokenizer()), tokens.encodings
+
+    def counted(reader: object, *given: object, **options: object) -> object:
+        counting.calls += 1
+        return encodings(reader, *given, **options)
+
+    for module in (tokens, masked):
+        monkeypatch.setattr(module, "encodings", counted)
+    return counting
 
 
 def same(one: Tokens, other: Tokens) -> bool:
@@ -164,10 +172,39 @@ def test_masked_text_is_stored_and_padded_too(tokenizer: Counting, tmp_path: Pat
         assert all(torch.equal(stored[0][name], plain[0][name]) for name in plain[0])
         assert torch.equal(stored[1], plain[1])
     assert len(list(tmp_path.iterdir())) == 1
-    assert tokenizer.calls == calls + 3, "the text once, and each time what surrounds it"
+    assert tokenizer.calls == calls + 1
     wide = MaskedTokens(tokenizer, TEXTS, 16, 0, 16)
     inputs, labels = wide.pad([0, 2], 1)
     assert labels.shape == inputs["input_ids"].shape == inputs["predicted"].shape == (2, 16)
     assert torch.equal(labels[:, :10], plain[1])
     assert (labels[:, 10:] == -100).all()
     assert wide.longest.tolist() == [6, 3, 10]
+
+
+@pytest.mark.parametrize("texts", [TEXTS * 5, PAIRS * 5])
+@pytest.mark.parametrize("at_once", [1, 4, 15, 4096])
+def test_tokens_are_those_of_the_tokenizer_itself_whatever_is_cut_at_a_time(
+    texts: list[tuple[str, ...]], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "AT_ONCE", at_once)
+    reader = tiny_tokenizer()
+    expected = reader(*map(list, zip(*texts, strict=True)), truncation=True, max_length=7)
+    found = Tokens(reader, texts, 7)
+    assert found.lengths.tolist() == [len(ids) for ids in expected["input_ids"]]
+    for name, values in found.columns.items():
+        assert values.tolist() == [value for row in expected[name] for value in row]
+
+
+def test_cutting_leaves_a_tokenizer_as_it_is() -> None:
+    reader = tiny_tokenizer()
+    before = reader.backend_tokenizer.to_str()
+    Tokens(reader, TEXTS, 7)
+    MaskedTokens(reader, TEXTS, 16, 0)
+    assert reader.backend_tokenizer.to_str() == before
+
+
+def test_a_limit_on_length_that_a_tokenizer_has_does_not_count() -> None:
+    reader = tiny_tokenizer()
+    whole = Tokens(reader, TEXTS, 16).lengths.tolist()
+    reader(["a film"], truncation=True, max_length=3, padding="max_length")
+    assert Tokens(reader, TEXTS, 16).lengths.tolist() == whole

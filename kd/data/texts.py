@@ -1,0 +1,262 @@
+"""Texts and raw examples in compact form: a million sentences cost their bytes, not a million objects."""
+
+import hashlib
+import itertools
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+
+SHOWN = 60
+"""Characters of a value that a message shows."""
+
+INTERNED = 10_000
+"""Different labels of which equal ones share one object; scores may have more, which are kept one by one."""
+
+
+def shown(value: Any) -> str:
+    r"""A value as a message shows it: shortened, on one line, and printable in any terminal.
+
+    >>> shown("a\nb\ud83d"), shown("x" * 100)[-4:], shown(1.0)
+    ("'a\\nb\\ud83d'", "xx'…", '1.0')
+    """
+    cut = value[: SHOWN + 1] if isinstance(value, str | bytes | list) else value
+    text = repr(cut)
+    if isinstance(value, str | bytes | list) and len(value) > SHOWN:
+        text = f"{value[:SHOWN]!r}…"
+    return text if len(text) <= 4 * SHOWN else f"{text[: 4 * SHOWN]}…"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One raw example: one or two texts, the label as the file has it, and where it stands."""
+
+    texts: tuple[str, ...]
+    label: Any
+    where: str
+
+
+class Texts(Sequence[tuple[str, ...]]):
+    """One or two texts for each example, as one buffer of UTF-8 and the places where they begin.
+
+    It reads like a list of tuples; a tuple is made when it is looked at.
+
+    Args:
+        content: all texts, one behind the other.
+        offsets: (examples x columns + 1,), where each text begins in `content`, and where the last one ends.
+        columns: texts of each example.
+    """
+
+    def __init__(self, content: bytes | bytearray, offsets: np.ndarray, columns: int) -> None:
+        self.content = content
+        self.offsets = offsets
+        self.columns = columns
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[str]]) -> "Texts":
+        """The same texts in compact form."""
+        if isinstance(rows, Texts):
+            return rows
+        writer = Writer()
+        for row in rows:
+            writer.add(row)
+        return writer.texts()
+
+    def __len__(self) -> int:
+        return (len(self.offsets) - 1) // self.columns
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, ...]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[str, ...]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[str, ...] | list[tuple[str, ...]]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        row = index + len(self) if index < 0 else index
+        if not 0 <= row < len(self):
+            raise IndexError(index)
+        bounds = self.offsets[row * self.columns : (row + 1) * self.columns + 1].tolist()
+        return tuple(self.content[a:b].decode() for a, b in itertools.pairwise(bounds))
+
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
+        step = 4096 * self.columns
+        for start in range(0, len(self.offsets) - 1, step):
+            bounds = self.offsets[start : start + step + 1].tolist()
+            texts = [self.content[a:b].decode() for a, b in itertools.pairwise(bounds)]
+            yield from zip(*[iter(texts)] * self.columns, strict=True)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Texts({len(self)} examples of {self.columns}, {len(self.content)} bytes)"
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> "Texts":
+        """These examples, in this order."""
+        rows = np.asarray(rows, dtype=np.int64)
+        starts, ends = self.offsets[rows * self.columns], self.offsets[(rows + 1) * self.columns]
+        view = memoryview(self.content)
+        content = b"".join([view[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)])
+        sizes = np.diff(self.offsets).reshape(-1, self.columns)[rows].reshape(-1)
+        return Texts(content, np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)]), self.columns)
+
+    def joined(self) -> "Texts":
+        """The texts of each example as one, with a blank between them."""
+        return self if self.columns == 1 else Texts.of((" ".join(row),) for row in self)
+
+    def digest(self) -> str:
+        """What identifies the texts and their order."""
+        found = hashlib.blake2b(np.int64(self.columns).tobytes(), digest_size=16)
+        found.update(self.offsets.astype("<i8").tobytes())
+        found.update(self.content)
+        return found.hexdigest()
+
+    def hashes(self) -> np.ndarray:
+        """A number for each example, equal for equal texts; of this process alone."""
+        view, columns = memoryview(self.content).toreadonly(), self.columns
+        bounds = self.offsets.tolist()
+        texts = (hash(view[a:b]) for a, b in itertools.pairwise(bounds))
+        found = np.fromiter(texts, np.int64, len(bounds) - 1)
+        if columns == 1:
+            return found
+        return np.fromiter((hash(tuple(row)) for row in found.reshape(-1, columns).tolist()), np.int64, len(self))
+
+
+def count_shared(texts: Sequence[tuple[str, ...]], seen: Sequence[tuple[str, ...]]) -> int:
+    """Examples whose texts are among others' too.
+
+    >>> count_shared([("a",), ("b",), ("a",)], [("a",), ("c",)])
+    2
+    """
+    return int(np.isin(Texts.of(texts).hashes(), Texts.of(seen).hashes()).sum())
+
+
+class Writer:
+    """Collects texts, one example at a time."""
+
+    def __init__(self) -> None:
+        self.content = bytearray()
+        self.ends = array("q", [0])
+        self.columns = 1
+
+    def add(self, row: Sequence[str]) -> None:
+        """Add the texts of an example.
+
+        Raises:
+            UnicodeEncodeError: for half of a character (a lone surrogate), which is no text.
+        """
+        self.columns = len(row)
+        for text in row:
+            self.content += text.encode()
+            self.ends.append(len(self.content))
+
+    def texts(self) -> Texts:
+        """What was collected."""
+        return Texts(bytes(self.content), np.frombuffer(self.ends, dtype=np.int64), self.columns)
+
+
+class Table(Sequence[Example]):
+    """Raw examples in compact form. It reads like a list of `Example`s.
+
+    Args:
+        texts: of each example.
+        labels: of each example, as the file has them.
+        places: words before a line's number, such as `'a.csv', line `.
+        place: (examples,), which of them stands before each example's number.
+        numbers: (examples,), of each example; -1 for none.
+    """
+
+    def __init__(self, texts: Texts, labels: list[Any], places: Sequence[str], place: np.ndarray, numbers: np.ndarray) -> None:
+        self.texts, self.labels = texts, labels
+        self.places, self.place, self.numbers = places, place, numbers
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> "Table":
+        """The same examples in compact form."""
+        if isinstance(examples, Table):
+            return examples
+        writer = TableWriter()
+        for example in examples:
+            writer.add(example.texts, example.label, example.where, -1)
+        return writer.table()
+
+    @classmethod
+    def joined(cls, parts: Sequence["Table"]) -> "Table":
+        """Several tables as one."""
+        writer = TableWriter()
+        for part in parts:
+            for row, texts in enumerate(part.texts):
+                writer.add(texts, part.labels[row], part.places[part.place[row]], int(part.numbers[row]))
+        return writer.table()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def where(self, row: int) -> str:
+        """Where an example stands, in words."""
+        number = int(self.numbers[row])
+        return f"{self.places[self.place[row]]}{number if number >= 0 else ''}"
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        return Example(self.texts[index], self.labels[index], self.where(index))
+
+    def __iter__(self) -> Iterator[Example]:
+        for row, texts in enumerate(self.texts):
+            yield Example(texts, self.labels[row], self.where(row))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> "Table":
+        """These examples, in this order."""
+        rows = np.asarray(rows, dtype=np.int64)
+        labels = [self.labels[row] for row in rows.tolist()]
+        return Table(self.texts.take(rows), labels, self.places, self.place[rows], self.numbers[rows])
+
+
+class TableWriter:
+    """Collects raw examples, one at a time."""
+
+    def __init__(self) -> None:
+        self.writer = Writer()
+        self.labels: list[Any] = []
+        self.places: dict[str, int] = {}
+        self.place = array("q")
+        self.numbers = array("q")
+        self._known: dict[tuple[type, Any], Any] = {}
+
+    def add(self, texts: Sequence[str], label: Any, place: str, number: int) -> None:
+        """Add an example; arguments as of `Table`.
+
+        Raises:
+            UnicodeEncodeError: for half of a character (a lone surrogate), which is no text.
+        """
+        self.writer.add(texts)
+        if isinstance(label, str | int | float):
+            key = (type(label), label)
+            known = self._known
+            label = known.setdefault(key, label) if len(known) < INTERNED else known.get(key, label)
+        self.labels.append(label)
+        self.place.append(self.places.setdefault(place, len(self.places)))
+        self.numbers.append(number)
+
+    def table(self) -> Table:
+        """What was collected."""
+        place, numbers = (np.frombuffer(values, dtype=np.int64) for values in (self.place, self.numbers))
+        return Table(self.writer.texts(), self.labels, list(self.places), place, numbers)
