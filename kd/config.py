@@ -184,6 +184,8 @@ def explain(error: BaseException) -> InputError:
         return InputError("a value refers to itself: ${...} goes round in a circle, or is nested too deeply")
     if match := re.search(r"item is already at '([\w.@/]+)'", text):
         return InputError(f"'{match[1]}' is there already; leave the plus out: {match[1]}=...", match[1])
+    if match := re.search(r"force-add of config groups is not supported: '\+\+([\w/]+)", text):
+        return InputError(f"{match[1]} is chosen without plus signs: {match[1]}=...", match[1])
     if match := re.search(r"Multiple values for ([\w@/.]+)", text):
         key = match[1].partition("@")[0]
         return InputError(f"{key} is given twice; give it once, or both as a sweep: --multirun {key}=a,b", key)
@@ -436,8 +438,12 @@ def _check_type(value: Any, hint: Any, key: str) -> None:
             _check_type(inner, str, key)
     elif hint is str and isinstance(value, bool | float):
         raise InputError(f"{key}={shown(value)} is a {_kind(value)}, not a word; a word that looks like one needs quotes", key)
-    elif hint is bool and (isinstance(value, float) or (isinstance(value, int) and value not in (0, 1))):
+    elif hint is bool and str(value).lower() not in TRUTHS and not isinstance(value, list | dict) and value is not None:
         raise InputError(f"{key}={shown(value)} is neither true nor false", key)
+
+
+TRUTHS = ("true", "false", "yes", "no", "on", "off", "y", "n", "1", "0")
+"""What OmegaConf takes for a truth value; it would take any other number for true as well."""
 
 
 def _kind(value: Any) -> str:

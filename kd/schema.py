@@ -247,10 +247,20 @@ def check_values(spec: RunSpec) -> None:
     optimizer = spec.optimizer
     check_optimizer(optimizer.lr, optimizer.weight_decay, optimizer.schedule, optimizer.warmup)
     check_columns(spec.task)
-    check_path(spec.paths.runs, "paths.runs")
-    names: dict[str, Any] = {"method.name": spec.method.get("name"), "student.name": student.name, "task.name": spec.task.name}
-    for key, name in names.items():
-        check_name(name, key)
+    if not spec.paths.runs:
+        raise InputError("paths.runs is empty; it is the folder where runs live", "paths.runs")
+    task = spec.task
+    paths = {"paths.runs": spec.paths.runs, "paths.glue": spec.paths.glue, "backbone": spec.backbone}
+    paths |= {"task.train": task.train, "task.validation": task.validation, "task.test": task.test}
+    paths |= {"student.backbone": student.backbone, "student.checkpoint": student.checkpoint}
+    for name, teacher in spec.teacher.items():
+        paths |= {f"teacher.{name}.model": teacher.model, f"teacher.{name}.backbone": teacher.backbone}
+    for key, path in paths.items():
+        if path is not None:
+            check_path(path, key)
+    names: dict[str, Any] = {"method.name": spec.method.get("name"), "student.name": student.name, "task.name": task.name}
+    for key, part_name in names.items():
+        check_name(part_name, key)
 
 
 def check_student(student: StudentSpec) -> None:
@@ -310,16 +320,14 @@ def check_path(path: str, key: str) -> None:
     """Check that a path can be one.
 
     Raises:
-        InputError: for an empty one, or one that has a zero byte or bytes that are no text.
+        InputError: for one that has a zero byte or bytes that are no text, or is too long.
     """
-    if not path:
-        raise InputError(f"{key} is empty; it is the folder where runs live", key)
     try:
         encoded = path.encode()
     except UnicodeEncodeError:
         raise InputError(f"{key}={path!a} is not valid Unicode", key) from None
     if b"\0" in encoded or "\n" in path:
-        raise InputError(f"{key}={shown(path)} has a character that a folder's name cannot have", key)
+        raise InputError(f"{key}={shown(path)} has a character that the name of a file cannot have", key)
     if len(encoded) > 3500 or any(len(part) > 255 for part in encoded.split(b"/")):
         raise InputError(f"{key}={shown(path)} is longer than a file system allows", key)
 
