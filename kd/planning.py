@@ -4,7 +4,7 @@ The digest of everything that changes a result names a run's directory. A teache
 run of its own, made first if it is missing and reused if it is done.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -52,6 +52,21 @@ UNSET = ("limit_validation", "limit_test", "format", "delimiter", "columns")
 
 NAMES = ("text", "label", "columns")
 """Keys of a task's source that name columns: text, also where a command line has a number."""
+
+REVISIONS: Mapping[str, Callable[[RunSpec], bool]] = {
+    "a fresh regression head begins at the mean of the scores": lambda spec: spec.task.kind == "regression",
+    "a step is the mean over the examples of its batches": lambda spec: spec.trainer.accumulate > 1,
+    "masses that are shared are averaged between two softmaxes": lambda spec: _is_method(
+        spec, "kd.methods.bert_emd.BertEMD", update="softmax2", separate=False, mapping="emd"
+    ),
+    "passes are weighed by the largest derivative": lambda spec: (
+        _is_method(spec, "kd.methods.ad_kd.ADKD") and spec.method.get("steps") != 1
+    ),
+}
+"""Corrections after which some configurations end elsewhere, and which: their digests differ from those of before.
+
+In place of a higher `FORMAT`, which would make every run anew.
+"""
 
 PLACES = ("root", "train", "validation", "test")
 """Keys that say where data is; their content enters the digest instead."""
@@ -211,6 +226,11 @@ def source_of(spec: RunSpec) -> Source:
     return source  # type: ignore[no-any-return]
 
 
+def _is_method(spec: RunSpec, target: str, **options: Any) -> bool:
+    """Whether a run's method is a class with these options."""
+    return {**options, "_target_": target}.items() <= spec.method.items()
+
+
 def method_identity(method: Mapping[str, Any]) -> dict[str, Any]:
     """What of a method's options changes its result."""
     silent = METHOD_UNLESS_ASKED_FOR.get(str(method.get("_target_")), {})
@@ -243,8 +263,10 @@ def identity(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
     task, source = (
         {key: value for key, value in part.items() if key not in UNSET or value is not None} for part in (task, source)
     )
+    revisions = [name for name, concerns in REVISIONS.items() if concerns(spec)]
     return {
         "format": FORMAT,
+        **({"revisions": revisions} if revisions else {}),
         "method": method_identity(spec.method),
         "engine": spec.engine,
         "student": student,

@@ -119,6 +119,28 @@ def test_what_changes_a_result_changes_the_digest(alone: Planner, digests: dict[
     assert alone(*override.split(" ")).digest != (digests.get("alone") or digests.setdefault("alone", alone().digest))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "revised"),
+    [
+        ([], 0),
+        (["trainer.accumulate=2"], 1),
+        (["method=bert_emd"], 1),
+        (["method=bert_emd", "method.separate=true"], 0),
+        (["method=bert_emd", "method.update=sum"], 0),
+        (["method=ad_kd"], 0),
+        (["method=ad_kd", "method.steps=4", "trainer.accumulate=2"], 2),
+        (["task.kind=regression", "task.metrics=[pearson]", "task.monitor=pearson"], 1),
+    ],
+)
+def test_a_configuration_whose_result_a_correction_changed_has_another_digest(
+    alone: Planner, overrides: list[str], revised: int
+) -> None:
+    """Runs of before are then not taken for done; those of other configurations are."""
+    identity = alone(*overrides).identity
+    assert len(identity.get("revisions", [])) == revised
+    assert ("revisions" in identity) == bool(revised)
+
+
 def test_with_a_token_budget_the_batch_size_decides_nothing(alone: Planner) -> None:
     assert alone("trainer.batch_tokens=512").digest == alone("trainer.batch_tokens=512", "trainer.batch_size=8").digest
 
