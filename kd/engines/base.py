@@ -288,7 +288,8 @@ class Engine(pl.LightningModule):
         scaled gradients. bfloat16 has no scaler, so there is nothing to refuse. With a scaler the plugin has unscaled them.
         """
         if gradient_clip_val:
-            scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # it skips a step that has overflown
+            plugin = self._trainer and self._trainer.precision_plugin  # without a trainer there is no scaler
+            scaled = getattr(plugin, "scaler", None) is not None  # it skips a step that has overflown
             for parameters in self.trained():
                 norm = clip_gradients(parameters, float(gradient_clip_val))
                 if not scaled:

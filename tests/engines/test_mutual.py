@@ -23,6 +23,7 @@ from kd.engines.mutual import Mutual
 from kd.engines.safety import NonFiniteLoss
 from kd.errors import InputError
 from kd.evaluate import evaluate, headline
+from kd.export import percent
 from kd.forward import Needs
 from kd.models import Encoder
 from kd.optimizers import OptimizerFactory
@@ -366,8 +367,8 @@ def test_every_model_card_has_its_own_students_figures(cohort: tuple[Run, dict])
         assert f"# {name} student of minilm, p2p_mutual" in card
         assert f"Parameters: {each['parameters']:,}" in card
         for split in ("validation", "test"):
-            assert f"| {split} | accuracy | {each['metrics'][split]['accuracy']:.4f} |" in card
-            assert f"| {split} | agreement with minilm | {each['agreement'][split]['minilm']:.4f} |" in card
+            assert f"| {split} | accuracy | {percent('accuracy', each['metrics'][split]['accuracy'])} |" in card
+            assert f"| {split} | agreement with minilm | {percent('accuracy', each['agreement'][split]['minilm'])} |" in card
 
 
 def test_a_teacher_that_learned_with_its_students_is_scored_like_any_other(cohort: tuple[Run, dict]) -> None:
