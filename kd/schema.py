@@ -187,6 +187,8 @@ def cache_limit(setting: Any) -> float | None:
 MOST = {
     "task.max_length": MANY,
     "task.limit_train": 2**40,
+    "task.limit_validation": 2**40,
+    "task.limit_test": 2**40,
     "trainer.max_epochs": MANY,
     "trainer.batch_size": MANY,
     "trainer.batch_tokens": 2**31,
@@ -250,14 +252,15 @@ def check_values(spec: RunSpec) -> None:
     if not spec.paths.runs:
         raise InputError("paths.runs is empty; it is the folder where runs live", "paths.runs")
     task = spec.task
-    paths = {"paths.runs": spec.paths.runs, "paths.glue": spec.paths.glue, "backbone": spec.backbone}
+    paths: dict[str, Any] = {"paths.runs": spec.paths.runs, "paths.glue": spec.paths.glue, "backbone": spec.backbone}
     paths |= {"task.train": task.train, "task.validation": task.validation, "task.test": task.test}
     paths |= {"student.backbone": student.backbone, "student.checkpoint": student.checkpoint}
     for name, teacher in spec.teacher.items():
         paths |= {f"teacher.{name}.model": teacher.model, f"teacher.{name}.backbone": teacher.backbone}
     for key, path in paths.items():
-        if path is not None:
-            check_path(path, key)
+        for each in path.values() if isinstance(path, dict) else [path]:  # a file for each class
+            if each is not None:
+                check_path(str(each), key)
     names: dict[str, Any] = {"method.name": spec.method.get("name"), "student.name": student.name, "task.name": task.name}
     for key, part_name in names.items():
         check_name(part_name, key)

@@ -258,6 +258,13 @@ def every_value(backbone: str, data: str) -> dict[str, Values]:
         "task.monitor": word("accuracy"),
         "task.max_length": whole(3, COUNT, most=64),
         "task.limit_train": Values(st.one_of(st.integers(60, 10**6), st.none()), whole(1, 2**40, null=True).illegal),
+        "task.limit_validation": Values(st.one_of(st.integers(1, 10**6), st.none()), whole(1, 2**40, null=True).illegal),
+        "task.limit_test": Values(st.one_of(st.integers(1, 10**6), st.none()), whole(1, 2**40, null=True).illegal),
+        "task.format": word("csv", null=True),
+        "task.delimiter": Values(
+            st.sampled_from(["comma", ",", None]), union(st.sampled_from(["::", "", '"', "\n", True, 1.5]), NESTED, NEVER)
+        ),
+        "task.columns": Values(st.none(), union(st.sampled_from([[], ["a", "a"], ["text", "label"], [""]]), NEVER)),
         "task.holdout": Values(
             st.one_of(st.floats(0.2, 0.8), st.none()), union(st.sampled_from([0, 1, -0.5, 2, 1e300, True]), NESTED, NEVER)
         ),

@@ -204,13 +204,14 @@ def given_paths(train: Any, validation: Any, test: Any, usage: str) -> dict[str,
         if isinstance(value, Mapping):
             if len(value) < 2 or not all(isinstance(path, str) for path in value.values()):
                 raise InputError(
-                    f"{key}={dict(value)} must give a file for each of two classes or more: '{key}={{pos: a.txt, neg: b.txt}}'",
+                    f"{key}={shown(dict(value))} must give a file for each of two classes or more: "
+                    f"'{key}={{pos: a.txt, neg: b.txt}}'",
                     key,
                 )
             found[split] = {str(name).strip(): data_path(path, key) for name, path in value.items()}
         elif isinstance(value, list | tuple):
             raise InputError(
-                f"{key}={list(value)} must be a file, or one for each class: '{key}={{pos: a.txt, neg: b.txt}}'", key
+                f"{key}={shown(list(value))} must be a file, or one for each class: '{key}={{pos: a.txt, neg: b.txt}}'", key
             )
         elif value is not None:
             found[split] = {None: data_path(str(value), key)}
@@ -283,7 +284,7 @@ class Files:
 
     def _read(self, path: Path, name: str | None, key: str) -> Table:
         text, label = as_names(self.text), as_names(self.label)
-        layout = Layout(self.format, self.delimiter, as_names(self.columns), self.quoted)
+        layout = Layout(as_names(self.format), as_names(self.delimiter), as_names(self.columns), self.quoted)
         if name is None and layout.format != "lines":
             if label in text:
                 raise InputError(f"task.label={label} is among task.text={text}: the label would be read as text", "task.label")

@@ -116,7 +116,7 @@ class Layout:
             return None
         names = list(self.columns)
         if not names or len(set(names)) != len(names):
-            raise InputError(f"task.columns={names} must name every column of the file once", "task.columns")
+            raise InputError(f"task.columns={shown(names)} must name every column of the file once", "task.columns")
         return names
 
 

@@ -72,7 +72,7 @@ class TextFiles:
         if self.format == "lines" or (self.format is None and path.suffix.lower() == ".txt" and self.delimiter is None):
             lines = ((number, {"text": line}) for number, line in text_lines(path, key))
             return examples_of(lines, path, ["text"], None, key)
-        layout = Layout(self.format, self.delimiter, as_names(self.columns), self.quoted)
+        layout = Layout(as_names(self.format), as_names(self.delimiter), as_names(self.columns), self.quoted)
         return examples_of(table_rows(path, key, layout=layout), path, as_names(self.text), None, key)
 
     def fingerprint(self) -> dict[str, str]:
