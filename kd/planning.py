@@ -219,7 +219,7 @@ def source_of(spec: RunSpec) -> Source:
         raise InputError(f"the task's source cannot be made: {one_line(error)}", "task.source") from error
     for field in fields(source) if is_dataclass(source) else ():
         value, kind = getattr(source, field.name), str(field.type)
-        wrong = () if "Mapping" in kind or kind == "Any" else (Mapping,) if "Sequence" in kind else (Mapping, list)
+        wrong = () if "Mapping" in kind or kind.endswith("Any") else (Mapping,) if "Sequence" in kind else (Mapping, list)
         if isinstance(value, wrong):
             key = f"task.source.{field.name}"
             raise InputError(f"{key}={shown(value)} is not what the task's source takes there", key)
