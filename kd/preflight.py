@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kd.data.datamodule import KDData
-from kd.data.tasks import higher_is_better
+from kd.data.tasks import Regression, higher_is_better
 from kd.data.texts import count_shared
 from kd.engines.base import Engine
 from kd.errors import InputError
@@ -82,6 +82,9 @@ def check_data(report: Report, data: KDData) -> None:
     for split in data.examples.evaluated:
         if shared := count_shared(texts[split], texts["train"]):
             report.warn(f"{shared} of {len(texts[split])} texts of '{split}' are also in train")
+    task, scores = data.examples.task, data.examples.labels["train"]
+    if isinstance(task, Regression) and min(scores) == max(scores):
+        report.warn(f"every training example has the score {scores[0]:g}: there is nothing to tell apart")
     if data.shared_tokenizer:
         report.ok("student and teachers read the same tokens" if data.teacher_keys else "one tokenizer")
     else:
