@@ -276,7 +276,7 @@ class Marker:
 @pytest.mark.parametrize(
     "key",
     "method method.layers method.temperature method.weights.hidden engine engine.more optimizer.factory optimizer.factory.eps "
-    "task.source task.source.train logger.extra surgery.x".split(),
+    "task.source task.source.label logger.extra surgery.x".split(),
 )
 def test_a_node_runs_nothing_but_what_its_place_is_for(key: str, small: Small, composed: DictConfig) -> None:
     config = composed.copy()
@@ -284,7 +284,7 @@ def test_a_node_runs_nothing_but_what_its_place_is_for(key: str, small: Small, c
     OmegaConf.update(config, key, {"_target_": f"{__name__}.Marker", "name": "x", "weights": {}}, merge=False, force_add=True)
     with pytest.raises(InputError) as caught:
         check_all(plan(config, []))
-    assert str(caught.value.key).startswith(key.removesuffix(".train").removesuffix(".eps"))
+    assert str(caught.value.key).startswith(key.removesuffix(".eps"))
     assert not Marker.called
 
 
