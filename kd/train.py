@@ -72,6 +72,8 @@ def execute(run: Run, purpose: str = "", first: bool = True) -> dict[str, Any]:
         from kd.fit import export_again, fit
 
         distributed.say(f"\n{purpose or run.name}\n  {run.directory}")
+        if result is None and distributed.on_first((run.directory / "result.json").exists):
+            distributed.say("  its result.json is damaged; the run goes on from its last checkpoint and writes it anew")
         if result is not None:
             distributed.say(f"  done, but {damage}; it is exported again")
             try:

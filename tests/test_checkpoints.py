@@ -305,11 +305,12 @@ def test_an_old_record_without_digests_still_holds(done: Run) -> None:
     assert train.execute(done)["files"] == record["files"]
 
 
-def test_a_record_that_is_damaged_is_written_again_without_training(done: Run) -> None:
+def test_a_record_that_is_damaged_is_written_again_without_training(done: Run, capsys: pytest.CaptureFixture[str]) -> None:
     record = done.result
     assert record is not None
     (done.directory / "result.json").write_text('{"digest": "')
     again = train.execute(done)
+    assert "its result.json is damaged" in capsys.readouterr().out
     assert again["resumed"] == {"starts": 2, "from_steps": [12]}
     same = ("metrics", "selection", "files", "parameters", "family")
     assert {name: again[name] for name in same} == {name: record[name] for name in same}
