@@ -9,6 +9,7 @@ status 1.
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import json
@@ -127,17 +128,37 @@ def call(words: Sequence[str], log: Path) -> tuple[int, str]:
     return os.waitstatus_to_exitcode(status), log.read_text()
 
 
-def killed(words: Sequence[str], log: Path, seconds: float) -> bool | None:
-    """Start a command and kill it after some seconds; false if it was done before, none if it failed."""
+def killed(words: Sequence[str], log: Path, seconds: float, runs: Path | None = None) -> bool | None:
+    """Start a command and kill it after some seconds; false if it was done before, none if it failed.
+
+    Args:
+        words: the command.
+        log: where its output goes.
+        seconds: after its start; with `runs`, after it has written a checkpoint in that folder.
+        runs: its folder of runs.
+    """
+    before = written(runs)
     child, due = begin(words, log), time.monotonic() + seconds
-    while time.monotonic() < due:
+    waiting = runs is not None
+    while waiting or time.monotonic() < due:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return None if status else False
-        time.sleep(0.01)
+        if waiting and written(runs) != before:
+            waiting, due = False, time.monotonic() + seconds
+        time.sleep(0.002)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return True
+
+
+def written(runs: Path | None) -> dict[Path, int]:
+    """When each checkpoint of a folder of runs was written, in nanoseconds."""
+    found = {}
+    for path in [] if runs is None else runs.glob("*/checkpoints/last.ckpt"):
+        with contextlib.suppress(FileNotFoundError):  # replaced at this moment
+            found[path] = path.stat().st_mtime_ns
+    return found
 
 
 def outcome(runs: Path) -> dict[str, str]:
@@ -243,7 +264,11 @@ def kills(place: Place, count: int, seed: int) -> int:
         runs += 1
         fell = 0
         while fell < left:
-            ended = killed(place.command(f"{method}-killed", *words), place.log, seconds * draw.uniform(0.05, 0.95))
+            folder = place.folder / f"{method}-killed"
+            if fell % 3:  # two of three while it trains; starting takes most of the time of runs as small as these
+                ended = killed(place.command(folder.name, *words), place.log, draw.uniform(0, 0.3), folder)
+            else:
+                ended = killed(place.command(folder.name, *words), place.log, seconds * draw.uniform(0.05, 0.95))
             if ended is None:
                 break
             fell += ended

@@ -218,7 +218,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         MixedStage(size=9000)(plain(), Material(TEXTS))
     with pytest.raises(InputError, match="masked language model"):
         MixedStage(size=70)(Encoder(tiny_model(), tiny_tokenizer()), Material(None))
-    with pytest.raises(InputError, match="must be in"):
+    with pytest.raises(InputError, match="must be at least 0 and at most 1"):
         MixedStage(size=70, probability=1.5)
     with pytest.raises(InputError, match=r"surgery=\[mixed_stage\]"):
         MixedVocab()(plain(), Material(TEXTS, tmp_path))
