@@ -396,7 +396,8 @@ def check_plain(value: Any, key: str = "", depth: int = 0) -> None:
             raise InputError(f"{key} has {len(value)} entries, more than {MOST_ENTRIES}", key)
         entries = value.items() if isinstance(value, dict) else ((None, each) for each in value)
         for name, inner in entries:
-            if name is not None and (not isinstance(name, str) or not name):
+            numbered = type(name) is int and key.rpartition(".")[2] in ("train", "validation", "test")  # a file for each class
+            if name is not None and not numbered and (not isinstance(name, str) or not name):
                 raise InputError(f"{key} has the key {name!r}, which is no word; quote it", key)
             if name is not None:
                 check_plain(name, key, depth + 1)

@@ -37,7 +37,7 @@ step = Distiller.training_step
 
 def troubled(engine, batch, batch_idx):
     loss = step(engine, batch, batch_idx)
-    if kind == "preflight" or (rank, engine.current_epoch, batch_idx) != (1, 1, 3):
+    if kind == "preflight" or (rank, engine.current_epoch, batch_idx) != (1, 1, 4):
         return loss
     if kind == "nan":
         from kd.engines.safety import NonFiniteLoss
@@ -60,7 +60,7 @@ if kind == "preflight":
     fit.preflight = refuse
 train.main()
 """
-"""kd-train with trouble on rank 1: in the second epoch, at its fourth batch, between those of one optimiser step."""
+"""kd-train with trouble on rank 1: in the second epoch, at its fifth batch, between those of one optimiser step."""
 
 
 def test_what_only_the_first_rank_does_exchanges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +218,7 @@ def test_killed_rank_ends_the_other_and_the_next_start_ends_with_the_same_weight
     process = start(overrides)
     output = output_of(process)
     assert process.returncode == 0, output
-    assert "going on from step 4" in output
+    assert "going on from step 3" in output
     assert same_weights(weights(run), weights(unbroken))
     assert same_weights(last_weights(run), last_weights(unbroken))
     assert (run.result or {})["metrics"] == (unbroken.result or {})["metrics"]
@@ -271,7 +271,7 @@ def test_point_that_fails_on_one_rank_ends_the_sweep(uneven: Callable[[Path], li
     process = start(["--multirun", "seed=1,2", *overrides], trouble=("nan", tmp_path), KD_PATIENCE=str(PATIENCE))
     output = output_of(process)
     assert process.returncode != 0
-    assert output.count("the loss is not finite at step 4") == 1, output
+    assert output.count("the loss is not finite at step 3") == 1, output
     assert output.count("Traceback") == 1, output
     assert not planned([*overrides, "seed=2"]).directory.exists()
 
