@@ -98,13 +98,14 @@ def test_a_torn_history_is_read_as_far_as_it_is_whole(tmp_path: Path, kind: str,
     assert all(row in whole for row in resumed.rows)
     assert "is damaged" in capsys.readouterr().out
     log(resumed, 12, 13)
-    assert read(path)[-2:] == [{"step": "12", "epoch": "3", "train/loss": "0.0769231"}, {**read(path)[-1], "step": "13"}]
+    assert read(path)[-2:] == [{"step": "12", "epoch": "3", "train/loss": "0.0769230769"}, {**read(path)[-1], "step": "13"}]
     assert b"\0" not in path.read_bytes()
 
 
 def test_a_folder_called_wandb_is_not_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "wandb").mkdir()
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", sys)  # so that what is imported here is taken away after the test
+    monkeypatch.delitem(sys.modules, "wandb")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.setattr(sys, "meta_path", [PathFinder])
     with pytest.raises(InputError, match="pip install wandb") as caught:

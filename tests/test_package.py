@@ -39,7 +39,7 @@ def test_help_imports_nothing_heavy(command: str) -> None:
 
 def test_readme_names_every_method_student_task_and_trainer() -> None:
     text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) < 200
+    assert len(text.split()) < 2500, "a page to start from; what is longer belongs beside the part that it is about"
     for group in (
         "method",
         "student",

@@ -287,7 +287,7 @@ def test_the_run_of_a_teacher_is_laid_over_its_configuration(planned: Planner) -
 def test_a_teachers_run_refuses_unknown_keys(planned: Planner) -> None:
     with pytest.raises(InputError, match="max_epoch") as caught:
         planned("+teacher.minilm.run.trainer.max_epoch=3")
-    assert caught.value.key == "teacher.minilm.run"
+    assert caught.value.key == "teacher.minilm.run.trainer.max_epoch"
 
 
 def test_a_ready_teacher_needs_no_run_and_its_weights_enter_the_digest(backbone: Path, reviews: Path, tmp_path: Path) -> None:

@@ -263,8 +263,9 @@ def test_stopped_run_ends_with_the_weights_of_an_unbroken_one(
     assert again["metrics"] == result["metrics"]
     assert again["selection"] == result["selection"]
     assert again["teacher_forward_examples"] == 96  # the pass of the run that was stopped
-    assert again["teacher_forwards"] == result["teacher_forwards"]
-    assert again["cache"]["minilm"]["written"] == result["cache"]["minilm"]["written"]
+    looks = result["teacher_forwards"]["minilm"]["looks"]  # the unbroken run may have found the teacher's outputs
+    assert again["teacher_forwards"] == {"minilm": {"passes": 1, "examples": 96, "looks": looks}}
+    assert "train" in again["cache"]["minilm"]["written"]
     assert again["seconds"]["cache"] > 0
     assert again["resumed"] == {"starts": 2, "from_steps": steps}
     assert again["examples_per_second"] * again["seconds"]["train"] == pytest.approx(192, rel=1e-3)  # rounded to 3 digits

@@ -110,7 +110,7 @@ def near_one(vectors: Tensor, dim: int = -1) -> Tensor:
     """Vectors divided by the power of two that brings their largest entry to between 1 and 2, which rounds nothing.
 
     >>> near_one(torch.tensor([0.0, 3e-30, -6e-30]))
-    tensor([ 0.0000,  0.9509, -1.9018])
+    tensor([ 0.0000,  0.9507, -1.9015])
     """
     vectors = at_least_float32(vectors)
     largest = vectors.detach().abs().amax(dim=dim, keepdim=True)
