@@ -24,7 +24,7 @@ from kd.checkpoints import (
     read_checkpoint,
 )
 from kd.data.datamodule import Examples, KDData
-from kd.engines.base import Engine
+from kd.engines.base import Engine, work_of_all
 from kd.errors import InputError
 from kd.evaluate import LATENCY_MEASURE, Evaluation, baseline, evaluate, folder_megabytes, headline, latencies, to_time
 from kd.export import TOLERANCE, export, largest_difference, model_card, origin
@@ -95,12 +95,10 @@ def count_fills(run: Run, engine: Engine, caches: dict[str, dict[str, Any]]) -> 
     Returns:
         How often this run was started.
     """
-    ranks = distributed.gather(engine.work_of_teachers())
-    spent = {}
-    for name, done in engine.work_of_teachers().items():
+    spent: dict[str, dict[str, Any]] = {}
+    for name, done in work_of_all(distributed.gather(engine.work_of_teachers())).items():
         told = caches.get(name, {})
-        spent[name] = {kind: sum(work[name][kind] for work in ranks) for kind in done}
-        spent[name] |= {"seconds": told.get("seconds", 0.0), "written": told.get("written", [])}
+        spent[name] = {**done, "seconds": told.get("seconds", 0.0), "written": told.get("written", [])}
 
     def added() -> dict[str, Any]:
         path = run.checkpoints / "costs.json"

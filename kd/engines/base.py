@@ -50,6 +50,21 @@ def in_words(collapse: Sequence[float], labels: Sequence[str] | None) -> str:
     return f"every prediction is '{labels[int(least)]}'"
 
 
+def work_of_all(ranks: Sequence[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
+    """The work of teachers on all ranks: examples add up; a pass, or a batch in which one is heard, is one of all ranks.
+
+    Args:
+        ranks: of each, what `Engine.work_of_teachers` gives.
+
+    >>> work_of_all([{"a": {"passes": 2, "examples": 8, "looks": 2}}, {"a": {"passes": 2, "examples": 7, "looks": 2}}])
+    {'a': {'passes': 2, 'examples': 15, 'looks': 2}}
+    """
+    return {
+        name: {kind: (sum if kind == "examples" else max)(work[name][kind] for work in ranks) for kind in kinds}
+        for name, kinds in ranks[0].items()
+    }
+
+
 @dataclass
 class Learner:
     """A student and the method that is bound to it."""
@@ -311,9 +326,7 @@ class Engine(pl.LightningModule):
         checkpoint["kd"] = {
             "seconds": self.elapsed,
             "examples": sum(examples for examples, _ in ranks),
-            "teacher_work": {
-                name: {kind: sum(work[name][kind] for _, work in ranks) for kind in kinds} for name, kinds in own.items()
-            },
+            "teacher_work": work_of_all([work for _, work in ranks]),
             "validation": self.validation,
             "resumed": self.resumed,
         }
