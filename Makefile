@@ -33,8 +33,8 @@ help: ## show this list
 install: .venv/installed ## create .venv with the locked packages and kd itself
 
 # The first thing that is said is how long it will take, also where the environment has to be installed before.
-demo:: ## fine-tune MiniLM, train three students, print the table (about 6 minutes; 3 where the processor computes bf16)
-	@echo "make demo: about 6 minutes on two quiet cores (3 where they compute bf16), and 1 to 4 to install the first time."
+demo:: ## fine-tune MiniLM, train three students, print the table (about 7 minutes; half where the processor computes bf16)
+	@echo "make demo: about 7 minutes on two cores (half where they compute bf16), and 1 to 4 to install the first time."
 demo:: .venv/installed
 	@echo "Fine-tunes a teacher (about 2 minutes), then trains three students (about 1 minute each):"
 	$(BIN)/kd-train --multirun experiment=demo_quick method=finetune,kd,pkd
