@@ -128,6 +128,8 @@ def check_overrides(overrides: Sequence[str]) -> None:
             raise InputError(f"'{shown(override)}' takes '{key}' away, which every run has; give it a value instead", key)
         if sign == "~" and key in LISTS:
             raise InputError(f"'{shown(override)}': a run without one says so: {key}=[]", key)
+        if key in _typed_mappings() and (value or "").strip().startswith("["):
+            raise InputError(f"'{shown(override)}': {key} takes a mapping, {{name: value}}, and no list", key)
         if key not in groups or value is None:
             continue
         text = value.strip()
@@ -146,6 +148,18 @@ def check_overrides(overrides: Sequence[str]) -> None:
 @cache
 def _groups() -> tuple[str, ...]:
     return tuple(folder.name for folder in conf_folder().iterdir() if folder.is_dir() and folder.name != "base")
+
+
+@cache
+def _typed_mappings() -> frozenset[str]:
+    """Keys below a part whose value is a mapping: Hydra lays one over it, and a list cannot be laid over it."""
+    found = set()
+    for name, hint in typing.get_type_hints(RunSpec).items():
+        if dataclasses.is_dataclass(hint):
+            for key, kind in typing.get_type_hints(hint).items():
+                if any(typing.get_origin(one) is dict for one in (kind, *typing.get_args(kind))):
+                    found.add(f"{name}.{key}")
+    return frozenset(found)
 
 
 @cache

@@ -181,6 +181,8 @@ def test_no_option_of_a_method_takes_just_anything(method: str, key: str, small:
         ("teacher.minilm.labels=[a,b]", "teacher.minilm.labels", "'+teacher.minilm.labels=...'"),
         ("teacher.minilm.run.trainer.clip=2", "teacher.minilm.run.trainer.clip", "'+teacher.minilm.run.trainer.clip=...'"),
         ("trainer.deterministic=2", "trainer.deterministic", "neither true nor false"),
+        ("++pool.wrapper=[1]", "pool.wrapper", "takes a mapping"),
+        ("++logger.extra=[1]", "logger.extra", "takes a mapping"),
         ("pool.chain='10'", "pool.chain", "neither true nor false"),
         ("task.label=true", "task.label", "truth value"),
         ("task.labels=[1.5,a]", "task.labels", "needs quotes"),
