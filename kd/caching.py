@@ -32,7 +32,7 @@ from kd.passes import Plan, probe, write
 from kd.planning import teacher_source
 from kd.runs import Run, digest_of, locked, write_atomically
 from kd.schema import cache_limit
-from kd.sources import fingerprint
+from kd.sources import fingerprint, hub_commit
 
 if TYPE_CHECKING:
     from kd.data.datamodule import KDData
@@ -137,7 +137,7 @@ def weights_of(run: Run, teacher: FrozenTeacher) -> str | None:
     source, key = teacher_source(run, teacher.name)
     if not source.startswith("hf:"):
         return fingerprint(source, key)
-    commit = getattr(teacher.shape.config, "_commit_hash", None)
+    commit = hub_commit(source)
     return None if commit is None else f"{source}@{commit}"
 
 

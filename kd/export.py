@@ -17,7 +17,7 @@ from kd.models import Encoder
 from kd.models.heads import HEADS
 from kd.planning import backbone_of
 from kd.runs import Run, remove, writing
-from kd.sources import pretrained
+from kd.sources import hub_commit, pretrained
 
 TOLERANCE = 1e-5
 """Largest difference between the run's logits and the exported model's that is taken for rounding."""
@@ -102,6 +102,7 @@ def origin(run: Run) -> dict[str, Any]:
     is_path = not source.startswith(("hf:", "package:"))
     return {
         "backbone": Path(source).expanduser().resolve().name if is_path else source,
+        **({"commit": commit} if (commit := hub_commit(source)) is not None else {}),
         "license": stated_license(source, key),
         "data": known.rpartition("/")[0] if "hub" in data else known.partition("==")[0] or run.spec.task.name,
         "columns": len(run.spec.task.source.get("text") or [""]),

@@ -7,11 +7,14 @@ words must never stand for other weights.
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
 
 from kd.errors import InputError
 
@@ -157,6 +160,16 @@ def pretrained(source: str, key: str) -> tuple[str, dict[str, str]]:
     name, _, revision = source.removeprefix("hf:").partition("@")
     check_not_here(name, key)
     return name, {"revision": revision} if revision else {}
+
+
+def hub_commit(source: str) -> str | None:
+    """The commit of a source of the hub that is loaded on this machine; None if it is not fetched yet, or not of the hub."""
+    if not source.startswith("hf:"):
+        return None
+    name, _, revision = source.removeprefix("hf:").partition("@")
+    path = try_to_load_from_cache(name, "config.json", revision=revision or None)
+    commit = Path(path).parent.name if isinstance(path, str) else ""
+    return commit if re.fullmatch("[0-9a-f]{40}", commit) else None
 
 
 def fingerprint(source: str, key: str) -> str:

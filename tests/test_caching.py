@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd import caching, passes, train
+from kd import caching, passes, sources, train
 from kd.build import Models, build_data, build_examples, build_models
 from kd.data.datamodule import KDData
 from kd.errors import InputError
@@ -351,15 +351,30 @@ def test_a_folder_that_cannot_be_written_leaves_the_teacher_running(
     assert "runs at every step: nothing can be written to" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("commit", [None, "abc"])
-def test_weights_of_the_hub_are_those_of_a_commit(fresh, commit: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, models, data = built(fresh("method=kd", "cache=off"))
-    monkeypatch.setattr(caching, "teacher_source", lambda *_: ("hf:a/model", "teacher.minilm.model"))
-    models.teachers[0].shape.config._commit_hash = commit
-    run.spec.cache = "auto"
-    assert caching.weights_of(run, models.teachers[0]) == (None if commit is None else "hf:a/model@abc")
-    why = caching.reason_to_run(run, data, models.teachers[0], Needs())
-    assert why is None if commit else "hub" in str(why)
+def test_teacher_of_the_hub_is_run_once_for_the_commit_that_is_loaded(
+    small: Small, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def publish(commit: str) -> None:
+        shutil.copytree(backbone, tmp_path / "hub/models--owner--tiny/snapshots" / commit)
+        (tmp_path / "hub/models--owner--tiny/refs").mkdir(exist_ok=True)
+        (tmp_path / "hub/models--owner--tiny/refs/main").write_text(commit)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    given = ["teacher=hub", "teacher.hub.model=hf:owner/tiny", "teacher.hub.labels=[negative,positive]"]
+    overrides = small("method=kd", *given, f"paths.runs={tmp_path / 'runs'}")
+    publish("0" * 40)
+    _, models, _ = built(overrides)
+    assert models.caches["hub"]["written"] == ["train", "validation", "test"]
+    _, models, _ = built(overrides)
+    assert models.caches["hub"]["written"] == []
+    publish("1" * 40)
+    _, models, _ = built(overrides)
+    assert models.caches["hub"]["written"] == ["train", "validation", "test"]
+    monkeypatch.setattr(sources, "try_to_load_from_cache", lambda *_, **__: None)
+    _, models, _ = built(overrides)
+    assert models.caches["hub"]["used"] is False
+    assert "which weights its name on the hub stands for today is not known" in capsys.readouterr().out
 
 
 def test_the_pass_runs_what_is_not_compiled(fresh, monkeypatch: pytest.MonkeyPatch) -> None:

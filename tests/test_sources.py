@@ -46,6 +46,28 @@ def test_hub_source_is_a_name_and_a_revision(source: str, name: str, options: di
     assert sources.fingerprint(source, KEY) == source
 
 
+@pytest.mark.parametrize(
+    ("source", "commit"),
+    [
+        ("hf:owner/name", "a" * 40),
+        ("hf:owner/name@v1.0", "b" * 40),
+        (f"hf:owner/name@{'a' * 40}", "a" * 40),
+        ("hf:owner/name@v2.0", None),
+        ("hf:owner/other", None),
+        ("owner/name", None),
+    ],
+)
+def test_commit_of_the_hub_is_the_one_on_this_machine(
+    source: str, commit: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name, known in {"main": "a" * 40, "v1.0": "b" * 40}.items():
+        fill(tmp_path / "models--owner--name" / "snapshots" / known)
+        (tmp_path / "models--owner--name" / "refs").mkdir(exist_ok=True)
+        (tmp_path / "models--owner--name" / "refs" / name).write_text(known)
+    assert sources.hub_commit(source) == commit
+
+
 def test_folder_is_passed_on(model: Path) -> None:
     assert sources.pretrained(str(model), KEY) == (str(model), {})
 
