@@ -402,17 +402,24 @@ def build_engine(run: Run, models: Models, task: Task) -> Engine:
 
 
 def check_optimizer_steps(spec: RunSpec) -> None:
-    """Make the optimiser and one step with it, on a layer that is thrown away.
+    """Make the optimiser and one step with it, on a layer that is thrown away, where the run will be trained.
+
+    Some optimisers work on a GPU alone. Where a run asks for one that is not there, `check` refuses it.
 
     Raises:
         InputError: for arguments that it does not take, or that make a step of something else than numbers.
     """
-    key, layer = "optimizer.factory", torch.nn.Linear(2, 2)
-    factory = build_optimizer(spec)
+    key, factory = "optimizer.factory", build_optimizer(spec)
+    gpu = spec.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    if spec.trainer.accelerator == "gpu" and not gpu:
+        return
+    layer = torch.nn.Linear(2, 2, device=torch.device("cuda", distributed.local_rank()) if gpu else "cpu")
     try:
         optimizer = factory.optimizer(layer)
-        layer(torch.ones(1, 2)).sum().backward()
+        layer(torch.ones_like(layer.weight)).sum().backward()
         optimizer.step()
+    except InputError:
+        raise
     except Exception as error:  # torch raises a dozen kinds for arguments of another type
         raise InputError(f"the optimiser cannot be made: {one_line(error)}", key) from error
     if not all(parameter.isfinite().all() for parameter in layer.parameters()):
@@ -485,7 +492,6 @@ def check(run: Run, examples: Examples) -> None:
             surgery.rehearse(models.student.tokenizer, flat(examples.texts["train"]))
     check_memory(run.spec, models)
     build_engine(run, models, examples.task)
-    check_optimizer_steps(run.spec)
     if run.spec.trainer.accelerator == "gpu" and not torch.cuda.is_available():
         raise InputError("there is no GPU that torch can use here; use trainer=cpu", "trainer")
     if run.spec.trainer.compile:

@@ -148,9 +148,26 @@ def build_schedule(value: Any, key: str) -> Schedule:
         schedule = as_schedule(made)
     except (TypeError, ValueError) as error:
         raise InputError(f"{key}={shown(value)} is neither a finite number nor a schedule of such", key) from error
-    for weight in extremes(schedule):
-        number(weight, key, TINY, LARGEST_WEIGHT, zero=True)
+    weights = [number(weight, key, 0.0, LARGEST_WEIGHT) for weight in extremes(schedule)]
+    number(max(weights), key, TINY, LARGEST_WEIGHT, zero=True)  # the largest alone: one that decays comes close to zero
     return schedule
+
+
+def makes_optimizer(found: Any) -> bool:
+    """Whether something is a class of optimisers, or a function that can be one's: nothing is called.
+
+    A function takes parameter groups and `lr`. A return annotation must be an optimiser; what a function without one returns
+    is compared when it is called, in `kd.optimizers.OptimizerFactory`.
+    """
+    if inspect.isclass(found):
+        return subclass_of(Optimizer)(found)
+    try:
+        signature = inspect.signature(found, eval_str=True)
+        signature.bind_partial([], lr=0.0)
+    except Exception:  # noqa: BLE001 - no callable, one that takes something else, or whatever evaluating annotations raises
+        return False
+    returned = signature.return_annotation
+    return returned is signature.empty or (inspect.isclass(returned) and issubclass(returned, Optimizer))
 
 
 def build_optimizer(spec: RunSpec) -> OptimizerFactory:
@@ -166,8 +183,8 @@ def build_optimizer(spec: RunSpec) -> OptimizerFactory:
             "use bf16-mixed, or optimizer.factory.fused=false",
             "trainer.precision",
         )
-    kind = "an optimiser: a class of torch.optim.Optimizer"
-    target = locate(part.factory, "optimizer.factory", subclass_of(Optimizer), kind, partial=True)
+    kind = "an optimiser: a class of torch.optim.Optimizer, or a function of parameter groups and `lr` that returns one"
+    target = locate(part.factory, "optimizer.factory", makes_optimizer, kind, partial=True)
     options = {name: value for name, value in part.factory.items() if name not in ("_target_", "_partial_")}
     if taken := [name for name in ("params", "lr", "weight_decay") if name in options]:
         where = {"params": "optimizer.factory.params"}.get(taken[0], f"optimizer.{taken[0]}")

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from kd.errors import InputError
 from kd.schema import check_optimizer
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -48,8 +49,16 @@ class OptimizerFactory:
         return [group for group in groups if group["params"]]
 
     def optimizer(self, *modules: nn.Module) -> Optimizer:
-        """An optimiser over all trainable parameters of the modules."""
-        return self.make(self.groups(modules), lr=self.lr)
+        """An optimiser over all trainable parameters of the modules.
+
+        Raises:
+            InputError: if what was made is none.
+        """
+        made = self.make(self.groups(modules), lr=self.lr)
+        if not isinstance(made, Optimizer):
+            found = type(made).__name__
+            raise InputError(f"optimizer.factory made a {found}, not a torch.optim.Optimizer", "optimizer.factory._target_")
+        return made
 
     def factor(self, step: int, total: int) -> float:
         """What the peak rate is multiplied by at an optimiser step, counted from 0, of `total`."""

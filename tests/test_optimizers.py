@@ -1,14 +1,23 @@
 """Optimisers: what decays, what the rate is at each step, and what is refused."""
 
 import math
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from conftest import tiny_model
+from kd.build import check_optimizer_steps
+from kd.config import compose, typed
 from kd.errors import InputError
 from kd.optimizers import OptimizerFactory
+from kd.schema import RunSpec
+from kd.train import check_all
+from whole_runs import Small, planned
 
 
 def factory(**changes: object) -> OptimizerFactory:
@@ -108,3 +117,129 @@ def test_impossible_settings_are_refused_by_their_key(changes: dict[str, object]
         factory(**changes)
     assert caught.value.key == key
     assert str(next(iter(changes.values()))) in caught.value.message
+
+
+# What `optimizer.factory` may name
+
+
+@pytest.fixture(scope="module")
+def naming() -> Callable[..., RunSpec]:
+    """A configuration whose optimiser is made by what a word names."""
+    composed = compose(["method=finetune", "teacher=[]"])
+
+    def spec(target: str, accelerator: str = "cpu", **options: object) -> RunSpec:
+        config = composed.copy()
+        OmegaConf.update(config, "optimizer.factory", {"_target_": target, "_partial_": True, **options}, merge=False)
+        config.trainer.accelerator = accelerator
+        return typed(config)
+
+    return spec
+
+
+def plain(params, lr, momentum=0.0):
+    """A function that says nothing of what it returns."""
+    return torch.optim.SGD(params, lr=lr, momentum=momentum)
+
+
+def annotated(params: list, lr: float, **options: float) -> torch.optim.SGD:
+    """A function that says it."""
+    return torch.optim.SGD(params, lr=lr, **options)
+
+
+@pytest.mark.parametrize("function", [plain, annotated])
+def test_a_function_that_returns_an_optimiser_is_taken(
+    naming: Callable[..., RunSpec], function: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.optim, "mine", function, raising=False)
+    check_optimizer_steps(naming("torch.optim.mine", momentum=0.9))
+    with pytest.raises(InputError):
+        check_optimizer_steps(naming("torch.optim.mine", momentum="much"))
+
+
+@pytest.mark.parametrize("annotation", [None, nn.Module])
+def test_a_function_that_returns_something_else_is_refused(
+    naming: Callable[..., RunSpec], annotation: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def make(params, lr):
+        calls.append(params)
+        return nn.Linear(2, 2)
+
+    if annotation is not None:
+        make.__annotations__["return"] = annotation
+    monkeypatch.setattr(torch.optim, "mine", make, raising=False)
+    with pytest.raises(InputError) as caught:
+        check_optimizer_steps(naming("torch.optim.mine"))
+    assert caught.value.key == "optimizer.factory._target_"
+    assert bool(calls) == (annotation is None), "one that says so is not even called"
+
+
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("os.system", {}),
+        ("os.mkdir", {}),
+        ("builtins.exec", {}),
+        ("subprocess.Popen", {}),
+        ("subprocess.run", {"shell": True}),
+        ("hydra.utils.instantiate", {"mark": 1}),
+        ("torch.optim", {}),
+        ("torch.pi", {}),
+        ("torch.nn.Linear", {}),
+    ],
+    ids=str,
+)
+def test_what_is_no_optimiser_executes_nothing(
+    naming: Callable[..., RunSpec], target: str, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess.Popen, "_execute_child", lambda *given, **more: pytest.fail("a process was started"))
+    with pytest.raises(InputError) as caught:
+        check_optimizer_steps(naming(target, **options))
+    assert str(caught.value.key).startswith("optimizer.factory")
+
+
+# The step that is tried
+
+
+class Counted(torch.optim.AdamW):
+    """Counts its steps."""
+
+    steps = 0
+
+    def step(self, closure: object = None) -> None:
+        Counted.steps += 1
+        super().step(closure)
+
+
+def test_a_step_is_tried_once_for_each_run_that_is_to_be_made(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.optim, "Counted", Counted, raising=False)
+    monkeypatch.setattr(Counted, "steps", 0)
+    target = "optimizer.factory._target_=torch.optim.Counted"
+    run = planned(small(target, f"+teacher.minilm.run.{target}", f"paths.runs={tmp_path}"))
+    check_all(run)
+    assert Counted.steps == 1 + len(run.inputs) == 2
+
+
+class ForGPUs(torch.optim.SGD):
+    """Works on a GPU alone."""
+
+    def step(self, closure: object = None) -> None:
+        if any(not parameter.is_cuda for group in self.param_groups for parameter in group["params"]):
+            raise RuntimeError("needs CUDA")
+        super().step(closure)
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "gpu", "auto"])
+def test_an_optimiser_is_tried_where_it_will_be_used(
+    naming: Callable[..., RunSpec], accelerator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.optim, "ForGPUs", ForGPUs, raising=False)
+    spec = naming("torch.optim.ForGPUs", accelerator)
+    if accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available()):
+        check_optimizer_steps(spec)
+    else:
+        with pytest.raises(InputError, match="needs CUDA"):
+            check_optimizer_steps(spec)

@@ -1,8 +1,13 @@
 """Schedules: values at chosen fractions, and what cannot be a schedule."""
 
+import math
+
 import pytest
 
-from kd.schedules import Constant, Cosine, Linear, Piecewise, Staircase, as_schedule
+from kd import schedules
+from kd.errors import InputError
+from kd.make import build_schedule
+from kd.schedules import Constant, Cosine, Linear, Piecewise, ScheduleNode, Staircase, as_schedule
 
 
 @pytest.mark.parametrize(
@@ -73,3 +78,45 @@ def test_a_staircase_has_as_many_values_as_steps_and_ends_at_its_end() -> None:
 def test_a_staircase_has_a_whole_number_of_steps(steps: float) -> None:
     with pytest.raises(ValueError, match="whole number"):
         Staircase(1.0, 0.0, steps)  # type: ignore[arg-type]
+
+
+class Decay(ScheduleNode):
+    """Exponential, which comes closer to zero than any bound."""
+
+    def __init__(self, start: float) -> None:
+        self.start = start
+
+    def __call__(self, fraction: float) -> float:
+        return self.start * math.exp(-60 * fraction)
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"_target_": "kd.schedules.Decay", "start": 1.0},
+        {"_target_": "kd.schedules.Linear", "start": 1.0, "end": 1e-20},
+        {"_target_": "kd.schedules.Piecewise", "boundaries": [0.5], "values": [1e-13, 0.5]},
+    ],
+    ids=lambda node: node["_target_"],
+)
+def test_a_weight_may_come_as_close_to_zero_as_it_likes(node: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedules, "Decay", Decay, raising=False)
+    schedule = build_schedule(node, "method.weights.task")
+    assert 0 <= min(schedule(step / 1000) for step in range(1001)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        1e-13,
+        {"_target_": "kd.schedules.Decay", "start": 1e-13},
+        {"_target_": "kd.schedules.Linear", "start": 1.0, "end": -1e-20},
+        {"_target_": "kd.schedules.Linear", "start": 1.0, "end": 1e10},
+    ],
+    ids=str,
+)
+def test_a_weight_that_moves_nothing_is_negative_or_too_large_is_refused(node: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedules, "Decay", Decay, raising=False)
+    with pytest.raises(InputError) as caught:
+        build_schedule(node, "method.weights.task")
+    assert caught.value.key == "method.weights.task"
