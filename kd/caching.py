@@ -119,7 +119,7 @@ def cached(
     taken = time.perf_counter() - began if missing else 0.0
     size, kept = sum(plan.store.size(plan.names) for plan in plans), " ".join(plans[0].names)
     what = f"made in {taken:.1f} s" if missing else "made before, teacher not loaded"
-    distributed.say(f"  teacher '{teacher.name}' is remembered: {kept}, {_megabytes(size)}, {what}")
+    distributed.say(f"  teacher '{teacher.name}' is remembered: {kept}, {readable_size(size)}, {what}")
     record = {"used": True, "bytes": size, "seconds": round(taken, 3), "written": [plan.split for plan in missing]}
     return CachedTeacher(teacher, passes, examples), record
 
@@ -202,14 +202,14 @@ def estimate(run: Run, teacher: FrozenTeacher, plans: Sequence[Plan]) -> float |
     if limit is None:
         limit = min(AUTO_LIMIT, free / 4)
     there = sum(file.stat().st_size for file in folder_of(run, teacher).glob("*/*.bin"))
-    needed = f"what it says takes {_megabytes(size)} ({missing[0].needs})"
+    needed = f"what it says takes {readable_size(size)} ({missing[0].needs})"
     if size + there > limit:
-        beside = f" beside the {_megabytes(there)} that are there" if there else ""
-        return f"{needed}{beside}, more than cache={asked} takes here, {_megabytes(limit)}; cache=on or a size takes more"
+        beside = f" beside the {readable_size(there)} that are there" if there else ""
+        return f"{needed}{beside}, more than cache={asked} takes here, {readable_size(limit)}; cache=on or a size takes more"
     if size * (2 if distributed.world() > 1 else 1) > free:  # ranks' shares are joined
-        raise InputError(f"teacher '{teacher.name}': {needed}, and {_megabytes(free)} are free; use cache=off", "cache")
+        raise InputError(f"teacher '{teacher.name}': {needed}, and {readable_size(free)} are free; use cache=off", "cache")
     count = ", ".join(f"{plan.split} {plan.store.examples}" for plan in missing)
-    distributed.say(f"  teacher '{teacher.name}' is run once over {count}: {_megabytes(size)}, about {seconds:.0f} s")
+    distributed.say(f"  teacher '{teacher.name}' is run once over {count}: {readable_size(size)}, about {seconds:.0f} s")
     return seconds
 
 
@@ -223,5 +223,6 @@ def _not_writable(folder: Path) -> str | None:
         return f"nothing can be written to {folder} ({error.strerror})"
 
 
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:,.1f} MB"
+def readable_size(size: float) -> str:
+    """Return a number of bytes in words: `37.2 kB` below a megabyte, else `1,234.5 MB`."""
+    return f"{size / 1e3:.1f} kB" if size < 1e6 else f"{size / 1e6:,.1f} MB"

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SPINS = 1000
 """Rounds that a waiting thread of GNU's OpenMP, the one in torch's wheels, counts before it sleeps; its own default is 300,000.
@@ -30,6 +33,11 @@ def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware; emulated, it is slower than float32."""
     flags = _cpuinfo().get("flags", "").split()
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def is_asynchronous(tensor: "Tensor") -> bool:
+    """Return True where reading a tensor's values waits for a device, as it does on accelerators."""
+    return tensor.device.type != "cpu"
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:

@@ -2,11 +2,13 @@
 
 import gc
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -232,13 +234,13 @@ def test_mixed_precision_keeps_16_bits_for_training_and_all_for_scores(fresh) ->
 
 
 def test_numbers_that_16_bits_cannot_hold_are_kept_in_full(fresh, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    original = passes._said
+    original = FrozenTeacher.run
 
-    def large(*arguments: object) -> dict[str, torch.Tensor]:
-        said = original(*arguments)
-        return {name: tensor * 1e7 if name.startswith("cls") else tensor for name, tensor in said.items()}
+    def large(teacher: FrozenTeacher, inputs: dict[str, torch.Tensor], needs: Needs) -> Outputs:
+        outputs = original(teacher, inputs, needs)
+        return replace(outputs, tensors={**outputs.tensors, "cls": {n: 1e7 * t for n, t in outputs.tensors["cls"].items()}})
 
-    monkeypatch.setattr(passes, "_said", large)
+    monkeypatch.setattr(FrozenTeacher, "run", large)
     _, _, data = built(fresh("method=pkd", "trainer.precision=bf16-mixed"))
     store = data.tokens["train"]["teacher 0"].store
     (name,) = data.tokens["train"]["teacher 0"].names[1:]
@@ -395,20 +397,17 @@ def test_the_pass_runs_what_is_not_compiled(fresh, monkeypatch: pytest.MonkeyPat
     assert not any(seen)
 
 
-def test_the_estimate_is_the_size(fresh, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    said: list[float] = []
-    monkeypatch.setattr(caching, "_megabytes", lambda size: said.append(size) or f"{size} B")
-    built(fresh("method=pkd"))
+def test_the_estimate_is_the_size(fresh, capsys: pytest.CaptureFixture[str]) -> None:
+    _, models, _ = built(fresh("method=pkd"))
     written = sum(path.stat().st_size for path in cache_of(fresh()).rglob("*.bin"))
-    assert set(said) == {written}
-    assert (
-        f"is run once over train {TRAIN}, validation {VALIDATION}, test {TEST}: {written} B, about" in capsys.readouterr().out
-    )
+    assert models.caches["minilm"]["bytes"] == written
+    before, after = re.findall(r"[\d.]+ kB", capsys.readouterr().out)
+    assert before == after == f"{written / 1000:.1f} kB"
 
 
 def test_no_room_is_said_before_the_pass(fresh, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caching.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(InputError, match=r"takes .* MB .* and 0\.0 MB are free; use cache=off") as caught:
+    with pytest.raises(InputError, match=r"takes .* kB .* and 1\.0 kB are free; use cache=off") as caught:
         built(fresh("method=kd", "cache=on"))
     assert caught.value.key == "cache"
     _, models, _ = built(fresh("method=kd"))

@@ -160,7 +160,7 @@ def test_wandb_without_an_account_runs_offline_under_the_runs_digest(tmp_path: P
     try:
         run = logger.experiment
         logger.log_metrics({"train/loss": 1.0}, 0)
-        assert run.settings._offline
+        assert run.offline
         assert (run.id, run.name, run.project) == ("abc123", "pkd-3l-rte-s0-abc123", "kd")
         assert Path(run.dir).is_relative_to(tmp_path)
     finally:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from kd import report
 
@@ -58,7 +57,7 @@ def write(folder: Path, *records: dict[str, Any]) -> Path:
 
 def cells(table: Any) -> list[dict[str, str]]:
     """The rows of a rich table, by column."""
-    rows = zip(*(column._cells for column in table.columns), strict=True)
+    rows = zip(*(column.cells for column in table.columns), strict=True)
     return [dict(zip([str(column.header) for column in table.columns], row, strict=True)) for row in rows]
 
 
@@ -144,8 +143,7 @@ def test_the_protocol_states_what_is_common_and_lists_what_differs() -> None:
     assert "student starts from {first 2 layers of minilm, random};" in report.protocol([record(0), record(1, init="random")])
 
 
-def test_the_closing_table_puts_student_and_teachers_side_by_side(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(report, "_console", lambda: Console(width=200))
+def test_the_closing_table_puts_student_and_teachers_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     report.closing_table(record(1), Path("runs/kd-2l"))
     lines = capsys.readouterr().out.splitlines()
     student = next(line for line in lines if "student 2l" in line)
@@ -166,8 +164,7 @@ def test_the_closing_table_of_a_run_without_a_teacher_has_no_agreement(capsys: p
     assert "teacher" not in out
 
 
-def test_the_closing_table_shows_every_student_and_their_ensemble(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(report, "_console", lambda: Console(width=200))
+def test_the_closing_table_shows_every_student_and_their_ensemble(capsys: pytest.CaptureFixture[str]) -> None:
     found = record(0)
     one = found["students"]["student"]
     weaker = {**one, "metrics": {"validation": {"accuracy": 0.4321}, "test": {"accuracy": 0.4}}, "parameters": 999}
@@ -260,8 +257,7 @@ def test_a_setting_that_some_rows_lack_tells_those_that_have_it() -> None:
     assert report.differences(report.grouped([old, new, same])) == ["", "optimizer.lr=1", "optimizer.lr=None"]
 
 
-def test_errors_keep_their_units_where_other_metrics_are_in_percent(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(report, "_console", lambda: Console(width=200))
+def test_errors_keep_their_units_where_other_metrics_are_in_percent(capsys: pytest.CaptureFixture[str]) -> None:
     scores = {"validation": {"pearson": 0.8125, "mse": 1.25}}
     found = record(0, metrics=scores, metrics_teacher={}, agreement={"validation": {}}, teacher=[], labels=None)
     report.closing_table({**found, "baseline": {"validation": {"pearson": None, "mse": 2.5}}}, Path("run"))
@@ -272,8 +268,7 @@ def test_errors_keep_their_units_where_other_metrics_are_in_percent(monkeypatch,
     assert (row["validation pearson"], row["validation mse"]) == ("81.2", "1.2500")
 
 
-def test_a_student_that_predicts_one_class_is_told_beside_the_majority_class(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(report, "_console", lambda: Console(width=200))
+def test_a_student_that_predicts_one_class_is_told_beside_the_majority_class(capsys) -> None:
     found = record(0, labels=["bad", "good"], baseline={"validation": {"accuracy": 0.6}, "test": {"accuracy": 0.55}})
     found["students"]["student"]["collapsed"] = True
     found["latency_ms"] = {"student": None, "minilm": None}

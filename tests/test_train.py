@@ -295,7 +295,7 @@ def test_best_checkpoint_is_remembered_when_the_runs_have_moved(
     def compute(engine: Distiller, split: str) -> dict[str, torch.Tensor]:
         return {"accuracy": torch.tensor(scores[engine.current_epoch])}
 
-    monkeypatch.setattr(Distiller, "_compute", compute)
+    monkeypatch.setattr(Distiller, "compute_metrics", compute)
     here, there = (planned([*overrides, f"paths.runs={tmp_path / place}"]) for place in ("here", "there"))
     broken_off(here, 14, monkeypatch)
     (tmp_path / "here").rename(tmp_path / "there")

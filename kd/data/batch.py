@@ -46,13 +46,14 @@ class Batch:
 
     def to(self, device: Any, non_blocking: bool = False) -> "Batch":
         """On a device; inputs that are shared are moved once and stay shared."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """In page-locked memory, for fast copies to an accelerator."""
-        return self._map(torch.Tensor.pin_memory)
+        return self.map(torch.Tensor.pin_memory)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """Return a batch with a function applied to each of its tensors."""
         done: dict[int, dict[str, Tensor]] = {}
         for inputs in (*self.students, *self.teachers):
             if id(inputs) not in done:

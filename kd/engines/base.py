@@ -277,7 +277,7 @@ class Engine(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log what was reduced over exactly the examples there are; the best student's metrics are the run's."""
-        found = {name: self._compute(name) for name in self.evaluated}
+        found = {name: self.compute_metrics(name) for name in self.evaluated}
         scores = {name: {m: finite_or_none(float(v)) for m, v in metrics.items()} for name, metrics in found.items()}
         best = headline(self.task, {name: scores[name] for name in self.learners})
         self.log_dict({f"validation/{metric}": value for metric, value in found[best].items()})
@@ -365,6 +365,7 @@ class Engine(pl.LightningModule):
         if f"of-{name}" in self.collapse:
             self.collapse[f"of-{name}"].update(self.task.predict(logits.float()), labels)  # type: ignore[operator]
 
-    def _compute(self, name: str) -> dict[str, Tensor]:
+    def compute_metrics(self, name: str) -> dict[str, Tensor]:
+        """Return the task's metrics of one model over the examples that were scored since the last reset: scalars by name."""
         metrics = self.metrics[f"of-{name}"].items()  # type: ignore[operator,union-attr]
         return {metric: found.compute() for metric, found in metrics}

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kd import distributed
+from kd import distributed, hardware
 from kd.errors import InputError
 
 LATEST = 8
@@ -67,10 +67,6 @@ class LossWatch:
     def __init__(self) -> None:
         self.kept: list[tuple[int, Tensor, dict[str, Tensor]]] = []
 
-    def defers(self, loss: Tensor) -> bool:
-        """Whether a look at this loss would wait for a device."""
-        return loss.device.type != "cpu"
-
     def see(self, total: Tensor, terms: Mapping[str, Tensor], step: int) -> None:
         """A loss, before it moves anything.
 
@@ -83,7 +79,7 @@ class LossWatch:
             NonFiniteLoss: naming the term and the step of this loss, or of one before it.
         """
         self.kept.append((step, total.detach(), {name: term.detach() for name, term in terms.items()}))
-        if not self.defers(total) or len(self.kept) >= LATEST:
+        if not hardware.is_asynchronous(total) or len(self.kept) >= LATEST:
             self._raise(self.look())
 
     def see_gradient(self, norm: Tensor, step: int) -> None:
@@ -96,7 +92,7 @@ class LossWatch:
         Raises:
             NonFiniteWeights: if it is NaN or infinite.
         """
-        if not self.defers(norm) and not norm.isfinite():
+        if not hardware.is_asynchronous(norm) and not norm.isfinite():
             raise NonFiniteWeights(f"the gradient (norm {float(norm):g}) is", step)
 
     def settle(self) -> None:
@@ -105,7 +101,7 @@ class LossWatch:
         Raises:
             NonFiniteLoss: on every rank, if one of them has found it.
         """
-        waiting = any(self.defers(total) for _, total, _ in self.kept)
+        waiting = any(hardware.is_asynchronous(total) for _, total, _ in self.kept)
         found = self.look()
         if waiting:
             found = next((each for each in distributed.gather(found) if each is not None), None)
@@ -132,6 +128,6 @@ def clip_gradients(parameters: Sequence[nn.Parameter], bound: float) -> Tensor:
     ask than to write the gradient of an embedding table once more.
     """
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if norm.device.type != "cpu" or not bound / (norm + 1e-6) >= 1:  # also for a norm that is no number
+    if hardware.is_asynchronous(norm) or not bound / (norm + 1e-6) >= 1:  # also for a norm that is no number
         nn.utils.clip_grads_with_norm_(parameters, bound, norm)
     return norm

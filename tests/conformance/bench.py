@@ -81,7 +81,7 @@ def batch_of(count: int = 8, tokens: int = 9, seed: int = 0, teachers: int = 1, 
 
 def take(batch: Batch, rows: torch.Tensor) -> Batch:
     """Some examples of a batch, in this order."""
-    return batch._map(lambda tensor: tensor[rows])
+    return batch.map(lambda tensor: tensor[rows])
 
 
 def more_padding(batch: Batch, tokens: int = 4) -> Batch:
@@ -222,13 +222,18 @@ class Recorded:
 
     def __init__(self, monkeypatch: Any) -> None:
         self.reads: list[tuple[Outputs, str]] = []  # outputs are kept, so that no two share an address
-        original = Outputs._take
+        for kind in ("hidden", "cls", "derived", "query", "key", "value"):
+            monkeypatch.setattr(Outputs, kind, self.reader(kind, getattr(Outputs, kind)))
+        monkeypatch.setattr(Outputs, "pooled", property(self.reader("pooled", Outputs.pooled.fget)))
 
-        def spy(outputs: Outputs, declared: str, kind: str, layer: int | str) -> torch.Tensor:
-            self.reads.append((outputs, f"{kind}-{layer}".removesuffix("-")))
-            return original(outputs, declared, kind, layer)
+    def reader(self, kind: str, original: Any) -> Any:
+        """One of the readers of `Outputs`, which notes what it reads."""
 
-        monkeypatch.setattr(Outputs, "_take", spy)
+        def read(outputs: Outputs, *layer: int | str) -> torch.Tensor:
+            self.reads.append((outputs, "-".join([kind, *map(str, layer)])))
+            return original(outputs, *layer)
+
+        return read
 
     def of(self, outputs: Outputs) -> set[str]:
         """Names of the tensors, as in `Needs.tensors`, that were read of one forward's outputs."""

@@ -7,6 +7,7 @@ a student and teachers of one width, where the maps between widths begin as the 
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +39,19 @@ class Shown(Outputs):
     def scores(self, layer: int) -> Tensor:
         """As given, (batch, heads, tokens, tokens)."""
         return self.given[layer]
+
+
+class Prescribed(Forward):
+    """A forward whose outputs are given; further passes run the model."""
+
+    def __init__(self, model: Any, inputs: Any, needs: Needs, outputs: Outputs) -> None:
+        super().__init__(model, inputs, needs)
+        self.prescribed = outputs
+
+    @property
+    def outputs(self) -> Outputs:
+        """As given."""
+        return self.prescribed
 
 
 @dataclass(frozen=True)
@@ -110,9 +124,8 @@ def shown(forward: Forward, needs: Needs, s: Situation, seed: int, kinds: Kinds)
         with torch.autocast("cpu", enabled=False):
             shift = (states.double() / 30).sin().mean(dim=1)[:, : logits.shape[1]] * mask.any(dim=1)[:, None]
             logits = (logits.double() + shift).to(torch.promote_types(kinds[1], torch.float32))
-    new = Forward(forward.model, forward.inputs, needs)
-    new._outputs = Shown(logits, mask, needs, outputs.heads, tensors, given=given)
-    return new, leaves
+    shown = Shown(logits, mask, needs, outputs.heads, tensors, given=given)
+    return Prescribed(forward.model, forward.inputs, needs, shown), leaves
 
 
 Found = dict[str, tuple[Tensor, dict[str, Tensor]]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd import distributed, train
+from kd import distributed, hardware, train
 from kd.data.tasks import Classification
 from kd.engines.distiller import Distiller
 from kd.engines.safety import LATEST, LossWatch, NonFiniteLoss, NonFiniteWeights, clip_gradients
@@ -21,7 +21,7 @@ GOOD, BAD = torch.tensor(1.0), torch.tensor(float("nan"))
 @pytest.fixture
 def deferring(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU taken for an accelerator."""
-    monkeypatch.setattr(LossWatch, "defers", lambda watch, loss: True)
+    monkeypatch.setattr(hardware, "is_asynchronous", lambda tensor: True)
 
 
 def see(watch: LossWatch, step: int, total: Tensor = GOOD) -> None:
