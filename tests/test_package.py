@@ -8,6 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+import kd
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,6 +23,9 @@ def test_wheel_carries_the_configuration_and_works_from_any_folder(tmp_path: Pat
         archive.extractall(tmp_path / "site")
     packed = {path.relative_to(tmp_path / "site/kd/conf") for path in (tmp_path / "site/kd/conf").rglob("*.yaml")}
     assert packed == {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml")}
+    assert (tmp_path / "site/kd/py.typed").is_file()
+    (about,) = (tmp_path / "site").glob("*.dist-info/METADATA")
+    assert "License-Expression: Apache-2.0" in about.read_text()
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     command = [sys.executable, "-m", "kd.train", "method=kd", "student=4l", "--cfg", "job"]
     found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
@@ -37,23 +43,23 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         assert f"'{module}'" not in shown
 
 
-def test_readme_names_every_method_student_task_and_trainer() -> None:
+INTERNAL = {"base", "engine", "hydra", "paths", "sweep"}
+"""Groups of which a user chooses nothing."""
+
+
+def test_readme_names_every_choice_of_every_group() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.split()) < 2500, "a page to start from; what is longer belongs beside the part that it is about"
-    for group in (
-        "method",
-        "student",
-        "teacher",
-        "surgery",
-        "task",
-        "pretrain",
-        "trainer",
-        "optimizer",
-        "logger",
-        "experiment",
-    ):
+    groups = {folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir()} - INTERNAL
+    assert {"method", "student", "teacher", "task"} < groups
+    for group in sorted(groups):
         for path in (ROOT / "conf" / group).glob("*.yaml"):
             assert re.search(rf"`\[?{path.stem}\]?`", text), f"{group}={path.stem} is not in the README"
+
+
+def test_citation_is_of_this_version() -> None:
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (found["version"], found["license"]) == (kd.__version__, "Apache-2.0")
 
 
 def test_lock_pins_torch_and_every_dependency_exactly() -> None:
