@@ -66,8 +66,8 @@ def load_examples(spec: TaskSpec, source: Source) -> Examples:
     if spec.holdout is not None:
         raw = held_out(raw, spec.holdout)
     for split in raw:
-        if split != "train":  # `validation_mismatched` is limited as `validation` is
-            raw[split] = limited(raw[split], limits[split.partition("_")[0]])
+        if split != "train":  # `validation_mismatched` is limited as `validation` is; a split of another name is whole
+            raw[split] = limited(raw[split], limits.get(split.partition("_")[0]))
     labels = {split: encoded(task, table, spec) for split, table in raw.items()}
     try:
         task.check_labels(labels["train"])

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from kd.config import compose, typed
 from kd.data.batch import Batch
 from kd.data.datamodule import Examples, KDData, load_examples, tokenizer_fingerprint
+from kd.data.sources import Files, Splits
 from kd.errors import InputError
 from kd.planning import source_of
 
@@ -162,6 +163,21 @@ def test_limit_train_is_a_fixed_subset_of_train_alone(load) -> None:
     assert twenty.texts["train"] != whole.texts["train"][:20]
     assert twenty.texts["validation"] == whole.texts["validation"]
     assert sorted(load("task.limit_train=1000").texts["train"]) == sorted(whole.texts["train"])
+
+
+def test_a_split_of_another_name_is_whole_whatever_limits_the_others(reviews: Path) -> None:
+    class FourSplits(Files):
+        def splits(self) -> Splits:
+            found = dict(super().splits())
+            return {**found, "hans": found["test"], "validation_mismatched": found["test"]}
+
+    spec = typed(compose(["task=file", f"task.train={reviews / 'train.csv'}", "task.limit_validation=5", "task.limit_test=3"]))
+    train, *others = (str(reviews / f"{split}.csv") for split in ("train", "validation", "test"))
+    files = FourSplits(train, ["text"], "label", *others)
+    examples = load_examples(spec.task, files)
+    sizes = {split: len(texts) for split, texts in examples.texts.items()}
+    assert sizes == {"train": 96, "validation": 5, "test": 3, "hans": 32, "validation_mismatched": 5}
+    assert examples.evaluated == ["validation", "test", "hans", "validation_mismatched"]
 
 
 @pytest.mark.parametrize("limit", [0, -3])
