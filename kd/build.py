@@ -18,6 +18,7 @@ from kd.caching import remembered
 from kd.cohorts import students_of
 from kd.config import typed
 from kd.data.datamodule import Examples, KDData, load_examples
+from kd.data.labels import label_text
 from kd.data.tasks import Task, higher_is_better
 from kd.data.text import MaskedData
 from kd.engines.base import Engine
@@ -180,9 +181,10 @@ def teacher_labels(config: Any, spec: TeacherSpec, name: str) -> list[str]:
     key = f"teacher.{name}.labels"
     if not spec.labels:
         return label_names(config, key)
-    if len(spec.labels) != config.num_labels or len(set(spec.labels)) < len(spec.labels):
+    names = [label_text(name) for name in spec.labels]
+    if len(names) != config.num_labels or len(set(names)) < len(names):
         raise InputError(f"{key}={list(spec.labels)} must name each of the {config.num_labels} outputs of '{spec.model}'", key)
-    return list(spec.labels)
+    return names
 
 
 def check_outputs(config: Any, task: Task, model: str | None, key: str) -> None:
@@ -404,7 +406,7 @@ def build_engine(run: Run, models: Models, task: Task) -> Engine:
 def check_optimizer_steps(spec: RunSpec) -> None:
     """Make the optimiser and one step with it, on a layer that is thrown away, where the run will be trained.
 
-    Some optimisers work on a GPU alone. Where a run asks for one that is not there, `check` refuses it.
+    Some optimisers work on a GPU alone. Where a run asks for one that is not there, `check_machine` refuses it.
 
     Raises:
         InputError: for arguments that it does not take, or that make a step of something else than numbers.
@@ -449,6 +451,21 @@ def check_memory(spec: RunSpec, models: Models) -> None:
         )
 
 
+def check_machine(spec: RunSpec) -> None:
+    """Check that this machine has what a configuration computes with.
+
+    Raises:
+        InputError: for a GPU that is not there, or a precision that needs one.
+    """
+    there = torch.cuda.is_available()
+    if spec.trainer.accelerator == "gpu" and not there:
+        raise InputError("there is no GPU that torch can use here; use trainer=cpu", "trainer")
+    if spec.trainer.precision == "16-mixed" and (spec.trainer.accelerator == "cpu" or not there):
+        raise InputError(  # Lightning would train in bf16 and the record would not say so
+            "trainer.precision=16-mixed needs a GPU; a processor computes 32-true, or bf16-mixed", "trainer.precision"
+        )
+
+
 def check_arguments(run: Run) -> None:
     """Check whatever needs neither data nor models: methods, schedules, surgeries, optimisers, loggers of a run and its inputs.
 
@@ -456,6 +473,7 @@ def check_arguments(run: Run) -> None:
         InputError: naming the argument that cannot work.
     """
     spec = run.spec
+    check_machine(spec)  # first: what suits no machine like this one need not be put right in other keys before
     chances = [1 / max(len(spec.teacher), 1)] * len(spec.teacher)
     build_method(spec.method, spec.pool, spec.cohort, chances)
     surgeries(spec)
@@ -475,10 +493,7 @@ def check(run: Run, examples: Examples) -> None:
     Raises:
         InputError: for whatever does not fit.
     """
-    if run.spec.trainer.precision == "16-mixed" and (run.spec.trainer.accelerator == "cpu" or not torch.cuda.is_available()):
-        raise InputError(  # Lightning would train in bf16 and the record would not say so
-            "trainer.precision=16-mixed needs a GPU; a processor computes 32-true, or bf16-mixed", "trainer.precision"
-        )
+    check_machine(run.spec)
     for role, needed in run.inputs.items():
         if role.startswith("pilot "):  # all of them hold out the same examples
             with keys_of(role, run.spec, run.config):
@@ -492,7 +507,5 @@ def check(run: Run, examples: Examples) -> None:
             surgery.rehearse(models.student.tokenizer, flat(examples.texts["train"]))
     check_memory(run.spec, models)
     build_engine(run, models, examples.task)
-    if run.spec.trainer.accelerator == "gpu" and not torch.cuda.is_available():
-        raise InputError("there is no GPU that torch can use here; use trainer=cpu", "trainer")
     if run.spec.trainer.compile:
         check_compiler("cuda" if run.spec.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu")

@@ -10,12 +10,12 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
-from kd.data.tasks import higher_is_better
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.models import Encoder
 from kd.models.heads import HEADS
 from kd.planning import backbone_of
+from kd.report import score
 from kd.runs import Run, remove, writing
 from kd.sources import hub_commit, pretrained
 
@@ -68,17 +68,6 @@ def largest_difference(student: Encoder, folder: Path, inputs: Mapping[str, torc
     if not ours[..., outputs:].isneginf().all():  # a vocabulary that is not exported must not have been chosen from
         raise RuntimeError(f"the run's model has {ours.shape[-1]} outputs, the exported one {outputs}")
     return float((theirs - ours[..., :outputs]).abs().max())
-
-
-def percent(metric: str, value: float | None) -> str:
-    """A metric as people read it: in percent, or in its own unit where it is an error.
-
-    >>> percent("accuracy", 0.84321), percent("mse", 0.5), percent("pearson", None)
-    ('84.3 %', '0.5000', 'undefined')
-    """
-    if value is None:
-        return "undefined"
-    return f"{100 * value:.1f} %" if higher_is_better(metric) else f"{value:.4f}"
 
 
 def stated_license(source: str, key: str) -> str | None:
@@ -141,8 +130,8 @@ def _metadata(result: Mapping[str, Any]) -> ModelCardData:
     )
 
 
-def _rows(split: str, metrics: Mapping[str, float | None], model: str) -> list[str]:
-    return [f"| {model} | {split} | {name} | {percent(name, value)} |" for name, value in metrics.items()]
+def _rows(split: str, values: Mapping[str, float | None], model: str, metric: str | None = None) -> list[str]:
+    return [f"| {model} | {split} | {name} | {score(metric or name, value, ' %')} |" for name, value in values.items()]
 
 
 def _results(result: Mapping[str, Any]) -> str:
@@ -152,7 +141,7 @@ def _results(result: Mapping[str, Any]) -> str:
         rows += [row for split, values in splits.items() for row in _rows(split, values, f"teacher {name}")]
     for split, values in result["agreement"].items():
         kind = "pearson" if result["labels"] is None and result["pipeline"] != "fill-mask" else "accuracy"
-        rows += [f"| this model | {split} | agreement with {name} | {percent(kind, value)} |" for name, value in values.items()]
+        rows += _rows(split, {f"agreement with {name}": value for name, value in values.items()}, "this model", kind)
     return "\n".join(["| model | split | metric | value |", "|---|---|---|---|", *rows])
 
 

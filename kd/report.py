@@ -14,9 +14,13 @@ from rich.table import Table
 from kd.hardware import version_line
 
 
-def _console() -> Console:
-    # Where there is no terminal, a table is as wide as it needs to be; a pipe or a log has no width.
-    return Console() if sys.stdout.isatty() else Console(width=200)
+def console(width: int = 200) -> Console:
+    """What tables are printed by; names of runs, tasks and folders are printed as they are, whatever rich takes for markup.
+
+    Args:
+        width: where there is no terminal: a pipe or a log has none of its own.
+    """
+    return Console(width=None if sys.stdout.isatty() else width, markup=False, emoji=False, highlight=False)
 
 
 def _number(value: float | None, digits: int = 1) -> str:
@@ -29,19 +33,20 @@ OWN_UNITS = ("mse", "loss")
 UNITS = "In percent (correlations times 100, as GLUE gives them); mse in the labels' units, loss in nats."
 
 
-def score(metric: str, value: float | None) -> str:
-    """A metric as every table and message shows it: in percent, correlations times 100; errors as they are.
+def score(metric: str, value: float | None, sign: str = "") -> str:
+    """A metric as every table, card and message shows it: in percent, correlations times 100; errors as they are.
 
     Args:
         metric: its name.
         value: as records have it, a fraction.
+        sign: behind what is in percent.
 
-    >>> score("accuracy", 0.8125), score("pearson", -0.5), score("mse", 2.25), score("pearson", None)
-    ('81.2', '-50.0', '2.2500', 'undefined')
+    >>> score("accuracy", 0.8125), score("pearson", -0.5), score("mse", 2.25, " %"), score("f1", 0.5, " %"), score("f1", None)
+    ('81.2', '-50.0', '2.2500', '50.0 %', 'undefined')
     """
     if value is None:
         return "undefined"
-    return f"{value:.4f}" if metric in OWN_UNITS else f"{100 * value:.1f}"
+    return f"{value:.4f}" if metric in OWN_UNITS else f"{100 * value:.1f}{sign}"
 
 
 def closing_table(result: Mapping[str, Any], directory: Path) -> None:
@@ -84,20 +89,20 @@ def closing_table(result: Mapping[str, Any], directory: Path) -> None:
     if baseline := result.get("baseline"):
         label = "mean of the scores" if result["labels"] is None else "majority class"
         table.add_row(label, "", "", *scores(baseline), *[""] * len(teachers), "")
-    console = _console()
-    console.print(table)
-    console.print(UNITS, highlight=False)
+    out = console()
+    out.print(table)
+    out.print(UNITS)
     for name, student in students.items():
         if student.get("collapsed"):
             what = "predicted scores hardly differ" if result["labels"] is None else "predictions are one class"
             known = result["identity"].get("student", {})
             words = f"WARN  student {name if len(students) > 1 else result['student']}: its {what}, whatever the text. "
-            console.print(f"{words}Try {cure(result['teacher'], known)}", highlight=False)
-    console.print(protocol([result]), highlight=False)
-    console.print(f"run: {directory}\nexported student: {directory / 'student'}", highlight=False, soft_wrap=True)
+            out.print(f"{words}Try {cure(result['teacher'], known)}")
+    out.print(protocol([result]))
+    out.print(f"run: {directory}\nexported student: {directory / 'student'}", soft_wrap=True)
     if len(students) > 1:
         words = "the run's student is the best on validation; the others are in"
-        console.print(f"{words} {directory / 'peers'}", highlight=False, soft_wrap=True)
+        out.print(f"{words} {directory / 'peers'}", soft_wrap=True)
 
 
 def cure(teachers: Sequence[str], student: Mapping[str, Any]) -> str:
@@ -300,7 +305,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
         return
-    console = _console()
+    out = console()
     unfinished = [] if arguments.method else first_runs(results)
     left_out = {result["run"] for result in unfinished}
     tasks: dict[str, list[dict[str, Any]]] = {}
@@ -308,14 +313,14 @@ def main() -> None:
         if result["run"] not in left_out:
             tasks.setdefault(result["task"], []).append(result)
     for chosen in tasks.values():
-        console.print(report_table(chosen))
-        console.print(f"{UNITS} Mean ± standard deviation over seeds. {protocol(chosen)}", highlight=False)
+        out.print(report_table(chosen))
+        out.print(f"{UNITS} Mean ± standard deviation over seeds. {protocol(chosen)}")
         if constant := [result["run"] for result in chosen if result.get("collapsed")]:
-            console.print(f"Students that predict one class, or nearly one score: {', '.join(constant)}", highlight=False)
-        console.print()
+            out.print(f"Students that predict one class, or nearly one score: {', '.join(constant)}")
+        out.print()
     if unfinished:
         left = ",".join(dict.fromkeys(result["method"] for result in unfinished))
-        console.print(f"Left out: runs that others begin with; --method={left} shows them", highlight=False)
+        out.print(f"Left out: runs that others begin with; --method={left} shows them")
 
 
 if __name__ == "__main__":

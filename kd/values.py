@@ -97,6 +97,18 @@ def shown(value: Any, most: int = 120) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def literal(value: Any, most: int = 60) -> str:
+    r"""A value of a file as a message quotes it: a text in quotes, so that its blanks are seen and it differs from a number.
+
+    >>> literal("a\nb\ud83d"), literal("x" * 100)[-5:], literal(1.0), literal(None)
+    ("'a\\nb\\ud83d'", "x'...", '1.0', 'null')
+    """
+    if isinstance(value, str | bytes | list):
+        text = shown(repr(value[:most]), 4 * most)
+        return f"{text}..." if len(value) > most and not text.endswith("...") else text
+    return shown(repr(value) if type(value) is int else value, 4 * most)  # Python reads no number that it cannot write
+
+
 def one_line(error: BaseException) -> str:
     """What an error, or the one that it came from, says, in a line."""
     return shown(" ".join(str(error.__cause__ or error).split()) or type(error).__name__, 300)

@@ -14,6 +14,7 @@ from conftest import tiny_model
 from kd.build import check_optimizer_steps
 from kd.config import compose, typed
 from kd.errors import InputError
+from kd.make import build_optimizer
 from kd.optimizers import OptimizerFactory
 from kd.schema import RunSpec
 from kd.train import check_all
@@ -243,3 +244,12 @@ def test_an_optimiser_is_tried_where_it_will_be_used(
     else:
         with pytest.raises(InputError, match="needs CUDA"):
             check_optimizer_steps(spec)
+
+
+def test_a_fused_optimiser_is_refused_where_gradients_are_scaled() -> None:
+    spec = typed(compose(["trainer=gpu", "trainer.precision=16-mixed"]))
+    with pytest.raises(InputError, match=r"optimizer\.factory\.fused=false") as caught:
+        build_optimizer(spec)
+    assert caught.value.key == "trainer.precision"
+    spec.optimizer.factory["fused"] = False
+    build_optimizer(spec)

@@ -292,6 +292,36 @@ def test_runs_that_predict_one_class_are_named_below_the_table(tmp_path: Path, m
     assert "one class, or nearly one score: run1" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["runs [a] b", "x[/b]", "[red]", "a:smile:b", "[link=x]y[/link]"])
+def test_names_and_folders_are_printed_as_they_are_whatever_they_mean_in_markup(
+    name: str, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = record(0, task=name, teacher=[name], student=name, collapsed=True)
+    for key in ("metrics_teacher", "megabytes", "latency_ms"):
+        found[key] = {**found[key], name: found[key]["minilm"]}
+    found["parameters"]["teachers"][name] = 1
+    found["students"]["student"]["collapsed"] = True
+    found |= {"identity": {"task": {"source": {"train": name}}}, "labels": [name, "other"], "method": name}
+    report.closing_table(found, Path("runs") / name)
+    out = capsys.readouterr().out
+    for words in (
+        f"run: runs/{name}\n",
+        f"student: runs/{name}/student",
+        f"teacher {name} ",
+        f"WARN  student {name}:",
+        f"on {name}, seed",
+    ):
+        assert words in out
+    other = {**found, "family": "f1", "identity": {"task": {"source": {"train": f"{name}!"}}}}
+    folder = write(tmp_path, found, other, record(2, family="f2", digest="b", method=name))
+    (folder / "run0").rename(folder / f"run {name}".replace("/", ""))
+    command(monkeypatch, folder)
+    out = capsys.readouterr().out
+    assert f"│ {name} " in out
+    assert f"task.source.train={name}!" in out
+    assert f"run {name}".replace("/", "") in out
+
+
 def test_a_folder_of_runs_that_is_none_is_told(tmp_path: Path, monkeypatch, capsys) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as caught:

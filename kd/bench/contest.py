@@ -15,6 +15,7 @@ from kd.config import compose
 from kd.errors import InputError
 from kd.hardware import git, hardware, versions
 from kd.planning import plan
+from kd.report import console
 from kd.runs import Run
 
 PACKAGES = ("textbrewer",)
@@ -140,12 +141,10 @@ def say(text: str) -> None:
 
 def report(found: Mapping[str, Any], as_json: Path | None, picture: Path | None, folder: Path | None) -> None:
     """Print the table, and write what was asked for."""
-    from rich.console import Console
-
-    shown = Console() if sys.stdout.isatty() else Console(width=220)  # a pipe has no width
-    shown.print(tabulate(found))
+    out = console(220)
+    out.print(tabulate(found))
     for line in lines(found):
-        shown.print(line, highlight=False, markup=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)
     places = {"json": [as_json], "table": [], "picture": [picture]}
     if folder is not None:
         places["json"].append(folder / "bench.json")

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
-from kd.data.texts import Table, shown
+from kd.data.texts import Table
 from kd.errors import InputError
+from kd.values import literal
 
 MISSING = frozenset({"", "nan", "-nan", "na", "n/a", "#n/a", "<na>", "null", "none", "nat"})
 """Words, in lower case, that tables hold where a value is missing. As the name of a class, they are listed in `task.labels`."""
@@ -23,8 +24,21 @@ WHOLE = re.compile(r"([+-]?\d+)\.0*")
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 
 
+def label_text(name: object) -> str:
+    """A label's name as text, whatever file or model it is from: no blanks around it, and one name for a whole number.
+
+    >>> [label_text(name) for name in (1, 1.0, "1", "1.0", " good ", 0.5, True, "v1.0")]
+    ['1', '1', '1', '1', 'good', '0.5', 'True', 'v1.0']
+    """
+    text = str(name).strip()
+    if isinstance(name, float):
+        return str(int(name)) if name.is_integer() else text
+    whole = WHOLE.fullmatch(text)
+    return whole[1] if whole else text
+
+
 def label_name(value: Any, where: str, key: str = "task.label") -> str:
-    """A raw label as the name of a class: text without blanks around it; 1, 1.0, "1" and "1.0" are the same, `1`.
+    """A raw label as the name of a class, as `label_text` writes it; nothing for a missing one.
 
     Raises:
         InputError: for a list, an object, an infinite number, or half of a character.
@@ -37,16 +51,10 @@ def label_name(value: Any, where: str, key: str = "task.label") -> str:
     if isinstance(value, str):
         name = value.strip()
         if any("\ud800" <= letter <= "\udfff" or letter == "\0" for letter in name):
-            raise InputError(f"{where}: the label {shown(value)} holds half of a character, or a NUL: it is no text", key)
-        whole = WHOLE.fullmatch(name)
-        return whole[1] if whole else name
-    if isinstance(value, bool | int):
-        return str(value)
-    if not isinstance(value, float) or math.isinf(value):
-        raise InputError(f"{where}: the label {shown(value)} is neither a text nor a number", key)
-    if math.isnan(value):
-        return ""
-    return str(int(value)) if value.is_integer() else repr(value)
+            raise InputError(f"{where}: the label {literal(value)} holds half of a character, or a NUL: it is no text", key)
+    elif not isinstance(value, bool | int | float) or (isinstance(value, float) and math.isinf(value)):
+        raise InputError(f"{where}: the label {literal(value)} is neither a text nor a number", key)
+    return "" if isinstance(value, float) and math.isnan(value) else label_text(value)
 
 
 def is_missing(name: str) -> bool:
@@ -56,7 +64,7 @@ def is_missing(name: str) -> bool:
 
 def missing(value: Any, where: str) -> InputError:
     """The error of a label that is missing."""
-    word = shown(value)
+    word = literal(value)
     hint = (
         ""
         if value is None or isinstance(value, float) or not str(value).strip()
@@ -67,7 +75,7 @@ def missing(value: Any, where: str) -> InputError:
 
 def listed(names: Sequence[str]) -> str:
     """Names for a message, the first ones of many."""
-    found = ", ".join(name if name.isprintable() and len(name) < 40 else shown(name) for name in names[:LISTED])
+    found = ", ".join(name if name.isprintable() and len(name) < 40 else literal(name) for name in names[:LISTED])
     return found if len(names) <= LISTED else f"{found}, ... ({len(names)} in all)"
 
 
@@ -109,8 +117,8 @@ def class_names(table: Table) -> list[str]:
         other = alike.setdefault(likeness(name), name)
         if other != name:
             raise InputError(
-                f"{table.where(first[other])} has the label {shown(other)} and {table.where(row)} {shown(name)}: they differ "
-                "by their spelling alone. Make them one or, if they are two classes, list all classes as task.labels=[...]",
+                f"{table.where(first[other])} has the label {literal(other)} and {table.where(row)} {literal(name)}: they "
+                "differ by their spelling alone. Make them one or, if they are two classes, list all as task.labels=[...]",
                 "task.labels",
             )
     names = sorted(first)

@@ -15,10 +15,10 @@ import numpy as np
 from kd import distributed
 from kd.data.tables import Layout, Row, check_file, column_names, data_path, lines, rows
 from kd.data.texts import Example as Example
-from kd.data.texts import Table, TableWriter, shown
+from kd.data.texts import Table, TableWriter
 from kd.errors import InputError
 from kd.sources import check_not_here, file_fingerprint, package_folder, package_version
-from kd.values import number
+from kd.values import literal, number
 
 Splits = dict[str, Sequence[Example]]
 
@@ -92,16 +92,16 @@ def check_text(text: Any, name: str, where: str, blank: bool) -> None:
         InputError: if not.
     """
     if not isinstance(text, str):
-        raise InputError(f"{where}: '{name}' is {shown(text)}, not text", "task.text")
+        raise InputError(f"{where}: '{name}' is {literal(text)}, not text", "task.text")
     if "\0" in text:
-        raise InputError(f"{where}: '{name}' has a NUL character: {shown(text)}; is the file damaged?", "task.text")
+        raise InputError(f"{where}: '{name}' has a NUL character: {literal(text)}; is the file damaged?", "task.text")
     if not blank and is_blank(text):
-        raise InputError(f"{where}: '{name}' is blank ({shown(text)}); leave the line out, or give it a text", "task.text")
+        raise InputError(f"{where}: '{name}' is blank ({literal(text)}); leave the line out, or give it a text", "task.text")
 
 
 def half_character(where: str, error: UnicodeEncodeError) -> InputError:
     """The error of a text that was cut inside a character."""
-    half = shown(error.object[error.start : error.start + 1])
+    half = literal(error.object[error.start : error.start + 1])
     return InputError(f"{where}: half of a character, {half} (a lone surrogate), which is no text", "task.text")
 
 
@@ -204,14 +204,14 @@ def given_paths(train: Any, validation: Any, test: Any, usage: str) -> dict[str,
         if isinstance(value, Mapping):
             if len(value) < 2 or not all(isinstance(path, str) for path in value.values()):
                 raise InputError(
-                    f"{key}={shown(dict(value))} must give a file for each of two classes or more: "
+                    f"{key}={literal(dict(value))} must give a file for each of two classes or more: "
                     f"'{key}={{pos: a.txt, neg: b.txt}}'",
                     key,
                 )
             found[split] = {str(name).strip(): data_path(path, key) for name, path in value.items()}
         elif isinstance(value, list | tuple):
             raise InputError(
-                f"{key}={shown(list(value))} must be a file, or one for each class: '{key}={{pos: a.txt, neg: b.txt}}'", key
+                f"{key}={literal(list(value))} must be a file, or one for each class: '{key}={{pos: a.txt, neg: b.txt}}'", key
             )
         elif value is not None:
             found[split] = {None: data_path(str(value), key)}

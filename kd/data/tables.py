@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd.data.texts import shown
 from kd.errors import InputError, one_of
+from kd.values import literal
 
 Row = Mapping[str, Any]
 
@@ -101,7 +101,7 @@ class Layout:
         if len(found) != 1 or found in '"\r\n\0' or "\ud800" <= found <= "\udfff":
             words = ", ".join(name for name in DELIMITERS if name.isalpha())
             raise InputError(
-                f"task.delimiter={shown(self.delimiter)} must be one character between fields, or a word for it: {words}",
+                f"task.delimiter={literal(self.delimiter)} must be one character between fields, or a word for it: {words}",
                 "task.delimiter",
             )
         return found
@@ -116,7 +116,7 @@ class Layout:
             return None
         names = list(self.columns)
         if not names or len(set(names)) != len(names):
-            raise InputError(f"task.columns={shown(names)} must name every column of the file once", "task.columns")
+            raise InputError(f"task.columns={literal(names)} must name every column of the file once", "task.columns")
         return names
 
 
@@ -129,7 +129,7 @@ def data_path(name: str, key: str) -> Path:
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
-        raise InputError(f"{shown(name)}: {error}", key) from error
+        raise InputError(f"{literal(name)}: {error}", key) from error
 
 
 def check_file(path: Path, key: str, folder: str = "") -> None:
@@ -155,7 +155,7 @@ def check_file(path: Path, key: str, folder: str = "") -> None:
         raise InputError(f"the file '{path}' does not exist", key) from error
     except (OSError, ValueError) as error:  # a name that is too long, a link in a circle, no permission; a NUL in a name
         raise InputError(
-            f"the file {shown(str(path))} cannot be read ({getattr(error, 'strerror', None) or error})", key
+            f"the file {literal(str(path))} cannot be read ({getattr(error, 'strerror', None) or error})", key
         ) from error
 
 
@@ -261,7 +261,7 @@ def _delimited(path: Path, key: str, layout: Layout, kind: str, encoding: str, s
                 if names is None:
                     names = fields
                     if twice := {name for name in names if names.count(name) > 1}:
-                        raise InputError(f"'{path}': the column {shown(min(twice))} is there twice", key)
+                        raise InputError(f"'{path}': the column {literal(min(twice))} is there twice", key)
                     continue
                 if not fields:
                     continue
@@ -289,7 +289,7 @@ def _delimited(path: Path, key: str, layout: Layout, kind: str, encoding: str, s
 
 def _bare(name: str) -> str:
     """A column's name in a message: without quotes where it needs none."""
-    return name if name.isprintable() and len(name) < 40 else shown(name)
+    return name if name.isprintable() and len(name) < 40 else literal(name)
 
 
 def column_names(row: Row) -> str:
@@ -303,7 +303,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {shown(next(name for name in names if names.count(name) > 1))} is there twice")
+        raise ValueError(f"the key {literal(next(name for name in names if names.count(name) > 1))} is there twice")
     return found
 
 

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from kd.data.labels import is_missing, label_name, listed, missing
 from kd.data.metrics import CLASSIFICATION, REGRESSION, Collapse
-from kd.data.texts import Example, shown
+from kd.data.texts import Example
 from kd.errors import InputError, one_of
 from kd.functional import logits as soft_losses
+from kd.values import literal
 
 SCORE = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 """A score as text. Python's own reader also takes `1_000` and the digits of other scripts."""
@@ -161,16 +162,16 @@ class Classification(Labelled):
         if len(self.names) < 2 or len(set(self.names)) != len(self.names):
             raise InputError(f"a classification task needs two different labels or more, got {self.names}", "task.labels")
         if blank := [name for name in self.names if not name.strip()]:
-            raise InputError(f"a class needs a name, {shown(blank[0])} is blank", "task.labels")
+            raise InputError(f"a class needs a name, {literal(blank[0])} is blank", "task.labels")
         for raw, label in codes.items():
             if label not in self.names:
                 raise InputError(f"task.codes maps '{raw}' to '{label}', which is not a label: {self.names}", "task.codes")
         self.numbers = {name: number for number, name in enumerate(self.names)}
         self.numbers.update({raw: self.numbers[label] for raw, label in codes.items() if raw not in self.numbers})
         for raw, number in list(self.numbers.items()):
-            name = label_name(raw, f"the label {shown(raw)}", "task.labels")
+            name = label_name(raw, f"the label {literal(raw)}", "task.labels")
             if self.numbers.setdefault(name, number) != number:
-                raise InputError(f"the labels {shown(raw)} and {shown(name)} are the same number", "task.labels")
+                raise InputError(f"the labels {literal(raw)} and {literal(name)} are the same number", "task.labels")
         self.metrics = known_metrics(metrics, monitor, tuple(CLASSIFICATION))
         self.monitor = monitor
         if "f1" in self.metrics and len(self.names) != 2:
@@ -187,7 +188,7 @@ class Classification(Labelled):
             if is_missing(name):
                 raise missing(example.label, example.where)
             raise InputError(
-                f"{example.where}: unknown label {shown(name)}; the labels are {listed(list(self.numbers))}", "task.labels"
+                f"{example.where}: unknown label {literal(name)}; the labels are {listed(list(self.numbers))}", "task.labels"
             )
         return self.numbers[name]
 
@@ -264,11 +265,11 @@ class Regression(Labelled):
         value = score_of(example.label)
         if math.isnan(value):
             why = "; the label is missing" if is_missing_score(example.label) else ""
-            raise InputError(f"{example.where}: the score {shown(example.label)} is not a finite number{why}", "task.label")
+            raise InputError(f"{example.where}: the score {literal(example.label)} is not a finite number{why}", "task.label")
         if abs(value) >= LARGEST:
             raise InputError(
-                f"{example.where}: the score {shown(example.label)} is too large, its squared error would overflow: scale the "
-                f"scores to less than {LARGEST:g}",
+                f"{example.where}: the score {literal(example.label)} is too large, its squared error would overflow: scale "
+                f"the scores to less than {LARGEST:g}",
                 "task.label",
             )
         return value

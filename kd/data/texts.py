@@ -9,24 +9,8 @@ from typing import Any, overload
 
 import numpy as np
 
-SHOWN = 60
-"""Characters of a value that a message shows."""
-
 INTERNED = 10_000
 """Different labels of which equal ones share one object; scores may have more, which are kept one by one."""
-
-
-def shown(value: Any) -> str:
-    r"""A value as a message shows it: shortened, on one line, and printable in any terminal.
-
-    >>> shown("a\nb\ud83d"), shown("x" * 100)[-4:], shown(1.0)
-    ("'a\\nb\\ud83d'", "xx'…", '1.0')
-    """
-    cut = value[: SHOWN + 1] if isinstance(value, str | bytes | list) else value
-    text = repr(cut)
-    if isinstance(value, str | bytes | list) and len(value) > SHOWN:
-        text = f"{value[:SHOWN]!r}…"
-    return text if len(text) <= 4 * SHOWN else f"{text[: 4 * SHOWN]}…"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,9 @@
-"""Names of labels, as data and models write them."""
+"""Labels of a task and of a model, matched by name."""
 
 import re
 from collections.abc import Sequence
 
-
-def label_text(name: object) -> str:
-    """A label's name as text, however a file writes it.
-
-    >>> label_text(1.0), label_text(1), label_text(" good ")
-    ('1', '1', 'good')
-    """
-    return str(int(name)) if isinstance(name, float) and name.is_integer() else str(name).strip()
+from kd.data.labels import label_text
 
 
 def columns(task: Sequence[str], model: Sequence[str]) -> list[int] | None:

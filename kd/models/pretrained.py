@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd.data.labels import label_text
 from kd.errors import InputError, one_of
 from kd.forward.taps import FAMILIES, Family, family_of
 from kd.models.heads import HEADS
-from kd.models.labels import label_text
 from kd.sources import pretrained
 
 STORED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -7,13 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import tiny_config
+from kd.build import teacher_labels
 from kd.data.datamodule import Examples, load_examples
+from kd.data.labels import label_name
 from kd.data.metrics import CLASSIFICATION, REGRESSION, ranks
 from kd.data.sources import Files
 from kd.data.tasks import Classification, Regression
 from kd.data.texts import Example
 from kd.errors import InputError
-from kd.schema import TaskSpec
+from kd.models.pretrained import label_names
+from kd.models.teachers import match_labels
+from kd.schema import TaskSpec, TeacherSpec
 
 WORDS = ("sunny day", "gloomy day", "merry walk", "grim walk", "jolly park", "murky park")
 
@@ -237,3 +242,20 @@ def test_a_regression_takes_the_scores_of_any_number_format() -> None:
     task = Regression("t", ["mse"], "mse")
     raws = ("1e3", " .5", "-2.", 7, 0.1)
     assert [task.encode(Example(("a",), raw, "")) for raw in raws] == [1000.0, 0.5, -2.0, 7.0, 0.1]
+
+
+@pytest.mark.parametrize("value", ["1.0", "1", 1, 1.0, " 1 ", "1.", "-0.5", 0.25, True, "v1.0", " good "], ids=repr)
+def test_a_label_has_the_same_name_in_a_file_and_in_a_model(value: object) -> None:
+    name = label_name(value, "here")
+    task, model = ["other", name], [value, "other"]
+    assert label_names(tiny_config(id2label=dict(enumerate(model)), label2id={}), "teacher.x.labels") == [name, "other"]
+    assert match_labels(task, [name, "other"], "teacher.x.labels") == [1, 0]
+    assert match_labels(["other", str(value)], [name, "other"], "teacher.x.labels") == [1, 0]  # as `task.labels` lists it
+
+
+def test_two_names_of_one_number_are_one_label_of_a_model_as_of_a_file() -> None:
+    with pytest.raises(InputError, match=r"two of the model's outputs '1'"):
+        label_names(tiny_config(id2label={0: "1.0", 1: "1"}, label2id={}), "teacher.x.labels")
+    spec = TeacherSpec(model="a", labels=["1", "1.0"])
+    with pytest.raises(InputError, match="must name each of the 2 outputs"):
+        teacher_labels(tiny_config(num_labels=2), spec, "x")

@@ -112,7 +112,7 @@ def test_a_bad_file_names_the_key_to_change(tmp_path: Path, content: str, option
 def test_text_in_json_must_be_text(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "label": 1}\n{"text": null, "label": 1}\n')
-    with pytest.raises(InputError, match="line 2: 'text' is None, not text") as caught:
+    with pytest.raises(InputError, match="line 2: 'text' is null, not text") as caught:
         Files(str(path), ["text"], "label").splits()
     assert caught.value.key == "task.text"
 
