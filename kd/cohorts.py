@@ -99,7 +99,8 @@ def students_of(spec: RunSpec) -> dict[str, StudentSpec]:
     elif isinstance(given, list):
         entries = given
     else:
-        raise InputError(f"cohort.students={shown(given)} is neither a number nor a list of students", "cohort.students")
+        meant = f": {composition.as_list(given, 'cohort.students')}" if isinstance(given, str) else ""
+        raise InputError(f"cohort.students={shown(given)} is neither a number nor a list of students{meant}", "cohort.students")
     if not entries:
         raise InputError(f"cohort.students={given} leaves nobody to train", "cohort.students")
     found: dict[str, StudentSpec] = {}

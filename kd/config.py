@@ -128,8 +128,10 @@ def check_overrides(overrides: Sequence[str]) -> None:
             raise InputError(f"'{shown(override)}' takes '{key}' away, which every run has; give it a value instead", key)
         if sign == "~" and key in LISTS:
             raise InputError(f"'{shown(override)}': a run without one says so: {key}=[]", key)
-        if key in _typed_mappings() and (value or "").strip().startswith("["):
+        if key in _typed_containers(dict) and (value or "").strip().startswith("["):
             raise InputError(f"'{shown(override)}': {key} takes a mapping, {{name: value}}, and no list", key)
+        if key in _typed_containers(list) and (value or "").strip().startswith("{"):
+            raise InputError(f"'{shown(override)}': {key} takes a list, [word, ...], and no mapping", key)
         if key not in groups or value is None:
             continue
         text = value.strip()
@@ -151,13 +153,13 @@ def _groups() -> tuple[str, ...]:
 
 
 @cache
-def _typed_mappings() -> frozenset[str]:
-    """Keys below a part whose value is a mapping: Hydra lays one over it, and a list cannot be laid over it."""
+def _typed_containers(kind: type) -> frozenset[str]:
+    """Keys below a part whose value is a mapping, or a list: Hydra cannot lay one over the other."""
     found = set()
     for name, hint in typing.get_type_hints(RunSpec).items():
         if dataclasses.is_dataclass(hint):
-            for key, kind in typing.get_type_hints(hint).items():
-                if any(typing.get_origin(one) is dict for one in (kind, *typing.get_args(kind))):
+            for key, own in typing.get_type_hints(hint).items():
+                if any(typing.get_origin(one) is kind for one in (own, *typing.get_args(own))):
                     found.add(f"{name}.{key}")
     return frozenset(found)
 
@@ -231,10 +233,6 @@ def explain(error: BaseException) -> InputError:
             f"equals signs need quotes, inside those of the shell{cure}",
             key.lstrip("+~") or None,
         )
-    if "is not a ListConfig" in text:
-        key_ = re.search(r"full_key: ([\w.]+)", f"{text}\n{cause}") or re.search(r"(task\.text)", "task.text")
-        name = key_.group(1) if key_ else ""
-        return InputError(f"{name} takes a list: '{name}=[...]'", name)
     if match := re.search(r"full_key: ([\w.\[\]]+)", f"{text}\n{cause}"):
         return InputError(shown(_first(text), 300), match.group(1))
     more = f" ({_first(cause)})" if cause and cause not in text else ""
@@ -451,10 +449,32 @@ def _check_type(value: Any, hint: Any, key: str) -> None:
             if inner is None or isinstance(inner, dict | list):
                 raise InputError(f"{key}={shown(value)} is a list of words; {shown(inner)} is none", key)
             _check_type(inner, str, key)
+    elif typing.get_origin(hint) is list:
+        raise InputError(f"{key}={shown(value)} takes a list: {as_list(value, key)}", key)
     elif hint is str and isinstance(value, bool | float):
         raise InputError(f"{key}={shown(value)} is a {_kind(value)}, not a word; a word that looks like one needs quotes", key)
     elif hint is bool and str(value).lower() not in TRUTHS and not isinstance(value, list | dict) and value is not None:
         raise InputError(f"{key}={shown(value)} is neither true nor false", key)
+
+
+def as_list(value: Any, key: str) -> str:
+    """An override, in quotes for the shell, that gives a list in place of a single word.
+
+    >>> print(as_list("text", "task.text"), as_list("no, yes", "task.labels"), as_list(True, "task.text"))
+    'task.text=[text]' 'task.labels=[no, yes]' 'task.text=["true"]'
+    """
+    from hydra.errors import HydraException
+
+    if not isinstance(value, bool | int | float | str) or not str(value).strip():
+        return f"'{key}=[...]'"
+    meant = shown(value)
+    try:
+        words = _parsed(f"{key}=[{meant}]").value()
+    except HydraException:
+        words = [None]
+    if any(each is None or isinstance(each, bool | float | dict | list) for each in words):  # no words without quotes
+        meant = '"' + meant.replace('"', '\\"') + '"'
+    return f"'{key}=[{meant}]'"
 
 
 TRUTHS = ("true", "false", "yes", "no", "on", "off", "y", "n", "1", "0")

@@ -142,6 +142,9 @@ def stage_config(
     """
     parts = stage if isinstance(stage, Mapping) else {"overrides": stage}
     given = parts.get("overrides")
+    if isinstance(given, str) and given:
+        where = f"{key}.overrides" if isinstance(stage, Mapping) else key
+        raise InputError(f"{where}={shown(given)} takes a list of overrides: {composition.as_list(given, where)}", where)
     if not isinstance(given, list) or not given:
         about = "student.init=run needs student.run" if key == "student.run" else f"{key} must be"
         raise InputError(f"{about}=[override, ...], or a mapping with `overrides`: the run to begin from", key)

@@ -149,7 +149,7 @@ BAD = {
     "nobody": (["cohort.students=0"], "cohort.students", "leaves nobody"),
     "an empty list": (["cohort.students=[]"], "cohort.students", "leaves nobody"),
     "fewer than nobody": (["cohort.students=-1"], "cohort.students", "leaves nobody"),
-    "a word": (["cohort.students=two"], "cohort.students", "neither a number nor a list"),
+    "a word": (["cohort.students=two"], "cohort.students", r"'cohort\.students=\[two\]'"),
     "a mapping": (["cohort.students={layers: 2}"], "cohort.students", "neither a number nor a list"),
     "a truth": (["cohort.students=true"], "cohort.students", "neither a number nor a list"),
     "a fraction": (["cohort.students=2.5"], "cohort.students", "neither a number nor a list"),

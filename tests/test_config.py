@@ -1,14 +1,16 @@
 """Composing configurations, and the words for what is wrong in one."""
 
 import re
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 from omegaconf import OmegaConf
 
 from kd.config import compose, conf_folder, typed
 from kd.errors import InputError
-from kd.schema import RunSpec
+from kd.schema import RunSpec, TeacherSpec
 
 GROUPS = ("method", "student", "teacher", "surgery", "task", "pretrain", "optimizer", "trainer", "logger", "paths", "sweep")
 GROUPS = (*GROUPS, "experiment", "tuned", "pool", "cohort", "engine")
@@ -189,6 +191,37 @@ def test_a_value_of_the_wrong_type_names_its_key(override: str, value: str) -> N
         spec(override)
     assert caught.value.key == override.partition("=")[0]
     assert value in caught.value.message
+
+
+LISTS = sorted(
+    f"{part}.{key}"
+    for part, fields in {**get_type_hints(RunSpec), "teacher.hub": TeacherSpec}.items()
+    if is_dataclass(fields)
+    for key, kind in get_type_hints(fields).items()
+    if any(get_origin(one) is list for one in (kind, *get_args(kind)))
+)
+
+
+@pytest.mark.parametrize("key", LISTS)
+@pytest.mark.parametrize("value", ["text", "5", "'no, yes'", "true", "1.5", "'null'", "'[text'", "'a\"b]'", "'a=b'", "'a b'"])
+def test_a_value_in_a_lists_place_is_refused_with_the_list_that_was_meant(key: str, value: str) -> None:
+    teacher = ["task=file", "task.train=a.csv", "teacher=[hub]", "teacher.hub.backbone=x"]
+    with pytest.raises(InputError, match=re.escape(f"{key}={value.strip(chr(39))} takes a list")) as caught:
+        spec(*teacher, f"{key}={value}")
+    assert caught.value.key == key
+    override = re.search(rf"'({key}=\[.*\])'", caught.value.message)[1]
+    part: Any = spec(*teacher, override)
+    for step in key.split("."):
+        part = part[step] if isinstance(part, dict) else getattr(part, step)
+    assert part == (["no", "yes"] if "," in value else [value.strip("'")])
+
+
+def test_what_takes_lists_is_known() -> None:
+    assert LISTS == ["task.columns", "task.labels", "task.metrics", "task.text", "teacher.hub.labels"]
+    for key in LISTS:
+        with pytest.raises(InputError, match="takes a list") as caught:
+            spec("task=file", "task.train=a.csv", "teacher=[hub]", "teacher.hub.backbone=x", f"{key}={{a: b}}")
+        assert caught.value.key == key
 
 
 @pytest.mark.parametrize("override", ["seed", "task.labels=[a,b"])

@@ -113,3 +113,11 @@ def test_a_student_with_small_embeddings_goes_through_both(small: Small, surgery
     first = run.inputs["before"].result
     assert first is not None
     assert result["parameters"] == first["parameters"]
+
+
+@pytest.mark.parametrize("given", ["student.run='seed=1'", "student.run={overrides: 'seed=1'}"])
+def test_one_override_in_place_of_a_list_is_refused_with_the_list(given: str) -> None:
+    words = ["student.init=run", given]
+    with pytest.raises(InputError, match=r'=\["seed=1"\]') as caught:
+        planned(words)
+    assert str(caught.value.key).startswith("student.run")
