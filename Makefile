@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast check lint types format clean
+.PHONY: help install demo test test-fast method named check lint types format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,17 @@ test: .venv/developing ## all tests that need no accelerator (about 13 minutes)
 
 test-fast: .venv/developing ## formulas, contracts, data, configurations; no whole runs (under 2 minutes)
 	$(BIN)/python -m pytest --verbosity 0 -m "fast and not gpu"
+
+method: named .venv/developing ## all about one method, make method NAME=pkd: contract, tests, two ranks, a short run (about 2 minutes)
+	$(BIN)/ruff check kd tests
+	$(BIN)/ruff format --check kd tests
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --verbosity 0 --method "$(NAME)" tests/conformance $(wildcard tests/methods/test_$(NAME).py)
+	$(BIN)/kd-train method=$(NAME) student=2l task.limit_train=256 task.limit_validation=128 task.limit_test=128 trainer.max_epochs=1
+
+named:
+	@test -n "$(NAME)" -a -f "conf/method/$(NAME).yaml" || \
+	{ echo "make method NAME=<name>: one of" $(sort $(basename $(notdir $(wildcard conf/method/*.yaml)))); exit 2; }
 
 check: lint types test ## what must pass before a commit: ruff, mypy, all tests (about 14 minutes)
 

@@ -77,9 +77,15 @@ FAST = ("functional", "forward", "methods", "conformance", "data", "test_config.
 """What `make test-fast` looks at, of this folder: every formula, the contract of every method, data, configurations."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--method", help="of the conformance suite, this method alone and what is composed with it")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark as `fast` what is in these places, and in docstrings, and makes no whole run and starts no second process."""
     here = Path(__file__).parent
+    if method := config.getoption("--method"):
+        items[:] = [item for item in items if not _of_another_method(item, method)]
     for item in items:
         place = item.path.relative_to(here).parts[0] if item.path.is_relative_to(here) else ""
         # Overrides of a run are what a whole run is made from.
@@ -87,6 +93,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         marked = any(item.get_closest_marker(name) for name in ("slow", "ddp", "gpu", "thorough"))
         if place in ("", *FAST) and not whole_run and not marked:
             item.add_marker("fast")
+
+
+def _of_another_method(item: pytest.Item, method: str) -> bool:
+    case = getattr(item, "callspec", None)
+    name = case.params.get("name") if case is not None and "conformance" in item.path.parts else None
+    return name is not None and name.split()[0] != method
 
 
 @pytest.fixture(autouse=True, scope="session")
