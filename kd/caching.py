@@ -32,7 +32,7 @@ from kd.passes import Plan, probe, write
 from kd.planning import teacher_source
 from kd.runs import Run, digest_of, locked, write_atomically
 from kd.schema import cache_limit
-from kd.sources import fingerprint, hub_commit
+from kd.sources import fingerprint, hub_commit, is_float32
 
 if TYPE_CHECKING:
     from kd.data.datamodule import KDData
@@ -136,7 +136,8 @@ def weights_of(run: Run, teacher: FrozenTeacher) -> str | None:
     """What identifies a teacher's weights; of the hub with the commit that was loaded, None where that is not known."""
     source, key = teacher_source(run, teacher.name)
     if not source.startswith("hf:"):
-        return fingerprint(source, key)
+        # What was kept when models of other types were computed in their own is not used.
+        return fingerprint(source, key) + ("" if is_float32(source, key) else ", used in float32")
     commit = hub_commit(source)
     return None if commit is None else f"{source}@{commit}"
 

@@ -20,7 +20,7 @@ from kd.hardware import resolve_precision
 from kd.pools import RANKED, check_pool, pool_identity, teachers_of
 from kd.runs import Run, digest_of
 from kd.schema import PoolSpec, RunSpec, TeacherSpec, check_values
-from kd.sources import fingerprint
+from kd.sources import config_of, fingerprint, is_float32, listed_outputs
 from kd.stages import before_config, has_key, key_of_stage, laid_over, nested, stage_config, without
 from kd.values import has, locate, one_line, shown
 
@@ -53,6 +53,9 @@ UNSET = ("limit_validation", "limit_test", "format", "delimiter", "columns")
 NAMES = ("text", "label", "columns")
 """Keys of a task's source that name columns: text, also where a command line has a number."""
 
+FLOAT32 = "weights are used in float32"
+OUTPUTS = "outputs are named by their numbers, or as listed"
+
 REVISIONS: Mapping[str, Callable[[RunSpec], bool]] = {
     "a fresh regression head begins at the mean of the scores": lambda spec: spec.task.kind == "regression",
     "a step is the mean over the examples of its batches": lambda spec: spec.trainer.accumulate > 1,
@@ -62,6 +65,8 @@ REVISIONS: Mapping[str, Callable[[RunSpec], bool]] = {
     "passes are weighed by the largest derivative": lambda spec: (
         _is_method(spec, "kd.methods.ad_kd.ADKD") and spec.method.get("steps") != 1
     ),
+    FLOAT32: lambda spec: not all(is_float32(source, key) for source, key in _models(spec)),
+    OUTPUTS: lambda spec: _renames_outputs(spec),
 }
 """Corrections after which some configurations end elsewhere, and which: their digests differ from those of before.
 
@@ -113,7 +118,10 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teac
         with keys_of(f"teacher {name}", spec, config):
             made = composition.typed(teacher_config(config, spec, name, teacher))
             check_values(made)
-        identified["online"] = {key: value for key, value in identity(made, {}).items() if key in ("student", "seed")}
+        own = identity(made, {})
+        identified["online"] = {key: own[key] for key in ("student", "seed")}
+        if FLOAT32 in own.get("revisions", ()):
+            identified["online"]["revisions"] = [FLOAT32]
     digest = digest_of(identified)
     name = f"{spec.method['name']}-{spec.student.name}-{spec.task.name}-s{spec.seed}-{digest}"
     return Run(config, spec, digest, Path(spec.paths.runs).expanduser() / name, inputs, identified)
@@ -229,6 +237,40 @@ def source_of(spec: RunSpec) -> Source:
 def _is_method(spec: RunSpec, target: str, **options: Any) -> bool:
     """Whether a run's method is a class with these options."""
     return {**options, "_target_": target}.items() <= spec.method.items()
+
+
+def _models(spec: RunSpec) -> Iterator[tuple[str, str]]:
+    """Sources of the models that a run reads itself, and their keys. Those of its inputs are their own."""
+    yield backbone_of(spec)
+    if spec.student.init == "checkpoint" and spec.student.checkpoint is not None:
+        yield spec.student.checkpoint, "student.checkpoint"
+    for name, teacher in spec.teacher.items():
+        if teacher.model is not None:
+            yield teacher.model, f"teacher.{name}.model"
+
+
+def _renames_outputs(spec: RunSpec) -> bool:
+    """Whether outputs of a model that a run reads have other names than in the order in which its `id2label` lists them."""
+    for name, teacher in spec.teacher.items():
+        if teacher.model is not None and not teacher.labels and _out_of_order(teacher.model, f"teacher.{name}.model"):
+            return True
+    if spec.student.init == "checkpoint":
+        return _out_of_order(str(spec.student.checkpoint), "student.checkpoint")
+    if spec.student.init in ("random", "run") or spec.student.init_from != "teacher" or not spec.teacher:
+        return False
+    first = teachers_of(spec)[0]
+    teacher = spec.teacher[first]
+    if teacher.model is None or not teacher.labels:
+        return False
+    listed = [name.casefold() for _, name in listed_outputs(teacher.model, f"teacher.{first}.model")]
+    return listed != [str(name).casefold() for name in teacher.labels]  # which its head was not looked up by
+
+
+def _out_of_order(source: str, key: str) -> bool:
+    """Whether a local model's `id2label` is not in the order 0, 1, ..., or its outputs are named by `label2id` alone."""
+    numbers = [number for number, _ in listed_outputs(source, key)]
+    config = config_of(source, key)
+    return numbers != sorted(numbers) or (config.get("id2label") is None and bool(config.get("label2id")))
 
 
 def method_identity(method: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,16 +7,25 @@ words must never stand for other weights.
 import hashlib
 import importlib.util
 import json
+import pickletools
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
 
 from kd.errors import InputError
+
+FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Files that weights may be in; the first one that is there is read, as transformers does."""
+
+OTHER_FLOATS = {"F16", "BF16", "F64", "HalfStorage", "BFloat16Storage", "DoubleStorage"}
+"""Types that are not float32, as safetensors and torch's own files name them."""
 
 
 def package_folder(module: str, key: str) -> Path:
@@ -187,3 +196,93 @@ def fingerprint(source: str, key: str) -> str:
     files = [file for file in path.iterdir() if file.is_file() and file.suffix != ".md" and not file.name.startswith(".")]
     digests = "".join(f"{file.name}={file_fingerprint(file)};" for file in sorted(files))
     return "files:" + hashlib.blake2b(digests.encode(), digest_size=8).hexdigest()
+
+
+def config_of(source: str, key: str) -> Mapping[str, Any]:
+    """The `config.json` of a local model as it is written; empty of the hub's, and where it is not readable.
+
+    Raises:
+        InputError: if the folder is missing or is no model.
+    """
+    folder = _local(source, key)
+    return {} if folder is None else _config(*_version(folder / "config.json"))
+
+
+def is_float32(source: str, key: str) -> bool:
+    """Whether a local model is of float32: by its configuration or, where that is silent, by the types of its weights.
+
+    Only headers are read. Of the hub's models, which are not looked at here, it is true.
+
+    Raises:
+        InputError: if the folder is missing or is no model.
+    """
+    config, folder = config_of(source, key), _local(source, key)
+    named = config.get("dtype") or config.get("torch_dtype")
+    if named is not None:
+        return str(named).removeprefix("torch.") == "float32"
+    return folder is None or not any(_types(*_version(file)) & OTHER_FLOATS for file in _weight_files(folder))
+
+
+def listed_outputs(source: str, key: str) -> list[tuple[int, str]]:
+    """Numbers and names of a local model's outputs in the order in which `id2label` lists them; none where it is missing.
+
+    Raises:
+        InputError: if the folder is missing or is no model.
+    """
+    named = config_of(source, key).get("id2label")
+    try:
+        return [(int(number), str(name)) for number, name in (named or {}).items()]
+    except (AttributeError, ValueError):  # told when the model is looked at
+        return []
+
+
+def _version(file: Path) -> tuple[str, int, int]:
+    status = file.stat()
+    return str(file), status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=64)
+def _config(path: str, size: int, modified: int) -> Mapping[str, Any]:
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # told when the model is looked at
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    first = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if first is None or first.suffix != ".json":
+        return [] if first is None else [first]
+    named = _config(*_version(first)).get("weight_map")
+    parts = sorted({part for part in named.values() if isinstance(part, str)}) if isinstance(named, dict) else []
+    return [folder / part for part in parts if Path(part).name == part and (folder / part).is_file()]
+
+
+@lru_cache(maxsize=256)
+def _types(path: str, size: int, modified: int) -> frozenset[str]:
+    """Words of a file of weights among which are the types of its tensors; none where it is damaged, which is told later."""
+    try:
+        if path.endswith(".safetensors"):
+            with safe_open(path, framework="numpy") as file:
+                return frozenset(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118 (it is no mapping)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                return _pickled_words(archive, next(name for name in archive.namelist() if name.endswith("data.pkl")))
+        with open(path, "rb") as file:  # of before torch 1.6: three small pickles, then the tensors'
+            return frozenset[str]().union(*(_words(file) for _ in range(4)))
+    except (OSError, ValueError, EOFError, StopIteration, RuntimeError, NotImplementedError):
+        return frozenset()
+    except (SafetensorError, zipfile.BadZipFile):
+        return frozenset()
+
+
+def _pickled_words(archive: zipfile.ZipFile, name: str) -> frozenset[str]:
+    with archive.open(name) as file:
+        return _words(file)  # type: ignore[arg-type]
+
+
+def _words(file: BinaryIO) -> frozenset[str]:
+    """The last words of the texts in a pickle, which is not executed; the file is left behind it."""
+    texts = (argument for _, argument, _ in pickletools.genops(file) if isinstance(argument, str))
+    return frozenset(text.rpartition(" ")[2] for text in texts)

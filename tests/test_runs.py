@@ -12,12 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
 from kd.config import compose
 from kd.errors import InputError
-from kd.planning import plan, source_of
+from kd.planning import FLOAT32, OUTPUTS, plan, source_of
 from kd.runs import RECORD, Run, write_atomically
+from whole_runs import over
 
 Planner = Callable[..., Run]
 
@@ -139,6 +142,120 @@ def test_a_configuration_whose_result_a_correction_changed_has_another_digest(
     identity = alone(*overrides).identity
     assert len(identity.get("revisions", [])) == revised
     assert ("revisions" in identity) == bool(revised)
+
+
+@pytest.fixture(scope="module")
+def taught(reviews: Path) -> dict[str, Planner]:
+    """Runs with a ready teacher, a teacher that is fine-tuned, and one that is trained with the student."""
+    base = [
+        "method=kd",
+        "student=2l",
+        "task=file",
+        *(f"task.{split}={reviews / split}.csv" for split in ("train", "validation")),
+    ]
+    online = [*base, "teacher=[minilm]", "cohort=mutual", "cohort.teacher=online"]
+    return {"hub": over([*base, "teacher=[hub]"]), "minilm": over([*base, "teacher=[minilm]"]), "online": over(online)}
+
+
+KINDS = {
+    # What its configuration says, what its weights are stored in, and the number of revisions. Where the configuration says
+    # float32, a model has always been loaded in float32.
+    "as it is": ({}, None, 0),
+    "stored in bfloat16": ({}, torch.bfloat16, 0),
+    "of bfloat16": ({"dtype": "bfloat16"}, torch.bfloat16, 1),
+    "of float16, in the older word": ({"dtype": None, "torch_dtype": "float16"}, torch.float16, 1),
+    "rounded to float16": ({"dtype": "float16"}, None, 1),
+    "of float32, not said": ({"dtype": None}, None, 0),
+    "of float64, not said": ({"dtype": None}, torch.float64, 1),
+    "of bfloat16, not said": ({"dtype": None}, torch.bfloat16, 1),
+}
+
+
+def of_kind(kind: str, backbone: Path, folder: Path, form: str = "safetensors") -> Path:
+    """A copy of a model with another configuration, and weights in another type and form."""
+    said, dtype, _ = KINDS[kind]
+    shutil.copytree(backbone, folder)
+    (folder / "config.json").write_text(json.dumps({**json.loads((folder / "config.json").read_text()), **said}))
+    weights = load_file(folder / "model.safetensors")
+    weights = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in weights.items()}
+    if form == "safetensors":
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return folder
+    (folder / "model.safetensors").unlink()
+    if form == "shards":
+        names = sorted(weights)
+        parts = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
+        for part, own in parts.items():
+            save_file({name: weights[name] for name in own}, folder / part, {"format": "pt"})
+        index = {"weight_map": {name: part for part, own in parts.items() for name in own}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=form == "pickle")
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_was_loaded_in_another_type_makes_other_runs(
+    alone: Planner, taught: dict[str, Planner], backbone: Path, tmp_path: Path, kind: str
+) -> None:
+    folder = of_kind(kind, backbone, tmp_path / "model")
+    revised = [FLOAT32] * KINDS[kind][2]
+    ready = [f"teacher.hub.model={folder}", "teacher.hub.labels=[LABEL_0,LABEL_1]"]
+    made = taught["minilm"](f"student.backbone={backbone}", f"teacher.minilm.backbone={folder}")
+    for run in (
+        alone(f"backbone={folder}"),
+        alone("student.init=checkpoint", f"student.checkpoint={folder}"),
+        taught["hub"](*ready),
+        (made := taught["minilm"](f"student.backbone={backbone}", f"teacher.minilm.backbone={folder}")).inputs[
+            "teacher minilm"
+        ],
+    ):
+        assert run.identity.get("revisions", []) == revised, run.name
+    assert "revisions" not in made.identity, "its teacher's run has it"
+    online = taught["online"](f"student.backbone={backbone}", f"teacher.minilm.backbone={folder}")
+    assert online.identity["online"].get("revisions", []) == revised
+
+
+@pytest.mark.parametrize("form", ["shards", "pickle", "old pickle"])
+def test_the_type_is_read_in_every_form_of_weights(alone: Planner, backbone: Path, tmp_path: Path, form: str) -> None:
+    for kind in ("of float32, not said", "of bfloat16, not said", "of float64, not said"):
+        folder = of_kind(kind, backbone, tmp_path / kind, form)
+        assert len(alone(f"backbone={folder}").identity.get("revisions", [])) == KINDS[kind][2], kind
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "teaches", "begins"),
+    [
+        ({"0": "negative", "1": "positive"}, None, 0, 0),
+        ({"1": "positive", "0": "negative"}, None, 1, 1),
+        ({"1": "positive", "0": "negative"}, "negative,positive", 0, 1),
+        ({"1": "positive", "0": "negative"}, "positive,negative", 0, 0),
+        ({"0": "LABEL_0", "1": "LABEL_1"}, "negative,positive", 0, 1),
+        ({"0": "Negative", "1": "Positive"}, "negative,positive", 0, 0),
+        (None, None, 1, 1),
+    ],
+)
+def test_outputs_that_had_other_names_make_other_runs(
+    alone: Planner,
+    taught: dict[str, Planner],
+    backbone: Path,
+    tmp_path: Path,
+    outputs: dict | None,
+    labels: str | None,
+    teaches: int,
+    begins: int,
+) -> None:
+    folder = shutil.copytree(backbone, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    numbers = {"negative": 0, "positive": 1} if outputs is None else {name: int(number) for number, name in outputs.items()}
+    (folder / "config.json").write_text(json.dumps({**config, "id2label": outputs, "label2id": numbers}))
+    ready = [f"teacher.hub.model={folder}", *([] if labels is None else [f"teacher.hub.labels=[{labels}]"])]
+    assert taught["hub"](*ready).identity.get("revisions", []) == [OUTPUTS] * teaches
+    assert taught["hub"](*ready, "student.init_from=teacher").identity.get("revisions", []) == [OUTPUTS] * begins
+    if labels is None:
+        checkpoint = alone("student.init=checkpoint", f"student.checkpoint={folder}")
+        assert checkpoint.identity.get("revisions", []) == [OUTPUTS] * begins
+        assert "revisions" not in alone(f"backbone={folder}").identity, "a backbone's head is not used"
 
 
 def test_with_a_token_budget_the_batch_size_decides_nothing(alone: Planner) -> None:

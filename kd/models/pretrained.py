@@ -23,13 +23,10 @@ from kd.data.labels import label_text
 from kd.errors import InputError, one_of
 from kd.forward.taps import FAMILIES, Family, family_of
 from kd.models.heads import HEADS
-from kd.sources import pretrained
+from kd.sources import FILES, pretrained
 
 STORED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Types that weights may be stored in; they are used in float32."""
-
-FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""Files that weights may be in; the first one that is there is read, as transformers does."""
 
 MOST, DEEPEST = 1 << 24, 1000
 """The largest size, and number of layers, that is taken for one: a model is built, without weights, before it is compared."""
