@@ -257,6 +257,21 @@ def leave_out_working_folder() -> None:
         del sys.path[0]
 
 
+def overrides_first(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command's overrides, and its options with their values: Hydra takes overrides only where they stand together.
+
+    >>> overrides_first(["seed=0,1", "--multirun", "method=kd", "--cfg", "job"])
+    (['seed=0,1', 'method=kd'], ['--multirun', '--cfg', 'job'])
+    """
+    from hydra._internal.utils import get_args_parser
+
+    overrides: list[str] = get_args_parser().parse_intermixed_args(list(words)).overrides
+    options = list(words)
+    for override in overrides:
+        options.remove(override)
+    return overrides, options
+
+
 def main() -> None:
     """The command."""
     leave_out_working_folder()
@@ -270,7 +285,9 @@ def main() -> None:
     command = hydra.main(config_path=str(conf_folder()), config_name=ROOT, version_base="1.3")(job)
     with plain_errors():
         status = 0
-        check_overrides([word for word in sys.argv[1:] if not word.startswith("-")])
+        overrides, options = overrides_first(sys.argv[1:])
+        check_overrides(overrides)
+        sys.argv[1:] = [*overrides, *options]
         distributed.join()
         register()
         try:

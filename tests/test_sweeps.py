@@ -57,6 +57,28 @@ def sweep(small: Small, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return Sweep(small, monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("option", ["--multirun", "-m"])
+@pytest.mark.parametrize("place", ["first", "in the middle", "last"])
+def test_a_sweep_is_asked_for_anywhere_among_the_overrides(sweep: Sweep, option: str, place: str) -> None:
+    words = sweep.small("method=finetune", "teacher=[]", "seed=0,1")
+    at = {"first": 0, "in the middle": 4, "last": len(words)}[place]
+    sweep.patch.setattr(sys, "argv", ["kd-train", *words[:at], option, *words[at:]])
+    train.main()
+    assert sweep.made == [0, 1]
+
+
+def test_options_with_values_keep_them_wherever_they_stand(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "mine.yaml").write_text("defaults: [rte]\nname: mine\n")
+    words = ["seed=3", "--config-dir", str(tmp_path), "task=mine", "--cfg", "job", "method=kd"]
+    monkeypatch.setattr(sys, "argv", ["kd-train", *words])
+    train.main()
+    shown = capsys.readouterr().out
+    assert "name: mine" in shown
+    assert "seed: 3" in shown
+    assert "kd.methods.kd.KD" in shown
+
+
 def test_points_that_cannot_be_planned_are_told_before_the_first_is_made(sweep: Sweep) -> None:
     """One fails in its composition, which ends Hydra's own sweep; another's file is missing."""
     status, out, err = sweep("student=2l,nosuch", "task.train=nowhere.csv," + sweep.small()[2].partition("=")[2])
