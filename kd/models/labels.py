@@ -18,7 +18,7 @@ def columns(task: Sequence[str], model: Sequence[str]) -> list[int] | None:
     >>> columns(["yes", "Yes"], ["YES", "yES"]) is None
     True
     """
-    for form in (label_text, _folded):
+    for form in (str.strip, label_text, _folded):
         wanted, found = [form(name) for name in task], [form(name) for name in model]
         if sorted(wanted) == sorted(found) and len(set(found)) == len(found):
             return [found.index(name) for name in wanted]

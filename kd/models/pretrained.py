@@ -369,6 +369,8 @@ def check_weights(source: str, key: str, config: Any, head: str = "classifier", 
         raise InputError(f"'{source}' has weights that are not finite numbers in float32: {_listed(broken)}", key)
     notes, asides = _told(source, stored, fit, family, pooler)
     has_head = any(is_head(name) and name not in fit.missing for name in expected)
+    if half := sorted(name for name in fit.missing if is_head(name) and has_head):
+        asides = (*asides, f"the file has a part of a head, which is not used: it lacks {_listed(half)}")
     return Found(notes, asides, has_head, any(is_head(name) for name in fit.mismatched))
 
 

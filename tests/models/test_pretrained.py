@@ -502,6 +502,18 @@ def test_a_backbones_head_is_not_used_and_may_be_anything(folder: Path) -> None:
     assert begun(folder).notes == []
 
 
+@pytest.mark.parametrize("part", ["classifier.bias", "classifier.weight"])
+def test_a_part_of_a_head_is_not_used_and_that_is_told(folder: Path, part: str) -> None:
+    torch.manual_seed(0)
+    whole = begun(folder)
+    without(part)(folder)
+    torch.manual_seed(0)
+    half = begun(folder)
+    assert half.asides == [f"the file has a part of a head, which is not used: it lacks {part}"]
+    assert whole.asides == half.notes == []
+    assert all(torch.equal(tensor, half.state_dict()[name]) for name, tensor in whole.state_dict().items())
+
+
 @pytest.mark.parametrize("drawn", [AutoModel, AutoModelForMaskedLM])
 def test_comparing_weights_draws_no_random_numbers(drawn: type, tmp_path: Path) -> None:
     drawn.from_config(tiny_config()).save_pretrained(tmp_path)
