@@ -370,6 +370,12 @@ def test_a_ready_teacher_whose_outputs_are_not_certain_is_refused(plans: Plans, 
     assert "student" not in str(caught.value)
 
 
+@pytest.mark.parametrize("damage", [name for name, (_, _, key) in OF_TEACHERS.items() if key == "labels"])
+def test_the_key_that_is_named_for_outputs_that_are_not_certain_cures_it(plans: Plans, folder: Path, damage: str) -> None:
+    OF_TEACHERS[damage][0](folder)
+    examined(plans["teacher"](folder, f"{LABELS}=[negative,positive]"))
+
+
 @pytest.mark.parametrize("labels", ["[negative]", "[negative,negative]", "[negative,neutral,positive]"])
 def test_listed_labels_name_each_output_of_a_teacher_once(plans: Plans, whole: Path, labels: str) -> None:
     with pytest.raises(InputError, match="must name each of the 2 outputs") as caught:
