@@ -149,7 +149,10 @@ def build_teachers(run: Run, task: Task, meta: bool) -> list[FrozenTeacher]:
         check_tokenizer(tokenizer, config, key, task.head, len(run.spec.task.text) > 1)
         shape = Encoder(new_model(config, task.head, meta=True), tokenizer)
         if made is None:
-            weights = check_weights(source, key, config, task.head, head_needed=True)
+            # Its weights may never be needed, where a cache has its outputs; `load_model` looks at what they hold. Only before
+            # something else is trained for this run is that looked at now.
+            values = meta and any(needed.result is None for needed in run.inputs.values())
+            weights = check_weights(source, key, config, task.head, head_needed=True, values=values)
             shape.notes, shape.asides = list(weights.notes), list(weights.asides)
         load = None if meta else functools.partial(load_model, source, key, config, task.head, head_needed=True)
         teachers.append(FrozenTeacher(shape, name, columns, load))

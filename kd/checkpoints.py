@@ -198,7 +198,7 @@ def read_checkpoint(path: Path, digest: str) -> dict[str, Any]:
     return found
 
 
-def check_weights(found: Mapping[str, Any], engine: Engine, path: Path) -> None:
+def check_state(found: Mapping[str, Any], engine: Engine, path: Path) -> None:
     """Check that a checkpoint's tensors are those of a run's models and methods.
 
     Raises:
@@ -224,7 +224,7 @@ def check_resumable(found: Mapping[str, Any], engine: Engine, path: Path) -> Non
     Raises:
         InputError: if a part of it is missing or of another run.
     """
-    check_weights(found, engine, path)
+    check_state(found, engine, path)
     if lacking := [name for name in (*STATE, "optimizer_states") if name not in found]:
         raise refused(path, f"it lacks {', '.join(lacking)}")
     try:

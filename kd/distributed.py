@@ -85,8 +85,8 @@ def leave(status: int = 0) -> None:
 
 
 def agree(value: T) -> T:
-    """The first rank's value, on every rank."""
-    if world() == 1:
+    """The first rank's value, on every rank; the value itself inside `on_first`."""
+    if world() == 1 or _alone:
         return value
     import torch
 
@@ -108,9 +108,12 @@ def mean(tensors: Sequence[Any]) -> list[Any]:
 
 
 def on_first(make: Callable[[], T]) -> T:
-    """What the first rank makes, on every rank; if it fails by an InputError, all do."""
+    """Return on every rank what the first one makes; if it fails by an InputError, all do.
+
+    Inside another such call, which only the first rank reaches, nothing is exchanged.
+    """
     global _alone
-    if world() == 1:
+    if world() == 1 or _alone:
         return make()
     made: Any = None
     failed: InputError | None = None
@@ -129,8 +132,8 @@ def on_first(make: Callable[[], T]) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """Every rank's value, on every rank."""
-    if world() == 1:
+    """Every rank's value, on every rank; the value alone inside `on_first`."""
+    if world() == 1 or _alone:
         return [value]
     import torch
 

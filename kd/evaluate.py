@@ -1,5 +1,6 @@
 """What a model is worth: metrics, agreement, size, latency."""
 
+import copy
 import math
 import time
 import warnings
@@ -14,6 +15,7 @@ from kd.data.batch import Batch
 from kd.data.tasks import Task, higher_is_better
 from kd.forward import Needs
 from kd.models import CachedTeacher, Encoder, FrozenTeacher
+from kd.models.pretrained import quiet
 from kd.models.students import new_model
 
 LATENCY_TOKENS = 32
@@ -21,6 +23,9 @@ LATENCY_ROUNDS, LATENCY_CALLS = 3, 10
 """Rounds, and calls of each model in a round."""
 LATENCY_SPREAD = 0.2
 """Largest difference between the least times of two rounds, as a share, that is taken for a measurement. Our choice."""
+FILLER = 0.02
+"""Every weight of a model that is timed without its own: the deviation that BERT's are drawn with. Zeros, or numbers so small
+that the processor computes them slowly, would change the time."""
 LATENCY_MEASURE = (
     f"least of {LATENCY_ROUNDS * LATENCY_CALLS} calls, the run's models in turn, one sentence of {LATENCY_TOKENS} tokens, "
     f"float32, CPU, tokenizer excluded; left out where rounds differ by more than {LATENCY_SPREAD:.0%}"
@@ -192,11 +197,19 @@ def _latency(least: Sequence[float]) -> Latency:
 
 
 def to_time(teacher: FrozenTeacher, head: str) -> Encoder:
-    """A teacher's model; of one that is remembered, whose weights are not in memory, one of its shape with random weights.
+    """Return a teacher's model to be timed: of a cached one, whose weights are not in memory, one of its shape.
 
-    The time does not depend on the weights.
+    The time does not depend on the weights, as long as they are ordinary numbers: all are `FILLER`. Nothing is drawn.
     """
     if not isinstance(teacher, CachedTeacher):
         return teacher.encoder
-    with torch.random.fork_rng(devices=[]):
-        return Encoder(new_model(teacher.shape.config, head).float(), teacher.tokenizer)
+    shape = new_model(teacher.shape.config, head, meta=True)
+    # Transformers gives buffers their values, and a tied tensor its own, as it does for a model that is read from a file.
+    numbers = {name: torch.full((), FILLER).expand(parameter.shape) for name, parameter in shape.named_parameters()}
+    with torch.random.fork_rng(devices=[]), quiet():
+        model: Any = type(shape).from_pretrained(  # type: ignore[attr-defined]
+            None, config=copy.deepcopy(teacher.shape.config), state_dict=numbers, dtype=torch.float32
+        )
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()  # one number seen as many would be read from memory faster than many
+    return Encoder(model, teacher.tokenizer)

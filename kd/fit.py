@@ -19,7 +19,7 @@ from kd.checkpoints import (
     AtomicCheckpointIO,
     best_is_due,
     check_resumable,
-    check_weights,
+    check_state,
     checkpoint_callbacks,
     read_checkpoint,
 )
@@ -81,7 +81,7 @@ def begin(run: Run, engine: Engine, data: KDData, inits: Mapping[str, str]) -> N
     """Make the run's folder, and look for what usually goes wrong."""
     run.begin(run.spec.resume)
     if run.spec.preflight:
-        print("\n".join(preflight(run, engine, data, inits).lines), flush=True)
+        distributed.say("\n".join(preflight(run, engine, data, inits).lines))
 
 
 def count_fills(run: Run, engine: Engine, caches: dict[str, dict[str, Any]]) -> int:
@@ -134,7 +134,7 @@ def last_step(run: Run, engine: Engine) -> int | None:
     found = read_checkpoint(last, run.digest)
     check_resumable(found, engine, last)
     if run.spec.trainer.selection == "best" and best_is_due(found):  # now, not when training is over
-        check_weights(read_checkpoint(best, run.digest), engine, best)
+        check_state(read_checkpoint(best, run.digest), engine, best)
     return int(found["global_step"])
 
 
@@ -237,7 +237,7 @@ def load_weights(run: Run, engine: Engine, name: str) -> dict[str, Any]:
     """
     path = run.checkpoints / name
     found = read_checkpoint(path, run.digest)
-    check_weights(found, engine, path)
+    check_state(found, engine, path)
     engine.load_state_dict(found["state_dict"])
     return found
 

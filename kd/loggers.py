@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from kd import distributed
 from kd.errors import InputError
 from kd.runs import writing
 
@@ -33,7 +34,7 @@ class History(Logger):
             whole, left_out = whole_rows(path)
             self.rows = [row for row in whole if int(row["step"]) <= last_step]
             if left_out:
-                print(f"  '{path}' is damaged: {left_out} line(s) are left out of it; no result depends on them", flush=True)
+                distributed.say(f"  '{path}' is damaged: {left_out} line(s) are left out of it; no result depends on them")
         self._written = 0  # rows that the file has as they are
         self._saved = 0  # rows that the file has
         self._header: list[str] = []

@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from torch.optim import Optimizer
 
-from kd.engines.base import check_weights
+from kd.engines.base import check_terms
 from kd.errors import InputError
 from kd.loggers import wandb_logger
 from kd.methods.base import Method
@@ -126,7 +126,7 @@ def build_method(
     weights = node.get("weights")
     if not isinstance(weights, Mapping):
         raise InputError(f"method.weights={shown(weights)} is not a mapping of terms to numbers", "method.weights")
-    check_weights(method.names, weights)
+    check_terms(method.names, weights)
     schedules = {name: build_schedule(value, f"method.weights.{name}") for name, value in weights.items()}
     if not any(any(extremes(schedule)) for schedule in schedules.values()):
         raise InputError("all weights are zero throughout training, so nothing would be learnt", "method.weights")

@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
+from kd import distributed
 from kd.errors import InputError, disk_is_full
 from kd.schema import RunSpec
 from kd.sources import damaged_file
@@ -200,7 +201,7 @@ def locked(folder: Path, waiting: str) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            print(waiting, flush=True)
+            distributed.say(waiting)
             lock.acquire()
     try:
         yield

@@ -7,7 +7,7 @@ import os
 import pickle
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,6 +173,7 @@ def planned(state: Sweep, options: Sequence[str]) -> list[int]:
 
     left: dict[int, Run] = {}
     later = []
+    failed: dict[int, Failure] = {}
     for place, overrides in enumerate(state.points):
         try:
             config = compose([*options, *overrides])
@@ -189,21 +190,45 @@ def planned(state: Sweep, options: Sequence[str]) -> list[int]:
         except BrokenPipeError:  # nobody reads any more
             raise
         except Exception as error:  # noqa: BLE001 - told at once; the other points go on
-            state.fail(place, Failure.of(error))
-    if distributed.world() > 1 and left:
-        distributed.start(next(iter(left.values())).spec.trainer.accelerator)
-        plans = distributed.gather({place: run.name for place, run in left.items()})
-        for rank, names in enumerate(plans):
-            if names != plans[0]:
-                raise InputError(f"the ranks do not plan the same points: rank 0 {plans[0]}, rank {rank} {names}")
+            failed[place] = Failure.of(error)
+            state.fail(place, failed[place])
+    if distributed.world() > 1:  # also where this rank has nothing left: another may
+        distributed.start(next((run.spec.trainer.accelerator for run in left.values()), "auto"))
+        check_alike(state, {place: run.name for place, run in left.items()}, failed)
     places = sorted([*left, *later])
     if places and (state.failures or state.done):
-        failed = f", {len(state.failures)} failed" if state.failures else ""
-        distributed.say(f"\n{len(state.points)} points: {state.done} done already{failed}, {len(places)} to make")
+        counted = f", {len(state.failures)} failed" if state.failures else ""
+        distributed.say(f"\n{len(state.points)} points: {state.done} done already{counted}, {len(places)} to make")
     folders = {run.spec.paths.runs for run in left.values()}
     if len(folders) == 1:  # of several, each point says so in its turn
         distributed.on_first(lambda: check_writable(*folders))
     return places
+
+
+def check_alike(state: Sweep, names: Mapping[int, str], failed: Mapping[int, Failure]) -> None:
+    """Check that every rank plans the same runs; every rank has to call this.
+
+    Args:
+        state: the points.
+        names: position of a point -> name of the run that this rank has planned for it.
+        failed: position of a point -> why this rank cannot plan it.
+
+    Raises:
+        InputError: on every rank, with the reason of the rank that fails at a point where another does not.
+    """
+    ranks = distributed.gather((names, {place: (failure.message, failure.key) for place, failure in failed.items()}))
+    for place in range(len(state.points)):
+        planned_as = [runs.get(place) for runs, _ in ranks]  # None where a rank fails, or leaves the planning to the job
+        reasons = [reasons.get(place) for _, reasons in ranks]
+        if len(set(planned_as)) == 1 and len({reason is None for reason in reasons}) == 1:
+            continue
+        own = failed.get(place)
+        if own is not None and own.trace and not distributed.is_first():  # the first has shown its own
+            print(own.trace, file=sys.stderr, flush=True)
+        told = [f"rank {rank} fails: {reason[0]}" for rank, reason in enumerate(reasons) if reason is not None]
+        told += [f"rank {rank} plans {name}" for rank, name in enumerate(planned_as) if name is not None]
+        key = next((reason[1] for reason in reasons if reason is not None), None)
+        raise InputError(f"the ranks do not plan the same at point {state.name(place)}:\n  " + "\n  ".join(told), key)
 
 
 def asks_hydra(config: DictConfig) -> bool:

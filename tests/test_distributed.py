@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
-from conftest import write_csv
-from kd import distributed, train
+from conftest import tiny_tokenizer, write_csv
+from kd import distributed, loggers, train
+from kd.data import tokens
 from kd.errors import InputError
 from whole_runs import free_port, last_weights, planned, same_weights, weights
 
@@ -27,7 +29,7 @@ PATIENCE = 4
 TROUBLE = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from kd import fit, train
+from kd import fit, sweeps, train
 from kd.engines.distiller import Distiller
 from kd.errors import InputError
 
@@ -55,9 +57,14 @@ def troubled(engine, batch, batch_idx):
 def refuse(*arguments):  # on the first rank only
     raise InputError("refused by the preflight")
 
+def unreadable(*arguments):
+    raise InputError("a file that this machine lacks", "task.train")
+
 Distiller.training_step = troubled
 if kind == "preflight":
     fit.preflight = refuse
+if kind == "plan" and rank == 1:
+    sweeps.plan = unreadable
 train.main()
 """
 """kd-train with trouble on rank 1: in the second epoch, at its fifth batch, between those of one optimiser step."""
@@ -65,11 +72,36 @@ train.main()
 
 def test_what_only_the_first_rank_does_exchanges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(distributed, "agree", lambda value: value)
+    exchanged: list[object] = []
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda box, src: exchanged.append(box))
     mine = torch.ones(2)
-    assert distributed.on_first(lambda: distributed.mean([mine]))[0] is mine
-    with pytest.raises(ValueError, match="process group"):  # there is none here
-        distributed.mean([mine])
+
+    def work() -> tuple[object, ...]:
+        inner = distributed.on_first(lambda: "inner")  # what follows it is still the first rank's alone
+        return inner, distributed.agree("a"), distributed.gather("b"), distributed.total(3), distributed.mean([mine])
+
+    assert distributed.on_first(work) == ("inner", "a", ["b"], 3, [mine])
+    assert len(exchanged) == 1
+    for exchange in (lambda: distributed.mean([mine]), lambda: distributed.gather(1)):
+        with pytest.raises(ValueError, match="process group"):  # there is none here
+            exchange()
+
+
+def test_what_is_said_is_said_by_the_first_rank_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tokens, "SAY_AFTER", -1)
+    history = tmp_path / "metrics.csv"
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        history.write_bytes(b"step,loss\n1,0.5\n2,0.")
+        loggers.History(history, 2)
+        tokens.cut(tiny_tokenizer(), tokens.Texts.of([("a great film",)]), 8)
+        (tmp_path / "tokens.npz").write_bytes(b"damaged")
+        tokens.Store(tmp_path)._first(tmp_path / "tokens.npz", lambda: {"ids": numpy.zeros(1)})
+    out = capsys.readouterr().out
+    for words in ("metrics.csv' is damaged", "cutting texts into tokens", "the stored tokens"):
+        assert out.count(words) == 1, out
 
 
 def start(
@@ -274,6 +306,37 @@ def test_point_that_fails_on_one_rank_ends_the_sweep(uneven: Callable[[Path], li
     assert output.count("the loss is not finite at step 3") == 1, output
     assert output.count("Traceback") == 1, output
     assert not planned([*overrides, "seed=2"]).directory.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_point_that_one_rank_cannot_plan_ends_the_sweep_with_its_reason(
+    uneven: Callable[[Path], list[str]], tmp_path: Path
+) -> None:
+    overrides = uneven(tmp_path)
+    process = start(["--multirun", "seed=1,2", *overrides], trouble=("plan", tmp_path))
+    output = output_of(process)
+    assert output.count("point 1 of 2: seed=1:\n  rank 1 fails: a file that this machine lacks\n  rank 0 plans ") == 1, output
+    assert output.count("change: task.train") == 1
+    assert output.count("exitcode  : 2") == 2, output  # the rank that has nothing to make waits for no other
+    assert not planned([*overrides, "seed=1"]).directory.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_two_ranks_export_a_done_run_again_whose_vocabulary_was_cut(small: Small, tmp_path: Path) -> None:
+    settings = ("method=finetune", "teacher=[]", "surgery=[cut_vocabulary]", "trainer=ddp", "trainer.accelerator=cpu")
+    overrides = small(*settings, "trainer.max_epochs=1", f"paths.runs={tmp_path}")
+    run = planned(overrides)
+    record = train.execute(run)
+    weights_before = (run.student / "model.safetensors").read_bytes()
+    shutil.rmtree(run.student)
+    process = start(overrides)
+    output = output_of(process)
+    assert process.returncode == 0, output
+    assert output.count("it is exported again") == 1
+    assert (run.student / "model.safetensors").read_bytes() == weights_before
+    assert planned(overrides).result == record
 
 
 @pytest.mark.ddp

@@ -14,7 +14,9 @@ from kd.data.metrics import Collapse
 from kd.data.sources import Files
 from kd.data.tasks import Classification, Regression
 from kd.engines.base import in_words
-from kd.evaluate import LATENCY_CALLS, LATENCY_ROUNDS, baseline, latencies, to_time
+from kd.evaluate import FILLER, LATENCY_CALLS, LATENCY_ROUNDS, baseline, latencies, to_time
+from kd.forward import Needs
+from kd.forward.taps import FAMILIES
 from kd.models import CachedTeacher, Encoder, FrozenTeacher
 from kd.models.students import build_student, new_model
 from kd.preflight import Report, check_teachers
@@ -145,13 +147,28 @@ def test_the_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert called == ["a", "b"] * (5 + LATENCY_ROUNDS * LATENCY_CALLS)
 
 
-def test_a_remembered_teacher_is_timed_in_its_shape_and_draws_nothing() -> None:
-    shape = Encoder(new_model(tiny_config(), meta=True), tiny_tokenizer())
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_remembered_teacher_is_timed_in_its_shape_and_draws_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Encoder(new_model(tiny_config(family), meta=True), tiny_tokenizer())
+    normal = torch.Tensor.normal_
+
+    def shapes_alone(tensor: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        assert tensor.is_meta, "drawn, if only to be timed"
+        return normal(tensor, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "normal_", shapes_alone)
     before = torch.random.get_rng_state()
     timed = to_time(CachedTeacher(FrozenTeacher(shape)), "classifier")
+    monkeypatch.undo()
     assert torch.equal(before, torch.random.get_rng_state())
     assert timed.parameter_count() == shape.parameter_count()
-    assert all(not parameter.is_meta for parameter in timed.parameters())
+    ends = {float(end) for parameter in timed.parameters() for end in parameter.detach().aminmax()}
+    assert ends == {float(torch.tensor(FILLER))}
+    assert all(parameter.is_contiguous() for parameter in timed.parameters())  # each number has its own place in memory
+    own = dict(new_model(shape.config).named_buffers())
+    assert {name: buffer.tolist() for name, buffer in timed.model.named_buffers()} == {n: b.tolist() for n, b in own.items()}
+    ids = torch.arange(5, 25)[None]
+    assert timed({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, Needs()).logits.isfinite().all()
     assert latencies({"t": timed})["t"].spread >= 0
 
 

@@ -103,12 +103,12 @@ class Store:
         if found is not None:
             return found
         if path.exists():
-            print(f"  the stored tokens '{path}' are damaged; they are made again", flush=True)
+            distributed.say(f"  the stored tokens '{path}' are damaged; they are made again")
         made = make()
         try:
             write(path, made)
         except OSError as error:
-            print(f"  tokens are not stored: {error}", flush=True)
+            distributed.say(f"  tokens are not stored: {error}")
         return made
 
 
@@ -199,7 +199,7 @@ def encodings(
             if time.monotonic() - said > SAY_AFTER:
                 said = time.monotonic()
                 count = min((number + 1) * AT_ONCE, len(texts))
-                print(f"  cutting texts into tokens: {count:,} of {len(texts):,} in {said - began:.0f} s", flush=True)
+                distributed.say(f"  cutting texts into tokens: {count:,} of {len(texts):,} in {said - began:.0f} s")
 
 
 def cut(tokenizer: Any, texts: Texts, max_length: int) -> dict[str, np.ndarray]:

@@ -23,8 +23,8 @@ from kd.optimizers import OptimizerFactory
 from kd.schedules import Schedule
 
 
-def check_weights(names: Sequence[str], weights: Mapping[str, Any]) -> None:
-    """Every weight has its term and every term its weight.
+def check_terms(names: Sequence[str], weights: Mapping[str, Any]) -> None:
+    """Check that every weight of a loss has its term, and every term its weight.
 
     Raises:
         InputError: naming the ones that do not.
@@ -154,7 +154,7 @@ class Engine(pl.LightningModule):
 
     def weighted(self, terms: Mapping[str, Tensor], progress: Progress) -> Tensor:
         """The weighted sum of one method's terms."""
-        check_weights(list(terms), self.weights)
+        check_terms(list(terms), self.weights)
         total = sum(self.weights[name](progress.fraction) * term for name, term in terms.items())
         assert isinstance(total, Tensor)
         return total

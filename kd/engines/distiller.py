@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from kd.data.batch import Batch
 from kd.data.tasks import Task
-from kd.engines.base import Engine, Learner, Loss, check_weights
+from kd.engines.base import Engine, Learner, Loss, check_terms
 from kd.errors import InputError
 from kd.forward import Forward
 from kd.methods.base import Method, Progress, Step, needs_of_teachers
@@ -49,7 +49,7 @@ class Distiller(Engine):
                 "engine=distiller trains one student and no teacher; cohort=mutual brings its own engine", "engine"
             )
         (self.student,), (self.method,) = students.values(), methods.values()
-        check_weights(self.method.names, weights)
+        check_terms(self.method.names, weights)
 
     @property
     def learners(self) -> Mapping[str, Learner]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kd import distributed
 from kd.data.batch import Batch
 from kd.data.tasks import Task
-from kd.engines.base import Engine, Learner, Loss, check_weights
+from kd.engines.base import Engine, Learner, Loss, check_terms
 from kd.engines.distiller import bound_teachers
 from kd.engines.safety import clip_gradients
 from kd.errors import InputError, one_of
@@ -63,7 +63,7 @@ class Mutual(Engine):
         if update not in UPDATES:
             raise one_of(update, UPDATES, "engine.update")
         for method in methods.values():
-            check_weights(method.names, weights)
+            check_terms(method.names, weights)
             if online is not None and any(needs.gradient for needs in method.needs()[1]):
                 raise InputError(
                     "the method takes gradients through its teacher, and one that is trained at the same time is a constant "

@@ -293,11 +293,10 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The tensors in the files of weights: name -> shape, name -> type, and names of those that are not finite."""
+    """The tensors in the files of weights: name -> shape, and name -> type."""
 
     shapes: Mapping[str, tuple[int, ...]]
     types: Mapping[str, torch.dtype]
-    broken: frozenset[str]
 
 
 def load_model(source: str, key: str, config: Any, head: str = "classifier", head_needed: bool = False) -> nn.Module:
@@ -323,8 +322,19 @@ def load_model(source: str, key: str, config: Any, head: str = "classifier", hea
     return model
 
 
-def check_weights(source: str, key: str, config: Any, head: str = "classifier", head_needed: bool = False) -> Found:
-    """Compare the weights behind a source with a configuration; arguments as of `load_model`. Nothing is loaded.
+def check_weights(
+    source: str, key: str, config: Any, head: str = "classifier", head_needed: bool = False, values: bool = True
+) -> Found:
+    """Compare the weights behind a source with a configuration. Nothing is loaded.
+
+    Args:
+        source: as of `load_model`, like the three that follow.
+        key: names it.
+        config: of the model.
+        head: of the model.
+        head_needed: whether it must be there.
+        values: whether to read the numbers too, and refuse those that are not finite. Without it names, shapes and types are
+            read alone, which costs nothing; `load_model` reads the numbers in any case.
 
     Raises:
         InputError: as `load_model`.
@@ -332,7 +342,8 @@ def check_weights(source: str, key: str, config: Any, head: str = "classifier", 
     check_head(config, head, key)
     paths = weight_files(source, key)
     with readable("the weights", source, key):
-        stored = _stored(tuple((path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in paths))
+        files = tuple((path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in paths)
+        stored = _stored(files)
     text = json.dumps(config.to_dict(), sort_keys=True, default=str)
     shapes = tuple((name, shape) for name, shape in stored.shapes.items())
     with readable("the weights", source, key):
@@ -364,9 +375,11 @@ def check_weights(source: str, key: str, config: Any, head: str = "classifier", 
             f"num_hidden_layers={config.num_hidden_layers}: the others would be left out",
             key,
         )
-    broken = sorted(stored.broken - fit.unused)
-    if broken:
-        raise InputError(f"'{source}' has weights that are not finite numbers in float32: {_listed(broken)}", key)
+    if values:
+        with readable("the weights", source, key):
+            broken = sorted(_broken(files) - fit.unused)
+        if broken:
+            raise InputError(f"'{source}' has weights that are not finite numbers in float32: {_listed(broken)}", key)
     notes, asides = _told(source, stored, fit, family, pooler)
     has_head = any(is_head(name) and name not in fit.missing for name in expected)
     if half := sorted(name for name in fit.missing if is_head(name) and has_head):
@@ -414,16 +427,38 @@ def weight_files(source: str, key: str) -> list[str]:
 
 @lru_cache(maxsize=64)
 def _stored(files: tuple[tuple[str, int, int], ...]) -> Stored:
-    """The tensors of some files, which are named with size and time so that a change is seen."""
+    """Shapes and types of the tensors of some files, which are named with size and time so that a change is seen."""
     shapes: dict[str, tuple[int, ...]] = {}
     types: dict[str, torch.dtype] = {}
-    broken = set()
     for path, _, _ in files:
-        for name, tensor in _tensors(path):
-            shapes[name], types[name] = tuple(tensor.shape), tensor.dtype
-            if tensor.dtype in STORED and not bool(torch.isfinite(tensor.float()).all()):
-                broken.add(name)
-    return Stored(shapes, types, frozenset(broken))
+        for name, shape, tensor in _headers(path):
+            shapes[name], types[name] = shape, tensor.dtype
+    return Stored(shapes, types)
+
+
+@lru_cache(maxsize=64)
+def _broken(files: tuple[tuple[str, int, int], ...]) -> frozenset[str]:
+    """Names of the tensors of some files that have a number that is not finite in float32; all bytes are read."""
+    return frozenset(
+        name
+        for path, _, _ in files
+        for name, tensor in _tensors(path)
+        if tensor.dtype in STORED and not bool(torch.isfinite(tensor.float()).all())
+    )
+
+
+def _headers(path: str) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+    """Name, shape and a tensor of the same type of each tensor in a file; their numbers stay on disk."""
+    from safetensors import safe_open
+
+    if not path.endswith(".safetensors"):  # mapped into memory, so that nothing is read before it is looked at
+        yield from ((name, tuple(tensor.shape), tensor) for name, tensor in _tensors(path))
+        return
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (it is no mapping)
+            part = file.get_slice(name)
+            shape = tuple(part.get_shape())
+            yield name, shape, part[:0] if shape else file.get_tensor(name)
 
 
 def _tensors(path: str) -> Iterator[tuple[str, Tensor]]:

@@ -15,6 +15,7 @@ from kd.build import build_examples, build_models
 from kd.data.tokens import Tokens
 from kd.errors import InputError
 from kd.forward.taps import FAMILIES
+from kd.models import pretrained
 from kd.models.labels import columns
 from kd.models.pretrained import check_weights, label_names, load_config, load_model
 from kd.models.students import build_student
@@ -528,6 +529,32 @@ def test_comparing_weights_draws_no_random_numbers(drawn: type, tmp_path: Path) 
     torch.manual_seed(0)
     check_weights(str(tmp_path), "backbone", load_config(str(tmp_path), "backbone"))
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_numbers_of_a_teacher_are_read_when_it_is_loaded_or_before_something_is_trained_for_the_run(
+    plans: Plans, folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, tensors = [], pretrained._tensors
+    monkeypatch.setattr(pretrained, "_tensors", lambda path: read.append(path) or tensors(path))
+    examined(plans["teacher"](folder))
+    assert str(folder / WEIGHTS) not in read
+    entry(QUERY, (3, 4), float("nan"))(folder)
+    examined(plans["teacher"](folder))
+    with pytest.raises(InputError, match="not finite") as loaded:
+        load_model(str(folder), "teacher.hub.model", load_config(str(folder), "x"), head_needed=True)
+    assert loaded.value.key == "teacher.hub.model"
+    pool = ("teacher=[hub,minilm]", f"teacher.minilm.backbone={whole}", "pool=stochastic")
+    with pytest.raises(InputError, match="not finite") as trained:
+        examined(plans["teacher"](folder, *pool))
+    assert trained.value.key == "teacher.hub.model"
+
+
+def test_headers_tell_shapes_and_types_of_what_has_no_rows_or_no_axes(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    tensors = {"scalar": torch.tensor(1.5), "empty": torch.zeros(0, 3), "half": torch.zeros(2, 3, dtype=torch.bfloat16)}
+    save_file(tensors, path)
+    told = {name: (shape, tensor.dtype) for name, shape, tensor in pretrained._headers(str(path))}
+    assert told == {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 def test_a_folder_that_changes_is_read_again(folder: Path) -> None:
