@@ -26,6 +26,13 @@ DIGITS = 64
 STATE = ("pytorch-lightning_version", "epoch", "global_step", "state_dict", "loops", "callbacks", "lr_schedulers", "kd")
 """Parts of a checkpoint that training can go on from, beside the optimiser's."""
 
+KINDS: Mapping[str, type] = {
+    **dict.fromkeys(("epoch", "global_step"), int),
+    **dict.fromkeys(("loops", "callbacks", "kd"), dict),
+    **dict.fromkeys(("lr_schedulers", "optimizer_states"), list),
+}
+"""Types of these parts."""
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target and renames; what it writes carries a checksum and its run's digest, and is read with both.
@@ -227,6 +234,12 @@ def check_resumable(found: Mapping[str, Any], engine: Engine, path: Path) -> Non
     check_state(found, engine, path)
     if lacking := [name for name in (*STATE, "optimizer_states") if name not in found]:
         raise refused(path, f"it lacks {', '.join(lacking)}")
+    for name, kind in KINDS.items():
+        if not isinstance(found[name], kind):
+            raise refused(path, f"its {name} is a {type(found[name]).__name__}")
+    states = found["callbacks"].values()
+    if not all(isinstance(state, dict) and isinstance(state.get("best_model_path") or "", str) for state in states):
+        raise refused(path, "its callbacks have no states by name")
     try:
         groups = [len(group["params"]) for state in found["optimizer_states"] for group in state["param_groups"]]
     except (KeyError, TypeError):

@@ -102,7 +102,9 @@ def count_fills(run: Run, engine: Engine, caches: dict[str, dict[str, Any]]) -> 
 
     def added() -> dict[str, Any]:
         path = run.checkpoints / "costs.json"
-        kept = read_record(path)
+        kept = read_record(path, sealed=True)
+        if kept is not None and not are_costs(kept, spent):
+            kept = None
         if kept is None and path.exists():
             distributed.say(f"  '{path}' is damaged: what earlier starts of this run spent on caches is not counted")
         kept = kept or {"starts": 0, "caches": {}}
@@ -120,6 +122,21 @@ def count_fills(run: Run, engine: Engine, caches: dict[str, dict[str, Any]]) -> 
             caches[teacher.name] |= {"seconds": round(known["seconds"], 3), "written": list(dict.fromkeys(known["written"]))}
     engine.filled = engine.work_of_teachers()
     return int(sums["starts"])
+
+
+def are_costs(kept: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a record has a number of starts and, by teacher, sums of the kinds that are added to it."""
+    caches = kept.get("caches")
+    if type(kept.get("starts")) is not int or not isinstance(caches, Mapping):
+        return False
+    for name, kinds in now.items():
+        earlier = caches.get(name, {})
+        if not isinstance(earlier, Mapping):
+            return False
+        for kind, value in kinds.items():
+            if not isinstance(earlier.get(kind, value), list if isinstance(value, list) else int | float):
+                return False
+    return True
 
 
 def last_step(run: Run, engine: Engine) -> int | None:

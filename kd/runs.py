@@ -242,14 +242,21 @@ def write_record(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     return content
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """What `write_record` wrote; None if there is no such file, or a value is another. One without a checksum is taken."""
+def read_record(path: Path, sealed: bool = False) -> dict[str, Any] | None:
+    """What `write_record` wrote; None if there is no such file, or a value is another.
+
+    Args:
+        path: of the file.
+        sealed: whether it must have a checksum. A run's record must have one if it has `files`; earlier ones have neither.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             return None
         content = {name: value for name, value in found.items() if name != "checksum"}
-        return found if "checksum" not in found or found["checksum"] == digest_of(content) else None
+        if "checksum" not in found:
+            return None if sealed or "files" in found else found
+        return found if found["checksum"] == digest_of(content) else None
     except (OSError, ValueError, OverflowError, RecursionError):
         return None
 

@@ -1,5 +1,6 @@
 """Checkpoints and exports that are damaged, missing, or of something else."""
 
+import json
 import os
 import pickle
 import shutil
@@ -13,11 +14,11 @@ import torch
 
 from kd import train
 from kd.build import build_engine, build_examples, build_models
-from kd.checkpoints import STATE, AtomicCheckpointIO, read_checkpoint, seal
+from kd.checkpoints import KINDS, STATE, AtomicCheckpointIO, read_checkpoint, seal
 from kd.engines.base import Engine
 from kd.errors import InputError
-from kd.fit import last_step, select
-from kd.runs import Run
+from kd.fit import count_fills, last_step, select
+from kd.runs import Run, write_record
 from whole_runs import broken_off, planned
 
 Small = Callable[..., list[str]]
@@ -151,6 +152,9 @@ CHANGES: dict[str, Callable[[dict], object]] = {
     "another optimiser": lambda found: found["optimizer_states"][0]["param_groups"].pop(),
     "no optimiser": lambda found: found.update(optimizer_states=[]),
     "an optimiser that is none": lambda found: found.update(optimizer_states=[3]),
+    **{f"{name} is a text": lambda found, name=name: found.update({name: "x"}) for name in KINDS},  # type: ignore[misc]
+    "a state that is none": lambda found: found.update(callbacks={"x": 3}),
+    "a path that is none": lambda found: found.update(callbacks={"x": {"best_model_path": 3}}),
 }
 
 
@@ -163,6 +167,26 @@ def test_a_checkpoint_that_training_cannot_go_on_from_is_refused_before_it_begin
     with pytest.raises(InputError, match="resume=false") as caught:
         last_step(run, engine)
     assert str(run.checkpoints / "last.ckpt") in caught.value.message
+
+
+COSTS = [{}, {"starts": "1", "caches": {}}, {"starts": 1, "caches": []}, {"starts": 1, "caches": {"minilm": 3}}]
+COSTS += [{"starts": 1, "caches": {"minilm": {"seconds": "long"}}}, {"starts": 1, "caches": {"minilm": {"written": 3}}}]
+
+
+@pytest.mark.parametrize("costs", COSTS, ids=str)
+def test_costs_that_are_none_are_told_and_not_counted(
+    begun: tuple[Run, Engine], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, costs: dict
+) -> None:
+    run, engine = begun
+    path = run.checkpoints / "costs.json"
+    monkeypatch.setattr(engine, "work_of_teachers", lambda: {"minilm": {"passes": 1, "examples": 2}})
+    monkeypatch.setattr(engine, "teachers", [])
+    for write in (write_record, lambda path, record: path.write_text(json.dumps(record))):
+        write(path, costs)
+        assert count_fills(run, engine, {}) == 1
+        assert "costs.json' is damaged" in capsys.readouterr().out
+        assert count_fills(run, engine, {}) == 2
+        assert "damaged" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["missing", "flipped", "of another model"])

@@ -563,6 +563,16 @@ def test_a_record_without_a_part_that_others_read_is_none(run: Run) -> None:
         assert run.result is None, name
 
 
+def test_a_record_that_names_its_files_is_none_without_its_checksum(run: Run) -> None:
+    run.begin(resume=True)
+    for files, there in ({"files": {}}, False), ({}, True):
+        written = run.finish(whole_record(run) | files)
+        assert run.result == written
+        text = (run.directory / "result.json").read_text()
+        (run.directory / "result.json").write_text(text.replace('"checksum"', '"chdcksum"'))
+        assert (run.result is not None) == there, "records of before there were checksums had no files"
+
+
 def test_a_record_in_which_a_character_was_changed_is_none_or_says_the_same(run: Run) -> None:
     run.begin(resume=True)
     written = run.finish(whole_record(run) | {"metrics": {"test": {"accuracy": 0.8125}}})
