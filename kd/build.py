@@ -191,7 +191,7 @@ def teacher_labels(config: Any, spec: TeacherSpec, name: str) -> list[str]:
 
 
 def check_outputs(config: Any, task: Task, model: str | None, key: str) -> None:
-    """Whether the outputs of a ready teacher mean what the task takes them for.
+    """Check that the outputs of a ready teacher mean what the task takes them for.
 
     Raises:
         InputError: if its configuration says that they mean something else.

@@ -250,6 +250,6 @@ def check_resumable(found: Mapping[str, Any], engine: Engine, path: Path) -> Non
 
 
 def best_is_due(found: Mapping[str, Any]) -> bool:
-    """Whether a run whose last checkpoint this is has written `best.ckpt`."""
+    """Return whether a run whose last checkpoint this is has written `best.ckpt`."""
     states = found["callbacks"].values()
     return any(Path(state.get("best_model_path") or "").name == "best.ckpt" for state in states)

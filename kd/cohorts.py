@@ -162,7 +162,7 @@ def check_sizes(student: StudentSpec, entry: Any) -> None:
 
 
 def known_student(name: str) -> bool:
-    """Whether `conf/student` has it."""
+    """Return whether `conf/student` has it."""
     return (composition.conf_folder() / "student" / f"{name}.yaml").is_file()
 
 

@@ -43,7 +43,7 @@ def local_world() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process writes."""
+    """Return whether this process writes."""
     return rank() == 0
 
 
@@ -154,12 +154,12 @@ def total(value: int) -> int:
 
 
 def alike(step: str, error: Exception) -> bool:
-    """Whether every rank fails at a step in the same way, so that they can go on together."""
+    """Return whether every rank fails at a step in the same way, so that they can go on together."""
     return _watch is None or _watch.alike(step, f"{type(error).__name__}: {error}")
 
 
 def says(message: str) -> bool:
-    """Whether this rank is the one to print an error: what all ranks find is printed once."""
+    """Return whether this rank is the one to print an error: what all ranks find is printed once."""
     return _watch is None or _watch.says(message)
 
 

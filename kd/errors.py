@@ -32,7 +32,7 @@ def one_of(value: object, allowed: list[str] | tuple[str, ...], key: str) -> Inp
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that a disk or a quota is full.
+    """Return whether an error, or one that it came from, says that a disk or a quota is full.
 
     Each writer says it in its own way: the system by number, torch by a failed check while the system's error is handled,
     safetensors and tokenizers in words.

@@ -30,7 +30,7 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; emulated, it is slower than float32."""
+    """Return whether this CPU multiplies bfloat16 in hardware; emulated, it is slower than float32."""
     flags = _cpuinfo().get("flags", "").split()
     return "avx512_bf16" in flags or "amx_bf16" in flags
 

@@ -154,7 +154,7 @@ def build_schedule(value: Any, key: str) -> Schedule:
 
 
 def makes_optimizer(found: Any) -> bool:
-    """Whether something is a class of optimisers, or a function that can be one's: nothing is called.
+    """Return whether something is a class of optimisers, or a function that can be one's: nothing is called.
 
     A function takes parameter groups and `lr`. A return annotation must be an optimiser; what a function without one returns
     is compared when it is called, in `kd.optimizers.OptimizerFactory`.

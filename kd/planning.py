@@ -177,7 +177,7 @@ def key_for(role: str, spec: RunSpec, key: str | None, config: DictConfig | None
 
 
 def needs_fine_tuning(name: str, teacher: TeacherSpec) -> bool:
-    """Whether a teacher is made by a run of its own.
+    """Return whether a teacher is made by a run of its own.
 
     Raises:
         InputError: if it has neither or both of `model` and `backbone`.
@@ -235,7 +235,7 @@ def source_of(spec: RunSpec) -> Source:
 
 
 def _is_method(spec: RunSpec, target: str, **options: Any) -> bool:
-    """Whether a run's method is a class with these options."""
+    """Return whether a run's method is a class with these options."""
     return {**options, "_target_": target}.items() <= spec.method.items()
 
 
@@ -267,7 +267,7 @@ def _renames_outputs(spec: RunSpec) -> bool:
 
 
 def _out_of_order(source: str, key: str) -> bool:
-    """Whether a local model's `id2label` is not in the order 0, 1, ..., or its outputs are named by `label2id` alone."""
+    """Return whether a local model's `id2label` is not in the order 0, 1, ..., or its outputs are named by `label2id` alone."""
     numbers = [number for number, _ in listed_outputs(source, key)]
     config = config_of(source, key)
     return numbers != sorted(numbers) or (config.get("id2label") is None and bool(config.get("label2id")))
@@ -352,7 +352,7 @@ def teacher_configs(config: DictConfig, spec: RunSpec) -> Iterator[tuple[str, Di
 
 
 def is_student(role: str, spec: RunSpec) -> bool:
-    """Whether an input is this run's own student, tried with one teacher: then its keys are this run's."""
+    """Return whether an input is this run's own student, tried with one teacher: then its keys are this run's."""
     return role.startswith("pilot ") and spec.pool.distribution == "student_rank"
 
 

@@ -92,7 +92,7 @@ class Run:
         return damaged_file(self.directory, files, thorough)
 
     def is_done(self, thorough: bool = False) -> bool:
-        """Whether its record is there and its exports are whole; see `damage`."""
+        """Return whether its record is there and its exports are whole; see `damage`."""
         result = self.result
         return result is not None and self.damage(result, thorough) is None
 

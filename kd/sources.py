@@ -209,7 +209,7 @@ def config_of(source: str, key: str) -> Mapping[str, Any]:
 
 
 def is_float32(source: str, key: str) -> bool:
-    """Whether a local model is of float32: by its configuration or, where that is silent, by the types of its weights.
+    """Return whether a local model is of float32: by its configuration or, where that is silent, by the types of its weights.
 
     Only headers are read. Of the hub's models, which are not looked at here, it is true.
 

@@ -71,7 +71,7 @@ def laid_over(config: DictConfig, keys: Mapping[str, Any], where: str) -> DictCo
 
 
 def has_key(node: Mapping[str, Any], key: str) -> bool:
-    """Whether nested mappings have a key.
+    """Return whether nested mappings have a key.
 
     >>> has_key({"trainer": {"max_epochs": 3}}, "trainer.max_epochs")
     True

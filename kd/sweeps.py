@@ -232,5 +232,5 @@ def check_alike(state: Sweep, names: Mapping[int, str], failed: Mapping[int, Fai
 
 
 def asks_hydra(config: DictConfig) -> bool:
-    """Whether a value is Hydra's to say inside a job: `${hydra:job.num}`."""
+    """Return whether a value is Hydra's to say inside a job: `${hydra:job.num}`."""
     return b"${hydra:" in pickle.dumps(config)

@@ -115,16 +115,16 @@ class Watch:
                 os._exit(status)
 
     def says(self, message: str) -> bool:
-        """Whether this rank is the one to print an error that other ranks may find too."""
+        """Return whether this rank is the one to print an error that other ranks may find too."""
         self.first(self.spoken)
         return self.first(f"said/{hashlib.blake2b(message.encode(), digest_size=8).hexdigest()}")
 
     def first(self, key: str) -> bool:
-        """Whether nobody has claimed a key before; true where the store does not answer."""
+        """Return whether nobody has claimed a key before; true where the store does not answer."""
         return self._ask(lambda: self.store.add(key, 1), 1) == 1
 
     def alike(self, step: str, outcome: str) -> bool:
-        """Whether every rank comes to the same end of a step within the time that a silent one gets."""
+        """Return whether every rank comes to the same end of a step within the time that a silent one gets."""
         self._ask(lambda: self.store.set(f"end/{step}/{self.rank}", outcome), None)
         ends = [f"end/{step}/{other}" for other in range(self.world)]
         for _ in range(int(self.patience / 0.1)):

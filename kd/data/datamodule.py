@@ -80,7 +80,7 @@ def load_examples(spec: TaskSpec, source: Source) -> Examples:
 
 
 def check_sizes(raw: Mapping[str, Table]) -> None:
-    """Nothing, if every split has examples.
+    """Check that every split has examples.
 
     Raises:
         InputError: if one has none.

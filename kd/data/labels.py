@@ -58,7 +58,7 @@ def label_name(value: Any, where: str, key: str = "task.label") -> str:
 
 
 def is_missing(name: str) -> bool:
-    """Whether the name of a class stands for a missing value, unless the task lists it."""
+    """Return whether the name of a class stands for a missing value, unless the task lists it."""
     return name.casefold() in MISSING
 
 

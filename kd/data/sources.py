@@ -71,7 +71,7 @@ def split_by_hash(examples: Sequence[Example], shares: Mapping[str, float]) -> S
 
 
 def is_blank(text: str) -> bool:
-    r"""Whether a text has nothing to read: blanks, control characters and invisible ones alone.
+    r"""Return whether a text has nothing to read: blanks, control characters and invisible ones alone.
 
     >>> is_blank(" \t\u200b\x07"), is_blank(" . ")
     (True, False)
@@ -80,7 +80,7 @@ def is_blank(text: str) -> bool:
 
 
 def check_text(text: Any, name: str, where: str, blank: bool) -> None:
-    """Nothing, if a value of a file can be read as text.
+    """Check that a value of a file can be read as text.
 
     Args:
         text: the value.
@@ -173,7 +173,7 @@ def as_names(values: Any) -> Any:
 
 
 def check_hash_split(splits: Splits, path: str, key: str = "task.validation") -> None:
-    """Nothing, if a split by hash has an example in each part.
+    """Check that a split by hash has an example in each part.
 
     Raises:
         InputError: if one is left without.

@@ -38,7 +38,7 @@ CHUNK = 1 << 24
 
 
 def by_token(name: str) -> bool:
-    """Whether a tensor has a place for every token."""
+    """Return whether a tensor has a place for every token."""
     return name.partition("-")[0] in TOKEN_KINDS
 
 

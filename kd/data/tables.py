@@ -133,7 +133,7 @@ def data_path(name: str, key: str) -> Path:
 
 
 def check_file(path: Path, key: str, folder: str = "") -> None:
-    """Nothing, if a path is a file that can be opened.
+    """Check that a path is a file that can be opened.
 
     Args:
         path: what is to be read.
@@ -222,7 +222,7 @@ def lines(path: Path, key: str, encoding: str = "utf-8-sig") -> Iterator[tuple[i
 
 
 def _check_beginning(path: Path, key: str) -> None:
-    """Nothing, if a file begins like text."""
+    """Check that a file begins like text."""
     with path.open("rb") as file:
         first = file.read(4096)
     if not first:

@@ -193,7 +193,7 @@ class Classification(Labelled):
         return self.numbers[name]
 
     def check_labels(self, values: Sequence[float]) -> None:
-        """Nothing, if there are two classes or more.
+        """Check that there are two classes or more.
 
         Raises:
             InputError: if there is one.
@@ -347,7 +347,7 @@ def score_of(raw: Any) -> float:
 
 
 def is_missing_score(raw: Any) -> bool:
-    """Whether a raw score is what tables hold where a value is missing."""
+    """Return whether a raw score is what tables hold where a value is missing."""
     return raw is None or raw != raw or (isinstance(raw, str) and is_missing(raw.strip()))
 
 
@@ -362,5 +362,5 @@ def log_mean_probability(logits: Sequence[Tensor]) -> Tensor:
 
 
 def higher_is_better(metric: str) -> bool:
-    """Whether more is better; true for every metric but an error."""
+    """Return whether more is better; true for every metric but an error."""
     return metric not in ("mse", "loss")

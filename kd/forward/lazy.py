@@ -42,7 +42,7 @@ class Forward:
 
     @property
     def ran(self) -> bool:
-        """Whether the pass has happened."""
+        """Return whether the pass has happened."""
         return self._outputs is not None
 
     def run(self, inputs: Inputs | None = None, needs: Needs | None = None) -> Outputs:
@@ -64,7 +64,7 @@ class Detached(Forward):
 
     @property
     def ran(self) -> bool:
-        """Whether the pass has happened."""
+        """Return whether the pass has happened."""
         return self.shared.ran
 
     def run(self, inputs: Inputs | None = None, needs: Needs | None = None) -> Outputs:

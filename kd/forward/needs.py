@@ -103,7 +103,7 @@ class Needs:
 
     @property
     def tokens(self) -> bool:
-        """Whether a tensor is declared that has a place for every token."""
+        """Return whether a tensor is declared that has a place for every token."""
         return bool(self.hidden or self.attention or self.value or self.derived)
 
     def deepest(self) -> int:

@@ -47,7 +47,7 @@ def scores(logits: Tensor, target: str = "loss") -> list[Tensor]:
 
 
 def _is_loss(logits: Tensor, target: str) -> bool:
-    """Whether losses are attributed, and not outputs of the model: of a regression the score is, whatever the target."""
+    """Return whether losses are attributed, and not outputs of the model: of a regression the score is, whatever the target."""
     return target == "loss" and logits.shape[-1] > 1
 
 

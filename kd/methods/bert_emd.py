@@ -111,7 +111,7 @@ class BertEMD(Method):
 
     @property
     def solves(self) -> bool:
-        """Whether the plan is solved for, and not fixed."""
+        """Return whether the plan is solved for, and not fixed."""
         return self.mapping == "emd"
 
     def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:

@@ -114,7 +114,7 @@ class Encoder(nn.Module):
 
     @property
     def classifies(self) -> bool:
-        """Whether it ends in a classifier, or a regression, of a whole text; a masked language model does not."""
+        """Return whether it ends in a classifier, or a regression, of a whole text; a masked language model does not."""
         return self.family.outputs in dict(self.model.named_modules())
 
     def put(self, path: str, module: nn.Module) -> None:

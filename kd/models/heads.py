@@ -29,7 +29,7 @@ class Head:
         return getattr(transformers, self.loader)
 
     def is_in(self, config: Any) -> bool:
-        """Whether the weights of a configuration have such a head; true where it does not say what they are."""
+        """Return whether the weights of a configuration have such a head; true where it does not say what they are."""
         return not config.architectures or any(name.endswith(self.suffix) for name in config.architectures)
 
 

@@ -152,7 +152,7 @@ def _check_config(config: Any, source: str, key: str) -> None:
 
 
 def check_head(config: Any, head: str, key: str) -> None:
-    """Whether a model's family can have a head.
+    """Check that models of a family can have a head.
 
     Raises:
         InputError: for a family that is not known, or has no masked-LM head in one piece.
@@ -214,7 +214,7 @@ def load_tokenizer(source: str, key: str) -> Any:
 
 
 def check_tokenizer(tokenizer: Any, config: Any, key: str, head: str = "classifier", pairs: bool = False) -> None:
-    """Whether a model can read what a tokenizer makes.
+    """Check that a model can read what a tokenizer makes.
 
     Args:
         tokenizer: of the model.
