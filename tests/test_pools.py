@@ -1,5 +1,6 @@
 """Pools of teachers: the runs they need, what ranks them, and what is refused."""
 
+import copy
 import csv
 from collections.abc import Callable
 from dataclasses import replace
@@ -214,7 +215,7 @@ class Scored:
 
 
 def chances(run: Run, metric: str, scores: list[float | None], distribution: str = "teacher_rank") -> list[float]:
-    task = build_examples(run).task
+    task = copy.copy(build_examples(run).task)  # runs over the same text share the task itself
     task.monitor = metric
     run.spec.pool.distribution = distribution
     run.inputs.update({f"pilot {name}": Scored(metric, score) for name, score in zip(NAMES, scores, strict=True)})
