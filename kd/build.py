@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from kd import distributed
-from kd.caching import remembered
+from kd.caching import cached_or_live
 from kd.cohorts import students_of
 from kd.config import typed
-from kd.data.datamodule import Examples, KDData, load_examples
+from kd.data.datamodule import Examples, KDDataModule, load_examples
 from kd.data.labels import label_text
 from kd.data.tasks import Task, higher_is_better
-from kd.data.text import MaskedData
+from kd.data.text import MaskedLMDataModule
 from kd.engines.base import Engine
 from kd.errors import InputError, one_of
 from kd.functional.policy import best, rank_probabilities
@@ -49,15 +49,15 @@ from kd.models.students import (
     with_labels,
 )
 from kd.models.teachers import match_labels
-from kd.planning import backbone_of, keys_of, source_of, teacher_config, teacher_source
+from kd.planning import backbone_of, rename_error_keys, source_of, teacher_config, teacher_source
 from kd.pools import teachers_of
 from kd.runs import Run, digest_of
 from kd.schedules import Schedule
 from kd.schema import RunSpec, StudentSpec, TeacherSpec
-from kd.surgeries import check_vocabularies, operate, surgeries
+from kd.surgeries import apply_surgeries, check_vocabularies, surgeries
 from kd.values import locate, one_line, subclass_of
 
-DATA: Mapping[str, type[KDData]] = {"classifier": KDData, "masked_lm": MaskedData}
+DATA: Mapping[str, type[KDDataModule]] = {"classifier": KDDataModule, "masked_lm": MaskedLMDataModule}
 """What makes batches for a head of `kd.models.heads.HEADS`."""
 
 
@@ -72,7 +72,7 @@ class Models:
         online: a teacher that is trained with the students.
         weights: term -> schedule.
         inits: name -> where the student starts from, in words.
-        caches: teacher -> whether it is remembered, and what that took, as a record states it.
+        caches: teacher -> whether it is cached, and what that took, as a record states it.
     """
 
     students: dict[str, Encoder]
@@ -94,7 +94,7 @@ class Models:
         return [teacher.shape for teacher in self.teachers] + ([] if self.online is None else [self.online])
 
 
-def pool_chances(run: Run, task: Task, meta: bool) -> list[float]:
+def teacher_probabilities(run: Run, task: Task, meta: bool) -> list[float]:
     """The probability, or weight, of each teacher of a pool; even ones where pilots decide that have not run yet."""
     pool, names = run.spec.pool, list(run.spec.teacher)
     if isinstance(pool.distribution, list):
@@ -137,7 +137,7 @@ def build_teachers(run: Run, task: Task, meta: bool) -> list[FrozenTeacher]:
                 columns = teacher_columns(task, teacher_labels(config, spec, name), f"teacher.{name}.labels")
                 check_outputs(config, task, spec.model, key)
         elif meta:  # it has yet to be made: the shape that it will have
-            with keys_of(f"teacher {name}", run.spec, run.config):
+            with rename_error_keys(f"teacher {name}", run.spec, run.config):
                 config = student_config(
                     made.spec.student, backbone_of(made.spec)[0], task.labels, "student.backbone", task.head
                 )
@@ -164,7 +164,7 @@ def build_online(run: Run, task: Task, meta: bool) -> Encoder | None:
     if run.spec.cohort.teacher != "online":
         return None
     ((name, teacher),) = run.spec.teacher.items()
-    with keys_of(f"teacher {name}", run.spec, run.config):
+    with rename_error_keys(f"teacher {name}", run.spec, run.config):
         spec = typed(teacher_config(run.config, run.spec, name, teacher))
         backbone, key = backbone_of(spec)
         torch.manual_seed(spec.seed)
@@ -224,7 +224,7 @@ def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple
     """
     spec = run.spec
     torch.manual_seed(spec.seed)
-    chances = pool_chances(run, task, meta) if spec.pool.wrapper is not None else []
+    chances = teacher_probabilities(run, task, meta) if spec.pool.wrapper is not None else []
     method, weights = build_method(spec.method, spec.pool, spec.cohort, chances)
     seen = teachers_of(spec)
     if method.teachers is not None and method.teachers != len(seen):
@@ -237,9 +237,9 @@ def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple
     backbone, key = backbone_of(spec)
     cohort = students_of(spec)
     models = Models({}, {}, teachers, online, weights, {})
-    for place, (name, student_spec) in enumerate(cohort.items()):
+    for index, (name, student_spec) in enumerate(cohort.items()):
         # A student's fresh weights depend on the seed and its place alone, not on its method or teachers.
-        torch.manual_seed(spec.seed if place == 0 else int(np.random.SeedSequence([spec.seed, place]).generate_state(1)[0]))
+        torch.manual_seed(spec.seed if index == 0 else int(np.random.SeedSequence([spec.seed, index]).generate_state(1)[0]))
         initial, initial_key = initial_source(run, student_spec, meta)
         student = build_student(
             student_spec,
@@ -255,19 +255,19 @@ def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple
             task.start,
         )
         notes, asides = student.notes, student.asides
-        student, done = operate(run, student, None if meta else flat(texts) if spec.surgery else [])
+        student, done = apply_surgeries(run, student, None if meta else flat(texts) if spec.surgery else [])
         own = copy.deepcopy(method)
         own.bind(student, teachers if online is None else [online])  # type: ignore[list-item]
         check_vocabularies(run, task, own, student, models.teaching)
         if meta and student_spec.init == "run":  # it has yet to be made: the shape that it will have
-            stage, key_of_it = run.beginning.spec, "student.run" if "stage" in run.inputs else "method.before"
+            stage, key_of_it = run.init_run.spec, "student.run" if "stage" in run.inputs else "method.before"
             found = student_config(stage.student, backbone_of(stage)[0], task.labels, key_of_it, task.head)
             check_copy(student.config, found, student_spec, key_of_it)
         student.notes, student.asides = notes, asides  # a surgery may have put it into another encoder
         depth = load_config(initial, initial_key).num_hidden_layers if initial is not None else None
         label = name if len(cohort) > 1 else "student"
         models.students[label], models.methods[label] = student, own
-        began = run.beginning.result if student_spec.init == "run" else None
+        began = run.init_run.result if student_spec.init == "run" else None
         start = describe_init(student_spec, student.depth, depth) + ("" if began is None else f", begun from {began['init']}")
         models.inits[label] = "; ".join([start, *notes, *done])
     for encoder in (*models.students.values(), *models.teaching):
@@ -286,7 +286,7 @@ def initial_source(run: Run, spec: StudentSpec, meta: bool) -> tuple[str | None,
     if spec.init == "checkpoint":
         return spec.checkpoint, "student.checkpoint"
     if spec.init == "run":
-        return None if meta else str(run.beginning.student), "student.run"  # its shape is checked when it is there
+        return None if meta else str(run.init_run.student), "student.run"  # its shape is checked when it is there
     if spec.init_from not in INIT_FROM:
         raise one_of(spec.init_from, INIT_FROM, "student.init_from")
     if spec.init_from == "pretrained":
@@ -315,7 +315,7 @@ _examples: weakref.WeakValueDictionary[str, Examples] = weakref.WeakValueDiction
 
 def build_examples(run: Run) -> Examples:
     """The task's text and labels, read and checked; once, where several runs of this process need them at a time."""
-    text = digest_of({part: run.identity[part] for part in ("task", "data")})
+    text = digest_of({part: run.digest_inputs[part] for part in ("task", "data")})
     examples = _examples.get(text)
     if examples is None:
         examples = _examples[text] = load_examples(run.spec.task, source_of(run.spec))
@@ -327,8 +327,8 @@ def flat(texts: Sequence[tuple[str, ...]]) -> list[str]:
     return [text for pair in texts for text in pair]
 
 
-def build_data(run: Run, examples: Examples, models: Models) -> KDData:
-    """Loaders over the task. Teachers that can be remembered are from here on (`Models.teachers`)."""
+def build_data(run: Run, examples: Examples, models: Models) -> KDDataModule:
+    """Loaders over the task. Teachers that can be cached are from here on (`Models.teachers`)."""
     spec = run.spec
     data = DATA[examples.task.head](
         examples,
@@ -346,11 +346,11 @@ def build_data(run: Run, examples: Examples, models: Models) -> KDData:
         store=Path(spec.paths.runs).expanduser() / ".tokens",
         accumulate=spec.trainer.accumulate,
     )
-    listeners = [method for method in models.methods.values() if method.listens]
+    listeners = [method for method in models.methods.values() if method.uses_teachers]
     wanted = needs_of_teachers(listeners, len(models.teachers))
-    for place, (teacher, needs) in enumerate(zip(models.teachers, wanted, strict=True)):
-        found = remembered(run, data, place, teacher, needs if listeners else None)
-        models.teachers[place], models.caches[teacher.name] = found
+    for index, (teacher, needs) in enumerate(zip(models.teachers, wanted, strict=True)):
+        found = cached_or_live(run, data, index, teacher, needs if listeners else None)
+        models.teachers[index], models.caches[teacher.name] = found
     return data
 
 
@@ -486,11 +486,11 @@ def check_arguments(run: Run) -> None:
         logger_maker(spec)
     for role, needed in run.inputs.items():
         if needed.result is None:
-            with keys_of(role, run.spec, run.config):
+            with rename_error_keys(role, run.spec, run.config):
                 check_arguments(needed)
 
 
-def check(run: Run, examples: Examples) -> None:
+def check_run(run: Run, examples: Examples) -> None:
     """Build a run with shapes in place of weights, so that what cannot work is found before anything is paid for.
 
     Raises:
@@ -499,15 +499,15 @@ def check(run: Run, examples: Examples) -> None:
     check_machine(run.spec)
     for role, needed in run.inputs.items():
         if role.startswith("pilot "):  # all of them hold out the same examples
-            with keys_of(role, run.spec, run.config):
+            with rename_error_keys(role, run.spec, run.config):
                 build_examples(needed)
             break
     check_logger(run.spec.logger.extra)
     models = build_models(run, examples.task, meta=True)
     checked_length(run.spec, models)
     for surgery in surgeries(run.spec).values():
-        if hasattr(surgery, "rehearse"):
-            surgery.rehearse(models.student.tokenizer, flat(examples.texts["train"]))
+        if hasattr(surgery, "dry_run"):
+            surgery.dry_run(models.student.tokenizer, flat(examples.texts["train"]))
     check_memory(run.spec, models)
     build_engine(run, models, examples.task)
     if run.spec.trainer.compile:

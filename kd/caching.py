@@ -24,31 +24,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kd import distributed
-from kd.data.store import Remembered, Store
+from kd.data.store import CachedOutputs, TensorStore
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.models.teachers import CachedTeacher, FrozenTeacher
-from kd.passes import Plan, probe, write
+from kd.passes import SplitCache, precompute, probe
 from kd.planning import teacher_source
 from kd.runs import Run, digest_of, locked, write_atomically
 from kd.schema import cache_limit
 from kd.sources import fingerprint, hub_commit, is_float32
 
 if TYPE_CHECKING:
-    from kd.data.datamodule import KDData
+    from kd.data.datamodule import KDDataModule
 
-FORMAT = 1
+CACHE_FORMAT = 1
 """Raised when a change of code makes what is kept unreadable."""
 AUTO_LIMIT = 8e9
 """Bytes that `cache=auto` takes at most for one teacher, if a quarter of the free disk is not less. Our choice."""
 
 
-def remembered(
-    run: Run, data: "KDData", place: int, teacher: FrozenTeacher, needs: Needs | None
+def cached_or_live(
+    run: Run, data: "KDDataModule", index: int, teacher: FrozenTeacher, needs: Needs | None
 ) -> tuple[FrozenTeacher, dict[str, Any]]:
     """The teacher as training will see it, and what a record says of it.
 
-    Either one that is remembered, its weights not in memory, with `data` set to read what it said; or the teacher itself,
+    Either one that is cached, its weights not in memory, with `data` set to read what it said; or the teacher itself,
     loaded.
 
     Args:
@@ -63,21 +63,21 @@ def remembered(
     """
     why = reason_to_run(run, data, teacher, needs)
     if why is None:
-        why = distributed.on_first(lambda: _not_writable(folder_of(run, teacher)))
+        why = distributed.on_rank_zero(lambda: _not_writable(folder_of(run, teacher)))
     if why is None:
         with _held(folder_of(run, teacher)):
-            found = cached(run, data, place, teacher, needs)
+            found = cached(run, data, index, teacher, needs)
         if not isinstance(found, str):
             return found
         why = found
     if cache_limit(run.spec.cache) != 0:
-        distributed.say(f"  teacher '{teacher.name}' runs at every step: {why}")
+        distributed.print_rank_zero(f"  teacher '{teacher.name}' runs at every step: {why}")
     _ = teacher.encoder  # now, so that weights that cannot be read end the run before it begins
     return teacher, {"used": False, "why": why}
 
 
-def reason_to_run(run: Run, data: "KDData", teacher: FrozenTeacher, needs: Needs | None) -> str | None:
-    """Why a teacher cannot be remembered, whatever the size; None if it can."""
+def reason_to_run(run: Run, data: "KDDataModule", teacher: FrozenTeacher, needs: Needs | None) -> str | None:
+    """Why a teacher cannot be cached, whatever the size; None if it can."""
     if cache_limit(run.spec.cache) == 0:
         return "cache=off"
     if data.changes:
@@ -86,8 +86,8 @@ def reason_to_run(run: Run, data: "KDData", teacher: FrozenTeacher, needs: Needs
         return "which weights its name on the hub stands for today is not known"
     if needs is None:
         return None
-    if needs.live:
-        return needs.live
+    if needs.uncacheable_reason:
+        return needs.uncacheable_reason
     if needs.gradient:
         return "gradients are taken through it"
     if needs.attention and teacher.shape.family.score_bias is not None:
@@ -96,30 +96,30 @@ def reason_to_run(run: Run, data: "KDData", teacher: FrozenTeacher, needs: Needs
 
 
 def cached(
-    run: Run, data: "KDData", place: int, teacher: FrozenTeacher, needs: Needs | None
+    run: Run, data: "KDDataModule", index: int, teacher: FrozenTeacher, needs: Needs | None
 ) -> tuple[CachedTeacher, dict[str, Any]] | str:
-    """A remembered teacher, after the pass if there had to be one; or why there is none."""
+    """A cached teacher, after the pass if there had to be one; or why there is none."""
     asked = {split: needs if split == "train" else Needs() for split in data.tokens}
-    plans = [plan_of(run, data, place, teacher, split, of) for split, of in asked.items() if of is not None]
+    plans = [split_cache(run, data, index, teacher, split, of) for split, of in asked.items() if of is not None]
     began, passes, examples = time.perf_counter(), 0, 0
-    seconds = distributed.on_first(lambda: estimate(run, teacher, plans))
-    lacking = distributed.agree([(plan.absent, plan.entries) for plan in plans])
+    seconds = distributed.on_rank_zero(lambda: estimate(run, teacher, plans))
+    lacking = distributed.broadcast([(plan.absent, plan.entries) for plan in plans])
     for plan, (absent, entries) in zip(plans, lacking, strict=True):
         plan.absent, plan.entries = absent, entries
     if isinstance(seconds, str):
         return seconds
     missing = [plan for plan in plans if plan.absent]
     for plan in missing:
-        done = write(run, teacher, plan)
+        done = precompute(run, teacher, plan)
         if plan.split == "train":
             passes, examples = done
     for plan in plans:
         plan.store.open(plan.names)
-        data.remember(place, {plan.split: Remembered(plan.store, plan.names, plan.tokens)})
+        data.use_cached(index, {plan.split: CachedOutputs(plan.store, plan.names, plan.tokens)})
     taken = time.perf_counter() - began if missing else 0.0
     size, kept = sum(plan.store.size(plan.names) for plan in plans), " ".join(plans[0].names)
     what = f"made in {taken:.1f} s" if missing else "made before, teacher not loaded"
-    distributed.say(f"  teacher '{teacher.name}' is remembered: {kept}, {readable_size(size)}, {what}")
+    distributed.print_rank_zero(f"  teacher '{teacher.name}' is cached: {kept}, {readable_size(size)}, {what}")
     record = {"used": True, "bytes": size, "seconds": round(taken, 3), "written": [plan.split for plan in missing]}
     return CachedTeacher(teacher, passes, examples), record
 
@@ -142,9 +142,9 @@ def weights_of(run: Run, teacher: FrozenTeacher) -> str | None:
     return None if commit is None else f"{source}@{commit}"
 
 
-def plan_of(run: Run, data: "KDData", place: int, teacher: FrozenTeacher, split: str, needs: Needs) -> Plan:
+def split_cache(run: Run, data: "KDDataModule", index: int, teacher: FrozenTeacher, split: str, needs: Needs) -> SplitCache:
     """Where a split's tensors are, or will be."""
-    tokens = data.tokens[split][data.teacher_keys[place]]
+    tokens = data.tokens[split][data.teacher_keys[index]]
     training = run.spec.trainer.precision
     # Evaluation is in float32 whatever training is in.
     precision = training if split == "train" or training == "64-true" else "32-true"
@@ -152,15 +152,15 @@ def plan_of(run: Run, data: "KDData", place: int, teacher: FrozenTeacher, split:
     for column in tokens.columns.values():
         text.update(np.ascontiguousarray(column).tobytes())
     about = {
-        "format": FORMAT,
+        "format": CACHE_FORMAT,
         "weights": weights_of(run, teacher),
         "text": text.hexdigest(),
         "precision": precision,
     }
     folder = folder_of(run, teacher) / f"{split}-{digest_of(about)}"
-    if distributed.is_first():
+    if distributed.is_rank_zero():
         _begin(folder, {"teacher": teacher.name, "task": run.spec.task.name, "split": split, **about})
-    return Plan(split, tokens, Store(folder, tokens.offsets), tuple(needs.tensors), needs, precision)
+    return SplitCache(split, tokens, TensorStore(folder, tokens.offsets), tuple(needs.tensors), needs, precision)
 
 
 def _begin(folder: Path, about: Mapping[str, Any]) -> None:
@@ -172,7 +172,9 @@ def _begin(folder: Path, about: Mapping[str, Any]) -> None:
             known = json.loads(other.read_text(encoding="utf-8"))
             changed = [what for what in ("text", "weights") if known.get(what) != about[what]]
             if changed and all(known.get(what) == about[what] for what in ("precision", "task")):
-                distributed.say(f"  the cache {other.parent} was made of other {' and '.join(changed)}; it is not used")
+                distributed.print_rank_zero(
+                    f"  the cache {other.parent} was made of other {' and '.join(changed)}; it is not used"
+                )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "about.json", json.dumps(about, indent=2) + "\n")
 
@@ -181,16 +183,20 @@ def _begin(folder: Path, about: Mapping[str, Any]) -> None:
 def _held(folder: Path) -> Iterator[None]:
     """Hold a teacher's cache on the first rank: a second process that needs the same waits, then finds it."""
     with contextlib.ExitStack() as held:
-        distributed.on_first(lambda: held.enter_context(locked(folder, f"  another process is at {folder}; waiting for it")))
+        distributed.on_rank_zero(
+            lambda: held.enter_context(locked(folder, f"  another process is at {folder}; waiting for it"))
+        )
         yield
 
 
-def estimate(run: Run, teacher: FrozenTeacher, plans: Sequence[Plan]) -> float | str:
+def estimate(run: Run, teacher: FrozenTeacher, plans: Sequence[SplitCache]) -> float | str:
     """Seconds that the pass will take, said before it begins; or why it is not made. Finds what is absent, and its sizes."""
     for plan in plans:
         plan.store.sweep()
         if damaged := plan.store.damaged(plan.names):
-            distributed.say(f"  the cache {plan.store.folder} is damaged ({', '.join(damaged)}); that part is made again")
+            distributed.print_rank_zero(
+                f"  the cache {plan.store.folder} is damaged ({', '.join(damaged)}); that part is made again"
+            )
             plan.store.remove(damaged)
         plan.absent = plan.store.missing(plan.names)
     missing = [plan for plan in plans if plan.absent]
@@ -210,7 +216,9 @@ def estimate(run: Run, teacher: FrozenTeacher, plans: Sequence[Plan]) -> float |
     if size * (2 if distributed.world() > 1 else 1) > free:  # ranks' shares are joined
         raise InputError(f"teacher '{teacher.name}': {needed}, and {readable_size(free)} are free; use cache=off", "cache")
     count = ", ".join(f"{plan.split} {plan.store.examples}" for plan in missing)
-    distributed.say(f"  teacher '{teacher.name}' is run once over {count}: {readable_size(size)}, about {seconds:.0f} s")
+    distributed.print_rank_zero(
+        f"  teacher '{teacher.name}' is run once over {count}: {readable_size(size)}, about {seconds:.0f} s"
+    )
     return seconds
 
 

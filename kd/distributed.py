@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from kd.errors import InputError
 
 if TYPE_CHECKING:
-    from kd.watch import Watch
+    from kd.watch import Watchdog
 
 T = TypeVar("T")
 
@@ -17,7 +17,7 @@ LONGEST_WAIT = timedelta(days=7)
 """Of a collective: the first rank may wait for another job's lock, or export, while the others wait for it. A rank that is
 gone is found by the watch."""
 
-_watch: "Watch | None" = None
+_watchdog: "Watchdog | None" = None
 _alone = False
 """Whether the first rank is at work while the others wait, so that it has nobody to exchange with."""
 
@@ -42,19 +42,19 @@ def local_world() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
 
 
-def is_first() -> bool:
+def is_rank_zero() -> bool:
     """Return whether this process writes."""
     return rank() == 0
 
 
 def join() -> None:
     """Meet the other ranks, if there are any, and begin to watch them."""
-    global _watch
-    if world() > 1 and _watch is None:
+    global _watchdog
+    if world() > 1 and _watchdog is None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it would show a stack where a connection ends
-        from kd.watch import Watch
+        from kd.watch import Watchdog
 
-        _watch = Watch(rank(), world())
+        _watchdog = Watchdog(rank(), world())
 
 
 def start(accelerator: str) -> None:
@@ -74,18 +74,18 @@ def leave(status: int = 0) -> None:
     The process ends at once: a thread of torch's or of the watch that is inside C++ when the interpreter goes away would take
     a finished job down with it.
     """
-    if _watch is not None:
+    if _watchdog is not None:
         import torch
 
         if torch.distributed.is_initialized():
             gather(None)
             torch.distributed.destroy_process_group()
-        _watch.leave()
+        _watchdog.leave()
         end(status)
 
 
-def agree(value: T) -> T:
-    """The first rank's value, on every rank; the value itself inside `on_first`."""
+def broadcast(value: T) -> T:
+    """The first rank's value, on every rank; the value itself inside `on_rank_zero`."""
     if world() == 1 or _alone:
         return value
     import torch
@@ -96,7 +96,7 @@ def agree(value: T) -> T:
 
 
 def mean(tensors: Sequence[Any]) -> list[Any]:
-    """The mean over all ranks of each tensor, in one exchange; the tensors themselves inside `on_first`."""
+    """The mean over all ranks of each tensor, in one exchange; the tensors themselves inside `on_rank_zero`."""
     if world() == 1 or _alone:
         return list(tensors)
     import torch
@@ -107,7 +107,7 @@ def mean(tensors: Sequence[Any]) -> list[Any]:
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def on_first(make: Callable[[], T]) -> T:
+def on_rank_zero(make: Callable[[], T]) -> T:
     """Return on every rank what the first one makes; if it fails by an InputError, all do.
 
     Inside another such call, which only the first rank reaches, nothing is exchanged.
@@ -117,7 +117,7 @@ def on_first(make: Callable[[], T]) -> T:
         return make()
     made: Any = None
     failed: InputError | None = None
-    if is_first():
+    if is_rank_zero():
         _alone = True
         try:
             made = make()
@@ -125,14 +125,14 @@ def on_first(make: Callable[[], T]) -> T:
             failed = error
         finally:
             _alone = False
-    made, wrong = agree((made, failed and (failed.message, failed.key)))
+    made, wrong = broadcast((made, failed and (failed.message, failed.key)))
     if wrong:
         raise failed or InputError(*wrong)
     return made  # type: ignore[no-any-return]
 
 
 def gather(value: T) -> list[T]:
-    """Every rank's value, on every rank; the value alone inside `on_first`."""
+    """Every rank's value, on every rank; the value alone inside `on_rank_zero`."""
     if world() == 1 or _alone:
         return [value]
     import torch
@@ -142,9 +142,9 @@ def gather(value: T) -> list[T]:
     return box
 
 
-def say(text: str) -> None:
+def print_rank_zero(text: str) -> None:
     """Print, on the first rank only."""
-    if is_first():
+    if is_rank_zero():
         print(text, flush=True)
 
 
@@ -153,14 +153,14 @@ def total(value: int) -> int:
     return sum(gather(value))
 
 
-def alike(step: str, error: Exception) -> bool:
+def all_ranks_failed_alike(step: str, error: Exception) -> bool:
     """Return whether every rank fails at a step in the same way, so that they can go on together."""
-    return _watch is None or _watch.alike(step, f"{type(error).__name__}: {error}")
+    return _watchdog is None or _watchdog.all_failed_alike(step, f"{type(error).__name__}: {error}")
 
 
-def says(message: str) -> bool:
+def prints_error(message: str) -> bool:
     """Return whether this rank is the one to print an error: what all ranks find is printed once."""
-    return _watch is None or _watch.says(message)
+    return _watchdog is None or _watchdog.prints_error(message)
 
 
 def end(status: int) -> NoReturn:
@@ -177,10 +177,10 @@ def end(status: int) -> NoReturn:
 def end_without(error: BaseException) -> None:
     """End this process if an error says that another rank is gone; return if it does not."""
     lost = lost_peer(error)
-    if _watch is not None and lost is not None:
+    if _watchdog is not None and lost is not None:
         from kd.watch import PEER_LOST
 
-        _watch.end(f"another rank has ended or cannot be reached ({lost}); this rank stops too", PEER_LOST)
+        _watchdog.end(f"another rank has ended or cannot be reached ({lost}); this rank stops too", PEER_LOST)
 
 
 def lost_peer(error: BaseException | None) -> str | None:

@@ -130,7 +130,7 @@ def baseline(task: Task, labels: Mapping[str, Sequence[float]]) -> dict[str, Sco
             warnings.simplefilter("ignore")  # a correlation with a constant is undefined; it counts as chance, 0
             targets = task.label_tensor(values)
             task.score(metrics, constant.expand(len(values), -1), targets)
-            chance = task.chance(targets)
+            chance = task.majority_baseline(targets)
             found[split] = {name: chance.get(name) if value is None else value for name, value in _compute(metrics).items()}
     return found
 

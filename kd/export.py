@@ -86,7 +86,7 @@ def stated_license(source: str, key: str) -> str | None:
 def origin(run: Run) -> dict[str, Any]:
     """What a model card says of a run's backbone and data: names without the places where they lie on this machine."""
     source, key = backbone_of(run.spec)
-    data = run.identity["data"]
+    data = run.digest_inputs["data"]
     known = str(data.get("hub") or data.get("package") or "")
     is_path = not source.startswith(("hf:", "package:"))
     return {

@@ -23,7 +23,7 @@ from kd.checkpoints import (
     checkpoint_callbacks,
     read_checkpoint,
 )
-from kd.data.datamodule import Examples, KDData
+from kd.data.datamodule import Examples, KDDataModule
 from kd.engines.base import Engine, work_of_all
 from kd.errors import InputError
 from kd.evaluate import LATENCY_MEASURE, Evaluation, baseline, evaluate, folder_megabytes, headline, latencies, to_time
@@ -34,7 +34,7 @@ from kd.make import logger_maker
 from kd.models import Encoder, FrozenTeacher
 from kd.models.heads import HEADS
 from kd.preflight import preflight
-from kd.progress import Progress
+from kd.progress import ProgressBar
 from kd.report import cure
 from kd.runs import Run, read_record, write_record
 from kd.sources import recorded_files
@@ -52,14 +52,14 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
     data = build_data(run, examples, models)
     keep_memory()  # from here on: what building took, a teacher's weights among it, goes back to the system
     engine = build_engine(run, models, examples.task)
-    distributed.on_first(lambda: begin(run, engine, data, models.inits))
+    distributed.on_rank_zero(lambda: begin(run, engine, data, models.inits))
     starts = count_fills(run, engine, models.caches)
     step = last_step(run, engine)
     if step is not None:
-        distributed.say(f"  going on from step {step}")
+        distributed.print_rank_zero(f"  going on from step {step}")
     trainer = build_trainer(run, engine, step)
     try:
-        train(trainer, engine, data, run.checkpoints / "last.ckpt" if step is not None else None)
+        run_trainer(trainer, engine, data, run.checkpoints / "last.ckpt" if step is not None else None)
     finally:
         close_wandb()
     for encoder in (*models.students.values(), *models.teaching):
@@ -74,14 +74,14 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
     }
     work = {name: {**done, "examples": distributed.total(done["examples"])} for name, done in engine.teacher_work.items()}
     counts = {"examples": distributed.total(engine.examples), "teachers": work, "starts": starts}
-    return distributed.on_first(lambda: conclude(run, models, data, engine, scores, selection, counts))
+    return distributed.on_rank_zero(lambda: conclude(run, models, data, engine, scores, selection, counts))
 
 
-def begin(run: Run, engine: Engine, data: KDData, inits: Mapping[str, str]) -> None:
+def begin(run: Run, engine: Engine, data: KDDataModule, inits: Mapping[str, str]) -> None:
     """Make the run's folder, and look for what usually goes wrong."""
     run.begin(run.spec.resume)
     if run.spec.preflight:
-        distributed.say("\n".join(preflight(run, engine, data, inits).lines))
+        distributed.print_rank_zero("\n".join(preflight(run, engine, data, inits).lines))
 
 
 def count_fills(run: Run, engine: Engine, caches: dict[str, dict[str, Any]]) -> int:
@@ -106,7 +106,9 @@ def count_fills(run: Run, engine: Engine, caches: dict[str, dict[str, Any]]) -> 
         if kept is not None and not are_costs(kept, spent):
             kept = None
         if kept is None and path.exists():
-            distributed.say(f"  '{path}' is damaged: what earlier starts of this run spent on caches is not counted")
+            distributed.print_rank_zero(
+                f"  '{path}' is damaged: what earlier starts of this run spent on caches is not counted"
+            )
         kept = kept or {"starts": 0, "caches": {}}
         sums = {
             name: {kind: value + kept["caches"].get(name, {}).get(kind, type(value)()) for kind, value in now.items()}
@@ -114,10 +116,10 @@ def count_fills(run: Run, engine: Engine, caches: dict[str, dict[str, Any]]) -> 
         }
         return write_record(path, {"starts": 1 + kept["starts"], "caches": sums})
 
-    sums = distributed.on_first(added)
+    sums = distributed.on_rank_zero(added)
     for teacher in engine.teachers:
         known = sums["caches"][teacher.name]
-        teacher.work = {kind: known[kind] if distributed.is_first() else 0 for kind in teacher.work}
+        teacher.work = {kind: known[kind] if distributed.is_rank_zero() else 0 for kind in teacher.work}
         if "seconds" in caches.get(teacher.name, {}):
             caches[teacher.name] |= {"seconds": round(known["seconds"], 3), "written": list(dict.fromkeys(known["written"]))}
     engine.filled = engine.work_of_teachers()
@@ -191,9 +193,9 @@ def build_trainer(
     if callbacks is None:
         checkpoints = checkpoint_callbacks(run.checkpoints, engine.task.monitor, spec.checkpoint_minutes)
         advice = cure(list(run.spec.teacher), vars(run.spec.student))
-        callbacks = [Progress(run.name, spec.progress, advice), *checkpoints]
+        callbacks = [ProgressBar(run.name, spec.progress, advice), *checkpoints]
     loggers: list[Any] = [History(run.directory / "metrics.csv", step)]
-    if run.spec.logger.extra and distributed.is_first():
+    if run.spec.logger.extra and distributed.is_rank_zero():
         container = OmegaConf.to_container(run.config, resolve=True)
         loggers.append(logger_maker(run.spec)(folder=run.directory, name=run.name, config=container))
     return pl.Trainer(
@@ -220,7 +222,7 @@ def build_trainer(
     )
 
 
-def train(trainer: pl.Trainer, engine: Engine, data: KDData, checkpoint: Path | None) -> None:
+def run_trainer(trainer: pl.Trainer, engine: Engine, data: KDDataModule, checkpoint: Path | None) -> None:
     """Fit; Ctrl-C comes out as what it is."""
     try:
         trainer.fit(engine, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -313,7 +315,7 @@ def card_of(record: Mapping[str, Any], name: str) -> str:
 def conclude(
     run: Run,
     models: Models,
-    data: KDData,
+    data: KDDataModule,
     engine: Engine,
     scores: dict[str, Evaluation],
     selection: dict[str, Any],
@@ -361,7 +363,7 @@ def conclude(
         "ranks": distributed.world(),
         "lr": run.spec.optimizer.lr,
         "weights": run.spec.method.get("weights", {}),
-        "identity": {**run.identity, **({"before": run.inputs["before"].identity} if "before" in run.inputs else {})},
+        "identity": {**run.digest_inputs, **({"before": run.inputs["before"].digest_inputs} if "before" in run.inputs else {})},
         "inputs": {role: needed.name for role, needed in run.inputs.items()},
         "versions": versions(),
         "hardware": hardware(),
@@ -379,7 +381,7 @@ def conclude(
     record["baseline"] = baseline(engine.task, data.examples.labels)
     folders = {name: folder_of(run, name, first) for name in models.students}
     students: dict[str, Any] = {}
-    for place, (name, student) in enumerate(models.students.items()):
+    for index, (name, student) in enumerate(models.students.items()):
         own: dict[str, Any] = {
             "metrics": {**{split: found.students[name] for split, found in scores.items()}},
             "agreement": {split: found.agreement[name] for split, found in scores.items()},
@@ -392,7 +394,7 @@ def conclude(
         }
         own["metrics"].setdefault("test", {})
         export(student, folders[name], card_of({**record, "students": {**dict.fromkeys(models.students), name: own}}, name))
-        own["export_difference"] = exported_alike(student, place, folders[name], data)
+        own["export_difference"] = export_difference(student, index, folders[name], data)
         own["megabytes"] = round(folder_megabytes(folders[name], "*.safetensors"), 2)
         students[name] = own
     chosen = students[first]
@@ -419,7 +421,7 @@ def seconds_before(run: Run) -> float:
     return float(first.result["seconds"]["train"]) + float(first.result["seconds"].get("before", 0.0))
 
 
-def batch_of(run: Run, data: KDData) -> dict[str, int | None]:
+def batch_of(run: Run, data: KDDataModule) -> dict[str, int | None]:
     """Examples or padded tokens of an optimiser step at most, and its batches, as a record states them.
 
     An epoch that has fewer batches than `trainer.accumulate`, or a training set of less than a batch, makes them fewer.
@@ -432,13 +434,13 @@ def batch_of(run: Run, data: KDData) -> dict[str, int | None]:
     return {"batch_size": None, "batch_tokens": trainer.batch_tokens * accumulate, "accumulate": accumulate}
 
 
-def exported_alike(student: Encoder, place: int, folder: Path, data: KDData) -> float:
+def export_difference(student: Encoder, index: int, folder: Path, data: KDDataModule) -> float:
     """Largest difference between a student's logits and those of its exported folder.
 
     Raises:
         RuntimeError: if it is more than rounding.
     """
-    inputs = data.probe("validation", 16).students[place]
+    inputs = data.probe("validation", 16).students[index]
     difference = largest_difference(student, folder, inputs, HEADS[data.examples.task.head].auto)
     if not difference <= TOLERANCE:
         raise RuntimeError(f"the exported student's logits differ from the run's by {difference:g}; nothing was recorded")

@@ -34,7 +34,9 @@ class History(Logger):
             whole, left_out = whole_rows(path)
             self.rows = [row for row in whole if int(row["step"]) <= last_step]
             if left_out:
-                distributed.say(f"  '{path}' is damaged: {left_out} line(s) are left out of it; no result depends on them")
+                distributed.print_rank_zero(
+                    f"  '{path}' is damaged: {left_out} line(s) are left out of it; no result depends on them"
+                )
         self._written = 0  # rows that the file has as they are
         self._saved = 0  # rows that the file has
         self._header: list[str] = []

@@ -25,7 +25,7 @@ TRUTHS = ("<class 'bool'>", "bool", "bool | None", "typing.Optional[bool]")
 """How the annotation of a truth value reads."""
 
 
-def make(target: Callable[..., Any], node: Mapping[str, Any], key: str, *given: Any) -> Any:
+def instantiate(target: Callable[..., Any], node: Mapping[str, Any], key: str, *given: Any) -> Any:
     """What a class makes of the arguments of a node. Schedules among them are made first.
 
     Args:
@@ -95,7 +95,7 @@ def make_schedule(node: Mapping[str, Any], key: str) -> Any:
     schedule = "a schedule, as kd.schedules.Linear: a class that inherits from kd.schedules.ScheduleNode"
     target = locate(node, key, subclass_of(ScheduleNode), schedule)
     try:
-        return make(target, node, key)
+        return instantiate(target, node, key)
     except InputError as error:  # the key is the schedule's: its arguments make sense together
         raise InputError(error.message, key) from error
 
@@ -116,13 +116,13 @@ def build_method(
     """
     is_method = subclass_of(Method)
     arguments = {name: value for name, value in node.items() if name not in ("name", "weights", "before")}
-    method: Method = make(locate(node, "method", is_method, "a Method"), arguments, "method")
+    method: Method = instantiate(locate(node, "method", is_method, "a Method"), arguments, "method")
     if pool is not None and pool.wrapper is not None:
         wrapper = locate(pool.wrapper, "pool.wrapper", is_method, "a Method")
-        method = make(wrapper, pool.wrapper, "pool.wrapper", method, chances)
+        method = instantiate(wrapper, pool.wrapper, "pool.wrapper", method, chances)
     if cohort is not None and cohort.peers is not None:
         peers = locate(cohort.peers, "cohort.peers", is_method, "a Method")
-        method = make(peers, cohort.peers, "cohort.peers", method)
+        method = instantiate(peers, cohort.peers, "cohort.peers", method)
     weights = node.get("weights")
     if not isinstance(weights, Mapping):
         raise InputError(f"method.weights={shown(weights)} is not a mapping of terms to numbers", "method.weights")

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from kd import distributed
-from kd.data.store import Entry, Share, Store, stored_as
+from kd.data.store import Entry, Share, TensorStore, stored_as
 from kd.forward import Needs
-from kd.models.compiled import as_it_is
+from kd.models.compiled import uncompiled
 from kd.models.teachers import FrozenTeacher
 from kd.runs import Run
 
@@ -24,12 +24,12 @@ PRECISIONS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @dataclass
-class Plan:
+class SplitCache:
     """What has to be written for one split."""
 
     split: str
     tokens: Any
-    store: Store
+    store: TensorStore
     names: tuple[str, ...]
     needs: Needs
     precision: str
@@ -42,15 +42,15 @@ class Plan:
         return sum(entry.size for entry in self.entries.values())
 
 
-def probe(run: Run, teacher: FrozenTeacher, plan: Plan) -> float:
+def probe(run: Run, teacher: FrozenTeacher, plan: SplitCache) -> float:
     """Seconds of a pass over a split, from a few examples of middling length; sets the entries of what is absent."""
     order = np.argsort(np.diff(plan.store.offsets), kind="stable")
     middle = max(len(order) // 2 - PROBE // 2, 0)
     rows = order[middle : middle + PROBE].tolist()
     with _teaching(run, teacher, plan.precision) as device:
-        said = _said(teacher, plan, rows, device)
+        said = _outputs_of(teacher, plan, rows, device)
         began = time.perf_counter()
-        _said(teacher, plan, rows, device)
+        _outputs_of(teacher, plan, rows, device)
         seconds = time.perf_counter() - began
     for name in plan.absent:
         kind = stored_as(said[name].dtype, plan.precision)
@@ -60,7 +60,7 @@ def probe(run: Run, teacher: FrozenTeacher, plan: Plan) -> float:
     return float(seconds * plan.store.offsets[-1] / tokens)
 
 
-def write(run: Run, teacher: FrozenTeacher, plan: Plan) -> tuple[int, int]:
+def precompute(run: Run, teacher: FrozenTeacher, plan: SplitCache) -> tuple[int, int]:
     """Run a teacher over this rank's share of a split and keep what it says; passes and examples of this rank.
 
     Tensors appear all at once at the end, so a pass that is killed leaves nothing that looks whole.
@@ -73,8 +73,8 @@ def write(run: Run, teacher: FrozenTeacher, plan: Plan) -> tuple[int, int]:
         shares = {name: Share(plan.store, name, entry, span, rank) for name, entry in again.items()}
         narrow: set[str] = set()
         with _teaching(run, teacher, plan.precision) as device:
-            for rows in batches(plan.store.offsets, span):
-                said = _said(teacher, plan, rows, device)
+            for rows in batches_by_length(plan.store.offsets, span):
+                said = _outputs_of(teacher, plan, rows, device)
                 passes += 1
                 narrow |= {name for name, share in shares.items() if not share.write(rows, said[name])}
         for share in shares.values():
@@ -86,23 +86,25 @@ def write(run: Run, teacher: FrozenTeacher, plan: Plan) -> tuple[int, int]:
                 if name not in but:
                     plan.store.commit(name, entry, world)
 
-        distributed.on_first(commit)
+        distributed.on_rank_zero(commit)
         # The type on disk could not hold what came: the whole tensor once more, as it is.
         again = {name: replace(plan.entries[name], stored=plan.entries[name].shown) for name in too_narrow}
         if again:
-            distributed.say(f"  {', '.join(sorted(again))} of '{plan.split}' do not fit 16 bits; they are kept in full")
+            distributed.print_rank_zero(
+                f"  {', '.join(sorted(again))} of '{plan.split}' do not fit 16 bits; they are kept in full"
+            )
     return passes, examples
 
 
-def batches(offsets: np.ndarray, span: tuple[int, int]) -> Iterator[list[int]]:
+def batches_by_length(offsets: np.ndarray, span: tuple[int, int]) -> Iterator[list[int]]:
     """The examples of a span in batches of similar length, `BATCH_TOKENS` at most."""
     lengths = np.diff(offsets)[span[0] : span[1]]
     batch: list[int] = []
-    for place in np.argsort(lengths, kind="stable"):
-        if batch and (len(batch) + 1) * lengths[place] > BATCH_TOKENS:
+    for index in np.argsort(lengths, kind="stable"):
+        if batch and (len(batch) + 1) * lengths[index] > BATCH_TOKENS:
             yield batch
             batch = []
-        batch.append(span[0] + int(place))
+        batch.append(span[0] + int(index))
     if batch:
         yield batch
 
@@ -115,14 +117,14 @@ def _teaching(run: Run, teacher: FrozenTeacher, precision: str) -> Iterator[torc
     kind = torch.float64 if precision == "64-true" else torch.float32
     teacher.encoder.to(device, kind)
     mixed = PRECISIONS.get(precision)
-    with as_it_is(teacher.shape), torch.no_grad(), torch.autocast(device.type, mixed, enabled=mixed is not None):
+    with uncompiled(teacher.shape), torch.no_grad(), torch.autocast(device.type, mixed, enabled=mixed is not None):
         try:
             yield device
         finally:
             teacher.encoder.to("cpu")
 
 
-def _said(teacher: FrozenTeacher, plan: Plan, rows: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
+def _outputs_of(teacher: FrozenTeacher, plan: SplitCache, rows: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
     inputs = {name: tensor.to(device) for name, tensor in plan.tokens.pad(rows).items()}
     outputs = teacher.run(inputs, plan.needs)
     return {name: tensor for name, tensor in outputs.named().items() if name in plan.names}

@@ -24,10 +24,10 @@ from kd.sources import config_of, fingerprint, is_float32, listed_outputs
 from kd.stages import before_config, has_key, key_of_stage, laid_over, nested, stage_config, without
 from kd.values import has, locate, one_line, shown
 
-FORMAT = 1
+DIGEST_FORMAT = 1
 """Part of every digest; raised when a change of code makes old results incomparable."""
 
-COSTLESS = [
+NOT_IN_DIGEST = [
     "accelerator",
     "devices",
     "strategy",
@@ -38,10 +38,10 @@ COSTLESS = [
 ]
 """Trainer keys that do not change a result."""
 
-OF_THE_MACHINE = ("precision", "compile", "pad_multiple")
+MACHINE_KEYS = ("precision", "compile", "pad_multiple")
 """Trainer keys that change a result, but are chosen for the machine: runs that make teachers take them over."""
 
-UNLESS_ASKED_FOR = {"batch_tokens": None, "pad_multiple": 1, "compile": False}
+OMIT_IF_DEFAULT = {"batch_tokens": None, "pad_multiple": 1, "compile": False}
 """Trainer keys that are no part of an identity while they have these values: the runs are those of before there were any."""
 
 METHOD_UNLESS_ASKED_FOR: Mapping[str, Mapping[str, Any]] = {"kd.methods.simkd.SimKD": {"padding": "strict"}}
@@ -70,10 +70,10 @@ REVISIONS: Mapping[str, Callable[[RunSpec], bool]] = {
 }
 """Corrections after which some configurations end elsewhere, and which: their digests differ from those of before.
 
-In place of a higher `FORMAT`, which would make every run anew.
+In place of a higher `DIGEST_FORMAT`, which would make every run anew.
 """
 
-PLACES = ("root", "train", "validation", "test")
+PATH_KEYS = ("root", "train", "validation", "test")
 """Keys that say where data is; their content enters the digest instead."""
 
 
@@ -96,29 +96,29 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teac
     check_pool(spec)
     inputs = dict(teaching or {})
     for role, needed in teacher_configs(config, spec) if teaching is None else ():
-        with keys_of(role, spec, config):
+        with rename_error_keys(role, spec, config):
             inputs[role] = plan(needed, pilot_overrides(role, spec, overrides), depth)
     if (before := spec.method.get("before")) is not None:
         first = before_config(config)
-        with keys_of("before", spec, config):
+        with rename_error_keys("before", spec, config):
             inputs["before"] = plan(first, overrides, depth, inputs)
         spec.student = replace(spec.student, init="run", run={"name": before["name"]})
     elif spec.student.init == "run":
         stage = stage_config(spec.student.run, "student.run", overrides, depth, config)
-        with keys_of("stage", spec, config):
+        with rename_error_keys("stage", spec, config):
             inputs["stage"] = plan(*stage, depth + 1)
     for name, surgery in spec.surgery.items():
         if surgery.get("run") is not None:
             stage = stage_config(surgery["run"], f"surgery.{name}.run", overrides, depth, config)
-            with keys_of(f"surgery {name}", spec, config):
+            with rename_error_keys(f"surgery {name}", spec, config):
                 inputs[f"surgery {name}"] = plan(*stage, depth + 1)
-    identified = identity(spec, inputs)
+    identified = digest_inputs(spec, inputs)
     if spec.cohort.teacher == "online":  # it has no run of its own, so its shape and start are part of this one
         ((name, teacher),) = spec.teacher.items()
-        with keys_of(f"teacher {name}", spec, config):
+        with rename_error_keys(f"teacher {name}", spec, config):
             made = composition.typed(teacher_config(config, spec, name, teacher))
             check_values(made)
-        own = identity(made, {})
+        own = digest_inputs(made, {})
         identified["online"] = {key: own[key] for key in ("student", "seed")}
         if FLOAT32 in own.get("revisions", ()):
             identified["online"]["revisions"] = [FLOAT32]
@@ -128,7 +128,7 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teac
 
 
 @contextmanager
-def keys_of(role: str, spec: RunSpec, config: DictConfig) -> Iterator[None]:
+def rename_error_keys(role: str, spec: RunSpec, config: DictConfig) -> Iterator[None]:
     """Errors of an input's run name the key of the run that needs it: where the user can change it.
 
     Args:
@@ -172,7 +172,9 @@ def key_for(role: str, spec: RunSpec, key: str | None, config: DictConfig | None
     if key == "student.backbone":
         return f"teacher.{name}.backbone"
     part, _, rest = key.partition(".")
-    own = part in ("method", "student", "optimizer", "seed") or (part == "trainer" and rest not in (*COSTLESS, *OF_THE_MACHINE))
+    own = part in ("method", "student", "optimizer", "seed") or (
+        part == "trainer" and rest not in (*NOT_IN_DIGEST, *MACHINE_KEYS)
+    )
     return f"teacher.{name}.run.{key}" if own else key
 
 
@@ -280,7 +282,7 @@ def method_identity(method: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in method.items() if key != "before" and not (key in silent and value == silent[key])}
 
 
-def identity(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
+def digest_inputs(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
     """Everything that changes the result, and nothing else."""
     student, task, trainer = asdict(spec.student), asdict(spec.task), asdict(spec.trainer)
     student["backbone"] = fingerprint(*backbone_of(spec))
@@ -297,17 +299,17 @@ def identity(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
         {"name": name, **{key: value for key, value in surgery.items() if key != "run"}}
         for name, surgery in spec.surgery.items()
     ]
-    trainer = {key: value for key, value in trainer.items() if key not in UNLESS_ASKED_FOR or value != UNLESS_ASKED_FOR[key]}
+    trainer = {key: value for key, value in trainer.items() if key not in OMIT_IF_DEFAULT or value != OMIT_IF_DEFAULT[key]}
     if spec.trainer.batch_tokens is not None:
         trainer["batch_size"] = None
-    source = {key: value for key, value in task.pop("source").items() if key not in PLACES}
+    source = {key: value for key, value in task.pop("source").items() if key not in PATH_KEYS}
     source.update({name: as_names(source[name]) for name in NAMES if name in source})
     task, source = (
         {key: value for key, value in part.items() if key not in UNSET or value is not None} for part in (task, source)
     )
     revisions = [name for name, concerns in REVISIONS.items() if concerns(spec)]
     return {
-        "format": FORMAT,
+        "format": DIGEST_FORMAT,
         **({"revisions": revisions} if revisions else {}),
         "method": method_identity(spec.method),
         "engine": spec.engine,
@@ -324,10 +326,10 @@ def identity(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
         "inputs": {role: run.digest for role, run in inputs.items()},
         "pool": pool_identity(spec),
         "cohort": cohort_identity(spec),
-        "task": {key: value for key, value in task.items() if key not in PLACES},
+        "task": {key: value for key, value in task.items() if key not in PATH_KEYS},
         "data": {**source, **source_of(spec).fingerprint()},
         "optimizer": asdict(spec.optimizer),
-        "trainer": {key: value for key, value in trainer.items() if key not in COSTLESS},
+        "trainer": {key: value for key, value in trainer.items() if key not in NOT_IN_DIGEST},
         "seed": spec.seed,
     }
 
@@ -401,7 +403,7 @@ def teacher_config(parent: DictConfig, spec: RunSpec, name: str, teacher: Teache
     config = composition.compose(["method=finetune", "teacher=[]", "student=full"])
     for part in ("task", "paths", "logger"):
         OmegaConf.update(config, part, OmegaConf.to_container(parent[part], resolve=True), merge=False, force_add=True)
-    for key in (*COSTLESS, *OF_THE_MACHINE):
+    for key in (*NOT_IN_DIGEST, *MACHINE_KEYS):
         OmegaConf.update(config, f"trainer.{key}", getattr(spec.trainer, key), force_add=True)
     OmegaConf.update(config, "student.backbone", teacher.backbone)
     config.preflight, config.resume, config.cache = spec.preflight, spec.resume, spec.cache

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kd.data.datamodule import KDData
+from kd.data.datamodule import KDDataModule
 from kd.data.tasks import Regression, higher_is_better
 from kd.data.texts import count_shared
 from kd.engines.base import Engine
@@ -16,7 +16,7 @@ from kd.errors import InputError
 from kd.evaluate import baseline
 from kd.forward import Needs
 from kd.methods.base import Progress
-from kd.models.compiled import as_it_is
+from kd.models.compiled import uncompiled
 from kd.report import score
 from kd.runs import Run
 
@@ -49,7 +49,7 @@ class Report:
         self.lines.append(f"        {text}")
 
 
-def preflight(run: Run, engine: Engine, data: KDData, inits: Mapping[str, str]) -> Report:
+def preflight(run: Run, engine: Engine, data: KDDataModule, inits: Mapping[str, str]) -> Report:
     """Run every check.
 
     Raises:
@@ -67,7 +67,7 @@ def preflight(run: Run, engine: Engine, data: KDData, inits: Mapping[str, str]) 
             report.note(f"{whose}: {text}")
         for name, text in learner.method.describe().items():
             report.note(f"{name}: {text}")
-        if why := learner.method.coupled():
+        if why := learner.method.batch_dependence():
             report.note(f"the result depends on how a batch is split over ranks and accumulated: {why}")
     check_students(report, engine)
     check_one_batch(report, engine, data)
@@ -75,7 +75,7 @@ def preflight(run: Run, engine: Engine, data: KDData, inits: Mapping[str, str]) 
     return report
 
 
-def check_data(report: Report, data: KDData) -> None:
+def check_data(report: Report, data: KDDataModule) -> None:
     """Sizes, text shared between splits, tokenizers."""
     texts = data.examples.texts
     report.ok("examples: " + ", ".join(f"{split} {len(found)}" for split, found in texts.items()))
@@ -91,7 +91,7 @@ def check_data(report: Report, data: KDData) -> None:
         report.ok("tokenizers differ: each batch carries the text tokenised for each model")
 
 
-def check_steps(report: Report, run: Run, data: KDData) -> None:
+def check_steps(report: Report, run: Run, data: KDDataModule) -> None:
     """Batches of an optimiser step, where it has several and an epoch does not divide into such steps."""
     accumulate, batches = run.spec.trainer.accumulate, len(data.sampler("train", run.spec.seed))
     if accumulate > batches:
@@ -100,18 +100,18 @@ def check_steps(report: Report, run: Run, data: KDData) -> None:
         report.note(f"the last optimiser step of an epoch is a mean over {left} of trainer.accumulate={accumulate} batches")
 
 
-def check_teachers(report: Report, run: Run, engine: Engine, data: KDData) -> None:
+def check_teachers(report: Report, run: Run, engine: Engine, data: KDDataModule) -> None:
     """Labels agree (the build has matched them by name); each teacher beats a prediction without looking."""
     task, name = engine.task, engine.task.monitor
     floor = baseline(task, data.examples.labels).get("validation")
-    for place, teacher in enumerate(engine.teachers):
+    for index, teacher in enumerate(engine.teachers):
         if task.labels is not None:
             report.ok(f"labels of data and teacher '{teacher.name}' agree by name: {', '.join(task.labels)}")
         for text in (*teacher.shape.notes, *teacher.shape.asides):
             report.note(f"teacher '{teacher.name}': {text}")
         if floor is None:
             continue
-        value = teacher_score(run, engine, data, place, name)
+        value = teacher_score(run, engine, data, index, name)
         chance = floor[name] or 0.0
         who = "the mean of the scores" if task.labels is None else "the majority class"
         words = f"teacher '{teacher.name}' {name} {score(name, value)} on validation, {who} has {score(name, chance)}"
@@ -132,9 +132,9 @@ def gained(value: float, chance: float, metric: str) -> float:
     return (value - chance) / way if way else 0.0
 
 
-def teacher_score(run: Run, engine: Engine, data: KDData, place: int, metric: str) -> float | None:
+def teacher_score(run: Run, engine: Engine, data: KDDataModule, index: int, metric: str) -> float | None:
     """A teacher's validation metric: from its run, or tried on some examples."""
-    teacher = engine.teachers[place]
+    teacher = engine.teachers[index]
     made = run.inputs.get(f"teacher {teacher.name}")
     if made is not None and made.result is not None:
         known: float | None = made.result["metrics"]["validation"][metric]
@@ -144,7 +144,7 @@ def teacher_score(run: Run, engine: Engine, data: KDData, place: int, metric: st
     with uncounted(engine):
         for start in range(0, len(rows), 32):
             batch = data.collate("validation")(rows[start : start + 32])
-            logits = teacher(batch.teachers[place], Needs()).logits
+            logits = teacher(batch.teachers[index], Needs()).logits
             engine.task.score({metric: meter}, logits, batch.labels)
     return float(meter.compute())
 
@@ -156,7 +156,7 @@ def uncounted(engine: Engine) -> Iterator[None]:
     kept = [{name: tensor.clone() for name, tensor in method.state_dict().items()} for method in methods]
     counts, training = [teacher.work for teacher in engine.teachers], engine.training
     models = [*(learner.student for learner in engine.learners.values()), *(teacher.shape for teacher in engine.teachers)]
-    with torch.random.fork_rng(), as_it_is(*models):
+    with torch.random.fork_rng(), uncompiled(*models):
         try:
             yield
         finally:
@@ -178,7 +178,7 @@ def check_students(report: Report, engine: Engine) -> None:
             )
 
 
-def check_one_batch(report: Report, engine: Engine, data: KDData) -> None:
+def check_one_batch(report: Report, engine: Engine, data: KDDataModule) -> None:
     """One batch forward and backward.
 
     Raises:

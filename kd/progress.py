@@ -13,7 +13,7 @@ PLAIN_SECONDS = 20.0
 """Seconds between lines where the output is no terminal."""
 
 
-class Progress(pl.Callback):
+class ProgressBar(pl.Callback):
     """One bar for the whole training: loss terms, rate and time left. A line now and then where there is no terminal.
 
     Args:

@@ -38,7 +38,7 @@ class Run:
         digest: of everything that changes the result.
         directory: where it lives.
         inputs: role -> run; `teacher <name>`, `pilot <name>`, `stage`, `before`, or `surgery <name>`.
-        identity: what the digest is of.
+        digest_inputs: what the digest is of.
     """
 
     config: DictConfig
@@ -46,7 +46,7 @@ class Run:
     digest: str
     directory: Path
     inputs: dict[str, "Run"] = field(default_factory=dict)
-    identity: dict[str, Any] = field(default_factory=dict)
+    digest_inputs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -56,14 +56,14 @@ class Run:
     @property
     def family(self) -> str:
         """Digest of everything but the seed: what runs that may be averaged have in common."""
-        inputs = dict(self.identity.get("inputs", {}))
+        inputs = dict(self.digest_inputs.get("inputs", {}))
         for role, needed in self.inputs.items():
             if not role.startswith("teacher "):  # a stage or pilot has the seed of the run that it is for
                 inputs[role] = needed.family
         # What a method takes from the seed is the seed: `draw_seed: ${seed}`.
         seeds = {name for name, value in self.config.method.items_ex(resolve=False) if value == "${seed}"}
-        method = {name: value for name, value in self.identity["method"].items() if name not in seeds}
-        return digest_of({**self.identity, "method": method, "inputs": inputs, "seed": None})
+        method = {name: value for name, value in self.digest_inputs["method"].items() if name not in seeds}
+        return digest_of({**self.digest_inputs, "method": method, "inputs": inputs, "seed": None})
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -102,7 +102,7 @@ class Run:
         return self.directory / "student"
 
     @property
-    def beginning(self) -> "Run":
+    def init_run(self) -> "Run":
         """The run that this one's student begins from: a stage, or what its method begins with."""
         return self.inputs["before"] if "before" in self.inputs else self.inputs["stage"]
 
@@ -201,7 +201,7 @@ def locked(folder: Path, waiting: str) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            distributed.say(waiting)
+            distributed.print_rank_zero(waiting)
             lock.acquire()
     try:
         yield

@@ -8,11 +8,11 @@ from kd.data.text import OTHER_VOCABULARY
 from kd.data.tokens import tokenizer_fingerprint
 from kd.errors import InputError
 from kd.forward import Needs
-from kd.make import make
+from kd.make import instantiate
 from kd.methods.base import Method
 from kd.models import Encoder
 from kd.models.heads import HEADS
-from kd.models.surgery import Material, Surgery
+from kd.models.surgery import Surgery, SurgeryInputs
 from kd.runs import Run
 from kd.schema import RunSpec
 from kd.values import has, locate
@@ -32,11 +32,11 @@ def surgeries(spec: RunSpec) -> dict[str, Surgery]:
     found = {}
     for name, node in spec.surgery.items():
         options = {key: value for key, value in node.items() if key != "run"}
-        found[name] = make(surgery_class(name, node), options, f"surgery.{name}")
+        found[name] = instantiate(surgery_class(name, node), options, f"surgery.{name}")
     return found
 
 
-def operate(run: Run, student: Encoder, texts: Sequence[str] | None) -> tuple[Encoder, list[str]]:
+def apply_surgeries(run: Run, student: Encoder, texts: Sequence[str] | None) -> tuple[Encoder, list[str]]:
     """The student after its surgeries, and what they did, in words.
 
     Args:
@@ -51,7 +51,7 @@ def operate(run: Run, student: Encoder, texts: Sequence[str] | None) -> tuple[En
     for name, surgery in surgeries(run.spec).items():
         needed = run.inputs.get(f"surgery {name}")
         folder = None if texts is None or needed is None else needed.student
-        student, words = surgery(student, Material(texts, folder))
+        student, words = surgery(student, SurgeryInputs(texts, folder))
         done += [words] if words else []
     return student, done
 

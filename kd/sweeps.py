@@ -90,20 +90,20 @@ class Sweep:
     failures: dict[int, Failure] = field(default_factory=dict)
     """By position, from 0."""
 
-    def name(self, place: int) -> str:
+    def name(self, index: int) -> str:
         """A point in words: its number, and the overrides in which points differ."""
         first = self.points[0]
         differ = [any(point[position] != word for point in self.points) for position, word in enumerate(first)]
-        own = [word for word, differs in zip(self.points[place], differ, strict=True) if differs]
-        return f"{place + 1} of {len(self.points)}: {' '.join(own or self.points[place])}"
+        own = [word for word, differs in zip(self.points[index], differ, strict=True) if differs]
+        return f"{index + 1} of {len(self.points)}: {' '.join(own or self.points[index])}"
 
-    def fail(self, place: int, failure: Failure) -> None:
+    def fail(self, index: int, failure: Failure) -> None:
         """Note a failure, and print it."""
-        self.failures[place] = failure
-        if distributed.is_first():
+        self.failures[index] = failure
+        if distributed.is_rank_zero():
             trace = f"{failure.trace}\n" if failure.trace else ""
             sys.stdout.flush()
-            print(f"\n{trace}kd-train: point {self.name(place)}\n  failed: {failure}", file=sys.stderr, flush=True)
+            print(f"\n{trace}kd-train: point {self.name(index)}\n  failed: {failure}", file=sys.stderr, flush=True)
 
     @property
     def counts(self) -> str:
@@ -118,13 +118,13 @@ class Sweep:
             PointsFailed: if any failed.
         """
         if not self.failures:
-            distributed.say(f"\n{self.counts}")
+            distributed.print_rank_zero(f"\n{self.counts}")
             return
         lines = [f"\nkd-train: {self.counts}:"]
-        for place, failure in sorted(self.failures.items()):
+        for index, failure in sorted(self.failures.items()):
             (message, *_) = failure.message.splitlines() or [""]
-            lines.append(f"  {self.name(place)}  failed: {message}" + (f" (change: {failure.key})" if failure.key else ""))
-        if distributed.is_first():
+            lines.append(f"  {self.name(index)}  failed: {message}" + (f" (change: {failure.key})" if failure.key else ""))
+        if distributed.is_rank_zero():
             sys.stdout.flush()
             print("\n".join(lines), file=sys.stderr, flush=True)
         raise PointsFailed(2 if all(failure.users for failure in self.failures.values()) else 1)
@@ -144,18 +144,18 @@ def sweep(points: Sequence[Sequence[str]], options: Sequence[str], launch: Calla
     """
     state = Sweep(points)
     try:
-        for place in planned(state, options):
+        for index in planned(state, options):
             try:
-                (returned,) = launch([points[place]], initial_job_idx=place)
+                (returned,) = launch([points[index]], initial_job_idx=index)
                 failure = returned.return_value
             except (HydraException, OmegaConfBaseException) as error:  # composed for the launcher alone
                 failure = Failure.of(error)
             if failure is None:
                 state.done += 1
             else:
-                state.fail(place, failure)
+                state.fail(index, failure)
     except KeyboardInterrupt:
-        distributed.say(f"\ninterrupted: {state.counts}")
+        distributed.print_rank_zero(f"\ninterrupted: {state.counts}")
         raise
     state.close()
 
@@ -174,11 +174,11 @@ def planned(state: Sweep, options: Sequence[str]) -> list[int]:
     left: dict[int, Run] = {}
     later = []
     failed: dict[int, Failure] = {}
-    for place, overrides in enumerate(state.points):
+    for index, overrides in enumerate(state.points):
         try:
             config = compose([*options, *overrides])
             if asks_hydra(config):
-                later.append(place)
+                later.append(index)
                 continue
             run = plan(config, overrides)
             check_launch(run)
@@ -186,22 +186,22 @@ def planned(state: Sweep, options: Sequence[str]) -> list[int]:
                 deliver(run)
                 state.done += 1
             else:
-                left[place] = run
+                left[index] = run
         except BrokenPipeError:  # nobody reads any more
             raise
         except Exception as error:  # noqa: BLE001 - told at once; the other points go on
-            failed[place] = Failure.of(error)
-            state.fail(place, failed[place])
+            failed[index] = Failure.of(error)
+            state.fail(index, failed[index])
     if distributed.world() > 1:  # also where this rank has nothing left: another may
         distributed.start(next((run.spec.trainer.accelerator for run in left.values()), "auto"))
-        check_alike(state, {place: run.name for place, run in left.items()}, failed)
+        check_alike(state, {index: run.name for index, run in left.items()}, failed)
     places = sorted([*left, *later])
     if places and (state.failures or state.done):
         counted = f", {len(state.failures)} failed" if state.failures else ""
-        distributed.say(f"\n{len(state.points)} points: {state.done} done already{counted}, {len(places)} to make")
+        distributed.print_rank_zero(f"\n{len(state.points)} points: {state.done} done already{counted}, {len(places)} to make")
     folders = {run.spec.paths.runs for run in left.values()}
     if len(folders) == 1:  # of several, each point says so in its turn
-        distributed.on_first(lambda: check_writable(*folders))
+        distributed.on_rank_zero(lambda: check_writable(*folders))
     return places
 
 
@@ -216,19 +216,19 @@ def check_alike(state: Sweep, names: Mapping[int, str], failed: Mapping[int, Fai
     Raises:
         InputError: on every rank, with the reason of the rank that fails at a point where another does not.
     """
-    ranks = distributed.gather((names, {place: (failure.message, failure.key) for place, failure in failed.items()}))
-    for place in range(len(state.points)):
-        planned_as = [runs.get(place) for runs, _ in ranks]  # None where a rank fails, or leaves the planning to the job
-        reasons = [reasons.get(place) for _, reasons in ranks]
+    ranks = distributed.gather((names, {index: (failure.message, failure.key) for index, failure in failed.items()}))
+    for index in range(len(state.points)):
+        planned_as = [runs.get(index) for runs, _ in ranks]  # None where a rank fails, or leaves the planning to the job
+        reasons = [reasons.get(index) for _, reasons in ranks]
         if len(set(planned_as)) == 1 and len({reason is None for reason in reasons}) == 1:
             continue
-        own = failed.get(place)
-        if own is not None and own.trace and not distributed.is_first():  # the first has shown its own
+        own = failed.get(index)
+        if own is not None and own.trace and not distributed.is_rank_zero():  # the first has shown its own
             print(own.trace, file=sys.stderr, flush=True)
         told = [f"rank {rank} fails: {reason[0]}" for rank, reason in enumerate(reasons) if reason is not None]
         told += [f"rank {rank} plans {name}" for rank, name in enumerate(planned_as) if name is not None]
         key = next((reason[1] for reason in reasons if reason is not None), None)
-        raise InputError(f"the ranks do not plan the same at point {state.name(place)}:\n  " + "\n  ".join(told), key)
+        raise InputError(f"the ranks do not plan the same at point {state.name(index)}:\n  " + "\n  ".join(told), key)
 
 
 def asks_hydra(config: DictConfig) -> bool:

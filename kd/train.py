@@ -22,7 +22,7 @@ from kd import distributed
 from kd.config import FROM_HYDRA, ROOT, check_overrides, conf_folder, explain, typed
 from kd.errors import DISK_FULL, InputError, disk_is_full
 from kd.hardware import configure_openmp, version_line
-from kd.planning import keys_of, plan
+from kd.planning import plan, rename_error_keys
 from kd.runs import Run, digest_of, writes_to
 from kd.sweeps import SWEEPER, Failure, PointsFailed, register
 
@@ -49,39 +49,41 @@ def execute(run: Run, purpose: str = "", first: bool = True) -> dict[str, Any]:
         record = run.result
         return record, None if record is None else run.damage(record, thorough=not first)
 
-    result, damage = distributed.on_first(state)
+    result, damage = distributed.on_rank_zero(state)
     if result is not None and damage is None:
-        distributed.say(f"done already: {purpose or run.name}")
-        distributed.say(f"  {run.directory}")
+        distributed.print_rank_zero(f"done already: {purpose or run.name}")
+        distributed.print_rank_zero(f"  {run.directory}")
         return result
     from kd.build import build_examples
 
     with writes_to(run.spec.paths.runs), contextlib.ExitStack() as held:
-        distributed.on_first(lambda: held.enter_context(run.lock()))
+        distributed.on_rank_zero(lambda: held.enter_context(run.lock()))
         if not all(distributed.gather(run.directory.is_dir())):
             raise InputError(f"'{run.spec.paths.runs}' is not a folder that all machines share", "paths.runs")
-        result, damage = distributed.on_first(state)  # another process may have made it while this one waited
+        result, damage = distributed.on_rank_zero(state)  # another process may have made it while this one waited
         if result is not None and damage is None:
             return result
         examples = build_examples(run)  # held from here on, so that the checks, and the runs that make teachers, find them read
         if first:
             check_all(run)  # before anything is trained for it
         for role, needed in run.inputs.items():
-            with keys_of(role, run.spec, run.config):
+            with rename_error_keys(role, run.spec, run.config):
                 execute(needed, f"{role}: {needed.name}", first=False)
         from kd.fit import export_again, fit
 
-        distributed.say(f"\n{purpose or run.name}\n  {run.directory}")
-        if result is None and distributed.on_first((run.directory / "result.json").exists):
-            distributed.say("  its result.json is damaged; the run goes on from its last checkpoint and writes it anew")
+        distributed.print_rank_zero(f"\n{purpose or run.name}\n  {run.directory}")
+        if result is None and distributed.on_rank_zero((run.directory / "result.json").exists):
+            distributed.print_rank_zero(
+                "  its result.json is damaged; the run goes on from its last checkpoint and writes it anew"
+            )
         if result is not None:
-            distributed.say(f"  done, but {damage}; it is exported again")
+            distributed.print_rank_zero(f"  done, but {damage}; it is exported again")
             try:
-                return distributed.on_first(lambda: export_again(run, examples, result))
+                return distributed.on_rank_zero(lambda: export_again(run, examples, result))
             except InputError as error:
                 if run.spec.resume:
                     raise
-                distributed.say(f"  that cannot be done, so the run begins again: {error.message}")
+                distributed.print_rank_zero(f"  that cannot be done, so the run begins again: {error.message}")
         return fit(run, examples)
 
 
@@ -95,18 +97,18 @@ def check_all(run: Run, known: dict[str, Any] | None = None) -> None:
     Raises:
         InputError: for what cannot work, naming the key of the command.
     """
-    from kd.build import build_examples, check, check_arguments
+    from kd.build import build_examples, check_arguments, check_run
 
     if known is None:
         check_arguments(run)
     known = {} if known is None else known
-    text = digest_of({part: run.identity[part] for part in ("task", "data")})
+    text = digest_of({part: run.digest_inputs[part] for part in ("task", "data")})
     if text not in known:
         known[text] = build_examples(run)
-    check(run, known[text])
+    check_run(run, known[text])
     for role, needed in run.inputs.items():
         if needed.result is None:
-            with keys_of(role, run.spec, run.config):
+            with rename_error_keys(role, run.spec, run.config):
                 check_all(needed, known)
 
 
@@ -142,7 +144,7 @@ def make_point(config: DictConfig, overrides: Sequence[str]) -> None:
 def deliver(run: Run) -> None:
     """Make a run, unless it is done, and print its table."""
     result = execute(run)
-    if distributed.is_first():
+    if distributed.is_rank_zero():
         from kd.report import closing_table
 
         closing_table(result, run.directory)
@@ -173,7 +175,7 @@ def check_launch(run: Run, key: str = "trainer.batch_size") -> None:
             key,
         )
     for role, needed in run.inputs.items():
-        with keys_of(role, run.spec, run.config):
+        with rename_error_keys(role, run.spec, run.config):
             check_launch(needed, "student.run" if role == "stage" else "trainer.batch_size")
 
 
@@ -205,7 +207,7 @@ def point(number: str, make: Callable[[], None]) -> Failure | None:
     except BrokenPipeError:  # nobody reads any more
         raise
     except Exception as error:
-        if not distributed.alike(number, error):
+        if not distributed.all_ranks_failed_alike(number, error):
             with plain_errors():
                 raise
         return Failure.of(error)
@@ -241,7 +243,7 @@ def stop(message: str, status: int) -> None:
     if os.environ.get("KD_TRACEBACK"):
         traceback.print_exc()
     try:
-        if distributed.says(message):
+        if distributed.prints_error(message):
             print(f"\n{message}", file=sys.stderr, flush=True)
     finally:
         distributed.end(status)

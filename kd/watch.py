@@ -36,7 +36,7 @@ TERMINATED = 128 + signal.SIGTERM
 GOES_ON = "the same command goes on from the last checkpoint"
 
 
-class Watch:
+class Watchdog:
     """One rank's part.
 
     Two threads, because a store whose machine has vanished may keep a call for many minutes: one talks to the store, the
@@ -114,7 +114,7 @@ class Watch:
             finally:  # also where nobody listens any more
                 os._exit(status)
 
-    def says(self, message: str) -> bool:
+    def prints_error(self, message: str) -> bool:
         """Return whether this rank is the one to print an error that other ranks may find too."""
         self.first(self.spoken)
         return self.first(f"said/{hashlib.blake2b(message.encode(), digest_size=8).hexdigest()}")
@@ -123,7 +123,7 @@ class Watch:
         """Return whether nobody has claimed a key before; true where the store does not answer."""
         return self._ask(lambda: self.store.add(key, 1), 1) == 1
 
-    def alike(self, step: str, outcome: str) -> bool:
+    def all_failed_alike(self, step: str, outcome: str) -> bool:
         """Return whether every rank comes to the same end of a step within the time that a silent one gets."""
         self._ask(lambda: self.store.set(f"end/{step}/{self.rank}", outcome), None)
         ends = [f"end/{step}/{other}" for other in range(self.world)]

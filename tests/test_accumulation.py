@@ -11,7 +11,7 @@ from kd import train
 from kd.data.sampler import LengthBatches, TokenBatches
 from kd.engines.base import Engine
 from kd.engines.distiller import Distiller
-from kd.engines.mutual import Mutual
+from kd.engines.mutual import MutualDistiller
 from whole_runs import last_weights, made, planned, same_weights
 
 Small = Callable[..., list[str]]
@@ -91,7 +91,7 @@ def test_gradient_of_a_step_is_that_of_one_batch_of_its_examples(
 
     for needed in planned(small(*words)).inputs.values():
         train.execute(needed)
-    for engine in (Distiller, Mutual):
+    for engine in (Distiller, MutualDistiller):
         monkeypatch.setattr(engine, "on_train_batch_start", before)
         monkeypatch.setattr(engine, "on_before_optimizer_step", compare)
     # 96 examples in batches of 19 and 20: four, and the one that is left.

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from kd import train
-from kd.data.datamodule import KDData
+from kd.data.datamodule import KDDataModule
 from kd.data.tokens import Tokens
 from kd.errors import InputError
 from whole_runs import planned, torchrun, weights
@@ -49,7 +49,7 @@ def test_a_budget_has_an_example_for_each_rank(small: Small, monkeypatch: pytest
     run = planned(small(*ALONE))
     examples = build_examples(run)
     tokenizer = build_models(run, examples.task, meta=True).student.tokenizer
-    data = KDData(examples, [tokenizer], [], 15, 15, 32, 0, rank=1, world=4, batch_tokens=32)
+    data = KDDataModule(examples, [tokenizer], [], 15, 15, 32, 0, rank=1, world=4, batch_tokens=32)
     with pytest.raises(InputError, match=r"trainer\.batch_tokens=32 cuts 'train' into batches of which one has") as caught:
         data.train_dataloader()
     assert caught.value.key == "trainer.batch_tokens"

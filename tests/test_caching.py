@@ -18,7 +18,7 @@ import torch
 
 from kd import caching, passes, sources, train
 from kd.build import Models, build_data, build_examples, build_models
-from kd.data.datamodule import KDData
+from kd.data.datamodule import KDDataModule
 from kd.errors import InputError
 from kd.forward import Needs, Outputs, UndeclaredRead
 from kd.models import CachedTeacher, FrozenTeacher
@@ -45,7 +45,7 @@ def fresh(small: Small, teacher: Path, tmp_path: Path):
     return lambda *more: small(*more, f"paths.runs={tmp_path / 'runs'}")
 
 
-def built(overrides: list[str]) -> tuple[Run, Models, KDData]:
+def built(overrides: list[str]) -> tuple[Run, Models, KDDataModule]:
     """A run's models and data as training sees them."""
     run = planned(overrides)
     for needed in run.inputs.values():
@@ -174,7 +174,7 @@ def test_what_is_read_is_what_the_teacher_says_of_that_example_but_for_rounding(
                     assert float((tensor[0] - tensor[1]).abs().max()) > 10 * bound * size
 
 
-def test_what_is_remembered_is_padded_as_the_tokens_are(fresh) -> None:
+def test_what_is_cached_is_padded_as_the_tokens_are(fresh) -> None:
     _, _, data = built(fresh("method=pkd", "trainer.pad_multiple=8"))
     for rows in ([5], [3, 0, 7]):
         batch = data.collate("train")(rows)
@@ -191,7 +191,7 @@ def test_metrics_do_not_depend_on_what_shares_a_batch(small: Small) -> None:
         assert {k: other[k] for k in ("metrics", "agreement")} == {k: alone[k] for k in ("metrics", "agreement")}
 
 
-def test_a_teacher_that_is_trained_with_its_students_is_not_remembered(fresh) -> None:
+def test_a_teacher_that_is_trained_with_its_students_is_not_cached(fresh) -> None:
     _, result = made(fresh("method=pkd", "cohort=mutual", "cohort.teacher=online", "trainer.max_epochs=1"))
     assert result["cache"] == {}
 
@@ -433,10 +433,10 @@ def test_no_room_is_said_before_the_pass(fresh, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("needs", "data", "reason"),
     [
-        (Needs(live="it smooths the text"), SimpleNamespace(changes=""), "it smooths the text"),
+        (Needs(uncacheable_reason="it smooths the text"), SimpleNamespace(changes=""), "it smooths the text"),
         (Needs(gradient=True), SimpleNamespace(changes=""), "gradients"),
         (Needs(), SimpleNamespace(changes="masked anew"), "masked anew"),
-        (Needs() | Needs(live="a") | Needs(live="b"), SimpleNamespace(changes=""), "a; b"),
+        (Needs() | Needs(uncacheable_reason="a") | Needs(uncacheable_reason="b"), SimpleNamespace(changes=""), "a; b"),
     ],
 )
 def test_a_method_that_cannot_says_so(small: Small, needs: Needs, data: SimpleNamespace, reason: str) -> None:
@@ -444,10 +444,10 @@ def test_a_method_that_cannot_says_so(small: Small, needs: Needs, data: SimpleNa
     assert caching.reason_to_run(planned(small("cache=on")), data, models.teachers[0], needs).startswith(reason)
 
 
-def test_a_remembered_teacher_reads_no_other_text(fresh) -> None:
+def test_a_cached_teacher_reads_no_other_text(fresh) -> None:
     _, models, data = built(fresh("method=kd"))
     inputs = {"input_ids": torch.zeros(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
-    with pytest.raises(UndeclaredRead, match="Needs\\(live="):
+    with pytest.raises(UndeclaredRead, match="Needs\\(uncacheable_reason="):
         models.teachers[0](inputs, Needs())
     with pytest.raises(UndeclaredRead, match="hidden-1"):
         models.teachers[0](data.collate("train")([0]).teachers[0], Needs(hidden=[1]))
@@ -468,7 +468,7 @@ def test_batches_of_the_pass_hold_every_example_once_and_are_bounded() -> None:
 KILLED = """
 import os, signal, sys
 from kd import caching
-from kd.data.store import Share, Store
+from kd.data.store import Share, TensorStore
 original, calls = Store.commit, []
 if int(sys.argv[1]) < 0:
     Share.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -520,4 +520,4 @@ def test_each_teacher_of_a_pool_has_a_cache_of_its_own(fresh, backbone: Path) ->
     _, result = made([*words, "teacher.minilm_3l.run.seed=5"])
     assert {name: made["used"] for name, made in result["cache"].items()} == {"minilm": True, "minilm_3l": True}
     assert result["teacher_forward_examples"] == 2 * TRAIN
-    assert sum(each["looks"] for each in result["teacher_forwards"].values()) == 12
+    assert sum(each["batches_used"] for each in result["teacher_forwards"].values()) == 12

@@ -77,10 +77,10 @@ def test_what_only_the_first_rank_does_exchanges_nothing(monkeypatch: pytest.Mon
     mine = torch.ones(2)
 
     def work() -> tuple[object, ...]:
-        inner = distributed.on_first(lambda: "inner")  # what follows it is still the first rank's alone
-        return inner, distributed.agree("a"), distributed.gather("b"), distributed.total(3), distributed.mean([mine])
+        inner = distributed.on_rank_zero(lambda: "inner")  # what follows it is still the first rank's alone
+        return inner, distributed.broadcast("a"), distributed.gather("b"), distributed.total(3), distributed.mean([mine])
 
-    assert distributed.on_first(work) == ("inner", "a", ["b"], 3, [mine])
+    assert distributed.on_rank_zero(work) == ("inner", "a", ["b"], 3, [mine])
     assert len(exchanged) == 1
     for exchange in (lambda: distributed.mean([mine]), lambda: distributed.gather(1)):
         with pytest.raises(ValueError, match="process group"):  # there is none here

@@ -20,7 +20,7 @@ from kd.forward.taps import FAMILIES
 from kd.models import CachedTeacher, Encoder, FrozenTeacher
 from kd.models.students import build_student, new_model
 from kd.preflight import Report, check_teachers
-from kd.progress import Progress
+from kd.progress import ProgressBar
 from kd.schema import StudentSpec, TaskSpec
 
 TWO = Classification("t", ["bad", "good"], {}, ["accuracy", "f1", "matthews_corrcoef"], "accuracy")
@@ -95,7 +95,7 @@ def test_a_teacher_that_is_barely_better_than_chance_is_told(
 
 
 def epochs(constant: list[dict[str, str]], capsys: pytest.CaptureFixture[str]) -> list[str]:
-    progress = Progress("run", "plain", "a cure")
+    progress = ProgressBar("run", "plain", "a cure")
     for epoch, found in enumerate(constant):
         trainer = types.SimpleNamespace(
             is_global_zero=True, sanity_checking=False, current_epoch=epoch, max_epochs=9,
@@ -148,7 +148,7 @@ def test_the_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_a_remembered_teacher_is_timed_in_its_shape_and_draws_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_teacher_is_timed_in_its_shape_and_draws_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Encoder(new_model(tiny_config(family), meta=True), tiny_tokenizer())
     normal = torch.Tensor.normal_
 

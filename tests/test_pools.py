@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from conftest import tiny_model, tiny_tokenizer
 from kd import train
-from kd.build import build_examples, build_models, check, pool_chances
+from kd.build import build_examples, build_models, check_run, teacher_probabilities
 from kd.data.batch import Batch
 from kd.data.datamodule import Examples
 from kd.errors import InputError
@@ -182,7 +182,7 @@ def test_a_pilots_score_is_its_accuracy_on_the_part_held_out(ranked: tuple[Run, 
         assert pilot.result["metrics"]["validation"]["accuracy"] == pytest.approx(found)
         assert pilot.result["examples"] == {split: len(each) for split, each in held.texts.items()}
         scores.append(found)
-    chances = pool_chances(run, build_examples(run).task, meta=False)
+    chances = teacher_probabilities(run, build_examples(run).task, meta=False)
     order = [1 / 3, 2 / 3] if scores[0] < scores[1] else [2 / 3, 1 / 3] if scores[0] > scores[1] else [0.5, 0.5]
     assert chances == pytest.approx(order)
 
@@ -204,7 +204,7 @@ def test_ranks_do_not_change_with_the_labels_of_validation_and_test(
         one, two = (each.inputs[f"pilot {name}"].result for each in (run, other))
         assert one["metrics"] == two["metrics"]
     task = build_examples(run).task
-    assert pool_chances(run, task, meta=False) == pool_chances(other, task, meta=False)
+    assert teacher_probabilities(run, task, meta=False) == teacher_probabilities(other, task, meta=False)
 
 
 class Scored:
@@ -219,7 +219,7 @@ def chances(run: Run, metric: str, scores: list[float | None], distribution: str
     task.monitor = metric
     run.spec.pool.distribution = distribution
     run.inputs.update({f"pilot {name}": Scored(metric, score) for name, score in zip(NAMES, scores, strict=True)})
-    return pool_chances(run, task, meta=False)
+    return teacher_probabilities(run, task, meta=False)
 
 
 def test_chances_follow_the_monitored_metric_of_the_pilots(of_count: Callable[[int], Callable[..., Run]]) -> None:
@@ -248,7 +248,7 @@ def test_a_pool_wraps_the_method_that_was_chosen(plans: dict[str, Run], kind: st
 def test_a_chain_of_teachers_ends_in_a_student_of_the_last(small: Small, backbone: Path) -> None:
     run, result = made(small("method=skdbert", *pool(backbone, *NAMES), "pool=takd"))
     assert set(result["teacher_forwards"]) == {"minilm_3l"}
-    assert result["teacher_forwards"]["minilm_3l"]["looks"] == 12
+    assert result["teacher_forwards"]["minilm_3l"]["batches_used"] == 12
     third = run.inputs["teacher minilm_3l"]
     assert set(third.result["teacher_forwards"]) == {"minilm_4l"}
     assert set(third.inputs["teacher minilm_4l"].result["teacher_forwards"]) == {"minilm"}
@@ -266,7 +266,7 @@ def test_ranks_by_students_reach_the_draws(small: Small, backbone: Path) -> None
     scores = [run.inputs[f"pilot {name}"].result["metrics"]["validation"]["accuracy"] for name in TWO]
     wanted = [1 / 3, 2 / 3] if scores[0] < scores[1] else [2 / 3, 1 / 3] if scores[0] > scores[1] else [0.5, 0.5]
     assert method.probabilities == pytest.approx(wanted)
-    assert sum(each["looks"] for each in result["teacher_forwards"].values()) == 6
+    assert sum(each["batches_used"] for each in result["teacher_forwards"].values()) == 6
     assert set(result["inputs"]) == {f"{role} {name}" for role in ("teacher", "pilot") for name in TWO}
 
 
@@ -344,7 +344,7 @@ def test_an_undefined_error_ranks_last(of_count: Callable[[int], Callable[..., R
 def test_a_chain_for_a_cohort_is_of_single_links(of_count: Callable[[int], Callable[..., Run]]) -> None:
     run = of_count(3)("pool=takd", "cohort=mutual")
     link = run.inputs["teacher minilm_3l"]
-    check(link, build_examples(link))  # found only after the first link has been trained
+    check_run(link, build_examples(link))  # found only after the first link has been trained
 
 
 @pytest.mark.parametrize("place", [0, 1])

@@ -139,7 +139,7 @@ def test_a_configuration_whose_result_a_correction_changed_has_another_digest(
     alone: Planner, overrides: list[str], revised: int
 ) -> None:
     """Runs of before are then not taken for done; those of other configurations are."""
-    identity = alone(*overrides).identity
+    identity = alone(*overrides).digest_inputs
     assert len(identity.get("revisions", [])) == revised
     assert ("revisions" in identity) == bool(revised)
 
@@ -210,17 +210,17 @@ def test_a_model_that_was_loaded_in_another_type_makes_other_runs(
             "teacher minilm"
         ],
     ):
-        assert run.identity.get("revisions", []) == revised, run.name
-    assert "revisions" not in made.identity, "its teacher's run has it"
+        assert run.digest_inputs.get("revisions", []) == revised, run.name
+    assert "revisions" not in made.digest_inputs, "its teacher's run has it"
     online = taught["online"](f"student.backbone={backbone}", f"teacher.minilm.backbone={folder}")
-    assert online.identity["online"].get("revisions", []) == revised
+    assert online.digest_inputs["online"].get("revisions", []) == revised
 
 
 @pytest.mark.parametrize("form", ["shards", "pickle", "old pickle"])
 def test_the_type_is_read_in_every_form_of_weights(alone: Planner, backbone: Path, tmp_path: Path, form: str) -> None:
     for kind in ("of float32, not said", "of bfloat16, not said", "of float64, not said"):
         folder = of_kind(kind, backbone, tmp_path / kind, form)
-        assert len(alone(f"backbone={folder}").identity.get("revisions", [])) == KINDS[kind][2], kind
+        assert len(alone(f"backbone={folder}").digest_inputs.get("revisions", [])) == KINDS[kind][2], kind
 
 
 @pytest.mark.parametrize(
@@ -250,12 +250,12 @@ def test_outputs_that_had_other_names_make_other_runs(
     numbers = {"negative": 0, "positive": 1} if outputs is None else {name: int(number) for number, name in outputs.items()}
     (folder / "config.json").write_text(json.dumps({**config, "id2label": outputs, "label2id": numbers}))
     ready = [f"teacher.hub.model={folder}", *([] if labels is None else [f"teacher.hub.labels=[{labels}]"])]
-    assert taught["hub"](*ready).identity.get("revisions", []) == [OUTPUTS] * teaches
-    assert taught["hub"](*ready, "student.init_from=teacher").identity.get("revisions", []) == [OUTPUTS] * begins
+    assert taught["hub"](*ready).digest_inputs.get("revisions", []) == [OUTPUTS] * teaches
+    assert taught["hub"](*ready, "student.init_from=teacher").digest_inputs.get("revisions", []) == [OUTPUTS] * begins
     if labels is None:
         checkpoint = alone("student.init=checkpoint", f"student.checkpoint={folder}")
-        assert checkpoint.identity.get("revisions", []) == [OUTPUTS] * begins
-        assert "revisions" not in alone(f"backbone={folder}").identity, "a backbone's head is not used"
+        assert checkpoint.digest_inputs.get("revisions", []) == [OUTPUTS] * begins
+        assert "revisions" not in alone(f"backbone={folder}").digest_inputs, "a backbone's head is not used"
 
 
 def test_with_a_token_budget_the_batch_size_decides_nothing(alone: Planner) -> None:

@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 
 from kd import train
 from kd.checkpoints import AtomicCheckpointIO, read_checkpoint, seal
-from kd.data.store import Store
-from kd.data.tokens import CHECKSUM, read
+from kd.data.store import TensorStore
+from kd.data.tokens import CHECKSUM, read_arrays
 from kd.errors import InputError
 from kd.models.pretrained import load_config, load_model, load_tokenizer
 from kd.report import load_results
@@ -146,7 +146,7 @@ def test_stored_tokens_are_not_executed(tmp_path: Path, mark: Path) -> None:
     path = tmp_path / "x.npz"
     for content in (body.getvalue(), pickle.dumps(Payload(mark)), b"\x93NUMPY", b""):
         path.write_bytes(content + hashlib.blake2b(content, digest_size=CHECKSUM).digest())
-        assert read(path) is None
+        assert read_arrays(path) is None
     assert not mark.exists()
 
 
@@ -163,7 +163,7 @@ def test_stored_tokens_are_not_executed(tmp_path: Path, mark: Path) -> None:
     ],
 )
 def test_a_cache_that_is_foreign_is_damaged(tmp_path: Path, mark: Path, entry: object) -> None:
-    store = Store(tmp_path, np.array([0, 2, 4]))
+    store = TensorStore(tmp_path, np.array([0, 2, 4]))
     as_pickle(Payload(mark), tmp_path / "logits.bin")
     (tmp_path / "logits.json").write_text(json.dumps(entry))
     assert store.damaged(["logits"]) == ["logits"]

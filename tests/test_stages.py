@@ -28,7 +28,7 @@ def test_it_is_the_same_run_with_another_method(staged: Callable[..., Run]) -> N
     assert (first.spec.trainer.max_epochs, first.spec.method["epochs"]) == (2, 2)
     assert first.inputs["teacher minilm"].digest == run.inputs["teacher minilm"].digest
     assert run.spec.student.init == "run"
-    assert run.beginning is first
+    assert run.init_run is first
 
 
 def test_what_is_laid_over_it_changes_both_runs_and_the_rest_the_last_alone(staged: Callable[..., Run]) -> None:

@@ -84,7 +84,7 @@ def test_parameter_counts_include_embeddings(finished: tuple[Run, dict], backbon
     assert result["parameters"]["teacher"] == sum(p.numel() for p in teacher.parameters())
 
 
-def test_a_teacher_that_is_not_remembered_runs_once_for_each_example_and_epoch_and_not_for_validation(small: Small) -> None:
+def test_a_teacher_that_is_not_cached_runs_once_for_each_example_and_epoch_and_not_for_validation(small: Small) -> None:
     assert made(small("seed=9", "cache=off"))[1]["teacher_forward_examples"] == 2 * 96
 
 
@@ -263,8 +263,8 @@ def test_stopped_run_ends_with_the_weights_of_an_unbroken_one(
     assert again["metrics"] == result["metrics"]
     assert again["selection"] == result["selection"]
     assert again["teacher_forward_examples"] == 96  # the pass of the run that was stopped
-    looks = result["teacher_forwards"]["minilm"]["looks"]  # the unbroken run may have found the teacher's outputs
-    assert again["teacher_forwards"] == {"minilm": {"passes": 1, "examples": 96, "looks": looks}}
+    looks = result["teacher_forwards"]["minilm"]["batches_used"]  # the unbroken run may have found the teacher's outputs
+    assert again["teacher_forwards"] == {"minilm": {"passes": 1, "examples": 96, "batches_used": looks}}
     assert "train" in again["cache"]["minilm"]["written"]
     assert again["seconds"]["cache"] > 0
     assert again["resumed"] == {"starts": 2, "from_steps": steps}
@@ -286,7 +286,7 @@ def test_run_stopped_between_the_batches_of_one_step_ends_like_an_unbroken_one(
     assert same_weights(last_weights(run), last_weights(unbroken))
 
 
-def test_best_checkpoint_is_remembered_when_the_runs_have_moved(
+def test_best_checkpoint_is_cached_when_the_runs_have_moved(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = [0.9, 0.5, 0.6, 0.4]

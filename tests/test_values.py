@@ -16,7 +16,7 @@ from key_values import Values, every_value, leaves, method_keys, names_key, type
 from omegaconf import DictConfig, OmegaConf
 
 from kd.bench import main as bench_command
-from kd.build import build_examples, check, check_arguments
+from kd.build import build_examples, check_arguments, check_run
 from kd.config import check_overrides, compose, typed
 from kd.data.sources import Example, split_by_hash
 from kd.errors import InputError
@@ -65,7 +65,7 @@ def attempt(composed: DictConfig, key: str, value: Any, full: bool) -> None:
         if full:
             check_all(run, {})
         else:
-            check(run, build_examples(run))
+            check_run(run, build_examples(run))
     finally:
         signal.alarm(0)
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from kd import fit as fitting
 from kd import train
-from kd.build import build_examples, check
+from kd.build import build_examples, check_run
 from kd.config import compose
 from kd.planning import plan
 from kd.runs import Run
@@ -50,7 +50,7 @@ def over(base: list[str]) -> Callable[..., Run]:
 def checked(plan_of: Callable[..., Run], *more: str) -> None:
     """Plan a run and build it with shapes in place of weights, as is done before anything is trained."""
     run = plan_of(*more)
-    check(run, build_examples(run))
+    check_run(run, build_examples(run))
 
 
 def made(overrides: list[str]) -> tuple[Run, dict]:

@@ -1,6 +1,6 @@
 """`kd-bench`: what distilling costs beside fine-tuning the same student, and beside another framework.
 
-Absolute rates say more about the machine than about the method, so contestants take turns and their ratios are the figures.
+Absolute rates say more about the machine than about the method, so candidates take turns and their ratios are the figures.
 """
 
 import argparse
@@ -13,13 +13,13 @@ from kd.errors import InputError
 from kd.hardware import configure_openmp, version_line
 
 DESCRIPTION = """Time a method's training steps beside plain fine-tuning of the same student in the same harness, and, with
---peer, beside TextBrewer. Each contestant has a process of its own; they take turns, and one works at a time. A turn is an
+--peer, beside TextBrewer. Each candidate has a process of its own; they take turns, and one works at a time. A turn is an
 epoch over the same few training examples, and the first turn of each is a warm-up. Nothing is kept but the figures. Teachers
 that a run would fine-tune are taken untrained: speed does not depend on their weights."""
 
 
 def main() -> None:
-    """The command `kd-bench`: exit status 2 for what the user can put right, 1 where a contestant's process dies."""
+    """The command `kd-bench`: exit status 2 for what the user can put right, 1 where a candidate's process dies."""
     parser = argparse.ArgumentParser(prog="kd-bench", description=DESCRIPTION)
     parser.add_argument("overrides", nargs="*", help="as for kd-train: method=pkd student=3l task=rotten_tomatoes ...")
     parser.add_argument("--steps", type=_positive, default=20, help="optimiser steps of one turn (default 20)")
@@ -39,9 +39,9 @@ def main() -> None:
             need("textbrewer", "--peer")
         if arguments.picture or arguments.out:
             need("matplotlib", "--picture" if arguments.picture else "--out")
-        from kd.bench.contest import contest, report
+        from kd.bench.benchmark import benchmark, report
 
-        found = contest(arguments.overrides, arguments.steps, arguments.repeats, arguments.peer)
+        found = benchmark(arguments.overrides, arguments.steps, arguments.repeats, arguments.peer)
     except InputError as error:
         print(f"kd-bench: {error}", file=sys.stderr)
         sys.exit(2)

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kd.bench.contestants import PEERS
+from kd.bench.candidates import BASELINES
 from kd.bench.workers import Turn
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def relative(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
-    """Ratios of two contestants' values of the same round: what slows a whole round down slows both.
+    """Ratios of two candidates' values of the same round: what slows a whole round down slows both.
 
     >>> relative([2.0, 9.0, 4.0], [1.0, 3.0, 4.0])
     {'median': 2.0, 'low': 1.0, 'high': 3.0}
@@ -42,20 +42,20 @@ def figures(
     """What the turns say.
 
     Args:
-        labels: contestant -> its name in tables, in their order.
-        facts: contestant -> what its worker said of itself.
-        rounds: contestant -> turn; the first round is the warm-up.
+        labels: candidate -> its name in tables, in their order.
+        facts: candidate -> what its worker said of itself.
+        rounds: candidate -> turn; the first round is the warm-up.
         rates: data type -> floating-point operations per second, of each round in which it was timed; the best one counts.
-        baseline: the contestant that the others' time is divided by.
+        baseline: the candidate that the others' time is divided by.
     """
     measured = {name: [each[name].seconds for each in rounds[1:]] for name in labels}
-    peers = [each.name for each in PEERS if each.name in labels]
+    peers = [each.name for each in BASELINES if each.name in labels]
     best = {dtype: max(found) for dtype, found in rates.items()}
-    contestants = {}
+    candidates = {}
     for name, label in labels.items():
         known, seconds = facts[name], measured[name]
         flops = known["flops"]
-        contestants[name] = {
+        candidates[name] = {
             "label": label,
             "overrides": known["overrides"],
             "precision": known["precision"],
@@ -84,27 +84,27 @@ def figures(
         "examples_per_epoch": round(known["examples"] * known["turns_in_epoch"]),
         "matrix_product_flops_per_second": {dtype: {"best": best[dtype], "rounds": list(rates[dtype])} for dtype in rates},
         "order": [list(each) for each in rounds],
-        "contestants": contestants,
+        "candidates": candidates,
     }
 
 
 def cells(found: Mapping[str, Any]) -> list[list[str]]:
-    """The table: a row of headings, then a row for each contestant."""
-    contestants = found["contestants"]
-    peers = [each.name for each in PEERS if each.name in contestants]
+    """The table: a row of headings, then a row for each candidate."""
+    candidates = found["candidates"]
+    peers = [each.name for each in BASELINES if each.name in candidates]
     rows = [
         [
-            "contestant",
+            "candidate",
             "examples/s",
             "tokens/s",
             "s/epoch",
             "peak MB",
             "share of rate",
             "time / fine-tuning",
-            *(f"speed / {contestants[peer]['label']}" for peer in peers),
+            *(f"speed / {candidates[peer]['label']}" for peer in peers),
         ]
     ]
-    for one in contestants.values():
+    for one in candidates.values():
         share = one["share_of_matrix_product_rate"]
         own = "" if one["precision"] == found["precision"] else f" ({one['precision']})"
         rows.append(
@@ -136,19 +136,19 @@ def title(found: Mapping[str, Any]) -> str:
 def lines(found: Mapping[str, Any]) -> list[str]:
     """How it was measured, in sentences."""
     cpu, threads, gpus = (found["hardware"][name] for name in ("cpu", "threads", "gpus"))
-    cuda = any(one["device"] == "cuda" for one in found["contestants"].values())
+    cuda = any(one["device"] == "cuda" for one in found["candidates"].values())
     where = ", ".join(gpus[:1]) if cuda else f"{cpu}, {threads} thread(s)"
     rates = ", ".join(f"{dtype} {rate['best'] / 1e9:,.0f}" for dtype, rate in found["matrix_product_flops_per_second"].items())
     return [
         f"Median [range] of {found['repeats']} rounds, ratios within a round. A turn is {found['examples_per_turn']:,} "
         f"examples, {found['tokens_per_turn']:,} tokens without padding; an epoch is {found['examples_per_epoch']:,} examples. "
-        f"Batches of {batches(found)}, {found['precision']}, {where}.",
+        f"Batches of {batches_in_words(found)}, {found['precision']}, {where}.",
         f"Matrix products: {rates} GFLOP/s; the share is of useful work: the student's own, padding left out. "
         f"Peak memory: {'of tensors on the GPU' if cuda else 'of the whole process'}.",
     ]
 
 
-def batches(found: Mapping[str, Any]) -> str:
+def batches_in_words(found: Mapping[str, Any]) -> str:
     """What a batch is."""
     tokens = found["batch_tokens"]
     return f"{found['batch_size']}" if tokens is None else f"up to {tokens} tokens"

@@ -1,4 +1,4 @@
-"""A contestant that trains as `kd-train` does: the same models, data, engine, trainer and loop."""
+"""A candidate that trains as `kd-train` does: the same models, data, engine, trainer and loop."""
 
 import time
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from kd.bench.cost import DTYPES, device_of, training_flops
 from kd.bench.workers import Gate, Job
 from kd.build import Models, build_data, build_engine, build_examples, build_models
 from kd.config import compose
-from kd.data.datamodule import LIMIT_SEED, Examples, KDData
+from kd.data.datamodule import LIMIT_SEED, Examples, KDDataModule
 from kd.errors import InputError
 from kd.fit import build_trainer, quieten
 from kd.hardware import keep_memory
 from kd.models.pretrained import load_config, load_model, load_tokenizer
 from kd.models.students import with_labels
 from kd.planning import backbone_of, plan
-from kd.progress import Progress
+from kd.progress import ProgressBar
 from kd.runs import Run
 
 
@@ -40,7 +40,7 @@ class Prepared:
     run: Run
     examples: Examples
     models: Models
-    data: KDData
+    data: KDDataModule
     turns_in_epoch: float
     began: float
 
@@ -70,7 +70,7 @@ class Prepared:
 
 
 def prepare(job: Job) -> Prepared:
-    """Plan and build a contestant's run over a turn's examples. Nothing is trained, and the runs' folder is not touched.
+    """Plan and build a candidate's run over a turn's examples. Nothing is trained, and the runs' folder is not touched.
 
     Teachers that the run would fine-tune are taken as they are, with a new head. For the same reason a student that would begin
     from another run begins at random; it has the backbone's vocabulary then.
@@ -83,7 +83,7 @@ def prepare(job: Job) -> Prepared:
     run = plan(compose(job.overrides), job.overrides)
     # Of a method's two runs the first: the last is plain distillation or fine-tuning.
     run = run.inputs.get("before", run)
-    trainer, folder = run.spec.trainer, job.folder / job.contestant.name
+    trainer, folder = run.spec.trainer, job.folder / job.candidate.name
     run.directory = folder / run.name
     run.directory.mkdir(parents=True)
     run.spec.paths.runs = str(folder)  # for tokens, and what teachers that are ready say
@@ -99,7 +99,7 @@ def prepare(job: Job) -> Prepared:
             raise InputError(f"the {role} needs a run that a benchmark does not make", "surgery")
         make_untrained(needed, examples, folder / role.replace(" ", "_"), run.spec.seed)
     models = build_models(run, examples.task, texts=examples.texts["train"])
-    if job.contestant.bare:
+    if job.candidate.bare:
         models.teachers = []
     data = build_data(run, examples, models)
     return Prepared(run, examples, models, data, whole / len(examples.texts["train"]), began)
@@ -108,8 +108,8 @@ def prepare(job: Job) -> Prepared:
 def some(examples: Examples, count: int) -> Examples:
     """The same with so many training examples, drawn as `task.limit_train` draws them; all where there are no more."""
     order = np.random.default_rng(LIMIT_SEED).permutation(len(examples.texts["train"]))[:count]
-    texts = {**examples.texts, "train": [examples.texts["train"][place] for place in order]}
-    labels = {**examples.labels, "train": [examples.labels["train"][place] for place in order]}
+    texts = {**examples.texts, "train": [examples.texts["train"][index] for index in order]}
+    labels = {**examples.labels, "train": [examples.labels["train"][index] for index in order]}
     return Examples(examples.task, texts, labels)
 
 
@@ -150,8 +150,8 @@ class Turns(pl.Callback):
         self.gate.close(self.examples)
 
 
-def train(job: Job, gate: Gate) -> None:
-    """Do a contestant's turns: what `kd.fit.fit` does between its preflight and its evaluation, without checkpoints.
+def train_candidate(job: Job, gate: Gate) -> None:
+    """Do a candidate's turns: what `kd.fit.fit` does between its preflight and its evaluation, without checkpoints.
 
     Raises:
         Finished: when there are no more turns.
@@ -162,6 +162,6 @@ def train(job: Job, gate: Gate) -> None:
     run = prepared.run
     engine = build_engine(run, prepared.models, prepared.examples.task)
     gate.ready(prepared.facts(run.spec.trainer.precision), run.spec.trainer.accelerator)
-    callbacks = [Progress(run.name, run.spec.trainer.progress), Turns(gate)]
+    callbacks = [ProgressBar(run.name, run.spec.trainer.progress), Turns(gate)]
     trainer = build_trainer(run, engine, None, callbacks, limit_val_batches=0, enable_checkpointing=False)
     trainer.fit(engine, datamodule=prepared.data)

@@ -1,4 +1,4 @@
-"""One process for each contestant, so that its peak memory is its own; it works only when it is its turn."""
+"""One process for each candidate, so that its peak memory is its own; it works only when it is its turn."""
 
 import contextlib
 import importlib
@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from kd.bench.contestants import Contestant
+from kd.bench.candidates import Candidate
 from kd.errors import InputError
 
 WAITING, GO, STOP = "waiting", "go", "stop"
@@ -24,14 +24,14 @@ class Job:
     """What a worker measures.
 
     Attributes:
-        contestant: whose turns it does.
-        overrides: of the contestant's run.
+        candidate: whose turns it does.
+        overrides: of the candidate's run.
         steps: optimiser steps of one turn, or fewer where there are not so many examples.
         turns: the warm-up included.
         folder: for its files; it is deleted in the end.
     """
 
-    contestant: Contestant
+    candidate: Candidate
     overrides: tuple[str, ...]
     steps: int
     turns: int
@@ -113,9 +113,9 @@ class Gate:
 
 
 def work(channel: Connection, job: Job) -> None:
-    """What a worker does: it builds its contestant, and trains in turns until it is told to stop."""
+    """What a worker does: it builds its candidate, and trains in turns until it is told to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends its workers
-    module, _, function = job.contestant.worker.partition(":")
+    module, _, function = job.candidate.worker.partition(":")
     try:
         getattr(importlib.import_module(module), function)(job, Gate(channel, job))
     except (Finished, EOFError):  # told to stop, or the parent is gone
@@ -137,7 +137,7 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would inherit the parent's memory and threads
-        self.name = job.contestant.name
+        self.name = job.candidate.name
         self.channel, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(theirs, job), name=f"kd-bench {self.name}")
         self.process.start()

@@ -15,7 +15,7 @@ class Batch:
     Attributes:
         student: tokenizer output, each (batch, tokens); of a masked language model also `predicted`, bool.
         teachers: the same for each teacher; usually the very same object, where tokenizers agree. Of a teacher that is
-            remembered, what it said (`kd.data.store.Remembered`).
+            cached, what it said (`kd.data.store.CachedOutputs`).
         labels: (batch,), class indices in the task's order, or float scores; of a masked language model (batch, tokens), the
             tokens to predict and `kd.data.tasks.NOT_PREDICTED`.
         index: (batch,), position of each example in its split; the key of every cache.
@@ -36,10 +36,10 @@ class Batch:
         """Inputs of every student, the first one's first."""
         return (self.student, *self.peers)
 
-    def seen_by(self, place: int) -> "Batch":
-        """The batch as the student at this place sees it: its own inputs as `student`, the others' as `peers`."""
-        others = self.students[:place] + self.students[place + 1 :]
-        return replace(self, student=self.students[place], peers=others)
+    def seen_by(self, index: int) -> "Batch":
+        """The batch as the student at this index sees it: its own inputs as `student`, the others' as `peers`."""
+        others = self.students[:index] + self.students[index + 1 :]
+        return replace(self, student=self.students[index], peers=others)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -15,10 +15,10 @@ from kd.data.labels import class_names
 from kd.data.language import MaskedLM
 from kd.data.sampler import LengthBatches, Rows, TokenBatches
 from kd.data.sources import Source, hash_fraction
-from kd.data.store import Remembered
+from kd.data.store import CachedOutputs
 from kd.data.tasks import Classification, Regression, Task
 from kd.data.texts import INTERNED, Table
-from kd.data.tokens import Store, Tokens, tokenizer_fingerprint
+from kd.data.tokens import Tokens, TokenStore, tokenizer_fingerprint
 from kd.errors import InputError, one_of
 from kd.schema import TaskSpec
 
@@ -126,7 +126,7 @@ def encoded(task: Task, table: Table, spec: TaskSpec) -> list[float]:
 
 
 def held_out(raw: Mapping[str, Table], share: float) -> dict[str, Table]:
-    """Train cut in two by a hash of the text: train, and validation in place of the task's own evaluation splits.
+    """Train cut in two by a hash of the text: train, and validation in index of the task's own evaluation splits.
 
     Raises:
         InputError: for a share outside (0, 1).
@@ -159,7 +159,7 @@ def build_task(spec: TaskSpec, train: Table) -> Task:
     return Classification(spec.name, labels, spec.codes, spec.metrics, spec.monitor)
 
 
-class Numbers(Dataset[int]):
+class RowIndices(Dataset[int]):
     """The numbers of a split's examples; `Collate` does the rest, a batch at a time."""
 
     def __init__(self, count: int) -> None:
@@ -180,7 +180,7 @@ class Numbers(Dataset[int]):
 class Collate:
     """Example numbers -> `Batch`. Models whose tokenizers agree share one object."""
 
-    tokens: Mapping[str, Tokens | Remembered]
+    tokens: Mapping[str, Tokens | CachedOutputs]
     students: Sequence[str]
     teachers: Sequence[str]
     labels: Sequence[float]
@@ -199,10 +199,10 @@ class Collate:
         )
 
 
-class KDData(pl.LightningDataModule):
+class KDDataModule(pl.LightningDataModule):
     """Loaders over a task, tokenised for its students and teachers.
 
-    A class whose text is another in each epoch says so in `changes`, in words: of it a teacher cannot be remembered.
+    A class whose text is another in each epoch says so in `changes`, in words: of it a teacher cannot be cached.
 
     Args:
         examples: the task's text and labels.
@@ -216,7 +216,7 @@ class KDData(pl.LightningDataModule):
         rank: this process.
         world: processes.
         pad_multiple: batches are padded to a multiple of so many tokens.
-        batch_tokens: padded tokens of a global training batch at most, in place of `batch_size`.
+        batch_tokens: padded tokens of a global training batch at most, in index of `batch_size`.
         store: folder that keeps tokenised texts; None keeps none.
         accumulate: training batches of an optimiser step.
     """
@@ -244,7 +244,7 @@ class KDData(pl.LightningDataModule):
         self.examples = examples
         self.max_length, self.pad_multiple, self.batch_tokens = max_length, pad_multiple, batch_tokens
         self.accumulate = accumulate
-        self.store = Store(store)
+        self.store = TokenStore(store)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.seed, self.workers, self.rank, self.world = seed, workers, rank, world
         self.student_keys = [tokenizer_fingerprint(student) for student in students]
@@ -259,10 +259,10 @@ class KDData(pl.LightningDataModule):
         self._train_sampler: LengthBatches | None = None
         self._skip = 0
 
-    def remember(self, place: int, splits: Mapping[str, Remembered]) -> None:
-        """From now on, batches carry what the teacher at this place said of each split in the place of its tokens."""
-        for split, remembered in splits.items():
-            self.tokens[split][f"teacher {place}"] = remembered
+    def use_cached(self, index: int, splits: Mapping[str, CachedOutputs]) -> None:
+        """From now on, batches carry what the teacher at this index said of each split in the index of its tokens."""
+        for split, cached in splits.items():
+            self.tokens[split][f"teacher {index}"] = cached
 
     def read(self, tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int) -> Any:
         """The texts of one split, tokenised."""
@@ -284,7 +284,7 @@ class KDData(pl.LightningDataModule):
     def collate(self, split: str) -> Any:
         """The collate function of a split."""
         tokens, examples = self.tokens[split], self.examples
-        teachers = [f"teacher {place}" for place in range(len(self.teacher_keys))]
+        teachers = [f"teacher {index}" for index in range(len(self.teacher_keys))]
         teachers = [own if own in tokens else key for own, key in zip(teachers, self.teacher_keys, strict=True)]
         read = {key: tokens[key] for key in (*self.student_keys, *teachers)}
         return Collate(read, self.student_keys, teachers, examples.labels[split], examples.task)
@@ -299,7 +299,7 @@ class KDData(pl.LightningDataModule):
             self._train_sampler = sampler
             sampler.skip = self._skip
         return DataLoader(
-            Numbers(len(lengths)),  # type: ignore[arg-type]
+            RowIndices(len(lengths)),  # type: ignore[arg-type]
             batch_sampler=sampler,
             collate_fn=self.collate(split),
             num_workers=self.workers,

@@ -106,7 +106,7 @@ class MaskedLM:
         """A torchmetrics metric."""
         return MASKED_LM[name](sync_on_compute=across_ranks)
 
-    def chance(self, labels: Tensor) -> dict[str, float]:
+    def majority_baseline(self, labels: Tensor) -> dict[str, float]:
         """Unknown: it is a matter of the vocabulary."""
         return {}
 

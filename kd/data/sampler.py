@@ -86,7 +86,7 @@ class LengthBatches(Sampler[list[int]]):
         batches = []
         for pool in np.split(order, self._pools(len(order))):
             batches += self._cut(pool[np.argsort(self.lengths[pool], kind="stable")])
-        return [batches[place] for place in generator.permutation(len(batches))]
+        return [batches[index] for index in generator.permutation(len(batches))]
 
     def _pools(self, count: int) -> list[int]:
         """Where one pool ends and the next begins. One that would be less than a batch is part of the one before it."""
@@ -109,8 +109,8 @@ class LengthBatches(Sampler[list[int]]):
         first, self.skip = self.skip, 0
         sizes = [len(batch) for batch in batches]
         epoch = None if self.seed is None else self.epoch
-        for place in range(first, len(batches)):
-            batch, begin = batches[place], place - place % self.accumulate
+        for index in range(first, len(batches)):
+            batch, begin = batches[index], index - index % self.accumulate
             # The examples of the optimiser step; the trainer divides by `accumulate` however many batches they come in.
             count = sum(sizes[begin : begin + self.accumulate])
             mine = batch[self.rank :: self.world]
@@ -167,9 +167,9 @@ class TokenBatches(LengthBatches):
     def _classes(self, tokens: np.ndarray) -> np.ndarray:
         """The longest text of the class of each example, in tokens."""
         most = np.zeros(len(tokens), dtype=np.int64)
-        for place in range(len(tokens) - 1, -1, -1):
-            same = place + 1 < len(tokens) and most[place + 1] <= SPREAD * tokens[place]
-            most[place] = most[place + 1] if same else tokens[place]
+        for index in range(len(tokens) - 1, -1, -1):
+            same = index + 1 < len(tokens) and most[index + 1] <= SPREAD * tokens[index]
+            most[index] = most[index + 1] if same else tokens[index]
         found: np.ndarray = most[np.searchsorted(tokens, self.lengths)]
         return found
 
@@ -199,4 +199,4 @@ class TokenBatches(LengthBatches):
         order = generator.permutation(len(self.lengths))
         line = order[np.argsort(-self.classes[order], kind="stable")]
         batches = np.split(line, self.cuts)
-        return [batches[place] for place in generator.permutation(len(batches))]
+        return [batches[index] for index in generator.permutation(len(batches))]

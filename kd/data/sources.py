@@ -157,7 +157,7 @@ def reported(table: Iterable[tuple[int, Row]], path: Path) -> Iterator[tuple[int
     for count, (line, row) in enumerate(table, start=1):
         if count % 50_000 == 0 and time.monotonic() - said > SAY_AFTER:
             said = time.monotonic()
-            distributed.say(f"  reading '{path.name}': {count:,} examples so far")
+            distributed.print_rank_zero(f"  reading '{path.name}': {count:,} examples so far")
         yield line, row
 
 

@@ -65,7 +65,7 @@ class Entry:
 
 
 @dataclass
-class Store:
+class TensorStore:
     """Tensors of one teacher over one split.
 
     Args:
@@ -154,8 +154,8 @@ class Store:
             array, entry = self._array(name)
             if by_token(name):
                 values = np.zeros((len(where), longest or int(lengths.max()), entry.shape[1]), dtype=array.dtype)
-                for place, (row, length) in enumerate(zip(where, lengths, strict=True)):
-                    values[place, :length] = array[self.offsets[row] : self.offsets[row] + length]
+                for index, (row, length) in enumerate(zip(where, lengths, strict=True)):
+                    values[index, :length] = array[self.offsets[row] : self.offsets[row] + length]
             else:
                 values = array[where]
             found[name] = _tensor(values, entry.stored).to(getattr(torch, entry.shown))
@@ -199,7 +199,7 @@ class Store:
 
 
 @dataclass(frozen=True)
-class Remembered:
+class CachedOutputs:
     """What a teacher said of a split, in the place of its tokens: what a batch of them is collated from.
 
     Args:
@@ -208,7 +208,7 @@ class Remembered:
         tokens: that the teacher read; a batch is padded as they are.
     """
 
-    store: Store
+    store: TensorStore
     names: tuple[str, ...]
     tokens: Any
 
@@ -244,10 +244,10 @@ class Share:
         rank: whose it is.
     """
 
-    def __init__(self, store: Store, name: str, entry: Entry, span: tuple[int, int], rank: int) -> None:
+    def __init__(self, store: TensorStore, name: str, entry: Entry, span: tuple[int, int], rank: int) -> None:
         self.entry = entry
         self.offsets = store.offsets if by_token(name) else None
-        begin, end = span if self.offsets is None else (int(self.offsets[place]) for place in span)
+        begin, end = span if self.offsets is None else (int(self.offsets[index]) for index in span)
         self.begin = begin
         path = store.draft(name, rank)
         shape, raw = (end - begin, entry.shape[1]), RAW[getattr(torch, entry.stored)]
@@ -267,9 +267,9 @@ class Share:
         if self.offsets is None:
             self.array[np.asarray(rows) - self.begin] = array
             return True
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             begin, end = int(self.offsets[row]), int(self.offsets[row + 1])
-            self.array[begin - self.begin : end - self.begin] = array[place, : end - begin]
+            self.array[begin - self.begin : end - self.begin] = array[index, : end - begin]
         return True
 
     def close(self) -> None:

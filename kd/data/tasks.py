@@ -86,7 +86,7 @@ class Task(Protocol):
         """A fresh torchmetrics metric over `predict(logits)` and labels, reduced over all ranks or of this one alone."""
         ...
 
-    def chance(self, labels: Tensor) -> dict[str, float]:
+    def majority_baseline(self, labels: Tensor) -> dict[str, float]:
         """What predicting without looking scores: the majority class, or the mean."""
         ...
 
@@ -231,7 +231,7 @@ class Classification(Labelled):
         """A torchmetrics metric."""
         return CLASSIFICATION[name](len(self.names), sync_on_compute=across_ranks)
 
-    def chance(self, labels: Tensor) -> dict[str, float]:
+    def majority_baseline(self, labels: Tensor) -> dict[str, float]:
         """The majority class's share, as accuracy; 0 as Matthews correlation."""
         counts = torch.bincount(labels.long(), minlength=len(self.names)).double()
         return {"accuracy": float(counts.max() / counts.sum()), "matthews_corrcoef": 0.0}
@@ -321,7 +321,7 @@ class Regression(Labelled):
         """A torchmetrics metric."""
         return REGRESSION[name](sync_on_compute=across_ranks)
 
-    def chance(self, labels: Tensor) -> dict[str, float]:
+    def majority_baseline(self, labels: Tensor) -> dict[str, float]:
         """Correlations of 0; the variance, as mean squared error."""
         return {"pearson": 0.0, "spearman": 0.0, "mse": float(labels.double().var(unbiased=False))}
 

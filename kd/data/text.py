@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kd.data.batch import Batch
-from kd.data.datamodule import Examples, KDData
+from kd.data.datamodule import Examples, KDDataModule
 from kd.data.language import NOT_PREDICTED
 from kd.data.sampler import Rows
 from kd.data.sources import Splits, as_names, check_hash_split, examples_of, fingerprint_of, given_paths, split_by_hash
@@ -19,7 +19,7 @@ from kd.data.tables import Layout
 from kd.data.tables import lines as text_lines
 from kd.data.tables import rows as table_rows
 from kd.data.texts import Table, Texts
-from kd.data.tokens import Store, encodings, padded_length, tokenizer_fingerprint
+from kd.data.tokens import TokenStore, encodings, padded_length, tokenizer_fingerprint
 from kd.errors import InputError
 
 PREDICTED = 0.15
@@ -137,8 +137,8 @@ class Vocabulary:
         store: where tokens are kept.
     """
 
-    def __init__(self, tokenizer: Any, texts: Texts, shift: int = 0, store: Store | None = None) -> None:
-        arrays = (store or Store()).arrays(
+    def __init__(self, tokenizer: Any, texts: Texts, shift: int = 0, store: TokenStore | None = None) -> None:
+        arrays = (store or TokenStore()).arrays(
             lambda: ["words", tokenizer_fingerprint(tokenizer), texts.digest()], lambda: words_of(tokenizer, texts)
         )
         special = set(tokenizer.all_special_ids)
@@ -187,7 +187,7 @@ class MaskedTokens:
         max_length: int,
         seed: int,
         multiple: int = 1,
-        store: Store | None = None,
+        store: TokenStore | None = None,
     ) -> None:
         parts = getattr(tokenizer, "parts", (tokenizer,))
         self.probability = float(getattr(tokenizer, "probability", 0.0))
@@ -311,8 +311,8 @@ class MaskedCollate:
         return Batch(inputs, (inputs,) * self.teachers, labels, index, weight, peers)
 
 
-class MaskedData(KDData):
-    """Loaders over unlabelled text; arguments as of `KDData`.
+class MaskedLMDataModule(KDDataModule):
+    """Loaders over unlabelled text; arguments as of `KDDataModule`.
 
     Raises:
         InputError: for a teacher with another vocabulary: the student's logits could not be compared with its.

@@ -22,7 +22,7 @@ from kd import distributed
 from kd.data.sources import SAY_AFTER
 from kd.data.texts import Texts
 
-FORMAT = 1
+TOKENS_FORMAT = 1
 """Part of the name of every stored file; raised when what is stored changes."""
 
 CHECKSUM = 32
@@ -67,7 +67,7 @@ def padded_length(longest: int, multiple: int, most: int) -> int:
     return max(longest, min(-(-longest // multiple) * multiple, most))
 
 
-class Store:
+class TokenStore:
     """Arrays that are made once and kept in a folder, for later runs and for the other ranks.
 
     A file is named by a digest of what its arrays are made from, is written all or nothing, and carries a checksum: one that is
@@ -92,27 +92,27 @@ class Store:
         if self.folder is None:
             return make()
         # The library is part of it: a later one may cut the same text in another way.
-        known = json.dumps([FORMAT, metadata.version("tokenizers"), *source()])
+        known = json.dumps([TOKENS_FORMAT, metadata.version("tokenizers"), *source()])
         path = self.folder / f"{hashlib.blake2b(known.encode(), digest_size=16).hexdigest()}.npz"
         found: dict[str, np.ndarray] = {}
-        distributed.on_first(lambda: found.update(self._first(path, make)))
-        return found or read(path) or make()
+        distributed.on_rank_zero(lambda: found.update(self._first(path, make)))
+        return found or read_arrays(path) or make()
 
     def _first(self, path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        found = read(path)
+        found = read_arrays(path)
         if found is not None:
             return found
         if path.exists():
-            distributed.say(f"  the stored tokens '{path}' are damaged; they are made again")
+            distributed.print_rank_zero(f"  the stored tokens '{path}' are damaged; they are made again")
         made = make()
         try:
-            write(path, made)
+            write_arrays(path, made)
         except OSError as error:
-            distributed.say(f"  tokens are not stored: {error}")
+            distributed.print_rank_zero(f"  tokens are not stored: {error}")
         return made
 
 
-def read(path: Path) -> dict[str, np.ndarray] | None:
+def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
     """The arrays of a file; None if there is none, or if it is damaged."""
     try:
         with path.open("rb") as file:
@@ -136,7 +136,7 @@ def checksum_of(file: BinaryIO, size: int) -> bytes:
     return found.digest()
 
 
-def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write arrays, all or nothing.
 
     Raises:
@@ -199,7 +199,7 @@ def encodings(
             if time.monotonic() - said > SAY_AFTER:
                 said = time.monotonic()
                 count = min((number + 1) * AT_ONCE, len(texts))
-                distributed.say(f"  cutting texts into tokens: {count:,} of {len(texts):,} in {said - began:.0f} s")
+                distributed.print_rank_zero(f"  cutting texts into tokens: {count:,} of {len(texts):,} in {said - began:.0f} s")
 
 
 def cut(tokenizer: Any, texts: Texts, max_length: int) -> dict[str, np.ndarray]:
@@ -235,7 +235,7 @@ class Tokens:
         texts: Sequence[tuple[str, ...]],
         max_length: int,
         multiple: int = 1,
-        store: Store | None = None,
+        store: TokenStore | None = None,
     ) -> None:
         texts = Texts.of(texts)
 
@@ -246,7 +246,7 @@ class Tokens:
             settings = [tokenizer.truncation_side, tokenizer.model_input_names, max_length]
             return ["tokens", tokenizer_fingerprint(tokenizer), *settings, texts.digest()]
 
-        self.columns = (store or Store()).arrays(source, make)
+        self.columns = (store or TokenStore()).arrays(source, make)
         self.offsets = self.columns.pop("offsets")
         self.fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
         self.multiple, self.max_length = multiple, max_length

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kd import distributed
 from kd.data.batch import Batch
 from kd.data.tasks import Task
-from kd.engines.safety import LossWatch, check_weights_finite, clip_gradients
+from kd.engines.safety import NonFiniteGuard, check_weights_finite, clip_gradients
 from kd.errors import InputError
 from kd.evaluate import finite_or_none, headline
 from kd.forward import Needs
@@ -56,8 +56,9 @@ def work_of_all(ranks: Sequence[Mapping[str, Mapping[str, int]]]) -> dict[str, d
     Args:
         ranks: of each, what `Engine.work_of_teachers` gives.
 
-    >>> work_of_all([{"a": {"passes": 2, "examples": 8, "looks": 2}}, {"a": {"passes": 2, "examples": 7, "looks": 2}}])
-    {'a': {'passes': 2, 'examples': 15, 'looks': 2}}
+    >>> one = {"passes": 2, "examples": 8, "batches_used": 2}
+    >>> work_of_all([{"a": one}, {"a": {**one, "examples": 7}}])
+    {'a': {'passes': 2, 'examples': 15, 'batches_used': 2}}
     """
     return {
         name: {kind: (sum if kind == "examples" else max)(work[name][kind] for work in ranks) for kind in kinds}
@@ -133,7 +134,7 @@ class Engine(pl.LightningModule):
         """Of the last validation: student -> in what way its predictions are all alike, for those of which that is so."""
         self._began = 0.0
         self._last: Loss | None = None
-        self.watch = LossWatch()
+        self.guard = NonFiniteGuard()
 
     @property
     def learners(self) -> Mapping[str, Learner]:
@@ -181,16 +182,16 @@ class Engine(pl.LightningModule):
         Raises:
             NonFiniteLoss: naming the term and the step.
         """
-        self.watch.see(loss.total, loss.terms, self.global_step)
+        self.guard.record(loss.total, loss.terms, self.global_step)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Look at the losses that are left and at the weights, before these are scored or written.
 
         Raises:
             NonFiniteLoss: naming the term and the step.
             NonFiniteWeights: naming the first parameter.
         """
-        self.watch.settle()
+        self.guard.flush()
         check_weights_finite(self.named_parameters(), self.global_step)
 
     def note(self, loss: Loss, batch: Batch) -> None:
@@ -230,7 +231,7 @@ class Engine(pl.LightningModule):
 
     def on_train_end(self) -> None:
         """Stop the clock; validation and checkpoints count as training time."""
-        self.watch.settle()
+        self.guard.flush()
         self.seconds, self._began = self.elapsed, 0.0
         self.teacher_work = self.work_of_teachers()
 
@@ -250,7 +251,7 @@ class Engine(pl.LightningModule):
             NonFiniteLoss: for a loss that is no number.
             NonFiniteWeights: for weights that are none.
         """
-        self.settle()
+        self.flush()
         for name in self.evaluated:
             self._reset(name)
         for name in self.learners:
@@ -308,7 +309,7 @@ class Engine(pl.LightningModule):
             for parameters in self.trained():
                 norm = clip_gradients(parameters, float(gradient_clip_val))
                 if not scaled:
-                    self.watch.see_gradient(norm, self.global_step)
+                    self.guard.check_gradient(norm, self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Counters, so that a resumed run reports its whole cost. Losses and weights are looked at before anything is written.
@@ -317,7 +318,7 @@ class Engine(pl.LightningModule):
             NonFiniteLoss: naming the term and the step.
             NonFiniteWeights: naming the first parameter.
         """
-        self.settle()
+        self.flush()
         own = {
             name: {kind: count - self.filled.get(name, {}).get(kind, 0) for kind, count in work.items()}
             for name, work in self.work_of_teachers().items()
@@ -337,7 +338,7 @@ class Engine(pl.LightningModule):
         self.seconds = kept.get("seconds", 0.0)
         self.validation = kept.get("validation", {})
         self.resumed = [*kept.get("resumed", []), int(checkpoint.get("global_step", 0))]
-        if distributed.is_first():
+        if distributed.is_rank_zero():
             self.examples = kept.get("examples", 0)
             for teacher in self.teachers:
                 before = kept.get("teacher_work", {}).get(teacher.name, {})

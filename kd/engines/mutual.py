@@ -23,7 +23,7 @@ UPDATES = ("simultaneous", "sequential")
 TEACHER = "teacher"
 
 
-class Mutual(Engine):
+class MutualDistiller(Engine):
     """K students, each with a method of its own whose step shows it the others' predictions as constants.
 
     With peers held constant, the gradient of the sum of the students' losses is each student's own gradient, so one optimiser
@@ -120,11 +120,11 @@ class Mutual(Engine):
         if name == TEACHER:
             term = self.task.hard(forwards[TEACHER].outputs.logits, batch.labels)
             return Loss(term, {f"{TEACHER}/task": term})
-        place = self.names.index(name)
+        position = self.names.index(name)
         step = Step(
             forwards[name],
             [Detached(forwards[TEACHER])] if self.online is not None else frozen,
-            batch.seen_by(place),
+            batch.seen_by(position),
             self.task.of(batch.labels),
             progress,
             [Detached(forwards[other]) for other in self.names if other != name],
@@ -181,7 +181,7 @@ class Mutual(Engine):
             for parameter, gradient in zip(parameters, distributed.mean(gradients), strict=True):
                 parameter.grad = gradient
             if self.clip:
-                self.watch.see_gradient(clip_gradients(parameters, self.clip), self.global_step)
+                self.guard.check_gradient(clip_gradients(parameters, self.clip), self.global_step)
             # Lightning counts the steps of its own wrapper: the last turn makes one step of the batch.
             stepper = optimizer if name == order[-1] else optimizer.optimizer  # type: ignore[union-attr]
             stepper.step()  # type: ignore[union-attr]

@@ -56,7 +56,7 @@ def check_weights_finite(named: Iterable[tuple[str, nn.Parameter]], step: int) -
         raise NonFiniteWeights(f"{len(bad)} of {len(trained)} weights, the first of them {bad[0]}, are", step)
 
 
-class LossWatch:
+class NonFiniteGuard:
     """Notices losses that are no number.
 
     On the CPU it does so at once, before anything moves. A look at a loss on an accelerator would wait for the device in every
@@ -67,7 +67,7 @@ class LossWatch:
     def __init__(self) -> None:
         self.kept: list[tuple[int, Tensor, dict[str, Tensor]]] = []
 
-    def see(self, total: Tensor, terms: Mapping[str, Tensor], step: int) -> None:
+    def record(self, total: Tensor, terms: Mapping[str, Tensor], step: int) -> None:
         """A loss, before it moves anything.
 
         Args:
@@ -80,9 +80,9 @@ class LossWatch:
         """
         self.kept.append((step, total.detach(), {name: term.detach() for name, term in terms.items()}))
         if not hardware.is_asynchronous(total) or len(self.kept) >= LATEST:
-            self._raise(self.look())
+            self._raise(self.check())
 
-    def see_gradient(self, norm: Tensor, step: int) -> None:
+    def check_gradient(self, norm: Tensor, step: int) -> None:
         """A gradient's norm, before the optimiser uses it. One on an accelerator is not looked at: it shows in the weights.
 
         Args:
@@ -95,19 +95,19 @@ class LossWatch:
         if not hardware.is_asynchronous(norm) and not norm.isfinite():
             raise NonFiniteWeights(f"the gradient (norm {float(norm):g}) is", step)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Look at whatever is left, before a checkpoint is written. Under DDP with an accelerator all ranks do so together.
 
         Raises:
             NonFiniteLoss: on every rank, if one of them has found it.
         """
         waiting = any(hardware.is_asynchronous(total) for _, total, _ in self.kept)
-        found = self.look()
+        found = self.check()
         if waiting:
             found = next((each for each in distributed.gather(found) if each is not None), None)
         self._raise(found)
 
-    def look(self) -> tuple[dict[str, float], int] | None:
+    def check(self) -> tuple[dict[str, float], int] | None:
         """Terms and step of the first kept loss that is no number; forgets all that are kept."""
         kept, self.kept = self.kept, []
         if not kept or torch.stack([total for _, total, _ in kept]).isfinite().all():

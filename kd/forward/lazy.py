@@ -22,7 +22,7 @@ class Model(Protocol):
 
 
 class Forward:
-    """One model's forward pass of one step: it runs when `outputs` is first read, then remembers.
+    """One model's forward pass of one step: it runs when `outputs` is first read, and only once.
 
     A teacher that no term looks at costs nothing, which is how a stochastic choice among teachers stays cheap.
     """
@@ -46,7 +46,7 @@ class Forward:
         return self._outputs is not None
 
     def run(self, inputs: Inputs | None = None, needs: Needs | None = None) -> Outputs:
-        """A further pass, by default over the same inputs with the same needs; not remembered."""
+        """A further pass, by default over the same inputs with the same needs; not kept."""
         return self.model(self.inputs if inputs is None else inputs, self.needs if needs is None else needs)
 
 

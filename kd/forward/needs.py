@@ -30,13 +30,13 @@ class Needs:
         value: layers whose values are kept.
         pooled: whether the vector that the last linear layer reads is kept, (batch, width), after its dropout in training.
         derived: name -> what is computed from further passes of a frozen model, with gradients if it wants them. It is
-            remembered like any other tensor, so its name says everything that it depends on but the text.
+            cached like any other tensor, so its name says everything that it depends on but the text.
         gradient: whether gradients are taken with respect to what the forward shows (integrated gradients, double
             backward). A frozen model then runs with gradients enabled, and attention runs its plain kernel, because the
             fused one cannot be differentiated twice.
         dropout: whether a frozen model runs with dropout, as in some authors' code; it then runs at every step.
-        live: why a frozen model has to run at every step: its text changes, or its dropout is on. Empty where it says the same
-            of an example each time, so that it may be remembered (`kd.caching`).
+        uncacheable_reason: why a frozen model has to run at every step: its text changes, or its dropout is on. Empty where its
+            outputs for an example are the same each time, so that they may be cached (`kd.caching`).
 
     >>> sorted((Needs(hidden=[1]) | Needs(hidden=[2])).hidden)
     [1, 2]
@@ -50,7 +50,7 @@ class Needs:
     derived: Mapping[str, Derived] = field(default_factory=dict, hash=False)
     gradient: bool = False
     dropout: bool = False
-    live: str = ""
+    uncacheable_reason: str = ""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Needs:
         value: Iterable[int] = (),
         gradient: bool = False,
         cls: Iterable[int] = (),
-        live: str = "",
+        uncacheable_reason: str = "",
         pooled: bool = False,
         derived: Mapping[str, Derived] | None = None,
         dropout: bool = False,
@@ -72,7 +72,7 @@ class Needs:
         object.__setattr__(self, "derived", dict(derived or {}))
         object.__setattr__(self, "gradient", bool(gradient))
         object.__setattr__(self, "dropout", bool(dropout))
-        object.__setattr__(self, "live", live or ("its dropout is on" if dropout else ""))
+        object.__setattr__(self, "uncacheable_reason", uncacheable_reason or ("its dropout is on" if dropout else ""))
         for kind, lowest in (("hidden", 0), ("cls", 0), ("attention", 1), ("value", 1)):
             if below := [layer for layer in getattr(self, kind) if layer < lowest]:
                 raise ValueError(f"{kind} of layer {min(below)} does not exist; its layers begin at {lowest}")
@@ -84,7 +84,7 @@ class Needs:
             self.value | other.value,
             self.gradient or other.gradient,
             self.cls | other.cls,
-            "; ".join(dict.fromkeys(why for why in (self.live, other.live) if why)),
+            "; ".join(dict.fromkeys(why for why in (self.uncacheable_reason, other.uncacheable_reason) if why)),
             self.pooled or other.pooled,
             {**self.derived, **other.derived},
             self.dropout or other.dropout,
@@ -112,5 +112,5 @@ class Needs:
 
     def __str__(self) -> str:
         parts = [f"{kind}={sorted(getattr(self, kind))}" for kind in KINDS if getattr(self, kind)]
-        flags = {"pooled": self.pooled, "gradient": self.gradient, "live": self.live}
+        flags = {"pooled": self.pooled, "gradient": self.gradient, "uncacheable_reason": self.uncacheable_reason}
         return ", ".join([*parts, *(name for name, given in flags.items() if given)]) or "logits only"

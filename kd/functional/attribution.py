@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from kd.functional.hidden import at_least_float32, mean_over_real, unit
 
-TARGETS = ("loss", "logit")
+DIFFERENTIATED = ("loss", "logit")
 DISTANCES = ("l2", "l1", "smooth_l1")
 REDUCTIONS = ("examples", "tokens", "norm")
 
@@ -41,8 +41,8 @@ def scores(logits: Tensor, target: str = "loss") -> list[Tensor]:
     Raises:
         ValueError: for another word.
     """
-    if target not in TARGETS:
-        raise ValueError(f"target '{target}' is not one of {', '.join(TARGETS)}")
+    if target not in DIFFERENTIATED:
+        raise ValueError(f"target '{target}' is not one of {', '.join(DIFFERENTIATED)}")
     return odds(logits) if _is_loss(logits, target) else list(at_least_float32(logits).unbind(dim=-1))
 
 

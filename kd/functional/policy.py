@@ -33,4 +33,4 @@ def best(scores: Sequence[float], higher_is_better: bool = True) -> list[float]:
     [0.0, 1.0, 0.0]
     """
     values = np.asarray(scores, dtype=float) * (1 if higher_is_better else -1)
-    return [float(place == int(values.argmax())) for place in range(len(values))]
+    return [float(index == int(values.argmax())) for index in range(len(values))]

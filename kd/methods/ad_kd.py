@@ -70,7 +70,7 @@ class TeacherMaps:
             outputs = model(inputs, Needs(hidden=[self.layer], gradient=True))
             found = passes(model, inputs, outputs, self.steps, self.layer)
             maps = attribution.token_maps(attribution.attributions(found, self.target, first=self.first), self.keep)
-            # They may be remembered in 16 bits, which end at 6e-8. A factor of an example is nothing to their comparison.
+            # They may be cached in 16 bits, which end at 6e-8. A factor of an example is nothing to their comparison.
             return near_one(maps, dim=1)
 
 
@@ -114,7 +114,7 @@ class ADKD(Method):
         attribution_reduction: `examples` (our choice), `tokens` (authors' code: tokens of the whole batch, so that ranks
             matter) or `norm` (paper); see `kd.functional.attribution.map_error`.
 
-    The student is differentiated twice. The teacher's maps are remembered like its logits: its gradients are taken once.
+    The student is differentiated twice. The teacher's maps are cached like its logits: its gradients are taken once.
     """
 
     names = ("task", "logits", "attribution")
@@ -149,7 +149,7 @@ class ADKD(Method):
                 f"method.steps={steps} scales the embeddings' output; with method.layers={list(layers)} use method.steps=1",
                 "method.steps",
             )
-        self.target = checked(target, attribution.TARGETS, "method.target")
+        self.target = checked(target, attribution.DIFFERENTIATED, "method.target")
         if isinstance(norm, bool) or norm not in (1, 2):
             raise InputError(f"method.norm={norm} must be 1 or 2", "method.norm")
         self.norm = float(norm)
@@ -214,7 +214,7 @@ class ADKD(Method):
             ),
         }
 
-    def coupled(self) -> str:
+    def batch_dependence(self) -> str:
         """The authors' mean is over the tokens of a batch."""
         counted = self.attribution_reduction == "tokens"
         return "method.attribution_reduction=tokens is a mean over the tokens of a batch" if counted else ""

@@ -48,7 +48,7 @@ class Step:
     """The other students' forwards over the same examples, detached; only where several learn together."""
     seed: int = 0
 
-    def chance(self, what: str) -> np.random.Generator:
+    def rng(self, what: str) -> np.random.Generator:
         """A generator that all ranks and all batches of one optimiser step share, and that a resumed run finds again.
 
         Args:
@@ -67,7 +67,7 @@ class Step:
             raise ValueError(f"this step has {len(self.teachers)} teachers, not one")
         return self.teachers[0]
 
-    def with_(self, **changes: object) -> "Step":
+    def replace(self, **changes: object) -> "Step":
         """A copy with some parts replaced; for `Method.prepare`."""
         return replace(self, **changes)  # type: ignore[arg-type]
 
@@ -86,7 +86,7 @@ class Method(nn.Module):
     teachers: int | None = 1
     """How many teachers it takes; None for any number."""
 
-    listens = True
+    uses_teachers = True
     """Whether it looks at its teachers at all; those of fine-tuning are there to be compared with."""
 
     def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
@@ -120,7 +120,7 @@ class Method(nn.Module):
         """What `bind` resolved, in words, for the preflight."""
         return {}
 
-    def coupled(self) -> str:
+    def batch_dependence(self) -> str:
         """Why the examples of a batch are not independent of each other in its terms; empty where they are.
 
         Where it says something, the result depends on how a global batch is split over ranks or accumulated, and the
@@ -164,7 +164,7 @@ def freeze_above(student: Encoder, layer: int) -> None:
 
     What these share with the part below stays trained, as the word embeddings of a masked language model.
     """
-    blocks = [student.base.get_submodule(f"{student.family.blocks}.{place}") for place in range(student.depth)]
+    blocks = [student.base.get_submodule(f"{student.family.blocks}.{index}") for index in range(student.depth)]
     below = [student.base.get_submodule(student.family.embeddings), *blocks[:layer]]
     above = [*blocks[layer:], *(module for name, module in student.base.named_children() if name == "pooler")]
     reached = set(student.base.parameters()) - {parameter for module in above for parameter in module.parameters()}

@@ -261,7 +261,7 @@ class BertEMD(Method):
         masses = "uniform masses" if self.update == "none" else f"masses by cost attention ({self.update}, tau {self.tau:g})"
         return {"layer map (student<-teacher)": f"{student} x {teacher} pairs by transport, {masses}"}
 
-    def coupled(self) -> str:
+    def batch_dependence(self) -> str:
         """Batches that are accumulated have plans of their own; a mean over padding depends on how far a batch is padded."""
         why = ["each accumulated batch has a transport plan of its own (ranks share it)"] * self.solves
         return "; ".join([*why, *["padding=reference averages over padding"] * (self.padding == "reference")])

@@ -13,7 +13,7 @@ from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
 from kd.values import word
 
-TARGETS = ("each", "sum", "mean")
+PEER_TARGETS = ("each", "sum", "mean")
 
 
 class Mutual(Method):
@@ -37,10 +37,10 @@ class Mutual(Method):
 
     def __init__(self, inner: Method, temperature: "float | Schedule" = 1.0, target: str = "each") -> None:
         super().__init__()
-        word(target, TARGETS, "cohort.peers.target")
+        word(target, PEER_TARGETS, "cohort.peers.target")
         self.inner = inner
         self.names = (*inner.names, "mutual")
-        self.teachers, self.listens = inner.teachers, inner.listens
+        self.teachers, self.uses_teachers = inner.teachers, inner.uses_teachers
         self.temperature = checked_temperature(temperature, "cohort.peers.temperature")
         self.target = target
 
@@ -70,9 +70,9 @@ class Mutual(Method):
         """Of the inner method."""
         self.inner.after_step(step, {name: terms[name] for name in self.inner.names})
 
-    def coupled(self) -> str:
+    def batch_dependence(self) -> str:
         """As of the method that it wraps."""
-        return self.inner.coupled()
+        return self.inner.batch_dependence()
 
     def describe(self) -> dict[str, str]:
         """Of the inner method."""

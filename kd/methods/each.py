@@ -22,24 +22,24 @@ def copies(inner: Method, count: int) -> nn.ModuleList:
     return nn.ModuleList(copy.deepcopy(inner) for _ in range(count))
 
 
-def inner_of(each: nn.ModuleList, place: int) -> Method:
+def inner_of(each: nn.ModuleList, index: int) -> Method:
     """The copy that is bound to the teacher at this place."""
-    found = each[place]
+    found = each[index]
     assert isinstance(found, Method)
     return found
 
 
 def bind_each(each: nn.ModuleList, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
     """Bind each copy to its teacher."""
-    for place, teacher in enumerate(teachers):
-        inner_of(each, place).bind(student, [teacher])
+    for index, teacher in enumerate(teachers):
+        inner_of(each, index).bind(student, [teacher])
 
 
 def needs_of_each(each: nn.ModuleList) -> tuple[Needs, Sequence[Needs]]:
     """The union of what the copies need of the student, and what each needs of its teacher."""
     ours, theirs = Needs(), []
-    for place in range(len(each)):
-        of_student, of_teacher = inner_of(each, place).needs()
+    for index in range(len(each)):
+        of_student, of_teacher = inner_of(each, index).needs()
         ours = ours | of_student
         theirs.append(of_teacher[0] if of_teacher else Needs())
     return ours, theirs

@@ -16,7 +16,7 @@ class Finetune(Method):
 
     names = ("task",)
     teachers = ANY_TEACHERS
-    listens = False
+    uses_teachers = False
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         """The hard loss."""

@@ -155,12 +155,12 @@ class SimKD(Method):
         assert isinstance(theirs.outputs, nn.Linear)
         project, columns = projector(student.width, teacher.width, self.factor), teacher.columns
         if self.feature == "pooled":
-            student.put(student.family.outputs, Reused(theirs.outputs, project, columns))
+            student.replace_submodule(student.family.outputs, Reused(theirs.outputs, project, columns))
         else:
             pooler = theirs.model.get_submodule(theirs.family.pooler)
-            student.put(student.family.pooler, Reused(pooler, project))
-            student.put(student.family.outputs, Reused(theirs.outputs, nn.Sequential(), columns))
-        student.put((student.family.outputs.rpartition(".")[0] + ".dropout").lstrip("."), nn.Identity())
+            student.replace_submodule(student.family.pooler, Reused(pooler, project))
+            student.replace_submodule(student.family.outputs, Reused(theirs.outputs, nn.Sequential(), columns))
+        student.replace_submodule((student.family.outputs.rpartition(".")[0] + ".dropout").lstrip("."), nn.Identity())
         self.depths = (student.depth, teacher.depth)
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
@@ -195,7 +195,7 @@ class SimKD(Method):
             "feature": distance,
         }
 
-    def coupled(self) -> str:
+    def batch_dependence(self) -> str:
         """Padding, where it counts."""
         return "method.padding=reference averages over padding too" if self.padding == "reference" else ""
 

@@ -31,7 +31,7 @@ class Stochastic(Method):
 
     def __init__(self, inner: Method, probabilities: Sequence[float]) -> None:
         super().__init__()
-        self.names, self.listens = inner.names, inner.listens
+        self.names, self.uses_teachers = inner.names, inner.uses_teachers
         self.teachers = len(probabilities)
         self.probabilities = list(probabilities)
         self.each = copies(inner, len(probabilities))
@@ -46,19 +46,19 @@ class Stochastic(Method):
 
     def drawn(self, step: Step) -> int:
         """The place of the teacher of this step."""
-        return int(step.chance("teacher").choice(len(self.each), p=self.probabilities))
+        return int(step.rng("teacher").choice(len(self.each), p=self.probabilities))
 
     def prepare(self, step: Step) -> Step:
         """The step with the drawn teacher alone."""
-        place = self.drawn(step)
-        return inner_of(self.each, place).prepare(step.with_(teachers=[step.teachers[place]]))
+        index = self.drawn(step)
+        return inner_of(self.each, index).prepare(step.replace(teachers=[step.teachers[index]]))
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         """The inner method's terms with the drawn teacher."""
-        place = self.drawn(step)
-        one = step if len(step.teachers) == 1 else step.with_(teachers=[step.teachers[place]])
-        terms = inner_of(self.each, place).terms(one)
-        idle = [p for other in self.each if other is not self.each[place] for p in other.parameters() if p.requires_grad]
+        index = self.drawn(step)
+        one = step if len(step.teachers) == 1 else step.replace(teachers=[step.teachers[index]])
+        terms = inner_of(self.each, index).terms(one)
+        idle = [p for other in self.each if other is not self.each[index] for p in other.parameters() if p.requires_grad]
         first = self.names[0]
         for parameter in idle:
             terms[first] = terms[first] + 0.0 * parameter.sum()
@@ -68,9 +68,9 @@ class Stochastic(Method):
         """Of the drawn teacher's copy."""
         inner_of(self.each, self.drawn(step)).after_step(step, terms)
 
-    def coupled(self) -> str:
+    def batch_dependence(self) -> str:
         """As of the method that it wraps."""
-        return inner_of(self.each, 0).coupled()
+        return inner_of(self.each, 0).batch_dependence()
 
     def describe(self) -> dict[str, str]:
         """The distribution."""

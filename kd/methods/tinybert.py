@@ -17,7 +17,7 @@ from kd.models import Encoder, FrozenTeacher
 from kd.values import LARGEST_SEED, whole
 
 MAPS = ("uniform", "top", "last", "bottom", "mean", "random")
-TARGETS = ("scores", "probabilities", "kl")
+ATTENTION_TARGETS = ("scores", "probabilities", "kl")
 PROJECTIONS = ("shared", "paper", "layer")
 REDRAWS = ("run", "epoch", "step")
 
@@ -83,7 +83,7 @@ class TinyBERT(Method):
         self.layers = layers
         self.redraw = checked(redraw, REDRAWS, "method.redraw")
         self.draw_seed = whole(draw_seed, "method.draw_seed", 0, LARGEST_SEED)
-        self.attention = checked(attention, TARGETS, "method.attention")
+        self.attention = checked(attention, ATTENTION_TARGETS, "method.attention")
         self.direction = checked(direction, DIRECTIONS, "method.direction")
         self.padding = checked(padding, PADDING, "method.padding")
         self.project = checked(project, PROJECTIONS, "method.project")
@@ -159,16 +159,16 @@ class TinyBERT(Method):
 
     def _hidden(self, student: Outputs, teacher: Outputs, layer: int, block: Sequence[int]) -> Tensor:
         ours = self.projections[self._place(layer)](student.hidden(layer))
-        return token_error(ours, mean([teacher.hidden(other) for other in block]), student.mask, self.padding)
+        return token_error(ours, mean_of_layers([teacher.hidden(other) for other in block]), student.mask, self.padding)
 
     def _attention(self, student: Outputs, teacher: Outputs, layer: int, block: Sequence[int]) -> Tensor:
         mask = student.mask
         if self.attention == "probabilities":
-            theirs = mean([teacher.attention(other) for other in block])
+            theirs = mean_of_layers([teacher.attention(other) for other in block])
             return probability_error(student.attention(layer), theirs, mask, self.padding)
         scores = [teacher.scores(other) for other in block]
         if self.attention == "scores":
-            return score_error(student.scores(layer), mean(scores), mask, self.padding)
+            return score_error(student.scores(layer), mean_of_layers(scores), mask, self.padding)
         theirs = scores[0] if len(scores) == 1 else mean_distribution(scores, mask)
         return attention_divergence(student.scores(layer), theirs, mask, self.direction, self.padding)
 
@@ -189,13 +189,13 @@ class TinyBERT(Method):
             found["layer map is drawn"] = f"{often}; method.draw_seed={self.draw_seed}"
         return found
 
-    def coupled(self) -> str:
+    def batch_dependence(self) -> str:
         """Padding, where it counts."""
         if self.padding == "strict":
             return ""
         return "method.padding=reference averages over padding too, and the longest example of a batch says how much there is"
 
 
-def mean(layers: Sequence[Tensor]) -> Tensor:
+def mean_of_layers(layers: Sequence[Tensor]) -> Tensor:
     """The mean of tensors of one shape; of one tensor itself."""
     return layers[0] if len(layers) == 1 else torch.stack([at_least_float32(each) for each in layers]).mean(dim=0)

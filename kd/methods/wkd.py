@@ -27,7 +27,7 @@ class Ensemble(Method):
 
     def __init__(self, inner: Method, probabilities: Sequence[float]) -> None:
         super().__init__()
-        self.names, self.listens = inner.names, inner.listens
+        self.names, self.uses_teachers = inner.names, inner.uses_teachers
         self.teachers = len(probabilities)
         self.probabilities = list(probabilities)
         self.each = copies(inner, len(probabilities))
@@ -43,20 +43,20 @@ class Ensemble(Method):
     def terms(self, step: Step) -> dict[str, Tensor]:
         """The weighted means of the inner method's terms."""
         terms: dict[str, Tensor] = {}
-        for place, weight in enumerate(self.probabilities):
-            inner = inner_of(self.each, place)
-            found = inner.terms(inner.prepare(step.with_(teachers=[step.teachers[place]])))
+        for index, weight in enumerate(self.probabilities):
+            inner = inner_of(self.each, index)
+            found = inner.terms(inner.prepare(step.replace(teachers=[step.teachers[index]])))
             terms = {name: weight * term + terms.get(name, 0.0) for name, term in found.items()}
         return terms
 
     def after_step(self, step: Step, terms: Mapping[str, Tensor]) -> None:
         """Of every copy."""
-        for place in range(len(self.each)):
-            inner_of(self.each, place).after_step(step.with_(teachers=[step.teachers[place]]), terms)
+        for index in range(len(self.each)):
+            inner_of(self.each, index).after_step(step.replace(teachers=[step.teachers[index]]), terms)
 
-    def coupled(self) -> str:
+    def batch_dependence(self) -> str:
         """As of the method that it wraps."""
-        return inner_of(self.each, 0).coupled()
+        return inner_of(self.each, 0).batch_dependence()
 
     def describe(self) -> dict[str, str]:
         """The weights."""

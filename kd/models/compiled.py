@@ -41,7 +41,7 @@ def compiled_blocks(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def as_it_is(*encoders: Any) -> Iterator[None]:
+def uncompiled(*encoders: Any) -> Iterator[None]:
     """Leave compilation out inside this context: it does not pay for what is run once."""
     kept = [encoder.compiled for encoder in encoders]
     try:

@@ -117,7 +117,7 @@ class Encoder(nn.Module):
         """Return whether it ends in a classifier, or a regression, of a whole text; a masked language model does not."""
         return self.family.outputs in dict(self.model.named_modules())
 
-    def put(self, path: str, module: nn.Module) -> None:
+    def replace_submodule(self, path: str, module: nn.Module) -> None:
         """Put a module in the place of the one at a path of the classifier."""
         parent, _, name = path.rpartition(".")
         owner = self.model.get_submodule(parent)

@@ -25,7 +25,7 @@ from kd import distributed
 from kd.data.text import MixedTokenizer
 from kd.errors import InputError
 from kd.models.encoder import Encoder
-from kd.models.surgery import Material, check_special_tokens, drawn_table, whole_number, word_table
+from kd.models.surgery import SurgeryInputs, check_special_tokens, drawn_table, whole_number, word_table
 from kd.models.vocabularies import check_wordpiece, learned_tokens, set_outputs, set_vocabulary, with_vocabulary
 from kd.values import number, switch
 
@@ -185,11 +185,11 @@ class MixedStage:
         self.probability = number(probability, "surgery.mixed_stage.probability", 0, 1)
         self.tied = switch(tied, "surgery.mixed_stage.tied")
 
-    def rehearse(self, tokenizer: Any, texts: Sequence[str]) -> None:
+    def dry_run(self, tokenizer: Any, texts: Sequence[str]) -> None:
         """Learn the vocabulary and forget it, to see whether the texts support it before anything is trained."""
         learned_tokens(tokenizer, texts, self.size, "surgery.mixed_stage.size")
 
-    def __call__(self, student: Encoder, material: Material) -> tuple[Encoder, str]:
+    def __call__(self, student: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
         """The model with two vocabularies."""
         table, outputs = word_table(student, "mixed_stage"), student.model.get_output_embeddings()
         if outputs is None:
@@ -197,10 +197,10 @@ class MixedStage:
         tokenizer = student.tokenizer
         check_wordpiece(tokenizer, "surgery.mixed_stage")
         check_special_tokens(tokenizer, "surgery.mixed_stage")
-        if material.texts is None:
+        if inputs.texts is None:
             return student, ""
-        learned = learned_tokens(tokenizer, material.texts, self.size, "surgery.mixed_stage.size")
-        small = with_vocabulary(tokenizer, distributed.agree(learned))
+        learned = learned_tokens(tokenizer, inputs.texts, self.size, "surgery.mixed_stage.size")
+        small = with_vocabulary(tokenizer, distributed.broadcast(learned))
         width = self.width or student.width
         lifted = LiftedEmbedding(drawn_table(len(small), width, student.config), student.width)
         set_outputs(student.model, MixedOutputs(outputs, lifted, self.tied, student.config.initializer_range))
@@ -218,12 +218,12 @@ class MixedVocab:
 
     changes_vocabulary = True
 
-    def __call__(self, student: Encoder, material: Material) -> tuple[Encoder, str]:
+    def __call__(self, student: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
         """The student with the learned vocabulary."""
         word_table(student, "mixed_vocab")
-        if material.texts is None:
+        if inputs.texts is None:
             return student, ""
-        path = None if material.folder is None else material.folder / FOLDER
+        path = None if inputs.folder is None else inputs.folder / FOLDER
         if path is None or not (path / "embeddings.safetensors").is_file():
             raise InputError("surgery.mixed_vocab.run made no vocabulary: it must be a run with surgery=[mixed_stage]", KEY)
         table = load_file(path / "embeddings.safetensors")["embeddings"]

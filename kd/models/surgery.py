@@ -25,7 +25,7 @@ from kd.values import whole
 
 
 @dataclass(frozen=True, slots=True)
-class Material:
+class SurgeryInputs:
     """What a surgery may read.
 
     Attributes:
@@ -42,7 +42,7 @@ class Surgery(Protocol):
 
     changes_vocabulary: bool
 
-    def rehearse(self, tokenizer: Any, texts: Sequence[str]) -> None:
+    def dry_run(self, tokenizer: Any, texts: Sequence[str]) -> None:
         """Whatever can be found out from the training texts before anything is trained. Optional.
 
         Raises:
@@ -50,7 +50,7 @@ class Surgery(Protocol):
         """
         ...
 
-    def __call__(self, student: Encoder, material: Material) -> tuple[Encoder, str]:
+    def __call__(self, student: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
         """The student after it, and what was done, in words.
 
         Raises:
@@ -97,13 +97,13 @@ class CutVocabulary:
     def __init__(self, min_count: int = 1) -> None:
         self.min_count = whole_number(min_count, 1, "surgery.cut_vocabulary.min_count")
 
-    def __call__(self, student: Encoder, material: Material) -> tuple[Encoder, str]:
+    def __call__(self, student: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
         """The student with fewer rows."""
         table, old = word_table(student, "cut_vocabulary"), student.tokenizer
         check_wordpiece(old, "surgery.cut_vocabulary")
-        if material.texts is None:
+        if inputs.texts is None:
             return student, ""
-        tokens = distributed.agree(used_tokens(old, material.texts, self.min_count))
+        tokens = distributed.broadcast(used_tokens(old, inputs.texts, self.min_count))
         rows = torch.tensor(old.convert_tokens_to_ids(tokens))
         outputs = student.model.get_output_embeddings()
         student.tokenizer = with_vocabulary(old, tokens)
@@ -124,18 +124,18 @@ class LearnedVocabulary:
     def __init__(self, size: int) -> None:
         self.size = whole_number(size, 1, "surgery.learned_vocabulary.size")
 
-    def rehearse(self, tokenizer: Any, texts: Sequence[str]) -> None:
+    def dry_run(self, tokenizer: Any, texts: Sequence[str]) -> None:
         """Learn the vocabulary and forget it, to see whether the texts support it before anything is trained."""
         learned_tokens(tokenizer, texts, self.size, "surgery.learned_vocabulary.size")
 
-    def __call__(self, student: Encoder, material: Material) -> tuple[Encoder, str]:
+    def __call__(self, student: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
         """The student with another vocabulary."""
         word_table(student, "learned_vocabulary")
         check_wordpiece(student.tokenizer, "surgery.learned_vocabulary")
-        if material.texts is None:
+        if inputs.texts is None:
             return student, ""
         key = "surgery.learned_vocabulary.size"
-        tokens = distributed.agree(learned_tokens(student.tokenizer, material.texts, self.size, key))
+        tokens = distributed.broadcast(learned_tokens(student.tokenizer, inputs.texts, self.size, key))
         student.tokenizer = with_vocabulary(student.tokenizer, tokens)
         padding = student.tokenizer.pad_token_id
         set_vocabulary(student.model, drawn_table(len(tokens), student.width, student.config, padding), None, padding)
@@ -238,7 +238,7 @@ class Factorized:
     def __init__(self, rank: int) -> None:
         self.rank = whole_number(rank, 1, "surgery.factorized.rank")
 
-    def __call__(self, student: Encoder, material: Material) -> tuple[Encoder, str]:
+    def __call__(self, student: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
         """The student with a factorised table."""
         table = word_table(student, "factorized")
         size, width = table.weight.shape
@@ -247,7 +247,7 @@ class Factorized:
             raise InputError(f"{key}={self.rank} is more than the width of the embeddings, {min(size, width)}", key)
         with torch.device(table.weight.device):
             words = FactorizedEmbedding(size, self.rank, width, table.padding_idx)
-        if material.texts is not None:
+        if inputs.texts is not None:
             with torch.no_grad():
                 rows, basis = truncated_svd(table.weight, self.rank)
                 words.rows.weight.copy_(rows)

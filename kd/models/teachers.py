@@ -66,17 +66,17 @@ class FrozenTeacher:
         """Forward passes so far, on this rank."""
         self.examples = 0
         """Examples forwarded so far, on this rank."""
-        self.looks = 0
+        self.batches_used = 0
         """Batches so far in which a method looked at what it says, on this rank."""
 
     @property
     def work(self) -> dict[str, int]:
         """Passes, examples and looks so far, on this rank."""
-        return {"passes": self.passes, "examples": self.examples, "looks": self.looks}
+        return {"passes": self.passes, "examples": self.examples, "batches_used": self.batches_used}
 
     @work.setter
     def work(self, counts: Mapping[str, int]) -> None:
-        self.passes, self.examples, self.looks = (counts.get(name, 0) for name in ("passes", "examples", "looks"))
+        self.passes, self.examples, self.batches_used = (counts.get(name, 0) for name in ("passes", "examples", "batches_used"))
 
     @property
     def encoder(self) -> Encoder:
@@ -110,7 +110,7 @@ class FrozenTeacher:
 
     def __call__(self, inputs: Inputs, needs: Needs) -> Outputs:
         """One pass, without gradients unless `needs.gradient`; logits are in the task's label order."""
-        self.looks += 1
+        self.batches_used += 1
         before = self.encoder.forwards
         outputs = self.run(inputs, needs)
         passes = self.encoder.forwards - before  # more than one where something is derived from passes of its own
@@ -152,7 +152,7 @@ class CachedTeacher(FrozenTeacher):
         """What it said.
 
         Args:
-            inputs: of a `kd.data.store.Remembered`: tensors by name, as `Needs.tensors` names them.
+            inputs: of a `kd.data.store.CachedOutputs`: tensors by name, as `Needs.tensors` names them.
             needs: what of it to show.
 
         Raises:
@@ -160,10 +160,10 @@ class CachedTeacher(FrozenTeacher):
         """
         if "logits" not in inputs:
             raise UndeclaredRead(
-                f"the teacher '{self.name}' is remembered and cannot read other text; a method whose teachers have to run "
-                "declares Needs(live='the reason') for them"
+                f"the teacher '{self.name}' is cached and cannot read other text; a method whose teachers have to run "
+                "declares Needs(uncacheable_reason='the reason') for them"
             )
-        self.looks += 1
+        self.batches_used += 1
         return self.in_order(Outputs.from_named(inputs, inputs["attention_mask"].bool(), needs, self.heads))
 
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -43,22 +43,22 @@ def test_ratios_are_taken_within_a_round() -> None:
 
 
 def test_figures_leave_the_warm_up_out() -> None:
-    contestants = found()["contestants"]
-    assert contestants["live"]["seconds"] == [2.0, 3.0, 4.0]
-    assert contestants["live"]["warm_up_seconds"] == 9.0
-    assert contestants["live"]["time_relative_to_finetune"] == {"median": 1.5, "low": 1.0, "high": 2.0}
-    assert contestants["finetune"]["time_relative_to_finetune"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    candidates = found()["candidates"]
+    assert candidates["live"]["seconds"] == [2.0, 3.0, 4.0]
+    assert candidates["live"]["warm_up_seconds"] == 9.0
+    assert candidates["live"]["time_relative_to_finetune"] == {"median": 1.5, "low": 1.0, "high": 2.0}
+    assert candidates["finetune"]["time_relative_to_finetune"] == {"median": 1.0, "low": 1.0, "high": 1.0}
 
 
 def test_speed_relative_to_the_peer_is_its_time_over_ours() -> None:
-    contestants = found()["contestants"]
-    assert contestants["live"]["speed_relative_to_textbrewer"] == {"median": 2.0, "low": 4 / 3, "high": 4.0}
-    assert contestants["finetune"]["speed_relative_to_textbrewer"] == {"median": 4.0, "low": 2.0, "high": 4.0}
+    candidates = found()["candidates"]
+    assert candidates["live"]["speed_relative_to_textbrewer"] == {"median": 2.0, "low": 4 / 3, "high": 4.0}
+    assert candidates["finetune"]["speed_relative_to_textbrewer"] == {"median": 4.0, "low": 2.0, "high": 4.0}
 
 
 def test_rates_epochs_memory_and_share() -> None:
     every = found()
-    live, finetune = every["contestants"]["live"], every["contestants"]["finetune"]
+    live, finetune = every["candidates"]["live"], every["candidates"]["finetune"]
     assert live["examples_per_second"] == {"median": 20.0, "low": 15.0, "high": 30.0}
     assert live["tokens_per_second"] == {"median": 100.0, "low": 75.0, "high": 150.0}
     assert live["seconds_per_epoch"] == {"median": 30.0, "low": 20.0, "high": 40.0}
@@ -73,7 +73,7 @@ def test_tables_say_the_same() -> None:
     head, *rows = cells(found())
     assert [len(row) for row in rows] == [len(head)] * 3
     row = dict(zip(head, rows[1], strict=True))
-    assert row["contestant"] == "pkd, teacher live (bf16-mixed)"  # another precision than the command's
+    assert row["candidate"] == "pkd, teacher live (bf16-mixed)"  # another precision than the command's
     assert row["time / fine-tuning"] == "1.50 [1.00, 2.00]"
     assert row["speed / TextBrewer, padded to 32"] == "2.00 [1.33, 4.00]"
     assert row["share of rate"] == "8.3%"
@@ -86,7 +86,7 @@ def test_tables_say_the_same() -> None:
 
 def test_without_a_count_of_operations_there_is_no_share() -> None:
     every = found()
-    every["contestants"]["live"]["share_of_matrix_product_rate"] = None
+    every["candidates"]["live"]["share_of_matrix_product_rate"] = None
     head, _, row, _ = cells(every)
     assert dict(zip(head, row, strict=True))["share of rate"] == ""
 

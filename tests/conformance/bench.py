@@ -16,7 +16,7 @@ from kd.cohorts import students_of
 from kd.config import compose, conf_folder, typed
 from kd.data.batch import Batch
 from kd.data.sampler import LengthBatches
-from kd.data.store import Entry, Remembered, Share, Store
+from kd.data.store import CachedOutputs, Entry, Share, TensorStore
 from kd.data.tasks import Classification
 from kd.engines.base import Engine, Loss
 from kd.forward import Outputs
@@ -176,7 +176,7 @@ class Bench:
         """A batch for these models."""
         return batch_of(count, seed=seed, **self.counts)
 
-    def remember(self, batch: Batch, folder: Path) -> Batch:
+    def use_cached(self, batch: Batch, folder: Path) -> Batch:
         """Replace the frozen teachers by what they say of a batch, written to disk and read again; the batch that reads it."""
         needs = needs_of_teachers(self.methods.values(), len(self.teachers))
         found = []
@@ -184,7 +184,7 @@ class Bench:
             inputs = batch.teachers[place]
             lengths = inputs["attention_mask"].sum(dim=1)
             offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).numpy()
-            store, said = Store(folder / str(place), offsets), teacher.run(inputs, needs[place]).named()
+            store, said = TensorStore(folder / str(place), offsets), teacher.run(inputs, needs[place]).named()
             store.folder.mkdir(parents=True)
             for name in needs[place].tensors:
                 kind = str(said[name].dtype).removeprefix("torch.")
@@ -193,7 +193,7 @@ class Bench:
                 assert share.write(range(len(batch)), said[name])
                 share.close()
                 store.commit(name, entry, 1)
-            found.append(Remembered(store, tuple(needs[place].tensors), PlainTokens(lengths)).pad(range(len(batch))))
+            found.append(CachedOutputs(store, tuple(needs[place].tensors), PlainTokens(lengths)).pad(range(len(batch))))
             self.engine.teachers[place] = CachedTeacher(teacher)
         return replace(batch, teachers=tuple(found) or batch.teachers)
 

@@ -181,21 +181,21 @@ def test_teachers_stay_in_eval_mode_and_dropout_does_not_reach_them(name: str) -
 
 
 @pytest.mark.thorough
-def test_a_remembered_teacher_is_as_good_as_one_that_runs(name: str, tmp_path: Path) -> None:
-    live, remembered = (Bench(name, dropout=0.1, double=True) for _ in range(2))
+def test_a_cached_teacher_is_as_good_as_one_that_runs(name: str, tmp_path: Path) -> None:
+    live, cached = (Bench(name, dropout=0.1, double=True) for _ in range(2))
     needs = needs_of_teachers(live.methods.values(), len(live.teachers))
     if any(need.live or need.gradient for need in needs):  # it says so, and the command runs its teachers at every step
         run, data = SimpleNamespace(spec=SimpleNamespace(cache="on")), SimpleNamespace(changes="")
         assert all(reason_to_run(run, data, *each) for each in zip(live.teachers, needs, strict=True))
         return
     batch = live.batch()
-    read = remembered.remember(batch, tmp_path)
+    read = cached.use_cached(batch, tmp_path)
     gradients = []
-    for bench, seen in ((live, batch), (remembered, read)):
+    for bench, seen in ((live, batch), (cached, read)):
         torch.manual_seed(0)
         bench.engine.loss(seen).total.backward()
         gradients.append({key: parameter.grad for key, parameter in bench.engine.named_parameters()})
-    assert not any(teacher.passes for teacher in remembered.engine.teachers)
+    assert not any(teacher.passes for teacher in cached.engine.teachers)
     for key, gradient in gradients[0].items():
         assert (gradient is None) == (gradients[1][key] is None), key
         if gradient is not None:

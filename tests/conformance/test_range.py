@@ -139,7 +139,7 @@ def terms_of(bench: Bench, s: Situation, kinds: Kinds, mixed: torch.dtype | None
         teachers = [shown(teacher, teacher.needs, s, 2 + place, kinds)[0] for place, teacher in enumerate(step.teachers)]
         peers = [shown(peer, peer.needs, s, 7 + place, kinds)[0] for place, peer in enumerate(step.peers)]
         with torch.autocast("cpu", dtype=mixed) if mixed else contextlib.nullcontext():
-            terms = method.terms(step.with_(student=student, teachers=teachers, peers=peers))
+            terms = method.terms(step.replace(student=student, teachers=teachers, peers=peers))
         for term, value in terms.items():
             gradients = torch.autograd.grad(value, list(leaves.values()), retain_graph=True, allow_unused=True)
             slopes = {leaf: gradient for leaf, gradient in zip(leaves, gradients, strict=True) if gradient is not None}

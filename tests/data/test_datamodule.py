@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kd.config import compose, typed
 from kd.data.batch import Batch
-from kd.data.datamodule import Examples, KDData, load_examples, tokenizer_fingerprint
+from kd.data.datamodule import Examples, KDDataModule, load_examples, tokenizer_fingerprint
 from kd.data.sources import Files, Splits
 from kd.errors import InputError
 from kd.planning import source_of
@@ -55,9 +55,9 @@ def load(reviews: Path) -> Callable[..., Examples]:
     return load
 
 
-def module(examples: Examples, student: object, *teachers: object, **more: object) -> KDData:
+def module(examples: Examples, student: object, *teachers: object, **more: object) -> KDDataModule:
     given = {"batch_size": 8, "eval_batch_size": 16, "max_length": 32, "seed": 0, **more}
-    return KDData(examples, [student], teachers, **given)
+    return KDDataModule(examples, [student], teachers, **given)
 
 
 def pairs(examples: Examples) -> Examples:

@@ -226,7 +226,7 @@ def test_shares_are_divided_in_double() -> None:
     task = Classification("t", ["a", "b"], {}, ["accuracy"], "accuracy")
     metric = CLASSIFICATION["accuracy"](2)
     metric.update(predicted, labels)
-    assert float(metric.compute()) == task.chance(labels)["accuracy"] == 0.89
+    assert float(metric.compute()) == task.majority_baseline(labels)["accuracy"] == 0.89
 
 
 def test_matthews_of_a_million_examples_keeps_its_digits() -> None:

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from kd.data.store import RELEASE, Entry, Remembered, Share, Store, fits, stored_as
+from kd.data.store import RELEASE, CachedOutputs, Entry, Share, TensorStore, fits, stored_as
 from kd.forward import Needs, Outputs, UndeclaredRead
 
 LENGTHS = (3, 5, 2, 5)
 OFFSETS = np.concatenate([[0], np.cumsum(LENGTHS)])
 
 
-def entry(store: Store, name: str, width: int, kind: str = "float32", shown: str | None = None) -> Entry:
+def entry(store: TensorStore, name: str, width: int, kind: str = "float32", shown: str | None = None) -> Entry:
     return Entry((store.rows(name), width), kind, shown or kind)
 
 
-def put(store: Store, name: str, values: torch.Tensor, kind: str = "float32", ranks: int = 1) -> None:
+def put(store: TensorStore, name: str, values: torch.Tensor, kind: str = "float32", ranks: int = 1) -> None:
     """Write a tensor of all examples, (4, width) or (4, 5, width), by one rank or more."""
     store.folder.mkdir(exist_ok=True)
     made = entry(store, name, values.shape[-1], kind, str(values.dtype).removeprefix("torch."))
@@ -37,13 +37,13 @@ def put(store: Store, name: str, values: torch.Tensor, kind: str = "float32", ra
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "kept", OFFSETS)
+def store(tmp_path: Path) -> TensorStore:
+    return TensorStore(tmp_path / "kept", OFFSETS)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_what_is_read_is_what_was_written(store: Store, dtype: torch.dtype, ranks: int) -> None:
+def test_what_is_read_is_what_was_written(store: TensorStore, dtype: torch.dtype, ranks: int) -> None:
     kind = str(dtype).removeprefix("torch.")
     logits, hidden = torch.randn(4, 3).to(dtype), torch.randn(4, 5, 6).to(dtype)
     put(store, "logits", logits, kind, ranks)
@@ -59,17 +59,17 @@ def test_what_is_read_is_what_was_written(store: Store, dtype: torch.dtype, rank
     assert not store.damaged(["logits", "hidden-2"])
 
 
-def test_a_batch_is_as_long_as_its_longest_example(store: Store) -> None:
+def test_a_batch_is_as_long_as_its_longest_example(store: TensorStore) -> None:
     put(store, "hidden-1", torch.randn(4, 5, 2))
     for multiple, longest in ((1, 3), (4, 4), (8, 5)):
         tokens = SimpleNamespace(mask=lambda rows, longest=longest: np.arange(longest) < np.asarray(LENGTHS)[rows][:, None])
-        read = Remembered(store, ("hidden-1",), tokens).pad([2, 0])
+        read = CachedOutputs(store, ("hidden-1",), tokens).pad([2, 0])
         assert read["hidden-1"].shape == (2, longest, 2)
         assert read["attention_mask"].sum(dim=1).tolist() == [2, 3], multiple
         assert not read["hidden-1"][0, 2:].any()
 
 
-def test_sixteen_bits_are_given_back_as_the_type_that_was_shown(store: Store) -> None:
+def test_sixteen_bits_are_given_back_as_the_type_that_was_shown(store: TensorStore) -> None:
     values = torch.randn(4, 7)
     put(store, "cls-1", values, "float16")
     found = store.read(["cls-1"], range(4))["cls-1"]
@@ -90,7 +90,7 @@ def test_what_sixteen_bits_are_good_for() -> None:
     assert fits(torch.tensor([[1e-9, 1.0]]), torch.float16)  # nothing, beside its neighbour
 
 
-def test_a_type_that_is_too_narrow_is_refused(store: Store) -> None:
+def test_a_type_that_is_too_narrow_is_refused(store: TensorStore) -> None:
     store.folder.mkdir()
     share = Share(store, "logits", entry(store, "logits", 2, "float16", "float32"), (0, 4), 0)
     assert share.write([0], torch.tensor([[1.0, 2.0]]))
@@ -98,7 +98,7 @@ def test_a_type_that_is_too_narrow_is_refused(store: Store) -> None:
 
 
 @pytest.mark.parametrize("bad", ["truncated", "flipped", "no numbers", "torn json", "empty json", "another shape"])
-def test_damage_is_found(store: Store, bad: str) -> None:
+def test_damage_is_found(store: TensorStore, bad: str) -> None:
     put(store, "logits", torch.randn(4, 3))
     put(store, "cls-1", torch.randn(4, 3))
     numbers, described = store.folder / "logits.bin", store.folder / "logits.json"
@@ -122,7 +122,7 @@ def test_damage_is_found(store: Store, bad: str) -> None:
     assert list(store.folder.glob("logits*")) == []
 
 
-def test_what_was_not_finished_does_not_count(store: Store) -> None:
+def test_what_was_not_finished_does_not_count(store: TensorStore) -> None:
     put(store, "cls-1", torch.randn(4, 3))
     share = Share(store, "logits", entry(store, "logits", 2), (0, 4), 0)
     share.write([0, 1], torch.randn(2, 2))
@@ -132,7 +132,7 @@ def test_what_was_not_finished_does_not_count(store: Store) -> None:
     assert sorted(path.name for path in store.folder.iterdir()) == ["cls-1.bin", "cls-1.json"]
 
 
-def test_a_full_disk_is_an_error_and_not_the_end(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error_and_not_the_end(store: TensorStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -142,14 +142,14 @@ def test_a_full_disk_is_an_error_and_not_the_end(store: Store, monkeypatch: pyte
         Share(store, "logits", entry(store, "logits", 2), (0, 4), 0)
 
 
-def test_pages_are_let_go_of_and_read_again(store: Store) -> None:
+def test_pages_are_let_go_of_and_read_again(store: TensorStore) -> None:
     values = torch.randn(4, 3)
     put(store, "logits", values)
     for turn in range(3 * RELEASE):
         assert torch.equal(store.read(["logits"], [turn % 4])["logits"], values[[turn % 4]])
 
 
-def test_a_share_that_is_short_is_not_taken(store: Store) -> None:
+def test_a_share_that_is_short_is_not_taken(store: TensorStore) -> None:
     store.folder.mkdir()
     made = entry(store, "logits", 2)
     Share(store, "logits", made, (0, 2), 0).close()
@@ -158,7 +158,7 @@ def test_a_share_that_is_short_is_not_taken(store: Store) -> None:
     assert store.missing(["logits"]) == ["logits"]
 
 
-def test_a_store_is_pickled_without_its_numbers(store: Store) -> None:
+def test_a_store_is_pickled_without_its_numbers(store: TensorStore) -> None:
     values = torch.randn(4, 3000)
     put(store, "logits", values)
     store.read(["logits"], [0])

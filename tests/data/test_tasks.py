@@ -222,9 +222,9 @@ def test_metrics_of_scores_equal_naive_ones(name: str, naive: Callable[[Tensor, 
 
 def test_chance_is_what_a_prediction_without_looking_scores() -> None:
     labels = torch.tensor([0, 2, 2, 1, 2])
-    assert classes(["a", "b", "c"]).chance(labels) == {"accuracy": pytest.approx(0.6), "matthews_corrcoef": 0.0}
+    assert classes(["a", "b", "c"]).majority_baseline(labels) == {"accuracy": pytest.approx(0.6), "matthews_corrcoef": 0.0}
     targets = torch.tensor([0.0, 1.0, 5.0])
-    assert scores().chance(targets) == {"pearson": 0.0, "spearman": 0.0, "mse": pytest.approx((4 + 1 + 9) / 3)}
+    assert scores().majority_baseline(targets) == {"pearson": 0.0, "spearman": 0.0, "mse": pytest.approx((4 + 1 + 9) / 3)}
 
 
 def test_only_an_error_is_better_when_lower() -> None:

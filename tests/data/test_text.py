@@ -13,7 +13,7 @@ from kd.data.datamodule import Examples, load_examples
 from kd.data.language import NOT_PREDICTED, MaskedLM, by_example
 from kd.data.sampler import Rows
 from kd.data.tasks import higher_is_better
-from kd.data.text import MaskedData, MaskedTokens, MixedTokenizer, TextFiles
+from kd.data.text import MaskedLMDataModule, MaskedTokens, MixedTokenizer, TextFiles
 from kd.errors import InputError
 from kd.models.vocabularies import learned_tokens, with_vocabulary
 from kd.planning import source_of
@@ -39,9 +39,11 @@ def mixed(probability: float, max_length: int = 64, size: int = 70) -> MaskedTok
     return MaskedTokens(MixedTokenizer(first, second, len(first), probability), texts(40), max_length, seed=0)
 
 
-def data(count: int = 40, batch: int = 8, rank: int = 0, world: int = 1, workers: int = 0) -> MaskedData:
+def data(count: int = 40, batch: int = 8, rank: int = 0, world: int = 1, workers: int = 0) -> MaskedLMDataModule:
     examples = Examples(TASK, {"train": texts(count), "validation": texts(12, seed=1)}, {"train": [], "validation": []})
-    return MaskedData(examples, [tiny_tokenizer()], [], batch, batch, 32, seed=3, workers=workers, rank=rank, world=world)
+    return MaskedLMDataModule(
+        examples, [tiny_tokenizer()], [], batch, batch, 32, seed=3, workers=workers, rank=rank, world=world
+    )
 
 
 # -- masks ---------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from kd import distributed
 from kd.data import text as masked
 from kd.data import tokens
 from kd.data.text import MaskedTokens
-from kd.data.tokens import Store, Tokens, read, write
+from kd.data.tokens import Tokens, TokenStore, read_arrays, write_arrays
 
 TEXTS = [("the film was fine",), ("bad",), ("a scene and a plot that is boring",)]
 PAIRS = [(text, f"it was {text}") for (text,) in TEXTS]
@@ -54,7 +54,7 @@ def same(one: Tokens, other: Tokens) -> bool:
 def test_stored_tokens_are_those_that_were_made(tokenizer: Counting, tmp_path: Path, texts: list[tuple[str, ...]]) -> None:
     plain = Tokens(tokenizer, texts, 16)
     for _ in range(3):
-        assert same(Tokens(tokenizer, texts, 16, 1, Store(tmp_path / "new")), plain)
+        assert same(Tokens(tokenizer, texts, 16, 1, TokenStore(tmp_path / "new")), plain)
     assert tokenizer.calls == 2
     (file,) = (tmp_path / "new").iterdir()
     assert file.suffix == ".npz"
@@ -62,7 +62,7 @@ def test_stored_tokens_are_those_that_were_made(tokenizer: Counting, tmp_path: P
 
 def test_whatever_changes_the_tokens_has_its_own_file(tokenizer: Counting, tmp_path: Path) -> None:
     def stored(reader: object = tokenizer, texts: list[tuple[str, ...]] = TEXTS, max_length: int = 16) -> None:
-        Tokens(reader, texts, max_length, 1, Store(tmp_path))
+        Tokens(reader, texts, max_length, 1, TokenStore(tmp_path))
 
     stored()
     stored(max_length=5)
@@ -76,31 +76,31 @@ def test_whatever_changes_the_tokens_has_its_own_file(tokenizer: Counting, tmp_p
             setattr(other, name, value)
         stored(other)
     assert len(list(tmp_path.iterdir())) == 8
-    Tokens(tokenizer, TEXTS, 16, 8, Store(tmp_path))  # padding comes after
+    Tokens(tokenizer, TEXTS, 16, 8, TokenStore(tmp_path))  # padding comes after
     assert len(list(tmp_path.iterdir())) == 8
 
 
 def test_another_format_or_library_makes_its_own_files(
     tokenizer: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Tokens(tokenizer, TEXTS, 16, 1, Store(tmp_path))
-    monkeypatch.setattr(tokens, "FORMAT", tokens.FORMAT + 1)
-    Tokens(tokenizer, TEXTS, 16, 1, Store(tmp_path))
+    Tokens(tokenizer, TEXTS, 16, 1, TokenStore(tmp_path))
+    monkeypatch.setattr(tokens, "TOKENS_FORMAT", tokens.TOKENS_FORMAT + 1)
+    Tokens(tokenizer, TEXTS, 16, 1, TokenStore(tmp_path))
     monkeypatch.setattr(tokens.metadata, "version", lambda name: "0.0")
-    Tokens(tokenizer, TEXTS, 16, 1, Store(tmp_path))
+    Tokens(tokenizer, TEXTS, 16, 1, TokenStore(tmp_path))
     assert len(list(tmp_path.iterdir())) == tokenizer.calls == 3
 
 
 def test_a_damaged_file_is_found_said_and_made_again(
     tokenizer: Counting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = Tokens(tokenizer, TEXTS, 16, 1, Store(tmp_path))
+    plain = Tokens(tokenizer, TEXTS, 16, 1, TokenStore(tmp_path))
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     damages = [whole[: len(whole) // 2], b"", b"no archive", whole.replace(b"\x05\x00\x00\x00", b"\x06\x00\x00\x00", 1)]
     for damage in damages:
         file.write_bytes(damage)
-        assert same(Tokens(tokenizer, TEXTS, 16, 1, Store(tmp_path)), plain)
+        assert same(Tokens(tokenizer, TEXTS, 16, 1, TokenStore(tmp_path)), plain)
         said = capsys.readouterr().out
         assert said.count("\n") == 1
         assert "damaged" in said
@@ -111,13 +111,13 @@ def test_a_damaged_file_is_found_said_and_made_again(
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     file = tmp_path / "a.npz"
     arrays = {"offsets": np.arange(9), "input_ids": np.arange(40, dtype=np.int32)}
-    write(file, arrays)
+    write_arrays(file, arrays)
     whole = bytearray(file.read_bytes())
     for place in range(len(whole)):
         hurt = bytearray(whole)
         hurt[place] ^= 1 << place % 8
         file.write_bytes(hurt)
-        found = read(file)
+        found = read_arrays(file)
         assert found is None, place
 
 
@@ -133,7 +133,7 @@ def test_a_folder_that_cannot_be_written_is_not_fatal(
         monkeypatch.setattr(np, "savez", full)
     else:
         (tmp_path / "tokens").write_text("")
-    assert same(Tokens(tokenizer, TEXTS, 16, 1, Store(tmp_path / "tokens")), Tokens(tokenizer, TEXTS, 16))
+    assert same(Tokens(tokenizer, TEXTS, 16, 1, TokenStore(tmp_path / "tokens")), Tokens(tokenizer, TEXTS, 16))
     assert "not stored" in capsys.readouterr().out
     assert not list(tmp_path.rglob("*.part"))
 
@@ -143,12 +143,12 @@ def test_under_ddp_the_first_rank_cuts_the_text_and_the_others_read_it(
 ) -> None:
     first = Tokens(tokenizer, TEXTS, 16)
 
-    def on_first(make: Callable[[], object]) -> None:  # as a later rank finds it: the first one has been at work meanwhile
-        monkeypatch.setattr(distributed, "on_first", lambda make: make())
-        Tokens(tokenizer, TEXTS, 16, 1, Store(tmp_path))
+    def on_rank_zero(make: Callable[[], object]) -> None:  # as a later rank finds it: the first one has been at work meanwhile
+        monkeypatch.setattr(distributed, "on_rank_zero", lambda make: make())
+        Tokens(tokenizer, TEXTS, 16, 1, TokenStore(tmp_path))
 
-    monkeypatch.setattr(distributed, "on_first", on_first)
-    assert same(Tokens(tokenizer, TEXTS, 16, 1, Store(tmp_path)), first)
+    monkeypatch.setattr(distributed, "on_rank_zero", on_rank_zero)
+    assert same(Tokens(tokenizer, TEXTS, 16, 1, TokenStore(tmp_path)), first)
     assert tokenizer.calls == 2
 
 
@@ -168,7 +168,7 @@ def test_masked_text_is_stored_and_padded_too(tokenizer: Counting, tmp_path: Pat
     plain = MaskedTokens(tokenizer, TEXTS, 16, 0).pad([0, 2], 1)
     calls = tokenizer.calls
     for _ in range(2):
-        stored = MaskedTokens(tokenizer, TEXTS, 16, 0, 1, Store(tmp_path)).pad([0, 2], 1)
+        stored = MaskedTokens(tokenizer, TEXTS, 16, 0, 1, TokenStore(tmp_path)).pad([0, 2], 1)
         assert all(torch.equal(stored[0][name], plain[0][name]) for name in plain[0])
         assert torch.equal(stored[1], plain[1])
     assert len(list(tmp_path.iterdir())) == 1

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from kd import train
 from kd.data.batch import Batch
 from kd.data.tasks import Classification, Regression
-from kd.engines.mutual import Mutual
+from kd.engines.mutual import MutualDistiller
 from kd.engines.safety import NonFiniteLoss
 from kd.errors import InputError
 from kd.evaluate import evaluate, headline
@@ -301,9 +301,9 @@ def test_one_student_or_an_unknown_update_is_refused() -> None:
     bench = Bench("dml")
     rest = ([], TASK, {}, bench.engine.optimizer_factory)
     with pytest.raises(InputError, match="two or more") as alone:
-        Mutual({"a": bench.students["s0"]}, {}, *rest)
+        MutualDistiller({"a": bench.students["s0"]}, {}, *rest)
     with pytest.raises(InputError, match="simultaneous, sequential") as update:
-        Mutual(bench.students, {}, *rest, update="random")
+        MutualDistiller(bench.students, {}, *rest, update="random")
     assert (alone.value.key, update.value.key) == ("cohort.students", "engine.update")
 
 

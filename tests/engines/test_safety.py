@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kd import distributed, hardware, train
 from kd.data.tasks import Classification
 from kd.engines.distiller import Distiller
-from kd.engines.safety import LATEST, LossWatch, NonFiniteLoss, NonFiniteWeights, clip_gradients
+from kd.engines.safety import LATEST, NonFiniteGuard, NonFiniteLoss, NonFiniteWeights, clip_gradients
 from whole_runs import planned
 
 Small = Callable[..., list[str]]
@@ -24,58 +24,58 @@ def deferring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "is_asynchronous", lambda tensor: True)
 
 
-def see(watch: LossWatch, step: int, total: Tensor = GOOD) -> None:
-    watch.see(total, {"task": total, "hidden": GOOD}, step)
+def see(guard: NonFiniteGuard, step: int, total: Tensor = GOOD) -> None:
+    guard.record(total, {"task": total, "hidden": GOOD}, step)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_on_the_cpu_a_loss_is_looked_at_at_once(bad: float) -> None:
-    watch = LossWatch()
-    see(watch, 0)
+    guard = NonFiniteGuard()
+    see(guard, 0)
     with pytest.raises(NonFiniteLoss, match="not finite at step 1: term 'task'"):
-        see(watch, 1, torch.tensor(bad))
-    assert not watch.kept
+        see(guard, 1, torch.tensor(bad))
+    assert not guard.kept
 
 
 @pytest.mark.usefixtures("deferring")
 def test_on_an_accelerator_it_is_found_within_a_few_steps_and_names_the_first() -> None:
-    watch = LossWatch()
+    guard = NonFiniteGuard()
     for step in range(20):
-        see(watch, step)
+        see(guard, step)
     for step in range(20, 20 + LATEST - 20 % LATEST - 1):
-        see(watch, step, BAD)
-    assert len(watch.kept) == LATEST - 1
+        see(guard, step, BAD)
+    assert len(guard.kept) == LATEST - 1
     with pytest.raises(NonFiniteLoss, match="not finite at step 20: term 'task'"):
-        see(watch, 23)
-    watch = LossWatch()
-    see(watch, 4)
-    see(watch, 5, BAD)
+        see(guard, 23)
+    guard = NonFiniteGuard()
+    see(guard, 4)
+    see(guard, 5, BAD)
     with pytest.raises(NonFiniteLoss, match="step 5"):
-        watch.settle()
-    watch.settle()
+        guard.flush()
+    guard.flush()
 
 
 @pytest.mark.usefixtures("deferring")
 def test_on_an_accelerator_no_step_waits_for_the_device_but_every_eighth(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = []
-    look = LossWatch.look
-    monkeypatch.setattr(LossWatch, "look", lambda watch: looks.append(1) or look(watch))
-    watch = LossWatch()
+    look = NonFiniteGuard.check
+    monkeypatch.setattr(NonFiniteGuard, "check", lambda guard: looks.append(1) or look(guard))
+    guard = NonFiniteGuard()
     for step in range(4 * LATEST):
-        see(watch, step)
+        see(guard, step)
     assert len(looks) == 4
     # Without a look, nothing of it may need the value: a tensor without one will do.
-    see(watch, 0, torch.tensor(1.0, device="meta"))
+    see(guard, 0, torch.tensor(1.0, device="meta"))
 
 
 @pytest.mark.usefixtures("deferring")
 def test_before_a_checkpoint_every_rank_learns_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "gather", lambda found: [found, ({"task": float("nan")}, 3)])
-    watch = LossWatch()
-    watch.settle()  # nothing was trained: nobody asks
-    see(watch, 3)
+    guard = NonFiniteGuard()
+    guard.flush()  # nothing was trained: nobody asks
+    see(guard, 3)
     with pytest.raises(NonFiniteLoss, match="not finite at step 3"):
-        watch.settle()
+        guard.flush()
 
 
 @pytest.mark.usefixtures("deferring")
@@ -205,4 +205,4 @@ def test_gradients_that_are_no_number_end_a_run_whose_losses_are_fine(
 
 @pytest.mark.usefixtures("deferring")
 def test_a_gradient_on_an_accelerator_is_not_waited_for() -> None:
-    LossWatch().see_gradient(torch.tensor(1.0, device="meta"), 0)
+    NonFiniteGuard().check_gradient(torch.tensor(1.0, device="meta"), 0)

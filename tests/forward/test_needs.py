@@ -106,7 +106,7 @@ def test_forward_runs_on_first_look_and_only_once() -> None:
     assert model.calls[0][1] is needs
 
 
-def test_a_further_pass_is_not_remembered() -> None:
+def test_a_further_pass_is_not_cached() -> None:
     model, needs = Model(), Needs(hidden=[1])
     forward = Forward(model, {"input_ids": torch.zeros(1, 2)}, needs)
     other, deeper = {"input_ids": torch.ones(1, 2)}, Needs(hidden=[3])

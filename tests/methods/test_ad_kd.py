@@ -143,7 +143,7 @@ def test_the_gradient_is_that_of_finite_differences(name: str, steps: int) -> No
     for shift in (1e-5, -1e-5):
         with torch.no_grad():
             parameter[place] += shift
-        values.append(method.terms(step.with_(student=Forward(student, INPUTS, method.needs()[0])))["attribution"].item())
+        values.append(method.terms(step.replace(student=Forward(student, INPUTS, method.needs()[0])))["attribution"].item())
         with torch.no_grad():
             parameter[place] -= shift
     assert parameter.grad[place].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
@@ -229,7 +229,7 @@ def test_passes_of_the_attribution_are_counted() -> None:
     method, step = bound(encoder(2, 16, seed=1), encoder(3), steps=3)
     method.terms(step)
     frozen = step.teacher.model
-    assert frozen.work == {"passes": 4, "examples": 12, "looks": 1}
+    assert frozen.work == {"passes": 4, "examples": 12, "batches_used": 1}
 
 
 def test_the_name_of_the_maps_says_what_they_depend_on() -> None:
@@ -269,8 +269,8 @@ def test_what_cannot_work_names_the_key(arguments: dict, key: str) -> None:
 
 
 def test_the_mean_over_a_batchs_tokens_says_that_it_couples_them() -> None:
-    assert not ADKD().coupled()
-    assert "tokens of a batch" in ADKD(attribution_reduction="tokens").coupled()
+    assert not ADKD().batch_dependence()
+    assert "tokens of a batch" in ADKD(attribution_reduction="tokens").batch_dependence()
 
 
 def test_deeper_layers_can_be_compared() -> None:

@@ -104,8 +104,8 @@ def test_phase_two_begins_from_phase_one_and_does_not_hear_the_teacher(small: Sm
     assert first.result is not None
     assert first.result["weights"] == {"logits": 1.0}
     assert (first.result["epochs"], result["epochs"]) == (2, 1)
-    assert first.result["teacher_forwards"]["minilm"]["looks"] > 0
-    assert result["teacher_forwards"]["minilm"]["looks"] == 0
+    assert first.result["teacher_forwards"]["minilm"]["batches_used"] > 0
+    assert result["teacher_forwards"]["minilm"]["batches_used"] == 0
     assert result["init"].startswith("run annealing_kd_logits, begun from first layers [1, 2] of the pre-trained backbone")
     assert result["inputs"]["before"] == first.name
     assert result["seconds"]["before"] == first.result["seconds"]["train"] > 0

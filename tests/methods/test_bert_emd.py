@@ -281,7 +281,7 @@ def test_fixed_map_compares_its_pairs_alone_and_moves_no_mass() -> None:
     method.after_step(step, terms)
     assert all(torch.equal(tensor, before[name]) for name, tensor in method.plans().items())
     assert method.describe() == {"layer map (student<-teacher)": "1<-2, 2<-4"}
-    assert method.coupled() == ""
+    assert method.batch_dependence() == ""
 
 
 def test_shares_of_two_ranks_give_the_plan_the_masses_and_the_loss_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +293,7 @@ def test_shares_of_two_ranks_give_the_plan_the_masses_and_the_loss_of_the_whole(
     shares = [([0, 1, 2], 1.5), ([3], 0.5)]  # what a rank's loss counts for is its examples times ranks over all examples
     ranks = [copy.deepcopy(method) for _ in shares]
     parts = [step_of(method, step.student.model, frozen, rows) for rows, _ in shares]
-    parts = [part.with_(batch=replace(part.batch, weight=weight)) for part, (_, weight) in zip(parts, shares, strict=True)]
+    parts = [part.replace(batch=replace(part.batch, weight=weight)) for part, (_, weight) in zip(parts, shares, strict=True)]
     sent: list[list[Tensor]] = []
     monkeypatch.setattr(distributed, "mean", lambda tensors: sent.append(list(tensors)) or list(tensors))
     for rank, part in zip(ranks, parts, strict=True):
@@ -368,8 +368,8 @@ def test_needs_are_every_layer() -> None:
     assert method.describe() == {
         "layer map (student<-teacher)": "2 x 4 pairs by transport, masses by cost attention (softmax2, tau 1)"
     }
-    assert "transport plan" in method.coupled()
-    assert "padding" in bound(padding="reference")[0].coupled()
+    assert "transport plan" in method.batch_dependence()
+    assert "padding" in bound(padding="reference")[0].batch_dependence()
 
 
 def test_other_heads_than_the_teachers_are_refused() -> None:

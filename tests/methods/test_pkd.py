@@ -165,7 +165,7 @@ def test_scale_of_the_teachers_states_matters_only_without_normalisation(scale: 
 @pytest.mark.parametrize(("done", "temperature"), [(0, 8.0), (50, 5.0)])
 def test_soft_labels_follow_the_temperature_of_the_moment(loss: str, function, done: int, temperature: float) -> None:
     method, step = bound(encoder(2, seed=1), encoder(4), loss=loss, reduction="batchmean", temperature=Linear(8.0, 2.0))
-    step = step.with_(progress=Progress(done, 100))
+    step = step.replace(progress=Progress(done, 100))
     expected = function(step.student.outputs.logits, step.teacher.outputs.logits, temperature, "batchmean")
     torch.testing.assert_close(method.terms(step)["logits"], expected)
 

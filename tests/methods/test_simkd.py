@@ -109,8 +109,8 @@ def test_padding_counts_where_it_is_asked_for() -> None:
     ours, theirs = (e.model(**inputs, output_hidden_states=True).hidden_states[-1] for e in (student, teacher))
     project = student.model.get_submodule("bert.pooler.dense").project
     torch.testing.assert_close(method.terms(step)["feature"], nn.functional.mse_loss(project(ours), theirs))
-    assert "padding" in method.coupled()
-    assert not SimKD(feature="tokens").coupled()
+    assert "padding" in method.batch_dependence()
+    assert not SimKD(feature="tokens").batch_dependence()
 
 
 def test_padding_as_it_was_before_it_could_be_chosen_is_no_part_of_an_identity() -> None:

@@ -86,8 +86,8 @@ def test_a_draw_follows_from_seed_and_step_alone() -> None:
     assert draws([0.5, 0.5], 200) == first
     assert torch.equal(torch.get_rng_state(), before), "a draw must not move what dropout draws from"
     assert [method.drawn(step(done)) for done in reversed(range(200))] == first[::-1]
-    other = step().with_(batch=Batch({}, ({},) * 2, torch.tensor([1, 0]), torch.tensor([7, 8])))
-    other = [method.drawn(other.with_(progress=Progress(done, 17, epoch=3))) for done in range(200)]
+    other = step().replace(batch=Batch({}, ({},) * 2, torch.tensor([1, 0]), torch.tensor([7, 8])))
+    other = [method.drawn(other.replace(progress=Progress(done, 17, epoch=3))) for done in range(200)]
     assert other == first
 
 
@@ -100,7 +100,7 @@ def test_other_steps_and_seeds_draw_anew() -> None:
 
 
 def test_what_is_drawn_for_different_things_is_independent() -> None:
-    found = [(step(done).chance("teacher").random(), step(done).chance("layer").random()) for done in range(500)]
+    found = [(step(done).rng("teacher").random(), step(done).rng("layer").random()) for done in range(500)]
     assert abs(np.corrcoef(np.array(found).T)[0, 1]) < 0.15
 
 
@@ -184,7 +184,7 @@ def test_a_method_of_several_teachers_is_no_inner_method() -> None:
 
 
 def looks(result: dict, names: list[str]) -> list[int]:
-    return [result["teacher_forwards"][name]["looks"] for name in names]
+    return [result["teacher_forwards"][name]["batches_used"] for name in names]
 
 
 NAMES = ["minilm", "minilm_3l"]

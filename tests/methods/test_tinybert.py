@@ -380,11 +380,11 @@ def test_strict_terms_do_not_depend_on_the_other_examples_and_only_reference_say
         for row, length in enumerate(LENGTHS):
             inputs = {name: tensor[[row], :length] for name, tensor in step.batch.student.items()}
             ours, theirs = (Forward(each.model, inputs, each.needs) for each in (step.student, step.teacher))
-            parts.append(method.terms(step.with_(student=ours, teachers=[theirs])))
+            parts.append(method.terms(step.replace(student=ours, teachers=[theirs])))
         for name, term in whole.items():
             apart = sum(part[name].item() for part in parts) / len(parts)
             assert (term.item() == pytest.approx(apart, rel=1e-9)) is (padding == "strict"), name
-        assert bool(method.coupled()) is (padding == "reference")
+        assert bool(method.batch_dependence()) is (padding == "reference")
 
 
 def test_bf16_autocast_is_finite(narrow: Encoder, teacher: FrozenTeacher) -> None:
@@ -434,7 +434,7 @@ def test_random_map_is_drawn_as_often_as_asked_in_range_and_in_order(redraw: str
         [Needs(hidden=[0, *theirs], attention=theirs)],
     )
     for done in (0, 5, 11):  # whatever is drawn has been declared
-        terms = method.terms(step.with_(progress=Progress(done, 100, done // 4)))
+        terms = method.terms(step.replace(progress=Progress(done, 100, done // 4)))
         assert all(term.isfinite() for term in terms.values())
     said = method.describe()
     assert said["layer map (student<-teacher)"] == "0<-0, " + ", ".join(f"{ours}<-{layer}" for ours, (layer,) in found[0])
@@ -446,7 +446,7 @@ def test_terms_of_a_random_map_are_those_of_its_pairs(narrow: Encoder, teacher: 
     for done in range(4):
         torch.manual_seed(0)
         method, step = bound(narrow, teacher, layers="random", redraw="step")
-        step = step.with_(progress=Progress(done, 10))
+        step = step.replace(progress=Progress(done, 10))
         pairs = [[ours, theirs] for ours, (theirs,) in method.map_at(step.progress)]
         torch.manual_seed(0)
         given, same = bound(narrow, teacher, layers=pairs)

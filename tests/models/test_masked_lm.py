@@ -11,7 +11,7 @@ from conftest import FILLER, tiny_config, tiny_tokenizer
 from kd.data.batch import Batch
 from kd.data.datamodule import Examples
 from kd.data.language import NOT_PREDICTED, MaskedLM
-from kd.data.text import MaskedData
+from kd.data.text import MaskedLMDataModule
 from kd.engines.distiller import Distiller
 from kd.errors import InputError
 from kd.export import largest_difference
@@ -40,7 +40,7 @@ def batches(count: int = 8, size: int = 8, rank: int = 0, world: int = 1, teache
     texts = [(" ".join(FILLER[: 3 + n]),) for n in range(count)]
     examples = Examples(TASK, {"train": texts, "validation": texts}, {})
     tokenizers = [tiny_tokenizer()] * teachers
-    data = MaskedData(examples, [tiny_tokenizer()], tokenizers, size, size, 32, seed=0, rank=rank, world=world)
+    data = MaskedLMDataModule(examples, [tiny_tokenizer()], tokenizers, size, size, 32, seed=0, rank=rank, world=world)
     return list(data.train_dataloader())
 
 

@@ -13,14 +13,14 @@ from conftest import FILLER, GOOD, tiny_config, tiny_tokenizer
 from kd.data.batch import Batch
 from kd.data.datamodule import Examples
 from kd.data.language import NOT_PREDICTED, MaskedLM
-from kd.data.text import MaskedData
+from kd.data.text import MaskedLMDataModule
 from kd.errors import InputError
 from kd.export import largest_difference
 from kd.forward import Needs
 from kd.models import Encoder
 from kd.models.heads import HEADS
 from kd.models.mixed_vocab import LiftedEmbedding, MixedEmbedding, MixedOutputs, MixedStage, MixedVocab, separate
-from kd.models.surgery import Material
+from kd.models.surgery import SurgeryInputs
 
 TASK = MaskedLM("toy", ["loss", "accuracy"], "loss")
 TEXTS = [" ".join((FILLER + GOOD)[n : n + 12]) for n in range(14)]
@@ -33,14 +33,14 @@ def plain(seed: int = 0) -> Encoder:
 
 
 def staged(probability: float = 0.5, **options: object) -> Encoder:
-    made, _ = MixedStage(size=70, **{"width": 16, **options}, probability=probability)(plain(), Material(TEXTS))
+    made, _ = MixedStage(size=70, **{"width": 16, **options}, probability=probability)(plain(), SurgeryInputs(TEXTS))
     return made.eval()
 
 
-def data(encoder: Encoder) -> MaskedData:
+def data(encoder: Encoder) -> MaskedLMDataModule:
     texts = [(text,) for text in TEXTS]
     examples = Examples(TASK, {"train": texts, "validation": texts}, {})
-    return MaskedData(examples, [encoder.tokenizer], [], 14, 14, 64, seed=0)
+    return MaskedLMDataModule(examples, [encoder.tokenizer], [], 14, 14, 64, seed=0)
 
 
 def batch_of(encoder: Encoder) -> Batch:
@@ -186,7 +186,7 @@ def test_exported_text_of_both_vocabularies_would_not_agree_with_the_plain_model
 def test_stage_two_begins_with_the_learned_vocabulary_and_its_embeddings(tmp_path: Path) -> None:
     mixed = staged(width=32)
     mixed.save(tmp_path)
-    student, _ = MixedVocab()(plain(seed=9), Material(TEXTS, tmp_path))
+    student, _ = MixedVocab()(plain(seed=9), SurgeryInputs(TEXTS, tmp_path))
     kept = load_file(tmp_path / "vocabulary/embeddings.safetensors")["embeddings"]
     assert torch.equal(student.model.get_input_embeddings().weight, kept)
     assert student.model.cls.predictions.decoder.weight is student.model.get_input_embeddings().weight
@@ -215,13 +215,13 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     from conftest import tiny_model
 
     with pytest.raises(InputError, match="more than the text supports"):
-        MixedStage(size=9000)(plain(), Material(TEXTS))
+        MixedStage(size=9000)(plain(), SurgeryInputs(TEXTS))
     with pytest.raises(InputError, match="masked language model"):
-        MixedStage(size=70)(Encoder(tiny_model(), tiny_tokenizer()), Material(None))
+        MixedStage(size=70)(Encoder(tiny_model(), tiny_tokenizer()), SurgeryInputs(None))
     with pytest.raises(InputError, match="must be at least 0 and at most 1"):
         MixedStage(size=70, probability=1.5)
     with pytest.raises(InputError, match=r"surgery=\[mixed_stage\]"):
-        MixedVocab()(plain(), Material(TEXTS, tmp_path))
+        MixedVocab()(plain(), SurgeryInputs(TEXTS, tmp_path))
     staged(width=16).save(tmp_path)
     with pytest.raises(InputError, match="have width 16, the student has 32"):
-        MixedVocab()(copy.deepcopy(plain()), Material(TEXTS, tmp_path))
+        MixedVocab()(copy.deepcopy(plain()), SurgeryInputs(TEXTS, tmp_path))

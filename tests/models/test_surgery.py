@@ -11,14 +11,14 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import BAD, FILLER, GOOD, SPECIAL, tiny_config, tiny_model, tiny_tokenizer
-from kd.build import build_examples, build_models, check
+from kd.build import build_examples, build_models, check_run
 from kd.config import compose
 from kd.data.datamodule import tokenizer_fingerprint
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.methods.base import Method, Step
 from kd.models import Encoder
-from kd.models.surgery import CutVocabulary, Factorized, LearnedVocabulary, Material, truncated_svd
+from kd.models.surgery import CutVocabulary, Factorized, LearnedVocabulary, SurgeryInputs, truncated_svd
 from kd.planning import plan
 
 TEXTS = ["a good film and a great story", "it was a warm and funny film", "dull"]
@@ -44,7 +44,7 @@ def inputs(encoder: Encoder, texts: list[str]) -> dict[str, torch.Tensor]:
 
 
 def operated(surgery: object, encoder: Encoder, texts: list[str] | None = TEXTS) -> Encoder:
-    made, words = surgery(encoder, Material(texts))
+    made, words = surgery(encoder, SurgeryInputs(texts))
     assert words or texts is None
     return made
 
@@ -240,20 +240,20 @@ def test_token_aligned_method_refuses_a_student_with_its_own_vocabulary_before_a
         overrides = small("method=finetune", *more)
         run = plan(compose(overrides), overrides)
         with pytest.raises(InputError, match="token by token") as caught:
-            check(run, build_examples(run))
+            check_run(run, build_examples(run))
         assert caught.value.key == key
         assert "vocabulary of its own" in caught.value.message
     for more in (["surgery=[factorized]", "surgery.factorized.rank=4"], []):
         overrides = small("method=finetune", *more)
         run = plan(compose(overrides), overrides)
-        check(run, build_examples(run))
+        check_run(run, build_examples(run))
 
 
 @pytest.mark.parametrize("method", ["kd", "pkd"])
 def test_methods_that_read_logits_or_cls_states_take_such_a_student(small: Callable[..., list[str]], method: str) -> None:
     overrides = small(f"method={method}", "surgery=[cut_vocabulary]")
     run = plan(compose(overrides), overrides)
-    check(run, build_examples(run))
+    check_run(run, build_examples(run))
 
 
 def test_surgery_enters_the_digest_in_its_order_and_its_run_only_as_an_input(small: Callable[..., list[str]]) -> None:

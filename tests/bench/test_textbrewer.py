@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from kd.bench.contestants import FINETUNE, LIVE, TEXTBREWER, TEXTBREWER_CUT, Contestant
+from kd.bench.candidates import FINETUNE, LIVE, TEXTBREWER, TEXTBREWER_CUT, Candidate
 from kd.bench.harness import prepare
-from kd.bench.harness import train as train_ours
+from kd.bench.harness import train_candidate as train_ours
 from kd.bench.workers import Finished, Job
 from kd.build import build_engine
 from kd.errors import InputError
@@ -17,8 +17,7 @@ from kd.forward.needs import Needs
 
 pytest.importorskip("textbrewer")
 
-from kd.bench.peer import Padded, build_distiller, check_peer
-from kd.bench.peer import train as train_peer
+from kd.bench.textbrewer import Padded, build_distiller, check_textbrewer, train_textbrewer
 
 Small = Callable[..., list[str]]
 
@@ -26,8 +25,8 @@ LATER = ["student.layers=3", "student.init=last"]
 """Two pairs of layers, whose states differ: those of the first layers are the teacher's own."""
 
 
-def job(contestant: Contestant, overrides: list[str], folder: Path, steps: int = 2, turns: int = 3) -> Job:
-    return Job(contestant, tuple(contestant.overrides(overrides)), steps, turns, folder)
+def job(candidate: Candidate, overrides: list[str], folder: Path, steps: int = 2, turns: int = 3) -> Job:
+    return Job(candidate, tuple(candidate.overrides(overrides)), steps, turns, folder)
 
 
 @pytest.mark.parametrize(
@@ -114,16 +113,16 @@ class Recorder:
         self.closed.append((self.steps, examples))
 
 
-@pytest.mark.parametrize("contestant", [FINETUNE, LIVE, TEXTBREWER, TEXTBREWER_CUT], ids=lambda each: each.name)
+@pytest.mark.parametrize("candidate", [FINETUNE, LIVE, TEXTBREWER, TEXTBREWER_CUT], ids=lambda each: each.name)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_turn_is_all_its_steps_and_saves_nothing(
-    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contestant: Contestant, accumulate: int
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, candidate: Candidate, accumulate: int
 ) -> None:
     gate = Recorder(3, monkeypatch)
-    worker = train_peer if contestant in (TEXTBREWER, TEXTBREWER_CUT) else train_ours
+    worker = train_textbrewer if candidate in (TEXTBREWER, TEXTBREWER_CUT) else train_ours
     asked = small("method=kd", f"trainer.accumulate={accumulate}", "trainer.precision=32-true")
     with pytest.raises(Finished):
-        worker(job(contestant, asked, tmp_path), gate)  # type: ignore[arg-type]
+        worker(job(candidate, asked, tmp_path), gate)  # type: ignore[arg-type]
     assert gate.opened == [0, 2, 4]
     assert gate.closed == [(2, 32 * accumulate), (4, 32 * accumulate), (6, 32 * accumulate)]
     assert gate.facts["examples"] == 32 * accumulate
@@ -131,7 +130,7 @@ def test_a_turn_is_all_its_steps_and_saves_nothing(
     assert not [path for path in tmp_path.rglob("*.*") if path.suffix in (".pkl", ".ckpt")]
 
 
-def test_contestants_have_one_student_and_see_the_same_examples(small: Small, tmp_path: Path) -> None:
+def test_candidates_have_one_student_and_see_the_same_examples(small: Small, tmp_path: Path) -> None:
     made = [prepare(job(each, small("method=pkd"), tmp_path)) for each in (FINETUNE, LIVE, TEXTBREWER)]
     first = made[0]
     for other in made[1:]:
@@ -159,5 +158,5 @@ def test_what_the_peer_cannot_do_is_refused(small: Small, options: list[str], wo
     from kd.planning import plan
 
     with pytest.raises(InputError, match=words) as caught:
-        check_peer(plan(compose(small(*options))))
+        check_textbrewer(plan(compose(small(*options))))
     assert caught.value.key == "--peer"

@@ -1,4 +1,4 @@
-"""The contest: contestants take turns, round after round."""
+"""The benchmark: candidates take turns, round after round."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd.bench.contestants import CACHED, CONTESTANTS, FINETUNE, LIVE, PEERS, Contestant
+from kd.bench.candidates import BASELINES, CACHED, CANDIDATES, FINETUNE, LIVE, Candidate
 from kd.bench.cost import product_rate
 from kd.bench.figures import figures, lines, markdown, tabulate
 from kd.bench.workers import Job, Turn, Worker
@@ -22,45 +22,45 @@ PACKAGES = ("textbrewer",)
 """Packages whose versions matter here, beside those of every run."""
 
 
-def contest(
-    overrides: Sequence[str], steps: int, repeats: int, peer: bool = False, contestants: Sequence[Contestant] = CONTESTANTS
+def benchmark(
+    overrides: Sequence[str], steps: int, repeats: int, peer: bool = False, candidates: Sequence[Candidate] = CANDIDATES
 ) -> dict[str, Any]:
-    """Let all contestants take turns; every figure of it.
+    """Let all candidates take turns; every figure of it.
 
     Args:
         overrides: as for `kd-train`.
         steps: optimiser steps of one turn.
         repeats: turns of each, after one that warms up.
         peer: TextBrewer too.
-        contestants: to be compared; fine-tuning is one of them.
+        candidates: to be compared; fine-tuning is one of them.
 
     Raises:
         InputError: for what the user can put right.
-        WorkerDied: if a contestant's process ends.
+        WorkerDied: if a candidate's process ends.
     """
     chosen = plan(compose(LIVE.overrides(overrides)), overrides)
-    check(chosen)
+    check_run(chosen)
     if peer:
-        from kd.bench.peer import check_peer
+        from kd.bench.textbrewer import check_textbrewer
 
-        check_peer(chosen)
-        contestants = [*contestants, *PEERS]
-    for contestant in contestants:
-        laid = contestant.overrides(overrides)
+        check_textbrewer(chosen)
+        candidates = [*candidates, *BASELINES]
+    for candidate in candidates:
+        laid = candidate.overrides(overrides)
         plan(compose(laid), laid)  # what is wrong with one is said before any is built
     workers: dict[str, Worker] = {}
     with tempfile.TemporaryDirectory(prefix="kd-bench-") as folder:
         try:
-            for contestant in contestants:
-                say(f"building {contestant.name}")
-                job = Job(contestant, tuple(contestant.overrides(overrides)), steps, repeats + 1, Path(folder))
-                workers[contestant.name] = Worker(job)
-                workers[contestant.name].wait()
-                caches = workers[contestant.name].facts["caches"].values()
-                if contestant is CACHED and not (caches and all(made["used"] for made in caches)):
-                    say("no teacher is remembered here, so there is no row of it")
-                    workers.pop(contestant.name).close()
-            rounds, rates = play(workers, repeats + 1, chosen.spec.trainer.accelerator)
+            for candidate in candidates:
+                say(f"building {candidate.name}")
+                job = Job(candidate, tuple(candidate.overrides(overrides)), steps, repeats + 1, Path(folder))
+                workers[candidate.name] = Worker(job)
+                workers[candidate.name].wait()
+                caches = workers[candidate.name].facts["caches"].values()
+                if candidate is CACHED and not (caches and all(made["used"] for made in caches)):
+                    say("no teacher is cached here, so there is no row of it")
+                    workers.pop(candidate.name).close()
+            rounds, rates = run_rounds(workers, repeats + 1, chosen.spec.trainer.accelerator)
         finally:
             for worker in workers.values():
                 worker.close()
@@ -80,9 +80,9 @@ def contest(
         "steps": steps,
         "repeats": repeats,
     }
-    contestants = [each for each in contestants if each.name in workers]
-    labels = {each.name: each.label.format(**words) for each in contestants}
-    laid_over = {each.name: each.overrides(overrides) for each in contestants}
+    candidates = [each for each in candidates if each.name in workers]
+    labels = {each.name: each.label.format(**words) for each in candidates}
+    laid_over = {each.name: each.overrides(overrides) for each in candidates}
     facts = {name: {**worker.facts, "overrides": laid_over[name]} for name, worker in workers.items()}
     return {
         **setting,
@@ -93,7 +93,7 @@ def contest(
     }
 
 
-def check(run: Run) -> None:
+def check_run(run: Run) -> None:
     """Whether a run can be measured here.
 
     Raises:
@@ -110,8 +110,10 @@ def check(run: Run) -> None:
         raise InputError("kd-bench measures one device; use trainer=cpu or trainer=gpu", "trainer")
 
 
-def play(workers: Mapping[str, Worker], turns: int, accelerator: str) -> tuple[list[dict[str, Turn]], dict[str, list[float]]]:
-    """Round after round, each beginning with another contestant, and before each the machine's own rates.
+def run_rounds(
+    workers: Mapping[str, Worker], turns: int, accelerator: str
+) -> tuple[list[dict[str, Turn]], dict[str, list[float]]]:
+    """Round after round, each beginning with another candidate, and before each the machine's own rates.
 
     Returns:
         name -> turn, for each round; and data type -> floating-point operations per second, of each round in which it was
@@ -129,7 +131,7 @@ def play(workers: Mapping[str, Worker], turns: int, accelerator: str) -> tuple[l
         done = {name: workers[name].turn() for name in [*names[first:], *names[:first]]}
         if len({turn.examples for turn in done.values()}) > 1:
             counts = ", ".join(f"{name} {turn.examples}" for name, turn in done.items())
-            raise RuntimeError(f"the contestants of one round trained on different numbers of examples: {counts}")
+            raise RuntimeError(f"the candidates of one round trained on different numbers of examples: {counts}")
         rounds.append(done)
     return rounds, rates
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 from kd.stages import without
 
-HARNESS, PEER = "kd.bench.harness:train", "kd.bench.peer:train"
+HARNESS, TEXTBREWER_WORKER = "kd.bench.harness:train_candidate", "kd.bench.textbrewer:train_textbrewer"
 
 
 @dataclass(frozen=True, slots=True)
-class Contestant:
+class Candidate:
     """One side of the comparison.
 
     Attributes:
@@ -35,7 +35,7 @@ class Contestant:
         return [*without(command, self.drops), *self.adds]
 
 
-FINETUNE = Contestant(
+FINETUNE = Candidate(
     "finetune",
     "fine-tuning, no teacher",
     drops=("cache=", *(f"{group}{end}" for group in ("method", "cohort", "pool", "engine") for end in ("=", "."))),
@@ -44,16 +44,16 @@ FINETUNE = Contestant(
 )
 """What the others are measured by."""
 
-CACHED = Contestant("cached", "{method}, teacher remembered", drops=("cache=",), adds=("cache=on",))
+CACHED = Candidate("cached", "{method}, teacher cached", drops=("cache=",), adds=("cache=on",))
 """What the teacher says is on disk before the clock starts; the pass that puts it there is in `setup_seconds`."""
 
-LIVE = Contestant("live", "{method}, teacher live", drops=("cache=",), adds=("cache=off",))
+LIVE = Candidate("live", "{method}, teacher live", drops=("cache=",), adds=("cache=off",))
 
-CONTESTANTS: tuple[Contestant, ...] = (FINETUNE, CACHED, LIVE)
+CANDIDATES: tuple[Candidate, ...] = (FINETUNE, CACHED, LIVE)
 """In the order of the table."""
 
-TEXTBREWER = replace(LIVE, name="textbrewer", label="TextBrewer, padded to {max_length}", worker=PEER, padded=True)
-TEXTBREWER_CUT = replace(LIVE, name="textbrewer_per_batch", label="TextBrewer, padded per batch", worker=PEER)
+TEXTBREWER = replace(LIVE, name="textbrewer", label="TextBrewer, padded to {max_length}", worker=TEXTBREWER_WORKER, padded=True)
+TEXTBREWER_CUT = replace(LIVE, name="textbrewer_per_batch", label="TextBrewer, padded per batch", worker=TEXTBREWER_WORKER)
 
-PEERS: tuple[Contestant, ...] = (TEXTBREWER, TEXTBREWER_CUT)
+BASELINES: tuple[Candidate, ...] = (TEXTBREWER, TEXTBREWER_CUT)
 """Added by `--peer`."""

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from kd import bench
-from kd.bench import contest as contests
-from kd.bench.contest import contest
-from kd.bench.contestants import CONTESTANTS, FINETUNE, LIVE
+from kd.bench import benchmark as benchmarks
+from kd.bench.benchmark import benchmark
+from kd.bench.candidates import CANDIDATES, FINETUNE, LIVE
 from kd.bench.harness import prepare
 from kd.bench.workers import Job, Worker, WorkerDied
 from kd.errors import InputError
@@ -35,20 +35,20 @@ def test_bench_prints_writes_and_draws(
     shown = capsys.readouterr().out
     found = json.loads((tmp_path / "bench.json").read_text())
     names = ["finetune", "cached", "live", *(["textbrewer", "textbrewer_per_batch"] if peer else [])]
-    assert list(found["contestants"]) == names
+    assert list(found["candidates"]) == names
     assert found["order"] == [[*names[first:], *names[:first]] for first in range(3)]
     assert found["examples_per_turn"] == 32
     assert found["examples_per_epoch"] == 96
-    assert {len(one[part]) for one in found["contestants"].values() for part in ("seconds", "cpu_seconds")} == {2}
-    assert found["contestants"]["finetune"]["time_relative_to_finetune"] == {"median": 1.0, "low": 1.0, "high": 1.0}
-    for one in found["contestants"].values():
+    assert {len(one[part]) for one in found["candidates"].values() for part in ("seconds", "cpu_seconds")} == {2}
+    assert found["candidates"]["finetune"]["time_relative_to_finetune"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    for one in found["candidates"].values():
         assert one["label"] in shown
         assert one["peak_megabytes"] > 100
         assert 0 < one["share_of_matrix_product_rate"]["low"] < 1
         rates = [found["examples_per_turn"] / seconds for seconds in one["seconds"]]
         assert one["examples_per_second"]["median"] == pytest.approx(sum(rates) / 2)
-    assert "method.weights.hidden=10" in found["contestants"]["live"]["overrides"]
-    assert "method.weights.hidden=10" not in found["contestants"]["finetune"]["overrides"]
+    assert "method.weights.hidden=10" in found["candidates"]["live"]["overrides"]
+    assert "method.weights.hidden=10" not in found["candidates"]["finetune"]["overrides"]
     assert ("textbrewer" in found["versions"]) == bool(peer)
     if drawn:
         assert json.loads((tmp_path / "out" / "bench.json").read_text()) == found
@@ -91,7 +91,7 @@ def test_what_the_user_can_put_right_exits_with_2(
 def test_a_worker_that_dies_is_named(small: Small, tmp_path: Path) -> None:
     broken = replace(LIVE, worker="kd.bench.nowhere:train")
     with pytest.raises(WorkerDied, match="process of 'live' ended with status 1 before its turns were done"):
-        contest(small(), 1, 1, contestants=[broken])
+        benchmark(small(), 1, 1, candidates=[broken])
 
 
 def test_a_worker_that_is_killed_is_named_and_its_fellows_are_ended(
@@ -108,9 +108,9 @@ def test_a_worker_that_is_killed_is_named_and_its_fellows_are_ended(
             self.process.kill()
             return super().turn()
 
-    monkeypatch.setattr(contests, "Worker", Watched)
+    monkeypatch.setattr(benchmarks, "Worker", Watched)
     monkeypatch.setattr("kd.bench.cost.SIZES", {"cpu": (64,)})
-    monkeypatch.setattr(contests, "contest", partial(contest, contestants=[FINETUNE, LIVE]))
+    monkeypatch.setattr(benchmarks, "benchmark", partial(benchmark, candidates=[FINETUNE, LIVE]))
     status, said = failing(monkeypatch, capsys, *small("method=kd"), "--steps=1", "--repeats=1")
     assert status == 1
     assert "'finetune' was killed by signal 9" in said
@@ -119,19 +119,19 @@ def test_a_worker_that_is_killed_is_named_and_its_fellows_are_ended(
 
 
 @pytest.mark.slow
-def test_where_no_teacher_is_remembered_there_is_no_row_of_it(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_teacher_is_cached_there_is_no_row_of_it(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kd.bench.cost.SIZES", {"cpu": (64,)})
-    assert list(contest(small("method=finetune", "teacher=[]"), 1, 1)["contestants"]) == ["finetune", "live"]
+    assert list(benchmark(small("method=finetune", "teacher=[]"), 1, 1)["candidates"]) == ["finetune", "live"]
 
 
 @pytest.mark.slow
 def test_of_a_method_with_two_runs_the_first_is_measured(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kd.bench.cost.SIZES", {"cpu": (64,)})
     asked = small("method=tinybert", "student.heads=4", "method.before.run.trainer.max_epochs=2")
-    found = contest(asked, 1, 1, contestants=[FINETUNE, LIVE])
+    found = benchmark(asked, 1, 1, candidates=[FINETUNE, LIVE])
     assert found["method"] == "tinybert_layers"
-    assert "tinybert_layers" in found["contestants"]["live"]["label"]
-    assert found["contestants"]["finetune"]["overrides"] == FINETUNE.overrides(asked)
+    assert "tinybert_layers" in found["candidates"]["live"]["label"]
+    assert found["candidates"]["finetune"]["overrides"] == FINETUNE.overrides(asked)
     first = planned(asked).inputs["before"]
     prepared = prepare(Job(LIVE, tuple(LIVE.overrides(asked)), 1, 2, tmp_path))
     assert prepared.run.spec.method["name"] == "tinybert_layers"
@@ -140,7 +140,7 @@ def test_of_a_method_with_two_runs_the_first_is_measured(small: Small, tmp_path:
 
 def test_an_error_while_building_comes_out_as_what_it_is(small: Small) -> None:
     with pytest.raises(InputError, match="positions of the model") as caught:
-        contest(small("task.max_length=4000"), 1, 1, contestants=[FINETUNE])
+        benchmark(small("task.max_length=4000"), 1, 1, candidates=[FINETUNE])
     assert caught.value.key == "task.max_length"
 
 
@@ -150,4 +150,4 @@ def test_baseline_has_the_students_keys_and_none_of_the_methods(small: Small) ->
     assert laid[-2:] == ["method=finetune", "cache=off"]
     assert not [word for word in laid[:-2] if word.startswith(("method", "pool", "cohort"))]
     assert {"student.dropout=0.2", "seed=3"} <= set(laid)
-    assert CONTESTANTS[0] is FINETUNE
+    assert CANDIDATES[0] is FINETUNE

@@ -5,7 +5,7 @@ teacher live, hidden states of every layer from both models, no logging to tenso
 mixed precision needs apex. It has it easier than in its examples in one thing: texts are tokenised, and padded to the maximum
 length, before the clock runs. It clips gradients as the run does, which by its default it does not (`trainer.clip=null`
 compares both without). `kd.hardware.keep_memory`, which a run sets for itself, is not set for it; the variables
-MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ do the same for all contestants.
+MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ do the same for all candidates.
 
 Yang et al., ACL 2020 demonstrations, arXiv:2002.12620; github.com/airaria/TextBrewer, `examples/notebook_examples/sst2.ipynb`.
 """
@@ -22,7 +22,7 @@ from kd.bench.cost import device_of
 from kd.bench.harness import Prepared, prepare
 from kd.bench.workers import Gate, Job
 from kd.cohorts import students_of
-from kd.data.datamodule import Numbers
+from kd.data.datamodule import RowIndices
 from kd.errors import InputError
 from kd.runs import Run
 
@@ -76,7 +76,7 @@ MATCHES: Mapping[str, Callable[[Any, Mapping[str, float], tuple[int, int]], list
 """Methods of `conf/method` that TextBrewer can be asked for -> its `intermediate_matches`."""
 
 
-def check_peer(run: Run) -> None:
+def check_textbrewer(run: Run) -> None:
     """Whether TextBrewer can do what a run does; before anything is built.
 
     Raises:
@@ -200,7 +200,7 @@ def build_distiller(prepared: Prepared, folder: str, turns: int) -> Any:
     return GeneralDistiller(training, DistillationConfig(**options), *models, seen_of_teacher, seen)
 
 
-def train(job: Job, gate: Gate) -> None:
+def train_textbrewer(job: Job, gate: Gate) -> None:
     """Do its turns.
 
     Raises:
@@ -212,12 +212,10 @@ def train(job: Job, gate: Gate) -> None:
     prepared = prepare(job)
     spec = prepared.run.spec
     distiller = build_distiller(prepared, str(prepared.run.directory), job.turns)
-    collate = Padded(prepared, spec.task.max_length if job.contestant.padded else None)
+    collate = Padded(prepared, spec.task.max_length if job.candidate.padded else None)
     torch.manual_seed(spec.seed)
-    numbers: Any = Numbers(len(prepared.lengths))
-    loader = DataLoader(
-        numbers, spec.trainer.batch_size, shuffle=True, collate_fn=collate, num_workers=spec.trainer.num_workers
-    )
+    rows: Any = RowIndices(len(prepared.lengths))
+    loader = DataLoader(rows, spec.trainer.batch_size, shuffle=True, collate_fn=collate, num_workers=spec.trainer.num_workers)
     optimizer = torch.optim.AdamW(distiller.model_S.parameters(), lr=spec.optimizer.lr)
     steps = len(loader) // spec.trainer.accumulate * job.turns
     facts = {**prepared.facts(PRECISION), "losses": distillation(prepared)}
