@@ -1,4 +1,4 @@
-"""What leaves a forward pass, and when it runs."""
+"""Outputs of a forward pass, the declaration of what it must return, and its deferred execution."""
 
 from kd.forward.lazy import Forward, Inputs
 from kd.forward.needs import Needs

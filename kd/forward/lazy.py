@@ -1,4 +1,4 @@
-"""A model bound to the inputs of one step, run on first look."""
+"""A model bound to the inputs of one step; its forward pass runs when its outputs are first read."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -10,21 +10,21 @@ from kd.forward.needs import Needs
 from kd.forward.outputs import Outputs
 
 Inputs = Mapping[str, Tensor]
-"""What a tokenizer made: `input_ids`, `attention_mask` and, for some, `token_type_ids`, each (batch, tokens)."""
+"""Output of a tokenizer: `input_ids`, `attention_mask` and, for some, `token_type_ids`, each (batch, tokens)."""
 
 
 class Model(Protocol):
-    """What a forward needs of a model."""
+    """Interface of a model that `Forward` can run."""
 
     def __call__(self, inputs: Inputs, needs: Needs) -> Outputs:
-        """One pass."""
+        """Run one forward pass and return the outputs that `needs` declares."""
         ...
 
 
 class Forward:
-    """One model's forward pass of one step: it runs when `outputs` is first read, and only once.
+    """Forward pass of one model in one step: it runs when `outputs` is first read, and only once.
 
-    A teacher that no term looks at costs nothing, which is how a stochastic choice among teachers stays cheap.
+    A teacher that no loss term reads is not run, which is how a stochastic choice among teachers stays cheap.
     """
 
     def __init__(self, model: Model, inputs: Inputs, needs: Needs) -> None:
@@ -35,7 +35,7 @@ class Forward:
 
     @property
     def outputs(self) -> Outputs:
-        """What the pass over the step's own inputs showed."""
+        """Outputs of the forward pass over the inputs of the step."""
         if self._outputs is None:
             self._outputs = self.run()
         return self._outputs
@@ -46,12 +46,12 @@ class Forward:
         return self._outputs is not None
 
     def run(self, inputs: Inputs | None = None, needs: Needs | None = None) -> Outputs:
-        """A further pass, by default over the same inputs with the same needs; not kept."""
+        """Run a further forward pass, by default with the same inputs and needs; its outputs are not cached."""
         return self.model(self.inputs if inputs is None else inputs, self.needs if needs is None else needs)
 
 
 class Detached(Forward):
-    """Another model's forward, as a constant: nobody learns through it. The pass itself is shared with its owner."""
+    """Forward pass of another model, read without gradients; `outputs` shares the pass with the `Forward` given."""
 
     def __init__(self, forward: Forward) -> None:
         super().__init__(forward.model, forward.inputs, forward.needs)
@@ -59,7 +59,7 @@ class Detached(Forward):
 
     @property
     def outputs(self) -> Outputs:
-        """What the owner's pass showed, without its graph."""
+        """Outputs of the shared forward pass, detached from its graph."""
         return self.shared.outputs.detached()
 
     @property
@@ -68,6 +68,6 @@ class Detached(Forward):
         return self.shared.ran
 
     def run(self, inputs: Inputs | None = None, needs: Needs | None = None) -> Outputs:
-        """A further pass, without a graph."""
+        """Run a further forward pass without recording a graph."""
         with torch.no_grad():
             return super().run(inputs, needs)

@@ -1,4 +1,4 @@
-"""What one forward pass must keep."""
+"""Declaration of the tensors that a forward pass must return."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from torch import Tensor
 KINDS = ("hidden", "cls", "attention", "value", "derived")
 
 Derived = Callable[[Any, Mapping[str, Tensor]], Tensor]
-"""What is computed of a frozen model from passes of its own: (model, inputs) -> (batch, tokens, any number)."""
+"""Function that derives a tensor from further passes of a frozen model: (model, inputs) -> (batch, tokens, any number)."""
 
 
 def _layers(layers: Iterable[int]) -> frozenset[int]:
@@ -23,19 +23,19 @@ class Needs:
     Layer 0 is the embedding output, layer *l* the output of block *l*. Attention and values exist for layers 1 and up.
 
     Attributes:
-        hidden: layers whose states are kept, of every token.
-        cls: layers of which the first token's state alone is kept: of a sentence vector there is one whatever the tokens,
-            so models with other tokenizers can be compared, and a cache stores a hundredth.
-        attention: layers whose queries and keys are kept; scores, probabilities and relations follow from them.
-        value: layers whose values are kept.
-        pooled: whether the vector that the last linear layer reads is kept, (batch, width), after its dropout in training.
-        derived: name -> what is computed from further passes of a frozen model, with gradients if it wants them. It is
-            cached like any other tensor, so its name says everything that it depends on but the text.
-        gradient: whether gradients are taken with respect to what the forward shows (integrated gradients, double
+        hidden: layers whose hidden states are returned, for every token.
+        cls: layers of which only the first token's state is returned. An example has one such vector however many tokens it
+            has, so models with different tokenizers can be compared, and a cache needs about a hundredth of the space.
+        attention: layers whose queries and keys are returned; scores, probabilities and relations follow from them.
+        value: layers whose values are returned.
+        pooled: whether the input of the last linear layer is returned, (batch, width), after its dropout in training.
+        derived: name -> function that computes a tensor from further passes of a frozen model, with gradients if it needs
+            them. The tensor is cached like any other, so its name must encode everything that it depends on but the text.
+        gradient: whether gradients are taken with respect to the returned tensors (integrated gradients, double
             backward). A frozen model then runs with gradients enabled, and attention runs its plain kernel, because the
             fused one cannot be differentiated twice.
         dropout: whether a frozen model runs with dropout, as in some authors' code; it then runs at every step.
-        uncacheable_reason: why a frozen model has to run at every step: its text changes, or its dropout is on. Empty where its
+        uncacheable_reason: why a frozen model has to run at every step: its text changes, or its dropout is on. Empty if its
             outputs for an example are the same each time, so that they may be cached (`kd.caching`).
 
     >>> sorted((Needs(hidden=[1]) | Needs(hidden=[2])).hidden)
@@ -92,7 +92,7 @@ class Needs:
 
     @property
     def tensors(self) -> list[str]:
-        """Names of the tensors that a forward with these needs shows.
+        """Names of the tensors that a forward pass with these needs returns.
 
         >>> Needs(cls=[2, 4], attention=[3]).tensors
         ['logits', 'cls-2', 'cls-4', 'query-3', 'key-3']
@@ -103,11 +103,11 @@ class Needs:
 
     @property
     def tokens(self) -> bool:
-        """Return whether a tensor is declared that has a place for every token."""
+        """True if a tensor with an entry for every token is declared."""
         return bool(self.hidden or self.attention or self.value or self.derived)
 
     def deepest(self) -> int:
-        """The deepest layer declared; 0 if there is none."""
+        """Return the deepest layer declared, or 0 if there is none."""
         return max(self.hidden | self.cls | self.attention | self.value, default=0)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What one forward pass showed."""
+"""Outputs of one forward pass."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -12,11 +12,11 @@ from kd.functional.hidden import at_least_float32
 
 
 class UndeclaredRead(RuntimeError):
-    """A method read what its `needs()` did not declare."""
+    """Error raised when a method reads a tensor that its `needs()` did not declare."""
 
 
 def _heads(states: Tensor, heads: int) -> Tensor:
-    """(batch, tokens, width) -> (batch, heads, tokens, width / heads)."""
+    """Split the width into heads: (batch, tokens, width) -> (batch, heads, tokens, width / heads)."""
     batch, tokens, width = states.shape
     if width % heads:
         raise ValueError(f"{heads} heads do not divide a width of {width}")
@@ -24,19 +24,19 @@ def _heads(states: Tensor, heads: int) -> Tensor:
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
-    """Scaled dot products of all pairs of tokens: (batch, heads, tokens, tokens)."""
+    """Return the scaled dot products of all pairs of tokens, (batch, heads, tokens, tokens)."""
     products: Tensor = left @ right.transpose(-1, -2) / math.sqrt(left.shape[-1])
     return products
 
 
 @dataclass
 class Outputs:
-    """Logits, and the tensors that `needs` declared, of one forward pass.
+    """Logits of one forward pass, and the tensors that its `needs` declared.
 
     Attributes:
-        logits: (batch, classes); classes is 1 for regression. Of a masked language model (predicted positions, vocabulary).
+        logits: (batch, classes); classes is 1 for regression. For a masked language model (predicted positions, vocabulary).
         mask: (batch, tokens), bool, False on padding.
-        needs: what was declared.
+        needs: the declaration that the pass ran with.
         heads: attention heads of the model.
         tensors: `kind -> layer -> (batch, tokens, width)` for kind in hidden, query, key, value; (batch, width) for cls and
             pooled, whose layer is empty; (batch, tokens, any number) for derived, with names in place of layers.
@@ -51,56 +51,56 @@ class Outputs:
     score_bias: Callable[[], Tensor] | None = None
 
     def hidden(self, layer: int) -> Tensor:
-        """States of a layer, (batch, tokens, width). Padding is not masked.
+        """Return the hidden states of a layer, (batch, tokens, width). Padding is not masked.
 
         Raises:
-            UndeclaredRead: if `needs` did not declare it.
+            UndeclaredRead: if `needs` did not declare the layer; so do the other accessors.
         """
         return self._take("hidden", "hidden", layer)
 
     def cls(self, layer: int) -> Tensor:
-        """State of the first token of a layer, (batch, width); `Needs.cls` declares it."""
+        """Return the first token's hidden state of a layer, (batch, width); `Needs.cls` declares it."""
         return self._take("cls", "cls", layer)
 
     @property
     def pooled(self) -> Tensor:
-        """What the last linear layer read, (batch, width); `Needs.pooled` declares it."""
+        """Input of the last linear layer, (batch, width); `Needs.pooled` declares it."""
         return self._take("pooled", "pooled", "")
 
     def derived(self, name: str) -> Tensor:
-        """What `Needs.derived` computes under this name, (batch, tokens, any number), without a gradient."""
+        """Return the tensor that `Needs.derived` computes under this name, (batch, tokens, any number), without a gradient."""
         return self._take("derived", "derived", name)
 
     def query(self, layer: int) -> Tensor:
-        """Queries of a layer, (batch, tokens, width)."""
+        """Return the queries of a layer, (batch, tokens, width)."""
         return self._take("attention", "query", layer)
 
     def key(self, layer: int) -> Tensor:
-        """Keys of a layer, (batch, tokens, width)."""
+        """Return the keys of a layer, (batch, tokens, width)."""
         return self._take("attention", "key", layer)
 
     def value(self, layer: int) -> Tensor:
-        """Values of a layer, (batch, tokens, width)."""
+        """Return the values of a layer, (batch, tokens, width)."""
         return self._take("value", "value", layer)
 
     def scores(self, layer: int) -> Tensor:
-        """Attention scores before softmax and before the padding mask, (batch, heads, tokens, tokens)."""
+        """Return attention scores before softmax and before the padding mask, (batch, heads, tokens, tokens)."""
         scores = _products(_heads(self.query(layer), self.heads), _heads(self.key(layer), self.heads))
         return scores if self.score_bias is None else scores + self.score_bias()
 
     def attention(self, layer: int) -> Tensor:
-        """Attention probabilities, (batch, heads, tokens, tokens): softmax of the scores over real tokens, no dropout."""
+        """Return attention probabilities, (batch, heads, tokens, tokens): softmax of scores over real tokens, no dropout."""
         scores = at_least_float32(self.scores(layer))
         blocked = ~self.mask[:, None, None, :]
         return scores.masked_fill(blocked, torch.finfo(scores.dtype).min).softmax(dim=-1)
 
     def relation(self, kind: str, layer: int, heads: int) -> Tensor:
-        """Scaled dot products among queries, keys or values, (batch, heads, tokens, tokens), before softmax and mask.
+        """Return scaled dot products among queries, keys or values, (batch, heads, tokens, tokens), before softmax and mask.
 
         Args:
             kind: `query`, `key` or `value`.
             layer: 1 and up.
-            heads: relation heads; any divisor of the width, so that models of different width and heads compare.
+            heads: relation heads; any divisor of the width, so that models of different width and heads can be compared.
 
         Source: Wang et al., MiniLMv2, Findings of ACL 2021, arXiv:2012.15828, section 3.1.
         """
@@ -108,12 +108,12 @@ class Outputs:
         return _products(states, states)
 
     def detached(self) -> "Outputs":
-        """The same pass as constants."""
+        """Return the same outputs with every tensor detached."""
         tensors = {kind: {layer: t.detach() for layer, t in layers.items()} for kind, layers in self.tensors.items()}
         return replace(self, logits=self.logits.detach(), tensors=tensors)
 
     def named(self) -> dict[str, Tensor]:
-        """Every tensor by its name, as in `Needs.tensors`."""
+        """Return every tensor by its name, as in `Needs.tensors`."""
         tensors = {
             f"{kind}-{layer}".removesuffix("-"): tensor
             for kind, layers in self.tensors.items()
@@ -123,10 +123,10 @@ class Outputs:
 
     @classmethod
     def from_named(cls, named: Mapping[str, Tensor], mask: Tensor, needs: Needs, heads: int) -> "Outputs":
-        """The pass that showed these tensors: the reverse of `named`, where attention has no positional bias.
+        """Rebuild outputs from named tensors: the reverse of `named`, for attention without a positional bias.
 
         Raises:
-            UndeclaredRead: if `needs` asks for one that is not there.
+            UndeclaredRead: if `needs` declares a tensor that `named` lacks.
         """
         if absent := [name for name in needs.tensors if name not in named]:
             raise UndeclaredRead(f"{absent[0]} is not among what is there: {', '.join(named)}")
@@ -137,7 +137,7 @@ class Outputs:
         return cls(named["logits"], mask, needs, heads, tensors)
 
     def with_logits(self, logits: Tensor) -> "Outputs":
-        """The same pass with other logits, (batch, classes)."""
+        """Return the same outputs with other logits, (batch, classes)."""
         return replace(self, logits=logits)
 
     def _take(self, declared: str, kind: str, layer: int | str) -> Tensor:

@@ -1,6 +1,6 @@
-"""Where each backbone family keeps what a method may look at, and the hooks that look.
+"""Paths of the modules whose outputs methods may read, for each backbone family, and the hooks that record them.
 
-Adding a family is adding a row to `FAMILIES`.
+A new family is a new row in `FAMILIES`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,13 +21,14 @@ def _relative_positions(base: nn.Module, states: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Semantic names of one backbone family of transformers 5.
+    """Module paths and configuration names of one backbone family of transformers 5.
 
-    `base`, `pooler` (the linear layer that reads the first token's last state) and `outputs` (the last linear layer, whose
-    input's dropout is beside it) are paths in the classifier, `masked_lm` is the path of the whole masked-LM
-    head in a model that has one (None where a family keeps it in pieces), `blocks` and `embeddings` are paths in the base
-    model, `query`, `key` and `value` in a block; `intermediate`, `activation` and `dropouts` are names in the configuration.
-    Where `positions_skip_padding`, positions are numbered from the padding token's number on, over tokens that are not it.
+    `base`, `pooler` (the linear layer that reads the first token's last state) and `outputs` (the last linear layer; the
+    dropout of its input is a sibling module) are paths in the classifier, `masked_lm` is the path of the whole masked-LM
+    head in a model that has one (None if the family has no single module for it), `blocks` and `embeddings` are paths in the
+    base model, `query`, `key` and `value` in a block; `intermediate`, `activation` and `dropouts` are names in the
+    configuration. If `positions_skip_padding`, positions are counted over non-padding tokens only, starting after the
+    padding token's id.
     """
 
     base: str
@@ -102,10 +103,10 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(model_type: str, key: str = "student.backbone") -> Family:
-    """The family of a transformers `model_type`.
+    """Return the family of a transformers `model_type`.
 
     Raises:
-        InputError: for a family that is not in the table.
+        InputError: for a `model_type` that is not in `FAMILIES`.
     """
     if model_type not in FAMILIES:
         raise one_of(model_type, tuple(FAMILIES), key)
@@ -113,7 +114,7 @@ def family_of(model_type: str, key: str = "student.backbone") -> Family:
 
 
 def _first(output: Any) -> Tensor:
-    # A BERT block returns a tensor, an MPNet block a tuple that begins with it.
+    # A BERT block returns a tensor, an MPNet block a tuple whose first entry is that tensor.
     tensor: Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
 
@@ -122,15 +123,15 @@ def _first(output: Any) -> Tensor:
 def record(
     base: nn.Module, family: Family, needs: Needs, embedded: Tensor | None = None
 ) -> Iterator[dict[str, dict[int | str, Tensor]]]:
-    """Collect what `needs` declares while the base model runs once inside this context.
+    """Record the tensors that `needs` declares while the base model runs once inside this context.
 
-    Layers are counted by calls, not by modules, so a block that is shared by several layers is read at the right one.
+    Layers are counted by calls, not by modules, so that a block shared by several layers is recorded at the right one.
 
     Args:
         base: the model without its head.
-        family: its taps.
-        needs: what is kept.
-        embedded: (batch, tokens, width), put in the place of the embeddings' output.
+        family: the module paths of its family.
+        needs: the tensors to record.
+        embedded: (batch, tokens, width), replaces the output of the embeddings.
 
     Yields:
         `kind -> layer -> (batch, tokens, width)`, filled as the model runs.
@@ -142,7 +143,7 @@ def record(
         nonlocal layer
         layer = 0
         states = _first(output) if embedded is None else embedded
-        # Nothing of a frozen model requires a gradient; its embeddings are then the place where one begins.
+        # No parameter of a frozen model requires a gradient, so its graph has to start at the output of the embeddings.
         fresh = needs.gradient and not states.requires_grad
         if fresh:
             states = states.detach().requires_grad_()
