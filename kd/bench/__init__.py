@@ -1,6 +1,6 @@
-"""`kd-bench`: what distilling costs beside fine-tuning the same student, and beside another framework.
+"""`kd-bench`: training cost of distillation relative to fine-tuning the same student, and relative to another framework.
 
-Absolute rates say more about the machine than about the method, so candidates take turns and their ratios are the figures.
+Absolute rates depend more on the machine than on the method, so candidates run alternately and their ratios are reported.
 """
 
 import argparse
@@ -19,7 +19,7 @@ that a run would fine-tune are taken untrained: speed does not depend on their w
 
 
 def main() -> None:
-    """The command `kd-bench`: exit status 2 for what the user can put right, 1 where a candidate's process dies."""
+    """Run the command `kd-bench`; exit status 2 for a user error, 1 if a candidate's process dies."""
     parser = argparse.ArgumentParser(prog="kd-bench", description=DESCRIPTION)
     parser.add_argument("overrides", nargs="*", help="as for kd-train: method=pkd student=3l task=rotten_tomatoes ...")
     parser.add_argument("--steps", type=_positive, default=20, help="optimiser steps of one turn (default 20)")
@@ -57,7 +57,7 @@ def need(package: str, option: str) -> None:
     """Check that an optional package is installed.
 
     Raises:
-        InputError: if it is not.
+        InputError: if it is not installed.
     """
     if importlib.util.find_spec(package) is None:
         raise InputError(f"{option} needs {package}, which is not installed: pip install 'kd[bench]'", option)

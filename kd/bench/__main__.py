@@ -1,4 +1,4 @@
-"""`python -m kd.bench`."""
+"""Entry point of `python -m kd.bench`."""
 
 from kd.bench import main
 

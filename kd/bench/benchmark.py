@@ -1,4 +1,4 @@
-"""The benchmark: candidates take turns, round after round."""
+"""The benchmark: in every round, each candidate trains for one turn."""
 
 import json
 import sys
@@ -19,24 +19,24 @@ from kd.report import console
 from kd.runs import Run
 
 PACKAGES = ("textbrewer",)
-"""Packages whose versions matter here, beside those of every run."""
+"""Packages whose versions are reported, in addition to those of every run."""
 
 
 def benchmark(
     overrides: Sequence[str], steps: int, repeats: int, peer: bool = False, candidates: Sequence[Candidate] = CANDIDATES
 ) -> dict[str, Any]:
-    """Let all candidates take turns; every figure of it.
+    """Time all candidates, turn by turn, and return every figure.
 
     Args:
         overrides: as for `kd-train`.
         steps: optimiser steps of one turn.
-        repeats: turns of each, after one that warms up.
-        peer: TextBrewer too.
-        candidates: to be compared; fine-tuning is one of them.
+        repeats: turns of each candidate, after one warm-up turn.
+        peer: whether TextBrewer is compared too.
+        candidates: the candidates to compare; fine-tuning must be one of them.
 
     Raises:
-        InputError: for what the user can put right.
-        WorkerDied: if a candidate's process ends.
+        InputError: for a user error, such as an invalid override.
+        WorkerDied: if a candidate's process ends early.
     """
     chosen = plan(compose(LIVE.overrides(overrides)), overrides)
     check_run(chosen)
@@ -46,8 +46,8 @@ def benchmark(
         check_textbrewer(chosen)
         candidates = [*candidates, *BASELINES]
     for candidate in candidates:
-        laid = candidate.overrides(overrides)
-        plan(compose(laid), laid)  # what is wrong with one is said before any is built
+        candidate_overrides = candidate.overrides(overrides)
+        plan(compose(candidate_overrides), candidate_overrides)  # report errors of any candidate before one is built
     workers: dict[str, Worker] = {}
     with tempfile.TemporaryDirectory(prefix="kd-bench-") as folder:
         try:
@@ -57,14 +57,14 @@ def benchmark(
                 workers[candidate.name] = Worker(job)
                 workers[candidate.name].wait()
                 caches = workers[candidate.name].facts["caches"].values()
-                if candidate is CACHED and not (caches and all(made["used"] for made in caches)):
+                if candidate is CACHED and not (caches and all(cache["used"] for cache in caches)):
                     say("no teacher is cached here, so there is no row of it")
                     workers.pop(candidate.name).close()
             rounds, rates = run_rounds(workers, repeats + 1, chosen.spec.trainer.accelerator)
         finally:
             for worker in workers.values():
                 worker.close()
-    spec = chosen.inputs.get("before", chosen).spec  # what the harness measures
+    spec = chosen.inputs.get("before", chosen).spec  # the run that the harness measures
     words = {"method": str(spec.method["name"]), "max_length": spec.task.max_length}
     setting = {
         "command": list(overrides),
@@ -80,10 +80,10 @@ def benchmark(
         "steps": steps,
         "repeats": repeats,
     }
-    candidates = [each for each in candidates if each.name in workers]
-    labels = {each.name: each.label.format(**words) for each in candidates}
-    laid_over = {each.name: each.overrides(overrides) for each in candidates}
-    facts = {name: {**worker.facts, "overrides": laid_over[name]} for name, worker in workers.items()}
+    candidates = [candidate for candidate in candidates if candidate.name in workers]
+    labels = {candidate.name: candidate.label.format(**words) for candidate in candidates}
+    all_overrides = {candidate.name: candidate.overrides(overrides) for candidate in candidates}
+    facts = {name: {**worker.facts, "overrides": all_overrides[name]} for name, worker in workers.items()}
     return {
         **setting,
         **figures(labels, facts, rounds, rates, FINETUNE.name),
@@ -94,10 +94,10 @@ def benchmark(
 
 
 def check_run(run: Run) -> None:
-    """Whether a run can be measured here.
+    """Check that a run can be measured on this machine.
 
     Raises:
-        InputError: if it takes a GPU that is not there, or several devices.
+        InputError: if it needs a GPU and there is none, or if it uses several devices.
     """
     import torch
 
@@ -113,19 +113,19 @@ def check_run(run: Run) -> None:
 def run_rounds(
     workers: Mapping[str, Worker], turns: int, accelerator: str
 ) -> tuple[list[dict[str, Turn]], dict[str, list[float]]]:
-    """Round after round, each beginning with another candidate, and before each the machine's own rates.
+    """Run all rounds; each starts with the next candidate, after timing the machine's matrix products.
 
     Returns:
-        name -> turn, for each round; and data type -> floating-point operations per second, of each round in which it was
-        timed.
+        Candidate name -> turn, for each round; and data type -> floating-point operations per second, for each round in which
+        its matrix product was timed.
     """
     used = {worker.facts["dtype"] for worker in workers.values()}
     rates: dict[str, list[float]] = {"float32": [], "bfloat16": [], **{dtype: [] for dtype in sorted(used)}}
     names, rounds = list(workers), []
     for number in range(turns):
-        for dtype, found in rates.items():
-            if dtype in used or not number:  # what nobody uses is told once
-                found.append(product_rate(dtype, accelerator))
+        for dtype, measured in rates.items():
+            if dtype in used or not number:  # a data type that no candidate uses is timed once
+                measured.append(product_rate(dtype, accelerator))
         first = number % len(names)
         say(f"round {number} of {turns - 1}" if number else "warm-up")
         done = {name: workers[name].turn() for name in [*names[first:], *names[:first]]}
@@ -137,12 +137,12 @@ def run_rounds(
 
 
 def say(text: str) -> None:
-    """How far it is; the figures alone are on standard output."""
+    """Print progress on standard error, because standard output holds the figures alone."""
     print(f"kd-bench: {text}", file=sys.stderr, flush=True)
 
 
 def report(found: Mapping[str, Any], as_json: Path | None, picture: Path | None, folder: Path | None) -> None:
-    """Print the table, and write what was asked for."""
+    """Print the table, and write the requested files."""
     out = console(220)
     out.print(tabulate(found))
     for line in lines(found):

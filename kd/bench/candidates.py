@@ -1,4 +1,4 @@
-"""What is compared."""
+"""The candidates that a benchmark compares."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,16 +10,16 @@ HARNESS, TEXTBREWER_WORKER = "kd.bench.harness:train_candidate", "kd.bench.textb
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One side of the comparison.
+    """A training setup that a benchmark compares with others.
 
     Attributes:
-        name: of its figures.
-        label: in tables, with `{method}` and `{max_length}`.
-        drops: beginnings of those of the command's overrides that do not apply to it.
-        adds: overrides that follow the command's.
-        bare: leave teachers out once the student is built; they gave it its shape and weights.
-        worker: `module:function` that does its turns.
-        padded: of the peer, whether every batch is padded to `task.max_length`.
+        name: key of its figures.
+        label: its name in tables, a format string with `{method}` and `{max_length}`.
+        drops: prefixes of the command's overrides that are left out for this candidate.
+        adds: overrides that are appended to the command's.
+        bare: whether teachers are removed once the student, whose shape and weights may come from them, is built.
+        worker: `module:function` that runs its turns.
+        padded: for TextBrewer, whether every batch is padded to `task.max_length`.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Candidate:
     padded: bool = False
 
     def overrides(self, command: Sequence[str]) -> list[str]:
-        """The overrides of its run."""
+        """Return the overrides of the candidate's run."""
         return [*without(command, self.drops), *self.adds]
 
 
@@ -42,18 +42,18 @@ FINETUNE = Candidate(
     adds=("method=finetune", "cache=off"),
     bare=True,
 )
-"""What the others are measured by."""
+"""The baseline of all ratios."""
 
 CACHED = Candidate("cached", "{method}, teacher cached", drops=("cache=",), adds=("cache=on",))
-"""What the teacher says is on disk before the clock starts; the pass that puts it there is in `setup_seconds`."""
+"""Candidate whose teacher outputs are precomputed before the timed turns; precomputing counts in `setup_seconds`."""
 
 LIVE = Candidate("live", "{method}, teacher live", drops=("cache=",), adds=("cache=off",))
 
 CANDIDATES: tuple[Candidate, ...] = (FINETUNE, CACHED, LIVE)
-"""In the order of the table."""
+"""The default candidates, in the order of the table."""
 
 TEXTBREWER = replace(LIVE, name="textbrewer", label="TextBrewer, padded to {max_length}", worker=TEXTBREWER_WORKER, padded=True)
 TEXTBREWER_CUT = replace(LIVE, name="textbrewer_per_batch", label="TextBrewer, padded per batch", worker=TEXTBREWER_WORKER)
 
 BASELINES: tuple[Candidate, ...] = (TEXTBREWER, TEXTBREWER_CUT)
-"""Added by `--peer`."""
+"""The candidates that `--peer` adds."""

@@ -1,4 +1,4 @@
-"""What a turn's seconds are held against: useful arithmetic, the machine's own rate, memory."""
+"""Reference quantities for a turn's time: useful floating-point operations, the machine's matrix-product rate, memory."""
 
 import contextlib
 import resource
@@ -12,24 +12,24 @@ if TYPE_CHECKING:
     from kd.models import Encoder
 
 DTYPES = {"32-true": "float32", "bf16-mixed": "bfloat16", "16-mixed": "float16", "64-true": "float64"}
-"""Trainer precision -> what its matrix products are computed in."""
+"""Trainer precision -> data type of its matrix products."""
 
 SIZES = {"cpu": (1024, 1536), "cuda": (4096, 8192)}
-"""Rows of the square matrices whose product is timed: large enough that a core, or a GPU, is at its best."""
+"""Rows of the square matrices whose product is timed: large enough for a core, or a GPU, to reach its peak rate."""
 
 PRODUCTS = 3
-"""Timed products of each size; the fastest counts."""
+"""Number of timed products of each size; the fastest counts."""
 
 
 def device_of(accelerator: str) -> str:
-    """`cuda` or `cpu`, for a trainer's accelerator."""
+    """Return `cuda` or `cpu`, for a trainer's accelerator."""
     import torch
 
     return "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def synchronise(accelerator: str) -> None:
-    """Wait for the device: its work is queued, and a clock read before it is done shows nothing."""
+    """Wait until the device has finished: GPU kernels run asynchronously, so an earlier clock reading would be too low."""
     if device_of(accelerator) == "cuda":
         import torch
 
@@ -37,10 +37,10 @@ def synchronise(accelerator: str) -> None:
 
 
 def peak_bytes(accelerator: str) -> int:
-    """The most memory this process has held: tensors of the GPU where there is one, else resident memory.
+    """Return the peak memory of this process in bytes: of tensors on the GPU if it is used, else resident memory.
 
-    Linux lets a process that was started by another inherit the other's peak in `getrusage`, as far as its memory was shared
-    at that moment; `VmHWM` begins with the program itself.
+    On Linux a child process inherits its parent's peak in `getrusage`, as far as memory was shared when it started; `VmHWM`
+    counts from the start of the program itself.
     """
     if device_of(accelerator) == "cuda":
         import torch
@@ -51,12 +51,12 @@ def peak_bytes(accelerator: str) -> int:
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return found if sys.platform == "darwin" else found * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def forget_peak(accelerator: str) -> None:
-    """Begin to measure the peak anew, from what is held now; where the system cannot, the peak of building stays in it."""
+    """Reset the peak to the memory in use now; where the system cannot do that, the peak still includes building."""
     if device_of(accelerator) == "cuda":
         import torch
 
@@ -66,7 +66,7 @@ def forget_peak(accelerator: str) -> None:
 
 
 def product_rate(dtype: str, accelerator: str = "cpu") -> float:
-    """Floating-point operations per second of this device's matrix product, at its best.
+    """Return the peak rate of this device's matrix product, in floating-point operations per second.
 
     The product of two n x n matrices is 2 n^3 operations.
     """
@@ -86,7 +86,7 @@ def product_rate(dtype: str, accelerator: str = "cpu") -> float:
 
 
 def training_flops(student: "Encoder", lengths: Iterable[int]) -> float:
-    """Useful floating-point operations of training a classifier on each of these examples once.
+    """Return the useful floating-point operations of training a classifier on each of these examples once.
 
     Forward, an example of n tokens takes 2 n (weights of the linear maps of embeddings and blocks) for these maps, 4 n^2
     width for each block's attention (queries by keys, attention by values), and 2 (weights of the linear maps of pooler and
@@ -95,12 +95,12 @@ def training_flops(student: "Encoder", lengths: Iterable[int]) -> float:
     padding, for recomputation, or by a teacher: none of it is useful to the student.
 
     Args:
-        student: whatever surgery it had; linear maps are counted where they stand.
+        student: the model as it is trained, after any surgery; its linear maps are counted as they are.
         lengths: tokens of each example, special ones included.
     """
     blocks: Sequence[Any] = list(student.base.get_submodule(student.family.blocks))  # type: ignore[call-overload]
     embeddings = student.base.get_submodule(student.family.embeddings)
-    of_tokens = sum(linear_weights(part) for part in (embeddings, *blocks))  # a block that is shared counts at each layer
+    of_tokens = sum(linear_weights(part) for part in (embeddings, *blocks))  # a shared block counts once per layer
     of_examples = linear_weights(student) - linear_weights(embeddings, *blocks)
     forward = 0.0
     for length in lengths:
@@ -109,7 +109,7 @@ def training_flops(student: "Encoder", lengths: Iterable[int]) -> float:
 
 
 def linear_weights(*parts: Any) -> int:
-    """Weights of all linear maps in these modules, without biases; a shared map once."""
+    """Return the number of weights of all linear maps in these modules, without biases; a shared map counts once."""
     from torch import nn
 
     maps = dict.fromkeys(module for part in parts for module in part.modules() if isinstance(module, nn.Linear))

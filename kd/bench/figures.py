@@ -1,4 +1,4 @@
-"""Turns to figures, and figures to tables."""
+"""Functions that summarise turns as figures, and figures as tables."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ Spread = dict[str, float]
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and range.
+    """Return the median and the range.
 
     >>> spread([3.0, 1.0, 2.0, 10.0])
     {'median': 2.5, 'low': 1.0, 'high': 10.0}
@@ -24,7 +24,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def relative(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
-    """Ratios of two candidates' values of the same round: what slows a whole round down slows both.
+    """Return the spread of the ratios of two candidates' values within rounds: what slows a whole round down slows both.
 
     >>> relative([2.0, 9.0, 4.0], [1.0, 3.0, 4.0])
     {'median': 2.0, 'low': 1.0, 'high': 3.0}
@@ -39,59 +39,59 @@ def figures(
     rates: Mapping[str, Sequence[float]],
     baseline: str,
 ) -> dict[str, Any]:
-    """What the turns say.
+    """Compute every figure of a benchmark from its turns.
 
     Args:
         labels: candidate -> its name in tables, in their order.
-        facts: candidate -> what its worker said of itself.
-        rounds: candidate -> turn; the first round is the warm-up.
-        rates: data type -> floating-point operations per second, of each round in which it was timed; the best one counts.
+        facts: candidate -> the description that its worker sent.
+        rounds: candidate -> turn, for each round; the first round is the warm-up.
+        rates: data type -> floating-point operations per second, for each round in which it was timed; the best one counts.
         baseline: the candidate that the others' time is divided by.
     """
-    measured = {name: [each[name].seconds for each in rounds[1:]] for name in labels}
-    peers = [each.name for each in BASELINES if each.name in labels]
-    best = {dtype: max(found) for dtype, found in rates.items()}
+    measured = {name: [turns[name].seconds for turns in rounds[1:]] for name in labels}
+    peers = [candidate.name for candidate in BASELINES if candidate.name in labels]
+    best = {dtype: max(values) for dtype, values in rates.items()}
     candidates = {}
     for name, label in labels.items():
-        known, seconds = facts[name], measured[name]
-        flops = known["flops"]
+        fact, seconds = facts[name], measured[name]
+        flops = fact["flops"]
         candidates[name] = {
             "label": label,
-            "overrides": known["overrides"],
-            "precision": known["precision"],
-            "device": known["device"],
-            "students": known["students"],
-            **({"losses": known["losses"]} if "losses" in known else {}),
+            "overrides": fact["overrides"],
+            "precision": fact["precision"],
+            "device": fact["device"],
+            "students": fact["students"],
+            **({"losses": fact["losses"]} if "losses" in fact else {}),
             "warm_up_seconds": rounds[0][name].seconds,
             "seconds": seconds,
-            "cpu_seconds": [each[name].cpu_seconds for each in rounds[1:]],
-            "setup_seconds": known["setup_seconds"],
-            "examples_per_second": spread([known["examples"] / each for each in seconds]),
-            "tokens_per_second": spread([known["tokens"] / each for each in seconds]),
-            "seconds_per_epoch": spread([each * known["turns_in_epoch"] for each in seconds]),
-            "peak_megabytes": round(max(each[name].peak_bytes for each in rounds) / 1e6, 1),
+            "cpu_seconds": [turns[name].cpu_seconds for turns in rounds[1:]],
+            "setup_seconds": fact["setup_seconds"],
+            "examples_per_second": spread([fact["examples"] / time for time in seconds]),
+            "tokens_per_second": spread([fact["tokens"] / time for time in seconds]),
+            "seconds_per_epoch": spread([time * fact["turns_in_epoch"] for time in seconds]),
+            "peak_megabytes": round(max(turns[name].peak_bytes for turns in rounds) / 1e6, 1),
             "flops_per_turn": flops,
             "share_of_matrix_product_rate": None
             if flops is None
-            else spread([flops / each / best[known["dtype"]] for each in seconds]),
+            else spread([flops / time / best[fact["dtype"]] for time in seconds]),
             "time_relative_to_finetune": relative(seconds, measured[baseline]),
             **{f"speed_relative_to_{peer}": relative(measured[peer], seconds) for peer in peers},
         }
-    known = facts[baseline]
+    fact = facts[baseline]
     return {
-        "examples_per_turn": known["examples"],
-        "tokens_per_turn": known["tokens"],
-        "examples_per_epoch": round(known["examples"] * known["turns_in_epoch"]),
+        "examples_per_turn": fact["examples"],
+        "tokens_per_turn": fact["tokens"],
+        "examples_per_epoch": round(fact["examples"] * fact["turns_in_epoch"]),
         "matrix_product_flops_per_second": {dtype: {"best": best[dtype], "rounds": list(rates[dtype])} for dtype in rates},
-        "order": [list(each) for each in rounds],
+        "order": [list(turns) for turns in rounds],
         "candidates": candidates,
     }
 
 
 def cells(found: Mapping[str, Any]) -> list[list[str]]:
-    """The table: a row of headings, then a row for each candidate."""
+    """Return the cells of the table: a row of headings, then a row for each candidate."""
     candidates = found["candidates"]
-    peers = [each.name for each in BASELINES if each.name in candidates]
+    peers = [candidate.name for candidate in BASELINES if candidate.name in candidates]
     rows = [
         [
             "candidate",
@@ -123,18 +123,18 @@ def cells(found: Mapping[str, Any]) -> list[list[str]]:
 
 
 def ranged(found: Spread, digits: int) -> str:
-    """A median and its range in words."""
+    """Format a median and its range, as `median [low, high]`."""
     return f"{found['median']:,.{digits}f} [{found['low']:,.{digits}f}, {found['high']:,.{digits}f}]"
 
 
 def title(found: Mapping[str, Any]) -> str:
-    """What was measured."""
+    """Return the title of the table: method, student, teacher and task."""
     teacher = ", ".join(found["teacher"]) or "none"
     return f"method={found['method']} student={found['student']} teacher={teacher} task={found['task']}"
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
-    """How it was measured, in sentences."""
+    """Return sentences that describe how the figures were measured."""
     cpu, threads, gpus = (found["hardware"][name] for name in ("cpu", "threads", "gpus"))
     cuda = any(one["device"] == "cuda" for one in found["candidates"].values())
     where = ", ".join(gpus[:1]) if cuda else f"{cpu}, {threads} thread(s)"
@@ -149,13 +149,13 @@ def lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def batches_in_words(found: Mapping[str, Any]) -> str:
-    """What a batch is."""
+    """Return the batch size in words: a number of examples, or a budget of tokens."""
     tokens = found["batch_tokens"]
     return f"{found['batch_size']}" if tokens is None else f"up to {tokens} tokens"
 
 
 def tabulate(found: Mapping[str, Any]) -> "Table":
-    """The table for a terminal."""
+    """Format the table for a terminal."""
     from rich.table import Table
 
     head, *rows = cells(found)
@@ -168,7 +168,7 @@ def tabulate(found: Mapping[str, Any]) -> "Table":
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """The table for a document."""
+    """Format the title, the table and the description as Markdown."""
     head, *rows = cells(found)
     rule = ["---", *["---:"] * (len(head) - 1)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))

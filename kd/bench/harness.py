@@ -29,12 +29,12 @@ class Prepared:
     """A run that is ready to be measured.
 
     Attributes:
-        run: its directory is in the job's folder.
-        examples: of a turn.
-        models: its students and teachers.
+        run: the run; its directory is in the job's folder.
+        examples: the examples of a turn.
+        models: the students and teachers of the run.
         data: loaders over `examples`.
-        turns_in_epoch: training examples altogether, for each one of a turn.
-        began: when its making began, on the performance counter.
+        turns_in_epoch: number of training examples of the task, divided by those of a turn.
+        began: start of its preparation, in seconds of `time.perf_counter`.
     """
 
     run: Run
@@ -46,12 +46,12 @@ class Prepared:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example of a turn, as the student reads them."""
+        """Number of tokens of each example of a turn, with the student's tokenizer."""
         lengths: np.ndarray = self.data.tokens["train"][self.data.student_key].lengths
         return lengths
 
     def facts(self, precision: str) -> dict[str, Any]:
-        """What the parent has to know of it."""
+        """Return the description of the run that the parent process needs for its figures."""
         spec = self.run.spec
         classifier = self.examples.task.head == "classifier"
         return {
@@ -62,7 +62,7 @@ class Prepared:
             "examples": len(self.lengths),
             "tokens": int(self.lengths.sum()),
             "turns_in_epoch": self.turns_in_epoch,
-            "flops": sum(training_flops(each, self.lengths) for each in self.models.students.values()) if classifier else None,
+            "flops": sum(training_flops(one, self.lengths) for one in self.models.students.values()) if classifier else None,
             "students": list(self.models.inits.values()),
             "caches": self.models.caches,
             "setup_seconds": time.perf_counter() - self.began,
@@ -70,24 +70,24 @@ class Prepared:
 
 
 def prepare(job: Job) -> Prepared:
-    """Plan and build a candidate's run over a turn's examples. Nothing is trained, and the runs' folder is not touched.
+    """Plan and build a candidate's run over a turn's examples, without training anything or changing the runs' folder.
 
-    Teachers that the run would fine-tune are taken as they are, with a new head. For the same reason a student that would begin
-    from another run begins at random; it has the backbone's vocabulary then.
+    Teachers that the run would fine-tune are used untrained, with a new head. For the same reason a student that would start
+    from another run is initialised at random, with the backbone's vocabulary.
 
     Raises:
-        InputError: for what cannot be built, or needs a run that is not made here.
+        InputError: for a run that cannot be built, or that needs another run which a benchmark does not train.
     """
     began = time.perf_counter()
     quieten()
     run = plan(compose(job.overrides), job.overrides)
-    # Of a method's two runs the first: the last is plain distillation or fine-tuning.
+    # For a method with two runs, measure the first: the second is plain distillation or fine-tuning.
     run = run.inputs.get("before", run)
     trainer, folder = run.spec.trainer, job.folder / job.candidate.name
     run.directory = folder / run.name
     run.directory.mkdir(parents=True)
-    run.spec.paths.runs = str(folder)  # for tokens, and what teachers that are ready say
-    trainer.max_epochs, trainer.progress = job.turns + 1, "none"  # it parks before the epoch after the last turn
+    run.spec.paths.runs = str(folder)  # stored tokens and cached outputs of trained teachers go there
+    trainer.max_epochs, trainer.progress = job.turns + 1, "none"  # it is stopped before the epoch after the last turn
     run.spec.logger.extra = {}
     examples = build_examples(run)
     whole = len(examples.texts["train"])
@@ -106,7 +106,7 @@ def prepare(job: Job) -> Prepared:
 
 
 def some(examples: Examples, count: int) -> Examples:
-    """The same with so many training examples, drawn as `task.limit_train` draws them; all where there are no more."""
+    """Return the examples with at most `count` training examples, drawn as `task.limit_train` draws them."""
     order = np.random.default_rng(LIMIT_SEED).permutation(len(examples.texts["train"]))[:count]
     texts = {**examples.texts, "train": [examples.texts["train"][index] for index in order]}
     labels = {**examples.labels, "train": [examples.labels["train"][index] for index in order]}
@@ -114,10 +114,10 @@ def some(examples: Examples, count: int) -> Examples:
 
 
 def make_untrained(needed: Run, examples: Examples, folder: Path, seed: int) -> None:
-    """A teacher's run as if it were done, at no cost: its backbone with a head that is drawn afresh.
+    """Save an untrained teacher in place of a finished run: its backbone with a newly initialised head.
 
     Raises:
-        InputError: if the backbone cannot be had.
+        InputError: if the backbone cannot be loaded.
     """
     source, key = backbone_of(needed.spec)
     needed.directory = folder
@@ -128,34 +128,34 @@ def make_untrained(needed: Run, examples: Examples, folder: Path, seed: int) -> 
 
 
 class Turns(pl.Callback):
-    """Makes an epoch a turn."""
+    """Callback that makes every training epoch one turn."""
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
         self.examples = 0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Wait for the turn."""
+        """Wait for the next turn."""
         self.examples = 0
         self.gate.open()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count."""
+        """Count the examples of the batch."""
         self.examples += len(batch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say how long it took."""
+        """Report the turn to the parent process."""
         self.gate.close(self.examples)
 
 
 def train_candidate(job: Job, gate: Gate) -> None:
-    """Do a candidate's turns: what `kd.fit.fit` does between its preflight and its evaluation, without checkpoints.
+    """Run a candidate's turns: the steps of `kd.fit.fit` between its preflight and its evaluation, without checkpoints.
 
     Raises:
         Finished: when there are no more turns.
-        InputError: for what the user can put right.
+        InputError: for a run that cannot be built.
     """
     prepared = prepare(job)
     keep_memory()  # as `kd.fit.fit` does

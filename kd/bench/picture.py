@@ -1,4 +1,4 @@
-"""Figures to a picture."""
+"""Bar chart of a benchmark's figures."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,11 +8,11 @@ from kd.bench.candidates import FINETUNE
 from kd.bench.figures import batches_in_words, ranged, title
 
 PLAIN, OURS, THEIRS = "#8a8f98", "#2f6db3", "#d08a2e"
-"""Fine-tuning, the method in this harness, the peer: apart also without colour vision, and in print."""
+"""Colours of fine-tuning, the method in this harness and TextBrewer: distinct also to colour-blind readers and in print."""
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
-    """Time relative to fine-tuning as horizontal bars, with the range over rounds."""
+    """Draw time relative to fine-tuning as horizontal bars, with the range over rounds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,11 +1,11 @@
-"""TextBrewer 0.2.1.post1 on the same student, teacher, examples and batch size, set up as its own examples are.
+"""TextBrewer 0.2.1.post1 on the same student, teacher, examples and batch size, set up as in TextBrewer's own examples.
 
-As in its SST-2 notebook: a shuffled `DataLoader`, AdamW with its defaults, a linear schedule with a tenth of warm-up, the
-teacher live, hidden states of every layer from both models, no logging to tensorboard. It computes in float32, because its
-mixed precision needs apex. It has it easier than in its examples in one thing: texts are tokenised, and padded to the maximum
-length, before the clock runs. It clips gradients as the run does, which by its default it does not (`trainer.clip=null`
-compares both without). `kd.hardware.keep_memory`, which a run sets for itself, is not set for it; the variables
-MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ do the same for all candidates.
+As in its SST-2 notebook: a shuffled `DataLoader`, AdamW with its defaults, a linear schedule with a tenth of warm-up, a
+teacher that runs at every step, hidden states of every layer from both models, no logging to tensorboard. It computes in
+float32, because its mixed precision needs apex. One thing favours it compared with its examples: texts are tokenised, and
+padded to the maximum length, before the timed turns. It clips gradients as the run does, although its default is not to clip
+(`trainer.clip=null` compares both without). `kd.hardware.keep_memory`, which `kd` calls for a run, is not called for
+TextBrewer; the variables MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ have the same effect for all candidates.
 
 Yang et al., ACL 2020 demonstrations, arXiv:2002.12620; github.com/airaria/TextBrewer, `examples/notebook_examples/sst2.ipynb`.
 """
@@ -30,10 +30,11 @@ PRECISION = "32-true"
 
 
 def soft_terms(method: Any, weight: float, classes: int) -> dict[str, Any]:
-    """Its options whose gradient is that of our soft loss.
+    """Return the TextBrewer options whose gradient equals that of our soft loss.
 
-    Its `ce` is the cross entropy at a temperature, summed over classes and averaged over the batch. Our `kl` differs from it by
-    T squared and by the teacher's entropy, which has no gradient. Its `mse` is of logits divided by T.
+    TextBrewer's `ce` is the cross entropy at a temperature T, summed over classes and averaged over the batch. Our `kl`
+    differs from it by T squared and by the teacher's entropy, which has no gradient. TextBrewer's `mse` is of logits divided
+    by T.
     """
     temperature = method.temperature(0.0)
     square = temperature**2
@@ -50,16 +51,17 @@ def soft_terms(method: Any, weight: float, classes: int) -> dict[str, Any]:
 
 
 def no_matches(method: Any, weights: Mapping[str, float], widths: tuple[int, int]) -> list[dict[str, Any]]:
-    """Nothing between hidden states."""
+    """Return no matches of hidden states."""
     return []
 
 
 def patience_matches(method: Any, weights: Mapping[str, float], widths: tuple[int, int]) -> list[dict[str, Any]]:
-    """One match of its `pkd` loss for each pair of layers.
+    """Return one match with TextBrewer's `pkd` loss for each pair of layers.
 
-    That loss is the squared distance of [CLS] states of unit length, summed over the width and averaged over the batch, of one
-    pair: ours is its mean over pairs, and, by `hidden_reduction`, over the width. It has no loss of states as they are, so
-    `normalize=false` gets the same one, at the same cost. Where widths differ it learns a map for each pair, over every token.
+    That loss is the squared distance of [CLS] states of unit length for one pair, summed over the width and averaged over the
+    batch; ours is its mean over pairs and, depending on `hidden_reduction`, over the width. TextBrewer has no loss of states
+    that are not normalised, so `normalize=false` gets the same loss, at the same cost. If widths differ, TextBrewer learns a
+    linear map for each pair and applies it to every token.
     """
     count, width = len(method.pairs), widths[1]
     share = {"elements": 1 / (count * width), "vectors": 1 / count, "examples": 1.0}[method.hidden_reduction]
@@ -73,19 +75,21 @@ MATCHES: Mapping[str, Callable[[Any, Mapping[str, float], tuple[int, int]], list
     "kd": no_matches,
     "pkd": patience_matches,
 }
-"""Methods of `conf/method` that TextBrewer can be asked for -> its `intermediate_matches`."""
+"""Methods of `conf/method` that TextBrewer supports -> function that returns its `intermediate_matches`."""
 
 
 def check_textbrewer(run: Run) -> None:
-    """Whether TextBrewer can do what a run does; before anything is built.
+    """Check, before anything is built, that TextBrewer supports the options of a run.
 
     Raises:
-        InputError: naming what it cannot.
+        InputError: for an option that it does not support.
     """
     spec = run.spec
     if spec.method["name"] not in MATCHES:
-        known = ", ".join(MATCHES)
-        raise InputError(f"TextBrewer is set up for {known}, not for method={spec.method['name']}; leave out --peer", "--peer")
+        methods = ", ".join(MATCHES)
+        raise InputError(
+            f"TextBrewer is set up for {methods}, not for method={spec.method['name']}; leave out --peer", "--peer"
+        )
     alone = spec.pool.wrapper is None and spec.cohort.peers is None and len(students_of(spec)) == 1
     if not alone or len(spec.teacher) != 1:
         raise InputError("TextBrewer is set up for one frozen teacher and one student; leave out --peer", "--peer")
@@ -96,7 +100,7 @@ def check_textbrewer(run: Run) -> None:
 
 
 def distillation(prepared: Prepared) -> dict[str, Any]:
-    """The arguments of its `DistillationConfig` that come nearest to our method: equal gradients, except as said above."""
+    """Return the `DistillationConfig` arguments nearest to our method: equal gradients, except as the functions above say."""
     models, name = prepared.models, prepared.run.spec.method["name"]
     (method,), (teacher,) = models.methods.values(), models.teachers
     weights = {term: schedule(0.0) for term, schedule in models.weights.items()}
@@ -108,11 +112,11 @@ def distillation(prepared: Prepared) -> dict[str, Any]:
 
 
 class Padded:
-    """Collates rows of a turn's examples into what the models are called with.
+    """Collate function from rows of a turn's examples to the inputs of both models.
 
     Args:
-        prepared: whose student's tokens they are.
-        length: tokens to pad every batch to; None pads to the longest of each.
+        prepared: the run whose student's tokens are read.
+        length: number of tokens to pad every batch to; None pads each batch to its longest example.
     """
 
     def __init__(self, prepared: Prepared, length: int | None) -> None:
@@ -123,28 +127,28 @@ class Padded:
         self.whole: dict[str, Tensor] | None = None
         self.names = [name for name in family.inputs if name == "attention_mask" or name in self.tokens.columns]
         if length is not None:
-            found = self.tokens.pad(range(len(self.labels)))
-            spare = length - found["attention_mask"].shape[1]
+            inputs = self.tokens.pad(range(len(self.labels)))
+            spare = length - inputs["attention_mask"].shape[1]
             fill = {**self.tokens.fill, "attention_mask": 0}
-            self.whole = {name: torch.nn.functional.pad(found[name], (0, spare), value=fill[name]) for name in self.names}
+            self.whole = {name: torch.nn.functional.pad(inputs[name], (0, spare), value=fill[name]) for name in self.names}
 
     def __call__(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Inputs, each (batch, tokens), and labels, (batch,)."""
-        places = torch.as_tensor(rows)
+        """Return inputs, each (batch, tokens), and labels, (batch,)."""
+        indices = torch.as_tensor(rows)
         if self.whole is None:
-            found = self.tokens.pad(rows)
-            inputs = {name: found[name] for name in self.names}
+            padded = self.tokens.pad(rows)
+            inputs = {name: padded[name] for name in self.names}
         else:
-            inputs = {name: values[places] for name, values in self.whole.items()}
-        return {**inputs, "labels": self.labels[places]}
+            inputs = {name: values[indices] for name, values in self.whole.items()}
+        return {**inputs, "labels": self.labels[indices]}
 
 
 class TakingTurns:
-    """A loader that makes an epoch a turn: whoever asks for the next epoch has done the last step of this one.
+    """Loader that makes every epoch one turn: the training loop asks for the next epoch after its last step of this one.
 
     Args:
-        loader: one epoch.
-        gate: says when.
+        loader: the batches of one epoch.
+        gate: waits for the parent process and measures the turn.
     """
 
     def __init__(self, loader: "DataLoader[Any]", gate: Gate) -> None:
@@ -165,10 +169,10 @@ class TakingTurns:
 
 
 def build_distiller(prepared: Prepared, folder: str, turns: int) -> Any:
-    """Its `GeneralDistiller` over a run's own models.
+    """Build TextBrewer's `GeneralDistiller` with the student and the teacher of a run.
 
     Raises:
-        InputError: where student and teacher read different tokens.
+        InputError: if student and teacher have different tokenizers.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # it compares words with `is`
@@ -193,7 +197,7 @@ def build_distiller(prepared: Prepared, folder: str, turns: int) -> Any:
 
     training = TrainingConfig(
         gradient_accumulation_steps=spec.trainer.accumulate,
-        ckpt_epoch_frequency=turns + 2,  # of its epochs none is the one, and the last is not reached: it saves nothing
+        ckpt_epoch_frequency=turns + 2,  # more than its epochs, the last of which is never finished: it saves nothing
         output_dir=folder,
         device=device,
     )
@@ -201,11 +205,11 @@ def build_distiller(prepared: Prepared, folder: str, turns: int) -> Any:
 
 
 def train_textbrewer(job: Job, gate: Gate) -> None:
-    """Do its turns.
+    """Run TextBrewer's turns.
 
     Raises:
         Finished: when there are no more turns.
-        InputError: for what the user can put right.
+        InputError: for a run that cannot be built, or that TextBrewer does not support.
     """
     from transformers import get_linear_schedule_with_warmup
 

@@ -1,4 +1,4 @@
-"""One process for each candidate, so that its peak memory is its own; it works only when it is its turn."""
+"""One process for each candidate, so that peak memory is measured per candidate; only one of them works at a time."""
 
 import contextlib
 import importlib
@@ -16,19 +16,19 @@ from kd.errors import InputError
 
 WAITING, GO, STOP = "waiting", "go", "stop"
 PATIENCE = 10.0
-"""Seconds a worker has to end after it was told to."""
+"""Seconds that a worker has to exit after a stop message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a worker measures.
+    """Description of the measurement that a worker makes.
 
     Attributes:
-        candidate: whose turns it does.
-        overrides: of the candidate's run.
-        steps: optimiser steps of one turn, or fewer where there are not so many examples.
-        turns: the warm-up included.
-        folder: for its files; it is deleted in the end.
+        candidate: the candidate to measure.
+        overrides: overrides of the candidate's run.
+        steps: optimiser steps of one turn; fewer if there are not enough examples.
+        turns: number of turns, the warm-up included.
+        folder: folder for its files, which is deleted at the end.
     """
 
     candidate: Candidate
@@ -40,13 +40,13 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn.
+    """Measurement of one turn.
 
     Attributes:
-        seconds: on the clock.
-        cpu_seconds: of all its threads; less than the clock's on a machine that others keep busy.
-        examples: trained on.
-        peak_bytes: of the process since its first turn began.
+        seconds: wall-clock time.
+        cpu_seconds: CPU time of all threads; lower than usual for its wall-clock time if other processes use the machine.
+        examples: number of examples trained on.
+        peak_bytes: peak memory of the process since before its first turn.
     """
 
     seconds: float
@@ -56,11 +56,11 @@ class Turn:
 
 
 class Finished(Exception):
-    """There are no more turns."""
+    """Signal that there are no more turns."""
 
 
 class WorkerDied(Exception):
-    """A worker ended before its turns were done."""
+    """Error raised when a worker ends before its turns are done."""
 
     def __init__(self, name: str, status: int | None) -> None:
         how = f"was killed by signal {-status}" if status is not None and status < 0 else f"ended with status {status}"
@@ -69,11 +69,11 @@ class WorkerDied(Exception):
 
 
 class Gate:
-    """The worker's side: the clock runs from the parent's word to the end of the turn.
+    """Worker side of the connection; it times each turn from the parent's go message to the end of the turn.
 
     Args:
-        channel: to the parent.
-        job: whose turns these are.
+        channel: connection to the parent process.
+        job: the measurement to make.
     """
 
     def __init__(self, channel: Connection, job: Job) -> None:
@@ -82,7 +82,7 @@ class Gate:
         self._began = self._cpu_began = 0.0
 
     def ready(self, facts: Mapping[str, Any], accelerator: str) -> None:
-        """Say what was built, before the first turn."""
+        """Send a description of the built run to the parent, before the first turn."""
         from kd.bench.cost import forget_peak
 
         self.accelerator = accelerator
@@ -90,10 +90,10 @@ class Gate:
         self.channel.send(dict(facts))
 
     def open(self) -> None:
-        """Wait for the turn, then start the clock.
+        """Wait for the next turn, then start the clock.
 
         Raises:
-            Finished: if there is none.
+            Finished: if there are no more turns.
         """
         from kd.bench.cost import synchronise
 
@@ -104,7 +104,7 @@ class Gate:
         self._began, self._cpu_began = time.perf_counter(), time.process_time()
 
     def close(self, examples: int) -> None:
-        """Stop the clock and say how long it took."""
+        """Stop the clock and send the turn's measurement to the parent."""
         from kd.bench.cost import peak_bytes, synchronise
 
         synchronise(self.accelerator)
@@ -113,26 +113,26 @@ class Gate:
 
 
 def work(channel: Connection, job: Job) -> None:
-    """What a worker does: it builds its candidate, and trains in turns until it is told to stop."""
+    """Run a worker process: build its candidate, and train turn by turn until the parent sends a stop message."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends its workers
     module, _, function = job.candidate.worker.partition(":")
     try:
         getattr(importlib.import_module(module), function)(job, Gate(channel, job))
-    except (Finished, EOFError):  # told to stop, or the parent is gone
+    except (Finished, EOFError):  # a stop message, or the parent has ended
         pass
-    except InputError as error:  # whatever its subclass: one with other arguments would not survive the pipe
+    except InputError as error:  # sent as the base class: a subclass with other arguments could not be unpickled
         channel.send(InputError(error.message, error.key))
 
 
 class Worker:
-    """The parent's side.
+    """Parent side of the connection to one worker process.
 
     Args:
-        job: what it measures. The process starts at once and builds; `facts` is known when it is ready.
+        job: the measurement to make. The process starts at once and builds the run; `wait` fills `facts`.
 
     Raises:
-        InputError: from building.
-        WorkerDied: if it ends before it is ready.
+        InputError: from `wait` and `turn`, if the worker raised one.
+        WorkerDied: from `wait` and `turn`, if the process ends early.
     """
 
     def __init__(self, job: Job) -> None:
@@ -145,12 +145,12 @@ class Worker:
         self.facts: dict[str, Any] = {}
 
     def wait(self) -> None:
-        """Until it is ready for its first turn."""
+        """Wait until the worker is ready for its first turn."""
         self.facts = self._receive()
         self._receive()
 
     def turn(self) -> Turn:
-        """Let it do one turn, and wait until it is idle again."""
+        """Run one turn in the worker, and wait until the worker is idle again."""
         try:
             self.channel.send(GO)
         except OSError as error:
@@ -160,8 +160,8 @@ class Worker:
         return done
 
     def close(self) -> None:
-        """End it, whatever it is at."""
-        with contextlib.suppress(OSError):  # it has ended
+        """Stop the worker process, even in the middle of a turn."""
+        with contextlib.suppress(OSError):  # the process has already ended
             self.channel.send(STOP)
         self.channel.close()
         self.process.join(PATIENCE if self.facts else 0)
