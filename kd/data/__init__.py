@@ -1,1 +1,1 @@
-"""Text in, batches out."""
+"""Tasks, their text and labels, and the loaders that turn them into batches."""

@@ -1,4 +1,4 @@
-"""One batch, as the engine sees it."""
+"""The batch that a training step receives."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,18 +10,18 @@ from torch import Tensor
 
 @dataclass
 class Batch:
-    """Inputs of the student and of each teacher, labels, and where the examples come from.
+    """Inputs of the student and of each teacher, labels, and the indices of the examples.
 
     Attributes:
-        student: tokenizer output, each (batch, tokens); of a masked language model also `predicted`, bool.
-        teachers: the same for each teacher; usually the very same object, where tokenizers agree. Of a teacher that is
-            cached, what it said (`kd.data.store.CachedOutputs`).
-        labels: (batch,), class indices in the task's order, or float scores; of a masked language model (batch, tokens), the
-            tokens to predict and `kd.data.tasks.NOT_PREDICTED`.
+        student: tokenizer output, each (batch, tokens); for a masked language model also `predicted`, bool.
+        teachers: the same for each teacher; the same object where tokenizers are equal. For a cached teacher, its outputs
+            instead (`kd.data.store.CachedOutputs`).
+        labels: (batch,), class indices in the task's order, or float scores; for a masked language model (batch, tokens), the
+            tokens to predict, and `kd.data.language.NOT_PREDICTED` elsewhere.
         index: (batch,), position of each example in its split; the key of every cache.
-        weight: what this rank's loss counts for, 1 where the ranks share the global batch evenly and the batches of an
-            optimiser step are as many as asked for and equally large (`kd.data.sampler.Rows`).
-        peers: inputs of the further students, where several learn together.
+        weight: factor of this rank's loss; 1 if the global batch is divided evenly among the ranks and the optimiser step has
+            `accumulate` batches of equal size (`kd.data.sampler.Rows`).
+        peers: inputs of the further students, if several are trained together.
     """
 
     student: dict[str, Tensor]
@@ -33,11 +33,11 @@ class Batch:
 
     @property
     def students(self) -> tuple[dict[str, Tensor], ...]:
-        """Inputs of every student, the first one's first."""
+        """Inputs of all students, in their order."""
         return (self.student, *self.peers)
 
     def seen_by(self, index: int) -> "Batch":
-        """The batch as the student at this index sees it: its own inputs as `student`, the others' as `peers`."""
+        """Return the batch with the inputs of the student at this index as `student`, and the others' as `peers`."""
         others = self.students[:index] + self.students[index + 1 :]
         return replace(self, student=self.students[index], peers=others)
 
@@ -45,11 +45,11 @@ class Batch:
         return len(self.labels)
 
     def to(self, device: Any, non_blocking: bool = False) -> "Batch":
-        """On a device; inputs that are shared are moved once and stay shared."""
+        """Return the batch on a device; shared inputs are moved once and stay shared."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
-        """In page-locked memory, for fast copies to an accelerator."""
+        """Return the batch in page-locked memory, for fast copies to an accelerator."""
         return self.map(torch.Tensor.pin_memory)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":

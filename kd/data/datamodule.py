@@ -23,13 +23,13 @@ from kd.errors import InputError, one_of
 from kd.schema import TaskSpec
 
 LIMIT_SEED = 0
-"""Seed of the shuffle behind `task.limit_train` and its like: fixed, so that students of every seed and their teacher see the
-same text."""
+"""Seed of the shuffle behind `task.limit_train`, `limit_validation` and `limit_test`: fixed, so that students of every seed and
+their teacher use the same examples."""
 
 
 @dataclass
 class Examples:
-    """The text of a task and its labels, before any tokenizer.
+    """Text of a task and its labels, before tokenisation.
 
     Attributes:
         task: labels, losses and metrics.
@@ -48,10 +48,10 @@ class Examples:
 
 
 def load_examples(spec: TaskSpec, source: Source) -> Examples:
-    """Read, label and check a task.
+    """Read a task's examples, encode their labels, and check both.
 
     Raises:
-        InputError: for what is wrong in the files or the task's description.
+        InputError: for an error in the files or in the configuration of the task.
     """
     if len(spec.text) not in (1, 2):
         raise InputError(f"task.text={spec.text} must name one column, or two for a pair", "task.text")
@@ -74,7 +74,7 @@ def load_examples(spec: TaskSpec, source: Source) -> Examples:
     except InputError as error:
         raise InputError(error.message, error.key if spec.limit_train is None else "task.limit_train") from error
     if isinstance(task, Regression):
-        task.start = float(np.mean(labels["train"]))  # else the first steps go into finding it
+        task.start = float(np.mean(labels["train"]))  # otherwise the first steps only learn the mean
     ordered = {"train": None, "validation": None, **dict.fromkeys(raw)}
     return Examples(task, {split: raw[split].texts for split in ordered}, {split: labels[split] for split in ordered})
 
@@ -91,24 +91,24 @@ def check_sizes(raw: Mapping[str, Table]) -> None:
 
 
 def limited(table: Table, count: int | None) -> Table:
-    """The first examples after a shuffle with a fixed seed, at most so many; all of them, as they are, without a limit."""
+    """Return at most `count` examples, drawn with a fixed seed; without a limit, all of them in their order."""
     if count is None:
         return table
     return table.take(np.random.default_rng(LIMIT_SEED).permutation(len(table))[:count])
 
 
 def encoded(task: Task, table: Table, spec: TaskSpec) -> list[float]:
-    """The numbers of a split's labels.
+    """Return the labels of a split as numbers.
 
     Raises:
-        InputError: for a label that is none of the task's.
+        InputError: for a label that is not one of the task's.
     """
     numbers: dict[tuple[type, Any], float] = {}
-    found = []
+    results = []
     for row, label in enumerate(table.labels):
         try:
             number = numbers.get((type(label), label))
-        except TypeError:  # a list, which `encode` refuses
+        except TypeError:  # a list cannot be hashed; `encode` rejects it
             number = None
         if number is None:
             try:
@@ -121,29 +121,29 @@ def encoded(task: Task, table: Table, spec: TaskSpec) -> list[float]:
                 ) from error
             if len(numbers) < INTERNED:
                 numbers[type(label), label] = number
-        found.append(number)
-    return found
+        results.append(number)
+    return results
 
 
 def held_out(raw: Mapping[str, Table], share: float) -> dict[str, Table]:
-    """Train cut in two by a hash of the text: train, and validation in index of the task's own evaluation splits.
+    """Split train by a hash of the text into train and validation, which replaces the task's own evaluation splits.
 
     Raises:
         InputError: for a share outside (0, 1).
     """
     if not 0 < share < 1:
         raise InputError(f"task.holdout={share} is a share of train, between 0 and 1", "task.holdout")
-    # Salted: where the task's own splits come from the same hash, the unsalted one would put nothing into the last share.
+    # Salted: if the task's own splits come from the same hash, train has only part of its range, and shares would be wrong.
     train = raw["train"]
     held = np.fromiter((hash_fraction(("held out", *texts)) < share for texts in train.texts), bool, len(train))
-    found = {"train": train.take(np.flatnonzero(~held)), "validation": train.take(np.flatnonzero(held))}
-    if not all(map(len, found.values())):
+    splits = {"train": train.take(np.flatnonzero(~held)), "validation": train.take(np.flatnonzero(held))}
+    if not all(map(len, splits.values())):
         raise InputError(f"a share of {share} of {len(held)} examples leaves nothing to score, or to train on", "task.holdout")
-    return found
+    return splits
 
 
 def build_task(spec: TaskSpec, train: Table) -> Task:
-    """The task of a description; without `labels`, its classes are the sorted labels of the training split."""
+    """Build a task from its configuration; without `labels`, its classes are the sorted labels of the training split."""
     kinds = ("classification", "regression", "masked_lm")
     if spec.kind not in kinds:
         raise one_of(spec.kind, kinds, "task.kind")
@@ -160,7 +160,7 @@ def build_task(spec: TaskSpec, train: Table) -> Task:
 
 
 class RowIndices(Dataset[int]):
-    """The numbers of a split's examples; `Collate` does the rest, a batch at a time."""
+    """Dataset of the example indices of a split; `Collate` reads the examples, a batch at a time."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -172,13 +172,13 @@ class RowIndices(Dataset[int]):
         return index
 
     def __getitems__(self, rows: list[int]) -> list[int]:
-        """A whole batch at once, as the sampler made it."""
+        """Return the indices of a whole batch as the sampler gave them, so that `Rows` keeps its attributes."""
         return rows
 
 
 @dataclass
 class Collate:
-    """Example numbers -> `Batch`. Models whose tokenizers agree share one object."""
+    """Collate function from example indices to a `Batch`. Models with equal tokenizers share one inputs object."""
 
     tokens: Mapping[str, Tokens | CachedOutputs]
     students: Sequence[str]
@@ -187,7 +187,7 @@ class Collate:
     task: Task
 
     def __call__(self, rows: Sequence[int]) -> Batch:
-        """The batch of these examples."""
+        """Return the batch of these examples."""
         inputs = {key: tokens.pad(rows) for key, tokens in self.tokens.items()}
         return Batch(
             inputs[self.students[0]],
@@ -202,22 +202,22 @@ class Collate:
 class KDDataModule(pl.LightningDataModule):
     """Loaders over a task, tokenised for its students and teachers.
 
-    A class whose text is another in each epoch says so in `changes`, in words: of it a teacher cannot be cached.
+    A subclass whose text differs between epochs gives the reason in `changes`; teacher outputs are then not cached.
 
     Args:
         examples: the task's text and labels.
-        students: each student's tokenizer; the first one's lengths make the batches.
+        students: each student's tokenizer; batches are formed by the lengths with the first one.
         teachers: each teacher's tokenizer.
         batch_size: examples of a global training batch, over all ranks.
         eval_batch_size: examples of a global evaluation batch.
-        max_length: tokens a text, or a pair of texts, is cut to.
-        seed: of the shuffle.
-        workers: loader processes.
-        rank: this process.
-        world: processes.
-        pad_multiple: batches are padded to a multiple of so many tokens.
-        batch_tokens: padded tokens of a global training batch at most, in index of `batch_size`.
-        store: folder that keeps tokenised texts; None keeps none.
+        max_length: number of tokens to which a text, or a pair of texts, is truncated.
+        seed: seed of the shuffle.
+        workers: number of loader processes per loader.
+        rank: rank of this process.
+        world: number of processes.
+        pad_multiple: batches are padded to a multiple of this number of tokens.
+        batch_tokens: largest number of padded tokens of a global training batch; replaces `batch_size`.
+        store: folder for tokenised texts; None stores none.
         accumulate: training batches of an optimiser step.
     """
 
@@ -255,34 +255,34 @@ class KDDataModule(pl.LightningDataModule):
             for split, texts in examples.texts.items()
         }
         self.shared_tokenizer = len(tokenizers) == 1
-        """Whether student and teachers read the very same tokens."""
+        """True if all students and teachers have the same tokenizer."""
         self._train_sampler: LengthBatches | None = None
         self._skip = 0
 
     def use_cached(self, index: int, splits: Mapping[str, CachedOutputs]) -> None:
-        """From now on, batches carry what the teacher at this index said of each split in the index of its tokens."""
+        """Replace the tokens of the teacher at this index by its cached outputs, in all batches of these splits."""
         for split, cached in splits.items():
             self.tokens[split][f"teacher {index}"] = cached
 
     def read(self, tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int) -> Any:
-        """The texts of one split, tokenised."""
+        """Tokenise the texts of one split."""
         return Tokens(tokenizer, texts, max_length, self.pad_multiple, self.store)
 
     @property
     def student_key(self) -> str:
-        """Of the first student's tokens."""
+        """Key of the first student's tokens in `tokens[split]`."""
         return self.student_keys[0]
 
     def rows(self, split: str, count: int) -> list[int]:
-        """The first examples of a split, at most so many."""
+        """Return the indices of the first examples of a split, at most `count`."""
         return list(range(min(count, len(self.tokens[split][self.student_key].lengths))))
 
     def probe(self, split: str, count: int) -> Batch:
-        """A few examples of a split as the exported model reads them."""
+        """Return a batch of at most `count` examples of a split, tokenised as for the exported model."""
         return self.collate(split)(self.rows(split, count))  # type: ignore[no-any-return]
 
     def collate(self, split: str) -> Any:
-        """The collate function of a split."""
+        """Return the collate function of a split."""
         tokens, examples = self.tokens[split], self.examples
         teachers = [f"teacher {index}" for index in range(len(self.teacher_keys))]
         teachers = [own if own in tokens else key for own, key in zip(teachers, self.teacher_keys, strict=True)]
@@ -290,7 +290,7 @@ class KDDataModule(pl.LightningDataModule):
         return Collate(read, self.student_keys, teachers, examples.labels[split], examples.task)
 
     def loader(self, split: str, seed: int | None = None) -> DataLoader[Batch]:
-        """A loader over a split: shuffled with a seed, sorted by length without."""
+        """Return a loader over a split: shuffled with a seed, sorted by length without one."""
         lengths = self.tokens[split][self.student_key].lengths
         if len(lengths) < self.world:
             raise InputError(f"'{split}' has {len(lengths)} examples for {self.world} ranks", f"task.{split}")
@@ -308,10 +308,10 @@ class KDDataModule(pl.LightningDataModule):
         )
 
     def sampler(self, split: str, seed: int | None) -> LengthBatches:
-        """The batches of a split; those of training by tokens, where there is a budget of them.
+        """Return the batch sampler of a split; for training with `batch_tokens`, one with a token budget.
 
         Raises:
-            InputError: for a batch that has not an example for each rank, or a text that is longer than the budget.
+            InputError: for a batch with fewer examples than ranks, or a text that is longer than the budget.
         """
         tokens = self.tokens[split][self.student_key]
         key, size, accumulate = "trainer.eval_batch_size", self.eval_batch_size, 1
@@ -333,26 +333,26 @@ class KDDataModule(pl.LightningDataModule):
         return sampler
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Training batches."""
+        """Return the loader of training batches."""
         return self.loader("train", self.seed)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Validation batches."""
+        """Return the loader of validation batches."""
         return self.loader("validation")
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Move a batch; Lightning would wait for each of its tensors."""
+        """Move a batch to a device asynchronously; Lightning's default would wait for each of its tensors."""
         return batch.to(device, non_blocking=device.type == "cuda")
 
     def state_dict(self) -> dict[str, int]:
-        """Batches done in the current epoch, so that a resumed epoch goes on with the next one."""
+        """Return the number of batches done in the current epoch, so that a resumed epoch continues with the next one."""
         if self.trainer is None:
             return {"batch": 0}
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         return {"batch": 0 if progress.is_last_batch else progress.current.processed}  # type: ignore[attr-defined]
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take up where `state_dict` left off."""
+        """Continue the epoch after the batch that `state_dict` recorded."""
         self._skip = state["batch"]
         if self._train_sampler is not None:
             self._train_sampler.skip = self._skip

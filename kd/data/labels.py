@@ -1,4 +1,4 @@
-"""What a file's value is as a label: one class whatever format it came from, or refused."""
+"""Conversion of a file's values to labels: the same class from every file format, or an error."""
 
 import math
 import re
@@ -12,20 +12,20 @@ from kd.errors import InputError
 from kd.values import literal
 
 MISSING = frozenset({"", "nan", "-nan", "na", "n/a", "#n/a", "<na>", "null", "none", "nat"})
-"""Words, in lower case, that tables hold where a value is missing. As the name of a class, they are listed in `task.labels`."""
+"""Words, in lower case, that stand for a missing value in tables. To use one as a class name, list it in `task.labels`."""
 
 LISTED = 10
-"""Names that a message lists."""
+"""Number of names that a message lists."""
 
 SCORES = 3
-"""Different numbers, not all of them whole, from which on a column is taken for scores and not for classes. Our choice."""
+"""Number of distinct numeric labels, not all integers, from which a column is taken for scores, not classes. Our choice."""
 
 WHOLE = re.compile(r"([+-]?\d+)\.0*")
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 
 
 def label_text(name: object) -> str:
-    """A label's name as text, whatever file or model it is from: no blanks around it, and one name for a whole number.
+    """Return a label's name as text, from any file or model, without surrounding blanks and with one name for an integer.
 
     >>> [label_text(name) for name in (1, 1.0, "1", "1.0", " good ", 0.5, True, "v1.0")]
     ['1', '1', '1', '1', 'good', '0.5', 'True', 'v1.0']
@@ -38,10 +38,10 @@ def label_text(name: object) -> str:
 
 
 def label_name(value: Any, where: str, key: str = "task.label") -> str:
-    """A raw label as the name of a class, as `label_text` writes it; nothing for a missing one.
+    """Return the class name of a raw label, as `label_text` writes it; empty for a missing label.
 
     Raises:
-        InputError: for a list, an object, an infinite number, or half of a character.
+        InputError: for a list, an object, an infinite number, or a lone surrogate (half of a character) or NUL.
 
     >>> [label_name(value, "") for value in (1, 1.0, "1.0", " a b ", 0.5, True, None, float("nan"))]
     ['1', '1', '1', 'a b', '0.5', 'True', '', '']
@@ -63,7 +63,7 @@ def is_missing(name: str) -> bool:
 
 
 def missing(value: Any, where: str) -> InputError:
-    """The error of a label that is missing."""
+    """Return the error for a missing label."""
     word = literal(value)
     hint = (
         ""
@@ -74,13 +74,13 @@ def missing(value: Any, where: str) -> InputError:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names for a message, the first ones of many."""
-    found = ", ".join(name if name.isprintable() and len(name) < 40 else literal(name) for name in names[:LISTED])
-    return found if len(names) <= LISTED else f"{found}, ... ({len(names)} in all)"
+    """Format names for a message, at most `LISTED` of them."""
+    first = ", ".join(name if name.isprintable() and len(name) < 40 else literal(name) for name in names[:LISTED])
+    return first if len(names) <= LISTED else f"{first}, ... ({len(names)} in all)"
 
 
 def likeness(name: str) -> str:
-    """What names that a reader takes for the same have in common: case, blanks, invisible characters, ways to write a number.
+    """Return a name without differences of case, blanks, invisible characters and number format, to detect look-alikes.
 
     >>> likeness(" Very  Good") == likeness("very good"), likeness("01") == likeness("1"), likeness("True") == likeness("1")
     (True, True, True)
@@ -93,11 +93,11 @@ def likeness(name: str) -> str:
 
 
 def class_names(table: Table) -> list[str]:
-    """The classes of a task that lists none: the sorted labels of its training split.
+    """Return the classes of a task that lists none: the sorted labels of its training split.
 
     Raises:
-        InputError: for a missing label, for labels that differ by no more than their spelling, and for columns that are
-            no labels: scores, or one label for nearly every example.
+        InputError: for a missing label, for labels that differ only in spelling, and for columns that do not hold
+            classes: scores, or a different label for nearly every example.
     """
     first: dict[str, int] = {}
     seen = set()
@@ -106,7 +106,7 @@ def class_names(table: Table) -> list[str]:
             if (type(value), value) in seen:
                 continue
             seen.add((type(value), value))
-        except TypeError:  # a list; refused below
+        except TypeError:  # a list cannot be hashed; `label_name` rejects it
             pass
         name = label_name(value, table.where(row))
         if is_missing(name):

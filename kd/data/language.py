@@ -18,17 +18,18 @@ NOT_PREDICTED = -100
 
 
 class MaskedLM:
-    """Masked tokens of text without labels, to be predicted from the others.
+    """Prediction of the masked tokens of unlabelled text.
 
-    Labels are (batch, tokens), `NOT_PREDICTED` wherever nothing is predicted; logits are (predicted positions, vocabulary) in
-    row-major order. A mean is over the predicted positions of each example, then over the examples (our choice; BERT's is over
-    all positions of the batch): it then depends neither on how many ranks share a batch nor on how many batches make a step.
+    Labels are (batch, tokens), `NOT_PREDICTED` at positions that are not predicted; logits are (predicted positions,
+    vocabulary) in row-major order. A mean is over the predicted positions of each example, then over the examples (our choice;
+    BERT's is over all positions of the batch): it then depends neither on the number of ranks nor on that of the batches in an
+    optimiser step.
 
     Source: Devlin et al., NAACL 2019, arXiv:1810.04805, section 3.1.
 
     Args:
-        name: of the task.
-        metrics: of `kd.data.metrics.MASKED_LM`, over the predicted positions; `loss` in nats.
+        name: name of the task.
+        metrics: names in `kd.data.metrics.MASKED_LM`, over the predicted positions; `loss` in nats.
         monitor: the metric that chooses the best checkpoint.
     """
 
@@ -44,31 +45,31 @@ class MaskedLM:
         self._labels: Tensor | None = None
 
     def encode(self, example: Example) -> float:
-        """Text has no label; what is predicted is drawn when a batch is made."""
+        """Return 0: text has no label, and the positions to predict are drawn when a batch is collated."""
         return 0.0
 
     def check_labels(self, values: Sequence[float]) -> None:
-        """Nothing: there are none."""
+        """Accept any values, because there are no labels to check."""
 
     def label_tensor(self, values: Sequence[float]) -> Tensor:
-        """(batch,), for what knows no better."""
+        """Return placeholder labels, (batch,); `MaskedCollate` gives the labels that are used."""
         return torch.tensor(values)
 
     def of(self, labels: Tensor) -> Self:
-        """The task of a batch with these labels, which say to which example a position belongs."""
+        """Return a copy of the task for a batch with these labels, which assign predicted positions to examples."""
         task = copy.copy(self)
         task._labels = labels
         return task
 
     def hard(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy in nats, logits (predicted positions, vocabulary), labels (batch, tokens)."""
+        """Return the cross entropy in nats; logits (predicted positions, vocabulary), labels (batch, tokens)."""
         losses = F.cross_entropy(soft_losses.widened(logits), labels[labels != NOT_PREDICTED], reduction="none")
         return by_example(losses, labels).mean()
 
     def soft(
         self, student: Tensor, teacher: Tensor, temperature: float, loss: str = "kl", reduction: str = "batchmean"
     ) -> Tensor:
-        """As of a classification, with the mean over an example's positions in place of an example.
+        """Return the soft loss, as for `Classification`, with the mean over an example's positions as the example's loss.
 
         Raises:
             ValueError: without the labels of a batch, see `of`.
@@ -80,16 +81,16 @@ class MaskedLM:
         else:
             function = {"kl": soft_losses.kl_divergence, "ce": soft_losses.soft_cross_entropy}[loss]
             losses = function(student, teacher, temperature, "none")
-        found = by_example(losses, self._labels)
-        mean = found.mean()
-        return {"none": found, "sum": found.sum(), "batchmean": mean, "elementmean": mean / student.shape[-1]}[reduction]
+        means = by_example(losses, self._labels)
+        mean = means.mean()
+        return {"none": means, "sum": means.sum(), "batchmean": mean, "elementmean": mean / student.shape[-1]}[reduction]
 
     def predict(self, logits: Tensor) -> Tensor:
-        """The token with the largest logit, (predicted positions,)."""
+        """Return the token with the largest logit, (predicted positions,)."""
         return logits.argmax(dim=-1)
 
     def ensemble(self, logits: Sequence[Tensor]) -> Tensor:
-        """Log of the mean of the probabilities."""
+        """Return the log of the mean of the models' probabilities."""
         return log_mean_probability(logits)
 
     def score(self, metrics: Mapping[str, Any], logits: Tensor, labels: Tensor) -> None:
@@ -103,26 +104,26 @@ class MaskedLM:
             metric.update(*given[name]())
 
     def metric(self, name: str, across_ranks: bool = True) -> Any:
-        """A torchmetrics metric."""
+        """Return a new torchmetrics metric, reduced over all ranks or on this rank alone."""
         return MASKED_LM[name](sync_on_compute=across_ranks)
 
     def majority_baseline(self, labels: Tensor) -> dict[str, float]:
-        """Unknown: it is a matter of the vocabulary."""
+        """Return no baseline: the most frequent token depends on the vocabulary."""
         return {}
 
     def constant(self, labels: Sequence[float]) -> None:
-        """None: the labels are the text's own words."""
+        """Return None: the labels are the tokens of the text."""
 
     def collapse(self) -> None:
-        """None: a model that has just begun says the most frequent word everywhere."""
+        """Return None: predicting the most frequent token everywhere is normal early in training."""
 
 
 def by_example(values: Tensor, labels: Tensor) -> Tensor:
-    """The mean over the predicted positions of each example, (batch,).
+    """Return the mean over the predicted positions of each example, (batch,).
 
     Args:
         values: (predicted positions,), in row-major order.
-        labels: (batch, tokens); every row has a predicted position.
+        labels: (batch, tokens); every row must have a predicted position.
 
     >>> by_example(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([[7, -100, 7], [-100, 7, -100]]))
     tensor([2., 5.])

@@ -1,4 +1,4 @@
-"""The metrics of tasks, by name: torchmetrics in float64, with its states and its reduction over ranks, and two corrections."""
+"""The metrics of tasks, by name: torchmetrics' in float64, with its states and reduction over ranks, and two corrections."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,14 +11,14 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 
 class Exact:
-    """Counts become float64 before they are divided; torchmetrics takes float32, in which 89 of 100 is 0.8899999856948853."""
+    """Mixin that divides counts in float64; torchmetrics uses float32, in which 89 of 100 is 0.8899999856948853."""
 
     def _final_state(self) -> tuple[Tensor, ...]:
         return tuple(count.double() for count in super()._final_state())  # type: ignore[misc]
 
 
 class Accuracy(Exact, MulticlassAccuracy):  # type: ignore[misc]
-    """Share of right predictions."""
+    """Share of correct predictions, in [0, 1]."""
 
 
 class BinaryF1(Exact, BinaryF1Score):  # type: ignore[misc]
@@ -26,18 +26,18 @@ class BinaryF1(Exact, BinaryF1Score):  # type: ignore[misc]
 
 
 class MacroF1(Exact, MulticlassF1Score):  # type: ignore[misc]
-    """The mean of every class's F1."""
+    """Unweighted mean of the F1 of all classes."""
 
 
 class Matthews(MulticlassMatthewsCorrCoef):
     """Matthews correlation, 0 where predictions or labels are constant, as in scikit-learn, which GLUE's scripts use.
 
-    torchmetrics 1.9 gives 0.0256 where every one of CoLA's 1,043 dev sentences is called acceptable, and loses digits to
-    float32 where a product of counts is more than 2^24.
+    torchmetrics 1.9 gives 0.0256 if all of CoLA's 1,043 dev sentences are predicted to be acceptable, and loses precision in
+    float32 if a product of counts exceeds 2^24.
     """
 
     def compute(self) -> Tensor:
-        """The correlation, in [-1, 1]."""
+        """Return the correlation, in [-1, 1]."""
         counts = self.confmat.double()  # type: ignore[operator]
         total, labels, predictions = counts.sum(), counts.sum(dim=1), counts.sum(dim=0)
         covariance = counts.trace() * total - labels @ predictions
@@ -46,7 +46,7 @@ class Matthews(MulticlassMatthewsCorrCoef):
 
 
 class Matches(Metric):
-    """Share of equal entries, in [0, 1]; it need not know how many classes there are."""
+    """Share of predictions that equal their label, in [0, 1], without a number of classes."""
 
     equal: Tensor
     count: Tensor
@@ -57,32 +57,32 @@ class Matches(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, predictions: Tensor, labels: Tensor) -> None:
-        """Count; both (positions,)."""
+        """Add the matches of a batch; predictions and labels are both (positions,)."""
         self.equal += (predictions == labels).sum()
         self.count += labels.numel()
 
     def compute(self) -> Tensor:
-        """The share."""
+        """Return the share, in [0, 1]."""
         return self.equal.double() / self.count
 
 
 class InDouble:
-    """States and updates in float64: sums over a million scores, and scores that differ in their last digits."""
+    """Mixin for states and updates in float64, which sums over a million scores, or of nearly equal scores, need."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.set_dtype(torch.float64)  # type: ignore[attr-defined]
 
     def update(self, *values: Tensor) -> None:
-        """Scores of both sides, (batch,)."""
+        """Add the values of a batch, (batch,) each."""
         super().update(*(value.double() for value in values))  # type: ignore[misc]
 
 
 class Pearson(InDouble, PearsonCorrCoef):
     """Pearson correlation, NaN where either side is constant.
 
-    In float32 torchmetrics calls it undefined where the variance is below 0.00034 of the largest squared deviation: one
-    score of ten thousand that is far from the others is enough.
+    In float32 torchmetrics treats it as undefined if the variance is below 0.00034 of the largest squared deviation: one
+    outlier among ten thousand scores is enough.
     """
 
 
@@ -91,7 +91,7 @@ class SquaredError(InDouble, MeanSquaredError):
 
 
 class Mean(InDouble, MeanMetric):  # type: ignore[misc]
-    """The mean of values."""
+    """Mean of the values."""
 
 
 class Spearman(InDouble, SpearmanCorrCoef):
@@ -102,31 +102,32 @@ class Spearman(InDouble, SpearmanCorrCoef):
     """
 
     def compute(self) -> Tensor:
-        """The correlation, in [-1, 1]."""
+        """Return the correlation, in [-1, 1]."""
         ours, theirs = (ranks(dim_zero_cat(scores)) for scores in (self.preds, self.target))  # type: ignore[arg-type]
         ours, theirs = ours - ours.mean(), theirs - theirs.mean()
         return (ours @ theirs) / ((ours @ ours) * (theirs @ theirs)).sqrt()
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """Ranks from 1 on, (examples,), double; equal scores share their mean rank.
+    """Return ranks from 1 on, (examples,), double; equal scores share their mean rank.
 
     >>> ranks(torch.tensor([3.0, 1.0, 3.0]))
     tensor([2.5000, 1.0000, 2.5000], dtype=torch.float64)
     """
-    _, place, counts = torch.unique(scores, sorted=True, return_inverse=True, return_counts=True)
-    found: Tensor = (counts.cumsum(0).double() - (counts.double() - 1) / 2)[place]
-    return found
+    _, inverse, counts = torch.unique(scores, sorted=True, return_inverse=True, return_counts=True)
+    result: Tensor = (counts.cumsum(0).double() - (counts.double() - 1) / 2)[inverse]
+    return result
 
 
 NEARLY_CONSTANT = 0.05
-"""Standard deviation of predicted scores, as a share of that of the labels, below which they hardly differ. Our choice."""
+"""Ratio of the standard deviations of predicted scores and labels below which predictions count as constant. Our choice."""
 
 
 class Collapse(Metric):
-    """Whether predictions are one class, or nearly one score, where the labels are not.
+    """Metric for collapsed predictions: all of one class, or nearly one score, although the labels differ.
 
-    Its value is (4,): 1 if they are, else 0; the lowest prediction; the standard deviations of predictions and labels.
+    Its value is (4,): 1 if predictions have collapsed, else 0; the lowest prediction; the standard deviations of predictions
+    and of labels.
     """
 
     full_state_update = False
@@ -140,7 +141,7 @@ class Collapse(Metric):
         self.add_state("scores", torch.zeros(()), dist_reduce_fx="max")
 
     def update(self, predictions: Tensor, labels: Tensor) -> None:
-        """Take up predictions and labels, both (batch,): classes as integers, scores as floating point."""
+        """Add predictions and labels of a batch, both (batch,): classes as integers, scores as floating point."""
         if predictions.is_floating_point():
             self.scores = torch.ones_like(self.scores)  # type: ignore[has-type]
         for whose, values in {"predictions": predictions.double(), "labels": labels.double()}.items():
@@ -152,7 +153,7 @@ class Collapse(Metric):
             setattr(self, f"{whose}_moments", getattr(self, f"{whose}_moments") + moments)
 
     def compute(self) -> Tensor:
-        """See the class."""
+        """Return the value that the class describes, (4,)."""
         spreads = []
         for whose in ("predictions", "labels"):
             count, total, squares = getattr(self, f"{whose}_moments")
@@ -171,17 +172,17 @@ CLASSIFICATION: Mapping[str, Callable[..., Any]] = {
     "macro_f1": lambda classes, **options: MacroF1(classes, average="macro", **options),
     "matthews_corrcoef": Matthews,
 }
-"""Name -> maker, called with the number of classes."""
+"""Name -> function or class that builds the metric, called with the number of classes."""
 
 REGRESSION: Mapping[str, Callable[..., Any]] = {
     "pearson": Pearson,
     "spearman": Spearman,
     "mse": SquaredError,
 }
-"""Name -> maker."""
+"""Name -> class of the metric."""
 
 MASKED_LM: Mapping[str, Callable[..., Any]] = {
     "accuracy": Matches,
     "loss": Mean,
 }
-"""Name -> maker; over the predicted positions, `loss` in nats."""
+"""Name -> class of the metric, over the predicted positions; `loss` in nats."""

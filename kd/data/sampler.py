@@ -10,22 +10,22 @@ from kd.data.tokens import padded_length
 from kd.errors import InputError
 
 POOL = 50
-"""Batches that are shuffled, sorted by length and cut together: large enough to save padding, small enough that what meets
-what in a batch stays chance. Our choice."""
+"""Number of batches that are shuffled, sorted by length and cut together: large enough to save padding, small enough that the
+composition of a batch stays random. Our choice."""
 
 SPREAD = 1.1
-"""Longest over shortest text that a token budget takes for equally long. Our choice: what shares batches is large enough to be
-a shuffle, and at most 10 % of the tokens are padding for it."""
+"""Ratio of the longest to the shortest text of a length class under a token budget. Our choice: classes are large enough for a
+shuffle within them, and it adds at most 10 % padding."""
 
 
 class Rows(list[int]):
-    """The examples of one rank's share of a global batch.
+    """Indices of one rank's examples in a global batch.
 
     Attributes:
-        weight: the share's size relative to an equal one, of the examples of an optimiser step. The mean over ranks and over
-            `accumulate` batches of weighted means is then the mean over the step's examples, also where the ranks do not divide
-            a batch, its batches differ in size, or an epoch ends before there are `accumulate` of them.
-        epoch: that they are drawn in, so that a loader's worker knows it too; None outside training.
+        weight: number of these examples relative to an equal share of the optimiser step's examples. The mean over ranks and
+            over `accumulate` batches of weighted means is then the mean over the step's examples, also if the ranks do not
+            divide a batch, its batches differ in size, or an epoch ends before there are `accumulate` of them.
+        epoch: epoch of the batch, passed along so that loader workers have it; None outside training.
     """
 
     def __init__(self, rows: Sequence[int], weight: float = 1.0, epoch: int | None = None) -> None:
@@ -35,18 +35,18 @@ class Rows(list[int]):
 
 
 class LengthBatches(Sampler[list[int]]):
-    """Batches of example numbers, bucketed by length.
+    """Batches of example indices, bucketed by length.
 
-    The global batches of an epoch do not depend on how many ranks there are; rank *r* of *n* takes every *n*-th example of
-    each, beginning with the *r*-th. No example is lost or repeated.
+    The global batches of an epoch do not depend on the number of ranks; rank *r* of *n* takes every *n*-th example of each
+    batch, starting with the *r*-th. No example is lost or repeated.
 
     Args:
         lengths: tokens of each example.
         batch_size: examples of a *global* batch.
-        seed: of the shuffle; None keeps one order, sorted by length, for evaluation.
-        rank: this process, from 0.
-        world: processes.
-        accumulate: batches of an optimiser step; the last step of an epoch takes those that are left. Each batch is weighted as
+        seed: seed of the shuffle; None gives a fixed order, sorted by length, for evaluation.
+        rank: rank of this process, from 0.
+        world: number of processes.
+        accumulate: batches of an optimiser step; the last step of an epoch takes the remaining ones. Each batch is weighted as
             for a trainer that divides every loss by `accumulate`.
     """
 
@@ -66,10 +66,10 @@ class LengthBatches(Sampler[list[int]]):
         self.accumulate = accumulate
         self.epoch = 0
         self.skip = 0
-        """Batches already trained on in an epoch that was interrupted; left out once."""
+        """Number of batches already trained on in an interrupted epoch, which the next iteration leaves out."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before each epoch."""
+        """Set the epoch; Lightning calls this before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -78,7 +78,7 @@ class LengthBatches(Sampler[list[int]]):
         return sum(-(-(end - start) // self.batch_size) for start, end in itertools.pairwise(bounds))
 
     def batches(self) -> list[np.ndarray]:
-        """The global batches of the current epoch."""
+        """Return the global batches of the current epoch."""
         if self.seed is None:
             return self._cut(np.argsort(self.lengths, kind="stable"))
         generator = np.random.default_rng([self.seed, self.epoch])
@@ -89,19 +89,19 @@ class LengthBatches(Sampler[list[int]]):
         return [batches[index] for index in generator.permutation(len(batches))]
 
     def _pools(self, count: int) -> list[int]:
-        """Where one pool ends and the next begins. One that would be less than a batch is part of the one before it."""
+        """Return the boundaries between pools; a pool smaller than a batch is merged into the one before it."""
         size = POOL * self.batch_size
         return [start for start in range(size, count, size) if count - start >= self.batch_size]
 
     def smallest(self) -> int:
-        """Examples of the smallest global batch; the same in every epoch."""
+        """Return the number of examples of the smallest global batch; the same in every epoch."""
         count = len(self.lengths)
         bounds = [0, *(self._pools(count) if self.seed is not None else []), count]
         sizes = [end - start for start, end in itertools.pairwise(bounds)]
         return min(size // -(-size // self.batch_size) for size in sizes)
 
     def _cut(self, order: np.ndarray) -> list[np.ndarray]:
-        """Batches of a size that differs by one at most: a short last batch might leave a rank without an example."""
+        """Return batches whose sizes differ by at most one: a short last batch might leave a rank without an example."""
         return np.array_split(order, -(-len(order) // self.batch_size))
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -111,32 +111,32 @@ class LengthBatches(Sampler[list[int]]):
         epoch = None if self.seed is None else self.epoch
         for index in range(first, len(batches)):
             batch, begin = batches[index], index - index % self.accumulate
-            # The examples of the optimiser step; the trainer divides by `accumulate` however many batches they come in.
+            # Examples of the optimiser step; the trainer divides by `accumulate` whatever the number of its batches.
             count = sum(sizes[begin : begin + self.accumulate])
             mine = batch[self.rank :: self.world]
             yield Rows(mine.tolist(), len(mine) * self.world / len(batch) * (self.accumulate * len(batch) / count), epoch)
 
 
 class TokenBatches(LengthBatches):
-    """Batches of as many examples as fit into so many padded tokens: a hard limit, and the same batch count in every epoch.
+    """Batches within a budget of padded tokens: never more than it, and the same number of batches in every epoch.
 
-    Texts of about the same length (`SPREAD`) are one class. An epoch lines up the classes from long to short, each shuffled
-    anew, and cuts the line where the next example, were it the longest of its class, would not fit. At a given place of the
-    line the class is always the same, so the places of the cuts are too; only who stands there is drawn.
+    Texts of about the same length (`SPREAD`) form a length class. In every epoch the classes are concatenated from long to
+    short, each shuffled anew, and cut where the next example would not fit if it were the longest of its class. The class at a
+    given position is always the same, so the cuts are too; only the order within a class is random.
 
-    What it costs in fairness: any two examples of a class are equally likely to meet, those of two neighbouring classes meet
-    only in the batch where one ends and the other begins, and others never do. Where a batch comes in an epoch is uniform, as
-    for `LengthBatches`. A batch of short texts has more examples than one of long texts, and a loss is a mean over the batch,
-    so an example of a short text weighs less in a step than one of a long text.
+    The shuffle is not uniform: any two examples of a class are equally likely to share a batch, those of two neighbouring
+    classes can share only the batch at their boundary, and all others never do. The order of the batches in an epoch is
+    uniform, as for `LengthBatches`. A batch of short texts has more examples than one of long texts, and a loss is a mean over
+    the batch, so an example with a short text has less weight in a step than one with a long text.
 
     Args:
-        lengths: tokens of each example, at most.
-        budget: padded tokens of a *global* batch; examples times the longest after padding.
-        padding: the multiple that batches are padded to, and the length at which that ends.
-        seed: of the shuffle.
-        rank: this process, from 0.
-        world: processes.
-        accumulate: batches of an optimiser step, in which every example weighs the same.
+        lengths: largest number of tokens of each example.
+        budget: padded tokens of a *global* batch: number of examples times the longest after padding.
+        padding: the multiple that batches are padded to, and the largest length.
+        seed: seed of the shuffle.
+        rank: rank of this process, from 0.
+        world: number of processes.
+        accumulate: batches of an optimiser step, in which every example has the same weight.
 
     Raises:
         InputError: for a text that is longer than the budget.
@@ -165,22 +165,22 @@ class TokenBatches(LengthBatches):
         self.cuts = self._cuts(padding)
 
     def _classes(self, tokens: np.ndarray) -> np.ndarray:
-        """The longest text of the class of each example, in tokens."""
+        """Return the length, in tokens, of the longest text in the class of each example."""
         most = np.zeros(len(tokens), dtype=np.int64)
         for index in range(len(tokens) - 1, -1, -1):
             same = index + 1 < len(tokens) and most[index + 1] <= SPREAD * tokens[index]
             most[index] = most[index + 1] if same else tokens[index]
-        found: np.ndarray = most[np.searchsorted(tokens, self.lengths)]
-        return found
+        classes: np.ndarray = most[np.searchsorted(tokens, self.lengths)]
+        return classes
 
     def _cuts(self, padding: tuple[int, int]) -> list[int]:
-        """Where one batch of the line ends and the next begins."""
+        """Return the boundaries between batches in the examples sorted from long to short."""
         line = -np.sort(-self.classes)
         bounds = [0]
         while bounds[-1] < len(line):
             room = self.budget // padded_length(int(line[bounds[-1]]), *padding)
             bounds.append(min(bounds[-1] + room, len(line)))
-        # What is left over is not enough for a batch: the last two share what they have, so that no rank is left without.
+        # If the last batch is short, balance the last two, so that no rank is left without an example.
         if len(bounds) > 2 and bounds[-1] - bounds[-2] < bounds[-2] - bounds[-3]:
             bounds[-2] = (bounds[-3] + bounds[-1] + 1) // 2
         return bounds[1:-1]
@@ -189,11 +189,11 @@ class TokenBatches(LengthBatches):
         return len(self.cuts) + 1
 
     def smallest(self) -> int:
-        """Examples of the smallest global batch; the same in every epoch."""
+        """Return the number of examples of the smallest global batch; the same in every epoch."""
         return min(end - start for start, end in itertools.pairwise([0, *self.cuts, len(self.lengths)]))
 
     def batches(self) -> list[np.ndarray]:
-        """The global batches of the current epoch."""
+        """Return the global batches of the current epoch."""
         assert self.seed is not None
         generator = np.random.default_rng([self.seed, self.epoch])
         order = generator.permutation(len(self.lengths))

@@ -1,4 +1,4 @@
-"""Where a task's examples come from. A source gives splits of raw examples; labels are still as the file has them."""
+"""Sources of a task's examples: files, installed packages and GLUE. They return splits of raw examples, with raw labels."""
 
 import bisect
 import hashlib
@@ -23,23 +23,23 @@ from kd.values import literal, number
 Splits = dict[str, Sequence[Example]]
 
 SAY_AFTER = 10.0
-"""Seconds after which reading, and after which cutting into tokens, says how far it is."""
+"""Seconds between progress messages while files are read, and while texts are tokenised."""
 
 
 class Source(Protocol):
-    """What a task reads from. Split names are `train`, `validation`, `test`, or any further one to evaluate on."""
+    """Interface of a source of examples. Splits are `train`, `validation`, `test`, and any further ones to evaluate on."""
 
     def splits(self) -> Splits:
-        """The examples of each split."""
+        """Return the examples of each split."""
         ...
 
     def fingerprint(self) -> dict[str, str]:
-        """What identifies the data; part of the digest of every run that uses it."""
+        """Return an identification of the data, which is part of the digest of every run that uses it."""
         ...
 
 
 def hash_fraction(texts: Sequence[str]) -> float:
-    """A number in [0, 1) that depends on the text alone, not on case, spacing or place in the file."""
+    """Return a number in [0, 1) that depends on the text alone, not on case, spacing or position in the file."""
     words = " ".join(" ".join(texts).casefold().split())
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest()) / 2**64
 
@@ -52,13 +52,13 @@ def split_by_hash(examples: Sequence[Example], shares: Mapping[str, float]) -> S
     """Cut examples into splits by a hash of their text, so that no text is in two splits.
 
     Args:
-        examples: any order; it is kept within a split.
-        shares: split name -> share of the text, adding up to 1.
+        examples: in any order, which is preserved within a split.
+        shares: split name -> share of the text; they add up to 1.
 
     Raises:
-        InputError: for shares that do not.
+        InputError: for a share outside [0, 1], or shares that do not add up to 1.
     """
-    # In an order of their own: a mapping has none, and runs whose shares differ by it alone have one digest.
+    # In a fixed order: the order of the mapping is not part of a run's digest, so the splits must not depend on it.
     names = sorted(shares, key=lambda name: (SPLITS.index(name) if name in SPLITS else len(SPLITS), name))
     for name in names:
         number(shares[name], "task.source.shares", 0, 1)
@@ -66,12 +66,12 @@ def split_by_hash(examples: Sequence[Example], shares: Mapping[str, float]) -> S
         raise InputError(f"task.source.shares={dict(shares)} add up to {sum(shares.values()):g}, not 1", "task.source.shares")
     table = Table.of(examples)
     bounds = list(itertools.accumulate(shares[name] for name in names))[:-1]  # the last takes the rest, rounding included
-    places = np.fromiter((bisect.bisect_right(bounds, hash_fraction(texts)) for texts in table.texts), np.int8, len(table))
-    return {name: table.take(np.flatnonzero(places == place)) for place, name in enumerate(names)}
+    parts = np.fromiter((bisect.bisect_right(bounds, hash_fraction(texts)) for texts in table.texts), np.int8, len(table))
+    return {name: table.take(np.flatnonzero(parts == part)) for part, name in enumerate(names)}
 
 
 def is_blank(text: str) -> bool:
-    r"""Return whether a text has nothing to read: blanks, control characters and invisible ones alone.
+    r"""Return whether a text has no visible character: only blanks, control characters and invisible ones.
 
     >>> is_blank(" \t\u200b\x07"), is_blank(" . ")
     (True, False)
@@ -84,12 +84,12 @@ def check_text(text: Any, name: str, where: str, blank: bool) -> None:
 
     Args:
         text: the value.
-        name: of its column.
-        where: it stands.
-        blank: whether it may have nothing to read.
+        name: name of its column.
+        where: its position in the file, for the message.
+        blank: whether a blank text is allowed.
 
     Raises:
-        InputError: if not.
+        InputError: for a value that is not text, has a NUL character, or is blank although `blank` is false.
     """
     if not isinstance(text, str):
         raise InputError(f"{where}: '{name}' is {literal(text)}, not text", "task.text")
@@ -100,7 +100,7 @@ def check_text(text: Any, name: str, where: str, blank: bool) -> None:
 
 
 def half_character(where: str, error: UnicodeEncodeError) -> InputError:
-    """The error of a text that was cut inside a character."""
+    """Return the error for a text with a lone surrogate, which is half of a character."""
     half = literal(error.object[error.start : error.start + 1])
     return InputError(f"{where}: half of a character, {half} (a lone surrogate), which is no text", "task.text")
 
@@ -108,18 +108,18 @@ def half_character(where: str, error: UnicodeEncodeError) -> InputError:
 def examples_of(
     table: Iterable[tuple[int, Row]], path: Path, text: Sequence[str], label: str | None, key: str, blank: bool = True
 ) -> Table:
-    """The rows of a table as examples; without a label column they have no label.
+    """Convert the rows of a table to examples, whose labels are None without a label column.
 
     Args:
-        table: rows with the lines they begin on.
-        path: of the file.
-        text: its text columns.
-        label: its label column.
-        key: the configuration key that an error of the file names.
-        blank: whether a text may have nothing to read.
+        table: rows with the numbers of the lines on which they begin.
+        path: path of the file.
+        text: text columns.
+        label: label column.
+        key: the configuration key that an error about the file names.
+        blank: whether a blank text is allowed.
 
     Raises:
-        InputError: if a column is missing, a text or label is none, or there is no row.
+        InputError: if a column is missing, a value is not text (see `check_text`), or there is no row.
     """
     writer, place, columns = TableWriter(), f"'{path}', line ", [*text, *([] if label is None else [label])]
     for line, row in reported(table, path):
@@ -128,7 +128,7 @@ def examples_of(
                 raise no_column(name, row, f"{place}{line}", "task.label" if name == label else "task.text")
         texts = [row[name] for name in text]
         for name, value in zip(text, texts, strict=True):
-            # The first letter tells it of nearly every text, and this is done for each of a million.
+            # A quick test of the first letter passes nearly every text; `check_text` is slow for a million of them.
             if not (isinstance(value, str) and value[:1].isalnum()) or "\0" in value:
                 check_text(value, name, f"{place}{line}", blank)
         value = None if label is None else row[label]
@@ -142,7 +142,7 @@ def examples_of(
 
 
 def no_column(name: str, row: Row, where: str, key: str) -> InputError:
-    """The error of a column that is not there, with what a table without it often is."""
+    """Return the error for a missing column, with a hint at its usual causes."""
     hint = ""
     if len(row) == 1 and any(mark in str(next(iter(row))) for mark in ";\t|"):
         hint = ". With another character between fields: task.delimiter=semicolon|tab|pipe"
@@ -152,7 +152,7 @@ def no_column(name: str, row: Row, where: str, key: str) -> InputError:
 
 
 def reported(table: Iterable[tuple[int, Row]], path: Path) -> Iterator[tuple[int, Row]]:
-    """The rows; where there are so many that it takes long, how far the reading is."""
+    """Yield the rows, and print progress every `SAY_AFTER` seconds."""
     said = time.monotonic()
     for count, (line, row) in enumerate(table, start=1):
         if count % 50_000 == 0 and time.monotonic() - said > SAY_AFTER:
@@ -162,7 +162,7 @@ def reported(table: Iterable[tuple[int, Row]], path: Path) -> Iterator[tuple[int
 
 
 def as_names(values: Any) -> Any:
-    """Names of columns as text: on a command line `[0,1]` is two numbers, and a header has none.
+    """Return column names as text: on a command line `[0,1]` is two numbers, but a header holds text.
 
     >>> as_names([0, "b"]), as_names(1), as_names(None)
     (['0', 'b'], '1', None)
@@ -173,10 +173,10 @@ def as_names(values: Any) -> Any:
 
 
 def check_hash_split(splits: Splits, path: str, key: str = "task.validation") -> None:
-    """Check that a split by hash has an example in each part.
+    """Check that every part of a split by hash has an example.
 
     Raises:
-        InputError: if one is left without.
+        InputError: if a part is empty.
     """
     sizes = {name: len(examples) for name, examples in splits.items()}
     shares = ", ".join(f"{size} into {name}" for name, size in sizes.items())
@@ -191,14 +191,14 @@ def check_hash_split(splits: Splits, path: str, key: str = "task.validation") ->
 
 
 def given_paths(train: Any, validation: Any, test: Any, usage: str) -> dict[str, dict[str | None, Path]]:
-    """Split -> class -> file, as a configuration gives them; the class is None of a file that holds its own labels.
+    """Return split -> class -> file, from the configuration; the class is None for a file with a label column.
 
     Raises:
-        InputError: without a training file, or for something that is neither a file nor one for each class.
+        InputError: without a training file, or for a value that is neither a file nor a mapping from classes to files.
     """
     if train is None:
         raise InputError(usage, "task.train")
-    found: dict[str, dict[str | None, Path]] = {}
+    paths: dict[str, dict[str | None, Path]] = {}
     for split, value in {"train": train, "validation": validation, "test": test}.items():
         key = f"task.{split}"
         if isinstance(value, Mapping):
@@ -208,38 +208,38 @@ def given_paths(train: Any, validation: Any, test: Any, usage: str) -> dict[str,
                     f"'{key}={{pos: a.txt, neg: b.txt}}'",
                     key,
                 )
-            found[split] = {str(name).strip(): data_path(path, key) for name, path in value.items()}
+            paths[split] = {str(name).strip(): data_path(path, key) for name, path in value.items()}
         elif isinstance(value, list | tuple):
             raise InputError(
                 f"{key}={literal(list(value))} must be a file, or one for each class: '{key}={{pos: a.txt, neg: b.txt}}'", key
             )
         elif value is not None:
-            found[split] = {None: data_path(str(value), key)}
-    return found
+            paths[split] = {None: data_path(str(value), key)}
+    return paths
 
 
 PER_CLASS = ". One file for each class: '{key}={{pos: pos.txt, neg: neg.txt}}'"
 
 
 def fingerprint_of(paths: Mapping[str, Mapping[str | None, Path]]) -> dict[str, str]:
-    """A digest of every file's bytes.
+    """Return a digest of every file's bytes.
 
     Raises:
         InputError: for a file that cannot be read.
     """
-    found = {}
+    digests = {}
     for split, files in paths.items():
         for name, path in files.items():
             check_file(path, f"task.{split}", PER_CLASS.format(key=f"task.{split}"))
-            found[split if name is None else f"{split}/{name}"] = file_fingerprint(path)
-    return found
+            digests[split if name is None else f"{split}/{name}"] = file_fingerprint(path)
+    return digests
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """A user's own CSV, TSV or JSON Lines files, or a file for each class.
+    """CSV, TSV or JSON Lines files of the user, or one file for each class.
 
-    Without a validation file, `train` is split by a hash of the text: 90/10 where there is a test file, else 80/10/10
+    Without a validation file, `train` is split by a hash of the text: 90/10 if there is a test file, else 80/10/10
     into train, validation and test (our choice).
 
     Args:
@@ -248,7 +248,7 @@ class Files:
         label: label column.
         validation: as `train`.
         test: as `train`.
-        quoted: of `kd.data.tables.Layout`, as the rest.
+        quoted: see `kd.data.tables.Layout`, as for the remaining arguments.
     """
 
     train: Any
@@ -265,7 +265,7 @@ class Files:
         return given_paths(self.train, self.validation, self.test, "task=file needs task.train=<file.csv|.tsv|.jsonl>")
 
     def splits(self) -> Splits:
-        """The examples of every split.
+        """Return the examples of every split.
 
         Raises:
             InputError: if a file is missing, empty, lacks a column, or has a broken line.
@@ -303,7 +303,7 @@ class Files:
         return found
 
     def fingerprint(self) -> dict[str, str]:
-        """A digest of every file's bytes."""
+        """Return a digest of every file's bytes."""
         return fingerprint_of(self._paths())
 
 
@@ -312,7 +312,7 @@ JSON = (".jsonl", ".ndjson", ".json")
 
 @dataclass(frozen=True, slots=True)
 class PackageFile:
-    """A CSV file that an installed package ships, split by a hash of the text.
+    """CSV file that an installed package ships, split by a hash of the text.
 
     Args:
         package: module name.
@@ -331,7 +331,7 @@ class PackageFile:
     shares: Mapping[str, float] | None = None
 
     def splits(self) -> Splits:
-        """The examples of each split.
+        """Return the examples of each split.
 
         Raises:
             InputError: if the package is not installed.
@@ -346,7 +346,7 @@ class PackageFile:
         return split_by_hash(examples, self.shares or {"train": 0.8, "validation": 0.1, "test": 0.1})
 
     def fingerprint(self) -> dict[str, str]:
-        """The package's version."""
+        """Return the package's version, or a digest of the file if the version is unknown."""
         path = package_folder(self.package, "task") / self.file
         version = package_version(self.package)
         return {"package": file_fingerprint(path) if version == "unknown" else f"{self.package}=={version}"}
@@ -354,22 +354,23 @@ class PackageFile:
 
 @dataclass(frozen=True, slots=True)
 class Glue:
-    """A GLUE task from the hub, or from a local folder of GLUE's TSV files.
+    """GLUE task from the hub, or from a local folder of GLUE's TSV files.
 
-    GLUE's official test splits carry no labels (-1 on the hub, no label column in the TSV); they are left out then.
+    A test split without labels (-1 on the hub, no label column in the TSV), as GLUE's official ones are, is left out.
 
     Args:
-        subset: name on the hub.
+        subset: name of the task on the hub.
         folder: name of the folder under `root`.
         text: text columns on the hub.
         label: label column on the hub.
         root: a folder of GLUE folders; None reads the hub.
-        local_text: text columns in the TSV, where they differ.
-        local_label: label column in the TSV, where it differs.
+        local_text: text columns in the TSV, if they differ.
+        local_label: label column in the TSV, if it differs.
         local_columns: names of all columns, for TSV files without a header.
         validation: split -> name, both on the hub and, with `.tsv`, locally.
         repository: data set on the hub.
-        skip_broken: leave out lines of the TSV with another number of fields, and say how many. GLUE's own QQP has some.
+        skip_broken: leave out lines of the TSV with a wrong number of fields, with a warning that counts them. GLUE's own QQP
+            has some.
     """
 
     subset: str
@@ -385,7 +386,7 @@ class Glue:
     skip_broken: bool = False
 
     def _names(self) -> dict[str, Sequence[str]]:
-        """Split -> [name on the hub, file name without `.tsv`]."""
+        """Return split -> [name on the hub, file name without `.tsv`]."""
         return {"train": ["train", "train"], **(self.validation or {"validation": ["validation", "dev"]})}
 
     def _files(self) -> dict[str, Path]:
@@ -401,10 +402,10 @@ class Glue:
         return {split: path for split, path in {**files, "test": folder / "test.tsv"}.items() if path.is_file()}
 
     def splits(self) -> Splits:
-        """The examples of `train`, the validation splits, and `test` where it is labelled.
+        """Return the examples of `train`, the validation splits, and `test` if it has labels.
 
         Raises:
-            InputError: if the data cannot be had.
+            InputError: if the data cannot be read or downloaded.
         """
         return self._from_hub() if self.root is None else self._from_folder()
 
@@ -468,7 +469,7 @@ class Glue:
         return writer.table()
 
     def fingerprint(self) -> dict[str, str]:
-        """Digests of the files, or the hub's name."""
+        """Return digests of the files, or the names on the hub."""
         if self.root is None:
             names = {split: name for split, (name, _) in self._names().items()}
             return {"hub": f"{self.repository}/{self.subset}", **names}
@@ -476,7 +477,7 @@ class Glue:
 
 
 def hub_label(value: Any, feature: Any) -> Any:
-    """A label of the hub: the name of a class, None where it is missing (a class number of -1), or what is there."""
+    """Return a label from the hub: the class name, None if it is missing (a class index of -1), or the value itself."""
     if not hasattr(feature, "int2str"):
         return value
     return None if value is None or value < 0 else feature.int2str(value)

@@ -1,8 +1,8 @@
-"""What a frozen teacher says of a split, on disk: one file a tensor, memory-mapped, keyed by example.
+"""Outputs of a frozen teacher over a split, on disk: one memory-mapped file per tensor, indexed by example.
 
-A folder holds `about.json`, which says what all of it is of, and for every tensor a file of raw numbers and a small JSON file
-with shape, type and checksum. The latter is written last and all at once, so a tensor is whole or not there, and a method that
-needs more adds files beside those that are there.
+A folder holds `about.json`, which describes the model and data of all tensors, and for every tensor a file of raw numbers and a
+small JSON file with shape, type and checksum. The JSON file is written last and atomically, so a tensor is either complete or
+missing, and a method that needs further tensors adds files to the existing ones.
 """
 
 import hashlib
@@ -21,36 +21,36 @@ from torch import Tensor
 from kd.runs import write_atomically
 
 TOKEN_KINDS = ("hidden", "query", "key", "value", "derived")
-"""Kinds of tensors that have a place for every token; the others have one for every example."""
+"""Kinds of tensors with a row for every token; the others have one for every example."""
 
 RAW: Mapping[torch.dtype, type] = {
     torch.float64: np.float64,
     torch.float32: np.float32,
     torch.float16: np.float16,
-    torch.bfloat16: np.uint16,  # numpy has no word for it; the bits are what is kept
+    torch.bfloat16: np.uint16,  # numpy has no such type; the bits are stored
 }
 NAMES = {str(kind).removeprefix("torch.") for kind in RAW}
-"""The same types, by name."""
+"""Names of the types in `RAW`."""
 RELEASE = 8
-"""Reads after which pages are let go of."""
+"""Number of reads after which memory-mapped pages are released."""
 CHUNK = 1 << 24
-"""Bytes read at a time for a checksum."""
+"""Number of bytes read at a time for a checksum."""
 
 
 def by_token(name: str) -> bool:
-    """Return whether a tensor has a place for every token."""
+    """Return whether a tensor has a row for every token."""
     return name.partition("-")[0] in TOKEN_KINDS
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor.
+    """Description of one stored tensor.
 
     Attributes:
         shape: (examples or tokens, width).
-        stored: type on disk.
-        shown: type that the forward showed and that a read gives back.
-        checksum: of the file's bytes.
+        stored: data type on disk.
+        shown: data type that the forward pass returned, and that a read returns.
+        checksum: checksum of the file's bytes.
     """
 
     shape: tuple[int, int]
@@ -60,17 +60,17 @@ class Entry:
 
     @property
     def size(self) -> int:
-        """Bytes on disk."""
+        """Number of bytes on disk."""
         return self.shape[0] * self.shape[1] * getattr(torch, self.stored).itemsize  # type: ignore[no-any-return]
 
 
 @dataclass
 class TensorStore:
-    """Tensors of one teacher over one split.
+    """Stored tensors of one teacher over one split.
 
     Args:
-        folder: where they are.
-        offsets: (examples + 1,), where each example's tokens begin among all tokens of the split.
+        folder: folder of the files.
+        offsets: (examples + 1,), index of each example's first token among all tokens of the split.
     """
 
     folder: Path
@@ -83,18 +83,18 @@ class TensorStore:
 
     @property
     def examples(self) -> int:
-        """Examples of the split."""
+        """Number of examples of the split."""
         return len(self.offsets) - 1
 
     def rows(self, name: str) -> int:
-        """First size of a tensor."""
+        """Return the number of rows of a tensor: tokens or examples of the split."""
         return int(self.offsets[-1]) if by_token(name) else self.examples
 
     def entry(self, name: str) -> Entry | None:
-        """What is known of a tensor; None if it is not there."""
+        """Return the description of a tensor; None if it is not stored."""
         try:
-            found = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-            entry = Entry(tuple(found.pop("shape")), **found)
+            fields = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+            entry = Entry(tuple(fields.pop("shape")), **fields)
             rows, width = entry.shape
             if all(isinstance(size, int) for size in (rows, width)) and {entry.stored, entry.shown} <= NAMES:
                 return entry
@@ -102,34 +102,34 @@ class TensorStore:
             return None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             pass
-        return Entry((0, 0), "uint8", "uint8")  # no file has these bytes: it is damaged
+        return Entry((0, 0), "uint8", "uint8")  # its empty checksum matches no file, so the tensor counts as damaged
 
     def damaged(self, names: Iterable[str]) -> list[str]:
-        """Those that are there but not as they were written; reads every byte."""
+        """Return the names of stored tensors whose size or checksum is wrong; reads every byte."""
         return [name for name in names if (entry := self.entry(name)) is not None and not self._whole(name, entry)]
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """Those that are not there."""
+        """Return the names of tensors that are not stored."""
         return [name for name in names if self.entry(name) is None]
 
     def remove(self, names: Iterable[str]) -> None:
-        """Forget tensors."""
+        """Delete stored tensors."""
         for name in names:
             self._open.pop(name, None)
             for ending in ("json", "bin"):
                 (self.folder / f"{name}.{ending}").unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Remove what a killed process left."""
+        """Delete partial files that a killed process left behind."""
         for left in self.folder.glob("*.part*"):
             left.unlink(missing_ok=True)
 
     def draft(self, name: str, rank: int) -> Path:
-        """Where a rank writes its share of a tensor."""
+        """Return the path to which a rank writes its share of a tensor."""
         return self.folder / f"{name}.part{rank}"
 
     def commit(self, name: str, entry: Entry, ranks: int) -> None:
-        """Join the ranks' shares to a tensor, on disk before it counts."""
+        """Concatenate the ranks' shares to one tensor, synced to disk before its description is written."""
         whole = self.draft(name, 0)
         with whole.open("ab") as target:
             for rank in range(1, ranks):
@@ -146,37 +146,37 @@ class TensorStore:
         write_atomically(self.folder / f"{name}.json", json.dumps(asdict(entry) | {"checksum": checksum}) + "\n")
 
     def read(self, names: Iterable[str], rows: Sequence[int], longest: int | None = None) -> dict[str, Tensor]:
-        """Tensors of some examples: (batch, width), or (batch, longest, width) with zeros on padding."""
-        found = {}
-        where = np.asarray(rows)
-        lengths = self.offsets[where + 1] - self.offsets[where]
+        """Return tensors of some examples: (batch, width), or (batch, longest, width) with zeros on padding."""
+        tensors = {}
+        indices = np.asarray(rows)
+        lengths = self.offsets[indices + 1] - self.offsets[indices]
         for name in names:
             array, entry = self._array(name)
             if by_token(name):
-                values = np.zeros((len(where), longest or int(lengths.max()), entry.shape[1]), dtype=array.dtype)
-                for index, (row, length) in enumerate(zip(where, lengths, strict=True)):
+                values = np.zeros((len(indices), longest or int(lengths.max()), entry.shape[1]), dtype=array.dtype)
+                for index, (row, length) in enumerate(zip(indices, lengths, strict=True)):
                     values[index, :length] = array[self.offsets[row] : self.offsets[row] + length]
             else:
-                values = array[where]
-            found[name] = _tensor(values, entry.stored).to(getattr(torch, entry.shown))
+                values = array[indices]
+            tensors[name] = _tensor(values, entry.stored).to(getattr(torch, entry.shown))
         self._reads += 1
         if self._reads % RELEASE == 0:
             self._release()
-        return found
+        return tensors
 
     def open(self, names: Iterable[str]) -> None:
-        """Map tensors now, so that they can be read also if the files are deleted."""
+        """Memory-map tensors now, so that they stay readable if the files are deleted."""
         for name in names:
             self._array(name)
 
     def _release(self) -> None:
-        """Let go of pages that were read: they stay in the system's cache, and are not counted as this process's memory."""
+        """Release pages that were read: they stay in the page cache, but no longer count as this process's memory."""
         for array, _ in self._open.values():
             if hasattr(mmap, "MADV_DONTNEED"):
                 array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
     def size(self, names: Iterable[str]) -> int:
-        """Bytes of those that are there."""
+        """Return the total number of bytes of the tensors among `names` that are stored."""
         return sum(entry.size for name in names if (entry := self.entry(name)) is not None)
 
     def _array(self, name: str) -> tuple[np.ndarray, Entry]:
@@ -200,12 +200,12 @@ class TensorStore:
 
 @dataclass(frozen=True)
 class CachedOutputs:
-    """What a teacher said of a split, in the place of its tokens: what a batch of them is collated from.
+    """Cached outputs of a teacher over a split, from which batches are collated in place of the teacher's tokens.
 
     Args:
-        store: where it is.
-        names: tensors that are read.
-        tokens: that the teacher read; a batch is padded as they are.
+        store: the stored tensors.
+        names: names of the tensors to read.
+        tokens: the teacher's tokens; outputs are padded like them.
     """
 
     store: TensorStore
@@ -213,7 +213,7 @@ class CachedOutputs:
     tokens: Any
 
     def pad(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """The teacher's tensors of these examples, by name, and its `attention_mask`, (batch, tokens)."""
+        """Return the teacher's tensors of these examples, by name, and its `attention_mask`, (batch, tokens)."""
         mask = self.tokens.mask(rows)
         read = self.store.read(self.names, rows, mask.shape[1])
         return {"attention_mask": torch.from_numpy(mask.astype(np.int64)), **read}
@@ -237,11 +237,11 @@ class Share:
     """One rank's part of a tensor that is being written: consecutive examples, filled in any order.
 
     Args:
-        store: that it is for.
-        name: of the tensor.
-        entry: its shape and types.
+        store: the store to write to.
+        name: name of the tensor.
+        entry: shape and data types of the tensor.
         span: first example of the share, and the one after its last.
-        rank: whose it is.
+        rank: rank that writes the share.
     """
 
     def __init__(self, store: TensorStore, name: str, entry: Entry, span: tuple[int, int], rank: int) -> None:
@@ -252,18 +252,18 @@ class Share:
         path = store.draft(name, rank)
         shape, raw = (end - begin, entry.shape[1]), RAW[getattr(torch, entry.stored)]
         size = shape[0] * shape[1] * np.dtype(raw).itemsize
-        with path.open("wb") as file:  # a disk that is full is an error here, and the end of the process in a memory map
+        with path.open("wb") as file:  # allocate now: a full disk is an error here, but kills the process in a memory map
             if size and hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
         self.array = np.memmap(path, raw, "r+" if path.stat().st_size else "w+", shape=shape) if size else np.empty(shape, raw)
 
     def write(self, rows: Sequence[int], values: Tensor) -> bool:
-        """Put the tensors of some examples in their places; false if the stored type cannot hold them."""
+        """Write the tensors of some examples; return False if the stored type cannot represent them."""
         stored = getattr(torch, self.entry.stored)
         if not fits(values, stored):
             return False
-        kept = values.detach().to(stored).cpu()
-        array = kept.view(torch.int16).numpy().view(np.uint16) if stored is torch.bfloat16 else kept.numpy()
+        converted = values.detach().to(stored).cpu()
+        array = converted.view(torch.int16).numpy().view(np.uint16) if stored is torch.bfloat16 else converted.numpy()
         if self.offsets is None:
             self.array[np.asarray(rows) - self.begin] = array
             return True
@@ -273,22 +273,22 @@ class Share:
         return True
 
     def close(self) -> None:
-        """Hand everything to the system."""
+        """Flush the memory map."""
         if isinstance(self.array, np.memmap):
             self.array.flush()
 
 
 def stored_as(shown: torch.dtype, precision: str) -> torch.dtype:
-    """The type that a tensor is kept in: its own, or 16 bits where its numbers are no better than that.
+    """Return the data type in which a tensor is stored: its own, or float16 if its values are no more precise than that.
 
-    float32 that a mixed-precision pass shows comes from products of 8 (bfloat16) or 11 (float16) significant bits; float16
-    keeps 11. Whether the numbers are in its range is for `fits` to say.
+    float32 values of a mixed-precision pass come from products of 8 (bfloat16) or 11 (float16) significant bits; float16
+    has 11. `fits` checks that the values are in its range.
     """
     return torch.float16 if shown is torch.float32 and precision in ("bf16-mixed", "16-mixed") else shown
 
 
 def fits(values: Tensor, stored: torch.dtype) -> bool:
-    """Whether a type holds these numbers as well as they deserve: no number off by more than 2^-10 of its row's largest."""
+    """Return whether a type represents all values within 2^-10 of the largest magnitude in their row."""
     if stored is values.dtype:
         return True
     lost = (values.to(stored).to(values.dtype) - values).abs().amax(dim=-1)

@@ -1,4 +1,4 @@
-"""Readers of CSV, TSV, JSON Lines and plain lines: strict, and clear about where a file is wrong."""
+"""Strict readers of CSV, TSV, JSON Lines and plain lines, whose errors name the line."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ from kd.values import literal
 Row = Mapping[str, Any]
 
 FORMATS = ("csv", "tsv", "jsonl", "json", "lines")
-"""Of `task.format`: `jsonl` and `json` are an object on each line, or one array of objects; `lines` is a text on each line."""
+"""Values of `task.format`: `jsonl` and `json` are an object per line, or an array of objects; `lines` is a text per line."""
 
 SUFFIXES: Mapping[str, str] = {
     ".csv": "csv",
@@ -27,7 +27,7 @@ SUFFIXES: Mapping[str, str] = {
     ".ndjson": "jsonl",
     ".json": "jsonl",
 }
-"""What a file is by the end of its name, where `task.format` does not say it."""
+"""File suffix -> format, for files without `task.format`."""
 
 DELIMITERS: Mapping[str, str] = {
     "comma": ",",
@@ -38,7 +38,7 @@ DELIMITERS: Mapping[str, str] = {
     "colon": ":",
     "space": " ",
 }
-"""Words for `task.delimiter`: several of the characters have a meaning of their own on a command line."""
+"""Words for `task.delimiter`, because several of the characters have a special meaning on a command line."""
 
 MAGIC: Mapping[bytes, str] = {
     b"\x1f\x8b": "compressed (gzip)",
@@ -49,17 +49,17 @@ MAGIC: Mapping[bytes, str] = {
     b"PAR1": "a Parquet file",
     b"ARROW1": "an Arrow file",
 }
-"""What files that are no text begin with."""
+"""First bytes of files that are not text -> kind of file."""
 
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # one review may be longer than the default of 128 kB
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a file is laid out, where its name does not say it. A null is what its name says, or what is usual.
+    """Layout of a file. An option that is None follows from the file's suffix, or has the usual value.
 
     Attributes:
-        format: of `FORMATS`.
+        format: one of `FORMATS`.
         delimiter: one character, or one of the words of `DELIMITERS`.
         columns: names of all columns, for a file whose first line is an example.
         quoted: whether fields may be quoted; by default in CSV, not in TSV (as GLUE ships it).
@@ -71,10 +71,10 @@ class Layout:
     quoted: bool | None = None
 
     def kind(self, path: Path, key: str) -> str:
-        """What a file is.
+        """Return the format of a file.
 
         Raises:
-            InputError: for options that do not fit each other, or a file that neither they nor its name say the kind of.
+            InputError: for options that contradict each other, or a format that neither they nor the suffix determine.
         """
         if self.format is not None and self.format not in FORMATS:
             raise one_of(self.format, FORMATS, "task.format")
@@ -90,27 +90,27 @@ class Layout:
         return kind
 
     def separator(self, kind: str) -> str:
-        """The character between fields.
+        """Return the character between fields.
 
         Raises:
             InputError: for a delimiter that is neither a character nor a word for one.
         """
         if self.delimiter is None:
             return "\t" if kind == "tsv" else ","
-        found = DELIMITERS.get(self.delimiter, self.delimiter)
-        if len(found) != 1 or found in '"\r\n\0' or "\ud800" <= found <= "\udfff":
+        character = DELIMITERS.get(self.delimiter, self.delimiter)
+        if len(character) != 1 or character in '"\r\n\0' or "\ud800" <= character <= "\udfff":
             words = ", ".join(name for name in DELIMITERS if name.isalpha())
             raise InputError(
                 f"task.delimiter={literal(self.delimiter)} must be one character between fields, or a word for it: {words}",
                 "task.delimiter",
             )
-        return found
+        return character
 
     def names(self) -> list[str] | None:
-        """The names of the columns, if they are given.
+        """Return the configured column names, or None.
 
         Raises:
-            InputError: for no name, or one that is there twice.
+            InputError: for an empty list, or a name that occurs twice.
         """
         if self.columns is None:
             return None
@@ -121,10 +121,10 @@ class Layout:
 
 
 def data_path(name: str, key: str) -> Path:
-    """A path as a configuration has it, `~` replaced.
+    """Convert a configured path to a `Path`, with `~` expanded.
 
     Raises:
-        InputError: for a home folder that is not there.
+        InputError: if the home folder cannot be determined.
     """
     try:
         return Path(name).expanduser()
@@ -136,9 +136,9 @@ def check_file(path: Path, key: str, folder: str = "") -> None:
     """Check that a path is a file that can be opened.
 
     Args:
-        path: what is to be read.
+        path: path of the file.
         key: the configuration key that an error names.
-        folder: what to say beside it of a folder.
+        folder: text that is added to the message for a folder.
 
     Raises:
         InputError: if it is not.
@@ -168,20 +168,20 @@ def rows(
     skip_broken: bool = False,
     layout: Layout | None = None,
 ) -> Iterator[tuple[int, Row]]:
-    """The rows of a file with their line numbers.
+    """Yield the rows of a file with their line numbers.
 
     Args:
-        path: ends in .csv, .tsv, .txt (as TSV), .jsonl, .ndjson or .json (an object a line, or an array of them), or `layout`
-            says what it is.
+        path: ends in .csv, .tsv, .txt (as TSV), .jsonl, .ndjson or .json (an object a line, or an array of them), unless
+            `layout` gives the format.
         key: the configuration key that an error names.
         columns: names, for a file without a header.
         quoted: whether fields may be quoted; by default in CSV, not in TSV (as GLUE ships it).
         encoding: by default UTF-8 with or without a byte-order mark.
-        skip_broken: leave out lines with another number of fields, with a warning that counts them.
-        layout: in place of `columns` and `quoted`, and more.
+        skip_broken: leave out lines with a wrong number of fields, with a warning that counts them.
+        layout: replaces `columns` and `quoted`, and gives format and delimiter.
 
     Raises:
-        InputError: if the file is missing, empty, of another kind, not text, or a line is broken.
+        InputError: if the file is missing, empty, of an unknown format, not text, or has a broken line.
     """
     layout = layout or Layout(columns=columns, quoted=quoted)
     check_file(path, key)
@@ -202,7 +202,7 @@ def rows(
 
 
 def lines(path: Path, key: str, encoding: str = "utf-8-sig") -> Iterator[tuple[int, str]]:
-    """The lines of a file that are not blank, with their numbers.
+    """Yield the lines of a file that are not blank, with their numbers.
 
     Raises:
         InputError: if the file is missing, empty or not text.
@@ -213,7 +213,7 @@ def lines(path: Path, key: str, encoding: str = "utf-8-sig") -> Iterator[tuple[i
     try:
         with path.open(encoding=encoding, newline="") as file:
             for part in file:
-                for line in part.splitlines():  # also at the separators that are not line ends to `open`
+                for line in part.splitlines():  # also splits at separators that `open` does not count as line ends
                     number += 1
                     if line.strip():
                         yield number, line
@@ -238,7 +238,7 @@ def _check_beginning(path: Path, key: str) -> None:
 
 
 def _undecodable_line(path: Path, encoding: str) -> int:
-    """Number of the first line that cannot be decoded; the decoder's own position counts from its last buffer."""
+    """Return the number of the first line that cannot be decoded; the decoder's position is relative to its buffer."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -288,23 +288,23 @@ def _delimited(path: Path, key: str, layout: Layout, kind: str, encoding: str, s
 
 
 def _bare(name: str) -> str:
-    """A column's name in a message: without quotes where it needs none."""
+    """Format a column's name for a message, without quotes if it needs none."""
     return name if name.isprintable() and len(name) < 40 else literal(name)
 
 
 def column_names(row: Row) -> str:
-    """The columns of a row, for a message."""
+    """Format the column names of a row for a message."""
     names = [_bare(str(name)) for name in row]
     return ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are all different; the parser would take the last of two in silence."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    """Build a JSON object, and raise a ValueError for a duplicate key; by default the parser silently takes the last one."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {literal(next(name for name in names if names.count(name) > 1))} is there twice")
-    return found
+    return result
 
 
 BLANKS = re.compile(r"[ \t\r\n]*")
@@ -312,7 +312,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def _json_rows(path: Path, key: str, encoding: str) -> Iterator[tuple[int, Row]]:
-    """Objects on lines of their own, or one array of objects, as its first character says."""
+    """Yield one object per line, or the objects of one array if the first character opens an array."""
     with path.open(encoding=encoding) as file:
         first = ""
         while not first.strip() and (first := file.read(256)):
@@ -329,7 +329,7 @@ def _json_rows(path: Path, key: str, encoding: str) -> Iterator[tuple[int, Row]]
 def _object(path: Path, key: str, number: int, line: str) -> Row:
     try:
         row = DECODER.decode(line)
-    except (ValueError, RecursionError) as error:  # digits without end and depth without end are no JSONDecodeError
+    except (ValueError, RecursionError) as error:  # overlong integers and deep nesting do not raise JSONDecodeError
         why = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(":")[0]
         raise InputError(
             f"'{path}', line {number}: not JSON ({why}); a file has one object on each line, or one array of objects", key
@@ -340,13 +340,13 @@ def _object(path: Path, key: str, number: int, line: str) -> Row:
 
 
 def _json_array(path: Path, key: str, text: str) -> Iterator[tuple[int, Row]]:
-    """The objects of an array, one at a time, with the lines where they begin."""
+    """Yield the objects of an array, with the numbers of the lines where they begin."""
     line, counted = 1, 0
 
-    def at(place: int) -> str:
-        """The character behind any blanks, and a count of the lines before it."""
+    def at(position: int) -> str:
+        """Skip blanks from a position, count the lines up to there, and return the next character."""
         nonlocal line, counted
-        match = BLANKS.match(text, place)
+        match = BLANKS.match(text, position)
         assert match is not None
         line, counted = line + text.count("\n", counted, match.end()), match.end()
         return text[counted : counted + 1]

@@ -1,4 +1,4 @@
-"""Tasks own the label names, the hard and the soft loss, and the metrics, so that no method asks what kind of task it is."""
+"""Tasks: label names, hard and soft losses, and metrics, so that methods do not depend on the kind of task."""
 
 import math
 import re
@@ -18,60 +18,60 @@ from kd.functional import logits as soft_losses
 from kd.values import literal
 
 SCORE = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-"""A score as text. Python's own reader also takes `1_000` and the digits of other scripts."""
+"""Pattern of a score as text. Python's `float` also accepts `1_000` and digits of other scripts."""
 
 LARGEST = 1e18
-"""Of a score: the sum of a batch's squared errors is finite in float32 below it."""
+"""Bound on the magnitude of scores: below it, the sum of a batch's squared errors is finite in float32."""
 
 SMALLEST = 1e-15
-"""Standard deviation of scores: the square of a hundredth of it is a normal number in float32."""
+"""Smallest standard deviation of scores: the square of a hundredth of it is a normal number in float32."""
 
 CLOSEST = 0.01
-"""Of the scores' standard deviation: the step between neighbouring float32 numbers where they lie, at most. Our choice."""
+"""Largest ratio of the float32 spacing at the largest score to the scores' standard deviation. Our choice."""
 
 
 class Task(Protocol):
-    """What a method and an engine need of a task."""
+    """Interface of a task for methods and engines."""
 
     name: str
     head: str
-    """What its models end in, of `kd.models.heads.HEADS`."""
+    """Name of its models' head, a key of `kd.models.heads.HEADS`."""
     labels: list[str] | None
     metrics: tuple[str, ...]
     monitor: str
     start: float | None
-    """Where the bias of a head that is drawn afresh begins; None is zero."""
+    """Initial bias of a newly initialised head; None is zero."""
     agreement: str
-    """The metric that, with a teacher's predictions in place of the labels, says how far a student agrees with it."""
+    """Name of the metric that measures a student's agreement with a teacher, whose predictions replace the labels."""
 
     def encode(self, example: Example) -> float:
-        """The number of a raw label."""
+        """Return a raw label as a number."""
         ...
 
     def check_labels(self, values: Sequence[float]) -> None:
-        """Raise an InputError for training labels, as `encode` gives them, from which nothing can be learned."""
+        """Check that training labels, as `encode` returns them, can be learned from, or raise an InputError."""
         ...
 
     def hard(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Loss against the labels; logits (batch, classes), labels (batch,); mean over the batch."""
+        """Return the loss against the labels; logits (batch, classes), labels (batch,); mean over the batch."""
         ...
 
     def soft(
         self, student: Tensor, teacher: Tensor, temperature: float, loss: str = "kl", reduction: str = "batchmean"
     ) -> Tensor:
-        """Loss against a teacher's logits, both (batch, classes)."""
+        """Return the loss against a teacher's logits, both (batch, classes)."""
         ...
 
     def of(self, labels: Tensor) -> Self:
-        """The task as it stands for one batch, whose labels may say what a mean is taken over."""
+        """Return the task for one batch, whose labels may determine over which positions a mean is taken."""
         ...
 
     def predict(self, logits: Tensor) -> Tensor:
-        """Predictions (batch,) from logits (batch, classes)."""
+        """Return predictions (batch,) for logits (batch, classes)."""
         ...
 
     def ensemble(self, logits: Sequence[Tensor]) -> Tensor:
-        """Logits (batch, classes) of the mean prediction of several models."""
+        """Return logits (batch, classes) of the mean prediction of several models."""
         ...
 
     def score(self, metrics: Mapping[str, Any], logits: Tensor, labels: Tensor) -> None:
@@ -79,42 +79,42 @@ class Task(Protocol):
         ...
 
     def label_tensor(self, values: Sequence[float]) -> Tensor:
-        """Labels of a batch as a tensor."""
+        """Return the labels of a batch as a tensor."""
         ...
 
     def metric(self, name: str, across_ranks: bool = True) -> Any:
-        """A fresh torchmetrics metric over `predict(logits)` and labels, reduced over all ranks or of this one alone."""
+        """Return a new torchmetrics metric of `predict(logits)` and labels, reduced over all ranks or on this rank alone."""
         ...
 
     def majority_baseline(self, labels: Tensor) -> dict[str, float]:
-        """What predicting without looking scores: the majority class, or the mean."""
+        """Return the metrics of a constant prediction: the majority class, or the mean."""
         ...
 
     def constant(self, labels: Sequence[float]) -> Tensor | None:
-        """Logits (1, classes) of a prediction without looking, given the training labels; None where there is no such thing."""
+        """Return logits (1, classes) of the best constant prediction for the training labels; None if there is none."""
         ...
 
     def collapse(self) -> Any:
-        """A fresh `kd.data.metrics.Collapse`; None where one prediction for all examples is nothing unusual."""
+        """Return a new `kd.data.metrics.Collapse`; None if equal predictions for all examples are normal."""
         ...
 
 
 class Labelled:
-    """What tasks with one label for each example have in common."""
+    """Common parts of tasks with one label for each example."""
 
     head = "classifier"
     start: float | None = None
 
     def of(self, labels: Tensor) -> Self:
-        """Itself: a mean over the batch is a mean over its rows."""
+        """Return the task itself, because a mean over the batch is a mean over its rows."""
         return self
 
     def predict(self, logits: Tensor) -> Tensor:
-        """Predictions, (batch,)."""
+        """Return predictions, (batch,)."""
         raise NotImplementedError
 
     def collapse(self) -> Any:
-        """A fresh metric that tells whether predictions are one class, or nearly one score."""
+        """Return a new metric that detects predictions of one class, or of nearly one score."""
         return Collapse()
 
     def score(self, metrics: Mapping[str, Any], logits: Tensor, labels: Tensor) -> None:
@@ -125,10 +125,10 @@ class Labelled:
 
 
 def known_metrics(metrics: Sequence[str], monitor: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
-    """The metrics of a task, if all of them are allowed and the monitored one is among them.
+    """Return the metrics of a task, after checking that all are allowed and that the monitored one is among them.
 
     Raises:
-        InputError: for one that is not.
+        InputError: for an empty list, a metric that is not allowed, or a monitored one that is not listed.
     """
     if not metrics:
         raise InputError(f"a task needs a metric of {', '.join(allowed)}", "task.metrics")
@@ -141,13 +141,13 @@ def known_metrics(metrics: Sequence[str], monitor: str, allowed: tuple[str, ...]
 
 
 class Classification(Labelled):
-    """One of several named classes.
+    """Classification into two or more named classes.
 
     Args:
-        name: of the task.
-        labels: class names; their order is the order of the logits. Names that are the same number, 1 and 1.0, are one.
+        name: name of the task.
+        labels: class names, in the order of the logits. Two names of the same number, such as 1 and 1.0, are an error.
         codes: raw label -> class name, for files that hold numbers.
-        metrics: of `kd.data.metrics.CLASSIFICATION`; `f1` is the F1 of the second of two classes, as GLUE reports it.
+        metrics: names in `kd.data.metrics.CLASSIFICATION`; `f1` is the F1 of the second of two classes, as GLUE reports it.
         monitor: the metric that chooses the best checkpoint.
     """
 
@@ -178,7 +178,7 @@ class Classification(Labelled):
             raise InputError(f"the metric f1 is for two classes, this task has {len(self.names)}; use macro_f1", "task.metrics")
 
     def encode(self, example: Example) -> float:
-        """The class index of a raw label.
+        """Return the class index of a raw label.
 
         Raises:
             InputError: for a label that is missing, or that the task does not have.
@@ -193,57 +193,57 @@ class Classification(Labelled):
         return self.numbers[name]
 
     def check_labels(self, values: Sequence[float]) -> None:
-        """Check that there are two classes or more.
+        """Check that the labels have two classes or more.
 
         Raises:
-            InputError: if there is one.
+            InputError: if all labels are the same.
         """
         if len(set(values)) < 2:
             only = self.names[int(values[0])]
             raise InputError(f"every training example has the label '{only}'; a classifier needs two or more", "task.label")
 
     def label_tensor(self, values: Sequence[float]) -> Tensor:
-        """(batch,), long."""
+        """Return class indices, (batch,), long."""
         return torch.tensor(values, dtype=torch.long)
 
     def hard(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross entropy, in nats."""
+        """Return the cross entropy, in nats."""
         return F.cross_entropy(soft_losses.widened(logits), labels)
 
     def soft(
         self, student: Tensor, teacher: Tensor, temperature: float, loss: str = "kl", reduction: str = "batchmean"
     ) -> Tensor:
-        """`kl` (times temperature squared), `ce` (not), or `mse` of raw logits; see `kd.functional.logits`."""
+        """Return `kl` (times temperature squared), `ce` (not scaled), or `mse` of raw logits; see `kd.functional.logits`."""
         if loss == "mse":
             return soft_losses.squared_error(student, teacher, reduction)
         function = {"kl": soft_losses.kl_divergence, "ce": soft_losses.soft_cross_entropy}[loss]
         return function(student, teacher, temperature, reduction)
 
     def predict(self, logits: Tensor) -> Tensor:
-        """The class with the largest logit, (batch,)."""
+        """Return the class with the largest logit, (batch,)."""
         return logits.argmax(dim=-1)
 
     def ensemble(self, logits: Sequence[Tensor]) -> Tensor:
-        """Log of the mean of the probabilities."""
+        """Return the log of the mean of the models' probabilities."""
         return log_mean_probability(logits)
 
     def metric(self, name: str, across_ranks: bool = True) -> Any:
-        """A torchmetrics metric."""
+        """Return a new torchmetrics metric, reduced over all ranks or on this rank alone."""
         return CLASSIFICATION[name](len(self.names), sync_on_compute=across_ranks)
 
     def majority_baseline(self, labels: Tensor) -> dict[str, float]:
-        """The majority class's share, as accuracy; 0 as Matthews correlation."""
+        """Return the majority class's share as accuracy, and 0 as Matthews correlation."""
         counts = torch.bincount(labels.long(), minlength=len(self.names)).double()
         return {"accuracy": float(counts.max() / counts.sum()), "matthews_corrcoef": 0.0}
 
     def constant(self, labels: Sequence[float]) -> Tensor:
-        """The majority class; the first of equal ones."""
+        """Return one-hot logits of the majority class, (1, classes); the first of equally frequent classes."""
         counts = torch.bincount(self.label_tensor(labels), minlength=len(self.names))
         return F.one_hot(counts.argmax(), len(self.names))[None].float()
 
 
 class Regression(Labelled):
-    """A score. Temperature and the form of the soft loss do not apply: both losses are mean squared errors.
+    """Prediction of a score. Temperature and the kind of soft loss do not apply: both losses are mean squared errors.
 
     Source: the losses of BERT-EMD's distillation loss for STS-B (Li et al., EMNLP 2020); arguments as `Classification`.
     """
@@ -257,10 +257,10 @@ class Regression(Labelled):
         self.monitor = monitor
 
     def encode(self, example: Example) -> float:
-        """The score as a number.
+        """Return a raw score as a number.
 
         Raises:
-            InputError: if it is missing, none, or too large for its squared error.
+            InputError: if it is missing, not a finite number, or so large that its squared error would overflow.
         """
         value = score_of(example.label)
         if math.isnan(value):
@@ -275,14 +275,14 @@ class Regression(Labelled):
         return value
 
     def check_labels(self, values: Sequence[float]) -> None:
-        """Check that scores that differ do so by enough for float32 arithmetic.
+        """Check that different scores are far enough apart for float32 arithmetic; equal scores pass.
 
         Raises:
-            InputError: if they do not.
+            InputError: if they are too close.
         """
         scores = np.asarray(values, dtype=np.float64)
         size = float(np.abs(scores).max())
-        if scores.min() == scores.max():  # a poor task, which the preflight warns of, and not an impossible one
+        if scores.min() == scores.max():  # can be trained on; the preflight warns of it
             return
         spread = float((scores / size).std()) * size
         if spread < SMALLEST or float(np.spacing(np.float32(size))) > CLOSEST * spread:
@@ -293,45 +293,45 @@ class Regression(Labelled):
             )
 
     def label_tensor(self, values: Sequence[float]) -> Tensor:
-        """(batch,), double: a metric is of the scores as they are; losses are in the precision of the logits."""
+        """Return scores, (batch,), double, for exact metrics; losses are computed in the precision of the logits."""
         return torch.tensor(values, dtype=torch.double)
 
     def hard(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean squared error of logits (batch, 1) against labels (batch,)."""
+        """Return the mean squared error of logits (batch, 1) against labels (batch,)."""
         scores = soft_losses.widened(self.predict(logits))
         return F.mse_loss(scores, labels.to(scores.dtype))
 
     def soft(
         self, student: Tensor, teacher: Tensor, temperature: float, loss: str = "kl", reduction: str = "batchmean"
     ) -> Tensor:
-        """Mean squared error of the two scores, whatever the other arguments."""
+        """Return the mean squared error of the two scores; the other arguments are ignored."""
         return soft_losses.squared_error(student, teacher, "elementmean")
 
     def predict(self, logits: Tensor) -> Tensor:
-        """(batch, 1) -> (batch,)."""
+        """Return scores: (batch, 1) -> (batch,)."""
         if logits.shape[-1] != 1:
             raise ValueError(f"a regression model has one output, not {logits.shape[-1]}")
         return logits.squeeze(-1)
 
     def ensemble(self, logits: Sequence[Tensor]) -> Tensor:
-        """The mean of the scores."""
-        return torch.stack([soft_losses.widened(each) for each in logits]).mean(0)
+        """Return the mean of the models' scores."""
+        return torch.stack([soft_losses.widened(scores) for scores in logits]).mean(0)
 
     def metric(self, name: str, across_ranks: bool = True) -> Any:
-        """A torchmetrics metric."""
+        """Return a new torchmetrics metric, reduced over all ranks or on this rank alone."""
         return REGRESSION[name](sync_on_compute=across_ranks)
 
     def majority_baseline(self, labels: Tensor) -> dict[str, float]:
-        """Correlations of 0; the variance, as mean squared error."""
+        """Return correlations of 0, and the variance of the labels as mean squared error."""
         return {"pearson": 0.0, "spearman": 0.0, "mse": float(labels.double().var(unbiased=False))}
 
     def constant(self, labels: Sequence[float]) -> Tensor:
-        """The mean score."""
+        """Return the mean score, (1, 1)."""
         return torch.tensor(labels, dtype=torch.double).mean().float().view(1, 1)
 
 
 def score_of(raw: Any) -> float:
-    """The number of a raw score, NaN if it is none; infinite only where a finite number is too large.
+    """Return a raw score as a number, NaN if it is not one; infinite only if a finite number is too large.
 
     >>> [score_of(raw) for raw in (" 0.25", "1e3", 3, True, "1_000", "inf", float("inf"), "1e400")]
     [0.25, 1000.0, 3.0, nan, nan, nan, nan, inf]
@@ -347,20 +347,20 @@ def score_of(raw: Any) -> float:
 
 
 def is_missing_score(raw: Any) -> bool:
-    """Return whether a raw score is what tables hold where a value is missing."""
+    """Return whether a raw score stands for a missing value."""
     return raw is None or raw != raw or (isinstance(raw, str) and is_missing(raw.strip()))
 
 
 def log_mean_probability(logits: Sequence[Tensor]) -> Tensor:
-    """Log of the mean of several models' probabilities, (..., classes) each.
+    """Return the log of the mean of several models' probabilities; logits are (..., classes) each.
 
     >>> log_mean_probability([torch.tensor([0.0, 0.0]), torch.tensor([0.0, -torch.inf])]).exp()
     tensor([0.7500, 0.2500])
     """
-    each = torch.stack([soft_losses.widened(one).log_softmax(dim=-1) for one in logits])
-    return each.logsumexp(0) - math.log(len(logits))
+    log_probabilities = torch.stack([soft_losses.widened(one).log_softmax(dim=-1) for one in logits])
+    return log_probabilities.logsumexp(0) - math.log(len(logits))
 
 
 def higher_is_better(metric: str) -> bool:
-    """Return whether more is better; true for every metric but an error."""
+    """Return whether a larger value of a metric is better: True for all metrics except `mse` and `loss`."""
     return metric not in ("mse", "loss")

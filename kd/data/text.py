@@ -1,4 +1,4 @@
-"""Unlabelled text for masked language modelling: where it is, how it is cut into examples, how positions are masked."""
+"""Unlabelled text for masked language modelling: its files, its division into examples, and the masking of positions."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -23,20 +23,20 @@ from kd.data.tokens import TokenStore, encodings, padded_length, tokenizer_finge
 from kd.errors import InputError
 
 PREDICTED = 0.15
-"""Share of an example's tokens that are predicted. Devlin et al., NAACL 2019, section 3.1, as the two that follow."""
+"""Share of an example's tokens that are predicted. Devlin et al., NAACL 2019, section 3.1, like the next two constants."""
 
 MASKED, REPLACED = 0.8, 0.1
-"""Of the predicted ones: the share that is masked, and the share that another token stands for. The rest stays as it is."""
+"""Shares of the predicted tokens that are masked, and that are replaced by a random token. The rest is unchanged."""
 
 HELD_OUT = 0.05
-"""Share of a text that is kept for validation, where there is no file for it. Our choice."""
+"""Share of the text that is held out for validation if there is no validation file. Our choice."""
 
 DRAW_MASKS, DRAW_VOCABULARIES = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
 class TextFiles:
-    """A user's own text: the lines of a `.txt` file, or a column of CSV, TSV or JSON Lines.
+    """Text files of the user: the lines of a `.txt` file, or a column of CSV, TSV or JSON Lines.
 
     Without a validation file, `train` is split 95/5 by a hash of the text.
     """
@@ -50,23 +50,23 @@ class TextFiles:
     columns: Sequence[str] | None = None
 
     def _paths(self) -> dict[str, dict[str | None, Path]]:
-        found = given_paths(self.train, self.validation, None, "task=text needs task.train=<file.txt|.csv|.tsv|.jsonl>")
-        for split, files in found.items():
+        paths = given_paths(self.train, self.validation, None, "task=text needs task.train=<file.txt|.csv|.tsv|.jsonl>")
+        for split, files in paths.items():
             if None not in files:
                 raise InputError(f"text without labels has no classes: task.{split} must be a file", f"task.{split}")
-        return found
+        return paths
 
     def splits(self) -> Splits:
-        """The texts of `train` and `validation`.
+        """Return the texts of `train` and `validation`.
 
         Raises:
             InputError: if a file is missing, empty, not text, lacks the column, or has a broken line.
         """
-        found: Splits = {split: self._read(files[None], f"task.{split}") for split, files in self._paths().items()}
-        if "validation" not in found:
-            found = split_by_hash(found["train"], {"train": 1 - HELD_OUT, "validation": HELD_OUT})
-            check_hash_split(found, f"'{self.train}'")
-        return found
+        splits: Splits = {split: self._read(files[None], f"task.{split}") for split, files in self._paths().items()}
+        if "validation" not in splits:
+            splits = split_by_hash(splits["train"], {"train": 1 - HELD_OUT, "validation": HELD_OUT})
+            check_hash_split(splits, f"'{self.train}'")
+        return splits
 
     def _read(self, path: Path, key: str) -> Table:
         if self.format == "lines" or (self.format is None and path.suffix.lower() == ".txt" and self.delimiter is None):
@@ -76,22 +76,22 @@ class TextFiles:
         return examples_of(table_rows(path, key, layout=layout), path, as_names(self.text), None, key)
 
     def fingerprint(self) -> dict[str, str]:
-        """A digest of every file's bytes."""
+        """Return a digest of every file's bytes."""
         return fingerprint_of(self._paths())
 
 
 @dataclass(frozen=True)
 class MixedTokenizer:
-    """Two vocabularies that read one text, each word by one of them.
+    """Two tokenizers with different vocabularies for one text; each word is tokenised by one of them.
 
-    Both have the same normaliser and pre-tokeniser, so that they agree on what a word is. Tokens of the second vocabulary are
-    numbered behind the first one's. The special tokens around a text are the first one's.
+    Both have the same normaliser and pre-tokeniser, so that they have the same word boundaries. Token ids of the second
+    vocabulary follow those of the first. The special tokens around a text are those of the first tokenizer.
 
     Args:
         first: the tokenizer of the model, which is exported with it.
-        second: the small vocabulary.
-        shift: what is added to the second vocabulary's ids: the rows of the first one's table.
-        probability: of a word to be cut by the second vocabulary, in [0, 1].
+        second: the tokenizer with the small vocabulary.
+        shift: offset of the second vocabulary's ids: the number of rows of the first one's embedding table.
+        probability: probability that a word is tokenised by the second tokenizer, in [0, 1].
     """
 
     first: Any
@@ -101,7 +101,7 @@ class MixedTokenizer:
 
     @property
     def parts(self) -> tuple[Any, Any]:
-        """Both tokenizers."""
+        """Both tokenizers, the first one first."""
         return self.first, self.second
 
     def save_pretrained(self, folder: Path) -> None:
@@ -111,30 +111,30 @@ class MixedTokenizer:
 
 
 def words_of(tokenizer: Any, texts: Texts) -> dict[str, np.ndarray]:
-    """Tokens of all texts (`ids`), where each word begins (`starts`, and the end of all), and words of each text (`words`)."""
+    """Return token ids of all texts (`ids`), first token of each word and end (`starts`), and words of each text (`words`)."""
     ids: list[np.ndarray] = []
     starts: list[np.ndarray] = []
     words: list[int] = []
     total = 0
     for encoding in itertools.chain.from_iterable(encodings(tokenizer, texts, special=False, words=True)):
-        # Ids of words are what both vocabularies agree on, since normaliser and pre-tokeniser are the same.
-        places = np.asarray([-1 if place is None else place for place in encoding.word_ids], dtype=np.int64)
-        begins = np.flatnonzero(np.diff(places, prepend=-2))
+        # Word ids are the same for both vocabularies, because normaliser and pre-tokeniser are.
+        word_ids = np.asarray([-1 if word is None else word for word in encoding.word_ids], dtype=np.int64)
+        begins = np.flatnonzero(np.diff(word_ids, prepend=-2))
         ids.append(np.asarray(encoding.ids, dtype=np.int32))
         words.append(len(begins))
         starts.append(begins + total)
-        total += len(places)
+        total += len(word_ids)
     return {"ids": np.concatenate(ids), "starts": np.concatenate([*starts, [total]]), "words": np.asarray(words)}
 
 
 class Vocabulary:
-    """The words of a split's texts as one tokenizer cuts them: flat arrays.
+    """Tokens of the words of a split's texts with one tokenizer, in flat arrays.
 
     Args:
         tokenizer: a fast tokenizer.
-        texts: to cut.
-        shift: added to every id.
-        store: where tokens are kept.
+        texts: the texts to tokenise.
+        shift: offset that is added to every id.
+        store: store for the tokens.
     """
 
     def __init__(self, tokenizer: Any, texts: Texts, shift: int = 0, store: TokenStore | None = None) -> None:
@@ -145,36 +145,36 @@ class Vocabulary:
         self.ids = arrays["ids"].astype(np.int64) + shift
         self.starts = arrays["starts"]
         self.words = arrays["words"]
-        """Words of each text."""
+        """Number of words of each text."""
         self.mask = tokenizer.mask_token_id + shift
         everything = sorted(tokenizer.get_vocab().values())
         self.ordinary = np.asarray([number + shift for number in everything if number not in special])
-        """What may stand for a predicted token: every token that is not special."""
+        """Ids that may replace a predicted token: all tokens that are not special."""
         self.predictable = ~np.isin(self.ids, np.asarray(sorted(special)) + shift)
 
     def word(self, place: int) -> slice:
-        """Where a word's tokens are."""
+        """Return the slice of `ids` that holds the tokens of the word at this index."""
         return slice(self.starts[place], self.starts[place + 1])
 
     def known(self) -> np.ndarray:
-        """Whether a word has a token that may be predicted, for each word."""
+        """Return a bool for each word: True if it has a token that may be predicted."""
         counts: np.ndarray = np.diff(np.concatenate([[0], np.cumsum(self.predictable)])[self.starts])
         return counts > 0
 
 
 class MaskedTokens:
-    """The texts of one split, cut into chunks of whole words, and masked anew for each epoch.
+    """Texts of one split, cut into chunks of whole words, and masked anew in each epoch.
 
-    What is masked, and which vocabulary cuts which word, are functions of seed, epoch and example alone, so that neither ranks
-    nor a resumption nor what else is in a batch matters. Without an epoch they are functions of the example.
+    The masked positions, and the vocabulary of each word, are functions of seed, epoch and example alone, so that they do not
+    depend on ranks, on resuming a run or on the rest of a batch. Without an epoch they are functions of the example.
 
     Args:
         tokenizer: a fast tokenizer, or a `MixedTokenizer`.
         texts: one text for each example.
-        max_length: tokens of a chunk at most, special ones included. A longer text gives several chunks.
-        seed: of the draws.
-        multiple: batches are padded to a multiple of so many tokens, up to `max_length`.
-        store: where tokens are kept.
+        max_length: largest number of tokens of a chunk, special ones included. A longer text gives several chunks.
+        seed: seed of the random draws.
+        multiple: batches are padded to a multiple of this number of tokens, up to `max_length`.
+        store: store for the tokens.
 
     Raises:
         InputError: if a tokenizer has no mask token, or no text has a token to predict.
@@ -206,72 +206,72 @@ class MaskedTokens:
         self.columns = [name for name in parts[0].model_input_names if name == "token_type_ids"]
         self.fill = {"input_ids": parts[0].pad_token_id, "token_type_ids": parts[0].pad_token_type_id}
         sizes = np.stack([np.diff(vocabulary.starts) for vocabulary in self.vocabularies])
-        known = np.logical_and.reduce([vocabulary.known() for vocabulary in self.vocabularies])
-        self.chunks = np.asarray(list(self._cut(sizes.max(axis=0), first.words, known)), dtype=np.int64).reshape(-1, 2)
-        """First and last word of each chunk, the last one excluded."""
+        predictable = np.logical_and.reduce([vocabulary.known() for vocabulary in self.vocabularies])
+        self.chunks = np.asarray(list(self._cut(sizes.max(axis=0), first.words, predictable)), dtype=np.int64).reshape(-1, 2)
+        """Index of the first word of each chunk and of the word after its last, (chunks, 2)."""
         if not len(self.chunks):
             raise InputError("no text has a token that could be predicted", "task.text")
         share = self.probability if len(self.vocabularies) > 1 else 0.0
         most = np.concatenate([[0], np.cumsum(np.minimum(sizes.max(axis=0), self.room))])
         cut = most[self.chunks[:, 1]] - most[self.chunks[:, 0]]
         self.longest = np.minimum(cut, self.room) + len(ends)
-        """Tokens of each chunk at most, whichever vocabulary cuts which word."""
+        """Largest number of tokens of each chunk, over all choices of a vocabulary for each word."""
         expected = np.concatenate([[0.0], np.cumsum((1 - share) * sizes[0] + share * sizes[-1])])
         cut = expected[self.chunks[:, 1]] - expected[self.chunks[:, 0]]
         self.lengths = np.minimum(np.rint(cut).astype(np.int64), self.room) + len(ends)
-        """Tokens of each chunk; the expected number where two vocabularies share it."""
+        """Number of tokens of each chunk; the expected number with two vocabularies."""
 
-    def _cut(self, sizes: np.ndarray, words_of_texts: np.ndarray, known: np.ndarray) -> Iterator[tuple[int, int]]:
-        """Chunks that fit however their words are cut, each with a token to predict."""
+    def _cut(self, sizes: np.ndarray, words_of_texts: np.ndarray, predictable: np.ndarray) -> Iterator[tuple[int, int]]:
+        """Yield chunks that fit for every choice of vocabularies, and that have a token to predict."""
         end = 0
         for words in words_of_texts:
             begin, end, used = end, end + int(words), 0
-            for place in range(begin, end):
-                size = min(int(sizes[place]), self.room)
+            for index in range(begin, end):
+                size = min(int(sizes[index]), self.room)
                 if used + size > self.room:
-                    if known[begin:place].any():
-                        yield begin, place
-                    begin, used = place, 0
+                    if predictable[begin:index].any():
+                        yield begin, index
+                    begin, used = index, 0
                 used += size
-            if known[begin:end].any():
+            if predictable[begin:end].any():
                 yield begin, end
 
     def generator(self, row: int, epoch: int | None, draw: int) -> np.random.Generator:
-        """What decides one thing about one example in one epoch."""
-        place = [0, 0] if epoch is None else [self.seed, epoch + 1]
-        return np.random.default_rng([*place, row, draw])
+        """Return the random generator for one kind of draw for one example in one epoch."""
+        prefix = [0, 0] if epoch is None else [self.seed, epoch + 1]
+        return np.random.default_rng([*prefix, row, draw])
 
     def read(self, row: int, epoch: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The tokens of a chunk without special ones around it, whether each may be predicted, and its vocabulary's number."""
+        """Return a chunk's ids without special tokens, whether each may be predicted, and the index of its vocabulary."""
         begin, end = self.chunks[row]
         if len(self.vocabularies) == 1:
             which = np.zeros(end - begin, dtype=np.int64)
         else:
             which = (self.generator(row, epoch, DRAW_VOCABULARIES).random(end - begin) < self.probability).astype(np.int64)
-        places = [(self.vocabularies[v], self.vocabularies[v].word(w)) for v, w in zip(which, range(begin, end), strict=True)]
-        ids = np.concatenate([vocabulary.ids[place] for vocabulary, place in places])
-        known = np.concatenate([vocabulary.predictable[place] for vocabulary, place in places])
-        owner = np.repeat(which, [place.stop - place.start for _, place in places])
-        return ids[: self.room], known[: self.room], owner[: self.room]
+        words = [(self.vocabularies[v], self.vocabularies[v].word(w)) for v, w in zip(which, range(begin, end), strict=True)]
+        ids = np.concatenate([vocabulary.ids[tokens] for vocabulary, tokens in words])
+        predictable = np.concatenate([vocabulary.predictable[tokens] for vocabulary, tokens in words])
+        owner = np.repeat(which, [tokens.stop - tokens.start for _, tokens in words])
+        return ids[: self.room], predictable[: self.room], owner[: self.room]
 
     def mask(self, row: int, epoch: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of a chunk as the model reads them, special ones included, and the labels, both (tokens,)."""
-        ids, known, owner = self.read(row, epoch)
+        """Return a chunk's masked token ids, special tokens included, and its labels, both (tokens,)."""
+        ids, predictable, owner = self.read(row, epoch)
         generator = self.generator(row, epoch, DRAW_MASKS)
-        candidates = np.flatnonzero(known)
+        candidates = np.flatnonzero(predictable)
         count = max(1, round(PREDICTED * len(candidates)))
         chosen = generator.permutation(candidates)[:count]
         kinds, draws = generator.random(count), generator.random(count)
         labels = np.full(len(ids), NOT_PREDICTED, dtype=np.int64)
         labels[chosen] = ids[chosen]
         masked = ids.copy()
-        for place, kind, draw in zip(chosen, kinds, draws, strict=True):
-            # Mask and replacement are of the vocabulary that cut the word: it must show which softmax is meant.
-            vocabulary = self.vocabularies[owner[place]]
+        for index, kind, draw in zip(chosen, kinds, draws, strict=True):
+            # Mask and replacement come from the word's own vocabulary, which selects the softmax of the prediction.
+            vocabulary = self.vocabularies[owner[index]]
             if kind < MASKED:
-                masked[place] = vocabulary.mask
+                masked[index] = vocabulary.mask
             elif kind < MASKED + REPLACED:
-                masked[place] = vocabulary.ordinary[int(draw * len(vocabulary.ordinary))]
+                masked[index] = vocabulary.ordinary[int(draw * len(vocabulary.ordinary))]
         nothing = [NOT_PREDICTED]
         return (
             np.concatenate([self.before, masked, self.after]),
@@ -279,7 +279,7 @@ class MaskedTokens:
         )
 
     def pad(self, rows: Sequence[int], epoch: int | None = None) -> tuple[dict[str, Tensor], Tensor]:
-        """Inputs and labels of these chunks, padded to the longest and then to the multiple, each (batch, tokens)."""
+        """Return inputs and labels of these chunks, padded to the longest and then to the multiple, each (batch, tokens)."""
         masked = [self.mask(row, epoch) for row in rows]
         lengths = np.asarray([len(ids) for ids, _ in masked])
         real = np.arange(padded_length(int(lengths.max()), self.multiple, self.max_length)) < lengths[:, None]
@@ -297,14 +297,14 @@ class MaskedTokens:
 
 @dataclass
 class MaskedCollate:
-    """Chunk numbers -> `Batch`. Student and teachers read the same masked tokens."""
+    """Collate function from chunk indices to a `Batch`. Student and teachers read the same masked tokens."""
 
     tokens: MaskedTokens
     teachers: int
     students: int = 1
 
     def __call__(self, rows: Sequence[int]) -> Batch:
-        """The batch of these chunks."""
+        """Return the batch of these chunks."""
         inputs, labels = self.tokens.pad(rows, rows.epoch if isinstance(rows, Rows) else None)
         weight = rows.weight if isinstance(rows, Rows) else 1.0
         index, peers = torch.tensor(list(rows), dtype=torch.long), (inputs,) * (self.students - 1)
@@ -312,10 +312,10 @@ class MaskedCollate:
 
 
 class MaskedLMDataModule(KDDataModule):
-    """Loaders over unlabelled text; arguments as of `KDDataModule`.
+    """Loaders over unlabelled text; arguments as for `KDDataModule`.
 
     Raises:
-        InputError: for a teacher with another vocabulary: the student's logits could not be compared with its.
+        InputError: for a teacher with another vocabulary, because its logits could not be compared with the student's.
     """
 
     changes = "the text is masked anew in every epoch"
@@ -328,15 +328,15 @@ class MaskedLMDataModule(KDDataModule):
             raise InputError(OTHER_VOCABULARY, "teacher")
 
     def read(self, tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int) -> Any:
-        """The texts of one split, to be masked."""
+        """Tokenise the texts of one split, for masking in each batch."""
         return MaskedTokens(tokenizer, texts, max_length, self.seed, self.pad_multiple, self.store)
 
     def collate(self, split: str) -> Any:
-        """The collate function of a split."""
+        """Return the collate function of a split."""
         return MaskedCollate(self.tokens[split][self.student_key], len(self.teacher_keys), len(self.student_keys))
 
     def probe(self, split: str, count: int) -> Batch:
-        """A few examples of a split, cut by the vocabulary of the exported model alone."""
+        """Return a batch of at most `count` examples of a split, tokenised with the exported model's vocabulary alone."""
         tokens = self.tokens[split][self.student_key]
         probability, tokens.probability = tokens.probability, 0.0
         try:

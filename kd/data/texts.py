@@ -1,4 +1,4 @@
-"""Texts and raw examples in compact form: a million sentences cost their bytes, not a million objects."""
+"""Texts and raw examples in compact form: a million sentences take their bytes, not a million Python objects."""
 
 import hashlib
 import itertools
@@ -10,12 +10,12 @@ from typing import Any, overload
 import numpy as np
 
 INTERNED = 10_000
-"""Different labels of which equal ones share one object; scores may have more, which are kept one by one."""
+"""Number of distinct labels up to which equal ones share one object; further ones, as of scores, are stored separately."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One raw example: one or two texts, the label as the file has it, and where it stands."""
+    """Raw example: one or two texts, the label as in the file, and its position in the file for messages."""
 
     texts: tuple[str, ...]
     label: Any
@@ -23,14 +23,14 @@ class Example:
 
 
 class Texts(Sequence[tuple[str, ...]]):
-    """One or two texts for each example, as one buffer of UTF-8 and the places where they begin.
+    """One or two texts for each example, as one UTF-8 buffer and offsets.
 
-    It reads like a list of tuples; a tuple is made when it is looked at.
+    It behaves like a list of tuples, which are created on access.
 
     Args:
-        content: all texts, one behind the other.
-        offsets: (examples x columns + 1,), where each text begins in `content`, and where the last one ends.
-        columns: texts of each example.
+        content: all texts, concatenated.
+        offsets: (examples x columns + 1,), start of each text in `content`, and end of the last one.
+        columns: number of texts of each example.
     """
 
     def __init__(self, content: bytes | bytearray, offsets: np.ndarray, columns: int) -> None:
@@ -40,7 +40,7 @@ class Texts(Sequence[tuple[str, ...]]):
 
     @classmethod
     def of(cls, rows: Iterable[Sequence[str]]) -> "Texts":
-        """The same texts in compact form."""
+        """Convert texts to compact form."""
         if isinstance(rows, Texts):
             return rows
         writer = Writer()
@@ -82,7 +82,7 @@ class Texts(Sequence[tuple[str, ...]]):
         return f"Texts({len(self)} examples of {self.columns}, {len(self.content)} bytes)"
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "Texts":
-        """These examples, in this order."""
+        """Return these examples, in this order."""
         rows = np.asarray(rows, dtype=np.int64)
         starts, ends = self.offsets[rows * self.columns], self.offsets[(rows + 1) * self.columns]
         view = memoryview(self.content)
@@ -91,29 +91,29 @@ class Texts(Sequence[tuple[str, ...]]):
         return Texts(content, np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)]), self.columns)
 
     def joined(self) -> "Texts":
-        """The texts of each example as one, with a blank between them."""
+        """Return the texts of each example joined to one, with a blank between them."""
         return self if self.columns == 1 else Texts.of((" ".join(row),) for row in self)
 
     def digest(self) -> str:
-        """What identifies the texts and their order."""
-        found = hashlib.blake2b(np.int64(self.columns).tobytes(), digest_size=16)
-        found.update(self.offsets.astype("<i8").tobytes())
-        found.update(self.content)
-        return found.hexdigest()
+        """Return a digest of the texts and their order."""
+        digest = hashlib.blake2b(np.int64(self.columns).tobytes(), digest_size=16)
+        digest.update(self.offsets.astype("<i8").tobytes())
+        digest.update(self.content)
+        return digest.hexdigest()
 
     def hashes(self) -> np.ndarray:
-        """A number for each example, equal for equal texts; of this process alone."""
+        """Return a hash for each example, equal for equal texts, (examples,); valid in this process only."""
         view, columns = memoryview(self.content).toreadonly(), self.columns
         bounds = self.offsets.tolist()
         texts = (hash(view[a:b]) for a, b in itertools.pairwise(bounds))
-        found = np.fromiter(texts, np.int64, len(bounds) - 1)
+        values = np.fromiter(texts, np.int64, len(bounds) - 1)
         if columns == 1:
-            return found
-        return np.fromiter((hash(tuple(row)) for row in found.reshape(-1, columns).tolist()), np.int64, len(self))
+            return values
+        return np.fromiter((hash(tuple(row)) for row in values.reshape(-1, columns).tolist()), np.int64, len(self))
 
 
 def count_shared(texts: Sequence[tuple[str, ...]], seen: Sequence[tuple[str, ...]]) -> int:
-    """Examples whose texts are among others' too.
+    """Return the number of examples whose texts also occur in `seen`.
 
     >>> count_shared([("a",), ("b",), ("a",)], [("a",), ("c",)])
     2
@@ -122,7 +122,7 @@ def count_shared(texts: Sequence[tuple[str, ...]], seen: Sequence[tuple[str, ...
 
 
 class Writer:
-    """Collects texts, one example at a time."""
+    """Builder of `Texts`, one example at a time."""
 
     def __init__(self) -> None:
         self.content = bytearray()
@@ -141,19 +141,19 @@ class Writer:
             self.ends.append(len(self.content))
 
     def texts(self) -> Texts:
-        """What was collected."""
+        """Return the texts that were added."""
         return Texts(bytes(self.content), np.frombuffer(self.ends, dtype=np.int64), self.columns)
 
 
 class Table(Sequence[Example]):
-    """Raw examples in compact form. It reads like a list of `Example`s.
+    """Raw examples in compact form, which behave like a list of `Example`s.
 
     Args:
-        texts: of each example.
-        labels: of each example, as the file has them.
-        places: words before a line's number, such as `'a.csv', line `.
-        place: (examples,), which of them stands before each example's number.
-        numbers: (examples,), of each example; -1 for none.
+        texts: texts of each example.
+        labels: label of each example, as in the file.
+        places: prefixes of positions, such as `'a.csv', line `, which a line's number follows.
+        place: (examples,), index of each example's prefix in `places`.
+        numbers: (examples,), line number of each example; -1 for none.
     """
 
     def __init__(self, texts: Texts, labels: list[Any], places: Sequence[str], place: np.ndarray, numbers: np.ndarray) -> None:
@@ -162,7 +162,7 @@ class Table(Sequence[Example]):
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> "Table":
-        """The same examples in compact form."""
+        """Convert examples to compact form."""
         if isinstance(examples, Table):
             return examples
         writer = TableWriter()
@@ -172,7 +172,7 @@ class Table(Sequence[Example]):
 
     @classmethod
     def joined(cls, parts: Sequence["Table"]) -> "Table":
-        """Several tables as one."""
+        """Concatenate tables."""
         writer = TableWriter()
         for part in parts:
             for row, texts in enumerate(part.texts):
@@ -183,7 +183,7 @@ class Table(Sequence[Example]):
         return len(self.labels)
 
     def where(self, row: int) -> str:
-        """Where an example stands, in words."""
+        """Return the position of an example in its file, for messages."""
         number = int(self.numbers[row])
         return f"{self.places[self.place[row]]}{number if number >= 0 else ''}"
 
@@ -208,14 +208,14 @@ class Table(Sequence[Example]):
     __hash__ = None  # type: ignore[assignment]
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "Table":
-        """These examples, in this order."""
+        """Return these examples, in this order."""
         rows = np.asarray(rows, dtype=np.int64)
         labels = [self.labels[row] for row in rows.tolist()]
         return Table(self.texts.take(rows), labels, self.places, self.place[rows], self.numbers[rows])
 
 
 class TableWriter:
-    """Collects raw examples, one at a time."""
+    """Builder of a `Table`, one raw example at a time."""
 
     def __init__(self) -> None:
         self.writer = Writer()
@@ -226,7 +226,7 @@ class TableWriter:
         self._known: dict[tuple[type, Any], Any] = {}
 
     def add(self, texts: Sequence[str], label: Any, place: str, number: int) -> None:
-        """Add an example; arguments as of `Table`.
+        """Add an example; `place` is its prefix and `number` its line, as in `Table`.
 
         Raises:
             UnicodeEncodeError: for half of a character (a lone surrogate), which is no text.
@@ -234,13 +234,13 @@ class TableWriter:
         self.writer.add(texts)
         if isinstance(label, str | int | float):
             key = (type(label), label)
-            known = self._known
-            label = known.setdefault(key, label) if len(known) < INTERNED else known.get(key, label)
+            interned = self._known
+            label = interned.setdefault(key, label) if len(interned) < INTERNED else interned.get(key, label)
         self.labels.append(label)
         self.place.append(self.places.setdefault(place, len(self.places)))
         self.numbers.append(number)
 
     def table(self) -> Table:
-        """What was collected."""
+        """Return the examples that were added."""
         place, numbers = (np.frombuffer(values, dtype=np.int64) for values in (self.place, self.numbers))
         return Table(self.writer.texts(), self.labels, list(self.places), place, numbers)

@@ -1,4 +1,4 @@
-"""Texts as tokens: tokenised once, kept on disk for later runs, padded to the batch."""
+"""Tokenised texts: computed once, stored on disk for later runs, and padded per batch."""
 
 import contextlib
 import hashlib
@@ -23,34 +23,34 @@ from kd.data.sources import SAY_AFTER
 from kd.data.texts import Texts
 
 TOKENS_FORMAT = 1
-"""Part of the name of every stored file; raised when what is stored changes."""
+"""Version of the stored format, part of the digest that names every stored file; incremented when the format changes."""
 
 CHECKSUM = 32
-"""Bytes at the end of a stored file: the checksum of what is before them."""
+"""Number of bytes at the end of a stored file that hold the checksum of the bytes before them."""
 
 PIECE = 1 << 22
-"""Bytes read at a time for a checksum."""
+"""Number of bytes read at a time for a checksum."""
 
 AT_ONCE = 4096
-"""Texts that are cut at a time: as the library holds them, a text of 20 words takes 2 kB. It changes no token."""
+"""Number of texts tokenised at a time: an encoding of 20 words takes 2 kB of memory. It has no effect on the tokens."""
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """What decides how a tokenizer cuts text: vocabulary and rules, without its padding and truncation settings."""
-    found = []
+    """Return a digest of a tokenizer's vocabulary and rules, without its padding and truncation settings."""
+    parts = []
     for part in getattr(tokenizer, "parts", (tokenizer,)):  # a mixed one has two
         rules = json.loads(part.backend_tokenizer.to_str())
         rules.pop("padding", None)
         rules.pop("truncation", None)
-        found.append(json.dumps(rules, sort_keys=True))
-    return hashlib.blake2b("".join(found).encode(), digest_size=8).hexdigest()
+        parts.append(json.dumps(rules, sort_keys=True))
+    return hashlib.blake2b("".join(parts).encode(), digest_size=8).hexdigest()
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer, or the two of a mixed one, without the limits that it was used with last.
+    """Save a tokenizer, or both of a mixed one, without the truncation and padding settings of its last call.
 
-    Truncation and padding are settings of a call that `tokenizers` keeps, and writes: the files of a model would depend on what
-    its tokenizer happened to read.
+    `tokenizers` keeps these settings after a call and saves them, so the files of a model would depend on the last text that
+    its tokenizer read.
     """
     for part in getattr(tokenizer, "parts", (tokenizer,)):
         part.backend_tokenizer.no_truncation()
@@ -59,7 +59,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def padded_length(longest: int, multiple: int, most: int) -> int:
-    """Tokens that a batch is padded to: a multiple, but no more than the models have positions for.
+    """Return the number of tokens to which a batch is padded: a multiple, but at most `most` unless `longest` exceeds it.
 
     >>> [padded_length(longest, 8, 30) for longest in (1, 8, 9, 25)]
     [8, 8, 16, 30]
@@ -68,52 +68,52 @@ def padded_length(longest: int, multiple: int, most: int) -> int:
 
 
 class TokenStore:
-    """Arrays that are made once and kept in a folder, for later runs and for the other ranks.
+    """Arrays that are computed once and stored in a folder, for later runs and for the other ranks.
 
-    A file is named by a digest of what its arrays are made from, is written all or nothing, and carries a checksum: one that is
-    damaged is made again. A folder that cannot be written is not fatal.
+    A file is named by a digest of everything that determines its arrays, is written atomically, and ends with a checksum; a
+    damaged file is computed again. A folder that cannot be written to is not an error.
 
     Args:
-        folder: None keeps nothing.
+        folder: folder of the files; None stores nothing.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
 
     def arrays(self, source: Callable[[], Sequence[Any]], make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """The arrays of a source, from the folder or made.
+        """Return the arrays of a source, from the folder or newly computed.
 
-        Under DDP the first rank makes and writes, and the others read what it wrote; every rank has to call this.
+        Under DDP the first rank computes and writes them, and the others read its file; every rank has to call this.
 
         Args:
-            source: gives everything that decides what `make` gives, as JSON takes it.
-            make: gives the arrays.
+            source: returns everything that determines the arrays, as values that JSON can hold.
+            make: computes the arrays.
         """
         if self.folder is None:
             return make()
-        # The library is part of it: a later one may cut the same text in another way.
-        known = json.dumps([TOKENS_FORMAT, metadata.version("tokenizers"), *source()])
-        path = self.folder / f"{hashlib.blake2b(known.encode(), digest_size=16).hexdigest()}.npz"
-        found: dict[str, np.ndarray] = {}
-        distributed.on_rank_zero(lambda: found.update(self._first(path, make)))
-        return found or read_arrays(path) or make()
+        # The library's version is included, because another one may tokenise the same text differently.
+        inputs = json.dumps([TOKENS_FORMAT, metadata.version("tokenizers"), *source()])
+        path = self.folder / f"{hashlib.blake2b(inputs.encode(), digest_size=16).hexdigest()}.npz"
+        arrays: dict[str, np.ndarray] = {}
+        distributed.on_rank_zero(lambda: arrays.update(self._first(path, make)))
+        return arrays or read_arrays(path) or make()
 
     def _first(self, path: Path, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        found = read_arrays(path)
-        if found is not None:
-            return found
+        stored = read_arrays(path)
+        if stored is not None:
+            return stored
         if path.exists():
             distributed.print_rank_zero(f"  the stored tokens '{path}' are damaged; they are made again")
-        made = make()
+        arrays = make()
         try:
-            write_arrays(path, made)
+            write_arrays(path, arrays)
         except OSError as error:
             distributed.print_rank_zero(f"  tokens are not stored: {error}")
-        return made
+        return arrays
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of a file; None if there is none, or if it is damaged."""
+    """Return the arrays of a file; None if it does not exist or is damaged."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END) - CHECKSUM
@@ -123,24 +123,24 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
             file.seek(0)
             with np.load(file, allow_pickle=False) as content:
                 return {name: content[name] for name in content.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):  # somebody else's, with a checksum that fits
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):  # the last ones: a foreign file with a valid checksum
         return None
 
 
 def checksum_of(file: BinaryIO, size: int) -> bytes:
-    """The checksum of the next bytes of a file, which is read piece by piece."""
-    found = hashlib.blake2b(digest_size=CHECKSUM)
+    """Return the checksum of the next `size` bytes of a file, which is read piece by piece."""
+    digest = hashlib.blake2b(digest_size=CHECKSUM)
     while size > 0 and (piece := file.read(min(size, PIECE))):
-        found.update(piece)
+        digest.update(piece)
         size -= len(piece)
-    return found.digest()
+    return digest.digest()
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write arrays, all or nothing.
+    """Write arrays atomically.
 
     Raises:
-        OSError: if that cannot be done.
+        OSError: if the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -163,19 +163,19 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def encodings(
     tokenizer: Any, texts: Texts, max_length: int | None = None, special: bool = True, words: bool = False
 ) -> Iterator[list[Any]]:
-    """The texts as a tokenizer cuts them, a piece at a time, which is cut while the one before it is looked at.
+    """Yield the encodings of the texts in lists of `AT_ONCE`; the next list is computed while the caller uses the last.
 
-    A copy of the tokenizer is set up for it: truncation and padding of the one that is given, which is exported, stay.
+    A copy of the tokenizer is used, so that truncation and padding settings of the given one, which is exported, stay.
 
     Args:
         tokenizer: a fast tokenizer.
-        texts: one or two for each example.
-        max_length: tokens at most; None cuts none off.
-        special: whether special tokens come around the texts.
-        words: whether it is to be known which word a token is of; it takes longer.
+        texts: one or two texts for each example.
+        max_length: largest number of tokens; None truncates nothing.
+        special: whether special tokens are added around the texts.
+        words: whether encodings have word ids, which takes longer.
     """
     rules = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    rules.encode_special_tokens = tokenizer.split_special_tokens  # no part of the rules as text
+    rules.encode_special_tokens = tokenizer.split_special_tokens  # not part of the serialised rules
     rules.no_padding()
     rules.no_truncation()
     if max_length is not None:
@@ -203,30 +203,30 @@ def encodings(
 
 
 def cut(tokenizer: Any, texts: Texts, max_length: int) -> dict[str, np.ndarray]:
-    """The tokens of all texts as flat arrays, and `offsets`, (examples + 1,), where each example's begin."""
+    """Return the tokens of all texts as flat arrays, and `offsets`, (examples + 1,), the start of each example's tokens."""
     names = {"input_ids": ("ids", np.int32), "token_type_ids": ("type_ids", np.int8)}
     names = {name: names[name] for name in names if name == "input_ids" or name in tokenizer.model_input_names}
     lengths: list[np.ndarray] = []
-    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for encoded in encodings(tokenizer, texts, max_length):
         lengths.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))
         count = int(lengths[-1].sum())
         for name, (attribute, kind) in names.items():
             values = itertools.chain.from_iterable(getattr(one, attribute) for one in encoded)
-            found[name].append(np.fromiter(values, kind, count))
+            columns[name].append(np.fromiter(values, kind, count))
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.concatenate(lengths))])
-    return {"offsets": offsets, **{name: np.concatenate(pieces) for name, pieces in found.items()}}
+    return {"offsets": offsets, **{name: np.concatenate(pieces) for name, pieces in columns.items()}}
 
 
 class Tokens:
-    """The tokenised texts of one split: flat arrays, so that a million sentences cost no million objects.
+    """Tokenised texts of one split in flat arrays, which avoid one Python object for each sentence.
 
     Args:
         tokenizer: a fast tokenizer.
         texts: one tuple of one or two texts for each example.
-        max_length: tokens a text, or a pair of texts, is cut to.
-        multiple: batches are padded to a multiple of so many tokens, up to `max_length`.
-        store: where tokens are kept.
+        max_length: number of tokens to which a text, or a pair of texts, is truncated.
+        multiple: batches are padded to a multiple of this number of tokens, up to `max_length`.
+        store: store for the tokens.
     """
 
     def __init__(
@@ -253,16 +253,16 @@ class Tokens:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example, special ones included."""
+        """Number of tokens of each example, special ones included."""
         return np.diff(self.offsets)
 
     @property
     def longest(self) -> np.ndarray:
-        """Tokens of each example at most, whatever is drawn."""
+        """Largest number of tokens of each example; equal to `lengths`, because nothing is drawn at random."""
         return self.lengths
 
     def pad(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Inputs of these examples, padded to the longest and then to the multiple, each (batch, tokens)."""
+        """Return inputs of these examples, padded to the longest and then to the multiple, each (batch, tokens)."""
         mask, inputs = self.mask(rows), {}
         for name, values in self.columns.items():
             padded = np.full(mask.shape, self.fill[name], dtype=np.int64)
@@ -272,10 +272,10 @@ class Tokens:
         return inputs
 
     def mask(self, rows: Sequence[int]) -> np.ndarray:
-        """Where these examples have tokens once they are padded, (batch, tokens), bool."""
+        """Return the mask of these examples' tokens after padding, (batch, tokens), bool."""
         lengths = self.lengths_of(rows)
         return np.arange(padded_length(max(lengths), self.multiple, self.max_length)) < np.asarray(lengths)[:, None]
 
     def lengths_of(self, rows: Sequence[int]) -> list[int]:
-        """Tokens of these examples."""
+        """Return the number of tokens of each of these examples."""
         return [int(self.offsets[row + 1] - self.offsets[row]) for row in rows]
