@@ -1,4 +1,4 @@
-"""Blocks run by torch.compile, for as long as a forward lasts."""
+"""Compilation of transformer blocks by torch.compile, for the duration of a forward pass."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,13 +11,13 @@ from torch import nn
 from kd.errors import InputError
 
 VARIANTS = 64
-"""Graphs of one kind of block before torch gives up and runs it as it is: student and teachers, training and evaluation, with
-and without padding each have their own. Torch's default of 8 is for one model."""
+"""Maximum number of graphs for one class of blocks, beyond which torch runs it uncompiled: student and teachers, training and
+evaluation, with and without padding each need their own. Torch's default of 8 is meant for one model."""
 
 
 @lru_cache
 def compiled_forward(kind: type[nn.Module]) -> Callable[..., Any]:
-    """The forward of a kind of block, compiled for any batch and length when it is first called."""
+    """Return the forward of a class of blocks; its first call compiles it for any batch size and length."""
     torch._dynamo.config.recompile_limit = VARIANTS
     compiled: Callable[..., Any] = torch.compile(kind.forward, dynamic=True)
     return compiled
@@ -27,8 +27,8 @@ def compiled_forward(kind: type[nn.Module]) -> Callable[..., Any]:
 def compiled_blocks(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Run blocks compiled inside this context.
 
-    Only what is between a block's hooks is compiled: `nn.Module.compile` takes the hooks in, and does not notice when others
-    are registered, so a tap would read an earlier step. Names and state of the modules stay as they are.
+    Only a block's `forward` is compiled, without its hooks: `nn.Module.compile` compiles the hooks too and does not notice
+    when others are registered, so a tap would read an earlier step. Names and state of the modules do not change.
     """
     changed = list(dict.fromkeys(blocks))
     try:
@@ -42,25 +42,25 @@ def compiled_blocks(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def uncompiled(*encoders: Any) -> Iterator[None]:
-    """Leave compilation out inside this context: it does not pay for what is run once."""
-    kept = [encoder.compiled for encoder in encoders]
+    """Switch compilation off inside this context: it does not pay for a forward pass that runs once."""
+    settings = [encoder.compiled for encoder in encoders]
     try:
         for encoder in encoders:
             encoder.compiled = False
         yield
     finally:
-        for encoder, compiled in zip(encoders, kept, strict=True):
+        for encoder, compiled in zip(encoders, settings, strict=True):
             encoder.compiled = compiled
 
 
 def check_compiler(device: str) -> None:
-    """Compile something small.
+    """Check that torch.compile works on this machine, by compiling a small function.
 
     Raises:
-        InputError: if that fails, as it does where there is no C++ compiler.
+        InputError: if it fails, as it does without a C++ compiler.
     """
     try:
-        # A compiler may have been here once: what it made then would still be found.
+        # Without this, kernels cached before a compiler was removed would hide that there is none now.
         with torch._inductor.config.patch(force_disable_caches=True):
             torch.compile(lambda values: values.sin() + 1)(torch.ones(3, device=device))
     except (RuntimeError, OSError) as error:

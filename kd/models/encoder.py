@@ -1,4 +1,4 @@
-"""A transformers sequence classifier or masked language model with taps."""
+"""A transformers sequence classifier or masked language model whose inner tensors can be read through hooks."""
 
 import contextlib
 import copy
@@ -18,11 +18,11 @@ from kd.models.compiled import compiled_blocks
 
 
 class Encoder(nn.Module):
-    """A BERT-style classifier, regressor or masked language model whose insides can be read without editing it.
+    """A BERT-style classifier, regressor or masked language model whose inner tensors can be read without editing it.
 
     Args:
         model: a transformers `...ForSequenceClassification` or `...ForMaskedLM` of a family in `kd.forward.taps.FAMILIES`.
-        tokenizer: the tokenizer that makes its inputs; None where no text is read (tests, shape checks).
+        tokenizer: the tokenizer of its inputs; None if it reads no text (tests, shape checks).
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
@@ -31,27 +31,27 @@ class Encoder(nn.Module):
         self.tokenizer = tokenizer
         self.family = family_of(model.config.model_type)  # type: ignore[union-attr,arg-type]
         self.forwards = 0
-        """Passes so far."""
+        """Number of forward passes so far."""
         self.notes: list[str] = []
-        """What the record says of the weights that it was begun with, beside where they are from."""
+        """Remarks on the initial weights that affect results, for the run's record; their source is recorded separately."""
         self.asides: list[str] = []
-        """What is good to know of them."""
+        """Remarks on the initial weights that do not affect results."""
         self.compiled = False
-        """Whether blocks run compiled; where gradients, attention or values are needed they run as they are all the same."""
+        """True if blocks run compiled. They still run uncompiled if gradients, attention or values are needed."""
 
     @property
     def config(self) -> Any:
-        """The transformers configuration."""
+        """Configuration of the transformers model."""
         return self.model.config
 
     @property
     def base(self) -> nn.Module:
-        """The model without its head."""
+        """Base model, without the head."""
         return self.model.get_submodule(self.family.base)  # type: ignore[no-any-return]
 
     @property
     def depth(self) -> int:
-        """Blocks."""
+        """Number of blocks."""
         return int(self.config.num_hidden_layers)
 
     @property
@@ -61,19 +61,19 @@ class Encoder(nn.Module):
 
     @property
     def heads(self) -> int:
-        """Attention heads of a block."""
+        """Number of attention heads in a block."""
         return int(self.config.num_attention_heads)
 
     def forward(self, inputs: Inputs, needs: Needs) -> Outputs:
-        """One pass.
+        """Run one forward pass and return the outputs that `needs` declares.
 
         Args:
-            inputs: what a tokenizer made; names that this family does not take are left out, names it takes and the
-                tokenizer did not make get the model's defaults. With `predicted`, (batch, tokens), bool, a masked language
-                model computes its logits at these positions alone, (predicted positions, vocabulary) in row-major order: a
-                vocabulary's worth of numbers for every token would not fit. With `embedded`, (batch, tokens, width), these
-                states take the place of the embeddings' output, layer 0, whatever `input_ids` are.
-            needs: what to keep.
+            inputs: output of a tokenizer. Names that the family does not accept are ignored; names that it accepts and
+                `inputs` lacks get the model's defaults. With `predicted`, (batch, tokens), bool, a masked language
+                model computes logits at these positions only, (predicted positions, vocabulary) in row-major order: the
+                logits of every token would not fit into memory. With `embedded`, (batch, tokens, width), these
+                states replace the output of the embeddings, layer 0, whatever `input_ids` are.
+            needs: the tensors to return.
 
         Raises:
             ValueError: if `needs` asks for a layer deeper than the model.
@@ -81,19 +81,19 @@ class Encoder(nn.Module):
         self.forwards += 1
         if needs.deepest() > self.depth:
             raise ValueError(f"needs declare layer {needs.deepest()} of a model with {self.depth} layers: {needs}")
-        taken = {name: inputs[name] for name in self.family.inputs if name in inputs}
+        arguments = {name: inputs[name] for name in self.family.inputs if name in inputs}
         embedded = inputs.get("embedded")
         more: dict[str, dict[int | str, Tensor]] = {}
-        with record(self.base, self.family, needs, embedded) as seen, self._pooled_in(more, needs):
+        with record(self.base, self.family, needs, embedded) as recorded, self._pooled_in(more, needs):
             if self.compiled and embedded is None and not (needs.gradient or needs.attention or needs.value):
                 with compiled_blocks(self.base.get_submodule(self.family.blocks).children()):
-                    logits = self._logits(taken, inputs.get("predicted"))
+                    logits = self._logits(arguments, inputs.get("predicted"))
             elif needs.gradient:
-                # The fused kernels have no second derivative; the plain one does, and gives the same numbers.
+                # The fused attention kernels have no second derivative; the plain one has, and its outputs are the same.
                 with sdpa_kernel(SDPBackend.MATH):
-                    logits = self._logits(taken, inputs.get("predicted"))
+                    logits = self._logits(arguments, inputs.get("predicted"))
             else:
-                logits = self._logits(taken, inputs.get("predicted"))
+                logits = self._logits(arguments, inputs.get("predicted"))
         if needs.derived:
             more["derived"] = {name: compute(self, inputs).detach() for name, compute in needs.derived.items()}
         score_bias = self.family.score_bias
@@ -103,25 +103,25 @@ class Encoder(nn.Module):
             mask=inputs["attention_mask"].bool(),
             needs=needs,
             heads=self.heads,
-            tensors={**seen, **more},
+            tensors={**recorded, **more},
             score_bias=None if score_bias is None else lambda: score_bias(self.base, states),
         )
 
     @property
     def outputs(self) -> nn.Module:
-        """The last linear layer."""
+        """Last linear layer of the classifier."""
         return self.model.get_submodule(self.family.outputs)  # type: ignore[no-any-return]
 
     @property
     def classifies(self) -> bool:
-        """Return whether it ends in a classifier, or a regression, of a whole text; a masked language model does not."""
+        """True if the head classifies a whole text or predicts its score; False for a masked language model."""
         return self.family.outputs in dict(self.model.named_modules())
 
     def replace_submodule(self, path: str, module: nn.Module) -> None:
-        """Put a module in the place of the one at a path of the classifier."""
+        """Replace the module at a path of the classifier."""
         parent, _, name = path.rpartition(".")
         owner = self.model.get_submodule(parent)
-        owner.get_submodule(name)  # or an error: what is not there is not replaced
+        owner.get_submodule(name)  # raises if there is no such module
         setattr(owner, name, module)
 
     @contextlib.contextmanager
@@ -146,11 +146,11 @@ class Encoder(nn.Module):
         return self.logits_of(self.base(**taken)[0][predicted], taken["input_ids"][predicted])
 
     def logits_of(self, states: Tensor, ids: Tensor) -> Tensor:
-        """Masked-LM logits of some positions.
+        """Return masked-LM logits at some positions.
 
         Args:
             states: (positions, width), of the last layer.
-            ids: (positions,), the tokens that were read there.
+            ids: (positions,), the input tokens at these positions.
 
         Returns:
             (positions, vocabulary).
@@ -159,30 +159,30 @@ class Encoder(nn.Module):
         return logits
 
     def plain(self) -> Any:
-        """The transformers model alone: a part that transformers does not know is replaced by what it amounts to.
+        """Return a copy of the model that consists of transformers and torch modules only.
 
-        Such a part has a method `plain` that gives a module of transformers or torch with the same outputs.
+        Every module that has a method `plain` is replaced by the module which that returns, one with the same outputs.
         """
         model = copy.deepcopy(self.model)
-        found = [module for module in model.modules() if hasattr(module, "plain")]
-        for module in found:
+        replaced = [module for module in model.modules() if hasattr(module, "plain")]
+        for module in replaced:
             replace_module(model, module, module.plain())
-        if found:
+        if replaced:
             model.tie_weights()
         return model
 
     def save(self, folder: Path) -> None:
-        """Write model and tokenizer as transformers reads them."""
+        """Write model and tokenizer in the format of transformers."""
         self.plain().save_pretrained(folder)
         save_tokenizer(self.tokenizer, folder)
 
     def parameter_count(self) -> int:
-        """All parameters, embeddings included, shared ones counted once."""
+        """Return the number of parameters, embeddings included, shared ones counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place, or the places, of another."""
+    """Replace a module by another wherever it occurs in a model."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if child is old:

@@ -1,4 +1,4 @@
-"""What a task puts on top of an encoder."""
+"""Heads that a task can put on top of an encoder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ class Head:
     """A kind of head.
 
     Attributes:
-        loader: the class of transformers that loads a model with it.
-        suffix: how the names of such models' classes end.
-        pipeline: what transformers calls its use.
+        loader: name of the transformers class that loads a model with this head.
+        suffix: ending of the class names of models with this head.
+        pipeline: name of the transformers pipeline that uses it.
         labelled: whether its outputs are the task's labels.
     """
 
@@ -25,11 +25,11 @@ class Head:
 
     @property
     def auto(self) -> Any:
-        """The loader itself."""
+        """Class that `loader` names."""
         return getattr(transformers, self.loader)
 
     def is_in(self, config: Any) -> bool:
-        """Return whether the weights of a configuration have such a head; true where it does not say what they are."""
+        """Return whether the weights of a configuration have this head; True if it does not name their architecture."""
         return not config.architectures or any(name.endswith(self.suffix) for name in config.architectures)
 
 
@@ -37,4 +37,4 @@ HEADS: Mapping[str, Head] = {
     "classifier": Head("AutoModelForSequenceClassification", "ForSequenceClassification", "text-classification", True),
     "masked_lm": Head("AutoModelForMaskedLM", "ForMaskedLM", "fill-mask", False),
 }
-"""Every `Task.head`."""
+"""Allowed values of `Task.head`, and the head for each."""

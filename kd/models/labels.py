@@ -7,9 +7,9 @@ from kd.data.labels import label_text
 
 
 def columns(task: Sequence[str], model: Sequence[str]) -> list[int] | None:
-    """For each label of a task, the output of a model that has its name; None where the names differ as sets.
+    """Return, for each label of a task, the index of the model output with its name; None if the names differ as sets.
 
-    They are compared as they are, else without case and with numbers by value, as far as that tells them apart.
+    Names are compared exactly first, then ignoring case and comparing numbers by value, as long as they stay distinct.
 
     >>> columns(["no", "yes"], ["YES", "NO"]), columns(["0", "1"], ["1.0", "0.0"])
     ([1, 0], [1, 0])
@@ -19,9 +19,9 @@ def columns(task: Sequence[str], model: Sequence[str]) -> list[int] | None:
     True
     """
     for form in (str.strip, label_text, _folded):
-        wanted, found = [form(name) for name in task], [form(name) for name in model]
-        if sorted(wanted) == sorted(found) and len(set(found)) == len(found):
-            return [found.index(name) for name in wanted]
+        labels, outputs = [form(name) for name in task], [form(name) for name in model]
+        if sorted(labels) == sorted(outputs) and len(set(outputs)) == len(outputs):
+            return [outputs.index(name) for name in labels]
     return None
 
 

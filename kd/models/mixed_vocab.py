@@ -1,15 +1,15 @@
-"""Mixed-vocabulary training: a large model reads some words in the small vocabulary of a student to come.
+"""Mixed-vocabulary training: a large model reads some words in the small vocabulary that a later student will use.
 
 Source: Zhao, Gupta, Song, Zhou, "Extremely Small BERT Models from Mixed-Vocabulary Training", EACL 2021, arXiv:1909.11687v2
-(v1 of the same number is another method). There is no code of the authors. Published: 4,928 WordPieces; students of 6 and 12
+(v1 under the same number is another method). The authors published no code. Published: 4,928 WordPieces; students of 6 and 12
 layers, width 256, intermediate 1024 (6,198,016 and 10,936,576 parameters); the teacher is BERT-large. Not published, hence our
 choices, each an option: probability of a word's small segmentation, whether the small softmax is tied to the small embeddings,
-every learning rate and number of steps, how the second stage's body begins.
+every learning rate and number of steps, the initialisation of the second stage's body.
 
-Stage I (`MixedStage`): every word is cut by the teacher's vocabulary or, with some probability, by the student's. The latter's
-embeddings reach the body through an affine map, `U E_s[id] + c`; a masked position is predicted over the vocabulary that cut
-its word, by a softmax of its own. Stage II (`MixedVocab`): the small student begins with the vocabulary and `E_s`, and learns
-masked language modelling by itself. Then the task.
+Stage I (`MixedStage`): every word is segmented with the teacher's vocabulary or, with some probability, with the student's. The
+student's embeddings enter the body through an affine map, `U E_s[id] + c`; a masked position is predicted over the vocabulary
+that segmented its word, with a separate softmax for each vocabulary. Stage II (`MixedVocab`): the small student is initialised
+with the vocabulary and `E_s`, and trained on masked language modelling without the large model. It is then trained on the task.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from kd.models.vocabularies import check_wordpiece, learned_tokens, set_outputs,
 from kd.values import number, switch
 
 FOLDER = "vocabulary"
-"""Where, inside an exported Stage I model, the small vocabulary and its embeddings are."""
+"""Subfolder of an exported Stage I model that holds the small vocabulary and its embeddings."""
 
 
 class LiftedEmbedding(nn.Module):
@@ -38,7 +38,7 @@ class LiftedEmbedding(nn.Module):
 
     Args:
         table: E_s, (small vocabulary, small width).
-        width: of the large model.
+        width: width of the large model.
     """
 
     def __init__(self, table: Tensor, width: int) -> None:
@@ -46,26 +46,26 @@ class LiftedEmbedding(nn.Module):
         self.table = nn.Parameter(table)
         self.lift = nn.Linear(table.shape[1], width, device=table.device)
         if table.device.type != "meta":
-            nn.init.orthogonal_(self.lift.weight)  # lengths are kept where the map widens (our choice)
+            nn.init.orthogonal_(self.lift.weight)  # preserves lengths if the map widens (our choice)
         nn.init.zeros_(self.lift.bias)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Lifted embeddings (..., width) of ids (...) of the small vocabulary."""
+        """Return the lifted embeddings (..., width) of ids (...) of the small vocabulary."""
         return self.lift(F.embedding(ids, self.table))  # type: ignore[no-any-return]
 
     def logits(self, states: Tensor) -> Tensor:
-        """`(H U) E_s^T`, (..., small vocabulary) of states (..., width): a softmax tied to the embeddings through the map."""
+        """Return `(H U) E_s^T`, (..., small vocabulary), for states H (..., width): logits tied to the embeddings by U."""
         return F.linear(states @ self.lift.weight, self.table)
 
 
 class MixedEmbedding(nn.Module):
-    """Embeddings of two vocabularies; ids of the small one are numbered behind the large one's.
+    """Embeddings of two vocabularies; ids of the small one follow those of the large one.
 
-    Both tables are looked up at every position, so that each has a part in every step's graph, as DDP expects.
+    Both tables are looked up at every position, so that both are part of every step's graph, as DDP expects.
 
     Args:
-        large: E_t.
-        small: E_s with its map.
+        large: embeddings E_t of the large vocabulary.
+        small: embeddings E_s of the small vocabulary, with their map.
     """
 
     def __init__(self, large: nn.Embedding, small: LiftedEmbedding) -> None:
@@ -74,25 +74,25 @@ class MixedEmbedding(nn.Module):
         self.small = small
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Embeddings (..., width) of ids (...)."""
+        """Return the embeddings (..., width) of ids (...)."""
         shifted = ids - self.large.num_embeddings
         second = shifted >= 0
         large = self.large(ids.masked_fill(second, 0))
         return torch.where(second[..., None], self.small(shifted.clamp(min=0)).to(large.dtype), large)
 
     def plain(self) -> nn.Embedding:
-        """The large table alone, for text of its own vocabulary."""
+        """Return the large table alone, for text segmented with the large vocabulary."""
         return self.large
 
 
 class MixedOutputs(nn.Module):
-    """The outputs over both vocabularies, (..., large + small); `separate` makes two softmaxes of them.
+    """Output layer over both vocabularies, (..., large + small); `separate` splits its logits into two softmaxes.
 
     Args:
         large: the head's last layer.
-        small: E_s with its map.
+        small: embeddings E_s of the small vocabulary, with their map.
         tied: whether the small outputs are tied to E_s through the map (not published; our choice is yes).
-        initial: standard deviation of a free matrix.
+        initial: standard deviation of the initial small output matrix, if it is not tied.
     """
 
     def __init__(self, large: nn.Linear, small: LiftedEmbedding, tied: bool = True, initial: float = 0.02) -> None:
@@ -106,74 +106,75 @@ class MixedOutputs(nn.Module):
 
     @property
     def bias(self) -> nn.Parameter:
-        """Of the large outputs, which the head shares."""
+        """Bias of the large outputs, which the head shares."""
         return self.large.bias
 
     def forward(self, states: Tensor) -> Tensor:
-        """Logits (..., large + small) of states (..., width)."""
+        """Return the logits (..., large + small) of states (..., width)."""
         small = self.small.logits(states) if self.free is None else F.linear(states, self.free)
         return torch.cat([self.large(states), small + self.small_bias], dim=-1)
 
     def plain(self) -> nn.Linear:
-        """The large outputs alone."""
+        """Return the large output layer alone."""
         return self.large
 
 
 def separate(logits: Tensor, large: int, second: Tensor) -> Tensor:
-    """Two softmaxes in one: each position is normalised over the vocabulary that cut its word, and over no other.
+    """Mask logits so that a softmax normalises each position over the vocabulary that segmented its word, and no other.
 
     Args:
         logits: (positions, large + small).
-        large: size of the first vocabulary.
-        second: (positions,), bool, True where the second vocabulary cut the word.
+        large: size of the large vocabulary.
+        second: (positions,), bool, True where the small vocabulary segmented the word.
 
     Returns:
-        (positions, large + small), minus infinity outside a position's own vocabulary.
+        (positions, large + small), minus infinity for tokens of the vocabulary that did not segment the position's word.
 
     >>> separate(torch.zeros(2, 3), 2, torch.tensor([False, True]))
     tensor([[0., 0., -inf],
             [-inf, -inf, 0.]])
     """
-    own = torch.arange(logits.shape[-1], device=logits.device) >= large
-    return logits.masked_fill(own[None, :] != second[:, None], -torch.inf)
+    small = torch.arange(logits.shape[-1], device=logits.device) >= large
+    return logits.masked_fill(small[None, :] != second[:, None], -torch.inf)
 
 
 class MixedEncoder(Encoder):
     """A masked language model over two vocabularies."""
 
     def logits_of(self, states: Tensor, ids: Tensor) -> Tensor:
-        """Logits of some positions, over the vocabulary of the token that was read there.
+        """Return logits at some positions, each over the vocabulary of its input token.
 
-        It says which one is meant: mask tokens and replacements are of the vocabulary that cut the word.
+        The input token identifies the vocabulary: mask tokens and replacements are taken from the one that segmented the word.
         """
         large = self.config.vocab_size
         return separate(super().logits_of(states, ids), large, ids >= large)
 
     def save(self, folder: Path) -> None:
-        """Write the plain large model, and beside it the small vocabulary with its embeddings and their map."""
+        """Write the plain large model and, in a subfolder, the small vocabulary with its embeddings and their map."""
         super().save(folder)
         words: MixedEmbedding = self.model.get_input_embeddings()
         lift = words.small.lift
         table = words.small.table.detach().clone()
-        # In the first stage the special tokens around a text were the large model's; they are mapped once, to the small
-        # embeddings whose images are nearest (our choice).
+        # Stage I reads the large vocabulary's [CLS] and [SEP], so the small ones are untrained. They are set to the small
+        # embeddings whose images under the map are nearest to the large ones (our choice).
         for name in ("cls_token_id", "sep_token_id"):
-            wanted = words.large.weight[getattr(self.tokenizer.first, name)].detach() - lift.bias.detach()
-            found = torch.linalg.lstsq(lift.weight.detach().cpu(), wanted.cpu()[:, None]).solution[:, 0]
-            table[getattr(self.tokenizer.second, name)] = found.to(table)
+            target = words.large.weight[getattr(self.tokenizer.first, name)].detach() - lift.bias.detach()
+            solution = torch.linalg.lstsq(lift.weight.detach().cpu(), target.cpu()[:, None]).solution[:, 0]
+            table[getattr(self.tokenizer.second, name)] = solution.to(table)
         table[self.tokenizer.second.pad_token_id] = 0
         tensors = {"embeddings": table, "lift": lift.weight.detach(), "offset": lift.bias.detach()}
-        kept = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
-        save_file(kept, Path(folder) / FOLDER / "embeddings.safetensors")
+        contiguous = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
+        save_file(contiguous, Path(folder) / FOLDER / "embeddings.safetensors")
 
 
 class MixedStage:
-    """Stage I: a masked language model learns to read, and to predict, a second and smaller vocabulary.
+    """Stage I: a surgery that gives a masked language model a second, smaller vocabulary as input and output.
 
     Args:
-        size: tokens of the small vocabulary, learned from the training texts (4,928 in the paper).
-        width: of its embeddings; None for the model's (256 in the paper).
-        probability: of a word to be cut by the small vocabulary, in [0, 1]. Not published; 0.5 is our choice.
+        size: number of tokens in the small vocabulary, learned from the training texts (4,928 in the paper).
+        width: width of its embeddings; None for the model's width (256 in the paper).
+        probability: probability that a word is segmented with the small vocabulary, in [0, 1]. Not published; 0.5 is our
+            choice.
         tied: whether the small softmax is tied to the small embeddings. Not published; our choice.
     """
 
@@ -186,11 +187,11 @@ class MixedStage:
         self.tied = switch(tied, "surgery.mixed_stage.tied")
 
     def dry_run(self, tokenizer: Any, texts: Sequence[str]) -> None:
-        """Learn the vocabulary and forget it, to see whether the texts support it before anything is trained."""
+        """Check, before anything is trained, that the texts support the vocabulary: learn it and discard it."""
         learned_tokens(tokenizer, texts, self.size, "surgery.mixed_stage.size")
 
     def __call__(self, student: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
-        """The model with two vocabularies."""
+        """Return the model with two vocabularies, and a description of the change."""
         table, outputs = word_table(student, "mixed_stage"), student.model.get_output_embeddings()
         if outputs is None:
             raise InputError("mixed_stage trains a masked language model: use task=imdb_text or task=text", "surgery")
@@ -211,15 +212,15 @@ class MixedStage:
 
 
 class MixedVocab:
-    """Stage II: the student begins with the vocabulary and the embeddings that Stage I has learned.
+    """Stage II: a surgery that initialises the student with the vocabulary and embeddings learned in Stage I.
 
-    The run that makes them is `surgery.mixed_vocab.run`.
+    `surgery.mixed_vocab.run` configures the Stage I run that learns them.
     """
 
     changes_vocabulary = True
 
     def __call__(self, student: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
-        """The student with the learned vocabulary."""
+        """Return the student with the learned vocabulary, and a description of the change."""
         word_table(student, "mixed_vocab")
         if inputs.texts is None:
             return student, ""
@@ -239,10 +240,11 @@ class MixedVocab:
 
 
 KEY = "surgery.mixed_vocab.run"
+"""Configuration key that errors of Stage II name."""
 
 
 def load_tokenizer_of(folder: Path) -> Any:
-    """The tokenizer in a folder that holds no model."""
+    """Load the tokenizer from a folder that holds no model."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(folder)

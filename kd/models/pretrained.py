@@ -1,7 +1,8 @@
-"""Models of transformers as files: configuration, tokenizer and weights, compared before anything is trained.
+"""Files of transformers models: configuration, tokenizer and weights are compared with each other before training.
 
-`from_pretrained` draws at random what a file lacks, drops what a configuration does not ask for, keeps the type that weights
-are stored in, and ignores settings it no longer knows. Here each of these is an input error or is told.
+`from_pretrained` initialises tensors that a file lacks at random, drops those that the configuration does not use, keeps the
+type that weights are stored in, and ignores settings it no longer supports. Here each of these is an input error or is
+reported.
 """
 
 import contextlib
@@ -26,19 +27,19 @@ from kd.models.heads import HEADS
 from kd.sources import FILES, pretrained
 
 STORED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-"""Types that weights may be stored in; they are used in float32."""
+"""Types that weights may be stored in; they are converted to float32."""
 
 MOST, DEEPEST = 1 << 24, 1000
-"""The largest size, and number of layers, that is taken for one: a model is built, without weights, before it is compared."""
+"""Largest accepted size and number of layers: the model is built, without weights, before it is compared with its files."""
 
 ROOM = 8
-"""How many times the size of its file a model may have for transformers to draw what is missing."""
+"""Largest ratio of a model's parameters to its file's at which transformers may initialise the missing ones."""
 
 SHOWN = 4
-"""Names that a message lists of many."""
+"""Number of names that a message lists before it says how many more there are."""
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "type_vocab_size")
-"""Sizes in a configuration, as far as a family has them; `Family.intermediate` is one more."""
+"""Names of sizes in a configuration, for the families that have them; `Family.intermediate` names one more."""
 
 NAMED_SIZES = {
     "word_embeddings": ("vocab_size", "hidden_size"),
@@ -48,17 +49,17 @@ NAMED_SIZES = {
     "predictions": ("vocab_size", "hidden_size"),
     "lm_head": ("vocab_size", "hidden_size"),
 }
-"""Part of a tensor's name -> the sizes of its shape; those of the others are the width and the intermediate one."""
+"""Part of a tensor's name -> names of the sizes in its shape. All other tensors have the width and the intermediate size."""
 
 
 # -- configuration -------------------------------------------------------------------------------------------------------
 
 
 def load_config(source: str, key: str) -> Any:
-    """The transformers configuration behind a source, checked, with float32 as the type of its weights.
+    """Load and check the transformers configuration of a source, with float32 as the type of its weights.
 
     Raises:
-        InputError: if it cannot be had, or describes a model that cannot be built or is no encoder.
+        InputError: if it cannot be loaded, or describes a model that cannot be built or is not an encoder.
     """
     from transformers import AutoConfig, PretrainedConfig
 
@@ -76,20 +77,20 @@ def load_config(source: str, key: str) -> Any:
     with readable("the model", source, key):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
     config._attn_implementation = None  # a file may name a kernel on the hub, which would be fetched and executed
-    config.dtype = torch.float32  # what weights are stored in decides nothing
+    config.dtype = torch.float32  # weights are used in float32 whatever type they are stored in
     numbers = {str(name): int(number) for name, number in (raw.get("label2id") or {}).items()}
     if raw.get("id2label") is None and len(set(numbers.values())) == len(numbers) > 0:
-        # transformers makes up names in its place
+        # without id2label, transformers makes up names
         config.id2label, config.label2id = {number: name for name, number in numbers.items()}, numbers
     _check_config(config, source, key)
     return config
 
 
 def _check_raw(raw: Mapping[str, Any], source: str, key: str) -> None:
-    """What transformers would misread without a word.
+    """Check settings that transformers would ignore or misread without a warning.
 
     Raises:
-        InputError: for a model that is quantised, no encoder, or of an architecture that transformers no longer has.
+        InputError: for a model that is quantised, is not an encoder, or has an architecture that transformers dropped.
     """
     where = f"config.json of '{source}'"
     if raw.get("quantization_config") is not None:
@@ -105,24 +106,24 @@ def _check_raw(raw: Mapping[str, Any], source: str, key: str) -> None:
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise InputError(f"{where}: architectures={names!r} must be a list of names of classes", key)
     for name in names or ():
-        mine, others = (_class_name(raw["model_type"]), [_class_name(kind) for kind in FAMILIES if kind != raw["model_type"]])
-        if not name.startswith(mine) and any(name.startswith(other) for other in others):
+        prefix, others = (_class_name(raw["model_type"]), [_class_name(kind) for kind in FAMILIES if kind != raw["model_type"]])
+        if not name.startswith(prefix) and any(name.startswith(other) for other in others):
             raise InputError(f"{where} says model_type={raw['model_type']}, but architectures={names}", key)
     for name in ("id2label", "label2id"):
         if not isinstance(raw.get(name, {}), Mapping | None):
             raise InputError(f"{where}: {name} must be an object, not {type(raw[name]).__name__}", key)
     for name, numbers in (("id2label", raw.get("id2label") or {}), ("label2id", (raw.get("label2id") or {}).values())):
-        written = [str(number) for number in numbers]
-        whole = all(re.fullmatch(r"[0-9]{1,9}", number) for number in written)
-        if not whole or (name == "id2label" and len(set(map(int, written))) < len(written)):
-            raise InputError(f"{where}: {name} has the numbers {_listed(written)}; they must be whole, each once", key)
+        texts = [str(number) for number in numbers]
+        whole = all(re.fullmatch(r"[0-9]{1,9}", text) for text in texts)
+        if not whole or (name == "id2label" and len(set(map(int, texts))) < len(texts)):
+            raise InputError(f"{where}: {name} has the numbers {_listed(texts)}; they must be whole, each once", key)
 
 
 def _check_config(config: Any, source: str, key: str) -> None:
-    """Values that a model cannot be built with.
+    """Check that a model can be built with the values of a configuration.
 
     Raises:
-        InputError: for one of them.
+        InputError: for the first value that it cannot be built with.
     """
     from transformers.activations import ACT2FN
 
@@ -152,22 +153,22 @@ def _check_config(config: Any, source: str, key: str) -> None:
 
 
 def check_head(config: Any, head: str, key: str) -> None:
-    """Check that models of a family can have a head.
+    """Check that models of a configuration's family can have a head.
 
     Raises:
-        InputError: for a family that is not known, or has no masked-LM head in one piece.
+        InputError: for an unknown family, or one whose masked-LM head is not a single module.
     """
     family = family_of(config.model_type, key)
     if head == "masked_lm" and family.masked_lm is None:
-        able = ", ".join(name for name, known in FAMILIES.items() if known.masked_lm is not None)
+        able = ", ".join(name for name, entry in FAMILIES.items() if entry.masked_lm is not None)
         raise InputError(f"masked language modelling works with {able}, not with {config.model_type}", key)
 
 
 def label_names(config: Any, key: str) -> list[str]:
-    """The names of a classifier's outputs, in the order of the outputs; numbers as their text.
+    """Return the names of a classifier's outputs, in the order of the outputs; names that are numbers become text.
 
     Raises:
-        InputError: for numbers that are not 0, 1, ..., names that are none or occur twice, or a `label2id` that says otherwise.
+        InputError: for outputs not numbered 0, 1, ..., names that are empty or occur twice, or a contradicting `label2id`.
     """
     named = {int(number): name for number, name in (config.id2label or {}).items()}
     if sorted(named) != list(range(len(named))):
@@ -195,17 +196,17 @@ def label_names(config: Any, key: str) -> list[str]:
 
 
 def load_tokenizer(source: str, key: str) -> Any:
-    """The tokenizer behind a source.
+    """Load the tokenizer of a source.
 
     Raises:
-        InputError: if it cannot be had.
+        InputError: if it cannot be loaded, has no vocabulary, or is not based on the `tokenizers` library.
     """
     from transformers import AutoTokenizer
 
     name, options = pretrained(source, key)
     with readable("the tokenizer", source, key):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
-        empty = len(tokenizer) <= len(tokenizer.all_special_tokens)  # what transformers makes up where there are no files
+        empty = len(tokenizer) <= len(tokenizer.all_special_tokens)  # made up by transformers if there are no files
     if empty:
         raise InputError(f"'{source}' has no tokenizer: there is no vocabulary in it", key)
     if not hasattr(tokenizer, "backend_tokenizer"):
@@ -214,18 +215,18 @@ def load_tokenizer(source: str, key: str) -> Any:
 
 
 def check_tokenizer(tokenizer: Any, config: Any, key: str, head: str = "classifier", pairs: bool = False) -> None:
-    """Check that a model can read what a tokenizer makes.
+    """Check that the output of a tokenizer is valid input for a model.
 
     Args:
-        tokenizer: of the model.
-        config: of the model.
-        key: that names where they are from.
-        head: of `kd.models.heads.HEADS`; a masked language model needs a mask token.
-        pairs: whether it will read pairs of texts.
+        tokenizer: the model's tokenizer.
+        config: the model's configuration.
+        key: the configuration key that names their source.
+        head: a key of `kd.models.heads.HEADS`; a masked language model needs a mask token.
+        pairs: whether the model will read pairs of texts.
 
     Raises:
-        InputError: if the tokenizer has more tokens than the model has embeddings, lacks a special token, does not put them
-            around a text, pads with another token than the model, or numbers segments that the model does not have.
+        InputError: if the tokenizer has more tokens than the model has embeddings, lacks a special token, does not add them
+            around a text, pads with another token than the model, or numbers more segments than the model has.
     """
     family = family_of(config.model_type, key)
     for name in ("pad_token", "unk_token", "cls_token", "sep_token", *(("mask_token",) if head == "masked_lm" else ())):
@@ -256,10 +257,10 @@ def check_tokenizer(tokenizer: Any, config: Any, key: str, head: str = "classifi
     if largest >= config.vocab_size:
         raise InputError(f"the tokenizer makes token {largest}, the model has embeddings for {config.vocab_size}", key)
     if len(ends) < 2 or ends[0] != tokenizer.cls_token_id or ends[-1] != tokenizer.sep_token_id:
-        found = " ".join(map(str, tokenizer.convert_ids_to_tokens(ends))) or "nothing"
+        tokens = " ".join(map(str, tokenizer.convert_ids_to_tokens(ends))) or "nothing"
         raise InputError(
             f"the tokenizer does not put {tokenizer.cls_token} before a text and {tokenizer.sep_token} behind it: of an empty "
-            f"text it makes {found}",
+            f"text it makes {tokens}",
             key,
         )
     segments = max(encoded["token_type_ids"]) + 1 if "token_type_ids" in encoded else 1
@@ -276,12 +277,12 @@ def check_tokenizer(tokenizer: Any, config: Any, key: str, head: str = "classifi
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What is to be said of the weights behind a source.
+    """Result of the check of a source's weights.
 
     Attributes:
-        notes: what changes a result, for the record.
-        asides: what is only good to know.
-        has_head: whether a part of the head is in the file.
+        notes: remarks that affect results, for the run's record.
+        asides: remarks that do not affect results.
+        has_head: whether at least a part of the head is in the file.
         other_head: whether the file has a head of another shape, which is not used.
     """
 
@@ -293,28 +294,29 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The tensors in the files of weights: name -> shape, and name -> type."""
+    """Shapes and types of the tensors in files of weights, by name."""
 
     shapes: Mapping[str, tuple[int, ...]]
     types: Mapping[str, torch.dtype]
 
 
 def load_model(source: str, key: str, config: Any, head: str = "classifier", head_needed: bool = False) -> nn.Module:
-    """The weights behind a source, in float32.
+    """Load a model with the weights of a source, in float32.
 
     Args:
-        source: where they are.
-        key: the configuration key that names it.
-        config: of the model.
-        head: of `kd.models.heads.HEADS`.
-        head_needed: whether the head must be there; otherwise one that is not is drawn afresh.
+        source: a folder or a model on the hub.
+        key: the configuration key that names the source.
+        config: the model's configuration.
+        head: a key of `kd.models.heads.HEADS`.
+        head_needed: whether the file must contain the head; otherwise a missing head is initialised at random.
 
     Raises:
-        InputError: if they cannot be had, a file is damaged, they do not fit the configuration, or the family has no such head.
+        InputError: if the weights cannot be loaded, a file is damaged, they do not fit the configuration, or the family has no
+            such head.
     """
-    found = check_weights(source, key, config, head, head_needed)
+    weights = check_weights(source, key, config, head, head_needed)
     name, options = pretrained(source, key)
-    more = {"ignore_mismatched_sizes": True} if found.other_head else {}
+    more = {"ignore_mismatched_sizes": True} if weights.other_head else {}
     with readable("the weights", source, key):
         model: nn.Module = HEADS[head].auto.from_pretrained(
             name, config=config, dtype=torch.float32, trust_remote_code=False, **options, **more
@@ -325,19 +327,19 @@ def load_model(source: str, key: str, config: Any, head: str = "classifier", hea
 def check_weights(
     source: str, key: str, config: Any, head: str = "classifier", head_needed: bool = False, values: bool = True
 ) -> Found:
-    """Compare the weights behind a source with a configuration. Nothing is loaded.
+    """Check that the weights of a source fit a configuration, without building the model in memory.
 
     Args:
-        source: as of `load_model`, like the three that follow.
-        key: names it.
-        config: of the model.
-        head: of the model.
-        head_needed: whether it must be there.
-        values: whether to read the numbers too, and refuse those that are not finite. Without it names, shapes and types are
-            read alone, which costs nothing; `load_model` reads the numbers in any case.
+        source: a folder or a model on the hub.
+        key: the configuration key that names the source.
+        config: the model's configuration.
+        head: a key of `kd.models.heads.HEADS`.
+        head_needed: whether the file must contain the head.
+        values: whether to read the numbers too, and reject those that are not finite. Otherwise only names, shapes and types
+            are read, at almost no cost; `load_model` reads the numbers in any case.
 
     Raises:
-        InputError: as `load_model`.
+        InputError: as for `load_model`.
     """
     check_head(config, head, key)
     paths = weight_files(source, key)
@@ -361,7 +363,7 @@ def check_weights(
     drawn = {name for name in fit.missing if is_head(name) or is_pooler(name)}
     pooler = {name for name in drawn if is_pooler(name)}
     if pooler and pooler != {name for name in expected if is_pooler(name)}:
-        drawn -= pooler  # half of it is there
+        drawn -= pooler  # a part of it is in the file
     lacking = sorted(fit.missing if head_needed else fit.missing - drawn)
     if lacking:
         raise InputError(_lacking(source, lacking, len(expected), stored, fit.unused, family, config), key)
@@ -388,10 +390,10 @@ def check_weights(
 
 
 def weight_files(source: str, key: str) -> list[str]:
-    """Paths of the files that the weights behind a source are in; those of the hub are fetched.
+    """Return the paths of the files with the weights of a source; files on the hub are downloaded.
 
     Raises:
-        InputError: if there are none, or a part is missing.
+        InputError: if there are none, or one of several is missing.
     """
     from transformers.utils.hub import cached_file
 
@@ -427,7 +429,7 @@ def weight_files(source: str, key: str) -> list[str]:
 
 @lru_cache(maxsize=64)
 def _stored(files: tuple[tuple[str, int, int], ...]) -> Stored:
-    """Shapes and types of the tensors of some files, which are named with size and time so that a change is seen."""
+    """Return shapes and types of the tensors in files, given with size and time so that a changed file is read again."""
     shapes: dict[str, tuple[int, ...]] = {}
     types: dict[str, torch.dtype] = {}
     for path, _, _ in files:
@@ -438,7 +440,7 @@ def _stored(files: tuple[tuple[str, int, int], ...]) -> Stored:
 
 @lru_cache(maxsize=64)
 def _broken(files: tuple[tuple[str, int, int], ...]) -> frozenset[str]:
-    """Names of the tensors of some files that have a number that is not finite in float32; all bytes are read."""
+    """Return the names of tensors with a number that is not finite in float32; reads the files completely."""
     return frozenset(
         name
         for path, _, _ in files
@@ -448,10 +450,10 @@ def _broken(files: tuple[tuple[str, int, int], ...]) -> frozenset[str]:
 
 
 def _headers(path: str) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-    """Name, shape and a tensor of the same type of each tensor in a file; their numbers stay on disk."""
+    """Yield name, shape and a tensor of the same type for each tensor in a file, without reading the numbers."""
     from safetensors import safe_open
 
-    if not path.endswith(".safetensors"):  # mapped into memory, so that nothing is read before it is looked at
+    if not path.endswith(".safetensors"):  # mapped into memory, so that numbers are read only when used
         yield from ((name, tuple(tensor.shape), tensor) for name, tensor in _tensors(path))
         return
     with safe_open(path, framework="pt") as file:
@@ -470,30 +472,30 @@ def _tensors(path: str) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
         return
     try:
-        found = _unpickled(path, mmap=True)
+        state = _unpickled(path, mmap=True)
     except RuntimeError as error:
         if "mmap" not in str(error):
             raise
-        found = _unpickled(path)  # files of before torch 1.6
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        state = _unpickled(path)  # files written before torch 1.6
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{Path(path).name} holds something else than tensors by name, as a training checkpoint does")
-    yield from found.items()
+    yield from state.items()
 
 
 def _unpickled(path: str, **options: Any) -> Any:
-    """What torch finds in a file, as far as it is tensors and plain values: nothing in it is executed.
+    """Load a pickled file that holds only tensors and plain values; no code in it is executed.
 
     Raises:
-        ValueError: if it is more.
+        ValueError: if it holds anything else.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, **options)
-    except pickle.UnpicklingError as error:  # its words propose to execute what is in the file
+    except pickle.UnpicklingError as error:  # its message suggests to execute code in the file
         raise ValueError(f"{Path(path).name} holds more than tensors, which is not read; use safetensors") from error
 
 
 class _Config:
-    """A configuration that does not count as an argument of what is cached."""
+    """Wrapper of a configuration that equals every other, so that it is not part of the key of a cache."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -515,18 +517,18 @@ class _Fit:
 
 @lru_cache(maxsize=64)
 def _fit(text: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], head: str, config: _Config) -> _Fit:
-    """Let transformers fit shapes to a model, by its own rules for prefixes, ties and older names."""
-    own = copy.deepcopy(config.config)
+    """Match stored shapes to a model with transformers' own rules for prefixes, ties and older names."""
+    copied = copy.deepcopy(config.config)
     with torch.device("meta"):
-        model = HEADS[head].auto.from_config(own)
+        model = HEADS[head].auto.from_config(copied)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if sum(map(math.prod, expected.values())) > ROOM * sum(math.prod(shape) for _, shape in shapes) + ROOM * 1e6:
-        return _fit_by_name(model, expected, dict(shapes), family_of(own.model_type))
-    # One number, seen as a tensor of each shape: nothing is allocated but what the file lacks.
+        return _fit_by_name(model, expected, dict(shapes), family_of(copied.model_type))
+    # A single number expanded to each shape: memory is allocated only for tensors that the file lacks.
     tensors = {name: torch.zeros(()).expand(shape) for name, shape in shapes}
     with torch.random.fork_rng(devices=[]), quiet():
         _, info = type(model).from_pretrained(
-            None, config=own, state_dict=tensors, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            None, config=copied, state_dict=tensors, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
     mismatched = {name: (tuple(theirs), tuple(ours)) for name, theirs, ours in info["mismatched_keys"]}
     return _Fit(model, frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), mismatched)
@@ -535,7 +537,7 @@ def _fit(text: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], head: str, 
 def _fit_by_name(
     model: nn.Module, expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], family: Family
 ) -> _Fit:
-    """Fit shapes by names alone, where the model is so much larger than its file that transformers must not draw the rest."""
+    """Match shapes by names alone, for a model so much larger than its file that the rest must not be initialised."""
     names = {name: name if name in stored else name.removeprefix(f"{family.base}.") for name in expected}
     missing = {name for name, theirs in names.items() if theirs not in stored}
     mismatched = {
@@ -578,14 +580,14 @@ def _lacking(
 
 
 def _mismatch(source: str, name: str, theirs: tuple[int, ...], ours: tuple[int, ...], config: Any, family: Family) -> str:
-    sizes = next((found for part, found in NAMED_SIZES.items() if part in name), ("hidden_size", family.intermediate))
+    sizes = next((named for part, named in NAMED_SIZES.items() if part in name), ("hidden_size", family.intermediate))
     if name.startswith(f"{family.outputs}."):
         sizes = ("num_labels", "hidden_size")
     reasons = []
     for there, here in zip(theirs, ours, strict=False):
         if there != here:
-            said = [f"{size}={here}" for size in sizes if getattr(config, size, None) == here]
-            reasons += [word.replace("num_labels=", "labels in id2label: ") for word in said]
+            settings = [f"{size}={here}" for size in sizes if getattr(config, size, None) == here]
+            reasons += [setting.replace("num_labels=", "labels in id2label: ") for setting in settings]
     why = f" ({', '.join(dict.fromkeys(reasons))})" if reasons else ""
     return (
         f"the weights of '{source}' do not fit its configuration: {name} is {list(theirs)} in the file, "
@@ -617,16 +619,16 @@ def _told(source: str, stored: Stored, fit: _Fit, family: Family, pooler: set[st
 
 
 def _blocks(names: Mapping[str, Any], family: Family) -> set[int]:
-    found = (re.match(rf"(?:{family.base}\.)?{re.escape(family.blocks)}\.(\d+)\.", name) for name in names)
-    return {int(match[1]) for match in found if match is not None}
+    matches = (re.match(rf"(?:{family.base}\.)?{re.escape(family.blocks)}\.(\d+)\.", name) for name in names)
+    return {int(match[1]) for match in matches if match is not None}
 
 
-# -- words ---------------------------------------------------------------------------------------------------------------
+# -- messages ------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def readable(what: str, source: str, key: str) -> Iterator[None]:
-    """Turn whatever a library makes of files that are missing or damaged into an input error.
+    """Turn a library's error about missing or damaged files into an input error.
 
     Raises:
         InputError: with the first line of the library's error.
@@ -645,13 +647,13 @@ def readable(what: str, source: str, key: str) -> Iterator[None]:
 
 
 def _of_a_library(error: BaseException) -> bool:
-    """Whether an error is one that libraries stumble with on damaged files: any, and a panic of those written in Rust."""
+    """Return whether a library can raise an error for a damaged file: any `Exception`, or a panic of a Rust library."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' own reports from the terminal: what they say is told in other words."""
+    """Silence transformers' log messages and progress bars inside this context: kd reports the same facts itself."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -666,7 +668,7 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its name where it has none."""
+    """Return the first line of an error's message, or the name of its class if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

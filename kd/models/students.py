@@ -1,4 +1,4 @@
-"""Students: a shape derived from a backbone, and an initialisation."""
+"""Construction of students: a configuration derived from a backbone, and an initialisation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,12 +28,12 @@ INIT_FROM = ("pretrained", "teacher")
 
 
 def chosen_layers(init: str | Sequence[int], student: int, source: int) -> list[int]:
-    """Which source blocks, counted from 1, become the student's blocks.
+    """Return the source blocks, counted from 1, that the student's blocks are copied from.
 
     Args:
         init: `first`, `every`, `last`, or a list of layers.
-        student: blocks of the student.
-        source: blocks of the model they come from.
+        student: number of blocks of the student.
+        source: number of blocks of the model that is copied.
 
     Raises:
         InputError: if the source is too shallow, or the list does not fit.
@@ -73,14 +73,14 @@ def student_config(
     key: str = "student.backbone",
     head: str = "classifier",
 ) -> Any:
-    """The transformers configuration of a student.
+    """Return the transformers configuration of a student.
 
     Args:
         spec: sizes; null means the backbone's.
         backbone: source of the backbone.
-        labels: names in the task's order; None for regression.
+        labels: label names in the task's order; None for regression.
         key: the configuration key that names the backbone.
-        head: of `kd.models.heads.HEADS`.
+        head: a key of `kd.models.heads.HEADS`.
 
     Raises:
         InputError: for a size that is not positive, or heads that do not divide the width.
@@ -120,9 +120,9 @@ def student_config(
 
 
 def with_labels(config: Any, labels: Sequence[str] | None, head: str = "classifier") -> Any:
-    """The configuration with a head for these labels, in this order, names included; None for regression.
+    """Set the number and names of a configuration's labels, in this order, and return it; None for regression.
 
-    A head whose outputs are no labels leaves it as it is.
+    It is not changed for a head whose outputs are not labels.
     """
     if not HEADS[head].labelled:
         return config
@@ -134,8 +134,8 @@ def with_labels(config: Any, labels: Sequence[str] | None, head: str = "classifi
 
 
 def new_model(config: Any, head: str = "classifier", meta: bool = False) -> nn.Module:
-    """A model with freshly drawn weights, or without any on the meta device."""
-    with torch.device("meta" if meta else "cpu"):  # on the former, shapes without weights
+    """Build a model with random weights, or on the meta device without any."""
+    with torch.device("meta" if meta else "cpu"):  # the meta device has shapes but no weights
         return HEADS[head].auto.from_config(config)  # type: ignore[no-any-return]
 
 
@@ -143,15 +143,15 @@ def new_model(config: Any, head: str = "classifier", meta: bool = False) -> nn.M
 def copy_layers(
     target: nn.Module, source: nn.Module, family: Family, layers: Sequence[int], head: Sequence[int] | None
 ) -> None:
-    """Copy embeddings, everything else outside the blocks, and the chosen blocks; the head only if asked.
+    """Copy the embeddings, everything else outside the blocks, and the chosen blocks; the head only if `head` is given.
 
     Args:
         target: the student.
-        source: the model copied from, of the same family and width.
-        family: their taps.
+        source: the model that is copied, of the same family and width.
+        family: module paths of their family.
         layers: for each block of the target, the block of the source, counted from 1.
-        head: for each output of the target, the output of the source; None leaves the head as it is. The outputs of a
-            masked language model are its vocabulary, which is tied to the embeddings and copied as it is.
+        head: for each output of the target, the output of the source; None leaves the head unchanged. The outputs of a
+            masked language model are its vocabulary, which is tied to the embeddings and copied unchanged.
     """
     blocks = f"{family.base}.{family.blocks}."
     origin = {f"{blocks}{ours}.": f"{blocks}{theirs - 1}." for ours, theirs in enumerate(layers)}
@@ -167,10 +167,10 @@ def copy_layers(
 
 
 def check_copy(config: Any, source: Any, spec: StudentSpec, key: str = "student.init") -> None:
-    """Whether weights of `source` fit a student of `config`.
+    """Check that the weights of a model with configuration `source` fit a student with configuration `config`.
 
     Raises:
-        InputError: if they do not, saying what differs.
+        InputError: if they do not, naming the size that differs.
     """
     family = family_of(config.model_type)
     sizes = ("hidden_size", "num_attention_heads", family.intermediate)
@@ -199,20 +199,20 @@ def build_student(
     pairs: bool = False,
     start: float | None = None,
 ) -> Encoder:
-    """A student, initialised; `Encoder.notes` has what is to be said of the weights that it begins with.
+    """Build and initialise a student; `Encoder.notes` and `Encoder.asides` hold remarks on its initial weights.
 
     Args:
-        spec: what to build.
-        backbone: source of its shape, and of vocabulary and tokenizer unless a checkpoint or a run brings its own.
-        labels: names in the task's order; None for regression.
+        spec: sizes and initialisation.
+        backbone: source of its shape, and of vocabulary and tokenizer unless a checkpoint or a run has its own.
+        labels: label names in the task's order; None for regression.
         initial: source of its weights: the backbone, the fine-tuned teacher, a checkpoint or a run; None for random.
-        meta: shapes only, for checks; nothing is loaded.
+        meta: whether to build shapes only, for checks, without loading weights.
         key: the configuration key that names the backbone.
-        head: of `kd.models.heads.HEADS`.
+        head: a key of `kd.models.heads.HEADS`.
         initial_key: the configuration key that names `initial`.
-        initial_labels: names of the outputs of `initial`, where its configuration names them badly.
+        initial_labels: names of the outputs of `initial`, if its configuration names them wrongly.
         pairs: whether it will read pairs of texts.
-        start: bias of a head that is drawn afresh, the mean of the scores; None leaves it at zero.
+        start: initial bias of a randomly initialised head, the mean of the scores; None leaves it at zero.
 
     Raises:
         InputError: for sizes or an initialisation that do not fit.
@@ -224,27 +224,27 @@ def build_student(
     asides: list[str] = []
     needed = False
     if initial is not None:
-        found = load_config(initial, given)
-        if whole:  # it may have a vocabulary of its own, which goes with its weights
-            config.vocab_size, config.pad_token_id = found.vocab_size, found.pad_token_id
-        check_copy(config, found, spec, given if whole else "student.init")
+        initial_config = load_config(initial, given)
+        if whole:  # a checkpoint's vocabulary may differ from the backbone's, and its weights belong to it
+            config.vocab_size, config.pad_token_id = initial_config.vocab_size, initial_config.pad_token_id
+        check_copy(config, initial_config, spec, given if whole else "student.init")
         backbone_alone = spec.init_from == "pretrained" and not whole
-        rows = head_rows(config, found, head, backbone_alone, given, initial_labels)
-        weights = check_weights(initial, given, found, head)
-        # Where the configuration does not say what the weights are, there may be no head among them.
-        needed = rows is not None and (bool(found.architectures) or weights.has_head)
+        rows = head_rows(config, initial_config, head, backbone_alone, given, initial_labels)
+        weights = check_weights(initial, given, initial_config, head)
+        # If the configuration names no architecture, the weights may have no head.
+        needed = rows is not None and (bool(initial_config.architectures) or weights.has_head)
         if needed:
-            weights = check_weights(initial, given, found, head, head_needed=True)
+            weights = check_weights(initial, given, initial_config, head, head_needed=True)
         notes, asides = list(weights.notes), list(weights.asides)
         if not needed and not (backbone_alone and HEADS[head].labelled):
             notes.append("head drawn afresh")
-    own = whole and initial is not None
-    tokenizer = load_tokenizer(str(initial), given) if own else load_tokenizer(backbone, key)
-    check_tokenizer(tokenizer, config, given if own else key, head, pairs)
+    from_initial = whole and initial is not None
+    tokenizer = load_tokenizer(str(initial), given) if from_initial else load_tokenizer(backbone, key)
+    check_tokenizer(tokenizer, config, given if from_initial else key, head, pairs)
     student = new_model(config, head, meta)
     if initial is not None and not meta:
-        source = load_model(initial, given, found, head, needed)
-        copy_layers(student, source, family_of(config.model_type), layers_to_copy(spec, config, found), rows)
+        source = load_model(initial, given, initial_config, head, needed)
+        copy_layers(student, source, family_of(config.model_type), layers_to_copy(spec, config, initial_config), rows)
     if start is not None and not needed:
         nn.init.constant_(student.get_submodule(family_of(config.model_type).outputs).bias, start)  # type: ignore[arg-type]
         notes.append(f"head at the mean of the scores, {start:.4g}")
@@ -254,7 +254,7 @@ def build_student(
 
 
 def layers_to_copy(spec: StudentSpec, config: Any, source: Any) -> list[int]:
-    """For each block of the student, the source's block, counted from 1; a checkpoint is copied block by block.
+    """Return, for each block of the student, the source's block, counted from 1; a checkpoint is copied block by block.
 
     Raises:
         InputError: if the source is too shallow, or a checkpoint has another depth.
@@ -275,13 +275,13 @@ def head_rows(
     key: str = "student.init_from",
     names: Sequence[str] | None = None,
 ) -> list[int] | None:
-    """For each output of the student, the source's output of the same name; None if the head is to be drawn afresh.
+    """Return, for each output of the student, the source's output of the same name; None for a randomly initialised head.
 
-    That is where the source has no such head, or its outputs have other names, or a backbone brings a classifier of another
-    task. The masked-LM head that a backbone was pre-trained with is kept.
+    The head is initialised at random if the source has no such head, if its outputs have other names, or if it is a backbone
+    with a classifier, which was trained on another task. The masked-LM head of a pre-trained backbone is copied.
 
     Raises:
-        InputError: if it is not certain which name stands for which output of the source.
+        InputError: if the source's configuration names its outputs ambiguously.
     """
     if not HEADS[head].is_in(source) or (pretrained and HEADS[head].labelled):
         return None
@@ -291,7 +291,7 @@ def head_rows(
 
 
 def describe_init(spec: StudentSpec, depth: int, source_depth: int | None) -> str:
-    """The initialisation in words, as every result row states it."""
+    """Describe the initialisation, as every row of results states it."""
     if spec.init == "random":
         return "random"
     if spec.init in ("checkpoint", "run"):
@@ -302,6 +302,6 @@ def describe_init(spec: StudentSpec, depth: int, source_depth: int | None) -> st
 
 
 def run_in_words(run: Any) -> str:
-    """`student.run` in words: its overrides, or the name of a mapping that has one."""
+    """Describe `student.run`: its name if it is a mapping with one, otherwise its overrides."""
     parts = run if isinstance(run, Mapping) else {"overrides": run or []}
     return str(parts.get("name") or " ".join(map(str, parts.get("overrides", []))))

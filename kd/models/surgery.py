@@ -1,4 +1,4 @@
-"""Surgeries on a student's embeddings, which any method can add: they are made after it is initialised, in the order given."""
+"""Surgeries on a student's embeddings: applied after its initialisation, in the order given, with any method."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ from kd.values import whole
 
 @dataclass(frozen=True, slots=True)
 class SurgeryInputs:
-    """What a surgery may read.
+    """Inputs of a surgery.
 
     Attributes:
-        texts: the training texts; None on the meta device, where a surgery checks what it can without them.
-        folder: the exported student of the run that the surgery asks for with `run`, if it does.
+        texts: the training texts; None on the meta device, where a surgery makes the checks that need no texts.
+        folder: folder with the exported student of the run that the surgery's `run` option configures; None without one.
     """
 
     texts: Sequence[str] | None
@@ -38,58 +38,58 @@ class SurgeryInputs:
 
 
 class Surgery(Protocol):
-    """What `kd.build` needs of a surgery."""
+    """Interface of a surgery that `kd.build` can apply."""
 
     changes_vocabulary: bool
 
     def dry_run(self, tokenizer: Any, texts: Sequence[str]) -> None:
-        """Whatever can be found out from the training texts before anything is trained. Optional.
+        """Check, before anything is trained, that the surgery can be applied with the training texts. Optional.
 
         Raises:
-            InputError: if the surgery cannot be made with these texts.
+            InputError: if it cannot.
         """
         ...
 
     def __call__(self, student: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
-        """The student after it, and what was done, in words.
+        """Apply the surgery; return the student and a description of the change.
 
         Raises:
-            InputError: if it cannot be made on this student.
+            InputError: if it cannot be applied to this student.
         """
         ...
 
 
 def word_table(student: Encoder, name: str) -> nn.Embedding:
-    """The table of word embeddings.
+    """Return the module of a student's word embeddings.
 
     Raises:
         InputError: if another surgery has replaced it.
     """
     table = student.model.get_input_embeddings()
     if type(table) is not nn.Embedding:
-        found = type(table).__name__
-        raise InputError(f"{name} must come before the surgery that replaced the word embeddings ({found})", "surgery")
+        kind = type(table).__name__
+        raise InputError(f"{name} must come before the surgery that replaced the word embeddings ({kind})", "surgery")
     return table
 
 
 def whole_number(value: Any, least: int, key: str) -> int:
-    """A number of the configuration.
+    """Check a whole number of the configuration and return it.
 
     Raises:
-        InputError: if it is none, or too small.
+        InputError: if it is not a whole number, or is less than `least`.
     """
     return whole(value, key, least)
 
 
 class CutVocabulary:
-    """The vocabulary cut to the tokens that the training texts use. Rows of the embeddings are kept as they are.
+    """Surgery that reduces the vocabulary to the tokens of the training texts; their embeddings are not changed.
 
     With `min_count=1` the training texts are segmented as before, so the model's outputs on them are unchanged; other texts
-    may be cut into more and shorter pieces.
+    may be segmented into more and shorter pieces.
 
     Args:
-        min_count: how often a token must occur to be kept, from 1. Special tokens, and the single characters of the texts,
-            always are.
+        min_count: number of occurrences from which a token stays in the vocabulary, at least 1. Special tokens, and the
+            single characters of the texts, always stay.
     """
 
     changes_vocabulary = True
@@ -98,7 +98,7 @@ class CutVocabulary:
         self.min_count = whole_number(min_count, 1, "surgery.cut_vocabulary.min_count")
 
     def __call__(self, student: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
-        """The student with fewer rows."""
+        """Return the student with the smaller vocabulary, and a description of the change."""
         table, old = word_table(student, "cut_vocabulary"), student.tokenizer
         check_wordpiece(old, "surgery.cut_vocabulary")
         if inputs.texts is None:
@@ -113,10 +113,10 @@ class CutVocabulary:
 
 
 class LearnedVocabulary:
-    """A new WordPiece vocabulary, learned from the training texts, with embeddings drawn afresh.
+    """Surgery that replaces the vocabulary by a WordPiece one learned from the training texts, with random embeddings.
 
     Args:
-        size: tokens, special ones included.
+        size: number of tokens, special ones included.
     """
 
     changes_vocabulary = True
@@ -125,11 +125,11 @@ class LearnedVocabulary:
         self.size = whole_number(size, 1, "surgery.learned_vocabulary.size")
 
     def dry_run(self, tokenizer: Any, texts: Sequence[str]) -> None:
-        """Learn the vocabulary and forget it, to see whether the texts support it before anything is trained."""
+        """Check, before anything is trained, that the texts support the vocabulary: learn it and discard it."""
         learned_tokens(tokenizer, texts, self.size, "surgery.learned_vocabulary.size")
 
     def __call__(self, student: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
-        """The student with another vocabulary."""
+        """Return the student with the learned vocabulary, and a description of the change."""
         word_table(student, "learned_vocabulary")
         check_wordpiece(student.tokenizer, "surgery.learned_vocabulary")
         if inputs.texts is None:
@@ -143,7 +143,7 @@ class LearnedVocabulary:
 
 
 def drawn_table(size: int, width: int, config: Any, padding: int | None = None) -> Tensor:
-    """Fresh embeddings (size, width) as BERT draws them; zeros for padding."""
+    """Return random embeddings (size, width), initialised as BERT's are; zeros for the padding token."""
     table = torch.empty(size, width).normal_(std=config.initializer_range)
     if padding is not None:
         table[padding] = 0
@@ -154,10 +154,10 @@ class FactorizedEmbedding(nn.Module):
     """Word embeddings as a product: (vocabulary, rank) times (rank, width).
 
     Args:
-        vocabulary: rows.
-        rank: of the product.
-        width: of an embedding.
-        padding: id of the padding token.
+        vocabulary: number of tokens.
+        rank: rank of the product.
+        width: width of an embedding.
+        padding: id of the padding token; None without one.
     """
 
     def __init__(self, vocabulary: int, rank: int, width: int, padding: int | None) -> None:
@@ -167,22 +167,22 @@ class FactorizedEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The table that it stands for, (vocabulary, width)."""
+        """Product of the factors, (vocabulary, width)."""
         return self.rows.weight @ self.basis.weight.T
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Embeddings (..., width) of ids (...)."""
+        """Return the embeddings (..., width) of ids (...)."""
         return self.basis(self.rows(ids))  # type: ignore[no-any-return]
 
     def plain(self) -> nn.Embedding:
-        """The product, multiplied out."""
+        """Return an ordinary embedding that holds the product."""
         table = self.weight.detach().clone()
         size, width = table.shape
         return nn.Embedding(size, width, padding_idx=self.rows.padding_idx, _weight=table)
 
 
 class FactorizedOutputs(nn.Module):
-    """The outputs of a masked language model that are tied to factorised embeddings.
+    """Output layer of a masked language model that is tied to factorised embeddings.
 
     Args:
         words: the embeddings.
@@ -195,11 +195,11 @@ class FactorizedOutputs(nn.Module):
         self.bias = bias
 
     def forward(self, states: Tensor) -> Tensor:
-        """Logits (..., vocabulary) of states (..., width)."""
+        """Return the logits (..., vocabulary) of states (..., width)."""
         return F.linear(states @ self.words.basis.weight, self.words.rows.weight, self.bias)
 
     def plain(self) -> nn.Linear:
-        """One matrix; the caller ties it."""
+        """Return an ordinary linear layer with the product as its weight; the caller ties it to the embeddings."""
         table = self.words.weight.detach().clone()
         outputs = nn.Linear(table.shape[1], table.shape[0])
         outputs.weight, outputs.bias = nn.Parameter(table), self.bias
@@ -207,13 +207,13 @@ class FactorizedOutputs(nn.Module):
 
 
 def truncated_svd(table: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Two factors whose product is the best approximation of a matrix by one of this rank, in the Frobenius norm.
+    """Return two factors whose product is the best approximation of a matrix at a rank, in the Frobenius norm.
 
     Source: Eckart and Young, Psychometrika 1936. The singular values are shared evenly between the factors (our choice).
 
     Args:
         table: (rows, columns).
-        rank: from 1 to the smaller side.
+        rank: from 1 to the smaller dimension of the table.
 
     Returns:
         (rows, rank) and (rank, columns).
@@ -224,12 +224,12 @@ def truncated_svd(table: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 class Factorized:
-    """The word embeddings replaced by a product of two matrices, begun at the truncated SVD of the table.
+    """Surgery that replaces the word embeddings by a product of two matrices, initialised with the table's truncated SVD.
 
-    transformers has no BERT with such embeddings: the exported folder holds the product.
+    transformers has no BERT with such embeddings, so the exported folder holds the product.
 
     Args:
-        rank: of the product, from 1 to the width. It saves parameters where it is smaller than vocabulary x width /
+        rank: rank of the product, from 1 to the width. It saves parameters if it is smaller than vocabulary x width /
             (vocabulary + width).
     """
 
@@ -239,7 +239,7 @@ class Factorized:
         self.rank = whole_number(rank, 1, "surgery.factorized.rank")
 
     def __call__(self, student: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
-        """The student with a factorised table."""
+        """Return the student with factorised embeddings, and a description of the change."""
         table = word_table(student, "factorized")
         size, width = table.weight.shape
         if self.rank > min(size, width):
@@ -256,12 +256,12 @@ class Factorized:
         if outputs is not None:
             set_outputs(student.model, FactorizedOutputs(words, outputs.bias))
         student.model.set_input_embeddings(words)
-        kept = sum(parameter.numel() for parameter in words.parameters())
-        return student, f"word embeddings of rank {self.rank} ({kept:,} parameters for {table.weight.numel():,})"
+        count = sum(parameter.numel() for parameter in words.parameters())
+        return student, f"word embeddings of rank {self.rank} ({count:,} parameters for {table.weight.numel():,})"
 
 
 def check_special_tokens(tokenizer: Any, key: str) -> None:
-    """Whether a tokenizer has what masked language modelling with two vocabularies needs.
+    """Check that a tokenizer has the special tokens that masked language modelling with two vocabularies needs.
 
     Raises:
         InputError: if a special token is missing.

@@ -1,4 +1,4 @@
-"""Frozen teachers."""
+"""Frozen teachers: models that run in training, and teachers whose outputs were cached."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,16 +16,16 @@ from kd.models.labels import columns
 
 
 def match_labels(task: Sequence[str], teacher: Sequence[str], key: str) -> list[int]:
-    """For each label of the task, its column in the teacher's logits; see `kd.models.labels.columns`.
+    """Return, for each label of the task, its column in the teacher's logits; see `kd.models.labels.columns`.
 
     Raises:
-        InputError: if the names differ as sets; position is never used instead.
+        InputError: if the names differ as sets; labels are never matched by position.
 
     >>> match_labels(["negative", "positive"], ["POSITIVE", "NEGATIVE"], "teacher.x.labels")
     [1, 0]
     """
-    found = columns(task, teacher)
-    if found is None:
+    matched = columns(task, teacher)
+    if matched is None:
         hint = f"If the teacher's configuration names them badly, list its labels in the order of its outputs: {key}=[...]"
         if any(re.fullmatch(r"LABEL_\d+", name) for name in teacher):
             hint = f"The teacher's outputs have no names but numbers; list the task's labels in their order: {key}=[...]"
@@ -34,19 +34,20 @@ def match_labels(task: Sequence[str], teacher: Sequence[str], key: str) -> list[
             f"do not match. {hint}",
             key,
         )
-    return found
+    return matched
 
 
 class FrozenTeacher:
-    """A teacher that rides along: never trained, always in eval mode, outside `parameters()`, checkpoints and DDP.
+    """A teacher that is not trained: in eval mode, and not part of `parameters()`, checkpoints or DDP.
 
-    Only a pass with `Needs.dropout` is not in eval mode. It is not a module on purpose. The engine moves it between devices.
+    Only a forward pass with `Needs.dropout` runs in training mode. The class is not an `nn.Module`, so that an engine does not
+    register it as a submodule; the engine moves it between devices.
 
     Args:
-        encoder: the fine-tuned model, or its shape, on the meta device, where `load` gives it its weights.
-        name: what messages and results call it.
-        columns: for each label of the task, its column in this teacher's logits; None keeps them as they are.
-        load: reads the weights, when they are first needed.
+        encoder: the fine-tuned model; if `load` is given, a model of the same shape on the meta device.
+        name: its name in messages and results.
+        columns: for each label of the task, its column in this teacher's logits; None keeps their order.
+        load: function that loads the model with its weights, called when they are first needed.
     """
 
     def __init__(
@@ -57,21 +58,21 @@ class FrozenTeacher:
         load: Callable[[], nn.Module] | None = None,
     ) -> None:
         self.shape = encoder.eval().requires_grad_(False)
-        """The model, perhaps without weights."""
+        """Model that has the shape and configuration, but may have no weights."""
         self.load = load
         self.loaded = encoder if load is None else None
         self.name = name
         self.columns = None if columns is None or list(columns) == sorted(columns) else list(columns)
         self.passes = 0
-        """Forward passes so far, on this rank."""
+        """Number of forward passes so far, on this rank."""
         self.examples = 0
-        """Examples forwarded so far, on this rank."""
+        """Number of examples in these passes, on this rank."""
         self.batches_used = 0
-        """Batches so far in which a method looked at what it says, on this rank."""
+        """Number of batches so far in which a method read its outputs, on this rank."""
 
     @property
     def work(self) -> dict[str, int]:
-        """Passes, examples and looks so far, on this rank."""
+        """Counts of forward passes, examples and batches used so far, on this rank."""
         return {"passes": self.passes, "examples": self.examples, "batches_used": self.batches_used}
 
     @work.setter
@@ -80,17 +81,17 @@ class FrozenTeacher:
 
     @property
     def encoder(self) -> Encoder:
-        """The model with its weights; they are read when this is first looked at."""
+        """Model with its weights, which are loaded when this property is first read."""
         if self.loaded is None:
             assert self.load is not None
-            with torch.random.fork_rng(devices=[]):  # what loading draws is nobody's business
+            with torch.random.fork_rng(devices=[]):  # loading must not change the state of the random generator
                 self.loaded = Encoder(self.load(), self.shape.tokenizer).eval().requires_grad_(False)
         self.loaded.compiled = self.shape.compiled
         return self.loaded
 
     @property
     def depth(self) -> int:
-        """Blocks."""
+        """Number of blocks."""
         return self.shape.depth
 
     @property
@@ -100,26 +101,26 @@ class FrozenTeacher:
 
     @property
     def heads(self) -> int:
-        """Attention heads of a block."""
+        """Number of attention heads in a block."""
         return self.shape.heads
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer that makes its inputs."""
+        """Tokenizer of its inputs."""
         return self.shape.tokenizer
 
     def __call__(self, inputs: Inputs, needs: Needs) -> Outputs:
-        """One pass, without gradients unless `needs.gradient`; logits are in the task's label order."""
+        """Run one forward pass, without gradients unless `needs.gradient`; logits are in the task's label order."""
         self.batches_used += 1
         before = self.encoder.forwards
         outputs = self.run(inputs, needs)
-        passes = self.encoder.forwards - before  # more than one where something is derived from passes of its own
+        passes = self.encoder.forwards - before  # more than one if `needs.derived` runs further passes
         self.passes += passes
         self.examples += passes * len(inputs["input_ids"])
         return self.in_order(outputs)
 
     def run(self, inputs: Inputs, needs: Needs) -> Outputs:
-        """The same with the logits in the teacher's own order, and not counted."""
+        """Run one forward pass that is not counted, with logits in the teacher's label order."""
         encoder = self.encoder.train(needs.dropout)
         with torch.set_grad_enabled(needs.gradient):
             outputs: Outputs = encoder(inputs, needs)
@@ -127,7 +128,7 @@ class FrozenTeacher:
         return outputs
 
     def in_order(self, outputs: Outputs) -> Outputs:
-        """The same with the logits in the task's label order."""
+        """Return outputs with the logits reordered to the task's label order."""
         return outputs if self.columns is None else outputs.with_logits(outputs.logits[:, self.columns])
 
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -136,12 +137,12 @@ class FrozenTeacher:
 
 
 class CachedTeacher(FrozenTeacher):
-    """A frozen teacher that is not there: its inputs are what it said of the examples when it was run once (`kd.caching`).
+    """A frozen teacher that does not run: its inputs are the outputs that it had for the examples (`kd.caching`).
 
     Args:
-        teacher: that was run; it can be forgotten.
-        passes: that it took to fill the cache, in this run and on this rank.
-        examples: forwarded in them, training examples alone.
+        teacher: the teacher whose outputs were cached; only its `shape` is referenced.
+        passes: number of forward passes that filled the cache, in this run and on this rank.
+        examples: number of examples in these passes, training examples only.
     """
 
     def __init__(self, teacher: FrozenTeacher, passes: int = 0, examples: int = 0) -> None:
@@ -149,14 +150,14 @@ class CachedTeacher(FrozenTeacher):
         self.passes, self.examples = passes, examples
 
     def __call__(self, inputs: Inputs, needs: Needs) -> Outputs:
-        """What it said.
+        """Return the cached outputs, with logits in the task's label order.
 
         Args:
-            inputs: of a `kd.data.store.CachedOutputs`: tensors by name, as `Needs.tensors` names them.
-            needs: what of it to show.
+            inputs: tensors of a `kd.data.store.CachedOutputs` by name, as `Needs.tensors` names them.
+            needs: the tensors to return.
 
         Raises:
-            UndeclaredRead: for other inputs, or more needs, than were declared when the cache was filled.
+            UndeclaredRead: for inputs that are not cached outputs, or needs that were not declared when the cache was filled.
         """
         if "logits" not in inputs:
             raise UndeclaredRead(
@@ -167,4 +168,4 @@ class CachedTeacher(FrozenTeacher):
         return self.in_order(Outputs.from_named(inputs, inputs["attention_mask"].bool(), needs, self.heads))
 
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """There is nothing to move."""
+        """Do nothing: the cached outputs are moved with the batch."""

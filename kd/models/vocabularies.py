@@ -1,4 +1,4 @@
-"""Vocabularies: learning one, cutting one, and giving a model another."""
+"""Vocabularies: learn one from texts, reduce one to the tokens that texts use, replace a model's."""
 
 import json
 from collections import Counter
@@ -14,15 +14,15 @@ from transformers import PreTrainedTokenizerFast
 from kd.errors import InputError
 
 ALPHABET = 100
-"""Characters that a learned vocabulary can spell: the most frequent ones. Latin letters, digits and punctuation fit; each takes
-two entries, at the start of a word and inside it. Our choice."""
+"""Number of characters, the most frequent ones, that a learned vocabulary contains. Latin letters, digits and punctuation fit;
+each takes two entries, at the start of a word and inside it. Our choice."""
 
 
 def check_wordpiece(tokenizer: Any, key: str) -> None:
-    """Whether a tokenizer is a WordPiece one.
+    """Check that a tokenizer is a WordPiece one.
 
     Raises:
-        InputError: if it is not: byte-level and unigram vocabularies depend on merges and scores, which cannot be cut.
+        InputError: if it is not: byte-level and unigram vocabularies depend on merges and scores, which cannot be reduced.
     """
     kind = type(tokenizer.backend_tokenizer.model).__name__
     if kind != "WordPiece":
@@ -30,11 +30,11 @@ def check_wordpiece(tokenizer: Any, key: str) -> None:
 
 
 def with_vocabulary(tokenizer: Any, tokens: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer with the same rules and another vocabulary.
+    """Return a tokenizer with the same rules and another vocabulary.
 
     Args:
-        tokenizer: WordPiece; its normaliser, pre-tokeniser, post-processor and special tokens are kept.
-        tokens: of the new vocabulary, in the order of their ids; the special ones are among them.
+        tokenizer: WordPiece; the new one has its normaliser, pre-tokeniser, post-processor and special tokens.
+        tokens: the new vocabulary in the order of ids, special tokens included.
     """
     numbers = {token: number for number, token in enumerate(tokens)}
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -46,7 +46,7 @@ def with_vocabulary(tokenizer: Any, tokens: Sequence[str]) -> PreTrainedTokenize
     processor = rules["post_processor"] or {}
     for name, entry in processor.get("special_tokens", {}).items():
         entry["ids"] = [numbers[name]]
-    for end in ("sep", "cls"):  # BERT's and RoBERTa's own processors
+    for end in ("sep", "cls"):  # the post-processors of BERT and RoBERTa
         if end in processor:
             processor[end][1] = numbers[processor[end][0]]
     return PreTrainedTokenizerFast(
@@ -58,12 +58,12 @@ def with_vocabulary(tokenizer: Any, tokens: Sequence[str]) -> PreTrainedTokenize
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
-    """Special tokens in the order of their ids, which padding and positions of some families depend on."""
+    """Return the special tokens in the order of their ids, which padding and positions of some families depend on."""
     return sorted(tokenizer.all_special_tokens, key=tokenizer.convert_tokens_to_ids)
 
 
 def characters(tokenizer: Any, texts: Sequence[str]) -> Counter[str]:
-    """How often each character occurs in normalised texts; white space separates words and is left out."""
+    """Count the characters of normalised texts; white space, which separates words, is not counted."""
     rules = tokenizer.backend_tokenizer.normalizer
     counts: Counter[str] = Counter()
     for text in texts:
@@ -72,30 +72,30 @@ def characters(tokenizer: Any, texts: Sequence[str]) -> Counter[str]:
 
 
 def used_tokens(tokenizer: Any, texts: Sequence[str], least: int) -> list[str]:
-    """The part of a vocabulary that texts use, in its own order.
+    """Return the part of a vocabulary that texts use, in the order of ids.
 
-    Special tokens, every token that occurs at least so many times, and the single characters of the texts, with which words
-    that do not occur in them can still be spelt.
+    It consists of the special tokens, every token that occurs at least `least` times, and the single characters of the texts,
+    from which words that do not occur in them can still be composed.
     """
     prefix = tokenizer.backend_tokenizer.model.continuing_subword_prefix
     vocabulary = tokenizer.get_vocab()
     counts = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
     for encoding in tokenizer(list(texts), add_special_tokens=False, truncation=False, padding=False).encodings:
         np.add.at(counts, np.asarray(encoding.ids, dtype=np.int64), 1)
-    kept = set(special_tokens(tokenizer))
-    kept |= {token for token, number in vocabulary.items() if counts[number] >= least}
-    kept |= {piece for letter in characters(tokenizer, texts) for piece in (letter, prefix + letter) if piece in vocabulary}
-    return sorted(kept, key=vocabulary.__getitem__)
+    used = set(special_tokens(tokenizer))
+    used |= {token for token, number in vocabulary.items() if counts[number] >= least}
+    used |= {piece for letter in characters(tokenizer, texts) for piece in (letter, prefix + letter) if piece in vocabulary}
+    return sorted(used, key=vocabulary.__getitem__)
 
 
 def learned_tokens(tokenizer: Any, texts: Sequence[str], size: int, key: str) -> list[str]:
-    """A WordPiece vocabulary learned from texts with a tokenizer's own normaliser and pre-tokeniser.
+    """Learn a WordPiece vocabulary from texts, with a tokenizer's normaliser and pre-tokeniser.
 
-    It is a function of the texts: `tokenizers` numbers inside-of-word characters as its hash map happens to hold them, and
-    breaks ties by number, so two processes would learn two vocabularies. Here the alphabet is numbered before it learns.
+    The result depends on the texts alone. `tokenizers` numbers inside-of-word characters in the order of a hash map and
+    breaks ties by number, so two processes would learn different vocabularies; here the alphabet is numbered in advance.
 
     Raises:
-        InputError: for a size that the texts do not support, or that is taken up by single characters.
+        InputError: for a size that the texts do not support, or that special tokens and single characters alone fill.
     """
     rules = tokenizer.backend_tokenizer
     prefix = rules.model.continuing_subword_prefix
@@ -117,19 +117,19 @@ def learned_tokens(tokenizer: Any, texts: Sequence[str], size: int, key: str) ->
         show_progress=False,
     )
     learner.train_from_iterator(texts, trainer)
-    found = learner.get_vocab()
-    if len(found) < size:
-        raise InputError(f"{key}={size} is more than the text supports: it gives {len(found)} tokens", key)
-    return sorted(found, key=found.__getitem__)
+    learned = learner.get_vocab()
+    if len(learned) < size:
+        raise InputError(f"{key}={size} is more than the text supports: it gives {len(learned)} tokens", key)
+    return sorted(learned, key=learned.__getitem__)
 
 
 def set_vocabulary(model: Any, table: Tensor, bias: Tensor | None, padding: int) -> None:
-    """Give a model another table of word embeddings and, if it is a masked language model, the outputs tied to it.
+    """Replace a model's word embeddings and, if it is a masked language model, the output layer tied to them.
 
     Args:
-        model: of transformers.
-        table: (vocabulary, width).
-        bias: (vocabulary,), of the outputs; None for zeros.
+        model: a transformers model.
+        table: the new embeddings, (vocabulary, width).
+        bias: (vocabulary,), bias of the output layer; None for zeros.
         padding: id of the padding token.
     """
     size, width = table.shape
@@ -146,7 +146,7 @@ def set_vocabulary(model: Any, table: Tensor, bias: Tensor | None, padding: int)
 
 
 def set_outputs(model: Any, outputs: nn.Module) -> None:
-    """Put a layer in the place of a masked language model's last one; its bias is also the head's own."""
+    """Replace the last layer of a masked language model, and the head's reference to that layer's bias."""
     old = model.get_output_embeddings()
     for parent in list(model.modules()):
         if any(child is old for child in parent.children()):
