@@ -1,1 +1,1 @@
-"""One paper, one file."""
+"""Distillation methods, one paper in each file."""

@@ -23,33 +23,33 @@ Run = Callable[[Mapping[str, Tensor], Needs], Outputs]
 
 
 def passes(run: Run, inputs: Mapping[str, Tensor], outputs: Outputs, steps: int, layer: int) -> list[tuple[Tensor, Tensor]]:
-    """Logits and states of the passes at 1/m, 2/m, ... of a layer's states; the last is the pass that there is.
+    """Return logits and states of forward passes with a layer's states scaled by 1/m, 2/m, ..., 1; only the last is given.
 
     Args:
-        run: makes a pass.
-        inputs: of the pass that there is.
-        outputs: of it.
+        run: function that runs a forward pass.
+        inputs: inputs of the pass with unscaled states.
+        outputs: outputs of that pass.
         steps: m.
-        layer: whose states; 0 where there is more than one step.
+        layer: layer of the states; 0 if there is more than one step.
     """
     whole = outputs.hidden(layer)
-    found = []
+    results = []
     for step in range(1, steps):
         scaled = run({**inputs, "embedded": whole * (step / steps)}, outputs.needs)
-        found.append((scaled.logits, scaled.hidden(layer)))
-    return [*found, (outputs.logits, whole)]
+        results.append((scaled.logits, scaled.hidden(layer)))
+    return [*results, (outputs.logits, whole)]
 
 
 @dataclass(frozen=True)
 class TeacherMaps:
-    """The attribution maps of a frozen teacher, (batch, tokens, views): see `kd.functional.attribution.token_maps`.
+    """Function that computes a frozen teacher's attribution maps, (batch, tokens, views); see `attribution.token_maps`.
 
     Attributes:
-        layer: whose states the decision is attributed to.
+        layer: layer whose states the decision is attributed to.
         steps: m of the integral.
-        keep: K, entries of a token's attribution that count; None is all.
-        target: what is attributed.
-        first: the teacher's own number of the class whose loss is attributed, where there are two.
+        keep: K, number of entries of a token's attribution that count, the largest; None for all.
+        target: the quantity that is attributed, one of `kd.functional.attribution.DIFFERENTIATED`.
+        first: for two classes, the index in the teacher's label order of the class whose loss is attributed.
     """
 
     layer: int
@@ -60,30 +60,31 @@ class TeacherMaps:
 
     @property
     def name(self) -> str:
-        """Everything that the maps depend on but the teacher and the text."""
+        """Name that encodes everything that the maps depend on except the teacher and the text."""
         of = f"-class{self.first}" if self.first else ""
         return f"attributions-{self.target}-layer{self.layer}-m{self.steps}-k{self.keep or 'all'}{of}"
 
     def __call__(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The maps of these inputs."""
+        """Return the maps of a batch of inputs."""
         with torch.enable_grad():
             outputs = model(inputs, Needs(hidden=[self.layer], gradient=True))
-            found = passes(model, inputs, outputs, self.steps, self.layer)
-            maps = attribution.token_maps(attribution.attributions(found, self.target, first=self.first), self.keep)
-            # They may be cached in 16 bits, which end at 6e-8. A factor of an example is nothing to their comparison.
+            results = passes(model, inputs, outputs, self.steps, self.layer)
+            maps = attribution.token_maps(attribution.attributions(results, self.target, first=self.first), self.keep)
+            # Maps may be cached in float16, whose smallest positive number is 6e-8. They are normalised when they are
+            # compared, so a factor for each example makes no difference.
             return near_one(maps, dim=1)
 
 
 MOST_STEPS = 1000
-"""Of the integrated gradients; a step is a pass of both models."""
+"""Largest number of steps of the integrated gradients; each step is one forward pass of both models."""
 
 
 class ADKD(Method):
     r"""Attribution-driven knowledge distillation (Wu, Chen, Quan, Wang, Wang, ACL 2023, arXiv:2305.10010).
 
     :math:`L = (1 - \alpha) L_{ce} + \alpha L_{logit} + \beta L_{attr}`: beside logits, the student imitates which tokens drive
-    each decision of the teacher. A token's attribution is the length of its integrated gradients with respect to the embedding
-    layer's output, a teacher's after its K largest entries alone are kept; maps are normalised over the tokens and compared for
+    each decision of the teacher. A token's attribution is the norm of its integrated gradients with respect to the embedding
+    layer's output, for the teacher of their K largest entries only; maps are normalised over the tokens and compared for
     every class. Authors' code consulted for facts: brucewsy/AD-KD, `loss.py`, `glue_train.py`.
 
     Terms:
@@ -94,27 +95,26 @@ class ADKD(Method):
     Args:
         temperature: T > 0, a number or a schedule; the authors' `kd_anneal` is a `kd.schedules.Staircase` from T to 1 with as
             many steps as epochs.
-        loss: of the soft labels: `ce`, `kl` or `mse`. For regression it is the mean squared error of scores; the authors' code
-            divides both by T first, which is a weight divided by T squared.
-        reduction: of the soft labels: `batchmean` (authors' code) or `elementmean`.
-        steps: m of the integral. 1, the gradient times the input, in all published settings. Further steps are further passes
-            of the student, with dropout of their own; the gradient is taken at each scaled point, so that the attributions add
-            up to the difference of F.
-        topk: K, of the teacher's width; null keeps all.
+        loss: loss of the soft labels: `ce`, `kl` or `mse`. For regression it is the mean squared error of scores; the authors'
+            code divides both by T first, which is equivalent to a weight divided by T squared.
+        reduction: reduction of the soft loss: `batchmean` (authors' code) or `elementmean`.
+        steps: m of the integral. 1, the gradient times the input, in all published settings. Each further step is a further
+            forward pass of the student, with new dropout masks; the gradient is taken at each scaled point, so that the
+            attributions add up to the difference of F.
+        topk: K, at most the teacher's width; null for all entries.
         target: `loss`, the negative log-probability of every class (authors' code; one class of two, because both views then
             coincide), or `logit`. For regression it is the score. The authors' code takes the loss with the gold label for two
-            classes and for regression: per example and step of the integral it differs by a factor, which normalisation
-            removes where there is one step, but for maps of a regression whose residual is 0, which vanish there and do not
-            here.
-        views: `all` classes are compared (multi-view), or for each example that of its label alone, `gold` (single view).
+            classes and for regression. It differs from ours by a factor for each example and step of the integral, which
+            normalisation removes if there is one step; but their maps of a regression vanish if the residual is 0, ours do not.
+        views: `all` compares the maps of all classes (multi-view), `gold` only that of an example's label (single view).
         layers: [student layer, teacher layer] whose states the decision is attributed to; [0, 0], the embeddings, is the
             method, others are its ablation, with one step.
         norm: p of the norm over tokens, 1 or 2.
-        distance: of maps: `l2`, the square (authors' default), `l1`, `smooth_l1`.
+        distance: distance of maps: `l2`, the square (authors' default), `l1`, `smooth_l1`.
         attribution_reduction: `examples` (our choice), `tokens` (authors' code: tokens of the whole batch, so that ranks
             matter) or `norm` (paper); see `kd.functional.attribution.map_error`.
 
-    The student is differentiated twice. The teacher's maps are cached like its logits: its gradients are taken once.
+    The student is differentiated twice. The teacher's maps are cached like its logits, so its gradients are computed once.
     """
 
     names = ("task", "logits", "attribution")
@@ -163,10 +163,10 @@ class ADKD(Method):
         self.columns: list[int] | None = None
 
     def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
-        """Check K and the layers; see in which order the teacher's classes stand.
+        """Check K and the layers, and read the order of the teacher's classes.
 
         Raises:
-            InputError: for more than the models have.
+            InputError: if K exceeds the teacher's width, a model lacks a layer, or the student is not a classifier.
         """
         (teacher,) = teachers
         if self.topk is not None and self.topk > teacher.width:
@@ -186,21 +186,21 @@ class ADKD(Method):
 
     @property
     def maps(self) -> TeacherMaps:
-        """What is computed of the teacher."""
-        # With one pass the views of two classes are one map.
+        """Function that computes the teacher's maps."""
+        # With one step the maps of two classes are equal after normalisation, so the order does not matter.
         reversed_pair = self.steps > 1 and self.target == "loss" and self.columns == [1, 0]
         return TeacherMaps(self.layers[1], self.steps, self.topk, self.target, int(reversed_pair))
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
-        """The student's states, to be differentiated; the teacher's maps."""
+        """Declare the student's states, for differentiation, and the teacher's maps."""
         return Needs(hidden=[self.layers[0]], gradient=True), [Needs(derived={self.maps.name: self.maps})]
 
     def terms(self, step: Step) -> dict[str, Tensor]:
-        """The three losses."""
+        """Return the three losses."""
         student, teacher = step.student.outputs, step.teacher.outputs
         temperature = self.temperature(step.progress.fraction)
-        found = passes(step.student.run, step.student.inputs, student, self.steps, self.layers[0])
-        ours = attribution.token_maps(attribution.attributions(found, self.target, create_graph=True))
+        results = passes(step.student.run, step.student.inputs, student, self.steps, self.layers[0])
+        ours = attribution.token_maps(attribution.attributions(results, self.target, create_graph=True))
         theirs = teacher.derived(self.maps.name)
         if self.columns is not None and theirs.shape[-1] == len(self.columns):
             theirs = theirs[..., self.columns]
@@ -215,11 +215,11 @@ class ADKD(Method):
         }
 
     def batch_dependence(self) -> str:
-        """The authors' mean is over the tokens of a batch."""
+        """Return that `attribution_reduction=tokens` averages over the tokens of a batch."""
         counted = self.attribution_reduction == "tokens"
         return "method.attribution_reduction=tokens is a mean over the tokens of a batch" if counted else ""
 
 
 def view_of(maps: Tensor, labels: Tensor) -> Tensor:
-    """Of (batch, tokens, classes) maps those of the labels, (batch, tokens, 1)."""
+    """Select the maps of the labels: (batch, tokens, classes) -> (batch, tokens, 1)."""
     return maps.gather(-1, labels[:, None, None].expand(-1, maps.shape[1], 1))

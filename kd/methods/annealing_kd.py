@@ -1,4 +1,4 @@
-"""Annealing distillation, the phase that has a teacher."""
+"""Annealing knowledge distillation, phase I, which has a teacher."""
 
 from torch import Tensor
 
@@ -18,9 +18,9 @@ class AnnealingKD(Method):
     In epoch i the student's logits are pulled to the teacher's, scaled down:
     :math:`L_I(i) = \lVert z_s - \Phi(\mathcal{T}_i)\, z_t \rVert^2` with :math:`\Phi(\mathcal{T}) = 1 - (\mathcal{T} - 1) /
     \tau_{max}`, where the temperature :math:`\mathcal{T}` falls from :math:`\tau_{max}` to 1 in whole steps, so that the factor
-    takes the values :math:`1/\tau_{max}, 2/\tau_{max}, \dots, 1`, each for as many epochs. No temperature touches the student,
-    and labels are not used. Phase II is `kd.methods.finetune.Finetune` in a run that begins from this one, with an optimiser
-    and a learning-rate schedule of its own: `conf/method/annealing_kd.yaml`. Authors' code consulted for facts:
+    takes the values :math:`1/\tau_{max}, 2/\tau_{max}, \dots, 1`, each for as many epochs. The student's logits are not
+    scaled, and labels are not used. Phase II is `kd.methods.finetune.Finetune` in a run initialised from this one, with a new
+    optimiser and learning-rate schedule: `conf/method/annealing_kd.yaml`. Authors' code consulted for facts:
     huawei-noah/Efficient-NLP, `Annealing_KD/NLP_glue_tasks/annealing_kd_glue.py`.
 
     Terms:
@@ -29,8 +29,8 @@ class AnnealingKD(Method):
     Args:
         tau_max: :math:`\tau_{max}`, a whole number; 1 is plain regression of logits. 7 in the published GLUE command, 10 is the
             script's default.
-        epochs: of this phase; the authors' code lets the factor rise above 1 where `tau_max` does not divide them, here that
-            is an error.
+        epochs: number of epochs of this phase; in the authors' code the factor exceeds 1 if `tau_max` does not divide them,
+            here that is an error.
         loss: `mse`, or `kl`, the divergence from the softmax of the scaled teacher, which the paper finds worse.
         reduction: `elementmean` (authors' code, the default), or `batchmean`, the squared norm averaged over the batch.
 
@@ -56,10 +56,10 @@ class AnnealingKD(Method):
         self.reduction = checked(reduction, BATCH_MEANS, "method.reduction")
 
     def terms(self, step: Step) -> dict[str, Tensor]:
-        """The regression of scaled logits."""
+        """Return the regression loss of the scaled logits."""
         target = self.factor(step.progress.fraction) * widened(step.teacher.outputs.logits)
         return {"logits": step.task.soft(step.student.outputs.logits, target, 1.0, self.loss, self.reduction)}
 
     def describe(self) -> dict[str, str]:
-        """The factors."""
+        """Describe the factors of the teacher's logits."""
         return {"factors of the teacher's logits": ", ".join(f"{n + 1}/{self.tau_max}" for n in range(self.tau_max))}

@@ -1,4 +1,4 @@
-"""The contract of a method: what one paper adds to fine-tuning."""
+"""Interface of a distillation method, and helpers that several methods share."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +17,12 @@ ANY_TEACHERS = None
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far training has come.
+    """Progress of training.
 
     Attributes:
-        step: optimiser steps done.
-        total: optimiser steps of the whole run.
-        epoch: epochs done.
+        step: number of optimiser steps done.
+        total: number of optimiser steps of the whole run.
+        epoch: number of epochs done.
     """
 
     step: int = 0
@@ -31,13 +31,13 @@ class Progress:
 
     @property
     def fraction(self) -> float:
-        """Fraction of training done, in [0, 1]."""
+        """Fraction of training that is done, in [0, 1]."""
         return min(self.step / max(self.total, 1), 1.0)
 
 
 @dataclass
 class Step:
-    """One training step as a method sees it. Forwards run when their outputs are first read."""
+    """Inputs of a method in one training step. Forward passes run when their outputs are first read."""
 
     student: Forward
     teachers: Sequence[Forward]
@@ -45,20 +45,20 @@ class Step:
     task: Task
     progress: Progress
     peers: Sequence[Forward] = ()
-    """The other students' forwards over the same examples, detached; only where several learn together."""
+    """Forward passes of the other students over the same examples, detached; empty unless several students train together."""
     seed: int = 0
 
     def rng(self, what: str) -> np.random.Generator:
-        """A generator that all ranks and all batches of one optimiser step share, and that a resumed run finds again.
+        """Return a generator with the same state on all ranks, in all batches of an optimiser step, and in a resumed run.
 
         Args:
-            what: is decided; draws for different things are independent.
+            what: name of the random decision; generators with different names are independent.
         """
         return np.random.default_rng([self.seed, self.progress.step, *what.encode()])
 
     @property
     def teacher(self) -> Forward:
-        """The only teacher.
+        """Forward pass of the only teacher.
 
         Raises:
             ValueError: if there is none or more than one.
@@ -68,89 +68,88 @@ class Step:
         return self.teachers[0]
 
     def replace(self, **changes: object) -> "Step":
-        """A copy with some parts replaced; for `Method.prepare`."""
+        """Return a copy with some fields replaced; for `Method.prepare`."""
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
 class Method(nn.Module):
-    """What one paper adds to fine-tuning.
+    """A distillation method: the loss terms that one paper adds to fine-tuning, and the modules they need.
 
-    A subclass names its terms in `names`, says how many teachers it takes in `teachers`, builds what depends on the models
-    in `bind`, declares what it reads in `needs`, and computes unweighted scalars in `terms`. Weights come from the
-    configuration. What it learns is a submodule of it, and is not part of the exported student.
+    A subclass sets the names of its terms in `names` and its number of teachers in `teachers`, builds the parts that depend on
+    the models in `bind`, declares the outputs it reads in `needs`, and computes unweighted scalars in `terms`. Weights come
+    from the configuration. Its learned parts are its submodules, and are not part of the exported student.
     """
 
     names: tuple[str, ...] = ("task",)
-    """Names of the terms, in the order they are shown."""
+    """Names of the loss terms, in the order of logs and tables."""
 
     teachers: int | None = 1
-    """How many teachers it takes; None for any number."""
+    """Number of teachers that it needs; None for any number."""
 
     uses_teachers = True
-    """Whether it looks at its teachers at all; those of fine-tuning are there to be compared with."""
+    """True if the method reads its teachers' outputs; a teacher of plain fine-tuning is only evaluated for comparison."""
 
     def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
-        """Look at the models: build projections, resolve layer maps, freeze what is not trained.
+        """Adapt the method to the models: build projections, resolve layer maps, freeze parameters that are not trained.
 
-        It is also called with models that have shapes but no weights, to check a configuration before it costs anything.
+        It is also called with models on the meta device, to check a configuration before anything is loaded or trained.
 
         Raises:
             InputError: if the method cannot work with these models.
         """
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
-        """What the student's forward must keep, and each teacher's; no entries where only logits are read.
+        """Declare the outputs that it reads from the student and from each teacher; no teachers' entries for logits alone.
 
         Called after `bind`.
         """
         return Needs(), ()
 
     def prepare(self, step: Step) -> Step:
-        """The step with other inputs or teachers; on the device, before anything ran."""
+        """Return the step with other inputs or teachers; called on the device, before any forward pass has run."""
         return step
 
     def terms(self, step: Step) -> dict[str, Tensor]:
-        """The loss terms: name -> unweighted scalar, one for each of `names`."""
+        """Return the loss terms: name -> unweighted scalar, one for each of `names`."""
         raise NotImplementedError
 
     def after_step(self, step: Step, terms: Mapping[str, Tensor]) -> None:
-        """After a batch, and the optimiser step if there was one: delayed rewards, running statistics. `terms` are detached."""
+        """Update rewards or running statistics after a batch, and its optimiser step if any. `terms` are detached."""
 
     def describe(self) -> dict[str, str]:
-        """What `bind` resolved, in words, for the preflight."""
+        """Describe what `bind` resolved, for the preflight: name -> text."""
         return {}
 
     def batch_dependence(self) -> str:
-        """Why the examples of a batch are not independent of each other in its terms; empty where they are.
+        """Return the reason why the loss of an example depends on the others of its batch; empty if it does not.
 
-        Where it says something, the result depends on how a global batch is split over ranks or accumulated, and the
-        preflight tells.
+        If it does, results depend on how a global batch is split over ranks or accumulated, and the preflight reports it.
         """
         return ""
 
 
 def needs_of_teachers(methods: Iterable[Method], count: int) -> list[Needs]:
-    """What each of some frozen teachers must keep: whatever any of the methods declares."""
-    found = [Needs()] * count
-    for method in methods if count else ():  # one that is trained with the students is not frozen
+    """Return, for each frozen teacher, the union of the needs that the methods declare for it."""
+    union = [Needs()] * count
+    for method in methods if count else ():  # the needs of a teacher that is trained with the students are not counted here
         theirs = method.needs()[1] or [Needs()] * count
-        found = [both | needs for both, needs in zip(found, theirs, strict=True)]
-    return found
+        union = [both | needs for both, needs in zip(union, theirs, strict=True)]
+    return union
 
 
 def match_width(student: int, teacher: int) -> nn.Module:
-    """A learned linear map from the student's width to the teacher's; the identity where they are equal.
+    """Return a learned linear map from the student's width to the teacher's; the identity if they are equal.
 
-    Papers that need equal widths get the identity, so the map adds nothing to them (our choice for the others).
+    For papers that require equal widths this adds nothing; the map for other widths is our choice.
     """
     return nn.Identity() if student == teacher else nn.Linear(student, teacher)
 
 
 def projection(student: int, teacher: int) -> nn.Linear:
-    """A learned linear map from the student's width to the teacher's, also where they are equal.
+    """Return a learned linear map from the student's width to the teacher's, also if they are equal.
 
-    There it begins as the identity (our choice: a student that begins with the teacher's layers begins in its space), else as
-    `torch.nn.Linear` does.
+    For equal widths it is initialised as the identity (our choice: the states of a student initialised with the teacher's
+    layers are already in the teacher's space), otherwise as `torch.nn.Linear` is.
     """
     linear = nn.Linear(student, teacher)
     if student == teacher:
@@ -160,9 +159,9 @@ def projection(student: int, teacher: int) -> nn.Linear:
 
 
 def freeze_above(student: Encoder, layer: int) -> None:
-    """Freeze what no loss on layers up to this one reaches: later blocks, the pooler and the head.
+    """Freeze the parameters that a loss on layers up to `layer` cannot reach: later blocks, the pooler and the head.
 
-    What these share with the part below stays trained, as the word embeddings of a masked language model.
+    Parameters that these share with the layers below stay trainable, like the word embeddings of a masked language model.
     """
     blocks = [student.base.get_submodule(f"{student.family.blocks}.{index}") for index in range(student.depth)]
     below = [student.base.get_submodule(student.family.embeddings), *blocks[:layer]]
@@ -175,10 +174,10 @@ def freeze_above(student: Encoder, layer: int) -> None:
 
 
 def check_heads(student: Encoder, teacher: FrozenTeacher) -> None:
-    """Whether attention can be compared head by head.
+    """Check that attention can be compared head by head.
 
     Raises:
-        InputError: if one has more heads than the other.
+        InputError: if student and teacher have different numbers of heads.
     """
     if student.heads != teacher.heads:
         cure = f"set student.heads={teacher.heads}"

@@ -1,4 +1,4 @@
-"""BERT-EMD: many-to-many layer mapping by transport."""
+"""BERT-EMD: many-to-many layer mapping by optimal transport."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -20,7 +20,7 @@ from kd.schedules import Schedule
 from kd.values import number
 
 ERRORS = {"attention": score_error, "hidden": token_error}
-"""What is transported, and what a unit of it costs between two layers."""
+"""Transported kinds of outputs -> the function that computes the unit cost between a student and a teacher layer."""
 SIDES = ("student", "teacher")
 
 
@@ -28,7 +28,7 @@ class BertEMD(Method):
     r"""BERT-EMD (Li, Liu, Zhao, Xu, Yang, Jin, EMNLP 2020, arXiv:2010.06133): every layer may learn from every layer.
 
     :math:`L = \beta [\theta (L_{att} + L_{hid}) + L_{emb}] + L_{pred}`. Of M student and N teacher layers all M x N pairs are
-    compared; the cheapest plan F that moves the student's masses to the teacher's says how much each pair counts, and layers
+    compared; the cheapest plan F that moves the student's masses to the teacher's is the weight of each pair, and layers
     that were cheap to transport get more mass at the next step (cost attention). Authors' code consulted for facts:
     lxk00/BERT-EMD, `bert_emd/emd_task_distill.py`.
 
@@ -37,42 +37,43 @@ class BertEMD(Method):
         `logits`: :math:`L_{pred}` without its factor. Weight alpha T^2 / reduce_T.
         `embedding`: :math:`L_{emb} = MSE(W h_0^s, h_0^t)`. Weight beta.
         `hidden`: :math:`L_{hid} = \sum_{ij} F_{ij} MSE(W h_i^s, h_j^t)`. Weight beta theta.
-        `attention`: :math:`L_{att} = \sum_{ij} F_{ij} MSE(A_i^s, A_j^t)` of scores before softmax, with an F of its own. Weight
+        `attention`: :math:`L_{att} = \sum_{ij} F_{ij} MSE(A_i^s, A_j^t)` of scores before softmax, with a separate F. Weight
             beta theta.
 
     Ablations of the paper are weights of 0, `update=none` and `mapping=uniform`.
 
     Args:
-        update: of the masses. `softmax2`, two softmaxes, is what the code did for the published numbers (the authors say so);
+        update: update of the masses. `softmax2`, two softmaxes, is the code of the published numbers (the authors say so);
             `softmax` is the paper; `sum` is the authors' later code; `none` leaves them uniform.
-        tau: T_emd > 0, of the first softmax.
-        separate: attention and hidden states have masses of their own. Otherwise they share the mean of both, which is taken
-            after the first softmax: of `softmax2` the second is applied to that mean (authors' code).
-        mapping: `emd`; or a fixed map in place of the plan: a name of `kd.functional.layer_maps`, of which `uniform` is
+        tau: T_emd > 0, temperature of the first softmax.
+        separate: whether attention and hidden states have separate masses. Otherwise both have the mean of the two, taken
+            after the first softmax; the second softmax of `softmax2` is applied to that mean (authors' code).
+        mapping: `emd`; or a fixed map instead of the plan: a name of `kd.functional.layer_maps`, of which `uniform` is
             TinyBERT's, or a list of [student layer, teacher layer]. Its pairs have equal parts of a mass of 1 (our choice: the
-            scale of a transport, where TinyBERT sums over pairs); nothing is updated.
-        share_projection: one W for the embeddings and all layers (authors' code), or one for each.
+            scale of a transport, where TinyBERT sums over pairs), and masses are not updated.
+        share_projection: whether the embeddings and all layers share one W (authors' code); otherwise each has its own.
         padding: `strict` averages over real tokens (our choice, the loss does not depend on how far a batch is padded);
             `reference` over all (authors' code).
         temperature: T > 0, a number or a schedule.
-        loss: of the soft labels. `ce`, the soft cross entropy, is the code's.
-        reduction: of the soft labels. `elementmean`, over batch and classes, is the code's.
-        teacher_dropout: the authors' code leaves it on, by oversight; the teacher then runs at every step. Ours is off.
+        loss: loss of the soft labels. The authors' code uses `ce`, the soft cross entropy.
+        reduction: reduction of the soft loss. The authors' code uses `elementmean`, over batch and classes.
+        teacher_dropout: whether the teacher runs with dropout, and therefore at every step. The authors' code leaves it on, by
+            oversight; ours is off.
 
-    W is learned also where widths are equal, as in the code; there it begins as the identity (our choice).
+    W is learned also if widths are equal, as in the authors' code; it is then initialised as the identity (our choice).
 
-    The plan is solved for the costs of the global batch, so ranks share it, and the masses. Masses move after each batch. In
-    the code each process has its own. Teachers have the head they were fine-tuned with; in the code there is a ReLU before the
-    classifier that they were not trained with.
+    The plan is solved for the costs of the global batch, so ranks share it and the masses. Masses are updated after each batch.
+    In the authors' code each process has its own plan and masses. Teachers have the head they were fine-tuned with; in the
+    authors' code there is a ReLU before the classifier that was not there in fine-tuning.
 
-    The last plans and the masses for the next step are in every checkpoint, as in `plans`: `plan_hidden` and `plan_attention`,
+    The last plans and the masses for the next step are in every checkpoint, and in `plans()`: `plan_hidden`, `plan_attention`,
     (student layers, teacher layers), zeros before the first step; `student_hidden`, `student_attention`, (student layers,), and
     `teacher_hidden`, `teacher_attention`, (teacher layers,):
 
         state = torch.load("<run>/checkpoints/best.ckpt", weights_only=True)["state_dict"]
-        state["method.plan_hidden"]  # [i - 1, j - 1]: how much student layer i has to do with teacher layer j
+        state["method.plan_hidden"]  # [i - 1, j - 1]: weight of the pair of student layer i and teacher layer j
 
-    The key is that of one student without a pool: a pool's copies are `method.each.0` and so on, a cohort's
+    The key is for one student without a pool; with a pool the methods are `method.each.0` and so on, in a cohort
     `methods.student-<name>`. With `trainer.selection=last` the exported student is that of `last.ckpt`.
     """
 
@@ -107,18 +108,19 @@ class BertEMD(Method):
         self.pairs: layer_maps.Pairs = ()
         self.projections = nn.ModuleDict()
         self.solved: dict[str, tuple[Tensor, Tensor]] = {}
-        """Of the last batch, until `after_step`: term -> costs and plan, on the CPU."""
+        """Costs and plan of the last batch for each term, on the CPU; emptied by `after_step`."""
 
     @property
     def solves(self) -> bool:
-        """Return whether the plan is solved for, and not fixed."""
+        """True if the plan is solved for; False for a fixed layer map."""
         return self.mapping == "emd"
 
     def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
-        """Compare heads, list the pairs, make projections and masses.
+        """Check the heads, list the pairs of layers, create projections and masses.
 
         Raises:
-            InputError: if student and teacher differ in heads, which are matched one by one, or a fixed map cannot be.
+            InputError: if student and teacher differ in their number of heads, which are matched one by one, or a fixed map
+                does not suit their depths.
         """
         (teacher,) = teachers
         check_heads(student, teacher)
@@ -137,25 +139,25 @@ class BertEMD(Method):
     def _pairs(self, student: int, teacher: int) -> layer_maps.Pairs:
         if self.solves:
             return tuple((ours, theirs) for ours in range(1, student + 1) for theirs in range(1, teacher + 1))
-        found = layer_maps.resolve(self.mapping, student, teacher, "method.mapping")
-        pairs = tuple(pair for pair in found if pair != (0, 0))  # the term `embedding`
+        listed = layer_maps.resolve(self.mapping, student, teacher, "method.mapping")
+        pairs = tuple(pair for pair in listed if pair != (0, 0))  # the term `embedding` compares the embeddings
         if not pairs or any(0 in pair for pair in pairs):
             raise InputError(
-                f"the layer map '{self.mapping}' gives the pairs {layer_maps.describe(found)}; it must give at least one, of "
+                f"the layer map '{self.mapping}' gives the pairs {layer_maps.describe(listed)}; it must give at least one, of "
                 "layers from 1 on: embeddings have a term of their own",
                 "method.mapping",
             )
         return pairs
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
-        """Attention and states of every layer that is compared, and the embeddings."""
+        """Declare attention and hidden states of every layer that is compared, and the embeddings."""
         ours, theirs = ({pair[side] for pair in self.pairs} for side in range(2))
         return Needs(hidden={0, *ours}, attention=ours), [
             Needs(hidden={0, *theirs}, attention=theirs, dropout=self.teacher_dropout)
         ]
 
     def terms(self, step: Step) -> dict[str, Tensor]:
-        """The objective, term by term."""
+        """Return the loss terms listed in the class docstring."""
         student, teacher = step.student.outputs, step.teacher.outputs
         layers = sorted({ours for ours, _ in self.pairs})
         ours = {
@@ -180,42 +182,42 @@ class BertEMD(Method):
         mask: Tensor,
         weight: float,
     ) -> dict[str, Tensor]:
-        """The plan of each term, (student layers, teacher layers) on the CPU.
+        """Return the plan of each term, (student layers, teacher layers) on the CPU.
 
         Args:
-            ours: of each term what the student's layers show.
-            theirs: of each term what a teacher's layer shows, by its number.
+            ours: term -> student layer -> its scores or projected states.
+            theirs: term -> function that returns the scores or states of a teacher layer.
             mask: (batch, tokens), bool, False on padding.
-            weight: what this rank's batch counts for.
+            weight: weight of this rank's batch in the mean over ranks.
 
         Under DDP the costs are means over the ranks, from one exchange.
         """
         if not self.solves:
             return {kind: self._kept(f"plan_{kind}") for kind in ERRORS}
-        mine = torch.stack([self._costs(kind, ours[kind], theirs[kind], mask) for kind in ERRORS])
-        (shared,) = distributed.mean([weight * mine])
+        local = torch.stack([self._costs(kind, ours[kind], theirs[kind], mask) for kind in ERRORS])
+        (shared,) = distributed.mean([weight * local])
         costs = dict(zip(ERRORS, shared.cpu(), strict=True))
         masses = {kind: [self._kept(f"{side}_{kind}") for side in SIDES] for kind in ERRORS}
         self.solved = {}
         if not all(cost.isfinite().all() for cost in costs.values()):
-            # The terms are not finite either, which the engine says better than a solver could.
+            # The terms are not finite either; the engine reports that with a clearer message than the solver would.
             return {kind: torch.outer(*masses[kind]) for kind in ERRORS}
         self.solved = {kind: (costs[kind], plan(costs[kind], *masses[kind])) for kind in ERRORS}
         return {kind: flow for kind, (_, flow) in self.solved.items()}
 
     @torch.no_grad()
     def _costs(self, kind: str, ours: Mapping[int, Tensor], theirs: Callable[[int], Tensor], mask: Tensor) -> Tensor:
-        """Of all pairs, (student layers, teacher layers). The scores of one teacher layer exist at a time."""
+        """Return unit costs of all pairs, (student layers, teacher layers); one teacher layer's scores are held at a time."""
         columns = []
         for layer in range(1, self.get_buffer(f"plan_{kind}").shape[1] + 1):
             target = theirs(layer)
-            columns.append(torch.stack([ERRORS[kind](own, target, mask, self.padding) for own in ours.values()]))
+            columns.append(torch.stack([ERRORS[kind](states, target, mask, self.padding) for states in ours.values()]))
         return torch.stack(columns, dim=1)
 
     def _transported(
         self, kind: str, flow: Tensor, ours: Mapping[int, Tensor], theirs: Callable[[int], Tensor], mask: Tensor
     ) -> Tensor:
-        """The cost of the plan; only pairs that mass moves between are compared, now with gradients."""
+        """Return the cost of the plan, with gradients; pairs with a weight of zero are left out."""
         parts = [
             share * ERRORS[kind](ours[layer], theirs(other), mask, self.padding)
             for layer, other in self.pairs
@@ -224,37 +226,37 @@ class BertEMD(Method):
         return torch.stack(parts).sum()
 
     def _projected(self, layer: int, states: Tensor) -> Tensor:
-        found: Tensor = self.projections["all" if self.share_projection else str(layer)](states)
-        return found
+        projected: Tensor = self.projections["all" if self.share_projection else str(layer)](states)
+        return projected
 
     def _kept(self, name: str) -> Tensor:
         return self.get_buffer(name).cpu()
 
     @torch.no_grad()
     def after_step(self, step: Step, terms: Mapping[str, Tensor]) -> None:
-        """Keep the plan, and let the masses follow its costs."""
+        """Store the plan, and update the masses from its costs."""
         solved, self.solved = self.solved, {}
         for kind, (_, flow) in solved.items():
             self.get_buffer(f"plan_{kind}").copy_(flow)
         if not solved or self.update == "none":
             return
         for side in SIDES:
-            moved = {kind: (*self._seen_from(side, *solved[kind]), self._kept(f"{side}_{kind}")) for kind in ERRORS}
-            counted = {kind: [moved[kind]] if self.separate else list(moved.values()) for kind in ERRORS}
-            found = {kind: shared_cost_attention(counted[kind], self.update, self.tau) for kind in ERRORS}
-            for kind in ERRORS:  # not before, because the old masses are views of these
-                self.get_buffer(f"{side}_{kind}").copy_(found[kind])
+            transports = {kind: (*self._seen_from(side, *solved[kind]), self._kept(f"{side}_{kind}")) for kind in ERRORS}
+            counted = {kind: [transports[kind]] if self.separate else list(transports.values()) for kind in ERRORS}
+            masses = {kind: shared_cost_attention(counted[kind], self.update, self.tau) for kind in ERRORS}
+            for kind in ERRORS:  # in a second loop, because the old masses may share memory with these buffers
+                self.get_buffer(f"{side}_{kind}").copy_(masses[kind])
 
     @staticmethod
     def _seen_from(side: str, cost: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
         return (flow, cost) if side == "student" else (flow.T, cost.T)
 
     def plans(self) -> dict[str, Tensor]:
-        """The last plans and the masses for the next step, as copies on the CPU; names and shapes as in a checkpoint."""
+        """Return copies on the CPU of the last plans and the next step's masses; names and shapes as in a checkpoint."""
         return {name: buffer.detach().cpu().clone() for name, buffer in self.named_buffers(recurse=False)}
 
     def describe(self) -> dict[str, str]:
-        """What is compared with what."""
+        """Describe the layer map."""
         student, teacher = self.get_buffer("plan_hidden").shape
         if not self.solves:
             return {"layer map (student<-teacher)": layer_maps.describe(self.pairs)}
@@ -262,6 +264,6 @@ class BertEMD(Method):
         return {"layer map (student<-teacher)": f"{student} x {teacher} pairs by transport, {masses}"}
 
     def batch_dependence(self) -> str:
-        """Batches that are accumulated have plans of their own; a mean over padding depends on how far a batch is padded."""
-        why = ["each accumulated batch has a transport plan of its own (ranks share it)"] * self.solves
-        return "; ".join([*why, *["padding=reference averages over padding"] * (self.padding == "reference")])
+        """Return that each accumulated batch has its own plan, and that a mean over padding depends on the batch's length."""
+        reasons = ["each accumulated batch has a transport plan of its own (ranks share it)"] * self.solves
+        return "; ".join([*reasons, *["padding=reference averages over padding"] * (self.padding == "reference")])

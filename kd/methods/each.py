@@ -1,4 +1,4 @@
-"""A method of one teacher, copied for each of several: what pools have in common."""
+"""Copies of a one-teacher method for several teachers: helpers of the methods for teacher pools."""
 
 import copy
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from kd.models import Encoder, FrozenTeacher
 
 
 def copies(inner: Method, count: int) -> nn.ModuleList:
-    """A copy of a method of one teacher for each of several.
+    """Return one copy of a one-teacher method for each of `count` teachers.
 
     Raises:
-        InputError: if it takes several itself.
+        InputError: if the method takes several teachers.
     """
     if inner.teachers is not None and inner.teachers != 1:
         raise InputError(f"a pool shows a method one teacher at a time, this method takes {inner.teachers}", "pool")
@@ -23,10 +23,10 @@ def copies(inner: Method, count: int) -> nn.ModuleList:
 
 
 def inner_of(each: nn.ModuleList, index: int) -> Method:
-    """The copy that is bound to the teacher at this place."""
-    found = each[index]
-    assert isinstance(found, Method)
-    return found
+    """Return the copy that is bound to the teacher with this index."""
+    method = each[index]
+    assert isinstance(method, Method)
+    return method
 
 
 def bind_each(each: nn.ModuleList, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
@@ -36,7 +36,7 @@ def bind_each(each: nn.ModuleList, student: Encoder, teachers: Sequence[FrozenTe
 
 
 def needs_of_each(each: nn.ModuleList) -> tuple[Needs, Sequence[Needs]]:
-    """The union of what the copies need of the student, and what each needs of its teacher."""
+    """Return the union of the copies' needs of the student, and each copy's needs of its teacher."""
     ours, theirs = Needs(), []
     for index in range(len(each)):
         of_student, of_teacher = inner_of(each, index).needs()

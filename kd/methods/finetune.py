@@ -1,4 +1,4 @@
-"""Fine-tuning without a teacher: the baseline of every table."""
+"""Fine-tuning without a teacher, the baseline of every comparison."""
 
 from torch import Tensor
 
@@ -8,8 +8,8 @@ from kd.methods.base import ANY_TEACHERS, Method, Step
 class Finetune(Method):
     """Plain fine-tuning on the labels.
 
-    A configured teacher is never run in training. It still gives the student its shape and initialisation, so that the
-    baseline starts where the distilled students start, and the closing comparison.
+    A configured teacher is never run in training. The student's shape and initialisation are still taken from it, so that the
+    baseline starts as the distilled students do, and it is evaluated in the comparison at the end.
 
     Terms: `task`, the task's hard loss (cross entropy in nats, or mean squared error), mean over the batch.
     """
@@ -19,5 +19,5 @@ class Finetune(Method):
     uses_teachers = False
 
     def terms(self, step: Step) -> dict[str, Tensor]:
-        """The hard loss."""
+        """Return the hard loss."""
         return {"task": step.task.hard(step.student.outputs.logits, step.batch.labels)}

@@ -1,4 +1,4 @@
-"""Distillation of logits."""
+"""Knowledge distillation of logits, and checks of options that several methods share."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from kd.schedules import Schedule, as_schedule, extremes
 from kd.values import number, shown, switch, word
 
 TEMPERATURES = (1e-3, 1e4)
-"""The coldest and the hottest."""
+"""Lowest and highest temperature allowed."""
 
 BATCH_MEANS = tuple(name for name in REDUCTIONS if name not in ("sum", "none"))
 """Reductions whose value does not depend on the batch size: a sum over the batch would change with ranks and accumulation."""
@@ -30,7 +30,7 @@ class KD(Method):
     Args:
         temperature: T > 0, on both sides; a number or a schedule.
         loss: `kl`; `ce`, the soft cross entropy without T squared; or `mse` of raw logits.
-        reduction: `batchmean`; or `elementmean`, which PKD's code uses and which divides the soft loss by the classes.
+        reduction: `batchmean`; or `elementmean`, which PKD's code uses: it divides the soft loss by the number of classes.
     """
 
     names = ("task", "logits")
@@ -42,7 +42,7 @@ class KD(Method):
         self.reduction = checked(reduction, BATCH_MEANS, "method.reduction")
 
     def terms(self, step: Step) -> dict[str, Tensor]:
-        """The hard and the soft loss."""
+        """Return the hard and the soft loss."""
         student, teacher = step.student.outputs, step.teacher.outputs
         temperature = self.temperature(step.progress.fraction)
         return {
@@ -52,16 +52,16 @@ class KD(Method):
 
 
 def checked(value: str, allowed: tuple[str, ...], key: str) -> str:
-    """A word of a closed list.
+    """Check that an option has one of the allowed values, and return it.
 
     Raises:
-        InputError: for another word.
+        InputError: for any other value.
     """
     return word(value, allowed, key)
 
 
 def checked_switch(value: bool, key: str) -> bool:
-    """A truth value.
+    """Check that an option is true or false, and return it.
 
     Raises:
         InputError: for anything else.
@@ -70,19 +70,19 @@ def checked_switch(value: bool, key: str) -> bool:
 
 
 def checked_temperature(value: "float | Schedule", key: str = "method.temperature") -> Schedule:
-    """A temperature as a schedule, in [0.001, 10000] throughout.
+    """Convert a temperature to a schedule and check that it stays in [0.001, 10000].
 
-    Colder, logits of ordinary size would leave float32's range; hotter, nothing is left of them.
+    At lower temperatures logits of ordinary size would overflow float32; at higher ones their differences vanish.
 
     Raises:
-        InputError: for something that is no number, or out of that range.
+        InputError: for a value that is not a number, or is outside that range.
     """
     try:
         schedule = as_schedule(value)
     except (TypeError, ValueError) as error:
         raise InputError(f"{key}={shown(value)} is not a number", key) from error
-    for reached in extremes(schedule):
-        if not reached > 0:
-            raise InputError(f"{key} is {reached}, it must be positive", key)
-        number(reached, key, *TEMPERATURES)
+    for extreme in extremes(schedule):
+        if not extreme > 0:
+            raise InputError(f"{key} is {extreme}, it must be positive", key)
+        number(extreme, key, *TEMPERATURES)
     return schedule

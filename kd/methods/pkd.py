@@ -35,12 +35,12 @@ class PKD(Method):
         temperature: T > 0, a number or a schedule.
         normalize: scale [CLS] to unit length. Eq. 7 does; in the authors' code it is a switch, and four of their seven
             best runs have it off.
-        loss: of the soft labels. The paper writes the cross entropy (`ce`); the authors' code takes the divergence times
+        loss: loss of the soft labels. The paper uses the cross entropy (`ce`); the authors' code takes the divergence times
             T squared (`kl`, the default).
-        reduction: of the soft labels. The default `elementmean` is the authors' code's, so the alphas they publish carry
-            over; `batchmean` is the divergence proper.
-        hidden_reduction: of the patience term. The default `elements` is the authors' code's, so the betas they publish
-            carry over; `vectors` averages over batch and layers only; `examples` averages over the batch only, which is
+        reduction: reduction of the soft loss. The default `elementmean` is that of the authors' code, so the alphas they
+            publish apply; `batchmean` is the divergence proper.
+        hidden_reduction: reduction of the patience term. The default `elements` is that of the authors' code, so the betas they
+            publish apply; `vectors` averages over batch and layers only; `examples` averages over the batch only, which is
             eq. 7 divided by the batch size.
 
     The paper sums its terms over the batch. We offer means over the batch only, because a sum changes with the number of
@@ -72,7 +72,11 @@ class PKD(Method):
         self.project: nn.Module = nn.Identity()
 
     def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
-        """Resolve the layer map; match widths."""
+        """Resolve the layer map, and create the map between widths.
+
+        Raises:
+            InputError: for a layer map that does not suit the depths, or that has no pairs.
+        """
         (teacher,) = teachers
         self.pairs = layer_maps.resolve(self.layers, student.depth, teacher.depth)
         if not self.pairs:
@@ -84,11 +88,11 @@ class PKD(Method):
         self.project = match_width(student.width, teacher.width)
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
-        """The paired layers' [CLS] states."""
+        """Declare the [CLS] states of the paired layers."""
         return Needs(cls=[ours for ours, _ in self.pairs]), [Needs(cls=[theirs for _, theirs in self.pairs])]
 
     def terms(self, step: Step) -> dict[str, Tensor]:
-        """Eq. 8, term by term."""
+        """Return the terms of eq. 8."""
         student, teacher = step.student.outputs, step.teacher.outputs
         temperature = self.temperature(step.progress.fraction)
         ours = torch.stack([student.cls(layer) for layer, _ in self.pairs], dim=1)
@@ -100,5 +104,5 @@ class PKD(Method):
         }
 
     def describe(self) -> dict[str, str]:
-        """The layer map."""
+        """Describe the layer map."""
         return {"layer map (student<-teacher)": layer_maps.describe(self.pairs)}

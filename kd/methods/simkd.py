@@ -1,4 +1,4 @@
-"""Distillation with the teacher's classifier reused."""
+"""Distillation that reuses the teacher's classifier."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,12 +20,12 @@ FEATURES = ("pooled", "cls", "tokens")
 
 
 class Reused(nn.Module):
-    """A frozen linear layer of a teacher behind learned linear maps to its width.
+    """Learned linear maps to the teacher's width, followed by a frozen linear layer of the teacher.
 
     Args:
-        layer: whose weights are copied.
+        layer: the layer whose weights are copied.
         project: the maps.
-        rows: of the layer's outputs, in the order in which they are wanted; None keeps them as they are.
+        rows: indices of the layer's outputs in their new order; None keeps the order.
     """
 
     def __init__(self, layer: nn.Linear, project: nn.Sequential, rows: Sequence[int] | None = None) -> None:
@@ -38,13 +38,13 @@ class Reused(nn.Module):
         self.layer.requires_grad_(False)
 
     def forward(self, states: Tensor) -> Tensor:
-        """(..., student's width) -> (..., outputs of the layer)."""
+        """Apply the maps and the layer: (..., student's width) -> (..., outputs of the layer)."""
         outputs: Tensor = self.layer(self.project(states))
         return outputs
 
     @torch.no_grad()
     def plain(self) -> nn.Linear:
-        """The product of all maps: one linear layer with the same outputs."""
+        """Return one linear layer with the same outputs: the product of all maps."""
         maps = [module for module in (*self.project, self.layer) if isinstance(module, nn.Linear)]
         weight, bias = maps[0].weight.double(), maps[0].bias.double()
         for following in maps[1:]:
@@ -58,32 +58,33 @@ class Reused(nn.Module):
 class SimKD(Method):
     r"""Knowledge distillation with the reused teacher classifier (Chen et al., CVPR 2022, arXiv:2203.14001), for BERT.
 
-    :math:`L = \lVert P(f_s) - f_t \rVert^2` alone: the student's own classifier is thrown away, its features are projected to
-    the teacher's, and what predicts, in validation, evaluation and the exported model, is the teacher's frozen classifier
-    behind the projector P. The paper is about images, and has no result for text: everything below is our adaptation.
+    :math:`L = \lVert P(f_s) - f_t \rVert^2` alone: the student's classifier is discarded, its features are projected to
+    the teacher's, and predictions, in validation, evaluation and the exported model, come from the teacher's frozen classifier
+    applied to the output of the projector P. The paper is about images, and has no result for text: everything below is our
+    adaptation.
     Authors' code consulted for facts: DefangChen/SimKD, `models/util.py`.
 
     Terms:
         `feature`: the loss above, a mean over the elements of a vector and over the examples; of `tokens` over the tokens that
             `padding` names as well. The authors' code takes the mean over all elements of its feature maps. Weight 1.
-        `task`, `logits`: hard and soft loss of what the reused classifier says; the authors' switches -c and -d. Weights 0.
+        `task`, `logits`: hard and soft loss of the reused classifier's logits; the authors' switches -c and -d. Weights 0.
 
     Args:
         feature: `pooled`, the vector that the classifier reads, so that only the classifier is reused; `cls`, the last state
             of [CLS], or `tokens`, all last states, so that the teacher's pooler is reused too. The two latter need a student
             of the teacher's width: the pooler of a plain BERT is square.
-        padding: of `tokens`: `strict` averages over real tokens of an example, then over examples (our choice; images
-            have no padding); `reference` averages over all elements, padding included, which is the authors' mean.
-        factor: r; 1 is one linear map, larger ones are two linear maps through the teacher's width / r, null is no projector,
+        padding: reduction for `tokens`: `strict` averages over real tokens of an example, then over examples (our choice;
+            images have no padding); `reference` averages over all elements, padding included, which is the authors' mean.
+        factor: r; 1 is one linear map, larger values are two linear maps through the teacher's width / r, null is no projector,
             for a student of the teacher's width. The paper's projector is convolutions with ReLU, and r = 2.
-        temperature: of `logits`, T > 0, a number or a schedule. 4 in the authors' toolbox.
-        loss: of `logits`: `kl`, `ce` or `mse`.
-        reduction: of `logits`: `batchmean` or `elementmean`.
+        temperature: temperature of `logits`, T > 0, a number or a schedule. 4 in the authors' toolbox.
+        loss: loss of `logits`: `kl`, `ce` or `mse`.
+        reduction: reduction of `logits`: `batchmean` or `elementmean`.
 
     The projector is linear (our choice) because the product of linear maps and a classifier is a classifier: the export is a
-    plain transformers model of the student's shape. With `pooled` the student's own pooler, a linear layer and tanh (in
-    DistilBERT ReLU), is the projector's nonlinear part. There is no ReLU at its end: features of BERT are signed. One map
-    begins as the identity where widths are equal (our choice). Dropout before the reused layers is off.
+    plain transformers model of the student's shape. With `pooled` the student's pooler, a linear layer and tanh (in
+    DistilBERT ReLU), is the projector's nonlinear part. There is no ReLU at its end: features of BERT are signed. A single map
+    is initialised as the identity if widths are equal (our choice). Dropout before the reused layers is off.
     """
 
     names = ("task", "logits", "feature")
@@ -115,10 +116,11 @@ class SimKD(Method):
         self.depths = (0, 0)
 
     def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
-        """Put the teacher's frozen layers and the projector in the place of the student's.
+        """Replace the student's last layers by the projector and the teacher's frozen layers.
 
         Raises:
-            InputError: for models without a classifier, several teachers, or widths that cannot be exported.
+            InputError: for models without a classifier, a teacher that is trained, several teachers, or widths or families that
+                cannot be exported.
         """
         (teacher,) = teachers
         if self.feature != "pooled" and student.width != teacher.width:
@@ -164,7 +166,7 @@ class SimKD(Method):
         self.depths = (student.depth, teacher.depth)
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
-        """The feature, of both."""
+        """Declare the feature of student and teacher."""
         ours, theirs = (
             {
                 "pooled": Needs(pooled=True),
@@ -176,7 +178,7 @@ class SimKD(Method):
         return ours, [theirs]
 
     def terms(self, step: Step) -> dict[str, Tensor]:
-        """The distance of features, and the losses of what the reused classifier says."""
+        """Return the distance of features, and the losses of the reused classifier's logits."""
         student, teacher = step.student.outputs, step.teacher.outputs
         model: Any = step.student.model
         path = model.family.outputs if self.feature == "pooled" else model.family.pooler
@@ -196,17 +198,17 @@ class SimKD(Method):
         }
 
     def batch_dependence(self) -> str:
-        """Padding, where it counts."""
+        """Return that a mean over padding depends on the batch, for `padding=reference`."""
         return "method.padding=reference averages over padding too" if self.padding == "reference" else ""
 
     def describe(self) -> dict[str, str]:
-        """What predicts."""
+        """Describe the layers that make predictions."""
         reused = "classifier" if self.feature == "pooled" else "pooler and classifier"
         return {"what predicts": f"the teacher's frozen {reused}, behind a learned linear map of the student's features"}
 
 
 def projector(student: int, teacher: int, factor: int | None) -> nn.Sequential:
-    """Linear maps from the student's width to the teacher's: one, two through the teacher's width / factor, or none."""
+    """Build the linear maps from student to teacher width: one, or two through the teacher's width / factor, or none."""
     if factor is None:
         return nn.Sequential()
     if factor == 1:
@@ -215,6 +217,6 @@ def projector(student: int, teacher: int, factor: int | None) -> nn.Sequential:
 
 
 def squared_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of two vectors for each example, (batch, width) each; no gradient flows to the teacher's."""
+    """Return the mean squared difference of vectors (batch, width); no gradient flows to the teacher's."""
     student = at_least_float32(student)
     return nn.functional.mse_loss(student, teacher.detach().to(student.dtype))

@@ -15,17 +15,17 @@ class Stochastic(Method):
 
     At each optimiser step a teacher :math:`i \sim Cat(p_1 .. p_N)` is drawn and the step is the inner method's with that
     teacher alone. The paper's inner loss is the soft cross entropy (`conf/method/skdbert.yaml`); any method of one teacher
-    will do. Ranks and accumulated batches share the draw, a resumed run finds it again, and only the drawn teacher runs.
+    can be used. Ranks and accumulated batches share the draw, a resumed run repeats it, and only the drawn teacher runs.
 
     In expectation the gradient for `ce` and `kl` is that of distilling the probability-averaged ensemble (`Ensemble`).
 
-    What the inner method learns (projections) is learnt for each teacher separately. Of a teacher that is not drawn it takes
-    part in the sum with weight zero, so that every rank has a gradient for every parameter.
+    Parameters of the inner method (projections) are learned for each teacher separately. Those of teachers that are not drawn
+    are added to the loss with weight zero, so that every rank has a gradient for every parameter.
 
     Terms: the inner method's.
 
     Args:
-        inner: a method of one teacher, not bound.
+        inner: a method of one teacher; `bind` has not been called.
         probabilities: one for each teacher, adding up to 1.
     """
 
@@ -41,20 +41,20 @@ class Stochastic(Method):
         bind_each(self.each, student, teachers)
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
-        """Of the student whatever any teacher asks for; of a teacher what it is asked for itself."""
+        """Declare the union of what the copies read from the student, and from each teacher what its copy reads."""
         return needs_of_each(self.each)
 
     def drawn(self, step: Step) -> int:
-        """The place of the teacher of this step."""
+        """Return the index of the teacher of this step."""
         return int(step.rng("teacher").choice(len(self.each), p=self.probabilities))
 
     def prepare(self, step: Step) -> Step:
-        """The step with the drawn teacher alone."""
+        """Return the step with the drawn teacher alone."""
         index = self.drawn(step)
         return inner_of(self.each, index).prepare(step.replace(teachers=[step.teachers[index]]))
 
     def terms(self, step: Step) -> dict[str, Tensor]:
-        """The inner method's terms with the drawn teacher."""
+        """Return the inner method's terms for the drawn teacher."""
         index = self.drawn(step)
         one = step if len(step.teachers) == 1 else step.replace(teachers=[step.teachers[index]])
         terms = inner_of(self.each, index).terms(one)
@@ -65,14 +65,14 @@ class Stochastic(Method):
         return terms
 
     def after_step(self, step: Step, terms: Mapping[str, Tensor]) -> None:
-        """Of the drawn teacher's copy."""
+        """Call `after_step` of the drawn teacher's copy."""
         inner_of(self.each, self.drawn(step)).after_step(step, terms)
 
     def batch_dependence(self) -> str:
-        """As of the method that it wraps."""
+        """Return the inner method's reason."""
         return inner_of(self.each, 0).batch_dependence()
 
     def describe(self) -> dict[str, str]:
-        """The distribution."""
+        """Describe the distribution of teachers, and the inner method."""
         shown = " ".join(f"{p:.3f}" for p in self.probabilities)
         return {"teacher of a step, probabilities": shown, **inner_of(self.each, 0).describe()}

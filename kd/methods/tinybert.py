@@ -1,4 +1,4 @@
-"""TinyBERT's Transformer-layer distillation, with the loss functions and layer maps that a later study varies."""
+"""TinyBERT's Transformer-layer distillation, with the loss functions and layer maps of a later study."""
 
 from collections.abc import Sequence
 
@@ -25,14 +25,14 @@ REDRAWS = ("run", "epoch", "step")
 class TinyBERT(Method):
     r"""TinyBERT's stage `intermediate` (Jiao et al., Findings of EMNLP 2020, arXiv:1909.10351), eq. 7-9 and 11.
 
-    Every student layer m meets the teacher's layer g(m) in attention scores and hidden states, the embeddings meet the
-    embeddings: :math:`L = \sum_{m=1}^{M} (L_{attn}^m + L_{hidn}^m) + L_{embd}`. Logits and labels are left to the next stage,
-    the soft cross entropy of eq. 10, which is `kd.methods.kd.KD`; `conf/method/tinybert.yaml` has both. Authors' code
-    consulted for facts: huawei-noah/Pretrained-Language-Model, `TinyBERT/task_distill.py`.
+    Attention scores and hidden states of every student layer m are compared with those of the teacher's layer g(m), and
+    embeddings with embeddings: :math:`L = \sum_{m=1}^{M} (L_{attn}^m + L_{hidn}^m) + L_{embd}`. Logits and labels are not used
+    here but in the next stage, the soft cross entropy of eq. 10, which is `kd.methods.kd.KD`; `conf/method/tinybert.yaml` has
+    both. Authors' code consulted for facts: huawei-noah/Pretrained-Language-Model, `TinyBERT/task_distill.py`.
 
     Other losses, maps and weights on top of it: Improving Knowledge Distillation for BERT Models: Loss Functions, Mapping
-    Methods, and Weight Tuning (Dankar, Jassani, Kumar, 2023, arXiv:2308.13958). Only its abstract was seen, so what is said
-    below of the divergence and of the maps `random` and `mean` is our choice.
+    Methods, and Weight Tuning (Dankar, Jassani, Kumar, 2023, arXiv:2308.13958). Only its abstract was available, so the
+    divergence and the maps `random` and `mean` below are our choice.
 
     Terms, each a mean within a layer and a sum over layers, as in the authors' code:
         `attention`: :math:`L_{attn}`, eq. 7. Weight lambda, alpha in the later study.
@@ -41,27 +41,27 @@ class TinyBERT(Method):
 
     Args:
         layers: g. `uniform` is :math:`mN/M`, `top`, or `last` (not PKD's, which stops below the teacher's last layer), is
-            :math:`m + N - M`, `bottom` is m; `mean` has the teacher's N layers in
-            M blocks and m meets the mean of its block, in scores, in probabilities (also for `kl`) and in states; `random`
-            draws M different teacher layers and keeps them in ascending order. Or a list of [student layer, teacher layer],
-            from 1.
-        redraw: `run`, `epoch` or `step`: how often `random` is drawn. For the latter two the teacher shows all its layers.
-        draw_seed: `random` follows from it and the epoch or step alone: it is the same on all ranks and after a resume.
+            :math:`m + N - M`, `bottom` is m; `mean` divides the teacher's N layers into M blocks and compares m with the
+            mean of block m, of scores, of probabilities (also for `kl`) and of states; `random` draws M different teacher
+            layers, in ascending order. Or a list of [student layer, teacher layer], from 1.
+        redraw: `run`, `epoch` or `step`: how often `random` is drawn. With the latter two all teacher layers are read.
+        draw_seed: seed of `random`, which depends on it and the epoch or step only: the same on all ranks and after a resume.
         attention: `scores` before softmax (paper and code), `probabilities` after it, both by their squared error; or `kl`, the
             divergence of probabilities.
-        direction: of `kl`: `forward` is :math:`KL(p_t \| p_s)`, `reverse` is :math:`KL(p_s \| p_t)`.
+        direction: direction of `kl`: `forward` is :math:`KL(p_t \| p_s)`, `reverse` is :math:`KL(p_s \| p_t)`.
         padding: `strict` averages over real tokens of an example, then over examples (our choice: the default); `reference`
             averages over everything, padding included, as the authors' code does.
         project: maps from the student's width to the teacher's. `shared` is one for embeddings and all layers (authors'
             code), `paper` is one for embeddings and one for layers (its W_e and W_h), `layer` is one for each.
-        teacher_dropout: the authors' code leaves it on, by oversight; the teacher then runs at every step. Ours is off.
+        teacher_dropout: whether the teacher runs with dropout, and therefore at every step. The authors' code leaves it on, by
+            oversight; ours is off.
 
-    Head i meets head i, so student and teacher need equally many. The paper's W_e and W_h have no bias; the authors' code and
-    we have one. What no term reaches, the head and whatever
-    lies above the highest layer of the map, stays as it is: no weight decay either.
+    Head i is compared with head i, so student and teacher need the same number of heads. The paper's W_e and W_h have no bias;
+    the authors' code and we have one. Parameters that no term depends on, the head and everything above the highest layer of
+    the map, are frozen, so weight decay does not change them either.
 
     Raises:
-        InputError: for a word that is not in its list.
+        InputError: for an option that does not have one of its allowed values.
     """
 
     names = ("attention", "hidden", "embedding")
@@ -92,10 +92,10 @@ class TinyBERT(Method):
         self.projections = nn.ModuleDict()
 
     def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
-        """Compare heads, resolve the layer map, build the projections; freeze what lies above the layers that are matched.
+        """Check the heads, resolve the layer map, build the projections, and freeze everything above the layers of the map.
 
         Raises:
-            InputError: if the heads differ, or the depths do not suit the map.
+            InputError: if the numbers of heads differ, or the depths do not suit the map.
         """
         (teacher,) = teachers
         check_heads(student, teacher)
@@ -108,11 +108,11 @@ class TinyBERT(Method):
             )
         ours = self._ours()
         freeze_above(student, max(ours))
-        places = dict.fromkeys(self._place(layer) for layer in (0, *ours))
-        self.projections = nn.ModuleDict({place: projection(student.width, teacher.width) for place in places})
+        names = dict.fromkeys(self._place(layer) for layer in (0, *ours))
+        self.projections = nn.ModuleDict({name: projection(student.width, teacher.width) for name in names})
 
     def map_at(self, progress: Progress) -> layer_maps.Blocks:
-        """Which teacher layers each student layer meets: one, but for `mean`.
+        """Return the teacher layers that each student layer is compared with: several for `mean`, otherwise one.
 
         Raises:
             InputError: if the depths do not suit the map.
@@ -126,18 +126,18 @@ class TinyBERT(Method):
                     "method.layers",
                 )
         elif self.layers in ("uniform", "mean"):
-            found = layer_maps.blocks(*self.depths)
-            return found if self.layers == "mean" else tuple((layer, block[-1:]) for layer, block in found)
+            blocks = layer_maps.blocks(*self.depths)
+            return blocks if self.layers == "mean" else tuple((layer, block[-1:]) for layer, block in blocks)
         elif self.layers == "random":
-            place = {"run": 0, "epoch": progress.epoch, "step": progress.step}[self.redraw]
-            generator = np.random.default_rng([self.draw_seed, place, *b"layers"])
+            index = {"run": 0, "epoch": progress.epoch, "step": progress.step}[self.redraw]
+            generator = np.random.default_rng([self.draw_seed, index, *b"layers"])
             pairs = layer_maps.drawn(*self.depths, generator)
         else:
             pairs = {"bottom": layer_maps.bottom}.get(self.layers, layer_maps.top)(*self.depths)
         return tuple((ours, (theirs,)) for ours, theirs in pairs)
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
-        """Embeddings, and states and attention of the paired layers; of the teacher all that may yet be drawn."""
+        """Declare embeddings, and states and attention of the paired layers; of the teacher all layers that may be drawn."""
         ours, theirs = self._ours(), {layer for _, block in self.map_at(Progress()) for layer in block}
         if self.layers == "random" and self.redraw != "run":
             theirs = set(range(1, self.depths[1] + 1))
@@ -146,11 +146,11 @@ class TinyBERT(Method):
         ]
 
     def terms(self, step: Step) -> dict[str, Tensor]:
-        """Eq. 7, 8 and 9, each summed over layers."""
+        """Return the losses of eq. 7, 8 and 9, each summed over layers."""
         student, teacher = step.student.outputs, step.teacher.outputs
-        found = self.map_at(step.progress)
-        hidden = [self._hidden(student, teacher, layer, block) for layer, block in found]
-        attention = [self._attention(student, teacher, layer, block) for layer, block in found]
+        blocks = self.map_at(step.progress)
+        hidden = [self._hidden(student, teacher, layer, block) for layer, block in blocks]
+        attention = [self._attention(student, teacher, layer, block) for layer, block in blocks]
         return {
             "attention": torch.stack(attention).sum(),
             "hidden": torch.stack(hidden).sum(),
@@ -173,29 +173,29 @@ class TinyBERT(Method):
         return attention_divergence(student.scores(layer), theirs, mask, self.direction, self.padding)
 
     def _ours(self) -> list[int]:
-        """Student layers that meet something; the same in every draw."""
+        """Return the student layers that are compared with a teacher layer; they are the same in every draw."""
         return sorted({layer for layer, _ in self.map_at(Progress())})
 
     def _place(self, layer: int) -> str:
-        """Name of the projection of a student layer."""
+        """Return the name of a student layer's projection."""
         names = {"shared": "all", "paper": "layers" if layer else "embedding", "layer": str(layer)}
         return names[self.project]
 
     def describe(self) -> dict[str, str]:
-        """The layer map, and what it was drawn from."""
-        found = {"layer map (student<-teacher)": f"0<-0, {layer_maps.describe_blocks(self.map_at(Progress()))}"}
+        """Describe the layer map and, if it is random, its seed and how often it is drawn."""
+        description = {"layer map (student<-teacher)": f"0<-0, {layer_maps.describe_blocks(self.map_at(Progress()))}"}
         if self.layers == "random":
             often = "once" if self.redraw == "run" else f"for every {self.redraw}, this is the first"
-            found["layer map is drawn"] = f"{often}; method.draw_seed={self.draw_seed}"
-        return found
+            description["layer map is drawn"] = f"{often}; method.draw_seed={self.draw_seed}"
+        return description
 
     def batch_dependence(self) -> str:
-        """Padding, where it counts."""
+        """Return that a mean over padding depends on the batch's longest example, for `padding=reference`."""
         if self.padding == "strict":
             return ""
         return "method.padding=reference averages over padding too, and the longest example of a batch says how much there is"
 
 
 def mean_of_layers(layers: Sequence[Tensor]) -> Tensor:
-    """The mean of tensors of one shape; of one tensor itself."""
-    return layers[0] if len(layers) == 1 else torch.stack([at_least_float32(each) for each in layers]).mean(dim=0)
+    """Return the mean of tensors of one shape, in float32 at least; a single tensor is returned unchanged."""
+    return layers[0] if len(layers) == 1 else torch.stack([at_least_float32(layer) for layer in layers]).mean(dim=0)

@@ -15,13 +15,13 @@ class Ensemble(Method):
 
     It is the baseline WKD of SKDBERT (Ding et al., AAAI 2023, arXiv:2211.14466, their table 5). For `ce` it equals the cross
     entropy against the weighted mean of the teachers' probabilities, because the cross entropy is linear in its target; for
-    `kl` it differs from that by a constant, so the gradient is the same. It is not the mean of the teachers' logits. Stated
-    as a sum of losses it carries over to methods that look at layers.
+    `kl` it differs from that by a constant, so the gradient is the same. It is not the mean of the teachers' logits. As a
+    sum of losses it also applies to methods that compare layers.
 
     Terms: the inner method's, each averaged over teachers with these weights.
 
     Args:
-        inner: a method of one teacher, not bound.
+        inner: a method of one teacher; `bind` has not been called.
         probabilities: one weight for each teacher, adding up to 1.
     """
 
@@ -37,29 +37,29 @@ class Ensemble(Method):
         bind_each(self.each, student, teachers)
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
-        """Of the student whatever any teacher asks for; of a teacher what it is asked for itself."""
+        """Declare the union of what the copies read from the student, and from each teacher what its copy reads."""
         return needs_of_each(self.each)
 
     def terms(self, step: Step) -> dict[str, Tensor]:
-        """The weighted means of the inner method's terms."""
+        """Return the weighted mean over teachers of each of the inner method's terms."""
         terms: dict[str, Tensor] = {}
         for index, weight in enumerate(self.probabilities):
             inner = inner_of(self.each, index)
-            found = inner.terms(inner.prepare(step.replace(teachers=[step.teachers[index]])))
-            terms = {name: weight * term + terms.get(name, 0.0) for name, term in found.items()}
+            inner_terms = inner.terms(inner.prepare(step.replace(teachers=[step.teachers[index]])))
+            terms = {name: weight * term + terms.get(name, 0.0) for name, term in inner_terms.items()}
         return terms
 
     def after_step(self, step: Step, terms: Mapping[str, Tensor]) -> None:
-        """Of every copy."""
+        """Call `after_step` of every copy."""
         for index in range(len(self.each)):
             inner_of(self.each, index).after_step(step.replace(teachers=[step.teachers[index]]), terms)
 
     def batch_dependence(self) -> str:
-        """As of the method that it wraps."""
+        """Return the inner method's reason."""
         return inner_of(self.each, 0).batch_dependence()
 
     def describe(self) -> dict[str, str]:
-        """The weights."""
+        """Describe the weights of the teachers, and the inner method."""
         return {
             "weights of the teachers": " ".join(f"{p:.3f}" for p in self.probabilities),
             **inner_of(self.each, 0).describe(),
