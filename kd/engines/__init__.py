@@ -1,1 +1,1 @@
-"""One engine for each shape of update."""
+"""Training engines: LightningModules, one for each form of training step."""

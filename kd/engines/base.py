@@ -1,4 +1,4 @@
-"""What every engine does: the clock, the counters, the metrics, the optimiser. An engine is one shape of update."""
+"""Base class of the engines: training time, counters, metrics and optimiser; subclasses define the training step."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ def check_terms(names: Sequence[str], weights: Mapping[str, Any]) -> None:
     """Check that every weight of a loss has its term, and every term its weight.
 
     Raises:
-        InputError: naming the ones that do not.
+        InputError: naming the first that does not.
     """
     if spare := [name for name in weights if name not in names]:
         raise InputError(
@@ -39,22 +39,22 @@ def check_terms(names: Sequence[str], weights: Mapping[str, Any]) -> None:
 
 
 def in_words(collapse: Sequence[float], labels: Sequence[str] | None) -> str:
-    """What the value of a `kd.data.metrics.Collapse` says.
+    """Describe the value of a `kd.data.metrics.Collapse`.
 
     >>> in_words([1, 1, 0, 0.5], ["bad", "good"])
     "every prediction is 'good'"
     """
-    _, least, ours, theirs = collapse
+    _, least, predicted, expected = collapse
     if labels is None:
-        return f"predicted scores hardly differ (standard deviation {ours:.3g}, that of the labels {theirs:.3g})"
+        return f"predicted scores hardly differ (standard deviation {predicted:.3g}, that of the labels {expected:.3g})"
     return f"every prediction is '{labels[int(least)]}'"
 
 
 def work_of_all(ranks: Sequence[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]]:
-    """The work of teachers on all ranks: examples add up; a pass, or a batch in which one is heard, is one of all ranks.
+    """Combine the teachers' counts of all ranks: examples are summed; passes and batches used are the maximum over ranks.
 
     Args:
-        ranks: of each, what `Engine.work_of_teachers` gives.
+        ranks: result of `Engine.work_of_teachers` on each rank.
 
     >>> one = {"passes": 2, "examples": 8, "batches_used": 2}
     >>> work_of_all([{"a": one}, {"a": {**one, "examples": 7}}])
@@ -75,14 +75,14 @@ class Learner:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained of both."""
+        """Trainable parameters of both, without duplicates."""
         both = (*self.student.parameters(), *self.method.parameters())
         return list(dict.fromkeys(parameter for parameter in both if parameter.requires_grad))
 
 
 @dataclass
 class Loss:
-    """The weighted sum, the raw terms it was made from, and the steps that made them: (method, step, its terms)."""
+    """Weighted sum of loss terms, the unweighted terms, and their origin: a (method, step, terms) for each method."""
 
     total: Tensor
     terms: dict[str, Tensor]
@@ -90,9 +90,9 @@ class Loss:
 
 
 class Engine(pl.LightningModule):
-    """Trains students by the weighted sums of their methods' terms.
+    """LightningModule that trains students on the weighted sums of their methods' terms.
 
-    Students and methods are submodules, so DDP synchronises both; frozen teachers ride along outside.
+    Students and methods are submodules, so DDP synchronises both; frozen teachers are not submodules.
 
     Args:
         teachers: frozen; may be empty.
@@ -100,8 +100,8 @@ class Engine(pl.LightningModule):
         weights: term -> schedule, the same for every student.
         optimizer: factory.
         seed: every random draw of a training step follows from it, the rank and the step.
-        clip: largest gradient norm of one learner; None is off. Only for engines that step the optimiser themselves: the
-            trainer clips for the others.
+        clip: largest gradient norm of one learner; None does not clip. Only for engines that step the optimiser themselves:
+            for the others the trainer clips.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Engine(pl.LightningModule):
         clip: float | None = None,
     ) -> None:
         super().__init__()
-        self.teachers = list(teachers)  # a plain list on purpose: not submodules
+        self.teachers = list(teachers)  # a plain list, so that they are not registered as submodules
         self.task = task
         self.weights = dict(weights)
         self.optimizer_factory = optimizer
@@ -124,37 +124,37 @@ class Engine(pl.LightningModule):
         self.examples = 0
         self.teacher_work: dict[str, dict[str, int]] = {}
         self.resumed: list[int] = []
-        """Optimiser steps of the checkpoints that training went on from."""
+        """Optimiser steps of the checkpoints that training was resumed from."""
         self.filled = self.work_of_teachers()
-        """What caches took, which is no part of training: of what teachers did, a checkpoint holds the rest."""
+        """Counts of each teacher that filling caches took; they are not part of training and not saved in checkpoints."""
         self.validation: dict[str, dict[str, float | None]] = {}
-        """Of the last validation: student -> metric -> value."""
+        """Metrics of the last validation: student -> metric -> value; None for a value that is not finite."""
         self.collapse = nn.ModuleDict()
         self.constant: dict[str, str] = {}
-        """Of the last validation: student -> in what way its predictions are all alike, for those of which that is so."""
+        """Students whose predictions in the last validation were all alike: student -> description."""
         self._began = 0.0
         self._last: Loss | None = None
         self.guard = NonFiniteGuard()
 
     @property
     def learners(self) -> Mapping[str, Learner]:
-        """Name -> student and method, in the order of `Batch.students`."""
+        """Students with their methods by name, in the order of `Batch.students`."""
         raise NotImplementedError
 
     def loss(self, batch: Batch, progress: Progress | None = None) -> Loss:
-        """What is minimised over a batch. Needs no trainer."""
+        """Compute the loss of a batch. Needs no trainer."""
         raise NotImplementedError
 
     def trained(self) -> list[list[nn.Parameter]]:
-        """Trainable parameters in the groups whose gradients are clipped together: one for each learner."""
+        """Return the trainable parameters in groups whose gradients are clipped together, one for each learner."""
         return [learner.parameters for learner in self.learners.values()]
 
     def weight_of(self, name: str, progress: Progress) -> float:
-        """What a logged term counts for; `student/term` where there are several students."""
+        """Return the weight of a logged term, whose name is `student/term` if there are several students."""
         return self.weights[name.rpartition("/")[2]](progress.fraction)
 
     def weighted(self, terms: Mapping[str, Tensor], progress: Progress) -> Tensor:
-        """The weighted sum of one method's terms."""
+        """Return the weighted sum of one method's terms."""
         check_terms(list(terms), self.weights)
         total = sum(self.weights[name](progress.fraction) * term for name, term in terms.items())
         assert isinstance(total, Tensor)
@@ -163,10 +163,10 @@ class Engine(pl.LightningModule):
     # -- Lightning ---------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """One batch. Logs every term raw, and the sum.
+        """Compute the loss of one batch, and log every unweighted term and the weighted sum.
 
-        The trainer divides what this returns by `trainer.accumulate`. The batch's weight makes an optimiser step's
-        gradient that of the mean over its examples, also in the last step of an epoch, which takes the batches that are left.
+        The trainer divides the returned loss by `trainer.accumulate`. With the batch's weight the gradient of an optimiser
+        step is that of the mean over its examples, also in the last step of an epoch, which may accumulate fewer batches.
 
         Raises:
             NonFiniteLoss: naming the term and the step.
@@ -177,7 +177,7 @@ class Engine(pl.LightningModule):
         return loss.total * batch.weight
 
     def check(self, loss: Loss) -> None:
-        """Stop at a loss that is no number: on the CPU before it moves anything, elsewhere before it is written anywhere.
+        """Raise for a loss that is not finite: on the CPU before the optimiser step, elsewhere before anything is written.
 
         Raises:
             NonFiniteLoss: naming the term and the step.
@@ -185,7 +185,7 @@ class Engine(pl.LightningModule):
         self.guard.record(loss.total, loss.terms, self.global_step)
 
     def flush(self) -> None:
-        """Look at the losses that are left and at the weights, before these are scored or written.
+        """Check the losses that were not checked yet, and the weights, before the weights are scored or written.
 
         Raises:
             NonFiniteLoss: naming the term and the step.
@@ -195,31 +195,31 @@ class Engine(pl.LightningModule):
         check_weights_finite(self.named_parameters(), self.global_step)
 
     def note(self, loss: Loss, batch: Batch) -> None:
-        """Log a loss, and keep it for what methods do after a step."""
-        if self.trainer._logger_connector.should_update_logs:  # Lightning would keep books of the other steps for nobody
+        """Log a loss, and store it for `Method.after_step`."""
+        if self.trainer._logger_connector.should_update_logs:  # otherwise Lightning stores values that are never logged
             named = {**loss.terms, "loss": loss.total}
             self.log_dict({f"train/{name}": value.detach() for name, value in named.items()}, batch_size=len(batch))
         self._last = loss
 
     def progress(self) -> Progress:
-        """How far training has come."""
+        """Return the progress of training."""
         return Progress(self.global_step, int(self.trainer.estimated_stepping_batches), self.current_epoch)
 
     def on_train_epoch_start(self) -> None:
-        """A model from `from_pretrained` is in eval mode, and Lightning does not change that."""
+        """Switch to training mode: a model from `from_pretrained` is in eval mode, and Lightning does not change that."""
         self.train()
 
     def on_train_start(self) -> None:
-        """Start the clock."""
+        """Start to measure the training time."""
         self._began = time.perf_counter()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Dropout is a function of seed, rank, epoch and batch: a resumed run draws what an unbroken one draws."""
-        place = [self.seed, self.global_rank, self.current_epoch, batch_idx]
-        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+        """Seed torch from seed, rank, epoch and batch, so that a resumed run has the dropout masks of an uninterrupted one."""
+        entropy = [self.seed, self.global_rank, self.current_epoch, batch_idx]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Delayed work of the methods, and the clock; nothing when it is called again."""
+        """Call the methods' `after_step` and update time and counters; a second call for the same batch does nothing."""
         if self._last is None:
             return
         for method, step, terms in self._last.steps:
@@ -230,26 +230,26 @@ class Engine(pl.LightningModule):
         self.examples += len(batch)
 
     def on_train_end(self) -> None:
-        """Stop the clock; validation and checkpoints count as training time."""
+        """Check the last losses and stop measuring the training time, which includes validation and checkpoints."""
         self.guard.flush()
         self.seconds, self._began = self.elapsed, 0.0
         self.teacher_work = self.work_of_teachers()
 
     @property
     def elapsed(self) -> float:
-        """Seconds of training so far, also between batches."""
+        """Seconds of training so far, including the time since the last batch ended."""
         return self.seconds + (time.perf_counter() - self._began if self._began else 0.0)
 
     def work_of_teachers(self) -> dict[str, dict[str, int]]:
-        """Name -> passes, examples and looks so far, on this rank."""
+        """Return each teacher's counts of passes, examples and batches used so far, on this rank, by name."""
         return {teacher.name: teacher.work for teacher in self.teachers}
 
     def on_validation_epoch_start(self) -> None:
-        """Fresh metrics.
+        """Check losses and weights, and reset the metrics.
 
         Raises:
-            NonFiniteLoss: for a loss that is no number.
-            NonFiniteWeights: for weights that are none.
+            NonFiniteLoss: for a loss that is not finite.
+            NonFiniteWeights: for weights that are not finite.
         """
         self.flush()
         for name in self.evaluated:
@@ -260,12 +260,12 @@ class Engine(pl.LightningModule):
 
     @property
     def evaluated(self) -> list[str]:
-        """What validation scores: each student, and their ensemble where there are several."""
+        """Names of the models that validation scores: each student, and their ensemble if there are several."""
         names = list(self.learners)
         return names if len(names) == 1 else [*names, "ensemble"]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The students alone; a teacher has nothing new to say about it."""
+        """Score the students; frozen teachers are not run, because their predictions do not change in training."""
         learners = self.learners.items()
         logits = {
             name: learner.student(inputs, Needs()).logits
@@ -273,23 +273,23 @@ class Engine(pl.LightningModule):
         }
         if len(logits) > 1:
             logits["ensemble"] = self.task.ensemble(list(logits.values()))
-        for name, found in logits.items():
-            self._update(name, found, batch.labels)
+        for name, predicted in logits.items():
+            self._update(name, predicted, batch.labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Log what was reduced over exactly the examples there are; the best student's metrics are the run's."""
-        found = {name: self.compute_metrics(name) for name in self.evaluated}
-        scores = {name: {m: finite_or_none(float(v)) for m, v in metrics.items()} for name, metrics in found.items()}
+        """Log metrics over the validation examples, none counted twice; the best student's are logged as the run's."""
+        results = {name: self.compute_metrics(name) for name in self.evaluated}
+        scores = {name: {m: finite_or_none(float(v)) for m, v in metrics.items()} for name, metrics in results.items()}
         best = headline(self.task, {name: scores[name] for name in self.learners})
-        self.log_dict({f"validation/{metric}": value for metric, value in found[best].items()})
-        if len(found) > 1:
-            self.log_dict({f"validation/{name}/{m}": value for name, values in found.items() for m, value in values.items()})
+        self.log_dict({f"validation/{metric}": value for metric, value in results[best].items()})
+        if len(results) > 1:
+            self.log_dict({f"validation/{name}/{m}": value for name, values in results.items() for m, value in values.items()})
         self.validation = scores
-        alike = {name.removeprefix("of-"): metric.compute().tolist() for name, metric in self.collapse.items()}  # type: ignore[operator]
-        self.constant = {name: in_words(found, self.task.labels) for name, found in alike.items() if found[0]}
+        collapses = {name.removeprefix("of-"): metric.compute().tolist() for name, metric in self.collapse.items()}  # type: ignore[operator]
+        self.constant = {name: in_words(value, self.task.labels) for name, value in collapses.items() if value[0]}
 
     def configure_optimizers(self) -> Any:
-        """The factory's optimiser over everything that is trained, and its schedule by optimiser steps."""
+        """Return the factory's optimiser over all trained parameters, and its schedule in optimiser steps."""
         optimizer = self.optimizer_factory.optimizer(self)
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = self.optimizer_factory.scheduler(optimizer, total)
@@ -298,32 +298,32 @@ class Engine(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip the gradient's norm, of each learner on its own.
+        """Clip the gradient norm of each learner separately.
 
         Lightning's mixed-precision plugin refuses to clip for a fused optimiser, because with a gradient scaler it would clip
-        scaled gradients. bfloat16 has no scaler, so there is nothing to refuse. With a scaler the plugin has unscaled them.
+        scaled gradients. bfloat16 uses no scaler, so clipping is safe; with a scaler the plugin has already unscaled them.
         """
         if gradient_clip_val:
             plugin = self._trainer and self._trainer.precision_plugin  # without a trainer there is no scaler
-            scaled = getattr(plugin, "scaler", None) is not None  # it skips a step that has overflown
+            scaled = getattr(plugin, "scaler", None) is not None  # a scaler skips a step whose gradients overflow
             for parameters in self.trained():
                 norm = clip_gradients(parameters, float(gradient_clip_val))
                 if not scaled:
                     self.guard.check_gradient(norm, self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Counters, so that a resumed run reports its whole cost. Losses and weights are looked at before anything is written.
+        """Check losses and weights, then add the counters, so that a resumed run reports its whole cost.
 
         Raises:
             NonFiniteLoss: naming the term and the step.
             NonFiniteWeights: naming the first parameter.
         """
         self.flush()
-        own = {
+        trained = {
             name: {kind: count - self.filled.get(name, {}).get(kind, 0) for kind, count in work.items()}
             for name, work in self.work_of_teachers().items()
         }
-        ranks = distributed.gather((self.examples, own))
+        ranks = distributed.gather((self.examples, trained))
         checkpoint["kd"] = {
             "seconds": self.elapsed,
             "examples": sum(examples for examples, _ in ranks),
@@ -333,16 +333,16 @@ class Engine(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the counters up again: what all ranks did until then is the first one's now."""
-        kept = checkpoint.get("kd", {})
-        self.seconds = kept.get("seconds", 0.0)
-        self.validation = kept.get("validation", {})
-        self.resumed = [*kept.get("resumed", []), int(checkpoint.get("global_step", 0))]
+        """Restore the counters; rank zero gets the totals of all ranks."""
+        saved = checkpoint.get("kd", {})
+        self.seconds = saved.get("seconds", 0.0)
+        self.validation = saved.get("validation", {})
+        self.resumed = [*saved.get("resumed", []), int(checkpoint.get("global_step", 0))]
         if distributed.is_rank_zero():
-            self.examples = kept.get("examples", 0)
+            self.examples = saved.get("examples", 0)
             for teacher in self.teachers:
-                before = kept.get("teacher_work", {}).get(teacher.name, {})
-                # Beside what a cache took that had to be filled again.
+                before = saved.get("teacher_work", {}).get(teacher.name, {})
+                # Added to the counts of a cache that this run had to fill again.
                 teacher.work = {name: count + before.get(name, 0) for name, count in teacher.work.items()}
         self.teacher_work = self.work_of_teachers()
 
@@ -355,7 +355,7 @@ class Engine(pl.LightningModule):
     # -- metrics -----------------------------------------------------------------------------------------------------
 
     def _reset(self, name: str) -> None:
-        key = f"of-{name}"  # torch takes no name that is an attribute of its own
+        key = f"of-{name}"  # prefixed, because a ModuleDict rejects names of its own attributes
         if key not in self.metrics:
             self.metrics[key] = nn.ModuleDict({metric: self.task.metric(metric) for metric in self.task.metrics})
         for metric in self.metrics[key].values():  # type: ignore[operator,union-attr]
@@ -369,4 +369,4 @@ class Engine(pl.LightningModule):
     def compute_metrics(self, name: str) -> dict[str, Tensor]:
         """Return the task's metrics of one model over the examples that were scored since the last reset: scalars by name."""
         metrics = self.metrics[f"of-{name}"].items()  # type: ignore[operator,union-attr]
-        return {metric: found.compute() for metric, found in metrics}
+        return {name: metric.compute() for name, metric in metrics}

@@ -1,4 +1,4 @@
-"""One student, any number of frozen teachers, one optimiser."""
+"""Engine for one student and any number of frozen teachers."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -14,21 +14,21 @@ from kd.schedules import Schedule
 
 
 class Distiller(Engine):
-    """Trains a student by the weighted sum of a method's terms.
+    """Engine that trains one student on the weighted sum of a method's terms.
 
     Args:
-        students: one, trained.
-        methods: its method, bound to these models.
+        students: the student, by name; exactly one.
+        methods: its method, bound to the student and the teachers.
         teachers: frozen; may be empty.
         task: losses and metrics.
         weights: term -> schedule.
         optimizer: factory.
         seed: every random draw of a training step follows from it, the rank and the step.
-        clip: not used; the trainer clips.
-        online: none; teachers are frozen.
+        clip: not used; the trainer clips gradients.
+        online: must be None; all teachers are frozen.
 
     Raises:
-        InputError: for several students, or a teacher that is to be trained.
+        InputError: for several students, or a teacher that is trained.
     """
 
     def __init__(
@@ -53,17 +53,17 @@ class Distiller(Engine):
 
     @property
     def learners(self) -> Mapping[str, Learner]:
-        """The student."""
+        """Student with its method, under the name `student`."""
         return {"student": Learner(self.student, self.method)}
 
     def step(self, batch: Batch, progress: Progress) -> Step:
-        """A step over a batch: forwards bound to inputs and needs, none of them run."""
+        """Return the inputs of the method for a batch, with forward passes that have not run yet."""
         teachers = bound_teachers(self.teachers, batch, [self.method])
         student, task = Forward(self.student, batch.student, self.method.needs()[0]), self.task.of(batch.labels)
         return Step(student, teachers, batch, task, progress, seed=self.seed)
 
     def loss(self, batch: Batch, progress: Progress | None = None) -> Loss:
-        """The weighted sum of the method's terms over a batch."""
+        """Compute the weighted sum of the method's terms for a batch."""
         progress = progress or Progress()
         step = self.method.prepare(self.step(batch, progress))
         terms = self.method.terms(step)
@@ -71,12 +71,12 @@ class Distiller(Engine):
 
 
 def bound_teachers(teachers: Sequence[FrozenTeacher], batch: Batch, methods: Iterable[Method]) -> list[Forward]:
-    """Each teacher's forward over a batch; it keeps what any of the methods declares.
+    """Return the teachers' forward passes over a batch, not run yet, with the union of the methods' needs.
 
     Args:
         teachers: in the order of `batch.teachers`.
-        batch: their inputs.
-        methods: that will look.
+        batch: the batch with the teachers' inputs.
+        methods: the methods that may read the outputs.
     """
     needs = needs_of_teachers(methods, len(teachers))
-    return [Forward(*each) for each in zip(teachers, batch.teachers, needs, strict=True)]
+    return [Forward(*arguments) for arguments in zip(teachers, batch.teachers, needs, strict=True)]

@@ -1,4 +1,4 @@
-"""Several students that learn together, and perhaps the teacher with them."""
+"""Engine for several students that are trained together, optionally with their teacher."""
 
 from collections.abc import Mapping, Sequence
 
@@ -24,10 +24,10 @@ TEACHER = "teacher"
 
 
 class MutualDistiller(Engine):
-    """K students, each with a method of its own whose step shows it the others' predictions as constants.
+    """Engine that trains K students together; each has its own method, which reads its peers' outputs as constants.
 
-    With peers held constant, the gradient of the sum of the students' losses is each student's own gradient, so one optimiser
-    serves all. Gradients are clipped for each student on its own.
+    With peers held constant, the gradient of the sum of the losses with respect to a student is that of the student's loss, so
+    one optimiser is enough. Gradients are clipped for each student separately.
 
     Args:
         students: name -> student; two or more.
@@ -37,11 +37,11 @@ class MutualDistiller(Engine):
         weights: term -> schedule, the same for every student.
         optimizer: factory.
         seed: every random draw of a training step follows from it, the rank and the step.
-        clip: largest gradient norm of a student, where updates are sequential; None is off.
-        online: a teacher that is trained at the same time, on the labels alone. The students' feedback to it is unknown in the
-            peer-to-peer paper; ours gets none.
-        update: `simultaneous`: all students move after all have predicted. `sequential`: they move one after the other on the
-            same batch, and the later ones see the predictions of those that have moved (the algorithm of DML's paper).
+        clip: largest gradient norm of a student, if updates are sequential; None does not clip.
+        online: a teacher that is trained at the same time, on the labels alone. The peer-to-peer paper does not describe the
+            students' feedback to it; ours gets none.
+        update: `simultaneous`: all students are updated after all have predicted. `sequential`: they are updated one after
+            the other on the same batch, and later ones read the predictions of the updated ones (the algorithm of DML's paper).
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class MutualDistiller(Engine):
                     "cohort.teacher",
                 )
         self.names = list(students)
-        # Prefixed, because torch takes no name that is an attribute of its own.
+        # Prefixed, because a ModuleDict rejects names of its own attributes.
         self.students = nn.ModuleDict({f"student-{name}": student for name, student in students.items()})
         self.methods = nn.ModuleDict({f"student-{name}": method for name, method in methods.items()})
         self.online = online
@@ -80,23 +80,23 @@ class MutualDistiller(Engine):
 
     @property
     def learners(self) -> Mapping[str, Learner]:
-        """Every student with its method."""
+        """Students with their methods, by name."""
         pairs = zip(self.students.values(), self.methods.values(), strict=True)
         return {name: Learner(*pair) for name, pair in zip(self.names, pairs, strict=True)}  # type: ignore[arg-type]
 
     def weight_of(self, name: str, progress: Progress) -> float:
-        """The online teacher's loss has no weight: its parameters are nobody else's."""
+        """Return the weight of a logged term; 1 for the loss of the online teacher, which has no configured weight."""
         return 1.0 if name == f"{TEACHER}/task" else super().weight_of(name, progress)
 
     def trained(self) -> list[list[nn.Parameter]]:
-        """One group for each student, and one for a teacher that learns with them."""
+        """Return the trainable parameters in groups: one for an online teacher, and one for each student."""
         groups = super().trained()
         return groups if self.online is None else [list(self.online.parameters()), *groups]
 
     def forwards(self, batch: Batch) -> dict[str, Forward]:
-        """Every trained model's forward over a batch, none of them run."""
+        """Return the forward passes of all trained models over a batch, not run yet, by name."""
         learners = self.learners
-        found = {
+        forwards = {
             name: Forward(learner.student, inputs, learner.method.needs()[0])
             for (name, learner), inputs in zip(learners.items(), batch.students, strict=True)
         }
@@ -105,18 +105,18 @@ class MutualDistiller(Engine):
             for learner in learners.values():
                 for theirs in learner.method.needs()[1]:
                     needs = needs | theirs
-            found[TEACHER] = Forward(self.online, batch.teachers[0], needs)
-        return found
+            forwards[TEACHER] = Forward(self.online, batch.teachers[0], needs)
+        return forwards
 
     def frozen(self, batch: Batch) -> list[Forward]:
-        """The frozen teachers' forwards over a batch, shared by all students."""
+        """Return the frozen teachers' forward passes over a batch, not run yet, shared by all students."""
         methods = [learner.method for learner in self.learners.values()]
         return bound_teachers(self.teachers, batch, methods) if self.teachers else []
 
     def loss_of(
         self, name: str, forwards: Mapping[str, Forward], frozen: Sequence[Forward], batch: Batch, progress: Progress
     ) -> Loss:
-        """One learner's loss; everybody else is a constant to it."""
+        """Compute one learner's loss; all other models are constants in it."""
         if name == TEACHER:
             term = self.task.hard(forwards[TEACHER].outputs.logits, batch.labels)
             return Loss(term, {f"{TEACHER}/task": term})
@@ -138,7 +138,7 @@ class MutualDistiller(Engine):
         )
 
     def loss(self, batch: Batch, progress: Progress | None = None) -> Loss:
-        """The sum of all learners' losses over a batch, before any of them moves."""
+        """Compute the sum of all learners' losses over a batch, before any of them is updated."""
         progress = progress or Progress()
         forwards, frozen = self.forwards(batch), self.frozen(batch)
         losses = [self.loss_of(name, forwards, frozen, batch, progress) for name in forwards]
@@ -150,7 +150,7 @@ class MutualDistiller(Engine):
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """One batch: all at once, or one learner after the other.
+        """Train on one batch: all learners at once, or one after the other.
 
         Raises:
             NonFiniteLoss: naming the term and the step.
@@ -161,10 +161,10 @@ class MutualDistiller(Engine):
         return None
 
     def take_turns(self, batch: Batch) -> None:
-        """Move the learners one after the other, the teacher first; each sees what has moved before it.
+        """Update the learners one after the other, the teacher first; each reads the outputs of those already updated.
 
-        A learner's parameters are the only ones with a gradient when the optimiser steps, and the optimiser's state is by
-        parameter, so one optimiser is as good as one for each.
+        When the optimiser steps, only one learner's parameters have gradients, and the optimiser's state is kept for each
+        parameter, so one optimiser is equivalent to one for each learner.
         """
         progress = self.progress()
         forwards, frozen = self.forwards(batch), self.frozen(batch)
@@ -182,11 +182,11 @@ class MutualDistiller(Engine):
                 parameter.grad = gradient
             if self.clip:
                 self.guard.check_gradient(clip_gradients(parameters, self.clip), self.global_step)
-            # Lightning counts the steps of its own wrapper: the last turn makes one step of the batch.
+            # Lightning counts the steps of its optimiser wrapper; only the last learner uses it, so that a batch is one step.
             stepper = optimizer if name == order[-1] else optimizer.optimizer  # type: ignore[union-attr]
             stepper.step()  # type: ignore[union-attr]
             optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
-            if name != order[-1]:  # whoever looks at it from now on sees the moved one, as a constant
+            if name != order[-1]:  # the remaining learners read the updated model, as a constant
                 forwards[name] = self.forwards(batch)[name]
                 with torch.no_grad():
                     _ = forwards[name].outputs
@@ -197,7 +197,7 @@ class MutualDistiller(Engine):
         self.note(Loss(total, terms, [step for loss in losses for step in loss.steps]), batch)
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
-        """What moves in one learner's turn."""
+        """Return the parameters that are updated in one learner's turn."""
         if name == TEACHER:
             assert self.online is not None
             return [parameter for parameter in self.online.parameters() if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""What keeps a step from doing harm: losses, gradients and weights that are no number, gradients that are too large."""
+"""Checks for losses, gradients and weights that are not finite, and gradient clipping."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -9,12 +9,12 @@ from kd import distributed, hardware
 from kd.errors import InputError
 
 LATEST = 8
-"""Steps after which, at the latest, an accelerator's losses are looked at. Our choice: waiting once in so many steps costs
-nothing that can be measured, and little is trained in vain."""
+"""Largest number of steps after which an accelerator's losses are checked. Our choice: synchronising once in 8 steps has no
+measurable cost, and few steps are lost if a loss is not finite."""
 
 
 class NonFiniteLoss(InputError):
-    """A term became NaN or infinite. Training stops; the last good checkpoint is kept."""
+    """Error raised when a loss term became NaN or infinite. Training stops; the last good checkpoint is kept."""
 
     def __init__(self, terms: Mapping[str, float], step: int) -> None:
         bad = [name for name, value in terms.items() if not torch.isfinite(torch.tensor(value))]
@@ -29,7 +29,7 @@ class NonFiniteLoss(InputError):
 
 
 class NonFiniteWeights(InputError):
-    """Gradients or weights became NaN or infinite although the loss was finite. The last good checkpoint is kept."""
+    """Error raised when gradients or weights became NaN or infinite with a finite loss. The last good checkpoint is kept."""
 
     def __init__(self, what: str, step: int) -> None:
         super().__init__(
@@ -41,11 +41,11 @@ class NonFiniteWeights(InputError):
 
 
 def check_weights_finite(named: Iterable[tuple[str, nn.Parameter]], step: int) -> None:
-    """Stop before weights that are no number are scored or written. The step that ruins them may be the last one.
+    """Check that weights are finite before they are scored or written: no loss is computed after the last step.
 
     Args:
-        named: parameters by name; those that are frozen are left out.
-        step: of the optimiser.
+        named: parameters by name; frozen ones are not checked.
+        step: optimiser step, for the message.
 
     Raises:
         NonFiniteWeights: naming the first parameter.
@@ -57,37 +57,37 @@ def check_weights_finite(named: Iterable[tuple[str, nn.Parameter]], step: int) -
 
 
 class NonFiniteGuard:
-    """Notices losses that are no number.
+    """Detector of losses that are not finite.
 
-    On the CPU it does so at once, before anything moves. A look at a loss on an accelerator would wait for the device in every
-    step, so there losses are kept and looked at together: after `LATEST` of them, and before anything is written. What is
-    trained in between is lost, and no checkpoint has it.
+    On the CPU a loss is checked at once, before the optimiser step. On an accelerator each check would synchronise with the
+    device, so losses are collected and checked together: after `LATEST` of them, and before anything is written. The steps
+    trained in between are lost, and are in no checkpoint.
     """
 
     def __init__(self) -> None:
         self.kept: list[tuple[int, Tensor, dict[str, Tensor]]] = []
 
     def record(self, total: Tensor, terms: Mapping[str, Tensor], step: int) -> None:
-        """A loss, before it moves anything.
+        """Record a loss before the optimiser step; on the CPU it is checked at once.
 
         Args:
-            total: the sum, a scalar.
-            terms: what it was made from, scalars.
-            step: of the optimiser.
+            total: the weighted sum, a scalar.
+            terms: its unweighted terms, scalars.
+            step: optimiser step.
 
         Raises:
-            NonFiniteLoss: naming the term and the step of this loss, or of one before it.
+            NonFiniteLoss: naming the term and the step of this loss, or of an earlier one.
         """
         self.kept.append((step, total.detach(), {name: term.detach() for name, term in terms.items()}))
         if not hardware.is_asynchronous(total) or len(self.kept) >= LATEST:
             self._raise(self.check())
 
     def check_gradient(self, norm: Tensor, step: int) -> None:
-        """A gradient's norm, before the optimiser uses it. One on an accelerator is not looked at: it shows in the weights.
+        """Check a gradient norm before the optimiser step; not on an accelerator, where the check of the weights finds it.
 
         Args:
             norm: a scalar.
-            step: of the optimiser.
+            step: optimiser step.
 
         Raises:
             NonFiniteWeights: if it is NaN or infinite.
@@ -96,23 +96,23 @@ class NonFiniteGuard:
             raise NonFiniteWeights(f"the gradient (norm {float(norm):g}) is", step)
 
     def flush(self) -> None:
-        """Look at whatever is left, before a checkpoint is written. Under DDP with an accelerator all ranks do so together.
+        """Check the remaining losses before a checkpoint is written. Under DDP with an accelerator it is a collective call.
 
         Raises:
-            NonFiniteLoss: on every rank, if one of them has found it.
+            NonFiniteLoss: on every rank, if one of them has a loss that is not finite.
         """
-        waiting = any(hardware.is_asynchronous(total) for _, total, _ in self.kept)
-        found = self.check()
-        if waiting:
-            found = next((each for each in distributed.gather(found) if each is not None), None)
-        self._raise(found)
+        asynchronous = any(hardware.is_asynchronous(total) for _, total, _ in self.kept)
+        failure = self.check()
+        if asynchronous:
+            failure = next((other for other in distributed.gather(failure) if other is not None), None)
+        self._raise(failure)
 
     def check(self) -> tuple[dict[str, float], int] | None:
-        """Terms and step of the first kept loss that is no number; forgets all that are kept."""
-        kept, self.kept = self.kept, []
-        if not kept or torch.stack([total for _, total, _ in kept]).isfinite().all():
+        """Return terms and step of the first recorded loss that is not finite, or None; the records are cleared."""
+        losses, self.kept = self.kept, []
+        if not losses or torch.stack([total for _, total, _ in losses]).isfinite().all():
             return None
-        step, terms = next((step, terms) for step, total, terms in kept if not total.isfinite())
+        step, terms = next((step, terms) for step, total, terms in losses if not total.isfinite())
         return {name: float(term) for name, term in terms.items()}, step
 
     @staticmethod
@@ -122,12 +122,12 @@ class NonFiniteGuard:
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], bound: float) -> Tensor:
-    """Scale gradients to a norm of at most `bound`, to the bit as `torch.nn.utils.clip_grad_norm_` does; their norm before.
+    """Scale gradients to a norm of at most `bound`, bit for bit like `torch.nn.utils.clip_grad_norm_`; return the norm before.
 
-    Torch multiplies also by one, because asking whether it has to would wait for an accelerator. On the CPU it is cheaper to
-    ask than to write the gradient of an embedding table once more.
+    Torch multiplies even by one, because a comparison would synchronise with an accelerator. On the CPU the comparison is
+    cheaper than writing the gradient of an embedding table once more.
     """
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if hardware.is_asynchronous(norm) or not bound / (norm + 1e-6) >= 1:  # also for a norm that is no number
+    if hardware.is_asynchronous(norm) or not bound / (norm + 1e-6) >= 1:  # also true for a NaN norm
         nn.utils.clip_grads_with_norm_(parameters, bound, norm)
     return norm
