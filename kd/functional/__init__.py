@@ -1,1 +1,1 @@
-"""Pure functions: tensors in, tensors out. No modules, no configuration."""
+"""Pure functions of tensors, layers and scores, without modules or configuration."""

@@ -9,14 +9,14 @@ from torch import Tensor
 from kd.functional.hidden import at_least_float32, mean_over_real
 
 MASKED = -100.0
-"""Scores at or below it are taken for masked ones by TinyBERT's code."""
+"""Largest score that TinyBERT's code treats as masked."""
 
 DIRECTIONS = ("forward", "reverse")
-"""Of a divergence: from the teacher's distribution to the student's, or from the student's to the teacher's."""
+"""Directions of a divergence: `forward` is KL(teacher || student), `reverse` is KL(student || teacher)."""
 
 
 def score_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "strict") -> Tensor:
-    """Mean squared error between attention scores before softmax; head i of one meets head i of the other.
+    """Return the mean squared error between attention scores before softmax; head i is compared with head i.
 
     Source: Jiao et al., TinyBERT, arXiv:1909.10351, eq. 7; authors' code `task_distill.py`.
 
@@ -25,8 +25,8 @@ def score_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "
         teacher: the same shape; the target, no gradient flows to it.
         mask: (batch, tokens), bool, False on padding.
         padding: `strict` averages over heads and pairs of real tokens of an example, then over the examples (our choice);
-            `reference` averages over everything, with the scores of padded keys, and those of -100 and less, put to 0 on both
-            sides while rows of padded queries count (authors' code).
+            `reference` averages over everything, rows of padded queries included, with the scores of padded keys, and those
+            of -100 and less, set to 0 in both (authors' code).
 
     Raises:
         ValueError: if the shapes differ.
@@ -46,17 +46,17 @@ def score_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "
 
 
 def probability_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "strict") -> Tensor:
-    """Mean squared error between attention probabilities; head i of one meets head i of the other.
+    """Return the mean squared error between attention probabilities; head i is compared with head i.
 
-    What TinyBERT's authors decided against (Jiao et al., arXiv:1909.10351, section 3.1: scores converge faster). They published
-    no code of it; the reductions are those of `score_error`.
+    TinyBERT's authors use scores instead (Jiao et al., arXiv:1909.10351, section 3.1: scores converge faster) and published
+    no code for probabilities; the reductions are those of `score_error`.
 
     Args:
-        student: (batch, heads, tokens, tokens), queries by keys; every row adds up to 1, with nothing on padded keys.
+        student: (batch, heads, tokens, tokens), queries by keys; every row adds up to 1, padded keys have probability 0.
         teacher: the same shape; the target, no gradient flows to it.
         mask: (batch, tokens), bool, False on padding.
         padding: `strict` averages over heads and pairs of real tokens of an example, then over the examples; `reference`
-            averages over everything, where rows of padded queries count and padded keys add nothing.
+            averages over everything, rows of padded queries included; padded keys add nothing.
 
     Raises:
         ValueError: if the shapes differ.
@@ -73,12 +73,12 @@ def probability_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: s
 def attention_divergence(
     student: Tensor, teacher: Tensor, mask: Tensor, direction: str = "forward", padding: str = "strict"
 ) -> Tensor:
-    r"""Kullback-Leibler divergence between attention distributions, in nats; head i of one meets head i of the other.
+    r"""Return the Kullback-Leibler divergence between attention distributions, in nats; head i is compared with head i.
 
     A row is a distribution over the real keys of an example: the softmax of its scores. The divergence is summed over keys
     and averaged over heads and rows. Padded keys add exactly nothing, whatever their scores are.
 
-    Source: Dankar, Jassani, Kumar, 2023, arXiv:2308.13958, name it in the abstract; direction and reduction are our choice.
+    Source: Dankar, Jassani, Kumar, 2023, arXiv:2308.13958, mention it in the abstract; direction and reduction are our choice.
 
     Args:
         student: (batch, heads, tokens, tokens) scores before softmax, queries by keys, without a padding mask added.
@@ -89,7 +89,7 @@ def attention_divergence(
             averages over heads, all rows and examples.
 
     Raises:
-        ValueError: if the shapes differ, or for an unknown word.
+        ValueError: if the shapes differ, or for an unknown direction or padding.
 
     >>> ours, theirs = torch.zeros(1, 1, 2, 2), torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
     >>> round(attention_divergence(ours, theirs, torch.ones(1, 2).bool()).item(), 6)
@@ -98,26 +98,26 @@ def attention_divergence(
     if direction not in DIRECTIONS:
         raise ValueError(f"direction '{direction}' is not one of {', '.join(DIRECTIONS)}")
     student, teacher = (_log_probabilities(scores, mask) for scores in _alike(student, teacher))
-    of, to = (teacher, student) if direction == "forward" else (student, teacher)
-    gap = (of - to).masked_fill(~mask[:, None, None, :], 0.0)
-    rows = (of.exp() * gap).sum(dim=-1)
+    left, right = (teacher, student) if direction == "forward" else (student, teacher)
+    gap = (left - right).masked_fill(~mask[:, None, None, :], 0.0)
+    rows = (left.exp() * gap).sum(dim=-1)
     return mean_over_real(rows.mean(dim=1), mask, padding)
 
 
 def mean_distribution(scores: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Log of the mean of several layers' attention probabilities, which is what scores are to a softmax.
+    """Return the log of the mean of several layers' attention probabilities, which can be used as scores of a softmax.
 
-    The mean is taken of probabilities and not of scores; it never leaves logarithms, so a key that no layer looks at does not
-    become an infinity.
+    The mean is taken of probabilities, not of scores, and computed in logarithms, so that a key with probability 0 in all
+    layers does not become infinite.
 
     Args:
-        scores: of each layer, (batch, heads, tokens, tokens), before softmax, without a padding mask added.
+        scores: for each layer (batch, heads, tokens, tokens), before softmax, without a padding mask added.
         mask: (batch, tokens), bool, False on padding.
 
     Returns:
-        (batch, heads, tokens, tokens); on padded keys the lowest number there is, or near it.
+        (batch, heads, tokens, tokens); on padded keys the lowest finite number of the type, or close to it.
     """
-    logs = torch.stack([_log_probabilities(at_least_float32(each), mask) for each in scores])
+    logs = torch.stack([_log_probabilities(at_least_float32(layer), mask) for layer in scores])
     return logs.logsumexp(dim=0) - math.log(len(scores))
 
 
@@ -126,7 +126,7 @@ def _log_probabilities(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def _alike(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the same precision, at least float32; the teacher's as a constant."""
+    """Return both in the same precision, at least float32, with the teacher's detached."""
     if student.shape != teacher.shape:
         raise ValueError(f"attention of student and teacher differs in shape: {tuple(student.shape)}, {tuple(teacher.shape)}")
     student = at_least_float32(student)

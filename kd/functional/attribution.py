@@ -1,4 +1,4 @@
-"""Which tokens drive a decision: integrated gradients with respect to hidden states, and losses between their maps."""
+"""Attribution of a decision to tokens: integrated gradients with respect to hidden states, and losses between their maps."""
 
 from collections.abc import Sequence
 
@@ -14,32 +14,32 @@ REDUCTIONS = ("examples", "tokens", "norm")
 
 
 def odds(logits: Tensor) -> list[Tensor]:
-    """Of each class, the log-odds against it, (batch,): log of (1 - p) / p. Of two classes the first alone.
+    """Return the log-odds against each class, log of (1 - p) / p, (batch,) each; for two classes only the first's.
 
     Args:
         logits: (batch, classes).
     """
     logits, classes = at_least_float32(logits), logits.shape[-1]
-    found = []
-    for own in range(1 if classes == 2 else classes):
-        others = [logits[:, other] for other in range(classes) if other != own]
-        found.append(torch.stack(others, dim=-1).logsumexp(dim=-1) - logits[:, own])
-    return found
+    against = []
+    for index in range(1 if classes == 2 else classes):
+        others = [logits[:, other] for other in range(classes) if other != index]
+        against.append(torch.stack(others, dim=-1).logsumexp(dim=-1) - logits[:, index])
+    return against
 
 
 def scores(logits: Tensor, target: str = "loss") -> list[Tensor]:
-    """What is differentiated for each view, (batch,): logits as they are, or, of `loss`, the odds that it is a function of.
+    """Return the quantity that is differentiated for each view, (batch,) each: the logits, or for `loss` the log-odds.
 
-    The loss is the softplus of the odds against its class; the derivative of softplus is left to `attributions`, because a
-    confident model's is too small for float16 and, close to zero, for any type.
+    The loss of a class is the softplus of the log-odds against it. The derivative of softplus is applied in `attributions`,
+    because for a confident model it is too small for float16 and, close to zero, for any type.
 
     Args:
-        logits: (batch, classes), of a pass; one class is a regression's score.
-        target: `loss` is the negative log-probability of each class in turn, and of the first alone where there are two: the
-            other's gradient is the same but for a factor in each pass. `logit` is each logit.
+        logits: (batch, classes); a single class is the score of a regression.
+        target: `loss` is the negative log-probability of each class in turn; for two classes only of the first, because the
+            gradient of the second differs by a factor in each pass. `logit` is each logit.
 
     Raises:
-        ValueError: for another word.
+        ValueError: for any other target.
     """
     if target not in DIFFERENTIATED:
         raise ValueError(f"target '{target}' is not one of {', '.join(DIFFERENTIATED)}")
@@ -47,36 +47,37 @@ def scores(logits: Tensor, target: str = "loss") -> list[Tensor]:
 
 
 def _is_loss(logits: Tensor, target: str) -> bool:
-    """Return whether losses are attributed, and not outputs of the model: of a regression the score is, whatever the target."""
+    """Return whether losses are attributed instead of outputs; for a regression the score is, whatever the target."""
     return target == "loss" and logits.shape[-1] > 1
 
 
 def attributions(
     passes: Sequence[tuple[Tensor, Tensor]], target: str = "loss", create_graph: bool = False, first: int = 0
 ) -> Tensor:
-    r"""Integrated gradients with a baseline of zero: :math:`s = h \odot \frac{1}{m} \sum_k \partial F(\frac{k}{m} h)`.
+    r"""Return integrated gradients with a baseline of zero: :math:`s = h \odot \frac{1}{m} \sum_k \partial F(\frac{k}{m} h)`.
 
     Source: Sundararajan, Taly, Yan, ICML 2017, arXiv:1703.01365, eq. 3; Wu et al., AD-KD, ACL 2023, arXiv:2305.10010.
 
-    A loss's derivative with respect to the odds is e to minus the margin, which vanishes where a model is certain. Maps are
-    normalised later, which removes any factor of an example, so derivatives are divided by the largest of the passes: none is
-    above 1, one is 1, and they are formed as differences of logarithms, whatever the margin.
+    A loss's derivative with respect to the log-odds is about e to minus the margin, which underflows if a model is certain.
+    Maps are normalised later, which removes any factor of an example, so derivatives are divided by the largest of all passes:
+    none is above 1, one is 1, and they are computed as differences of logarithms, whatever the margin.
 
     Args:
-        passes: for k = 1 to m, the logits (batch, classes) of the pass at k/m of the states, and those states, (batch, tokens,
-            width), in its graph; the last are the states themselves. One pass is the gradient times the input.
+        passes: for k = 1 to m, the logits (batch, classes) of the forward pass with states scaled by k/m, and those states,
+            (batch, tokens, width), in its graph; the last are the unscaled states. One pass is the gradient times the input.
         target: see `scores`.
-        create_graph: so that a loss of the result can be differentiated.
-        first: of two classes whose loss is attributed, the one; their views differ where there are several passes.
+        create_graph: whether to record a graph, so that a loss of the result can be differentiated.
+        first: for two classes and `loss`, the index of the class whose loss is attributed; with several passes the views of
+            the two differ.
 
     Returns:
-        (batch, tokens, width, views), for each example and view up to a factor, in float32 at least.
+        (batch, tokens, width, views), up to a factor for each example and view, in float32 at least.
     """
     count = passes[0][0].shape[-1]
     single = count == 2 and _is_loss(passes[0][0], target)
-    found = [scores(logits.flip(-1) if single and first else logits, target) for logits, _ in passes]
+    by_pass = [scores(logits.flip(-1) if single and first else logits, target) for logits, _ in passes]
     views = []
-    for of_view in zip(*found, strict=True):
+    for of_view in zip(*by_pass, strict=True):
         factors = [torch.ones_like(score) for score in of_view]
         if _is_loss(passes[0][0], target):
             slopes = torch.stack([F.logsigmoid(against) for against in of_view])
@@ -91,14 +92,14 @@ def attributions(
 
 
 def token_maps(attributed: Tensor, keep: int | None = None) -> Tensor:
-    """The length of each token's attribution.
+    """Return the Euclidean norm of each token's attribution.
 
     Args:
         attributed: (batch, tokens, width, views).
-        keep: K, how many of a token's entries count, the largest; None counts all.
+        keep: K, number of a token's entries that count, those largest in absolute value; None for all.
 
     Returns:
-        (batch, tokens, views), not negative.
+        (batch, tokens, views), at least 0.
     """
     attributed = at_least_float32(attributed)
     if keep is not None and keep < attributed.shape[2]:
@@ -111,13 +112,13 @@ def token_maps(attributed: Tensor, keep: int | None = None) -> Tensor:
 def map_error(
     student: Tensor, teacher: Tensor, mask: Tensor, distance: str = "l2", norm: float = 2.0, reduction: str = "examples"
 ) -> Tensor:
-    """Distance between normalised attribution maps, summed over views.
+    """Return the distance between normalised attribution maps, summed over views.
 
     Source: Wu et al., AD-KD, ACL 2023, arXiv:2305.10010; authors' code `loss.py`.
 
     Args:
-        student: (batch, tokens, views), as `token_maps` gives them.
-        teacher: the same; the target, no gradient flows to it.
+        student: (batch, tokens, views), as `token_maps` returns them.
+        teacher: the same shape; the target, no gradient flows to it.
         mask: (batch, tokens), bool, False on padding, where maps are 0.
         distance: `l2`, the square of a token's difference; `l1`; `smooth_l1`.
         norm: p of the norm over an example's tokens that maps are divided by.
@@ -127,7 +128,7 @@ def map_error(
             the examples (paper).
 
     Raises:
-        ValueError: for shapes that differ, or an unknown word.
+        ValueError: if the shapes differ, or for an unknown distance or reduction.
 
     >>> maps = torch.tensor([[[3.0], [4.0]]]), torch.tensor([[[3.0], [2.0]]])
     >>> round(map_error(*maps, torch.ones(1, 2).bool()).item(), 6)
@@ -142,10 +143,10 @@ def map_error(
     if reduction == "norm":
         distances: Tensor = torch.linalg.vector_norm((student - teacher).flatten(1), dim=1)
         return distances.mean()
-    each = {"l2": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}[distance](student, teacher, reduction="none")
-    each = each.sum(dim=-1)
+    errors = {"l2": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}[distance](student, teacher, reduction="none")
+    errors = errors.sum(dim=-1)
     if reduction == "tokens":
-        return each[mask].mean()
+        return errors[mask].mean()
     if reduction != "examples":
         raise ValueError(f"reduction '{reduction}' is not one of {', '.join(REDUCTIONS)}")
-    return mean_over_real(each, mask, "strict")
+    return mean_over_real(errors, mask, "strict")

@@ -6,23 +6,23 @@ from torch.nn import functional as F
 
 REDUCTIONS = ("elements", "vectors", "examples", "sum")
 PADDING = ("strict", "reference")
-"""What a mean over tokens is taken over: the real ones of each example, then the examples; or everything, padding included."""
+"""Means over tokens: `strict` over the real tokens of each example, then over examples; `reference` over all, with padding."""
 
 
 def patience(student: Tensor, teacher: Tensor, normalize: bool = True, reduction: str = "elements") -> Tensor:
-    """Squared distance between sentence vectors of paired layers.
+    """Return the squared distance between sentence vectors of paired layers.
 
     Source: Sun et al., EMNLP 2019, arXiv:1908.09355, eq. 7; authors' code `src/KD_loss.py`.
 
     Args:
-        student: (batch, layers, width), one vector a sentence and layer; usually the [CLS] states.
+        student: (batch, layers, width), one vector for each sentence and layer; usually the [CLS] states.
         teacher: (batch, layers, width); the target, no gradient flows to it.
         normalize: scale every vector to unit length first. Eq. 7 does; the authors' code makes it a switch.
         reduction: `elements` averages over batch, layers and width (authors' code), `vectors` sums over width and
             averages over batch and layers (= `elements` times width), `examples` sums over layers and width and averages
             over the batch, `sum` sums over all (eq. 7, = `examples` times batch).
 
-    Padding does not enter: [CLS] is never padding.
+    Padding has no effect: [CLS] is never padding.
 
     >>> patience(torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[4.0, 3.0]]]), reduction="sum").item()  # doctest: +ELLIPSIS
     0.0799...
@@ -46,7 +46,7 @@ def patience(student: Tensor, teacher: Tensor, normalize: bool = True, reduction
 
 
 def token_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "strict") -> Tensor:
-    """Mean squared error between the states of every token.
+    """Return the mean squared error between the states of every token.
 
     Source: Jiao et al., TinyBERT, arXiv:1909.10351, eq. 8 and 9; authors' code `task_distill.py`.
 
@@ -69,15 +69,15 @@ def token_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "
 
 
 def mean_over_real(values: Tensor, real: Tensor, padding: str) -> Tensor:
-    """The mean of (batch, ...) values: of each example's real ones, then of the examples; or of all of them.
+    """Return the mean of values: over the real ones of each example, then over examples; or over all of them.
 
     Args:
         values: (batch, ...).
-        real: of the same shape, bool; every example has one.
-        padding: `strict` or `reference`.
+        real: the same shape, bool, False on padding; at least one is True in every example.
+        padding: `strict`, or `reference` for all values.
 
     Raises:
-        ValueError: for another word.
+        ValueError: for any other `padding`.
     """
     values = at_least_float32(values)
     if padding == "reference":
@@ -89,25 +89,26 @@ def mean_over_real(values: Tensor, real: Tensor, padding: str) -> Tensor:
 
 
 def unit(vectors: Tensor, dim: int = -1, norm: float = 2.0) -> Tensor:
-    """Vectors divided by their norm, however large or small they are; zeros stay zeros.
+    """Divide vectors by their norm, however large or small it is; zeros stay zeros.
 
-    `torch.nn.functional.normalize` shortens what is shorter than 1e-12, and squares leave float32 beyond 1e19. A power of two
-    is taken out first, which is exact, so that for ordinary vectors both are equal to the bit.
+    `torch.nn.functional.normalize` returns vectors shorter than 1 if their norm is below 1e-12, and squares of entries beyond
+    1e19 overflow float32. Vectors are first divided by a power of two, which is exact, so for ordinary vectors the result is
+    equal to torch's bit for bit.
 
     Args:
         vectors: any shape.
-        dim: along which the norm is taken.
-        norm: p.
+        dim: dimension along which the norm is taken.
+        norm: p of the norm.
 
     >>> unit(torch.tensor([3e-30, 4e-30]))
     tensor([0.6000, 0.8000])
     """
-    # What is not zero is then 1 long or longer, so that the bound is for zeros alone.
+    # After `near_one` the norm of a non-zero vector is at least 1, so eps only applies to zeros.
     return F.normalize(near_one(vectors, dim), p=norm, dim=dim, eps=0.5)
 
 
 def near_one(vectors: Tensor, dim: int = -1) -> Tensor:
-    """Vectors divided by the power of two that brings their largest entry to between 1 and 2, which rounds nothing.
+    """Divide vectors by the power of two that brings their largest entry to between 1 and 2, without rounding.
 
     >>> near_one(torch.tensor([0.0, 3e-30, -6e-30]))
     tensor([ 0.0000,  0.9507, -1.9015])
@@ -119,5 +120,5 @@ def near_one(vectors: Tensor, dim: int = -1) -> Tensor:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision widened: a sum of squares in it loses what it is about."""
+    """Convert half precision to float32, because a sum of squares in half precision loses too much."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

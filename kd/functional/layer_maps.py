@@ -1,4 +1,4 @@
-"""Which student layer meets which teacher layer.
+"""Layer maps: pairs of student and teacher layers that are compared.
 
 Layer 0 is the embedding output, layer *l* the output of block *l*; a pair is (student layer, teacher layer).
 """
@@ -10,14 +10,17 @@ import numpy as np
 from kd.errors import InputError, one_of
 
 Pairs = tuple[tuple[int, int], ...]
+"""Pairs of (student layer, teacher layer)."""
+
 Blocks = tuple[tuple[int, tuple[int, ...]], ...]
-"""A student layer, and the teacher layers that it meets together."""
+"""Pairs of a student layer and the teacher layers whose mean it is compared with."""
 
 
 def skip(student: int, teacher: int) -> Pairs:
-    """PKD-Skip: student layers 1 .. N-1 meet every (teacher / student)-th teacher layer; the last is left to the logits.
+    """Return PKD-Skip: student layers 1 .. N-1 with every (teacher / student)-th teacher layer; the last is not paired.
 
-    Source: Sun et al., arXiv:1908.09355, section 3.2. Where the depths do not divide we round down, our choice.
+    Source: Sun et al., arXiv:1908.09355, section 3.2. If the depths do not divide we round down (our choice). The last
+    layer is trained through the logits.
 
     >>> [t for _, t in skip(6, 12)]
     [2, 4, 6, 8, 10]
@@ -26,7 +29,7 @@ def skip(student: int, teacher: int) -> Pairs:
 
 
 def last(student: int, teacher: int) -> Pairs:
-    """PKD-Last: student layers 1 .. N-1 meet the teacher layers just below its last.
+    """Return PKD-Last: student layers 1 .. N-1 with the teacher layers just below its last.
 
     Source: Sun et al., arXiv:1908.09355, section 3.2.
 
@@ -37,7 +40,7 @@ def last(student: int, teacher: int) -> Pairs:
 
 
 def uniform(student: int, teacher: int) -> Pairs:
-    """Every student layer, the embeddings and the last included, meets layer * teacher / student.
+    """Return pairs of every student layer, the embeddings and the last included, with layer * teacher / student.
 
     Source: Jiao et al., TinyBERT, Findings of EMNLP 2020, arXiv:1909.10351, section 3.1 (its g(m) = 3m for 4 of 12).
 
@@ -51,7 +54,7 @@ NAMED: dict[str, Callable[[int, int], Pairs]] = {"skip": skip, "last": last, "un
 
 
 def top(student: int, teacher: int) -> Pairs:
-    """Student layers 1 .. N meet the teacher's last N.
+    """Return pairs of student layers 1 .. N with the teacher's last N layers.
 
     Source: Jiao et al., TinyBERT, arXiv:1909.10351, table 4 (g(m) = m + N - M).
 
@@ -62,14 +65,14 @@ def top(student: int, teacher: int) -> Pairs:
 
 
 def bottom(student: int, teacher: int) -> Pairs:
-    """Student layers 1 .. N meet the teacher's first N. The source is that of `top` (g(m) = m)."""
+    """Return pairs of student layers 1 .. N with the teacher's first N; the source is that of `top` (g(m) = m)."""
     return tuple((layer, layer) for layer in range(1, student + 1))
 
 
 def drawn(student: int, teacher: int, generator: np.random.Generator) -> Pairs:
-    """Student layers 1 .. N meet N different teacher layers, drawn with equal chance and put in ascending order.
+    """Return pairs of student layers 1 .. N with N different teacher layers, drawn uniformly and sorted in ascending order.
 
-    Dankar et al., arXiv:2308.13958, name a random map; how they draw it is unknown, this is our choice.
+    Dankar et al., arXiv:2308.13958, mention a random map; how they draw it is unknown, so this is our choice.
 
     Raises:
         ValueError: for a student deeper than its teacher.
@@ -79,7 +82,7 @@ def drawn(student: int, teacher: int, generator: np.random.Generator) -> Pairs:
 
 
 def blocks(student: int, teacher: int, key: str = "method.layers") -> Blocks:
-    """The teacher's layers in as many blocks of equal size as the student has layers, which meet them one by one.
+    """Divide the teacher's layers into as many blocks of equal size as the student has layers, and pair them in order.
 
     The last layers of the blocks are TinyBERT's uniform map.
 
@@ -100,12 +103,12 @@ def blocks(student: int, teacher: int, key: str = "method.layers") -> Blocks:
 
 
 def resolve(spec: str | Sequence[Sequence[int]], student: int, teacher: int, key: str = "method.layers") -> Pairs:
-    """The pairs of a named map, or an explicit list of pairs, checked against both depths.
+    """Return the pairs of a named map, or of an explicit list, checked against both depths.
 
     Args:
         spec: a name of `NAMED`, or a list of [student layer, teacher layer].
-        student: depth of the student, blocks.
-        teacher: depth of the teacher, blocks.
+        student: number of blocks of the student.
+        teacher: number of blocks of the teacher.
         key: the configuration key that an error names.
 
     Raises:
@@ -146,12 +149,12 @@ def resolve(spec: str | Sequence[Sequence[int]], student: int, teacher: int, key
 
 
 def describe(pairs: Pairs) -> str:
-    """The map in words, for the preflight."""
+    """Describe a layer map, for the preflight."""
     return ", ".join(f"{student}<-{teacher}" for student, teacher in pairs) or "none"
 
 
 def describe_blocks(found: Blocks) -> str:
-    """The same of layers that meet several at once.
+    """Describe a map from student layers to blocks of teacher layers.
 
     >>> describe_blocks(((1, (1, 2, 3)), (2, (6,))))
     '1<-1+2+3, 2<-6'

@@ -9,12 +9,12 @@ SOFT_LOSSES = ("kl", "ce", "mse")
 
 
 def widened(logits: Tensor) -> Tensor:
-    """At least float32: a softmax over half-precision logits loses the tail that distillation is about."""
+    """Convert half precision to float32: a softmax over half-precision logits loses the tail that distillation uses."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def _reduce(values: Tensor, reduction: str) -> Tensor:
-    """(batch, classes) -> scalar, or (batch,) for `none`."""
+    """Reduce (batch, classes) to a scalar, or to (batch,) for `none`."""
     if reduction == "batchmean":
         return values.sum(dim=-1).mean()
     if reduction == "elementmean":
@@ -32,7 +32,7 @@ def _check(student: Tensor, teacher: Tensor) -> None:
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, reduction: str = "batchmean") -> Tensor:
-    r"""Kullback-Leibler divergence :math:`KL(p_t \| p_s)` of tempered distributions, in nats, times temperature squared.
+    r"""Return the divergence :math:`KL(p_t \| p_s)` of tempered distributions, in nats, times temperature squared.
 
     Source: Hinton, Vinyals, Dean, NeurIPS DL workshop 2014, arXiv:1503.02531, section 2 (the square keeps the gradient's
     scale as the temperature changes).
@@ -54,9 +54,9 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, re
 
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0, reduction: str = "batchmean") -> Tensor:
-    """Cross entropy against the teacher's tempered distribution, in nats; *not* multiplied by temperature squared.
+    """Return the cross entropy against the teacher's tempered distribution, in nats; *not* times temperature squared.
 
-    It differs from the divergence by the teacher's entropy, a constant. Shapes and arguments as `kl_divergence`.
+    It differs from the divergence by the teacher's entropy, a constant. Shapes and arguments are those of `kl_divergence`.
     """
     _check(student, teacher)
     log_student = F.log_softmax(widened(student) / temperature, dim=-1)
@@ -65,7 +65,7 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.
 
 
 def squared_error(student: Tensor, teacher: Tensor, reduction: str = "elementmean") -> Tensor:
-    """Squared difference of logits, (batch, classes) each.
+    """Return the squared difference of logits, (batch, classes) each.
 
     Raises:
         ValueError: if the shapes differ, because broadcasting (batch, 1) against (batch,) would give (batch, batch).

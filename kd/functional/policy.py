@@ -1,4 +1,4 @@
-"""Which teacher, and how often."""
+"""Probabilities of drawing each of several teachers, from their scores."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,10 @@ import numpy as np
 
 
 def rank_probabilities(scores: Sequence[float], higher_is_better: bool = True, sharpness: float = 1.0) -> list[float]:
-    """Probabilities that rise with the rank of a score: proportional to rank ** sharpness, the worst has rank 1.
+    """Return probabilities proportional to rank ** sharpness of a score, where the worst has rank 1.
 
     Equal scores share the mean of their ranks. Ding et al. (SKDBERT, AAAI 2023, arXiv:2211.14466) draw by teacher rank and by
-    student rank but say nowhere how a rank becomes a probability; the linear rank (sharpness 1) is our choice.
+    student rank but do not state how a rank becomes a probability; the linear rank (sharpness 1) is our choice.
 
     Args:
         scores: one for each teacher.
@@ -27,7 +27,7 @@ def rank_probabilities(scores: Sequence[float], higher_is_better: bool = True, s
 
 
 def best(scores: Sequence[float], higher_is_better: bool = True) -> list[float]:
-    """All probability on the best score; on the first of equal ones.
+    """Return probability 1 for the best score, or the first of equal ones, and 0 for the others.
 
     >>> best([0.7, 0.9, 0.9])
     [0.0, 1.0, 0.0]
