@@ -1,14 +1,14 @@
-"""A frozen teacher says the same of an example each time, so it is run once: whether it can be, and what is there already.
+"""Cache of the outputs of frozen teachers: the decision whether to cache, and the look-up of cached tensors.
 
-What it says of a split is kept with the teacher's run, for all students, methods and seeds, under a digest of the teacher's
-weights, the text as tokenised and the precision. What cannot be kept, or would be too large, is computed at every step.
-The pass itself is in `kd.passes`.
+A frozen teacher's outputs for an example never change, so it is run once per split. Its outputs are stored in the teacher's
+run, for all students, methods and seeds, under a digest of the teacher's weights, the tokenised text and the precision.
+Outputs that cannot be cached, or would be too large, are computed at every step. `kd.passes` precomputes them.
 
-What holds on every machine: a number that is kept is read again to the bit, and from the same numbers training that reads
-them ends with the same weights, to the bit, as training whose teacher runs. The numbers themselves are those of a running
-teacher but for rounding: the pass has other batches, and a processor adds up products in an order that depends on their
-shape, its instructions and its libraries. Rounding is all that sets two such runs apart, as it does one run on two machines;
-an optimiser that divides by the size of a gradient, such as AdamW, makes it visible where gradients are nothing else.
+Guarantees on every machine: cached values are read back bit for bit, and given the same values, training that reads them ends
+with bitwise the same weights as training that runs the teacher. The values themselves equal those of a running teacher up to
+rounding: precomputing uses other batches, and the order in which a processor adds up products depends on their shape, its
+instructions and its libraries. Two such runs differ by rounding only, as does one run on two machines; an optimiser that
+divides by the size of a gradient, such as AdamW, makes the difference visible where gradients consist of rounding errors.
 """
 
 import contextlib
@@ -38,25 +38,26 @@ if TYPE_CHECKING:
     from kd.data.datamodule import KDDataModule
 
 CACHE_FORMAT = 1
-"""Raised when a change of code makes what is kept unreadable."""
+"""Version of the cache layout; incremented when a code change makes existing caches unreadable."""
 AUTO_LIMIT = 8e9
-"""Bytes that `cache=auto` takes at most for one teacher, if a quarter of the free disk is not less. Our choice."""
+"""Largest size in bytes of one teacher's cache with `cache=auto`, or a quarter of the free disk if less. Our choice."""
 
 
 def cached_or_live(
     run: Run, data: "KDDataModule", index: int, teacher: FrozenTeacher, needs: Needs | None
 ) -> tuple[FrozenTeacher, dict[str, Any]]:
-    """The teacher as training will see it, and what a record says of it.
+    """Return the teacher to train with, and the entry about its cache for `result.json`.
 
-    Either one that is cached, its weights not in memory, with `data` set to read what it said; or the teacher itself,
-    loaded.
+    The teacher is either a cached one, whose weights are not in memory and whose outputs `data` is set to read, or the
+    given one with its weights loaded.
 
     Args:
-        run: that it serves.
-        data: tokenised; of every split something is kept: of train what the methods need, of the others the logits.
-        place: of the teacher in a batch.
-        teacher: frozen.
-        needs: of it, by all methods; None where no method listens to it. It is then compared with on the other splits only.
+        run: the run that uses the teacher.
+        data: tokenised data. Cached are the tensors that the methods need for train, and the logits for other splits.
+        index: position of the teacher in a batch.
+        teacher: the frozen teacher.
+        needs: tensors that all methods together need; None if no method uses the teacher, which is then only evaluated, on
+            the other splits.
 
     Raises:
         InputError: if the teacher cannot be loaded, or the disk has no room for what `cache=on` asks for.
@@ -66,18 +67,18 @@ def cached_or_live(
         why = distributed.on_rank_zero(lambda: _not_writable(folder_of(run, teacher)))
     if why is None:
         with _held(folder_of(run, teacher)):
-            found = cached(run, data, index, teacher, needs)
-        if not isinstance(found, str):
-            return found
-        why = found
+            result = cached(run, data, index, teacher, needs)
+        if not isinstance(result, str):
+            return result
+        why = result
     if cache_limit(run.spec.cache) != 0:
         distributed.print_rank_zero(f"  teacher '{teacher.name}' runs at every step: {why}")
-    _ = teacher.encoder  # now, so that weights that cannot be read end the run before it begins
+    _ = teacher.encoder  # load the weights now, so that unreadable ones end the run before it begins
     return teacher, {"used": False, "why": why}
 
 
 def reason_to_run(run: Run, data: "KDDataModule", teacher: FrozenTeacher, needs: Needs | None) -> str | None:
-    """Why a teacher cannot be cached, whatever the size; None if it can."""
+    """Return the reason why a teacher cannot be cached, whatever the size; None if it can."""
     if cache_limit(run.spec.cache) == 0:
         return "cache=off"
     if data.changes:
@@ -98,9 +99,11 @@ def reason_to_run(run: Run, data: "KDDataModule", teacher: FrozenTeacher, needs:
 def cached(
     run: Run, data: "KDDataModule", index: int, teacher: FrozenTeacher, needs: Needs | None
 ) -> tuple[CachedTeacher, dict[str, Any]] | str:
-    """A cached teacher, after the pass if there had to be one; or why there is none."""
-    asked = {split: needs if split == "train" else Needs() for split in data.tokens}
-    plans = [split_cache(run, data, index, teacher, split, of) for split, of in asked.items() if of is not None]
+    """Return a cached teacher and its record, precomputing missing outputs; or the reason why it is not cached."""
+    needs_by_split = {split: needs if split == "train" else Needs() for split in data.tokens}
+    plans = [
+        split_cache(run, data, index, teacher, split, wanted) for split, wanted in needs_by_split.items() if wanted is not None
+    ]
     began, passes, examples = time.perf_counter(), 0, 0
     seconds = distributed.on_rank_zero(lambda: estimate(run, teacher, plans))
     lacking = distributed.broadcast([(plan.absent, plan.entries) for plan in plans])
@@ -117,36 +120,36 @@ def cached(
         plan.store.open(plan.names)
         data.use_cached(index, {plan.split: CachedOutputs(plan.store, plan.names, plan.tokens)})
     taken = time.perf_counter() - began if missing else 0.0
-    size, kept = sum(plan.store.size(plan.names) for plan in plans), " ".join(plans[0].names)
+    size, names = sum(plan.store.size(plan.names) for plan in plans), " ".join(plans[0].names)
     what = f"made in {taken:.1f} s" if missing else "made before, teacher not loaded"
-    distributed.print_rank_zero(f"  teacher '{teacher.name}' is cached: {kept}, {readable_size(size)}, {what}")
+    distributed.print_rank_zero(f"  teacher '{teacher.name}' is cached: {names}, {readable_size(size)}, {what}")
     record = {"used": True, "bytes": size, "seconds": round(taken, 3), "written": [plan.split for plan in missing]}
     return CachedTeacher(teacher, passes, examples), record
 
 
 def folder_of(run: Run, teacher: FrozenTeacher) -> Path:
-    """Where what a teacher says is kept: in its run, or beside the runs if it was brought."""
-    made = run.inputs.get(f"teacher {teacher.name}")
-    if made is not None:
-        return made.directory / "cache"
+    """Return the folder of a teacher's cache: in its run, or in `.teachers` beside the runs if no run trained it."""
+    teacher_run = run.inputs.get(f"teacher {teacher.name}")
+    if teacher_run is not None:
+        return teacher_run.directory / "cache"
     return Path(run.spec.paths.runs).expanduser() / ".teachers" / digest_of({"weights": weights_of(run, teacher)})
 
 
 def weights_of(run: Run, teacher: FrozenTeacher) -> str | None:
-    """What identifies a teacher's weights; of the hub with the commit that was loaded, None where that is not known."""
+    """Return an identifier of a teacher's weights; for a hub model with the loaded commit, or None if that is unknown."""
     source, key = teacher_source(run, teacher.name)
     if not source.startswith("hf:"):
-        # What was kept when models of other types were computed in their own is not used.
+        # Older caches of models in other types were computed in those types; the suffix keeps them from being used.
         return fingerprint(source, key) + ("" if is_float32(source, key) else ", used in float32")
     commit = hub_commit(source)
     return None if commit is None else f"{source}@{commit}"
 
 
 def split_cache(run: Run, data: "KDDataModule", index: int, teacher: FrozenTeacher, split: str, needs: Needs) -> SplitCache:
-    """Where a split's tensors are, or will be."""
+    """Return the description of a split's cache, and create its folder on rank 0."""
     tokens = data.tokens[split][data.teacher_keys[index]]
     training = run.spec.trainer.precision
-    # Evaluation is in float32 whatever training is in.
+    # Evaluation is in float32 whatever the precision of training.
     precision = training if split == "train" or training == "64-true" else "32-true"
     text = hashlib.blake2b(tokens.offsets.tobytes(), digest_size=8)
     for column in tokens.columns.values():
@@ -164,14 +167,14 @@ def split_cache(run: Run, data: "KDDataModule", index: int, teacher: FrozenTeach
 
 
 def _begin(folder: Path, about: Mapping[str, Any]) -> None:
-    """Make a folder that says what it is of; say so if others hold the same split with other text or other weights."""
+    """Create a cache folder with `about.json`; print a line if another folder caches the split with other text or weights."""
     if (folder / "about.json").is_file():
         return
     for other in folder.parent.glob(f"{about['split']}-*/about.json"):
         with contextlib.suppress(OSError, ValueError):
-            known = json.loads(other.read_text(encoding="utf-8"))
-            changed = [what for what in ("text", "weights") if known.get(what) != about[what]]
-            if changed and all(known.get(what) == about[what] for what in ("precision", "task")):
+            other_about = json.loads(other.read_text(encoding="utf-8"))
+            changed = [key for key in ("text", "weights") if other_about.get(key) != about[key]]
+            if changed and all(other_about.get(key) == about[key] for key in ("precision", "task")):
                 distributed.print_rank_zero(
                     f"  the cache {other.parent} was made of other {' and '.join(changed)}; it is not used"
                 )
@@ -181,7 +184,7 @@ def _begin(folder: Path, about: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """Hold a teacher's cache on the first rank: a second process that needs the same waits, then finds it."""
+    """Lock a teacher's cache on rank 0: a second process that needs it waits, then reads the finished cache."""
     with contextlib.ExitStack() as held:
         distributed.on_rank_zero(
             lambda: held.enter_context(locked(folder, f"  another process is at {folder}; waiting for it"))
@@ -190,7 +193,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def estimate(run: Run, teacher: FrozenTeacher, plans: Sequence[SplitCache]) -> float | str:
-    """Seconds that the pass will take, said before it begins; or why it is not made. Finds what is absent, and its sizes."""
+    """Return the estimated seconds of precomputing, or the reason not to; set `absent` and `entries` of the plans."""
     for plan in plans:
         plan.store.sweep()
         if damaged := plan.store.damaged(plan.names):
@@ -205,14 +208,14 @@ def estimate(run: Run, teacher: FrozenTeacher, plans: Sequence[SplitCache]) -> f
     seconds = sum(probe(run, teacher, plan) for plan in missing) / distributed.world()
     size = sum(plan.size for plan in missing)
     free = shutil.disk_usage(missing[0].store.folder).free
-    limit, asked = cache_limit(run.spec.cache), run.spec.cache
+    limit, setting = cache_limit(run.spec.cache), run.spec.cache
     if limit is None:
         limit = min(AUTO_LIMIT, free / 4)
-    there = sum(file.stat().st_size for file in folder_of(run, teacher).glob("*/*.bin"))
+    existing = sum(file.stat().st_size for file in folder_of(run, teacher).glob("*/*.bin"))
     needed = f"what it says takes {readable_size(size)} ({missing[0].needs})"
-    if size + there > limit:
-        beside = f" beside the {readable_size(there)} that are there" if there else ""
-        return f"{needed}{beside}, more than cache={asked} takes here, {readable_size(limit)}; cache=on or a size takes more"
+    if size + existing > limit:
+        beside = f" beside the {readable_size(existing)} that are there" if existing else ""
+        return f"{needed}{beside}, more than cache={setting} takes here, {readable_size(limit)}; cache=on or a size takes more"
     if size * (2 if distributed.world() > 1 else 1) > free:  # ranks' shares are joined
         raise InputError(f"teacher '{teacher.name}': {needed}, and {readable_size(free)} are free; use cache=off", "cache")
     count = ", ".join(f"{plan.split} {plan.store.examples}" for plan in missing)
@@ -223,7 +226,7 @@ def estimate(run: Run, teacher: FrozenTeacher, plans: Sequence[SplitCache]) -> f
 
 
 def _not_writable(folder: Path) -> str | None:
-    """Why nothing can be kept in a folder, None if it can: a teacher's run may be another user's."""
+    """Return the reason why a folder cannot be written, None if it can: a teacher's run may belong to another user."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

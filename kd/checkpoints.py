@@ -1,4 +1,4 @@
-"""Checkpoints that a kill, a full disk, a crash or a flipped bit cannot ruin, and that execute nothing when they are read."""
+"""Checkpoints with atomic writes and a checksum, which are read without executing code."""
 
 import hashlib
 import os
@@ -18,30 +18,30 @@ from kd.errors import InputError
 from kd.runs import writing
 
 SEAL = b"kd blake2b-256 "
-"""Before the checksum, in the comment that ends the file: a checkpoint is a zip archive, and torch reads one with a comment."""
+"""Prefix of the checksum in the comment at the end of the file: torch reads a zip archive with a comment."""
 
 DIGITS = 64
 """Hexadecimal digits of the checksum."""
 
 STATE = ("pytorch-lightning_version", "epoch", "global_step", "state_dict", "loops", "callbacks", "lr_schedulers", "kd")
-"""Parts of a checkpoint that training can go on from, beside the optimiser's."""
+"""Entries that a checkpoint must have for training to resume, besides `optimizer_states`."""
 
 KINDS: Mapping[str, type] = {
     **dict.fromkeys(("epoch", "global_step"), int),
     **dict.fromkeys(("loops", "callbacks", "kd"), dict),
     **dict.fromkeys(("lr_schedulers", "optimizer_states"), list),
 }
-"""Types of these parts."""
+"""Types of these entries."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target and renames; what it writes carries a checksum and its run's digest, and is read with both.
+    """Checkpoint IO that writes a draft and renames it; files carry a checksum and the run's digest, both checked on reading.
 
     Lightning's own writer stages the file in the system's temporary folder; from another file system the last step is a
-    copy, which a kill or a full disk leaves truncated in place of the checkpoint that was there.
+    copy, which a kill or a full disk leaves truncated in place of the previous checkpoint.
 
     Args:
-        digest: of the run whose checkpoints these are.
+        digest: digest of the run whose checkpoints are read and written.
     """
 
     def __init__(self, digest: str) -> None:
@@ -49,7 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.digest = digest
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint, all or nothing.
+        """Write a checkpoint atomically.
 
         Raises:
             InputError: if the folder cannot be written.
@@ -58,7 +58,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         draft = target.with_name(target.name + ".part")
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            draft.unlink(missing_ok=True)  # a link that is not ours would be written through
+            draft.unlink(missing_ok=True)  # a symbolic link that somebody else put there would be followed
             try:
                 with draft.open("x+b") as file:
                     torch.save({**checkpoint, "digest": self.digest}, file)
@@ -73,16 +73,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint of the run, on the CPU and without executing anything, whatever the arguments.
 
         Raises:
-            InputError: if it is damaged, or none of this run.
+            InputError: if it is damaged, or belongs to another run.
         """
         return read_checkpoint(Path(path), self.digest)
 
 
 class Checkpoint(ModelCheckpoint):
-    """A ModelCheckpoint whose folder may have moved: Lightning's forgets the best score when the path is another."""
+    """A ModelCheckpoint whose folder may have moved: Lightning's drops the best score when the path has changed."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state up, with every path in the present folder."""
+        """Load the state, with every path moved to the current folder."""
 
         def moved(path: str) -> str:
             return str(Path(str(self.dirpath)) / Path(path).name) if path else path
@@ -94,13 +94,13 @@ class Checkpoint(ModelCheckpoint):
 
 
 class EveryFewMinutes(Checkpoint):
-    """Keeps `last.ckpt` fresh inside long epochs, between optimiser steps.
+    """Callback that writes `last.ckpt` every few minutes within an epoch, between optimiser steps.
 
-    After an epoch's last batch it leaves the saving to the end of the epoch: Lightning would otherwise resume behind the
-    validation that chooses the best checkpoint. Between the batches of one optimiser step it waits: gradients that have
-    been accumulated are not part of a checkpoint.
+    It does not save after an epoch's last batch, because Lightning would resume after the validation that chooses the best
+    checkpoint; `last.ckpt` is written at the end of the epoch instead. It does not save between the batches of one optimiser
+    step, because accumulated gradients are not part of a checkpoint.
 
-    The clock is its own, because Lightning's does not run for an engine that steps its optimiser itself.
+    It measures the time itself, because Lightning's timer does not run for an engine with manual optimisation.
     """
 
     def __init__(self, folder: Path, minutes: float) -> None:
@@ -111,7 +111,7 @@ class EveryFewMinutes(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if the time has come."""
+        """Save if the interval has passed."""
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if trainer.strategy.broadcast(time.monotonic() - self.saved >= self.seconds):
@@ -121,7 +121,10 @@ class EveryFewMinutes(Checkpoint):
 
 
 def checkpoint_callbacks(folder: Path, monitor: str, minutes: float) -> list[pl.Callback]:
-    """`best.ckpt` by the monitored metric (weights only), and `last.ckpt` at the end of each epoch and every few minutes."""
+    """Return the callbacks that write `best.ckpt` (weights only, by the monitored metric) and `last.ckpt`.
+
+    `last.ckpt` is written at the end of each epoch and every `minutes`.
+    """
     best = Checkpoint(
         folder,
         "best",
@@ -136,10 +139,10 @@ def checkpoint_callbacks(folder: Path, monitor: str, minutes: float) -> list[pl.
 
 
 def seal(file: BinaryIO) -> None:
-    """Put a checksum at the end of a zip archive without a comment, as its comment.
+    """Append a checksum to a zip archive without a comment, as its comment.
 
     Args:
-        file: open for reading and writing.
+        file: the archive, open for reading and writing.
     """
     file.seek(-2, os.SEEK_END)  # an archive without a comment ends with the comment's length
     file.write((len(SEAL) + DIGITS).to_bytes(2, "little"))
@@ -148,7 +151,7 @@ def seal(file: BinaryIO) -> None:
 
 
 def _checksum(file: BinaryIO, size: int) -> bytes:
-    """The checksum of a file's first bytes; the file is left behind them."""
+    """Return the checksum of the first `size` bytes of a file, and leave the file positioned behind them."""
     digest = hashlib.blake2b(digest_size=DIGITS // 2)
     file.seek(0)
     while block := file.read(min(size, 1 << 24)):
@@ -158,7 +161,7 @@ def _checksum(file: BinaryIO, size: int) -> bytes:
 
 
 def _damage(file: BinaryIO) -> str | None:
-    """What is wrong with a sealed file; None if every byte is as it was written."""
+    """Return a description of the damage to a sealed file; None if its checksum matches."""
     size = file.seek(0, os.SEEK_END) - len(SEAL) - DIGITS
     if size <= 0:
         return "it is truncated"
@@ -170,46 +173,46 @@ def _damage(file: BinaryIO) -> str | None:
 
 
 def refused(path: Path, why: str) -> InputError:
-    """The error for a checkpoint that cannot be used."""
+    """Return the error for a checkpoint that cannot be used."""
     return InputError(f"the checkpoint '{path}' cannot be used: {why}. Begin this run again with resume=false", "resume")
 
 
 def read_checkpoint(path: Path, digest: str) -> dict[str, Any]:
-    """A checkpoint of a run, every byte as it was written. Nothing in it is executed.
+    """Read a checkpoint of a run and verify its checksum. No code in it is executed.
 
     Args:
-        path: of the file.
-        digest: of the run.
+        path: path of the file.
+        digest: digest of the run.
 
     Raises:
-        InputError: if it is missing, truncated, damaged, none of this program, or of another run.
+        InputError: if it is missing, truncated, damaged, not a checkpoint of this program, or of another run.
     """
     try:
         with path.open("rb") as file:
             if why := _damage(file):
                 raise refused(path, why)
             file.seek(0)
-            found = torch.load(file, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except FileNotFoundError as error:
         raise refused(path, "it is missing") from error
     except OSError as error:
         raise refused(path, error.strerror or str(error)) from error
-    except Exception as error:  # torch's reader raises a dozen kinds for a file that was made to be wrong
+    except Exception as error:  # torch's reader raises a dozen types for a file that was crafted to be wrong
         raise refused(path, f"it holds more than tensors and numbers, or is none ({type(error).__name__})") from error
-    if not isinstance(found, dict) or not isinstance(found.get("state_dict"), dict):
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise refused(path, "it is not a checkpoint of this program")
-    if found.get("digest") != digest:
-        raise refused(path, f"it is of the run {found.get('digest')}, not of {digest}")
-    return found
+    if checkpoint.get("digest") != digest:
+        raise refused(path, f"it is of the run {checkpoint.get('digest')}, not of {digest}")
+    return checkpoint
 
 
 def check_state(found: Mapping[str, Any], engine: Engine, path: Path) -> None:
-    """Check that a checkpoint's tensors are those of a run's models and methods.
+    """Check that a checkpoint's tensors match the state of a run's models and methods in name and shape.
 
     Raises:
-        InputError: naming one that is missing, too many, or of another shape.
+        InputError: naming a tensor that is missing, unexpected, or of another shape.
     """
     theirs, ours = found["state_dict"], engine.state_dict()
     if apart := sorted(theirs.keys() ^ ours.keys(), key=str):
@@ -226,10 +229,10 @@ def _size(shape: Any) -> str:
 
 
 def check_resumable(found: Mapping[str, Any], engine: Engine, path: Path) -> None:
-    """Check that training can go on from a checkpoint.
+    """Check that training can resume from a checkpoint.
 
     Raises:
-        InputError: if a part of it is missing or of another run.
+        InputError: if an entry is missing, has another type, or belongs to another run.
     """
     check_state(found, engine, path)
     if lacking := [name for name in (*STATE, "optimizer_states") if name not in found]:
@@ -250,6 +253,6 @@ def check_resumable(found: Mapping[str, Any], engine: Engine, path: Path) -> Non
 
 
 def best_is_due(found: Mapping[str, Any]) -> bool:
-    """Return whether a run whose last checkpoint this is has written `best.ckpt`."""
+    """Return whether the run had written `best.ckpt` when it saved this checkpoint."""
     states = found["callbacks"].values()
     return any(Path(state.get("best_model_path") or "").name == "best.ckpt" for state in states)

@@ -1,4 +1,4 @@
-"""Which students learn together."""
+"""Cohorts: the students that are trained together in one run."""
 
 import re
 from dataclasses import asdict
@@ -15,10 +15,10 @@ from kd.values import shown
 
 
 def check_cohort(spec: RunSpec) -> None:
-    """Whether a cohort can be.
+    """Check that a cohort can be trained.
 
     Raises:
-        InputError: for fewer than two students, or a teacher that cannot be trained with them.
+        InputError: if the number of students does not fit the cohort, or a teacher cannot be trained together with them.
     """
     cohort = spec.cohort
     count = len(students_of(spec))
@@ -60,35 +60,35 @@ def check_cohort(spec: RunSpec) -> None:
 
 
 PEERS = "mutual"
-"""The term that peers add."""
+"""Name of the loss term that peers add."""
 
 RESERVED = ("teacher", "ensemble")
-"""Names that mean something else in logs and results."""
+"""Names that no student may have, because logs and results use them for something else."""
 
 VARIED = ("name", "layers", "width", "heads", "intermediate", "init", "init_from", "dropout")
-"""What may differ between the students of a cohort."""
+"""Keys of a student that may differ between the students of a cohort."""
 
 
 def cohort_identity(spec: RunSpec) -> dict[str, Any]:
-    """What of a cohort changes the result; nothing where there is one student."""
+    """Return the settings of a cohort that enter a run's digest; an empty mapping without peers."""
     if spec.cohort.peers is None:
         return {}
-    students = [{key: getattr(each, key) for key in VARIED} for each in students_of(spec).values()]
+    students = [{key: getattr(student, key) for key in VARIED} for student in students_of(spec).values()]
     return {**asdict(spec.cohort), "students": students}
 
 
 MOST_STUDENTS = 64
-"""Of a cohort; a run holds all of them in memory."""
+"""Largest number of students of a cohort; a run holds all of them in memory."""
 
 
 def students_of(spec: RunSpec) -> dict[str, StudentSpec]:
-    """Name -> student, for every student of the cohort; the first one's seed is the run's.
+    """Return name -> student, for every student of the cohort; the first student uses the run's seed.
 
-    `cohort.students` is a number of students alike, or a list with an entry for each: a name of `conf/student`, or a mapping
-    of keys that are laid over `student`.
+    `cohort.students` is a number of identical students, or a list with one entry per student: the name of a file in
+    `conf/student`, or a mapping of keys that override those of `student`.
 
     Raises:
-        InputError: for something else.
+        InputError: if it is neither, or has no entries or too many.
     """
     given = spec.cohort.students
     count = len(given) if isinstance(given, list) else given
@@ -103,24 +103,24 @@ def students_of(spec: RunSpec) -> dict[str, StudentSpec]:
         raise InputError(f"cohort.students={shown(given)} is neither a number nor a list of students{meant}", "cohort.students")
     if not entries:
         raise InputError(f"cohort.students={given} leaves nobody to train", "cohort.students")
-    found: dict[str, StudentSpec] = {}
+    students: dict[str, StudentSpec] = {}
     for entry in entries:
         changes = named_student(entry, spec.student) if isinstance(entry, str) else entry
         student = varied(spec.student, entry, changes)
         name, number = student.name.replace(".", "_"), 1
-        while name in found:
+        while name in students:
             number += 1
             name = f"{student.name.replace('.', '_')}_{number}"
-        found[name] = student
-    return found
+        students[name] = student
+    return students
 
 
 WHOLE = ("run", "checkpoint")
-"""Initialisations that take all of a model, whose shape the student must have."""
+"""Initialisations that copy a whole model, so that the student must have its shape."""
 
 
 def varied(student: StudentSpec, entry: Any, changes: Any) -> StudentSpec:
-    """A student with some keys of its own.
+    """Return a copy of a student with some keys changed.
 
     Raises:
         InputError: for a key or a value that a student of a cohort cannot have.
@@ -150,10 +150,10 @@ def varied(student: StudentSpec, entry: Any, changes: Any) -> StudentSpec:
 
 
 def check_sizes(student: StudentSpec, entry: Any) -> None:
-    """Check the numbers of a student of a cohort.
+    """Check the numeric settings of a student of a cohort.
 
     Raises:
-        InputError: for one out of its range.
+        InputError: for a value out of range.
     """
     try:
         check_student(student)
@@ -162,16 +162,16 @@ def check_sizes(student: StudentSpec, entry: Any) -> None:
 
 
 def known_student(name: str) -> bool:
-    """Return whether `conf/student` has it."""
+    """Return whether `conf/student` has a file of this name."""
     return (composition.conf_folder() / "student" / f"{name}.yaml").is_file()
 
 
 def named_student(name: str, base: StudentSpec) -> dict[str, Any]:
-    """Sizes of a student of `conf/student`, and its initialisation unless the command has set another for all."""
+    """Return the sizes of a student in `conf/student`, and its initialisation unless the command sets `student.init`."""
     if not known_student(name):
-        known = tuple(sorted(path.stem for path in (composition.conf_folder() / "student").glob("*.yaml")))
-        raise one_of(name, known, "cohort.students")
+        available = tuple(sorted(path.stem for path in (composition.conf_folder() / "student").glob("*.yaml")))
+        raise one_of(name, available, "cohort.students")
     student = composition.compose([f"student={name}"]).student
-    own = {key: student[key] for key in ("name", "layers", "width", "heads", "intermediate")}
+    sizes = {key: student[key] for key in ("name", "layers", "width", "heads", "intermediate")}
     plain = composition.compose([f"student={base.name}"]).student if known_student(base.name) else None
-    return {**own, "init": student.init} if plain is not None and plain.init == base.init else own
+    return {**sizes, "init": student.init} if plain is not None and plain.init == base.init else sizes

@@ -1,4 +1,4 @@
-"""The one pass of a frozen teacher over a split: what it says is written down, batch after batch."""
+"""Precomputation of teacher outputs: a frozen teacher is run once over a split, and its outputs are stored."""
 
 import contextlib
 import time
@@ -17,15 +17,15 @@ from kd.models.teachers import FrozenTeacher
 from kd.runs import Run
 
 BATCH_TOKENS = 2048
-"""Tokens of a batch of the pass, padding included. Our choice: enough to keep the kernels busy, little memory."""
+"""Tokens of a batch, padding included. Our choice: enough to keep the kernels busy, little memory."""
 PROBE = 32
-"""Examples that are run to learn sizes and speed."""
+"""Number of examples that are run to estimate sizes and speed."""
 PRECISIONS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @dataclass
 class SplitCache:
-    """What has to be written for one split."""
+    """Cache of one split: where its tensors are stored, which ones are needed, and which are still to be written."""
 
     split: str
     tokens: Any
@@ -38,32 +38,35 @@ class SplitCache:
 
     @property
     def size(self) -> int:
-        """Bytes that have yet to be written."""
+        """Bytes that are still to be written."""
         return sum(entry.size for entry in self.entries.values())
 
 
 def probe(run: Run, teacher: FrozenTeacher, plan: SplitCache) -> float:
-    """Seconds of a pass over a split, from a few examples of middling length; sets the entries of what is absent."""
+    """Estimate the seconds of a run over a split from a few examples of median length; set the entries of absent tensors."""
     order = np.argsort(np.diff(plan.store.offsets), kind="stable")
     middle = max(len(order) // 2 - PROBE // 2, 0)
     rows = order[middle : middle + PROBE].tolist()
     with _teaching(run, teacher, plan.precision) as device:
-        said = _outputs_of(teacher, plan, rows, device)
+        outputs = _outputs_of(teacher, plan, rows, device)
         began = time.perf_counter()
         _outputs_of(teacher, plan, rows, device)
         seconds = time.perf_counter() - began
     for name in plan.absent:
-        kind = stored_as(said[name].dtype, plan.precision)
-        shape = (plan.store.rows(name), said[name].shape[-1])
-        plan.entries[name] = Entry(shape, *(str(dtype).removeprefix("torch.") for dtype in (kind, said[name].dtype)))
+        stored = stored_as(outputs[name].dtype, plan.precision)
+        shape = (plan.store.rows(name), outputs[name].shape[-1])
+        plan.entries[name] = Entry(shape, *(str(dtype).removeprefix("torch.") for dtype in (stored, outputs[name].dtype)))
     tokens = len(rows) * max(plan.tokens.lengths_of(rows))
     return float(seconds * plan.store.offsets[-1] / tokens)
 
 
 def precompute(run: Run, teacher: FrozenTeacher, plan: SplitCache) -> tuple[int, int]:
-    """Run a teacher over this rank's share of a split and keep what it says; passes and examples of this rank.
+    """Run a teacher over this rank's share of a split and store its outputs.
 
-    Tensors appear all at once at the end, so a pass that is killed leaves nothing that looks whole.
+    Tensors appear all at once at the end, so a process that is killed leaves nothing that looks complete.
+
+    Returns:
+        The numbers of forward passes and of examples on this rank.
     """
     rank, world = distributed.rank(), distributed.world()
     span = (plan.store.examples * rank // world, plan.store.examples * (rank + 1) // world)
@@ -74,9 +77,9 @@ def precompute(run: Run, teacher: FrozenTeacher, plan: SplitCache) -> tuple[int,
         narrow: set[str] = set()
         with _teaching(run, teacher, plan.precision) as device:
             for rows in batches_by_length(plan.store.offsets, span):
-                said = _outputs_of(teacher, plan, rows, device)
+                outputs = _outputs_of(teacher, plan, rows, device)
                 passes += 1
-                narrow |= {name for name, share in shares.items() if not share.write(rows, said[name])}
+                narrow |= {name for name, share in shares.items() if not share.write(rows, outputs[name])}
         for share in shares.values():
             share.close()
         too_narrow = set().union(*distributed.gather(narrow))
@@ -87,7 +90,7 @@ def precompute(run: Run, teacher: FrozenTeacher, plan: SplitCache) -> tuple[int,
                     plan.store.commit(name, entry, world)
 
         distributed.on_rank_zero(commit)
-        # The type on disk could not hold what came: the whole tensor once more, as it is.
+        # Some values overflow the type on disk: these tensors are computed again and stored in their own type.
         again = {name: replace(plan.entries[name], stored=plan.entries[name].shown) for name in too_narrow}
         if again:
             distributed.print_rank_zero(
@@ -97,7 +100,7 @@ def precompute(run: Run, teacher: FrozenTeacher, plan: SplitCache) -> tuple[int,
 
 
 def batches_by_length(offsets: np.ndarray, span: tuple[int, int]) -> Iterator[list[int]]:
-    """The examples of a span in batches of similar length, `BATCH_TOKENS` at most."""
+    """Yield the examples of a span in batches of similar length, of at most `BATCH_TOKENS` tokens."""
     lengths = np.diff(offsets)[span[0] : span[1]]
     batch: list[int] = []
     for index in np.argsort(lengths, kind="stable"):
@@ -111,11 +114,11 @@ def batches_by_length(offsets: np.ndarray, span: tuple[int, int]) -> Iterator[li
 
 @contextlib.contextmanager
 def _teaching(run: Run, teacher: FrozenTeacher, precision: str) -> Iterator[torch.device]:
-    """The teacher where and in what it would run in training."""
+    """Put the teacher on the device and in the precision of training; yield the device, and move it back to the CPU."""
     gpu = run.spec.trainer.accelerator != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", distributed.local_rank()) if gpu else torch.device("cpu")
-    kind = torch.float64 if precision == "64-true" else torch.float32
-    teacher.encoder.to(device, kind)
+    dtype = torch.float64 if precision == "64-true" else torch.float32
+    teacher.encoder.to(device, dtype)
     mixed = PRECISIONS.get(precision)
     with uncompiled(teacher.shape), torch.no_grad(), torch.autocast(device.type, mixed, enabled=mixed is not None):
         try:
