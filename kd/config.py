@@ -1,4 +1,4 @@
-"""Composing configurations, and what Hydra's errors mean in plain words."""
+"""Composition and validation of configurations; Hydra's errors in plain words."""
 
 import dataclasses
 import difflib
@@ -23,22 +23,22 @@ from kd.values import shown
 ROOT = "train"
 PARTS = tuple(RunSpec.__dataclass_fields__)
 ROOT_VALUES = ("seed", "backbone", "cache", "preflight", "resume")
-"""Keys of the root that are no parts: no file is chosen by them."""
+"""Top-level keys that hold a value and do not choose a configuration file."""
 
 
 def conf_folder() -> Path:
-    """The configuration tree: inside an installed wheel, or beside the package in a checkout."""
+    """Return the folder of configuration files: inside an installed wheel, or beside the package in a checkout."""
     installed = Path(__file__).parent / "conf"
     return installed if installed.is_dir() else Path(__file__).parent.parent / "conf"
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """The configuration of these overrides. Inside a Hydra job it sees what the job sees, `--config-dir` included.
+    """Compose the configuration of these overrides; inside a Hydra job with the job's search path, `--config-dir` included.
 
-    What has been composed before is copied: a plan of several runs asks for the same defaults again and again.
+    Compositions are cached and copied: planning several runs composes the same defaults many times.
 
     Raises:
-        InputError: for a part, key or value that does not exist.
+        InputError: for a group, key or value that does not exist.
     """
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -55,7 +55,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
-    """As Hydra composes. Files are read and merged once for each choice of parts: runs of a sweep differ in values."""
+    """Compose as Hydra does, but read and merge the files once per choice of groups: runs of a sweep differ in values."""
     from hydra import compose as hydra_compose
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.core.global_hydra import GlobalHydra
@@ -63,17 +63,16 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 
     try:
         parsed = [_parsed(override) for override in overrides]
-        values = [each for each in parsed if _is_value(each)]
-        chosen = tuple(override for override, each in zip(overrides, parsed, strict=True) if not _is_value(each))
-        if any(
-            isinstance(each.value(), dict) for each in parsed if not _is_value(each)
-        ):  # a part given as a whole, in its turn
+        values = [entry for entry in parsed if _is_value(entry)]
+        chosen = tuple(override for override, entry in zip(overrides, parsed, strict=True) if not _is_value(entry))
+        # A group that is given as a mapping is merged in the order of the command line, which only Hydra does.
+        if any(isinstance(entry.value(), dict) for entry in parsed if not _is_value(entry)):
             return hydra_compose(ROOT, list(overrides))
-        place = str(GlobalHydra.instance().config_loader().get_search_path())
-        config: DictConfig = pickle.loads(_composed(place, chosen))
+        search_path = str(GlobalHydra.instance().config_loader().get_search_path())
+        config: DictConfig = pickle.loads(_composed(search_path, chosen))
         ConfigLoaderImpl._apply_overrides_to_config(values, config)  # Hydra's own last step, in the order of the command line
     except (HydraException, OmegaConfBaseException, *FROM_HYDRA):
-        return hydra_compose(ROOT, list(overrides))  # which says what is wrong with the whole
+        return hydra_compose(ROOT, list(overrides))  # raises the error for all overrides
     return config
 
 
@@ -86,19 +85,19 @@ def _parsed(override: str) -> Any:
 
 
 def _is_value(override: Any) -> bool:
-    """Whether a parsed override sets a value below a part, or one of the root's own; others may choose which files are read."""
+    """Return True if a parsed override only sets a value; any other may change which files are read."""
     key: str = override.key_or_group
     inside = "." in key and not key.startswith("hydra.") and "/" not in key
     return override.package is None and (inside or key in ROOT_VALUES)
 
 
 @lru_cache(maxsize=64)
-def _composed(place: str, overrides: tuple[str, ...]) -> bytes:
-    """A pickled configuration: reading it back is ten times faster than a deep copy.
+def _composed(search_path: str, overrides: tuple[str, ...]) -> bytes:
+    """Return a pickled configuration: unpickling it is ten times faster than a deep copy.
 
     Args:
-        place: where files are searched for.
-        overrides: that choose parts.
+        search_path: Hydra's search path, as part of the cache's key.
+        overrides: the overrides that choose files.
     """
     from hydra import compose as hydra_compose
 
@@ -106,14 +105,14 @@ def _composed(place: str, overrides: tuple[str, ...]) -> bytes:
 
 
 FROM_HYDRA = (ValueError, TypeError, LookupError, AttributeError, RecursionError, OSError)
-"""What Hydra raises for overrides that it has no words for."""
+"""Exceptions that Hydra raises for invalid overrides without a message of its own."""
 
 LISTS = ("teacher", "surgery")
-"""Groups of which a run may have several, or none."""
+"""Groups from which a run may choose several entries, or none."""
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """Check what Hydra has no words for: groups without a name, and deletions of what every run has.
+    """Check overrides for mistakes that Hydra reports unclearly: groups without a name, deletions of required keys.
 
     Raises:
         InputError: naming the key.
@@ -136,9 +135,9 @@ def check_overrides(overrides: Sequence[str]) -> None:
             continue
         text = value.strip()
         if not text.strip("'\"") or re.fullmatch(r"null|\{\s*\}|true|false|[-+]?[\d.]+(e[-+]?\d+)?", text.lower()):
-            known = sorted(path.stem for path in (conf_folder() / key).glob("*.yaml"))
+            available = sorted(path.stem for path in (conf_folder() / key).glob("*.yaml"))
             how = f"{key}=[] where there is none, or {key}=[name, ...]" if key in LISTS else f"{key}=<name>"
-            raise InputError(f"'{shown(override)}' names no {key}: {how}; there are {', '.join(known)}", key)
+            raise InputError(f"'{shown(override)}' names no {key}: {how}; there are {', '.join(available)}", key)
         alone = text.startswith("[") and text.count("[") == 1  # several lists are a sweep
         names = [name.strip(" '\"") for name in text.strip("[]").split(",")] if alone else []
         if twice := [name for name in names if name and names.count(name) > 1]:
@@ -154,28 +153,28 @@ def _groups() -> tuple[str, ...]:
 
 @cache
 def _typed_containers(kind: type) -> frozenset[str]:
-    """Keys below a part whose value is a mapping, or a list: Hydra cannot lay one over the other."""
-    found = set()
+    """Return the keys whose value is a mapping, or a list: Hydra cannot merge one into the other."""
+    keys = set()
     for name, hint in typing.get_type_hints(RunSpec).items():
         if dataclasses.is_dataclass(hint):
-            for key, own in typing.get_type_hints(hint).items():
-                if any(typing.get_origin(one) is kind for one in (own, *typing.get_args(own))):
-                    found.add(f"{name}.{key}")
-    return frozenset(found)
+            for key, inner in typing.get_type_hints(hint).items():
+                if any(typing.get_origin(option) is kind for option in (inner, *typing.get_args(inner))):
+                    keys.add(f"{name}.{key}")
+    return frozenset(keys)
 
 
 @cache
 def _typed_keys() -> frozenset[str]:
-    """Keys of the typed specification, which no run lacks."""
-    found = set(PARTS)
+    """Return the keys of the typed specification, which every run has."""
+    keys = set(PARTS)
     for name, hint in typing.get_type_hints(RunSpec).items():
         if dataclasses.is_dataclass(hint):
-            found |= {f"{name}.{field.name}" for field in dataclasses.fields(hint)}
-    return frozenset(found)
+            keys |= {f"{name}.{field.name}" for field in dataclasses.fields(hint)}
+    return frozenset(keys)
 
 
 def quoted(override: str) -> str:
-    """An override whose value Hydra reads as one word, where it could not read it, or would read several.
+    """Return an override with its value quoted if Hydra could not parse it, or would parse it as several values.
 
     >>> quoted("task.train=a,b.csv"), quoted("seed=1"), quoted("teacher=[]")
     ("task.train='a,b.csv'", 'seed=1', 'teacher=[]')
@@ -188,12 +187,12 @@ def quoted(override: str) -> str:
             return override
     except HydraException:
         pass
-    escaped = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", value)
+    escaped = re.sub(r"(\\*)'", lambda match: match[1] * 2 + "\\'", value)
     return f"{name}='{escaped}'"
 
 
 def explain(error: BaseException) -> InputError:
-    """A Hydra or OmegaConf error in plain words, naming the key."""
+    """Return a Hydra or OmegaConf error in plain words, naming the key."""
     text = str(error).strip()
     cause = str(error.__cause__ or "").strip()
     if isinstance(error, RecursionError):
@@ -219,9 +218,9 @@ def explain(error: BaseException) -> InputError:
         return _no_such_key(match.group(1))
     if match := re.search(r"Could not (?:find|load) '(\w+)/([^']*)'", text):
         group, name = match.groups()
-        known = sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
-        hint = f"; there are {', '.join(known)}" if known else ""
-        close = difflib.get_close_matches(name, known, n=1)
+        available = sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+        hint = f"; there are {', '.join(available)}" if available else ""
+        close = difflib.get_close_matches(name, available, n=1)
         return InputError(f"there is no {group} '{shown(name)}'{hint}{_suggest(close)}", group)
     if "${method}_${task}" in text or "must be a string or a list" in text:
         return InputError("a run has one method and one task, each named by a word: method=pkd task=rte", "method")
@@ -246,7 +245,7 @@ def _cause_of_deletion(text: str) -> str:
 
 
 def _no_such_key(key: str) -> InputError:
-    """The error for a key that the configuration does not have: the one that was meant, or how it is added."""
+    """Return the error for a key that does not exist, with the closest existing key or the way to add it."""
     added = f"an entry that is not there yet is added with a plus: '+{key}=...'"
     if key.startswith("teacher."):
         name = key.split(".")[1]
@@ -270,42 +269,42 @@ def _no_such_key(key: str) -> InputError:
 
 
 OPEN = ("method", "method.before", "method.weights", "engine", "optimizer.factory", "task.source", "task.codes", "logger.extra")
-"""Mappings that hold whatever their class takes."""
+"""Mappings with arbitrary keys: the arguments of the class that they configure."""
 
 
 def _meant(key: str) -> list[str]:
-    """Keys that somebody may have meant: one that is spelt like it, or those whose last part it is."""
+    """Return the keys that were probably meant: one with a similar spelling, or those that end in this word."""
     last = key.rpartition(".")[2]
     close = [
-        known
-        for known in difflib.get_close_matches(key, _all_keys(), n=3, cutoff=0.75)
-        if difflib.SequenceMatcher(None, last, known.rpartition(".")[2]).ratio() >= 0.6  # long paths are alike by their parts
+        match
+        for match in difflib.get_close_matches(key, _all_keys(), n=3, cutoff=0.75)
+        if difflib.SequenceMatcher(None, last, match.rpartition(".")[2]).ratio() >= 0.6  # long keys match by shared prefixes
     ][:1]
     if close or "." in key:
         return close
-    same = [known for known in _all_keys() if known.rpartition(".")[2] == key]
+    same = [existing for existing in _all_keys() if existing.rpartition(".")[2] == key]
     if not same:
-        lasts = difflib.get_close_matches(key, {known.rpartition(".")[2] for known in _all_keys()}, n=1, cutoff=0.8)
-        same = [known for known in _all_keys() if known.rpartition(".")[2] in lasts]
-    return sorted(same, key=lambda known: (known.count("."), not known.startswith(("optimizer.", "trainer.", "method."))))[:4]
+        lasts = difflib.get_close_matches(key, {existing.rpartition(".")[2] for existing in _all_keys()}, n=1, cutoff=0.8)
+        same = [existing for existing in _all_keys() if existing.rpartition(".")[2] in lasts]
+    return sorted(same, key=lambda name: (name.count("."), not name.startswith(("optimizer.", "trainer.", "method."))))[:4]
 
 
 LIBRARY_WORDS = ("full_key:", "object_type=", "reference_type=", "See https://")
 
 
 def _first(text: str) -> str:
-    """The first lines of a library's message, without what only its authors understand."""
+    """Return the first two lines of a library's message, without lines about its internals."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(LIBRARY_WORDS)]
     return " ".join(lines[:2]).replace(" is not in struct", " does not exist")
 
 
 def _suggest(close: Sequence[str]) -> str:
-    return f". Did you mean {' or '.join(repr(each) for each in close)}?" if close else ""
+    return f". Did you mean {' or '.join(repr(key) for key in close)}?" if close else ""
 
 
 @cache
 def _all_keys() -> list[str]:
-    """Every key that a default configuration has, for suggestions; read as YAML, without composing."""
+    """Return every key of the default configuration files, for suggestions; read as YAML, without composing."""
     keys: list[str] = list(PARTS)
     for file in conf_folder().glob("*/*.yaml"):
         group = {"base": file.stem}.get(file.parent.name, file.parent.name)
@@ -317,16 +316,16 @@ def _all_keys() -> list[str]:
 
 
 def _paths(node: dict[Any, Any], prefix: str = "") -> list[str]:
-    found = []
+    paths = []
     for name, value in node.items():
-        found.append(f"{prefix}{name}")
+        paths.append(f"{prefix}{name}")
         if isinstance(value, dict):
-            found += _paths(value, f"{prefix}{name}.")
-    return found
+            paths += _paths(value, f"{prefix}{name}.")
+    return paths
 
 
 def typed(config: DictConfig) -> RunSpec:
-    """The configuration as dataclasses, every value of its type.
+    """Return the configuration as dataclasses, with every value converted to its type.
 
     Raises:
         InputError: naming the key of a value that has the wrong type, or is missing.
@@ -337,10 +336,10 @@ def typed(config: DictConfig) -> RunSpec:
         for name in map(str, plain):
             if name not in (*PARTS, "hydra"):
                 raise _no_such_key(name)
-        known = {name: value for name, value in plain.items() if name in PARTS}
-        check_plain(known)
-        check_types(known, RunSpec)
-        return RunSpec(**_typed_parts(known))
+        parts = {name: value for name, value in plain.items() if name in PARTS}
+        check_plain(parts)
+        check_types(parts, RunSpec)
+        return RunSpec(**_typed_parts(parts))
     except RecursionError as error:
         raise InputError("a value refers to itself: ${...} goes round in a circle, or is nested too deeply") from error
     except OverflowError as error:
@@ -350,11 +349,11 @@ def typed(config: DictConfig) -> RunSpec:
 
 
 _parts: dict[tuple[str, bytes], bytes] = {}
-"""Name and pickled value of a part -> the same with every value of its type. Runs of a sweep differ in a part or two."""
+"""Cache: name and pickled value of a part -> pickled typed part. Runs of a sweep differ in only a part or two."""
 
 
 def _typed_parts(values: dict[str, Any]) -> dict[str, Any]:
-    """Each part of a resolved configuration as its dataclass, made anew for each caller."""
+    """Return each part of a resolved configuration as its dataclass, a new object at every call."""
     keys = {name: (name, pickle.dumps(values[name]) if name in values else b"") for name in PARTS}
     new = [name for name, key in keys.items() if key not in _parts]
     if new:
@@ -377,15 +376,15 @@ def _schema() -> DictConfig:
 
 
 DEEPEST = 32
-"""Levels of nested values."""
+"""Largest nesting depth of a value."""
 LONGEST = 16_384
-"""Characters of a word."""
+"""Largest number of characters of a string."""
 MOST_ENTRIES = 100_000
-"""Entries of a list or a mapping."""
+"""Largest number of entries of a list or a mapping."""
 
 
 def check_plain(value: Any, key: str = "", depth: int = 0) -> None:
-    """Check what no value may be, whatever its key: a number that is not finite, or text that no file can hold.
+    """Check that values are valid whatever their key: finite numbers, valid text, moderate nesting and size.
 
     Raises:
         InputError: naming the key.
@@ -406,7 +405,7 @@ def check_plain(value: Any, key: str = "", depth: int = 0) -> None:
             raise InputError(f"{key} is nested too deeply", key)
         if len(value) > MOST_ENTRIES:
             raise InputError(f"{key} has {len(value)} entries, more than {MOST_ENTRIES}", key)
-        entries = value.items() if isinstance(value, dict) else ((None, each) for each in value)
+        entries = value.items() if isinstance(value, dict) else ((None, entry) for entry in value)
         for name, inner in entries:
             numbered = type(name) is int and key.rpartition(".")[2] in ("train", "validation", "test")  # a file for each class
             if name is not None and not numbered and (not isinstance(name, str) or not name):
@@ -417,12 +416,12 @@ def check_plain(value: Any, key: str = "", depth: int = 0) -> None:
 
 
 def check_types(values: Mapping[str, Any], part: Any, prefix: str = "") -> None:
-    """Check what OmegaConf would turn into another type without a word: a number into a truth value, a truth value into text.
+    """Check for values that OmegaConf would silently convert: a number to a boolean, a boolean or a number to a string.
 
     Args:
-        values: of a part of the configuration.
-        part: its dataclass.
-        prefix: of its keys.
+        values: values of a part of the configuration, by key.
+        part: dataclass of the part.
+        prefix: prefix of the keys in error messages.
 
     Raises:
         InputError: naming the key.
@@ -436,7 +435,7 @@ def _check_type(value: Any, hint: Any, key: str) -> None:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         if value is None:
             return
-        (hint,) = (each for each in typing.get_args(hint) if each is not type(None))
+        (hint,) = (option for option in typing.get_args(hint) if option is not type(None))
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         check_types(value, hint, f"{key}.")
     elif typing.get_origin(hint) is dict and isinstance(value, dict):
@@ -458,7 +457,7 @@ def _check_type(value: Any, hint: Any, key: str) -> None:
 
 
 def as_list(value: Any, key: str) -> str:
-    """An override, in quotes for the shell, that gives a list in place of a single word.
+    """Return an override, quoted for the shell, that passes a list in place of a single value.
 
     >>> print(as_list("text", "task.text"), as_list("no, yes", "task.labels"), as_list(True, "task.text"))
     'task.text=[text]' 'task.labels=[no, yes]' 'task.text=["true"]'
@@ -472,13 +471,13 @@ def as_list(value: Any, key: str) -> str:
         words = _parsed(f"{key}=[{meant}]").value()
     except HydraException:
         words = [None]
-    if any(each is None or isinstance(each, bool | float | dict | list) for each in words):  # no words without quotes
+    if any(word is None or isinstance(word, bool | float | dict | list) for word in words):  # not strings unless quoted
         meant = '"' + meant.replace('"', '\\"') + '"'
     return f"'{key}=[{meant}]'"
 
 
 TRUTHS = ("true", "false", "yes", "no", "on", "off", "y", "n", "1", "0")
-"""What OmegaConf takes for a truth value; it would take any other number for true as well."""
+"""Texts that stand for a boolean; OmegaConf would also convert any other number to true."""
 
 
 def _kind(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right, and how to know a full disk."""
+"""The exception for errors that the user can correct, and the detection of a full disk."""
 
 import errno
 
@@ -6,11 +6,11 @@ DISK_FULL = "the disk is full. What was saved before is whole; free some space, 
 
 
 class InputError(Exception):
-    """A configuration or input that cannot work; `kd-train` prints it without a traceback and exits with 2.
+    """Error for an invalid configuration or input; `kd-train` prints it without a traceback and exits with 2.
 
     Args:
-        message: what was found, and what is allowed.
-        key: the configuration key to change, where there is one.
+        message: the invalid value, and the allowed ones.
+        key: the configuration key to change, if there is one.
     """
 
     def __init__(self, message: str, key: str | None = None) -> None:
@@ -23,7 +23,7 @@ class InputError(Exception):
 
 
 def one_of(value: object, allowed: list[str] | tuple[str, ...], key: str) -> InputError:
-    """The error for a word that is not in a closed list."""
+    """Return the error for a value that is not one of the allowed words."""
     import difflib
 
     close = difflib.get_close_matches(str(value), allowed, n=1)
@@ -32,10 +32,10 @@ def one_of(value: object, allowed: list[str] | tuple[str, ...], key: str) -> Inp
 
 
 def disk_is_full(error: BaseException | None) -> bool:
-    """Return whether an error, or one that it came from, says that a disk or a quota is full.
+    """Return whether an error or one of its causes means that a disk or a quota is full.
 
-    Each writer says it in its own way: the system by number, torch by a failed check while the system's error is handled,
-    safetensors and tokenizers in words.
+    Writers report it differently: the system by error number, torch by a failed check while the system's error is handled,
+    safetensors and tokenizers by message.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -1,4 +1,4 @@
-"""The typed shape of each part of a configuration. OmegaConf checks values against it and names the key that is wrong."""
+"""Structured configs: the keys and types of each part of a configuration, against which OmegaConf checks values."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from kd.values import LARGEST_SEED, MANY, TINY, number, shown, whole, word
 
 @dataclass
 class StudentSpec:
-    """What student is built. A null size means the backbone's."""
+    """Architecture and initialisation of a student. Sizes that are None are those of the backbone."""
 
     name: str = MISSING
     layers: int | None = None
@@ -32,7 +32,7 @@ class StudentSpec:
 
 @dataclass
 class TeacherSpec:
-    """A teacher: a ready classifier (`model`), or a backbone that is fine-tuned by a run of its own first."""
+    """A teacher: a trained classifier (`model`), or a `backbone` that a separate run fine-tunes first."""
 
     model: str | None = None
     backbone: str | None = None
@@ -42,7 +42,7 @@ class TeacherSpec:
 
 @dataclass
 class PoolSpec:
-    """What a method sees of several teachers."""
+    """A pool of teachers: all are used, or the end of a chain, or a choice by a distribution."""
 
     name: str = "none"
     wrapper: dict[str, Any] | None = None
@@ -54,7 +54,7 @@ class PoolSpec:
 
 @dataclass
 class CohortSpec:
-    """Students that learn together."""
+    """The students of a run, and whether they are trained together."""
 
     name: str = "single"
     students: Any = 1
@@ -64,7 +64,7 @@ class CohortSpec:
 
 @dataclass
 class TaskSpec:
-    """A task: where its text is, what its labels are called, how it is scored."""
+    """A task: its data source, labels and metrics."""
 
     name: str = MISSING
     kind: str = "classification"
@@ -103,7 +103,7 @@ class OptimizerSpec:
 
 @dataclass
 class TrainerSpec:
-    """How long, on what, and how a run is protected."""
+    """Duration, batches, hardware and checkpoints of training."""
 
     max_epochs: int = MISSING
     batch_size: int = MISSING
@@ -126,7 +126,7 @@ class TrainerSpec:
 
 @dataclass
 class PathsSpec:
-    """Where things are; none of it changes a result."""
+    """Folders of runs and data; they do not change results."""
 
     runs: str = MISSING
     glue: str | None = None
@@ -134,7 +134,7 @@ class PathsSpec:
 
 @dataclass
 class LoggerSpec:
-    """Loggers beside the CSV file that every run writes."""
+    """Optional logger beside the CSV file that every run writes."""
 
     name: str = MISSING
     extra: dict[str, Any] = field(default_factory=dict)
@@ -165,16 +165,18 @@ class RunSpec:
 
 
 def cache_limit(setting: Any) -> float | None:
-    """Bytes that a teacher's cache may take: 0 for `off`, endless for `on`, None where it is for the program to say (`auto`).
+    """Return the largest size of a teacher's cache in bytes: 0 for `off`, infinity for `on`, None for `auto`.
+
+    With `auto` the program chooses the limit (`kd.caching.AUTO_LIMIT`).
 
     Raises:
-        InputError: for anything else that is no size.
+        InputError: if the setting is neither a word nor a size.
 
     >>> cache_limit("20GB"), cache_limit("1.5 mb"), cache_limit("off")
     (20000000000.0, 1500000.0, 0.0)
     """
     text = str(setting).strip().lower()
-    text = {"true": "on", "false": "off"}.get(text, text)  # what YAML makes of the bare words
+    text = {"true": "on", "false": "off"}.get(text, text)  # YAML reads the bare words on and off as booleans
     named: dict[str, float | None] = {"auto": None, "on": float("inf"), "off": 0.0}
     if text in named:
         return named[text]
@@ -196,23 +198,23 @@ MOST = {
     "trainer.accumulate": MANY,
     "trainer.eval_batch_size": MANY,
 }
-"""Keys that are whole numbers from 1, and the largest that makes sense of each."""
+"""Keys whose values are whole numbers from 1, and the largest allowed value of each."""
 
 SIZES = {"layers": 256, "width": 65_536, "heads": 65_536, "intermediate": 1_048_576}
-"""The same of a student."""
+"""Sizes of a student, whole numbers from 1, and the largest allowed value of each."""
 
 LONGEST_NAME = 64
-"""Of a method, student or task: folders are named by all three, and a file system takes 255 bytes."""
+"""Most bytes of the name of a method, student or task: folder names join all three, and file systems allow 255 bytes."""
 
 DECAYS = ("linear", "cosine", "constant")
-"""What the learning rate does after the warm-up."""
+"""Learning-rate schedules after the warm-up."""
 
 
 def check_values(spec: RunSpec) -> None:
-    """Check what can be told from the values alone.
+    """Check each value on its own, without reading files.
 
     Raises:
-        InputError: for a word that is not in its list, or a number out of its range.
+        InputError: for a word that is not in its list, or a number out of range.
     """
     trainer, student = spec.trainer, spec.student
     words = {
@@ -258,19 +260,19 @@ def check_values(spec: RunSpec) -> None:
     for name, teacher in spec.teacher.items():
         paths |= {f"teacher.{name}.model": teacher.model, f"teacher.{name}.backbone": teacher.backbone}
     for key, path in paths.items():
-        for each in path.values() if isinstance(path, dict) else [path]:  # a file for each class
-            if each is not None:
-                check_path(str(each), key)
+        for file in path.values() if isinstance(path, dict) else [path]:  # a mapping has one file per class
+            if file is not None:
+                check_path(str(file), key)
     names: dict[str, Any] = {"method.name": spec.method.get("name"), "student.name": student.name, "task.name": task.name}
     for key, part_name in names.items():
         check_name(part_name, key)
 
 
 def check_student(student: StudentSpec) -> None:
-    """Check the numbers of a student.
+    """Check the sizes and the dropout of a student.
 
     Raises:
-        InputError: for one out of its range.
+        InputError: for a value out of range.
     """
     for name, most in SIZES.items():
         if (value := getattr(student, name)) is not None:
@@ -283,7 +285,7 @@ def check_optimizer(lr: float, weight_decay: float, schedule: str, warmup: float
     """Check the values of an optimiser; the arguments are those of `kd.optimizers.OptimizerFactory`.
 
     Raises:
-        InputError: for one that is out of its range.
+        InputError: for a value out of range.
     """
     if not lr > 0:
         raise InputError(f"optimizer.lr={lr} must be positive", "optimizer.lr")
@@ -294,36 +296,36 @@ def check_optimizer(lr: float, weight_decay: float, schedule: str, warmup: float
 
 
 def check_share(value: float, key: str) -> None:
-    """Check a share of train.
+    """Check a fraction of the training split.
 
     Raises:
-        InputError: if it is not between 0 and 1.
+        InputError: if it is not strictly between 0 and 1.
     """
     if not 0 < value < 1:
         raise InputError(f"{key}={value} is a share of train, between 0 and 1", key)
 
 
 def check_columns(task: TaskSpec) -> None:
-    """Check that lists of a task have no empty or repeated entry.
+    """Check that a task has one or two text columns, and that its lists have no empty or repeated entry.
 
     Raises:
-        InputError: if one has.
+        InputError: if not.
     """
     if len(task.text) not in (1, 2):
         raise InputError(f"task.text={shown(task.text)} must name one column, or two for a pair", "task.text")
     for key, entries in {"text": task.text, "labels": task.labels, "metrics": task.metrics}.items():
-        for place, entry in enumerate(entries or []):
+        for index, entry in enumerate(entries or []):
             if not str(entry).strip():
                 raise InputError(f"task.{key}={shown(entries)} has an empty entry", f"task.{key}")
-            if entry in (entries or [])[:place] if len(entries or []) < 1000 else False:
+            if entry in (entries or [])[:index] if len(entries or []) < 1000 else False:
                 raise InputError(f"task.{key}={shown(entries)} lists '{shown(entry)}' twice", f"task.{key}")
 
 
 def check_path(path: str, key: str) -> None:
-    """Check that a path can be one.
+    """Check that a text is a valid path.
 
     Raises:
-        InputError: for one that has a zero byte or bytes that are no text, or is too long.
+        InputError: if it has a zero byte, a line break or invalid Unicode, or is too long.
     """
     try:
         encoded = path.encode()
@@ -336,10 +338,10 @@ def check_path(path: str, key: str) -> None:
 
 
 def check_name(name: Any, key: str) -> None:
-    """Check a name that becomes part of a folder's.
+    """Check a name that becomes part of a folder's name.
 
     Raises:
-        InputError: for another character than a letter, digit, '.', '_' or '-', or for too many.
+        InputError: if it has a character other than letters, digits, '.', '_' and '-', or is too long.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
         raise InputError(f"{key}='{shown(name)}' is part of a folder's name: letters, digits, '.', '_' and '-'", key)

@@ -1,7 +1,7 @@
-"""Where models come from: `hf:<hub id>[@revision]`, `package:<module>/<folder>`, or a path.
+"""Sources of models: `hf:<hub id>[@revision]`, `package:<module>/<folder>`, or a path.
 
-A source is turned into something `from_pretrained` takes, and into a fingerprint that enters a run's digest: the same
-words must never stand for other weights.
+A source is resolved to arguments of `from_pretrained`, and to a fingerprint that enters a run's digest, because the same
+source may later refer to other weights.
 """
 
 import hashlib
@@ -22,14 +22,14 @@ from safetensors import SafetensorError, safe_open
 from kd.errors import InputError
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""Files that weights may be in; the first one that is there is read, as transformers does."""
+"""Files that may hold weights; the first that exists is read, as in transformers."""
 
 OTHER_FLOATS = {"F16", "BF16", "F64", "HalfStorage", "BFloat16Storage", "DoubleStorage"}
-"""Types that are not float32, as safetensors and torch's own files name them."""
+"""Names of other floating-point types in safetensors files and in torch's files."""
 
 
 def package_folder(module: str, key: str) -> Path:
-    """The folder of an installed package, found without importing it.
+    """Return the folder of an installed package, without importing it.
 
     Raises:
         InputError: if it is not installed.
@@ -38,7 +38,7 @@ def package_folder(module: str, key: str) -> Path:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         spec = None
-    # Any folder in the working folder is importable; it is not the package of its name.
+    # Any folder in the working folder can be imported as a namespace package; that is not the installed package.
     stray = spec is not None and spec.origin is None and package_version(module) == "unknown"
     if spec is None or stray or not spec.submodule_search_locations:
         wheel = module.replace("_", "-")
@@ -51,7 +51,7 @@ def package_folder(module: str, key: str) -> Path:
 
 
 def package_version(module: str) -> str:
-    """Version of the distribution that ships a module, or `unknown`."""
+    """Return the version of the distribution that ships a module, or `unknown`."""
     try:
         return metadata.version(module.replace("_", "-"))
     except metadata.PackageNotFoundError:
@@ -65,13 +65,13 @@ def _digest(path: str, size: int, modified: int) -> str:
 
 
 def file_fingerprint(path: Path) -> str:
-    """A digest of a file's bytes."""
+    """Return a digest of a file's bytes."""
     status = path.stat()
     return _digest(str(path), status.st_size, status.st_mtime_ns)
 
 
 def recorded_files(directory: Path, folders: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Size and digest of every file of some folders, by path below a run's directory. Model cards are for people to edit."""
+    """Return size and digest of each file in some folders, by path in a run's directory; without `.md`, which users edit."""
     return {
         file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "digest": file_fingerprint(file)}
         for folder in folders
@@ -81,21 +81,21 @@ def recorded_files(directory: Path, folders: Iterable[Path]) -> dict[str, dict[s
 
 
 def damaged_file(directory: Path, files: Any, thorough: bool) -> str | None:
-    """The first recorded file that is missing or not as it was written, and what is wrong with it; None if all are whole.
+    """Return a description of the first recorded file that is missing or has changed; None if all are intact.
 
     Args:
-        directory: of the run.
-        files: as `recorded_files` gave them; what is not known of a file is not compared.
-        thorough: compare digests as well as sizes.
+        directory: directory of the run.
+        files: records as returned by `recorded_files`; entries that a record lacks are not compared.
+        thorough: whether to compare digests as well as sizes.
     """
-    if not isinstance(files, Mapping) or not all(isinstance(known, Mapping) for known in files.values()):
+    if not isinstance(files, Mapping) or not all(isinstance(record, Mapping) for record in files.values()):
         return "result.json does not say what its exported files are"
-    for name, known in files.items():
+    for name, record in files.items():
         path = directory / name
         try:
-            if path.stat().st_size != known.get("bytes", path.stat().st_size) or not path.is_file():
+            if path.stat().st_size != record.get("bytes", path.stat().st_size) or not path.is_file():
                 return f"{name} has another size than result.json says"
-            if thorough and "digest" in known and file_fingerprint(path) != known["digest"]:
+            if thorough and "digest" in record and file_fingerprint(path) != record["digest"]:
                 return f"{name} is damaged: its digest is not the one in result.json"
         except (OSError, ValueError):
             return f"{name} is missing"
@@ -103,10 +103,10 @@ def damaged_file(directory: Path, files: Any, thorough: bool) -> str | None:
 
 
 def _check_export(folder: Path, source: str, key: str) -> None:
-    """Check a model that is given as a source, if it is one that a finished run has exported: `student`, or one of `peers`.
+    """Check that a source that a finished run has exported, `student` or one of `peers`, is unchanged.
 
     Raises:
-        InputError: if it is not as the run wrote it.
+        InputError: if a file is missing or has changed since the run wrote it.
     """
     directory = folder.parent.parent if folder.parent.name == "peers" else folder.parent
     try:
@@ -115,9 +115,9 @@ def _check_export(folder: Path, source: str, key: str) -> None:
         return  # not the record of a run
     files = result.get("files") if isinstance(result, dict) else None
     if not isinstance(files, dict):
-        return  # of a time before digests were recorded
-    own = {name: known for name, known in files.items() if (directory / name).parent == folder}
-    if why := damaged_file(directory, own, thorough=True):
+        return  # an older record, without digests
+    in_folder = {name: record for name, record in files.items() if (directory / name).parent == folder}
+    if why := damaged_file(directory, in_folder, thorough=True):
         raise InputError(
             f"'{source}' is a finished run whose model is not as it was written: {why}. The command that made it exports it "
             "again; a changed model can be used from a folder of its own, without the result.json",
@@ -126,10 +126,10 @@ def _check_export(folder: Path, source: str, key: str) -> None:
 
 
 def _local(source: str, key: str) -> Path | None:
-    """The folder of a local source; None for the hub.
+    """Return the folder of a local source; None for a source on the hub.
 
     Raises:
-        InputError: if the folder is missing or is no model.
+        InputError: if the folder is missing or holds no model.
     """
     if source.startswith("hf:"):
         return None
@@ -138,7 +138,7 @@ def _local(source: str, key: str) -> Path | None:
         path = package_folder(module, key) / folder
     else:
         path = Path(source).expanduser()
-        if (path / "result.json").is_file():  # a finished run holds its student in a folder of its own
+        if (path / "result.json").is_file():  # the directory of a finished run: its exported student is meant
             path = path / "student"
         _check_export(path, source, key)
     if not (path / "config.json").is_file():
@@ -151,10 +151,10 @@ def _local(source: str, key: str) -> Path | None:
 
 
 def check_not_here(name: str, key: str) -> None:
-    """Check that what is meant to come from the hub does not come from a folder of that name in the working folder.
+    """Check that no file or folder in the working folder has the name of a model or data set on the hub.
 
     Raises:
-        InputError: if there is one: the libraries of the hub would take it.
+        InputError: if there is one: the hub's libraries would read it instead.
     """
     if Path(name).exists():
         here = Path(name).absolute()
@@ -162,7 +162,7 @@ def check_not_here(name: str, key: str) -> None:
 
 
 def pretrained(source: str, key: str) -> tuple[str, dict[str, str]]:
-    """What to pass to `from_pretrained`: the name or folder, and keyword arguments."""
+    """Return the arguments for `from_pretrained`: the name or folder, and keyword arguments."""
     path = _local(source, key)
     if path is not None:
         return str(path), {}
@@ -172,7 +172,7 @@ def pretrained(source: str, key: str) -> tuple[str, dict[str, str]]:
 
 
 def hub_commit(source: str) -> str | None:
-    """The commit of a source of the hub that is loaded on this machine; None if it is not fetched yet, or not of the hub."""
+    """Return the commit of a hub source in this machine's cache; None if it is not downloaded, or not a hub source."""
     if not source.startswith("hf:"):
         return None
     name, _, revision = source.removeprefix("hf:").partition("@")
@@ -182,9 +182,9 @@ def hub_commit(source: str) -> str | None:
 
 
 def fingerprint(source: str, key: str) -> str:
-    """What identifies the weights behind a source: a package's version, or a digest of a folder's files.
+    """Return an identifier of the weights of a source: a package's version, or a digest of a folder's files.
 
-    Of the hub it is the name and the revision as given: only `hf:<id>@<revision>` says for certain which weights they are.
+    For the hub it is the name and the revision as given: only `hf:<id>@<revision>` identifies the weights for certain.
     """
     path = _local(source, key)
     if path is None:
@@ -199,22 +199,22 @@ def fingerprint(source: str, key: str) -> str:
 
 
 def config_of(source: str, key: str) -> Mapping[str, Any]:
-    """The `config.json` of a local model as it is written; empty of the hub's, and where it is not readable.
+    """Return the `config.json` of a local model; an empty mapping for a hub source, or if the file is not readable.
 
     Raises:
-        InputError: if the folder is missing or is no model.
+        InputError: if the folder is missing or holds no model.
     """
     folder = _local(source, key)
     return {} if folder is None else _config(*_version(folder / "config.json"))
 
 
 def is_float32(source: str, key: str) -> bool:
-    """Return whether a local model is of float32: by its configuration or, where that is silent, by the types of its weights.
+    """Return whether a local model is stored in float32, by its configuration or else by the types of its weights.
 
-    Only headers are read. Of the hub's models, which are not looked at here, it is true.
+    Only headers of weight files are read. Hub sources are not inspected; for them the result is True.
 
     Raises:
-        InputError: if the folder is missing or is no model.
+        InputError: if the folder is missing or holds no model.
     """
     config, folder = config_of(source, key), _local(source, key)
     named = config.get("dtype") or config.get("torch_dtype")
@@ -224,15 +224,15 @@ def is_float32(source: str, key: str) -> bool:
 
 
 def listed_outputs(source: str, key: str) -> list[tuple[int, str]]:
-    """Numbers and names of a local model's outputs in the order in which `id2label` lists them; none where it is missing.
+    """Return numbers and names of a local model's outputs in the order of `id2label`; an empty list if it is missing.
 
     Raises:
-        InputError: if the folder is missing or is no model.
+        InputError: if the folder is missing or holds no model.
     """
     named = config_of(source, key).get("id2label")
     try:
         return [(int(number), str(name)) for number, name in (named or {}).items()]
-    except (AttributeError, ValueError):  # told when the model is looked at
+    except (AttributeError, ValueError):  # reported when the model is loaded
         return []
 
 
@@ -244,10 +244,10 @@ def _version(file: Path) -> tuple[str, int, int]:
 @lru_cache(maxsize=64)
 def _config(path: str, size: int, modified: int) -> Mapping[str, Any]:
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # told when the model is looked at
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # reported when the model is loaded
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -261,15 +261,15 @@ def _weight_files(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=256)
 def _types(path: str, size: int, modified: int) -> frozenset[str]:
-    """Words of a file of weights among which are the types of its tensors; none where it is damaged, which is told later."""
+    """Return words of a weight file that include its tensors' types; none if it is damaged, which loading reports."""
     try:
         if path.endswith(".safetensors"):
             with safe_open(path, framework="numpy") as file:
-                return frozenset(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118 (it is no mapping)
+                return frozenset(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118 (not a mapping)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 return _pickled_words(archive, next(name for name in archive.namelist() if name.endswith("data.pkl")))
-        with open(path, "rb") as file:  # of before torch 1.6: three small pickles, then the tensors'
+        with open(path, "rb") as file:  # format before torch 1.6: three small pickles, then that of the tensors
             return frozenset[str]().union(*(_words(file) for _ in range(4)))
     except (OSError, ValueError, EOFError, StopIteration, RuntimeError, NotImplementedError):
         return frozenset()
@@ -283,6 +283,6 @@ def _pickled_words(archive: zipfile.ZipFile, name: str) -> frozenset[str]:
 
 
 def _words(file: BinaryIO) -> frozenset[str]:
-    """The last words of the texts in a pickle, which is not executed; the file is left behind it."""
+    """Return the last word of each string in a pickle, without executing it; the file is left positioned behind it."""
     texts = (argument for _, argument, _ in pickletools.genops(file) if isinstance(argument, str))
     return frozenset(text.rpartition(" ")[2] for text in texts)

@@ -1,4 +1,4 @@
-"""The configurations of runs that another begins from: a stage that it names, or the one that its method begins with."""
+"""Configurations of runs that another run starts from: a stage in `student.run`, or the first run of its method."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,50 +12,50 @@ from kd.errors import InputError
 from kd.values import one_line, shown
 
 MOST_OVERRIDES = 1000
-"""Of a stage."""
+"""Largest number of overrides of a stage."""
 
 DEEPEST_CHAIN = 8
-"""Stages that may follow each other; a longer chain is a stage that begins from itself."""
+"""Longest chain of stages; a longer one is taken for a stage that starts from itself."""
 
 
 def before_config(config: DictConfig) -> DictConfig:
-    """The configuration of the run that a method begins with: the same, with `method.before` as its method.
+    """Return the configuration of the run that a method starts with: this one, with `method.before` as its method.
 
-    `method.before.run` is laid over it. What that interpolates is of the run that follows; what the node itself interpolates
-    is of its own run.
+    `method.before.run` is merged over it. Interpolations in `method.before.run` refer to the run that follows; those in the
+    rest of the node refer to the first run.
 
     Raises:
-        InputError: for a key that no run has.
+        InputError: for an invalid node, or a key that no run has.
     """
     given = config.method.before
     if not OmegaConf.is_dict(given) or not isinstance(given.get("name"), str) or given.get("_target_") is None:
         raise InputError(f"method.before={given} is neither null nor a method with name and _target_", "method.before")
     node: Any = OmegaConf.to_container(given, resolve=False)
-    laid: Any = OmegaConf.to_container(given, resolve=True)
+    resolved: Any = OmegaConf.to_container(given, resolve=True)
     node.pop("run", None)
-    if laid.get("run") is not None and not isinstance(laid["run"], Mapping):
-        raise InputError(f"method.before.run={shown(laid['run'])} is not a mapping of a run's keys", "method.before.run")
-    if own := [
-        part for part in ("method", "student", "surgery", "teacher", "pool", "cohort") if part in (laid.get("run") or {})
+    if resolved.get("run") is not None and not isinstance(resolved["run"], Mapping):
+        raise InputError(f"method.before.run={shown(resolved['run'])} is not a mapping of a run's keys", "method.before.run")
+    if shared := [
+        part for part in ("method", "student", "surgery", "teacher", "pool", "cohort") if part in (resolved.get("run") or {})
     ]:
-        raise InputError(f"both runs have one {own[0]}; set it for the command", f"method.before.run.{own[0]}")
+        raise InputError(f"both runs have one {shared[0]}; set it for the command", f"method.before.run.{shared[0]}")
     stage = config.copy()
     OmegaConf.set_struct(stage, False)
     stage.method = node
     OmegaConf.set_struct(stage, True)
-    return laid_over(stage, laid.get("run") or {}, "method.before.run")
+    return laid_over(stage, resolved.get("run") or {}, "method.before.run")
 
 
 def laid_over(config: DictConfig, keys: Mapping[str, Any], where: str) -> DictConfig:
-    """A run's configuration with some keys laid over it.
+    """Return a run's configuration with some keys merged over it.
 
     Args:
-        config: of the run; it has every key that may be laid over it.
-        keys: nested.
-        where: the key that they stand under.
+        config: configuration of the run; only keys that it has may be changed.
+        keys: nested mapping of values.
+        where: configuration key of that mapping, for error messages.
 
     Raises:
-        InputError: for a key that no run has, or a value that cannot stand there.
+        InputError: for a key that no run has, or an invalid value.
     """
     OmegaConf.set_struct(config, True)
     try:
@@ -83,7 +83,7 @@ def has_key(node: Mapping[str, Any], key: str) -> bool:
 
 
 def nested(node: Any, key: str) -> Any:
-    """The value of a key in nested mappings; None where there is none.
+    """Return the value of a key in nested mappings; None if it is missing.
 
     >>> nested({"student": {"init": "run"}}, "student.init"), nested({"student": 3}, "student.init")
     ('run', None)
@@ -95,16 +95,16 @@ def nested(node: Any, key: str) -> Any:
 
 
 def key_of_stage(config: DictConfig, where: str, key: str) -> str:
-    """Where a command says what a stage of it has at a key.
+    """Return the key of a command's configuration that determines the value of a key of one of its stages.
 
     Args:
-        config: of the command, not resolved.
-        where: the key of the stage, as `student.run`.
-        key: of the stage's own configuration.
+        config: configuration of the command, not resolved.
+        where: key of the stage, such as `student.run`.
+        key: key in the configuration of the stage.
 
     Returns:
-        The key that the stage's override interpolates; the stage's own where the override holds the value; the key itself where
-        the stage has taken it over from the command.
+        The key that the stage's override interpolates; the key of the stage if the override holds the value; `key` itself if
+        the stage inherits it from the command.
     """
     stage = OmegaConf.select(config, where)
     node = OmegaConf.to_container(stage, resolve=False) if OmegaConf.is_config(stage) else stage
@@ -120,25 +120,25 @@ def key_of_stage(config: DictConfig, where: str, key: str) -> str:
 
 
 def without(overrides: Sequence[str], starts: Sequence[str]) -> list[str]:
-    """The overrides that do not begin with any of these words, with or without a plus."""
+    """Return the overrides that do not start with any of these texts; leading `+` and `~` are ignored."""
     return [override for override in overrides if not override.lstrip("+~").startswith(tuple(starts))]
 
 
 def stage_config(
     stage: Any, key: str, overrides: Sequence[str], depth: int, parent: DictConfig
 ) -> tuple[DictConfig, list[str]]:
-    """The configuration of a run that this one needs, and its overrides: this command with the stage's laid over it.
+    """Return the configuration of a run that this one needs, and its overrides: the command's, then the stage's.
 
     Args:
-        stage: a list of overrides, or a mapping with `overrides`, with `run` (the stage's own `student.run`, so that a chain
-            needs no nested quotes), `name` (what results call it), and whatever its overrides interpolate.
-        key: where it stands.
-        overrides: of this command.
-        depth: of the chain of stages.
+        stage: a list of overrides, or a mapping with `overrides`, `run` (the `student.run` of the stage, so that a chain needs
+            no nested quotes), `name` (its name in results), and any keys that its overrides interpolate.
+        key: configuration key of the stage.
+        overrides: overrides of this command.
+        depth: number of stages before this one in the chain, counted from the command.
         parent: configuration of this command.
 
     Raises:
-        InputError: if there is none, or the chain is endless.
+        InputError: if the stage is missing or invalid, or the chain is endless.
     """
     parts = stage if isinstance(stage, Mapping) else {"overrides": stage}
     given = parts.get("overrides")
@@ -154,12 +154,12 @@ def stage_config(
         raise InputError(f"{key} is a list of overrides, each a word such as 'seed=1'; {shown(spare[0])} is none", key)
     if len(given) > MOST_OVERRIDES:
         raise InputError(f"{key} lists {len(given)} overrides, more than {MOST_OVERRIDES}", key)
-    # A null that was interpolated into a word reads None.
-    laid = [composition.quoted(re.sub("=None$", "=null", str(word))) for word in given]
-    kept = without(overrides, ["student.init=", "student.run="])
-    # Another method has other keys: what was said of this one's does not carry over.
-    swapped = [word.partition("=")[0] for word in laid if "." not in word.partition("=")[0]]
-    merged = [*without(kept, [f"{group}." for group in swapped]), *laid]
+    # An interpolated null becomes the text None.
+    added = [composition.quoted(re.sub("=None$", "=null", str(word))) for word in given]
+    inherited = without(overrides, ["student.init=", "student.run="])
+    # Another entry of a group, such as another method, has other keys: overrides of those of this command do not apply.
+    swapped = [word.partition("=")[0] for word in added if "." not in word.partition("=")[0]]
+    merged = [*without(inherited, [f"{group}." for group in swapped]), *added]
     try:
         config = composition.compose(merged)
     except InputError as error:

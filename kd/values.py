@@ -1,4 +1,4 @@
-"""Checks of single values of a configuration: type, range, and one form of words for what is wrong."""
+"""Checks of single configuration values: type and range, with uniform error messages."""
 
 import inspect
 import math
@@ -9,11 +9,11 @@ from typing import Any
 from kd.errors import InputError, one_of
 
 TINY = 1e-12
-"""Least positive rate, weight or bound. Below it nothing moves in float32, and what is below 1e-38 is zero there."""
+"""Smallest positive rate, weight or bound. Smaller ones change nothing in float32, where numbers below 1e-38 are zero."""
 LARGEST_SEED = 2**63 - 1
-"""The largest seed that torch and numpy both take."""
+"""Largest seed that torch and numpy both accept."""
 MANY = 1_000_000
-"""Largest count of what a run has many of: examples of a batch, tokens of a vocabulary, epochs."""
+"""Largest allowed count, for example of examples in a batch, tokens in a vocabulary, or epochs."""
 
 
 def number(
@@ -22,15 +22,15 @@ def number(
     """Check that a value is a finite number in a range, and return it as a float.
 
     Args:
-        value: from a configuration. A truth value, or a word that reads as a number, is none.
+        value: value from a configuration. Booleans, and strings that look like numbers, are rejected.
         key: the configuration key that an error names.
         least: smallest allowed value.
         most: largest allowed value.
-        above: a bound that is not allowed itself, in place of `least`.
-        zero: also allow zero, below `least`.
+        above: exclusive lower bound, in place of `least`.
+        zero: whether zero is also allowed, below `least`.
 
     Raises:
-        InputError: if it is not.
+        InputError: if it is not a finite number in the range.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{key}={shown(value)} is not a number", key)
@@ -47,7 +47,7 @@ def whole(value: Any, key: str, least: int = 1, most: int = MANY) -> int:
     """Check that a value is a whole number in a range, and return it.
 
     Raises:
-        InputError: if it is not; a truth value and 3.0 are none.
+        InputError: if it is not; booleans and floats such as 3.0 are rejected.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise InputError(f"{key}={shown(value)} must be a whole number from {least} to {most}", key)
@@ -58,7 +58,7 @@ def whole(value: Any, key: str, least: int = 1, most: int = MANY) -> int:
 
 
 def word(value: Any, allowed: Sequence[str], key: str) -> str:
-    """Check that a value is one of a closed list of words, and return it.
+    """Check that a value is one of the allowed words, and return it.
 
     Raises:
         InputError: if it is not.
@@ -69,7 +69,7 @@ def word(value: Any, allowed: Sequence[str], key: str) -> str:
 
 
 def switch(value: Any, key: str) -> bool:
-    """Check that a value is a truth value, and return it.
+    """Check that a value is a boolean, and return it.
 
     Raises:
         InputError: if it is not.
@@ -80,7 +80,7 @@ def switch(value: Any, key: str) -> bool:
 
 
 def shown(value: Any, most: int = 120) -> str:
-    """A value as a message quotes it: printable, and not longer than a line.
+    """Return a value as text for a message: printable, and at most `most` characters.
 
     >>> shown(None), shown(True), shown(10**20)
     ('null', 'true', '100000000000000000000')
@@ -89,7 +89,7 @@ def shown(value: Any, most: int = 120) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, int) and value.bit_length() > 1000:  # Python turns no number of thousands of digits into text
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to convert very large numbers to text
         return f"a number of more than {int(value.bit_length() * 0.301)} digits"
     text = str(value)
     if not text.isprintable():
@@ -98,7 +98,7 @@ def shown(value: Any, most: int = 120) -> str:
 
 
 def literal(value: Any, most: int = 60) -> str:
-    r"""A value of a file as a message quotes it: a text in quotes, so that its blanks are seen and it differs from a number.
+    r"""Return a value from a file as text for a message; strings are quoted, so that blanks show and they differ from numbers.
 
     >>> literal("a\nb\ud83d"), literal("x" * 100)[-5:], literal(1.0), literal(None)
     ("'a\\nb\\ud83d'", "x'...", '1.0', 'null')
@@ -106,30 +106,32 @@ def literal(value: Any, most: int = 60) -> str:
     if isinstance(value, str | bytes | list):
         text = shown(repr(value[:most]), 4 * most)
         return f"{text}..." if len(value) > most and not text.endswith("...") else text
-    return shown(repr(value) if type(value) is int else value, 4 * most)  # Python reads no number that it cannot write
+    return shown(
+        repr(value) if type(value) is int else value, 4 * most
+    )  # repr is safe: Python cannot parse an integer too long to print
 
 
 def one_line(error: BaseException) -> str:
-    """What an error, or the one that it came from, says, in a line."""
+    """Return the message of an error's cause, or else of the error, in one line."""
     return shown(" ".join(str(error.__cause__ or error).split()) or type(error).__name__, 300)
 
 
 HYDRA_WORDS = ("_args_", "_convert_", "_recursive_")
-"""Words of Hydra's nodes that have no meaning here."""
+"""Keys of Hydra's nodes that are not supported here."""
 
 
 def locate(node: Mapping[str, Any], key: str, fits: Callable[[Any], bool], expected: str, partial: bool = False) -> Any:
-    """The class, or function, that a node names.
+    """Import the class or function that a node names.
 
     Args:
-        node: with `_target_`.
-        key: where it stands.
-        fits: whether something found is what the place expects. It is asked before anything is called.
-        expected: the same in words.
-        partial: whether Hydra's word `_partial_` may stand there, as in configurations that were written for it.
+        node: configuration node with `_target_`.
+        key: configuration key of the node.
+        fits: returns whether an object is allowed for this key. It is called before the object itself is.
+        expected: description of the allowed objects, for the message.
+        partial: whether Hydra's key `_partial_` is allowed, as in configurations that were written for Hydra.
 
     Raises:
-        InputError: if there is no such thing, or it is something else.
+        InputError: if it cannot be imported, or is not an allowed object.
     """
     name, where = node.get("_target_"), f"{key}._target_"
     if not isinstance(name, str) or not name:
@@ -139,19 +141,19 @@ def locate(node: Mapping[str, Any], key: str, fits: Callable[[Any], bool], expec
     if spare := [word for word in (*HYDRA_WORDS, *(() if partial else ("_partial_",))) if word in node]:
         raise InputError(f"{key}.{spare[0]} is no argument of {name}", f"{key}.{spare[0]}")
     try:
-        found = pkgutil.resolve_name(name)
-    except Exception as error:  # whatever the import of a module raises
+        target = pkgutil.resolve_name(name)
+    except Exception as error:  # importing a module may raise anything
         raise InputError(f"{where}={shown(name)} cannot be imported: {one_line(error)}", where) from error
-    if not fits(found):
+    if not fits(target):
         raise InputError(f"{where}={shown(name)} is not {expected}", where)
-    return found
+    return target
 
 
 def subclass_of(*bases: type) -> Callable[[Any], bool]:
-    """A test for classes that inherit from one of these, and can be made."""
-    return lambda found: inspect.isclass(found) and issubclass(found, bases) and not inspect.isabstract(found)
+    """Return a predicate that is true for concrete classes that inherit from one of these."""
+    return lambda target: inspect.isclass(target) and issubclass(target, bases) and not inspect.isabstract(target)
 
 
 def has(*names: str) -> Callable[[Any], bool]:
-    """A test for classes that define all of these names."""
-    return lambda found: inspect.isclass(found) and all(hasattr(found, name) for name in names)
+    """Return a predicate that is true for classes that define all of these names."""
+    return lambda target: inspect.isclass(target) and all(hasattr(target, name) for name in names)
