@@ -1,4 +1,4 @@
-"""Ranks, as torchrun started them."""
+"""Ranks that torchrun started: their numbers, collectives, and the end of a job."""
 
 import os
 import sys
@@ -14,51 +14,51 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LONGEST_WAIT = timedelta(days=7)
-"""Of a collective: the first rank may wait for another job's lock, or export, while the others wait for it. A rank that is
-gone is found by the watch."""
+"""Timeout of a collective: the others wait for rank 0, which may wait for another job's lock, or export a model. Lost ranks
+are detected by the watchdog, `kd.watch`, not by this timeout."""
 
 _watchdog: "Watchdog | None" = None
 _alone = False
-"""Whether the first rank is at work while the others wait, so that it has nobody to exchange with."""
+"""True on rank 0 inside `on_rank_zero`: the other ranks wait, so collectives must be skipped."""
 
 
 def world() -> int:
-    """Processes of this job."""
+    """Return the number of processes of this job."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """This process, from 0."""
+    """Return the rank of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
-    """This process among those on its machine, from 0."""
+    """Return the rank of this process on its machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", rank()))
 
 
 def local_world() -> int:
-    """Processes of this job on this machine."""
+    """Return the number of processes of this job on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
 
 
 def is_rank_zero() -> bool:
-    """Return whether this process writes."""
+    """Return whether this is rank 0, the only process that writes files."""
     return rank() == 0
 
 
 def join() -> None:
-    """Meet the other ranks, if there are any, and begin to watch them."""
+    """Wait for the other ranks, if there are any, and start the watchdog."""
     global _watchdog
     if world() > 1 and _watchdog is None:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it would show a stack where a connection ends
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch would log a stack trace whenever a connection ends
         from kd.watch import Watchdog
 
         _watchdog = Watchdog(rank(), world())
 
 
 def start(accelerator: str) -> None:
-    """Open the channel for collectives, if there are other ranks; done once."""
+    """Initialise the process group if there are other ranks; later calls do nothing."""
     if world() == 1:
         return
     import torch
@@ -69,10 +69,10 @@ def start(accelerator: str) -> None:
 
 
 def leave(status: int = 0) -> None:
-    """Wait until every rank has done its work, so that nobody takes one that is done for dead; end, if there are others.
+    """Wait until every rank is done, so that none takes a finished rank for a lost one; end the process if there are others.
 
-    The process ends at once: a thread of torch's or of the watch that is inside C++ when the interpreter goes away would take
-    a finished job down with it.
+    The process ends without interpreter shutdown: a thread of torch or of the watchdog that is inside C++ at that time would
+    crash a job that has finished.
     """
     if _watchdog is not None:
         import torch
@@ -85,7 +85,7 @@ def leave(status: int = 0) -> None:
 
 
 def broadcast(value: T) -> T:
-    """The first rank's value, on every rank; the value itself inside `on_rank_zero`."""
+    """Return rank 0's value on every rank; inside `on_rank_zero` return the value unchanged."""
     if world() == 1 or _alone:
         return value
     import torch
@@ -96,7 +96,7 @@ def broadcast(value: T) -> T:
 
 
 def mean(tensors: Sequence[Any]) -> list[Any]:
-    """The mean over all ranks of each tensor, in one exchange; the tensors themselves inside `on_rank_zero`."""
+    """Return the mean of each tensor over all ranks, in one all-reduce; inside `on_rank_zero` return the tensors unchanged."""
     if world() == 1 or _alone:
         return list(tensors)
     import torch
@@ -108,31 +108,31 @@ def mean(tensors: Sequence[Any]) -> list[Any]:
 
 
 def on_rank_zero(make: Callable[[], T]) -> T:
-    """Return on every rank what the first one makes; if it fails by an InputError, all do.
+    """Call a function on rank 0 and return its result on every rank; an InputError there is raised on all ranks.
 
-    Inside another such call, which only the first rank reaches, nothing is exchanged.
+    Inside another such call, which only rank 0 executes, there is no communication.
     """
     global _alone
     if world() == 1 or _alone:
         return make()
-    made: Any = None
+    result: Any = None
     failed: InputError | None = None
     if is_rank_zero():
         _alone = True
         try:
-            made = make()
+            result = make()
         except InputError as error:
             failed = error
         finally:
             _alone = False
-    made, wrong = broadcast((made, failed and (failed.message, failed.key)))
-    if wrong:
-        raise failed or InputError(*wrong)
-    return made  # type: ignore[no-any-return]
+    result, error_arguments = broadcast((result, failed and (failed.message, failed.key)))
+    if error_arguments:
+        raise failed or InputError(*error_arguments)
+    return result  # type: ignore[no-any-return]
 
 
 def gather(value: T) -> list[T]:
-    """Every rank's value, on every rank; the value alone inside `on_rank_zero`."""
+    """Return every rank's value on every rank; inside `on_rank_zero` return a list of the value alone."""
     if world() == 1 or _alone:
         return [value]
     import torch
@@ -143,39 +143,39 @@ def gather(value: T) -> list[T]:
 
 
 def print_rank_zero(text: str) -> None:
-    """Print, on the first rank only."""
+    """Print on rank 0 only."""
     if is_rank_zero():
         print(text, flush=True)
 
 
 def total(value: int) -> int:
-    """The sum over all ranks."""
+    """Return the sum over all ranks."""
     return sum(gather(value))
 
 
 def all_ranks_failed_alike(step: str, error: Exception) -> bool:
-    """Return whether every rank fails at a step in the same way, so that they can go on together."""
+    """Return whether every rank failed at a step with the same error, so that the job can go on."""
     return _watchdog is None or _watchdog.all_failed_alike(step, f"{type(error).__name__}: {error}")
 
 
 def prints_error(message: str) -> bool:
-    """Return whether this rank is the one to print an error: what all ranks find is printed once."""
+    """Return whether this rank is the one to print an error: an error that all ranks raise is printed once."""
     return _watchdog is None or _watchdog.prints_error(message)
 
 
 def end(status: int) -> NoReturn:
-    """End this process. With other ranks it does so at once: an interpreter that tidies up may wait for them."""
+    """End this process; if there are other ranks, without interpreter shutdown, which might wait for them."""
     if world() == 1:
         sys.exit(status)
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    finally:  # also where nobody listens any more
+    finally:  # also if the output has been closed
         os._exit(status)
 
 
 def end_without(error: BaseException) -> None:
-    """End this process if an error says that another rank is gone; return if it does not."""
+    """End this process if an error means that another rank is lost; otherwise return."""
     lost = lost_peer(error)
     if _watchdog is not None and lost is not None:
         from kd.watch import PEER_LOST
@@ -184,7 +184,7 @@ def end_without(error: BaseException) -> None:
 
 
 def lost_peer(error: BaseException | None) -> str | None:
-    """What an error, or one that it came from, says of a rank that is gone; None if it says nothing of the kind.
+    """Return the message about a lost rank in an error or in its causes; None if the error has another reason.
 
     Gloo's errors are RuntimeErrors whose text names its transport, NCCL's and those of the store have classes.
     """

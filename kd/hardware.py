@@ -1,4 +1,4 @@
-"""What this machine is, as a result states it. Nothing here imports torch unless it has to."""
+"""Description and settings of this machine, as results record them. torch is imported only inside functions that need it."""
 
 import ctypes
 import math
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SPINS = 1000
-"""Rounds that a waiting thread of GNU's OpenMP, the one in torch's wheels, counts before it sleeps; its own default is 300,000.
-Our choice: on two idle cores a step takes as long, on busy ones a third (`experiments/bench/README.md`)."""
+"""Value of `GOMP_SPINCOUNT`: rounds for which a waiting thread of GNU's OpenMP, the one in torch's wheels, spins before it
+sleeps; the default is 300,000. Our choice: on two idle cores a step takes as long as with the default, on busy ones a third of
+that (`experiments/bench/README.md`)."""
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true", "auto")
 
@@ -36,12 +37,12 @@ def cpu_has_bf16() -> bool:
 
 
 def is_asynchronous(tensor: "Tensor") -> bool:
-    """Return True where reading a tensor's values waits for a device, as it does on accelerators."""
+    """Return True if reading a tensor's values waits for a device, as on accelerators."""
     return tensor.device.type != "cpu"
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:
-    """`auto` as a precision: bf16 where the machine computes it, else float32."""
+    """Return the precision with `auto` resolved: bf16 if the machine computes it in hardware, else float32."""
     if precision != "auto":
         return precision
     if accelerator == "cpu":
@@ -54,15 +55,16 @@ def resolve_precision(precision: str, accelerator: str) -> str:
 
 
 def configure_openmp() -> None:
-    """Let threads that wait sleep early, and have no more of them than a container's quota of processor time lasts for.
+    """Shorten the spinning of waiting OpenMP threads, and limit their number to a container's quota of processor time.
 
-    By default a thread counts for milliseconds before it sleeps. Where other processes want the cores, the thread that it waits
-    for is the one that gets none meanwhile, at each of the hundreds of products of a step. And OpenMP counts the cores that a
-    process may run on, not the time that its control group gives it: with more threads all of them are stopped now and then.
+    By default a waiting thread spins for milliseconds before it sleeps. If other processes compete for the cores, it thereby
+    takes a core from the very thread that it waits for, at each of the hundreds of matrix products of a step. OpenMP also
+    counts the cores that a process may run on, not the quota of its control group: more threads than the quota covers are
+    throttled together.
 
-    OpenMP reads its settings when torch is imported, so this comes before. What the user has set stays. How many threads there
-    are changes a result by rounding alone, and `result.json` states it; that they follow from the machine and not from its
-    present load keeps runs that are resumed equal to the bit.
+    OpenMP reads its settings when torch is imported, so call this before. Variables that the user has set are not changed. The
+    number of threads changes results by rounding only, and `result.json` records it; it depends on the machine, not on its
+    current load, so that resumed runs are bitwise equal.
     """
     if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
@@ -73,10 +75,10 @@ def configure_openmp() -> None:
 
 
 def cpu_quota(root: Path = Path("/")) -> float:
-    """Processors whose time the control groups of this process have; infinity without a limit. Linux alone knows them.
+    """Return the CPU quota of this process's control groups, in processors; infinity without a limit, and outside Linux.
 
     Args:
-        root: of the file system.
+        root: root of the file system.
     """
     table = root / "proc/self/cgroup"
     limits = [math.inf]
@@ -84,7 +86,7 @@ def cpu_quota(root: Path = Path("/")) -> float:
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
-        # Version 2 has one tree, version 1 one for each controller. A container may see its own group as the root.
+        # Version 2 has one tree, version 1 one per controller. A container may see its own group as the root.
         mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
         group = mount / path.lstrip("/")
         for folder in (mount, group, *(parent for parent in group.parents if mount in parent.parents)):
@@ -95,7 +97,7 @@ def cpu_quota(root: Path = Path("/")) -> float:
 
 
 def _quota_of(folder: Path) -> tuple[float, float]:
-    """Microseconds of processor time in each period of so many, of one control group; zeros where it has no limit."""
+    """Return the quota and the period of one control group, in microseconds; zeros if it has no limit."""
     names = ("cpu.max",) if (folder / "cpu.max").is_file() else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
     try:
         words = [word for name in names for word in (folder / name).read_text().split()]
@@ -105,23 +107,23 @@ def _quota_of(folder: Path) -> tuple[float, float]:
 
 
 def keep_memory() -> bool:
-    """Let the C library keep memory that is freed; whether it does.
+    """Make glibc keep freed memory; return whether the setting took effect.
 
-    By default glibc hands large blocks back to the kernel, so that the gradient of an embedding table, made and freed in each
-    step, is mapped and filled with zeros by the kernel page by page each time. Peak memory stays what it is. Elsewhere, and
-    where the user has set malloc up, nothing is done.
+    By default glibc returns large blocks to the kernel, so that the gradient of an embedding table, allocated and freed in each
+    step, is mapped and zeroed by the kernel page by page each time. Peak memory does not change. With another C library, and
+    if the user has configured malloc, nothing is changed.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return False
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
-    trim_threshold, mmap_threshold = -1, -3  # as malloc.h numbers them
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
     return bool(library.mallopt(mmap_threshold, 1 << 30) and library.mallopt(trim_threshold, (1 << 31) - 1))
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores, accelerators."""
+    """Return the processor, the numbers of cores and threads, and the GPUs."""
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -134,24 +136,26 @@ def hardware() -> dict[str, Any]:
 
 
 def versions(more: Sequence[str] = ()) -> dict[str, str]:
-    """Versions of what decides a result, and of further packages."""
-    found = {"python": sys.version.split()[0]}
+    """Return the versions of Python and of the packages that affect results, and of further packages."""
+    installed = {"python": sys.version.split()[0]}
     for name in ("kd", "torch", "lightning", "transformers", "tokenizers", "torchmetrics", "hydra-core", "numpy", *more):
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+            installed[name] = "unknown"
+    return installed
 
 
 def version_line() -> str:
-    """Version of kd and of what decides its results, as `--version` prints them."""
-    found = versions()
-    return " ".join(f"{name} {found[name]}" for name in ("kd", "python", "torch", "lightning", "transformers", "hydra-core"))
+    """Return the versions of kd, Python and the main packages in one line, for `--version`."""
+    installed = versions()
+    return " ".join(
+        f"{name} {installed[name]}" for name in ("kd", "python", "torch", "lightning", "transformers", "hydra-core")
+    )
 
 
 def git() -> dict[str, Any] | None:
-    """Commit of the checkout that kd runs from, and whether it has changes; None for an installed wheel."""
+    """Return the commit of the checkout that kd runs from, and whether it is modified; None for an installed wheel."""
     folder = Path(__file__).parent.parent
     if not (folder / ".git").exists():
         return None

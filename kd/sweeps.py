@@ -1,6 +1,6 @@
-"""Points of a sweep: all are planned before the first is made, and one that fails leaves the others alone.
+"""Sweeps: all points are planned before the first is run, and a point that fails does not stop the others.
 
-A failure is printed when it happens. The last lines count the points that are done and list those that failed.
+A failure is printed when it happens. The last lines give the number of finished points and list those that failed.
 """
 
 import os
@@ -28,9 +28,9 @@ SWEEPER = "hydra_plugins.kd_sweeper.Points"
 
 
 def register() -> None:
-    """Make the sweeper known to Hydra.
+    """Register the sweeper with Hydra.
 
-    Hydra takes plugins from a top-level package `hydra_plugins` alone, which is a namespace that any folder may add to.
+    Hydra loads plugins only from the top-level package `hydra_plugins`, a namespace package that any folder may extend.
     """
     folder = str(Path(__file__).parent / "plugins")
     if folder not in sys.path:
@@ -39,10 +39,10 @@ def register() -> None:
 
 
 class PointsFailed(Exception):
-    """Some points of a sweep failed, and it has been said which.
+    """Error at the end of a sweep in which points failed; the failures have been printed already.
 
     Attributes:
-        status: exit status of the command: 2 if all of them failed by something the user can put right, else 1.
+        status: exit status of the command: 2 if the user can correct every failure, else 1.
     """
 
     def __init__(self, status: int) -> None:
@@ -52,18 +52,18 @@ class PointsFailed(Exception):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a point failed. It holds no exception, whose traceback would keep models in memory."""
+    """Failure of a point, as text: an exception's traceback would keep models in memory."""
 
     message: str
     key: str | None = None
     users: bool = True
-    """Whether it is something the user can put right."""
+    """True if the user can correct it."""
     trace: str | None = None
-    """The traceback, where it is to be printed."""
+    """Traceback to print, if any."""
 
     @staticmethod
     def of(error: Exception) -> "Failure":
-        """From an exception that is being handled."""
+        """Return the failure for the exception that is being handled."""
         shown = traceback.format_exc() if os.environ.get("KD_TRACEBACK") else None
         if isinstance(error, HydraException | OmegaConfBaseException):
             error = explain(error)
@@ -79,26 +79,26 @@ class Failure:
 
 @dataclass
 class Sweep:
-    """What has become of the points so far.
+    """State of a sweep: points, number of finished ones, and failures.
 
     Args:
-        points: the overrides of each.
+        points: the overrides of each point.
     """
 
     points: Sequence[Sequence[str]]
     done: int = 0
     failures: dict[int, Failure] = field(default_factory=dict)
-    """By position, from 0."""
+    """Failures by index of the point, from 0."""
 
     def name(self, index: int) -> str:
-        """A point in words: its number, and the overrides in which points differ."""
+        """Return the description of a point: its number, and the overrides in which points differ."""
         first = self.points[0]
         differ = [any(point[position] != word for point in self.points) for position, word in enumerate(first)]
-        own = [word for word, differs in zip(self.points[index], differ, strict=True) if differs]
-        return f"{index + 1} of {len(self.points)}: {' '.join(own or self.points[index])}"
+        distinctive = [word for word, differs in zip(self.points[index], differ, strict=True) if differs]
+        return f"{index + 1} of {len(self.points)}: {' '.join(distinctive or self.points[index])}"
 
     def fail(self, index: int, failure: Failure) -> None:
-        """Note a failure, and print it."""
+        """Record a failure and print it."""
         self.failures[index] = failure
         if distributed.is_rank_zero():
             trace = f"{failure.trace}\n" if failure.trace else ""
@@ -107,12 +107,12 @@ class Sweep:
 
     @property
     def counts(self) -> str:
-        """How many points are done, failed, and left."""
+        """Numbers of points that are done, failed and left, as text."""
         left = len(self.points) - self.done - len(self.failures)
         return f"{self.done} done, {len(self.failures)} failed" + (f", {left} not made" if left else "")
 
     def close(self) -> None:
-        """Print the counts, and the points that failed.
+        """Print the counts and the points that failed.
 
         Raises:
             PointsFailed: if any failed.
@@ -131,12 +131,12 @@ class Sweep:
 
 
 def sweep(points: Sequence[Sequence[str]], options: Sequence[str], launch: Callable[..., Sequence[Any]]) -> None:
-    """Plan all points, then make those that are not done.
+    """Plan all points, then run those that are not done.
 
     Args:
-        points: the overrides of each.
-        options: overrides of Hydra's own configuration.
-        launch: Hydra's launcher: makes points, given their overrides and the first one's number.
+        points: the overrides of each point.
+        options: overrides of Hydra's configuration.
+        launch: Hydra's launcher: runs points, given their overrides and the number of the first one.
 
     Raises:
         PointsFailed: at the end, if any failed.
@@ -148,7 +148,10 @@ def sweep(points: Sequence[Sequence[str]], options: Sequence[str], launch: Calla
             try:
                 (returned,) = launch([points[index]], initial_job_idx=index)
                 failure = returned.return_value
-            except (HydraException, OmegaConfBaseException) as error:  # composed for the launcher alone
+            except (
+                HydraException,
+                OmegaConfBaseException,
+            ) as error:  # raised by the launcher, which composes the configuration again
                 failure = Failure.of(error)
             if failure is None:
                 state.done += 1
@@ -161,13 +164,13 @@ def sweep(points: Sequence[Sequence[str]], options: Sequence[str], launch: Calla
 
 
 def planned(state: Sweep, options: Sequence[str]) -> list[int]:
-    """Plan every point; those that are left to be made.
+    """Plan every point; return the indices of those that are left to run.
 
-    What fails here is told before anything is trained, and what is done already costs no more than this. A point that is
-    left is planned again in its turn, because the files that it reads may be others by then.
+    Failures of planning are printed before anything is trained, and a finished point needs no more than its plan. A point
+    that is left is planned again when it is run, because its input files may have changed by then.
 
     Raises:
-        InputError: if the one folder of all runs cannot be written to, or the ranks do not agree on what fails.
+        InputError: if the folder of all runs cannot be written to, or the ranks do not agree on what fails.
     """
     from kd.train import check_launch, deliver
 
@@ -187,50 +190,50 @@ def planned(state: Sweep, options: Sequence[str]) -> list[int]:
                 state.done += 1
             else:
                 left[index] = run
-        except BrokenPipeError:  # nobody reads any more
+        except BrokenPipeError:  # the output has been closed
             raise
-        except Exception as error:  # noqa: BLE001 - told at once; the other points go on
+        except Exception as error:  # noqa: BLE001 - printed at once; the other points go on
             failed[index] = Failure.of(error)
             state.fail(index, failed[index])
-    if distributed.world() > 1:  # also where this rank has nothing left: another may
+    if distributed.world() > 1:  # even if this rank has no points left, because another may have some
         distributed.start(next((run.spec.trainer.accelerator for run in left.values()), "auto"))
         check_alike(state, {index: run.name for index, run in left.items()}, failed)
-    places = sorted([*left, *later])
-    if places and (state.failures or state.done):
+    indices = sorted([*left, *later])
+    if indices and (state.failures or state.done):
         counted = f", {len(state.failures)} failed" if state.failures else ""
-        distributed.print_rank_zero(f"\n{len(state.points)} points: {state.done} done already{counted}, {len(places)} to make")
+        distributed.print_rank_zero(f"\n{len(state.points)} points: {state.done} done already{counted}, {len(indices)} to make")
     folders = {run.spec.paths.runs for run in left.values()}
-    if len(folders) == 1:  # of several, each point says so in its turn
+    if len(folders) == 1:  # with several folders, each point checks its own when it is run
         distributed.on_rank_zero(lambda: check_writable(*folders))
-    return places
+    return indices
 
 
 def check_alike(state: Sweep, names: Mapping[int, str], failed: Mapping[int, Failure]) -> None:
     """Check that every rank plans the same runs; every rank has to call this.
 
     Args:
-        state: the points.
-        names: position of a point -> name of the run that this rank has planned for it.
-        failed: position of a point -> why this rank cannot plan it.
+        state: the sweep.
+        names: index of a point -> name of the run that this rank has planned for it.
+        failed: index of a point -> failure of this rank to plan it.
 
     Raises:
         InputError: on every rank, with the reason of the rank that fails at a point where another does not.
     """
     ranks = distributed.gather((names, {index: (failure.message, failure.key) for index, failure in failed.items()}))
     for index in range(len(state.points)):
-        planned_as = [runs.get(index) for runs, _ in ranks]  # None where a rank fails, or leaves the planning to the job
+        planned_as = [runs.get(index) for runs, _ in ranks]  # None if planning failed, or is left to the job
         reasons = [reasons.get(index) for _, reasons in ranks]
         if len(set(planned_as)) == 1 and len({reason is None for reason in reasons}) == 1:
             continue
-        own = failed.get(index)
-        if own is not None and own.trace and not distributed.is_rank_zero():  # the first has shown its own
-            print(own.trace, file=sys.stderr, flush=True)
-        told = [f"rank {rank} fails: {reason[0]}" for rank, reason in enumerate(reasons) if reason is not None]
-        told += [f"rank {rank} plans {name}" for rank, name in enumerate(planned_as) if name is not None]
+        failure = failed.get(index)
+        if failure is not None and failure.trace and not distributed.is_rank_zero():  # rank 0 has printed its traceback
+            print(failure.trace, file=sys.stderr, flush=True)
+        lines = [f"rank {rank} fails: {reason[0]}" for rank, reason in enumerate(reasons) if reason is not None]
+        lines += [f"rank {rank} plans {name}" for rank, name in enumerate(planned_as) if name is not None]
         key = next((reason[1] for reason in reasons if reason is not None), None)
-        raise InputError(f"the ranks do not plan the same at point {state.name(index)}:\n  " + "\n  ".join(told), key)
+        raise InputError(f"the ranks do not plan the same at point {state.name(index)}:\n  " + "\n  ".join(lines), key)
 
 
 def asks_hydra(config: DictConfig) -> bool:
-    """Return whether a value is Hydra's to say inside a job: `${hydra:job.num}`."""
+    """Return whether a value can only be resolved inside a Hydra job, such as `${hydra:job.num}`."""
     return b"${hydra:" in pickle.dumps(config)

@@ -1,8 +1,8 @@
-"""One run: plan, make the inputs, check, fit, evaluate, export, record.
+"""The command `kd-train`, or `python -m kd.train` for torchrun: plan, run inputs, check, fit, evaluate, export, record.
 
-`kd-train`, or `python -m kd.train` for torchrun. Exit status 0 on success, 2 for something the user can put right, 1 for
-anything else, 130 on Ctrl-C; of a sweep 2 where every point that failed can be put right, else 1. Nothing heavy is imported
-before it is needed, so `--help` and a finished run answer at once.
+Exit status 0 on success, 2 for an error that the user can correct, 1 for any other, 130 on Ctrl-C; for a sweep with failed
+points 2 if the user can correct all of them, else 1. Heavy modules are imported only when needed, so that `--help` and
+finished runs return at once.
 """
 
 import contextlib
@@ -29,23 +29,23 @@ from kd.sweeps import SWEEPER, Failure, PointsFailed, register
 INTERRUPTED = 130
 
 _begun = False
-"""Whether Hydra has composed a configuration and called `job`."""
+"""True once Hydra has composed a configuration and called `job`."""
 
 
 def execute(run: Run, purpose: str = "", first: bool = True) -> dict[str, Any]:
-    """Make a run and what it needs, unless it is done; its record.
+    """Execute a run and the runs that it needs, unless they are done; return its record.
 
     Args:
-        run: to be made.
-        purpose: what it is for, where another run needs it.
-        first: whether it is what the command asks for; then all that it needs is checked before any of it is made.
+        run: the run to execute.
+        purpose: description of the run to print, if another run needs it.
+        first: True for the run that the command requests; then all runs that it needs are checked before any is executed.
 
     Raises:
-        InputError: for what the user can put right.
+        InputError: for an error that the user can correct.
     """
 
     def state() -> tuple[dict[str, Any] | None, str | None]:
-        """The record, and what is damaged of the exports; a run that another begins from is looked at byte by byte."""
+        """Return the record and the damage to the exports; for a run that another one needs, digests are compared too."""
         record = run.result
         return record, None if record is None else run.damage(record, thorough=not first)
 
@@ -60,12 +60,12 @@ def execute(run: Run, purpose: str = "", first: bool = True) -> dict[str, Any]:
         distributed.on_rank_zero(lambda: held.enter_context(run.lock()))
         if not all(distributed.gather(run.directory.is_dir())):
             raise InputError(f"'{run.spec.paths.runs}' is not a folder that all machines share", "paths.runs")
-        result, damage = distributed.on_rank_zero(state)  # another process may have made it while this one waited
+        result, damage = distributed.on_rank_zero(state)  # another process may have finished it while this one waited
         if result is not None and damage is None:
             return result
-        examples = build_examples(run)  # held from here on, so that the checks, and the runs that make teachers, find them read
+        examples = build_examples(run)  # referenced from here on, so that the checks and the teachers' runs reuse them
         if first:
-            check_all(run)  # before anything is trained for it
+            check_all(run)  # before any run that it needs is trained
         for role, needed in run.inputs.items():
             with rename_error_keys(role, run.spec, run.config):
                 execute(needed, f"{role}: {needed.name}", first=False)
@@ -88,14 +88,14 @@ def execute(run: Run, purpose: str = "", first: bool = True) -> dict[str, Any]:
 
 
 def check_all(run: Run, known: dict[str, Any] | None = None) -> None:
-    """Check a run and, before them all, whatever has yet to be made for it.
+    """Check a run and all unfinished runs that it needs.
 
     Args:
-        run: not done.
-        known: examples that have been read already, by what identifies them.
+        run: a run that is not done.
+        known: examples that have been read already, by digest of task and data.
 
     Raises:
-        InputError: for what cannot work, naming the key of the command.
+        InputError: for settings that cannot work, naming the key of the command.
     """
     from kd.build import build_examples, check_arguments, check_run
 
@@ -113,7 +113,7 @@ def check_all(run: Run, known: dict[str, Any] | None = None) -> None:
 
 
 def job(config: DictConfig) -> Failure | None:
-    """What Hydra calls, once for each point of a sweep; why the point failed, if it did."""
+    """Run one configuration; Hydra calls this once per point of a sweep. Return the point's failure, or None."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -126,14 +126,14 @@ def job(config: DictConfig) -> Failure | None:
             make_point(config, overrides)
         return None
     failure = point(str(hydra_config.job.num), lambda: make_point(config, overrides))
-    if failure is not None and hydra_config.sweeper["_target_"] != SWEEPER:  # another would take it for a result
+    if failure is not None and hydra_config.sweeper["_target_"] != SWEEPER:  # another sweeper would take it for a result
         raise InputError(failure.message, failure.key)
     return failure
 
 
 def make_point(config: DictConfig, overrides: Sequence[str]) -> None:
-    """The run of a configuration, made if need be."""
-    typed(config)  # first: of a value that cannot be interpolated it names the key
+    """Plan and check the run of a configuration, execute it unless it is done, and print its table."""
+    typed(config)  # first, because it names the key of a value that cannot be interpolated
     run = plan(config, list(overrides))
     check_launch(run)
     distributed.start(run.spec.trainer.accelerator)
@@ -142,7 +142,7 @@ def make_point(config: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def deliver(run: Run) -> None:
-    """Make a run, unless it is done, and print its table."""
+    """Execute a run, unless it is done, and print its table."""
     result = execute(run)
     if distributed.is_rank_zero():
         from kd.report import closing_table
@@ -151,15 +151,17 @@ def deliver(run: Run) -> None:
 
 
 def check_launch(run: Run, key: str = "trainer.batch_size") -> None:
-    """Several processes are started by torchrun, never by Lightning, which would start this command again in each.
+    """Check that the number of processes fits a run and the runs that it needs.
+
+    Several processes are started by torchrun, never by Lightning, which would start this command again in each.
 
     Args:
-        run: what is to be made.
-        key: where its batch size can be changed.
+        run: the run to execute.
+        key: configuration key of its batch size.
 
     Raises:
-        InputError: if several devices are asked for in one process, or a batch, of this run or one that it needs, cannot be
-            shared equally by the ranks.
+        InputError: if several devices are requested in one process, or the batch size is not a multiple of the number of
+            ranks.
     """
     trainer = run.spec.trainer
     wanted = int(trainer.devices) if str(trainer.devices).isdigit() else 1
@@ -180,10 +182,10 @@ def check_launch(run: Run, key: str = "trainer.batch_size") -> None:
 
 
 def check_ranks(run: Run) -> None:
-    """Ranks of several machines come from several commands, which have to say the same.
+    """Check that all ranks have the same run and settings: on several machines, several commands start them.
 
     Raises:
-        InputError: if they do not.
+        InputError: if they differ.
     """
     caches = distributed.gather(str(run.spec.cache))
     if len(set(caches)) > 1:
@@ -198,13 +200,13 @@ def check_ranks(run: Run) -> None:
 
 
 def point(number: str, make: Callable[[], None]) -> Failure | None:
-    """Make a point of a sweep; why it failed, if it did. One that fails must not take the others with it.
+    """Run a point of a sweep; return its failure, or None, so that the other points go on.
 
-    Ranks that do not fail alike cannot go on together, so that ends the job.
+    If the ranks do not fail with the same error, they cannot go on together, and the job ends.
     """
     try:
         make()
-    except BrokenPipeError:  # nobody reads any more
+    except BrokenPipeError:  # the output has been closed
         raise
     except Exception as error:
         if not distributed.all_ranks_failed_alike(number, error):
@@ -216,7 +218,7 @@ def point(number: str, make: Callable[[], None]) -> Failure | None:
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """What the user can put right becomes one message and an exit status; anything else stays a traceback."""
+    """Turn errors that the user can correct into a message and an exit status; others keep their traceback."""
     try:
         yield
     except BrokenPipeError:  # `kd-train --help | head`
@@ -239,7 +241,7 @@ def plain_errors() -> Iterator[None]:
 
 
 def stop(message: str, status: int) -> None:
-    """End with a message and a status."""
+    """End the process with a message and an exit status."""
     if os.environ.get("KD_TRACEBACK"):
         traceback.print_exc()
     try:
@@ -250,9 +252,10 @@ def stop(message: str, status: int) -> None:
 
 
 def leave_out_working_folder() -> None:
-    """Import nothing from the working folder, which `python -m` puts first: it may be anybody's, and any folder is importable.
+    """Remove the working folder from `sys.path`, where `python -m` puts it first.
 
-    A folder called `wandb`, `datasets` or `hydra_plugins` would be taken for the package. `kd-train` never looks there.
+    It may hold code of others, and any folder is importable: one called `wandb`, `datasets` or `hydra_plugins` would be
+    imported instead of the package. `kd-train` does not have it in its path.
     """
     here, checkout = Path.cwd(), Path(__file__).resolve().parent.parent
     if sys.path and here == Path(sys.path[0]).absolute() and here.resolve() != checkout:
@@ -260,7 +263,7 @@ def leave_out_working_folder() -> None:
 
 
 def overrides_first(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command's overrides, and its options with their values: Hydra takes overrides only where they stand together.
+    """Split a command into overrides and options with their values: Hydra requires overrides to be contiguous.
 
     >>> overrides_first(["seed=0,1", "--multirun", "method=kd", "--cfg", "job"])
     (['seed=0,1', 'method=kd'], ['--multirun', '--cfg', 'job'])
@@ -275,15 +278,15 @@ def overrides_first(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command `kd-train`."""
     leave_out_working_folder()
-    if "--version" in sys.argv[1:]:  # Hydra would print its own
+    if "--version" in sys.argv[1:]:  # Hydra would print its version
         print(version_line())
         return
     global _begun
     _begun = False
     configure_openmp()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print its own report and exit with 1
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints its report and exits with 1
     command = hydra.main(config_path=str(conf_folder()), config_name=ROOT, version_base="1.3")(job)
     with plain_errors():
         status = 0
@@ -299,7 +302,7 @@ def main() -> None:
         except FROM_HYDRA as error:
             if _begun or isinstance(error, BrokenPipeError):
                 raise
-            raise explain(error) from error  # Hydra's own, of an override that it cannot work with
+            raise explain(error) from error  # raised by Hydra for an invalid override
         distributed.leave(status)
         if status:
             sys.exit(status)

@@ -1,10 +1,10 @@
-"""Ranks that look after each other: where one dies, falls silent or fails alone, the others end too, readably.
+"""Watchdog of distributed jobs: if one rank dies, hangs or fails alone, the others end too, with a message.
 
 torchrun ends the ranks of its own machine when one of them dies. Ranks of another machine, or ranks that wait for one that
-hangs, would wait for as long as the process group's timeout, and that has to be long: the first rank may wait for another
-job's lock for hours. So each rank shows a sign of life in the job's store every few seconds and looks for the others'.
+hangs, would wait until the timeout of the process group, which has to be long: rank 0 may wait for another job's lock for
+hours. So each rank writes a heartbeat to the job's store every few seconds and reads those of the others.
 
-The store is also where ranks ask whether something has been said already, so that what all of them find is printed once.
+Ranks also use the store to agree on which of them prints a message, so that an error that all ranks raise is printed once.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ from typing import TypeVar
 T = TypeVar("T")
 
 PATIENCE = float(os.environ.get("KD_PATIENCE", "40"))
-"""Seconds without a sign of life after which a rank is given up. Our choice: five times what a busy store is late."""
+"""Seconds without a heartbeat after which a rank counts as lost. Our choice: five times the delay of a busy store."""
 LOOKS = 8
-"""Looks in that time."""
+"""Number of heartbeats and checks in that time."""
 MEETING = timedelta(minutes=10)
-"""What the ranks may be apart in starting: a cold file system makes imports slow."""
+"""Longest time between the starts of two ranks: a cold file system makes imports slow."""
 ANSWER = 2.0
-"""Seconds that the store is waited for by a rank that is about to end."""
+"""Seconds that a rank that is about to end waits for an answer of the store."""
 
 PEER_LOST = 3
 """Exit status of a rank that ends because it has lost another."""
@@ -37,16 +37,16 @@ GOES_ON = "the same command goes on from the last checkpoint"
 
 
 class Watchdog:
-    """One rank's part.
+    """Watchdog of one rank.
 
-    Two threads, because a store whose machine has vanished may keep a call for many minutes: one talks to the store, the
-    other counts how often it has looked without news. It counts looks instead of seconds so that a job that was suspended as
-    a whole goes on.
+    It has two threads, because a call to a store whose machine is gone may block for many minutes: one exchanges heartbeats
+    with the store, the other counts checks without news of a rank. It counts checks instead of seconds, so that a job that
+    was suspended as a whole goes on.
 
     Args:
-        rank: this process.
-        world: processes of the job.
-        patience: seconds after which a silent rank is given up.
+        rank: rank of this process.
+        world: number of processes of the job.
+        patience: seconds without a heartbeat after which a rank counts as lost.
     """
 
     def __init__(self, rank: int, world: int, patience: float = PATIENCE) -> None:
@@ -54,13 +54,13 @@ class Watchdog:
         from torch.distributed.rendezvous import rendezvous
 
         self.rank, self.world, self.patience = rank, world, patience
-        # A connection of its own: a collective may keep the process group's for as long as it waits.
+        # A separate connection, because a collective may block that of the process group for as long as it waits.
         self.store = PrefixStore("kd", next(iter(rendezvous("env://", timeout=MEETING)))[0])
         self.store.add(f"beat/{rank}", 1)
         self.store.set(f"host/{rank}", socket.gethostname())
-        places = [f"host/{other}" for other in range(world)]
-        self.store.wait(places, MEETING)
-        self.hosts = [host.decode() for host in self.store.multi_get(places)]
+        keys = [f"host/{other}" for other in range(world)]
+        self.store.wait(keys, MEETING)
+        self.hosts = [host.decode() for host in self.store.multi_get(keys)]
         self.spoken = f"spoken/{os.environ.get('GROUP_RANK', '0')}"
         self.silent = {other: 0 for other in range(world) if other != rank}
         self.store_lost = False
@@ -70,28 +70,28 @@ class Watchdog:
             threading.Thread(target=work, name=f"kd{work.__name__}", daemon=True).start()
 
     def leave(self) -> None:
-        """The job is over, for every rank."""
+        """Stop watching, because the job is over for every rank."""
         self.over.set()
         let_signals_be()
 
     def _talk(self) -> None:
-        """Show a sign of life and look for the others', until the store is gone."""
+        """Write this rank's heartbeat and read those of the others, until the job is over or the store is lost."""
         others = list(self.silent)
         beats = [f"beat/{other}" for other in others]
         seen = [b""] * len(others)
         try:
             while not self.over.wait(self.patience / LOOKS):
                 self.store.add(f"beat/{self.rank}", 1)
-                found = self.store.multi_get(beats)
-                for other, before, now in zip(others, seen, found, strict=True):
+                current = self.store.multi_get(beats)
+                for other, before, now in zip(others, seen, current, strict=True):
                     if now != before:
                         self.silent[other] = 0
-                seen = found
-        except RuntimeError:  # torch's errors of a store; `_look` draws the conclusion
+                seen = current
+        except RuntimeError:  # the type of torch's store errors; `_look` ends the rank
             self.store_lost = True
 
     def _look(self) -> None:
-        """End this rank when it is told to, or when another has been silent for too long."""
+        """End this rank on SIGTERM, or when there has been no heartbeat of another rank for too long."""
         while not self.over.is_set():
             ready, _, _ = select.select([self.signals], [], [], self.patience / LOOKS)
             if ready:
@@ -100,18 +100,18 @@ class Watchdog:
                 continue
             for other in self.silent:
                 self.silent[other] += 1
-            lost = [f"rank {other} ({self.hosts[other]})" for other, looks in self.silent.items() if looks > LOOKS]
+            lost = [f"rank {other} ({self.hosts[other]})" for other, checks in self.silent.items() if checks > LOOKS]
             if lost:
                 who = "the job's store" if self.store_lost else ", ".join(lost)
                 self.end(f"no answer from {who} for {self.patience:g} s; this rank stops too", PEER_LOST)
 
     def end(self, what: str, status: int) -> None:
-        """End this process because of what happened elsewhere; said once a machine, and only if nothing was said there."""
+        """End this process because of another; print why, unless a rank of this machine has printed an error already."""
         if not self.over.is_set():
             try:
                 if self.first(self.spoken):
                     os.write(2, f"\nkd-train: {what}. {GOES_ON.capitalize()}\n".encode())
-            finally:  # also where nobody listens any more
+            finally:  # also if the output has been closed
                 os._exit(status)
 
     def prints_error(self, message: str) -> bool:
@@ -120,22 +120,22 @@ class Watchdog:
         return self.first(f"said/{hashlib.blake2b(message.encode(), digest_size=8).hexdigest()}")
 
     def first(self, key: str) -> bool:
-        """Return whether nobody has claimed a key before; true where the store does not answer."""
+        """Claim a key; return whether no rank has claimed it before, or the store does not answer."""
         return self._ask(lambda: self.store.add(key, 1), 1) == 1
 
     def all_failed_alike(self, step: str, outcome: str) -> bool:
-        """Return whether every rank comes to the same end of a step within the time that a silent one gets."""
+        """Return whether every rank reports the same outcome of a step within `patience` seconds."""
         self._ask(lambda: self.store.set(f"end/{step}/{self.rank}", outcome), None)
         ends = [f"end/{step}/{other}" for other in range(self.world)]
         for _ in range(int(self.patience / 0.1)):
             if self._ask(lambda: self.store.check(ends), False):
-                found: list[bytes] = self._ask(lambda: self.store.multi_get(ends), [])
-                return set(found) == {outcome.encode()}
+                outcomes: list[bytes] = self._ask(lambda: self.store.multi_get(ends), [])
+                return set(outcomes) == {outcome.encode()}
             time.sleep(0.1)
         return False
 
     def _ask(self, question: Callable[[], T], otherwise: T) -> T:
-        """The store's answer, or another where it gives none in time."""
+        """Return the store's answer, or `otherwise` if there is none within `ANSWER` seconds."""
         answers: list[T] = []
 
         def ask() -> None:
@@ -152,20 +152,20 @@ class Watchdog:
 
 
 def catch_signals() -> int:
-    """Where signals can be read as they come.
+    """Redirect signals to a pipe; return the file descriptor to read them from.
 
-    A Python handler would wait until a collective is over, and Lightning's own begins another; what is written to this pipe
-    is seen at once.
+    A Python handler would not run until a collective is over, and Lightning's handler starts another collective; the pipe can
+    be read at once.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=let_signals_be)  # a loader's worker that is ended by SIGTERM is no news for its parent
+    os.register_at_fork(after_in_child=let_signals_be)  # a DataLoader worker that gets SIGTERM must not notify its parent
     return reader
 
 
 def let_signals_be() -> None:
-    """SIGTERM ends the process, as ever."""
+    """Restore the default handling of SIGTERM, which ends the process."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
