@@ -1,4 +1,4 @@
-"""What a model is worth: metrics, agreement, size, latency."""
+"""Evaluation of models: metrics, agreement with teachers, size and latency."""
 
 import copy
 import math
@@ -19,13 +19,14 @@ from kd.models.pretrained import quiet
 from kd.models.students import new_model
 
 LATENCY_TOKENS = 32
+"""Tokens of the sentence that is timed."""
 LATENCY_ROUNDS, LATENCY_CALLS = 3, 10
-"""Rounds, and calls of each model in a round."""
+"""Number of rounds, and of calls of each model per round."""
 LATENCY_SPREAD = 0.2
-"""Largest difference between the least times of two rounds, as a share, that is taken for a measurement. Our choice."""
+"""Largest relative difference between the minima of two rounds at which a latency is reported. Our choice."""
 FILLER = 0.02
-"""Every weight of a model that is timed without its own: the deviation that BERT's are drawn with. Zeros, or numbers so small
-that the processor computes them slowly, would change the time."""
+"""Value of every weight of a model that is timed without its weights in memory: the standard deviation of BERT's
+initialisation. Zeros or denormal numbers, with which the processor has another speed, would change the time."""
 LATENCY_MEASURE = (
     f"least of {LATENCY_ROUNDS * LATENCY_CALLS} calls, the run's models in turn, one sentence of {LATENCY_TOKENS} tokens, "
     f"float32, CPU, tokenizer excluded; left out where rounds differ by more than {LATENCY_SPREAD:.0%}"
@@ -37,14 +38,14 @@ Scores = dict[str, float | None]
 
 @dataclass
 class Evaluation:
-    """What one split says of all models; None where a metric is undefined.
+    """Metrics of all models on one split; None where a metric is undefined.
 
     Attributes:
         students: name -> metric -> value.
-        teachers: the same.
+        teachers: name -> metric -> value.
         agreement: student -> teacher -> share of examples with the same predicted class, or Pearson correlation of the scores.
         ensemble: metrics of the students' mean prediction; empty for one student.
-        collapsed: student -> whether its predictions are one class, or nearly one score.
+        collapsed: student -> True if it predicts a single class, or nearly the same score for every example.
     """
 
     students: dict[str, Scores]
@@ -55,12 +56,12 @@ class Evaluation:
 
 
 def headline(task: Task, students: Mapping[str, Mapping[str, float | None]]) -> str:
-    """The name of the student with the best monitored metric; the first of equal ones."""
+    """Return the name of the student with the best monitored metric; among equals the first."""
     sign = 1.0 if higher_is_better(task.monitor) else -1.0
 
     def value(name: str) -> float:
-        found = students[name][task.monitor]
-        return -math.inf if found is None else sign * found
+        metric = students[name][task.monitor]
+        return -math.inf if metric is None else sign * metric
 
     return max(students, key=value)
 
@@ -69,9 +70,9 @@ def headline(task: Task, students: Mapping[str, Mapping[str, float | None]]) -> 
 def evaluate(
     students: Mapping[str, Encoder], teachers: Sequence[FrozenTeacher], loader: Iterable[Batch], task: Task, device: Any = "cpu"
 ) -> Evaluation:
-    """Metrics of students and teachers over a loader, in float32, and how far each student agrees with each teacher.
+    """Compute metrics of students and teachers over a loader, in float32, and the agreement of each student with each teacher.
 
-    Under DDP every rank sees its share and torchmetrics reduces over exactly the examples there are.
+    Under DDP every rank evaluates its share, and torchmetrics reduces over all ranks; no example is counted twice.
     """
     for student in students.values():
         student.to(device).eval()
@@ -91,17 +92,17 @@ def evaluate(
             name: student(inputs, Needs()).logits.float()
             for (name, student), inputs in zip(students.items(), batch.students, strict=True)
         }
-        for name, found in logits.items():
-            task.score(ours[name], found, batch.labels)
+        for name, student_logits in logits.items():
+            task.score(ours[name], student_logits, batch.labels)
             if collapse:
-                collapse[name].update(task.predict(found), batch.labels)
+                collapse[name].update(task.predict(student_logits), batch.labels)
         if together:
             task.score(together, task.ensemble(list(logits.values())), batch.labels)
         for teacher, inputs in zip(teachers, batch.teachers, strict=True):
-            taught = teacher(inputs, Needs()).logits.float()
-            task.score(theirs[teacher.name], taught, batch.labels)
-            for name, found in logits.items():
-                agreement[name][teacher.name].update(task.predict(found), task.predict(taught))
+            teacher_logits = teacher(inputs, Needs()).logits.float()
+            task.score(theirs[teacher.name], teacher_logits, batch.labels)
+            for name, student_logits in logits.items():
+                agreement[name][teacher.name].update(task.predict(student_logits), task.predict(teacher_logits))
     return Evaluation(
         {name: _compute(metrics) for name, metrics in ours.items()},
         {name: _compute(metrics) for name, metrics in theirs.items()},
@@ -112,16 +113,16 @@ def evaluate(
 
 
 def baseline(task: Task, labels: Mapping[str, Sequence[float]]) -> dict[str, Scores]:
-    """Metrics of a prediction without looking, by split: the majority class, or the mean score, of train.
+    """Return the metrics of a constant prediction, by split: the majority class, or the mean score, of train.
 
     Args:
-        task: says what that is; a task that has none gives an empty mapping.
-        labels: by split, as numbers.
+        task: defines the constant prediction; for a task without one the result is empty.
+        labels: labels by split, as numbers.
     """
     constant = task.constant(labels["train"])
-    found: dict[str, Scores] = {}
+    scores: dict[str, Scores] = {}
     if constant is None:
-        return found
+        return scores
     for split, values in labels.items():
         if split == "train" or not len(values):
             continue
@@ -131,8 +132,8 @@ def baseline(task: Task, labels: Mapping[str, Sequence[float]]) -> dict[str, Sco
             targets = task.label_tensor(values)
             task.score(metrics, constant.expand(len(values), -1), targets)
             chance = task.majority_baseline(targets)
-            found[split] = {name: chance.get(name) if value is None else value for name, value in _compute(metrics).items()}
-    return found
+            scores[split] = {name: chance.get(name) if value is None else value for name, value in _compute(metrics).items()}
+    return scores
 
 
 def _compute(metrics: Mapping[str, Any]) -> dict[str, float | None]:
@@ -140,22 +141,22 @@ def _compute(metrics: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def finite_or_none(value: float) -> float | None:
-    """A correlation with constant predictions is undefined; JSON has no word for it but null."""
+    """Return a value, or None if it is not finite, as JSON has no NaN: the correlation with a constant is undefined."""
     return value if math.isfinite(value) else None
 
 
 def folder_megabytes(folder: Path, pattern: str = "*") -> float:
-    """Size on disk of a folder's files of a pattern, in units of 10^6 bytes."""
+    """Return the total size of a folder's files that match a pattern, in units of 10^6 bytes."""
     return sum(file.stat().st_size for file in folder.rglob(pattern) if file.is_file()) / 1e6
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds for one sentence.
+    """Latency of a model for one sentence.
 
     Attributes:
-        milliseconds: the least time; None where the rounds differ by too much.
-        spread: difference between the slowest and the fastest round's least time, as a share of the latter.
+        milliseconds: minimum over all calls; None if the rounds differ by more than `LATENCY_SPREAD`.
+        spread: relative difference between the largest and the smallest minimum of a round, a fraction of the latter.
     """
 
     milliseconds: float | None
@@ -164,10 +165,10 @@ class Latency:
 
 @torch.no_grad()
 def latencies(models: Mapping[str, Encoder], tokens: int = LATENCY_TOKENS) -> dict[str, Latency]:
-    """Time one sentence on this machine's CPU: batch 1, float32, tokenizer excluded, warmed up.
+    """Time one sentence on this machine's CPU: batch size 1, float32, tokenizer excluded, after a warm-up.
 
-    The models take turns call by call, so that a slow moment hits all of them, and the least time of each is taken: whatever
-    else the machine does only adds to it. On a machine that is too busy even the least times of rounds differ.
+    The models are called in turn, so that a temporary slowdown affects all of them, and the minimum of each model's times is
+    taken, because other load on the machine only adds time. If the machine is too busy, even the minima of rounds differ.
     """
     calls: dict[str, Callable[[], Any]] = {}
     for name, model in models.items():
@@ -187,29 +188,29 @@ def latencies(models: Mapping[str, Encoder], tokens: int = LATENCY_TOKENS) -> di
                 times[name].append(time.perf_counter() - began)
         for name, taken in times.items():
             least[name].append(min(taken))
-    return {name: _latency(found) for name, found in least.items()}
+    return {name: _latency(minima) for name, minima in least.items()}
 
 
 def _latency(least: Sequence[float]) -> Latency:
-    """From the least seconds of each round."""
+    """Return the latency from the minimum of each round, in seconds."""
     spread = max(least) / min(least) - 1
     return Latency(round(1000 * min(least), 3) if spread <= LATENCY_SPREAD else None, round(spread, 3))
 
 
 def to_time(teacher: FrozenTeacher, head: str) -> Encoder:
-    """Return a teacher's model to be timed: of a cached one, whose weights are not in memory, one of its shape.
+    """Return a teacher's model to be timed; for a cached teacher, whose weights are not in memory, a model of its shape.
 
-    The time does not depend on the weights, as long as they are ordinary numbers: all are `FILLER`. Nothing is drawn.
+    The time does not depend on the weights as long as they are ordinary numbers: all are `FILLER`. No random numbers are drawn.
     """
     if not isinstance(teacher, CachedTeacher):
         return teacher.encoder
     shape = new_model(teacher.shape.config, head, meta=True)
-    # Transformers gives buffers their values, and a tied tensor its own, as it does for a model that is read from a file.
+    # from_pretrained initialises buffers and ties weights, as it does for a model that is read from a file.
     numbers = {name: torch.full((), FILLER).expand(parameter.shape) for name, parameter in shape.named_parameters()}
     with torch.random.fork_rng(devices=[]), quiet():
         model: Any = type(shape).from_pretrained(  # type: ignore[attr-defined]
             None, config=copy.deepcopy(teacher.shape.config), state_dict=numbers, dtype=torch.float32
         )
     for parameter in model.parameters():
-        parameter.data = parameter.data.contiguous()  # one number seen as many would be read from memory faster than many
+        parameter.data = parameter.data.contiguous()  # an expanded number would be read from memory faster than real weights
     return Encoder(model, teacher.tokenizer)

@@ -1,4 +1,4 @@
-"""The deployable folder of a run: a plain Hugging Face model, its tokenizer, and a model card."""
+"""Export of a run's student: a plain Hugging Face model, its tokenizer, and a model card."""
 
 import os
 import re
@@ -20,19 +20,19 @@ from kd.runs import Run, remove, writing
 from kd.sources import hub_commit, pretrained
 
 TOLERANCE = 1e-5
-"""Largest difference between the run's logits and the exported model's that is taken for rounding."""
+"""Largest difference between the logits of the run's and of the exported model that counts as rounding."""
 
 
 def export(student: Encoder, folder: Path, card: str) -> None:
-    """Write a student to a folder, all or nothing.
+    """Write a student to a folder, atomically.
 
     Args:
-        student: the model; its extras (projections) are not part of it.
-        folder: replaced if it is there.
+        student: the model; extras such as projections are not exported.
+        folder: target folder, replaced if it exists.
         card: text of `README.md`.
 
     Raises:
-        InputError: if it cannot be written.
+        InputError: if the folder cannot be written.
     """
     draft = folder.with_name(folder.name + ".part")
     with writing(folder):
@@ -40,7 +40,9 @@ def export(student: Encoder, folder: Path, card: str) -> None:
         draft.mkdir(parents=True)
         (draft / "README.md").write_text(card, encoding="utf-8")
         student.save(draft)
-        readable = (draft / "README.md").stat().st_mode  # what the umask grants; safetensors writes for the owner alone
+        readable = (
+            (draft / "README.md").stat().st_mode
+        )  # as the umask allows; safetensors makes files readable by the owner only
         for file in draft.rglob("*"):
             if file.is_file():
                 file.chmod(readable)
@@ -50,56 +52,59 @@ def export(student: Encoder, folder: Path, card: str) -> None:
 
 @torch.no_grad()
 def largest_difference(student: Encoder, folder: Path, inputs: Mapping[str, torch.Tensor], loader: Any = None) -> float:
-    """Largest absolute difference between the logits of a student and of its exported folder, loaded by transformers alone.
+    """Return the largest absolute difference between the logits of a student and of its export, loaded by transformers.
 
     Args:
-        student: the run's.
-        folder: exported.
-        inputs: a batch.
-        loader: class of transformers; a sequence classifier's by default.
+        student: the student of the run.
+        folder: its exported folder.
+        inputs: one batch.
+        loader: auto class of transformers; by default the one for sequence classification.
+
+    Raises:
+        RuntimeError: if outputs that are not exported were not masked.
     """
     student.eval()
-    found: Any = (loader or HEADS["classifier"].auto).from_pretrained(folder).eval()
-    taken = {name: tensor for name, tensor in inputs.items() if name in student.family.inputs}
-    ours, theirs = student(inputs, Needs()).logits, found(**taken).logits
+    exported: Any = (loader or HEADS["classifier"].auto).from_pretrained(folder).eval()
+    model_inputs = {name: tensor for name, tensor in inputs.items() if name in student.family.inputs}
+    ours, theirs = student(inputs, Needs()).logits, exported(**model_inputs).logits
     if "predicted" in inputs:
         theirs = theirs[inputs["predicted"]]
     outputs = theirs.shape[-1]
-    if not ours[..., outputs:].isneginf().all():  # a vocabulary that is not exported must not have been chosen from
+    if not ours[..., outputs:].isneginf().all():  # outputs that are not exported must be masked in training
         raise RuntimeError(f"the run's model has {ours.shape[-1]} outputs, the exported one {outputs}")
     return float((theirs - ours[..., :outputs]).abs().max())
 
 
 def stated_license(source: str, key: str) -> str | None:
-    """The licence that a local model's own card states; None where there is no card, or no licence in it.
+    """Return the licence in a local model's own card; None if there is no card, or no licence in it.
 
-    The licence of the package that ships a model is not the model's.
+    The licence of the package that ships a model need not be the model's, so it is not used.
     """
     try:
         name, _ = pretrained(source, key)
         stated = ModelCard.load(Path(name) / "README.md").data.to_dict().get("license")
-    except (OSError, ValueError, TypeError, AttributeError, YAMLError, InputError):  # a card that is broken states nothing
+    except (OSError, ValueError, TypeError, AttributeError, YAMLError, InputError):  # an unreadable card states no licence
         return None
     return stated if isinstance(stated, str) and re.fullmatch(r"[\w.+-]+", stated) else None
 
 
 def origin(run: Run) -> dict[str, Any]:
-    """What a model card says of a run's backbone and data: names without the places where they lie on this machine."""
+    """Return the backbone and data of a run for the model card: names, without paths on this machine."""
     source, key = backbone_of(run.spec)
     data = run.digest_inputs["data"]
-    known = str(data.get("hub") or data.get("package") or "")
+    identifier = str(data.get("hub") or data.get("package") or "")
     is_path = not source.startswith(("hf:", "package:"))
     return {
         "backbone": Path(source).expanduser().resolve().name if is_path else source,
         **({"commit": commit} if (commit := hub_commit(source)) is not None else {}),
         "license": stated_license(source, key),
-        "data": known.rpartition("/")[0] if "hub" in data else known.partition("==")[0] or run.spec.task.name,
+        "data": identifier.rpartition("/")[0] if "hub" in data else identifier.partition("==")[0] or run.spec.task.name,
         "columns": len(run.spec.task.source.get("text") or [""]),
     }
 
 
 def _metadata(result: Mapping[str, Any]) -> ModelCardData:
-    """What the hub reads of a card. Figures are fractions, as in `result.json`; an unknown licence is said to be unknown."""
+    """Return the card's metadata for the hub. Metrics are fractions, as in `result.json`; a missing licence is `unknown`."""
     source = result["origin"]["backbone"]
     base = re.sub("^(hf|package):", "", source).partition("@")[0]
     if source.startswith("package:"):
@@ -135,7 +140,7 @@ def _rows(split: str, values: Mapping[str, float | None], model: str, metric: st
 
 
 def _results(result: Mapping[str, Any]) -> str:
-    """The table of the student, its agreement with its teachers, and the teachers themselves."""
+    """Return the Markdown table of the student's metrics, its agreement with its teachers, and the teachers' metrics."""
     rows = [row for split, values in result["metrics"].items() for row in _rows(split, values, "this model")]
     for name, splits in result["metrics_teacher"].items():
         rows += [row for split, values in splits.items() for row in _rows(split, values, f"teacher {name}")]
@@ -146,7 +151,7 @@ def _results(result: Mapping[str, Any]) -> str:
 
 
 def _use(result: Mapping[str, Any]) -> str:
-    """Python that uses the model; longer texts are cut as they were in training."""
+    """Return Python code that uses the model; longer texts are truncated as in training."""
     pipeline, length = result["pipeline"], result["max_length"]
     cut = f"truncation=True, max_length={length}"
     if pipeline == "fill-mask":
@@ -161,7 +166,7 @@ use({text})"""
 
 
 def _settings(result: Mapping[str, Any]) -> str:
-    """The hyper-parameters that a reader looks for first."""
+    """Return the Markdown table of the main hyper-parameters."""
     identity = result["identity"]
     optimizer, trainer = identity["optimizer"], identity["trainer"]
     batch = f"{result['batch_size']} examples" if result["batch_tokens"] is None else f"{result['batch_tokens']} tokens"
@@ -183,7 +188,7 @@ def _settings(result: Mapping[str, Any]) -> str:
 
 
 def model_card(result: Mapping[str, Any]) -> str:
-    """The model card: what this model is, where it comes from, what it scores and how that was measured."""
+    """Return the text of the model card: use, origin, metrics and how they were measured, and hyper-parameters."""
     teachers = ", ".join(result["teacher"]) or "none"
     selection, about = result["selection"], result["origin"]
     unnamed = {"fill-mask": "the vocabulary (masked language model)"}.get(result["pipeline"], "one score (regression)")

@@ -1,4 +1,4 @@
-"""The CSV history that every run keeps, and optional loggers beside it."""
+"""Loggers: the CSV history that every run writes, and optional ones beside it."""
 
 import csv
 import os
@@ -17,13 +17,13 @@ from kd.runs import writing
 
 
 class History(Logger):
-    """`metrics.csv`: a row for each logged step, columns as they turn up.
+    """Logger that writes `metrics.csv`: one row per logged step; columns are added when a name is first logged.
 
-    Lightning's CSVLogger deletes the file of an interrupted run; this one goes on with it.
+    Lightning's CSVLogger deletes the file of an interrupted run; this one continues it.
 
     Args:
         path: the file.
-        last_step: rows after this step are dropped, because a resumed run makes them again; None begins a new file.
+        last_step: rows after this step are dropped, because a resumed run logs them again; None starts a new file.
     """
 
     def __init__(self, path: Path, last_step: int | None = None) -> None:
@@ -37,41 +37,41 @@ class History(Logger):
                 distributed.print_rank_zero(
                     f"  '{path}' is damaged: {left_out} line(s) are left out of it; no result depends on them"
                 )
-        self._written = 0  # rows that the file has as they are
-        self._saved = 0  # rows that the file has
+        self._written = 0  # rows that are unchanged in the file
+        self._saved = 0  # rows in the file
         self._header: list[str] = []
 
     @property
     def name(self) -> str:
-        """A word for Lightning."""
+        """Name of the logger, which Lightning requires."""
         return "history"
 
     @property
     def version(self) -> str:
-        """No versions: a run has one history."""
+        """Empty version, because a run has one history."""
         return ""
 
     @property
     def columns(self) -> list[str]:
-        """All names logged so far, step and epoch first."""
+        """Names of all columns logged so far, step and epoch first."""
         return list(dict.fromkeys(["step", "epoch", *(name for row in self.rows for name in row)]))
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: `config.yaml` holds them."""
+        """Do nothing, because `config.yaml` holds the hyper-parameters."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add to the row of this step."""
+        """Add metrics to the row of this step."""
         number = step or 0
         if not self.rows or int(self.rows[-1]["step"]) != number:
             self.rows.append({"step": number})
-        # Nine digits tell any two float32 numbers apart, which is what Lightning gives.
+        # Nine digits distinguish any two float32 numbers, the type that Lightning passes.
         self.rows[-1].update({name: f"{value:.9g}" for name, value in metrics.items()})
         self._written = min(self._written, len(self.rows) - 1)
 
     @rank_zero_only
     def save(self) -> None:
-        """Add the new rows to the file; write it anew, all or nothing, where a column is new or an old row grew."""
+        """Append the new rows to the file; rewrite it atomically if there is a new column or an old row has changed."""
         columns = self.columns
         if columns == self._header and self._written == self._saved:
             with writing(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
@@ -79,7 +79,7 @@ class History(Logger):
         else:
             draft = self.path.with_name(self.path.name + ".part")
             with writing(self.path):
-                draft.unlink(missing_ok=True)  # a link that is not ours would be written through
+                draft.unlink(missing_ok=True)  # a symbolic link that somebody else put there would be followed
                 with draft.open("x", newline="", encoding="utf-8") as file:
                     writer = csv.DictWriter(file, columns)
                     writer.writeheader()
@@ -88,22 +88,22 @@ class History(Logger):
         self._header, self._written, self._saved = columns, len(self.rows), len(self.rows)
 
     def finalize(self, status: str) -> None:
-        """Write what is there."""
+        """Save the rows, if there are any."""
         if self.rows:
             self.save()
 
 
 def whole_rows(path: Path) -> tuple[list[dict[str, str]], int]:
-    """The rows of a `metrics.csv` that can be told to be whole, cells without a value left out; and the lines that cannot.
+    """Read the intact rows of a `metrics.csv`, without empty cells, and count the damaged lines.
 
-    A crash of the machine, or a full disk, can leave bytes that are none of ours, and a last line that ends within a number.
+    A crash of the machine, or a full disk, can leave foreign bytes, and a last line that ends within a number.
     """
     try:
         lines = path.read_bytes().split(b"\n")
         header = next(csv.reader([lines[0].decode()]))
     except (OSError, ValueError, csv.Error, StopIteration):
         return [], 1
-    left_out = int(bool(lines.pop()))  # behind the last line's end there is nothing
+    left_out = int(bool(lines.pop()))  # an intact file ends with a newline, so the last piece is empty
     if header[:1] != ["step"] or len(set(header)) < len(header):
         return [], max(len(lines) + left_out, 1)
     rows: list[dict[str, str]] = []
@@ -127,14 +127,14 @@ def _whole_row(header: list[str], line: bytes) -> dict[str, str] | None:
 
 
 def close_wandb() -> None:
-    """End the run that is open: the next point of a sweep, in the same process, is another."""
-    finish = getattr(sys.modules.get("wandb"), "finish", None)  # a folder of that name is a module too, without it
+    """Finish the open run of wandb, so that the next point of a sweep, in the same process, starts a new one."""
+    finish = getattr(sys.modules.get("wandb"), "finish", None)  # a folder named wandb is importable too, and lacks it
     if finish is not None:
         finish()
 
 
 def import_wandb() -> Any:
-    """The package of Weights & Biases.
+    """Import the package of Weights & Biases.
 
     Raises:
         InputError: if it is not installed.
@@ -142,7 +142,7 @@ def import_wandb() -> Any:
     try:
         import wandb
 
-        if getattr(wandb, "__file__", None) is None:  # a folder of that name in the working folder, of earlier runs perhaps
+        if getattr(wandb, "__file__", None) is None:  # a folder named wandb in the working folder, for example of earlier runs
             raise ModuleNotFoundError("wandb is a folder without a package in it")
     except ImportError as error:
         raise InputError("logger=wandb needs the package: pip install wandb", "logger") from error
@@ -160,9 +160,9 @@ def check_logger(node: Mapping[str, Any]) -> None:
 
 
 def wandb_logger(folder: Path, name: str, config: Mapping[str, Any], project: str = "kd", **options: Any) -> Logger:
-    """Weights & Biases: online with an account, offline (`wandb sync` later) without one.
+    """Return a logger for Weights & Biases: online with an account, offline (`wandb sync` later) without one.
 
-    The run's digest is its id, so a resumed run goes on in the same place.
+    The run's digest is its wandb id, so that a resumed run continues the same wandb run.
 
     Raises:
         InputError: if wandb is not installed.

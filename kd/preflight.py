@@ -1,4 +1,4 @@
-"""Checks before training: what usually goes wrong silently, found in seconds."""
+"""Checks before training: common silent mistakes, detected within seconds."""
 
 import contextlib
 import itertools
@@ -21,39 +21,39 @@ from kd.report import score
 from kd.runs import Run
 
 PROBE = 8
-"""Examples of the batch that is run."""
+"""Number of examples of the trial batch."""
 LOOK = 256
-"""Validation examples that a ready teacher is tried on."""
+"""Number of validation examples on which a teacher without a run of its own is evaluated."""
 BARELY = 0.1
-"""Share of the way from a prediction without looking to a perfect one up to which a teacher is barely better. Our choice."""
+"""Fraction of the gain from the constant prediction to a perfect one below which a teacher is flagged. Our choice."""
 
 
 @dataclass
 class Report:
-    """What the checks found."""
+    """Results of the checks."""
 
     lines: list[str] = field(default_factory=list)
     warnings: int = 0
 
     def ok(self, text: str) -> None:
-        """Something that is as it should be."""
+        """Add a check that passed."""
         self.lines.append(f"  ok    {text}")
 
     def warn(self, text: str) -> None:
-        """Something that makes the result doubtful; training goes on."""
+        """Add a warning: the result is doubtful, but training goes on."""
         self.warnings += 1
         self.lines.append(f"  WARN  {text}")
 
     def note(self, text: str) -> None:
-        """Something to know."""
+        """Add a remark."""
         self.lines.append(f"        {text}")
 
 
 def preflight(run: Run, engine: Engine, data: KDDataModule, inits: Mapping[str, str]) -> Report:
-    """Run every check.
+    """Run every check and return the report.
 
     Raises:
-        InputError: for what cannot work; what is merely doubtful is a warning in the report.
+        InputError: for settings that cannot work; doubtful ones are warnings in the report.
     """
     began = time.perf_counter()
     report = Report()
@@ -76,9 +76,9 @@ def preflight(run: Run, engine: Engine, data: KDDataModule, inits: Mapping[str, 
 
 
 def check_data(report: Report, data: KDDataModule) -> None:
-    """Sizes, text shared between splits, tokenizers."""
+    """Check the data: sizes, text shared between splits, constant scores, tokenizers."""
     texts = data.examples.texts
-    report.ok("examples: " + ", ".join(f"{split} {len(found)}" for split, found in texts.items()))
+    report.ok("examples: " + ", ".join(f"{split} {len(examples)}" for split, examples in texts.items()))
     for split in data.examples.evaluated:
         if shared := count_shared(texts[split], texts["train"]):
             report.warn(f"{shared} of {len(texts[split])} texts of '{split}' are also in train")
@@ -92,7 +92,7 @@ def check_data(report: Report, data: KDDataModule) -> None:
 
 
 def check_steps(report: Report, run: Run, data: KDDataModule) -> None:
-    """Batches of an optimiser step, where it has several and an epoch does not divide into such steps."""
+    """Check that the batches of an epoch divide into optimiser steps of `trainer.accumulate` batches."""
     accumulate, batches = run.spec.trainer.accumulate, len(data.sampler("train", run.spec.seed))
     if accumulate > batches:
         report.warn(f"trainer.accumulate={accumulate}, but an epoch has {batches} batches: all of them are one optimiser step")
@@ -101,7 +101,7 @@ def check_steps(report: Report, run: Run, data: KDDataModule) -> None:
 
 
 def check_teachers(report: Report, run: Run, engine: Engine, data: KDDataModule) -> None:
-    """Labels agree (the build has matched them by name); each teacher beats a prediction without looking."""
+    """Report the labels, which the build has matched by name, and check that each teacher beats a constant prediction."""
     task, name = engine.task, engine.task.monitor
     floor = baseline(task, data.examples.labels).get("validation")
     for index, teacher in enumerate(engine.teachers):
@@ -123,24 +123,24 @@ def check_teachers(report: Report, run: Run, engine: Engine, data: KDDataModule)
 
 
 def gained(value: float, chance: float, metric: str) -> float:
-    """How much of the way from a prediction without looking to a perfect one a metric has come; negative below the former.
+    """Return a metric's gain as a fraction, 0 for a constant prediction and 1 for a perfect one; negative below the former.
 
     >>> gained(0.75, 0.5, "accuracy"), gained(2.0, 1.0, "mse")
     (0.5, -1.0)
     """
-    way = (1.0 if higher_is_better(metric) else 0.0) - chance
-    return (value - chance) / way if way else 0.0
+    largest = (1.0 if higher_is_better(metric) else 0.0) - chance
+    return (value - chance) / largest if largest else 0.0
 
 
 def teacher_score(run: Run, engine: Engine, data: KDDataModule, index: int, metric: str) -> float | None:
-    """A teacher's validation metric: from its run, or tried on some examples."""
+    """Return a teacher's validation metric: from the record of its run, or else computed on `LOOK` examples."""
     teacher = engine.teachers[index]
-    made = run.inputs.get(f"teacher {teacher.name}")
-    if made is not None and made.result is not None:
-        known: float | None = made.result["metrics"]["validation"][metric]
-        return known
+    teacher_run = run.inputs.get(f"teacher {teacher.name}")
+    if teacher_run is not None and teacher_run.result is not None:
+        recorded: float | None = teacher_run.result["metrics"]["validation"][metric]
+        return recorded
     rows = data.rows("validation", LOOK)
-    meter = engine.task.metric(metric, across_ranks=False)  # only the first rank is here
+    meter = engine.task.metric(metric, across_ranks=False)  # only rank 0 executes this
     with uncounted(engine):
         for start in range(0, len(rows), 32):
             batch = data.collate("validation")(rows[start : start + 32])
@@ -151,16 +151,16 @@ def teacher_score(run: Run, engine: Engine, data: KDDataModule, index: int, metr
 
 @contextlib.contextmanager
 def uncounted(engine: Engine) -> Iterator[None]:
-    """What happens here is not part of the run: random state, gradients, method state and counters are as before after it."""
+    """Restore random state, gradients, method state, train mode and counters on exit, so that the run is not affected."""
     methods = [learner.method for learner in engine.learners.values()]
-    kept = [{name: tensor.clone() for name, tensor in method.state_dict().items()} for method in methods]
+    states = [{name: tensor.clone() for name, tensor in method.state_dict().items()} for method in methods]
     counts, training = [teacher.work for teacher in engine.teachers], engine.training
     models = [*(learner.student for learner in engine.learners.values()), *(teacher.shape for teacher in engine.teachers)]
     with torch.random.fork_rng(), uncompiled(*models):
         try:
             yield
         finally:
-            for method, state in zip(methods, kept, strict=True):
+            for method, state in zip(methods, states, strict=True):
                 method.load_state_dict(state)
             engine.zero_grad(set_to_none=True)
             engine.train(training)
@@ -169,7 +169,7 @@ def uncounted(engine: Engine) -> Iterator[None]:
 
 
 def check_students(report: Report, engine: Engine) -> None:
-    """Students that begin alike have little to say to each other."""
+    """Warn if two students start with the same weights: they have little to learn from each other."""
     states = {name: learner.student.state_dict() for name, learner in engine.learners.items()}
     for (one, left), (other, right) in itertools.combinations(states.items(), 2):
         if left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left):
@@ -179,7 +179,7 @@ def check_students(report: Report, engine: Engine) -> None:
 
 
 def check_one_batch(report: Report, engine: Engine, data: KDDataModule) -> None:
-    """One batch forward and backward.
+    """Run one batch forward and backward.
 
     Raises:
         InputError: if a trainable parameter gets no gradient, a teacher gets one or is not in eval mode, or a term is not a

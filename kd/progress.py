@@ -1,4 +1,4 @@
-"""What a person sees while training runs."""
+"""Progress bar and progress lines of training."""
 
 import sys
 import time
@@ -10,16 +10,16 @@ from tqdm.auto import tqdm
 from kd.report import score
 
 PLAIN_SECONDS = 20.0
-"""Seconds between lines where the output is no terminal."""
+"""Seconds between lines if the output is not a terminal."""
 
 
 class ProgressBar(pl.Callback):
-    """One bar for the whole training: loss terms, rate and time left. A line now and then where there is no terminal.
+    """Progress bar over the whole training: loss terms, rate and time left; without a terminal, a line at intervals.
 
     Args:
-        label: what is trained.
+        label: description of the bar.
         mode: `bar`, `plain`, `none`, or `auto` (a bar on a terminal).
-        cure: what to try where a student's predictions are all alike.
+        cure: advice to print if a student's predictions are constant.
     """
 
     def __init__(self, label: str, mode: str = "auto", cure: str = "") -> None:
@@ -47,7 +47,7 @@ class ProgressBar(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move on; read the terms only when they are shown, because reading them waits for the device."""
+        """Advance the bar; read the loss terms only when they are shown, because reading them waits for the device."""
         if not trainer.is_global_zero or self.mode == "none":
             return
         now = time.monotonic()
@@ -64,10 +64,10 @@ class ProgressBar(pl.Callback):
             print(f"{self.label}: step {done}/{total}  {self._words(trainer)}  {left:.0f} s left", flush=True)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """A line for each epoch."""
+        """Print a line per epoch with the validation metrics, and once a warning about constant predictions."""
         if trainer.is_global_zero and not trainer.sanity_checking and self.mode != "none":
-            found = {k.removeprefix("validation/"): v for k, v in trainer.callback_metrics.items() if k.startswith("val")}
-            words = "  ".join(f"{name} {score(name.rpartition('/')[2], float(value))}" for name, value in found.items())
+            metrics = {k.removeprefix("validation/"): v for k, v in trainer.callback_metrics.items() if k.startswith("val")}
+            words = "  ".join(f"{name} {score(name.rpartition('/')[2], float(value))}" for name, value in metrics.items())
             line = f"{self.label}: epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  validation {words}"
             constant = getattr(module, "constant", {})
             if constant and not self._warned:  # once a run

@@ -1,4 +1,4 @@
-"""Runs to tables."""
+"""Tables of the results of runs, and the command `kd-report`."""
 
 import argparse
 import json
@@ -15,10 +15,10 @@ from kd.hardware import version_line
 
 
 def console(width: int = 200) -> Console:
-    """What tables are printed by; names of runs, tasks and folders are printed as they are, whatever rich takes for markup.
+    """Return the console for tables; names of runs, tasks and folders are printed verbatim, not as rich markup.
 
     Args:
-        width: where there is no terminal: a pipe or a log has none of its own.
+        width: width in characters if the output is not a terminal.
     """
     return Console(width=None if sys.stdout.isatty() else width, markup=False, emoji=False, highlight=False)
 
@@ -28,18 +28,18 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 
 OWN_UNITS = ("mse", "loss")
-"""Metrics in the units of the labels, or in nats; all others are shown in percent."""
+"""Metrics that are shown in the units of the labels, or in nats; all others are shown in percent."""
 
 UNITS = "In percent (correlations times 100, as GLUE gives them); mse in the labels' units, loss in nats."
 
 
 def score(metric: str, value: float | None, sign: str = "") -> str:
-    """A metric as every table, card and message shows it: in percent, correlations times 100; errors as they are.
+    """Format a metric for tables, cards and messages: in percent, correlations times 100; errors unscaled.
 
     Args:
-        metric: its name.
-        value: as records have it, a fraction.
-        sign: behind what is in percent.
+        metric: name of the metric.
+        value: value as in `result.json`, a fraction; None if undefined.
+        sign: suffix of values in percent.
 
     >>> score("accuracy", 0.8125), score("pearson", -0.5), score("mse", 2.25, " %"), score("f1", 0.5, " %"), score("f1", None)
     ('81.2', '-50.0', '2.2500', '50.0 %', 'undefined')
@@ -50,9 +50,9 @@ def score(metric: str, value: float | None, sign: str = "") -> str:
 
 
 def closing_table(result: Mapping[str, Any], directory: Path) -> None:
-    """What a finished run prints: students, their ensemble and the teachers, and how it was measured."""
+    """Print the table of a finished run: students, their ensemble, the teachers, and how they were measured."""
     table = Table(title=f"{result['method']} on {result['task']}, seed {result['seed']}", title_justify="left")
-    metrics = [(split, name) for split, found in result["metrics"].items() for name in found]
+    metrics = [(split, name) for split, values in result["metrics"].items() for name in values]
     first = next(iter(result["agreement"]))
     teachers = list(result["metrics_teacher"])
     for column in ("model", "parameters", "MB", *(f"{split} {name}" for split, name in metrics)):
@@ -61,8 +61,10 @@ def closing_table(result: Mapping[str, Any], directory: Path) -> None:
         table.add_column(f"agreement ({first})" if len(teachers) == 1 else f"agreement with {name} ({first})", justify="right")
     table.add_column("latency ms", justify="right")
 
-    def scores(found: Mapping[str, Mapping[str, float | None]]) -> list[str]:
-        return [score(metric, found[split][metric]) if metric in found.get(split, {}) else "" for split, metric in metrics]
+    def scores(by_split: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+        return [
+            score(metric, by_split[split][metric]) if metric in by_split.get(split, {}) else "" for split, metric in metrics
+        ]
 
     students = result["students"]
     for name, student in students.items():
@@ -95,9 +97,9 @@ def closing_table(result: Mapping[str, Any], directory: Path) -> None:
     for name, student in students.items():
         if student.get("collapsed"):
             what = "predicted scores hardly differ" if result["labels"] is None else "predictions are one class"
-            known = result["identity"].get("student", {})
+            settings_of_student = result["identity"].get("student", {})
             words = f"WARN  student {name if len(students) > 1 else result['student']}: its {what}, whatever the text. "
-            out.print(f"{words}Try {cure(result['teacher'], known)}")
+            out.print(f"{words}Try {cure(result['teacher'], settings_of_student)}")
     out.print(protocol([result]))
     out.print(f"run: {directory}\nexported student: {directory / 'student'}", soft_wrap=True)
     if len(students) > 1:
@@ -106,11 +108,11 @@ def closing_table(result: Mapping[str, Any], directory: Path) -> None:
 
 
 def cure(teachers: Sequence[str], student: Mapping[str, Any]) -> str:
-    """What to try where a student predicts one class: keys and values.
+    """Return advice for a student that predicts one class: configuration keys and values to try.
 
     Args:
         teachers: names of the run's teachers.
-        student: `init` and `init_from`.
+        student: the student's settings, of which `init` and `init_from` are read.
     """
     copies = student.get("init") not in ("random", "checkpoint", "run")
     better = ["student.init_from=teacher"] if teachers and copies and student.get("init_from") != "teacher" else []
@@ -118,11 +120,11 @@ def cure(teachers: Sequence[str], student: Mapping[str, Any]) -> str:
 
 
 def protocol(results: Sequence[Mapping[str, Any]]) -> str:
-    """How the figures of these results came about, in a sentence or two; parts that differ are counted."""
+    """Describe how these results were measured, in a sentence or two; values that differ are listed in braces."""
 
     def common(values: Iterable[Any]) -> str:
-        found = sorted({str(value) for value in values})
-        return found[0] if len(found) == 1 else "{" + ", ".join(found) + "}"
+        distinct = sorted({str(value) for value in values})
+        return distinct[0] if len(distinct) == 1 else "{" + ", ".join(distinct) + "}"
 
     checkpoint = common(f"{r['selection']['kind']} checkpoint, {r['selection']['by']}" for r in results)
     init = common(r["init"] for r in results)
@@ -132,30 +134,30 @@ def protocol(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def latency_words(result: Mapping[str, Any]) -> str:
-    """How a record's latencies were measured."""
+    """Describe how the latencies of a record were measured."""
     about = result.get("latency")
-    if about is None:  # a record of before it was stated
+    if about is None:  # an older record, without this entry
         return "one sentence of 32 tokens, float32, CPU, median, tokenizer excluded"
     return f"{about['threads']} thread(s), {about['measure']}"
 
 
 def load_results(folder: Path) -> list[dict[str, Any]]:
-    """The records of every finished run in a folder, oldest first."""
-    found = []
+    """Return the records of all finished runs in a folder, oldest first."""
+    records = []
     if folder.exists():
-        next(folder.iterdir(), None)  # says what is wrong with it, where `glob` finds nothing
+        next(folder.iterdir(), None)  # raises OSError for an unreadable folder, for which `glob` yields nothing
     for path in folder.glob("*/result.json"):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(record, dict) and "students" in record:  # else another program's
-            found.append({**record, "run": path.parent.name})
-    return sorted(found, key=lambda record: record.get("finished", ""))
+        if isinstance(record, dict) and "students" in record:  # otherwise a file of another program
+            records.append({**record, "run": path.parent.name})
+    return sorted(records, key=lambda record: record.get("finished", ""))
 
 
 def grouped(results: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """Results that differ in nothing but the seed, together."""
+    """Group results that differ only in the seed."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         groups.setdefault(result["family"], []).append(result)
@@ -163,55 +165,55 @@ def grouped(results: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]
 
 
 def settings(identity: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A run's identity as `key.key` -> value."""
-    found: dict[str, Any] = {}
+    """Return a run's identity as a flat mapping `key.key` -> value."""
+    flat: dict[str, Any] = {}
     for name, value in identity.items():
-        found.update(settings(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
-    return found
+        flat.update(settings(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
+    return flat
 
 
 TOLD = ("method.name", "method._target_", "student.name", "task.name", "seed", "inputs.", "teachers.", "data.", "format")
-"""Settings that a row tells already, or that say nothing to a person."""
+"""Settings that a row shows already, or that are not meaningful to a reader."""
 
 
 def models(result: Mapping[str, Any]) -> list[str]:
-    """Names of the students of a run."""
+    """Return the names of the students of a run."""
     return list(result["students"]) if len(result["students"]) > 1 else [result["student"]]
 
 
 def differences(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
-    """For each group, the settings in which it differs from the others of the same task, method and student, in words."""
+    """Return a text per group: the settings in which it differs from groups of the same task, method, teachers and students."""
     alike: dict[str, list[dict[str, Any]]] = {}
     for group in groups:
         alike.setdefault(_kind(group[0]), []).append(settings(group[0]["identity"]))
-    varied = {kind: _varied(found) for kind, found in alike.items()}
-    own = {kind: iter(found) for kind, found in alike.items()}
+    varied = {kind: _varied(of_kind) for kind, of_kind in alike.items()}
+    remaining = {kind: iter(of_kind) for kind, of_kind in alike.items()}
     words = []
     for group in groups:
         kind = _kind(group[0])
-        shown = {name: value for name, value in next(own[kind]).items() if name in varied[kind]}
+        shown = {name: value for name, value in next(remaining[kind]).items() if name in varied[kind]}
         words.append(" ".join(f"{name.removeprefix('method.')}={value}" for name, value in shown.items()))
     return words
 
 
 def _kind(result: Mapping[str, Any]) -> str:
-    """What rows have in common that are told apart by their settings."""
+    """Return a key of task, method, teachers and students: rows with the same key are distinguished by their settings."""
     return json.dumps([result["task"], result["method"], result["teacher"], models(result)])
 
 
-def _varied(found: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Names whose values are not the same everywhere; one that is missing counts as None."""
-    names = {name for one in found for name in one if not name.removeprefix("before.").startswith(TOLD)}
-    return {name for name in names if any(one.get(name) != found[0].get(name) for one in found)}
+def _varied(mappings: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Return the names whose values differ between mappings; a missing name counts as None."""
+    names = {name for mapping in mappings for name in mapping if not name.removeprefix("before.").startswith(TOLD)}
+    return {name for name in names if any(mapping.get(name) != mappings[0].get(name) for mapping in mappings)}
 
 
 def _spread(values: Sequence[float | None], scale: float = 100.0) -> str:
-    known = [value for value in values if value is not None]
-    if len(known) < len(values) or not known:
+    defined = [value for value in values if value is not None]
+    if len(defined) < len(values) or not defined:
         return "undefined"
-    mean = statistics.fmean(known)
+    mean = statistics.fmean(defined)
     digits = 1 if scale == 100.0 else 4
-    spread = f" ± {scale * statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    spread = f" ± {scale * statistics.stdev(defined):.{digits}f}" if len(defined) > 1 else ""
     return f"{scale * mean:.{digits}f}{spread}"
 
 
@@ -219,12 +221,14 @@ Scores = Mapping[str, Mapping[str, float | None]]
 
 
 def report_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """One row for each configuration of one task: mean and standard deviation over seeds, in percent; errors as they are.
+    """Return a table with one row per configuration of a task: mean and standard deviation over seeds.
 
-    Where several students learnt together, the first row is of the one that is best on validation, seed by seed; then come
-    each student and their ensemble.
+    Metrics are in percent, those in `OWN_UNITS` unscaled.
+
+    For a cohort of several students the first row is the student that is best on validation, chosen for each seed; rows of
+    each student and of their ensemble follow.
     """
-    metrics = list(dict.fromkeys((s, n) for r in results for s, found in r["metrics"].items() for n in found))
+    metrics = list(dict.fromkeys((s, n) for r in results for s, values in r["metrics"].items() for n in values))
     groups = grouped(results)
     told = differences(groups)
     table = Table(title=results[0]["task"], title_justify="left")
@@ -233,23 +237,23 @@ def report_table(results: Sequence[Mapping[str, Any]]) -> Table:
     for column in ("parameters", "MB", *(f"{split} {name}" for split, name in metrics), "agreement", "latency ms", "train s"):
         table.add_column(column, justify="right", overflow="fold")
 
-    def scores(found: Sequence[Scores]) -> list[str]:
+    def scores(by_seed: Sequence[Scores]) -> list[str]:
         return [
-            _spread([each[split][name] for each in found], 1.0 if name in OWN_UNITS else 100.0)
-            if name in found[0].get(split, {})
+            _spread([values[split][name] for values in by_seed], 1.0 if name in OWN_UNITS else 100.0)
+            if name in by_seed[0].get(split, {})
             else ""
             for split, name in metrics
         ]
 
-    def model(found: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Cells of one student over the seeds."""
-        agreements = [value for each in found for value in list(each["agreement"].get("validation", {}).values())[:1]]
-        sizes = {f"{each['parameters']:,}": _number(each["megabytes"], 1) for each in found}
-        cells = [" / ".join(sizes), " / ".join(sizes.values()), *scores([each["metrics"] for each in found])]
+    def model(by_seed: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Return the cells of one student, over seeds."""
+        agreements = [value for record in by_seed for value in list(record["agreement"].get("validation", {}).values())[:1]]
+        sizes = {f"{record['parameters']:,}": _number(record["megabytes"], 1) for record in by_seed}
+        cells = [" / ".join(sizes), " / ".join(sizes.values()), *scores([record["metrics"] for record in by_seed])]
         return [
             *cells,
             _spread(agreements) if agreements else "",
-            _number(_median(e["latency_ms"] for e in found), 2),
+            _number(_median(record["latency_ms"] for record in by_seed), 2),
         ]
 
     for group, words in zip(groups, told, strict=True):
@@ -271,18 +275,18 @@ def report_table(results: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
+    defined = [value for value in values if value is not None]
+    return statistics.median(defined) if defined else None
 
 
 def first_runs(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that a method of another begins with: half of what it does, so no rows of a table unless they are asked for."""
+    """Return the results of runs with which another run's method begins; tables omit them unless they are requested."""
     names = {result["inputs"].get("before", "").rpartition("-")[2] for result in results}
     return [result for result in results if result["digest"] in names]
 
 
 def main() -> None:
-    """The command `kd-report`."""
+    """Run the command `kd-report`."""
     parser = argparse.ArgumentParser(prog="kd-report", description="Tables of finished runs.")
     parser.add_argument("runs", nargs="?", default="runs", type=Path, help="folder of runs (paths.runs), default: runs")
     parser.add_argument("--task", help="only this task")
