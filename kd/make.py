@@ -1,7 +1,7 @@
-"""Nodes of a configuration to objects.
+"""Instantiation of configuration nodes.
 
-A node names its class as `_target_`. Where it stands decides what it may name: a method, a schedule, an optimiser. The name is
-looked up, and the class compared with what its place expects, before anything is called.
+A node names its class as `_target_`. Its key determines which classes are allowed: a method, a schedule, an optimiser. The
+class is imported and checked before anything is called.
 """
 
 import functools
@@ -22,20 +22,20 @@ from kd.schema import CohortSpec, PoolSpec, RunSpec
 from kd.values import TINY, locate, number, one_line, shown, subclass_of, switch
 
 TRUTHS = ("<class 'bool'>", "bool", "bool | None", "typing.Optional[bool]")
-"""How the annotation of a truth value reads."""
+"""Annotations of boolean arguments, as text."""
 
 
 def instantiate(target: Callable[..., Any], node: Mapping[str, Any], key: str, *given: Any) -> Any:
-    """What a class makes of the arguments of a node. Schedules among them are made first.
+    """Call a class with the arguments of a node; nodes of schedules among them are instantiated first.
 
     Args:
-        target: found by `locate`.
+        target: the class, as `locate` returns it.
         node: arguments by name.
-        key: where it stands.
-        given: arguments that come before those of the node.
+        key: configuration key of the node.
+        given: positional arguments before those of the node.
 
     Raises:
-        InputError: for arguments that it does not take.
+        InputError: for arguments that the class does not accept.
     """
     arguments = arguments_of(target, node, key, len(given))
     try:
@@ -45,26 +45,27 @@ def instantiate(target: Callable[..., Any], node: Mapping[str, Any], key: str, *
 
 
 def arguments_of(target: Callable[..., Any], node: Mapping[str, Any], key: str, given: int = 0) -> dict[str, Any]:
-    """Arguments of a node, with schedules made of the nodes among them.
+    """Return the arguments of a node, with nodes of schedules among them instantiated.
 
     Raises:
-        InputError: naming an argument that the class does not take, or that holds a node of anything but a schedule.
+        InputError: naming an argument that the class does not accept, or that holds a node of anything but a schedule.
     """
     arguments = {}
     try:
         parameters = list(inspect.signature(target).parameters.values())[given:]
     except (TypeError, ValueError):
         parameters = None
-    names = [each.name for each in parameters or [] if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
-    hints = {each.name: each.annotation for each in parameters or []}
-    any_name = parameters is None or any(each.kind is each.VAR_KEYWORD for each in parameters)
+    by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    names = [parameter.name for parameter in parameters or [] if parameter.kind in by_keyword]
+    hints = {parameter.name: parameter.annotation for parameter in parameters or []}
+    any_name = parameters is None or any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
     for name, value in node.items():
         if name in ("_target_", "_partial_"):
             continue
         where = f"{key}.{name}"
         if name not in names and not any_name:
-            known = f"it takes {', '.join(names)}" if names else "it takes none"
-            raise InputError(f"{getattr(target, '__name__', target)} takes no argument '{name}'; {known}", where)
+            accepted = f"it takes {', '.join(names)}" if names else "it takes none"
+            raise InputError(f"{getattr(target, '__name__', target)} takes no argument '{name}'; {accepted}", where)
         if value is not None and str(hints.get(name)) in TRUTHS:
             switch(value, where)
         arguments[name] = made_schedules(value, where)
@@ -72,7 +73,7 @@ def arguments_of(target: Callable[..., Any], node: Mapping[str, Any], key: str, 
 
 
 def made_schedules(value: Any, key: str) -> Any:
-    """A value with schedules in place of their nodes.
+    """Return a value with its nodes of schedules instantiated.
 
     Raises:
         InputError: for a node of anything else.
@@ -87,29 +88,29 @@ def made_schedules(value: Any, key: str) -> Any:
 
 
 def make_schedule(node: Mapping[str, Any], key: str) -> Any:
-    """A schedule of its node.
+    """Instantiate a schedule from its node.
 
     Raises:
-        InputError: for another class, or arguments that it does not take.
+        InputError: for another class, or arguments that it does not accept.
     """
     schedule = "a schedule, as kd.schedules.Linear: a class that inherits from kd.schedules.ScheduleNode"
     target = locate(node, key, subclass_of(ScheduleNode), schedule)
     try:
         return instantiate(target, node, key)
-    except InputError as error:  # the key is the schedule's: its arguments make sense together
+    except InputError as error:  # name the schedule's key: its arguments depend on each other
         raise InputError(error.message, key) from error
 
 
 def build_method(
     node: Mapping[str, Any], pool: PoolSpec | None = None, cohort: CohortSpec | None = None, chances: Sequence[float] = ()
 ) -> tuple[Method, dict[str, Schedule]]:
-    """A method, unbound, and the schedules of its weights.
+    """Build a method, not yet bound to models, and the schedules of its weights.
 
     Args:
-        node: of the method.
-        pool: wraps it, if it has a wrapper.
-        cohort: adds the peers' term, if there are peers.
-        chances: a probability for each teacher of the pool.
+        node: configuration node of the method.
+        pool: its wrapper, if it has one, is put around the method.
+        cohort: its peers, if it has any, add a loss term.
+        chances: probability of each teacher of the pool.
 
     Raises:
         InputError: for an unknown argument, or weights and terms that do not match.
@@ -134,47 +135,47 @@ def build_method(
 
 
 LARGEST_WEIGHT = 1e9
-"""Of a term. The largest that is published for any method here is 1000; float32 ends at 3e38."""
+"""Largest weight of a loss term. The largest published for any method here is 1000; float32 ends at 3e38."""
 
 
 def build_schedule(value: Any, key: str) -> Schedule:
-    """A weight, a number or a node of `kd.schedules`, as a schedule.
+    """Return a weight, given as a number or as a node of `kd.schedules`, as a schedule.
 
     Raises:
-        InputError: for anything else, or a number that no weight can be.
+        InputError: for anything else, or a number that is out of range for a weight.
     """
-    made = make_schedule(value, key) if isinstance(value, Mapping) else value
+    weight_or_schedule = make_schedule(value, key) if isinstance(value, Mapping) else value
     try:
-        schedule = as_schedule(made)
+        schedule = as_schedule(weight_or_schedule)
     except (TypeError, ValueError) as error:
         raise InputError(f"{key}={shown(value)} is neither a finite number nor a schedule of such", key) from error
     weights = [number(weight, key, 0.0, LARGEST_WEIGHT) for weight in extremes(schedule)]
-    number(max(weights), key, TINY, LARGEST_WEIGHT, zero=True)  # the largest alone: one that decays comes close to zero
+    number(max(weights), key, TINY, LARGEST_WEIGHT, zero=True)  # only the largest: a decaying weight may approach zero
     return schedule
 
 
 def makes_optimizer(found: Any) -> bool:
-    """Return whether something is a class of optimisers, or a function that can be one's: nothing is called.
+    """Return whether an object is an optimiser class, or a function that may return an optimiser, without calling it.
 
-    A function takes parameter groups and `lr`. A return annotation must be an optimiser; what a function without one returns
-    is compared when it is called, in `kd.optimizers.OptimizerFactory`.
+    A function must accept parameter groups and `lr`. Its return annotation must be an optimiser; without one, the type of the
+    result is checked when it is called, in `kd.optimizers.OptimizerFactory`.
     """
     if inspect.isclass(found):
         return subclass_of(Optimizer)(found)
     try:
         signature = inspect.signature(found, eval_str=True)
         signature.bind_partial([], lr=0.0)
-    except Exception:  # noqa: BLE001 - no callable, one that takes something else, or whatever evaluating annotations raises
+    except Exception:  # noqa: BLE001 - not callable, other arguments, or any error from evaluating annotations
         return False
     returned = signature.return_annotation
     return returned is signature.empty or (inspect.isclass(returned) and issubclass(returned, Optimizer))
 
 
 def build_optimizer(spec: RunSpec) -> OptimizerFactory:
-    """The optimiser's factory.
+    """Build the factory of the optimiser.
 
     Raises:
-        InputError: for a value that cannot work.
+        InputError: for an invalid value or a combination that cannot work.
     """
     part = spec.optimizer
     if spec.trainer.precision == "16-mixed" and part.factory.get("fused"):
@@ -190,15 +191,15 @@ def build_optimizer(spec: RunSpec) -> OptimizerFactory:
         where = {"params": "optimizer.factory.params"}.get(taken[0], f"optimizer.{taken[0]}")
         raise InputError(f"optimizer.factory.{taken[0]} is set elsewhere: {where}", f"optimizer.factory.{taken[0]}")
     arguments_of(target, options, "optimizer.factory", given=1)
-    maker = functools.partial(target, **options)
-    return OptimizerFactory(maker, part.lr, part.weight_decay, part.schedule, part.warmup)
+    make = functools.partial(target, **options)
+    return OptimizerFactory(make, part.lr, part.weight_decay, part.schedule, part.warmup)
 
 
 def logger_maker(spec: RunSpec) -> Callable[..., Logger]:
-    """What makes the logger beside the history; it is called with `folder`, `name` and `config`.
+    """Return a function of `folder`, `name` and `config` that creates the logger beside the history.
 
     Raises:
-        InputError: for something that makes none, or options that it does not take.
+        InputError: for a target that is not a logger, or options that it does not accept.
     """
     node, is_logger = spec.logger.extra, subclass_of(Logger)
 

@@ -17,18 +17,19 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda fraction: (1.0 + math.cos(math.pi * fraction)) / 2,
     "constant": lambda fraction: 1.0,
 }
+"""Factors of the peak learning rate after the warm-up, by the fraction of the remaining steps, in [0, 1]."""
 
 
 class OptimizerFactory:
-    """Makes an optimiser over modules, and its schedule.
+    """Factory of an optimiser over modules, and of its learning-rate schedule.
 
-    Biases and normalisation weights get no weight decay, as in BERT's own training code.
+    Biases and normalisation weights get no weight decay, as in BERT's training code.
 
     Args:
-        make: takes parameter groups and `lr`, gives an optimiser; for example a partial of `torch.optim.AdamW`.
-        lr: peak learning rate, from 1e-12 to 100: below it nothing moves, above it nothing converges.
-        weight_decay: of matrices, 0 or from 1e-12 to 100.
-        schedule: after the warm-up: `linear` to zero, `cosine` to zero, or `constant`.
+        make: function of parameter groups and `lr` that returns an optimiser, such as a partial of `torch.optim.AdamW`.
+        lr: peak learning rate, from 1e-12 to 100: smaller rates change nothing in float32, larger ones diverge.
+        weight_decay: weight decay of matrices, 0 or from 1e-12 to 100.
+        schedule: learning rate after the warm-up: `linear` to zero, `cosine` to zero, or `constant`.
         warmup: fraction of all steps in which the rate rises linearly from zero.
     """
 
@@ -38,7 +39,7 @@ class OptimizerFactory:
         self.decay = SCHEDULES[schedule]
 
     def groups(self, modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
-        """Trainable parameters in two groups: with and without weight decay. Shared ones once."""
+        """Return trainable parameters in two groups, with and without weight decay; shared parameters occur once."""
         parameters = dict.fromkeys(p for module in modules for p in module.parameters() if p.requires_grad)
         matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
         vectors = [parameter for parameter in parameters if parameter.ndim < 2]
@@ -49,24 +50,24 @@ class OptimizerFactory:
         return [group for group in groups if group["params"]]
 
     def optimizer(self, *modules: nn.Module) -> Optimizer:
-        """An optimiser over all trainable parameters of the modules.
+        """Create an optimiser over all trainable parameters of the modules.
 
         Raises:
-            InputError: if what was made is none.
+            InputError: if the factory does not return an optimiser.
         """
-        made = self.make(self.groups(modules), lr=self.lr)
-        if not isinstance(made, Optimizer):
-            found = type(made).__name__
-            raise InputError(f"optimizer.factory made a {found}, not a torch.optim.Optimizer", "optimizer.factory._target_")
-        return made
+        optimizer = self.make(self.groups(modules), lr=self.lr)
+        if not isinstance(optimizer, Optimizer):
+            kind = type(optimizer).__name__
+            raise InputError(f"optimizer.factory made a {kind}, not a torch.optim.Optimizer", "optimizer.factory._target_")
+        return optimizer
 
     def factor(self, step: int, total: int) -> float:
-        """What the peak rate is multiplied by at an optimiser step, counted from 0, of `total`."""
+        """Return the factor of the peak learning rate at an optimiser step, counted from 0, of `total`."""
         warm = round(self.warmup * total)
         if step < warm:
             return (step + 1) / (warm + 1)
         return self.decay(min((step - warm) / max(total - warm, 1), 1.0))
 
     def scheduler(self, optimizer: Optimizer, total: int) -> LambdaLR:
-        """The schedule over `total` optimiser steps."""
+        """Create the learning-rate scheduler over `total` optimiser steps."""
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step, total))

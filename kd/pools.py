@@ -1,4 +1,4 @@
-"""What a method sees of several teachers, as far as the configuration tells."""
+"""Checks and digest of a pool: which of several teachers' outputs a method can read, by the configuration alone."""
 
 from typing import Any
 
@@ -9,16 +9,16 @@ from kd.values import number, shown
 
 
 def teachers_of(spec: RunSpec) -> list[str]:
-    """Names of the teachers whose outputs a method can see: of a chain the last one alone."""
+    """Return the names of the teachers whose outputs a method can read; of a chain only the last one."""
     return list(spec.teacher)[-1:] if spec.pool.chain else list(spec.teacher)
 
 
 RANKED = ("teacher_rank", "best", "student_rank")
-"""Distributions that follow from how well teachers do on a part of train that was held out."""
+"""Distributions that depend on the teachers' metrics on a held-out part of train."""
 
 
 def pool_identity(spec: RunSpec) -> dict[str, Any]:
-    """What of a pool changes the result."""
+    """Return the settings of a pool that enter a run's digest."""
     pool = spec.pool
     if pool.wrapper is None:
         return {"chain": True} if pool.chain else {}
@@ -29,10 +29,10 @@ def pool_identity(spec: RunSpec) -> dict[str, Any]:
 
 
 def check_pool(spec: RunSpec) -> None:
-    """Whether a pool and its teachers fit.
+    """Check that a pool and its teachers fit together.
 
     Raises:
-        InputError: for a pool of one, or a distribution that is none.
+        InputError: for a pool of one teacher, an invalid distribution, or teachers that do not fit.
     """
     pool, names = spec.pool, list(spec.teacher)
     number(pool.sharpness, "pool.sharpness", 0, 100)

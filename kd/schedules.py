@@ -13,17 +13,17 @@ Schedule = Callable[[float], float]
 
 
 class ScheduleNode:
-    """Base of the schedules that a configuration can name; one of your own inherits from it."""
+    """Base class of the schedules that a configuration can name; custom schedules inherit from it."""
 
     __slots__ = ()
 
     def __call__(self, fraction: float) -> float:
-        """The value at a fraction of training."""
+        """Return the value at a fraction of training."""
         raise NotImplementedError
 
     @property
     def extremes(self) -> Sequence[float]:
-        """Values between which all others lie."""
+        """Values between which all values of the schedule lie; by default 1001 samples."""
         return [self(step / 1000) for step in range(1001)]
 
 
@@ -35,14 +35,14 @@ def check_finite(schedule: Any) -> None:
     """
     for name in (argument.name for argument in fields(schedule)):
         value = getattr(schedule, name)
-        for each in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(each, bool) or not isinstance(each, int | float) or not math.isfinite(each):
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, bool) or not isinstance(item, int | float) or not math.isfinite(item):
                 raise ValueError(f"a schedule is made of finite numbers, got {name}={value!r}")
 
 
 @dataclass(frozen=True, slots=True)
 class Constant(ScheduleNode):
-    """The same value throughout."""
+    """Schedule with the same value throughout."""
 
     value: float
 
@@ -55,13 +55,13 @@ class Constant(ScheduleNode):
         return [self.value]
 
     def __call__(self, fraction: float) -> float:
-        """The value at a fraction of training."""
+        """Return the value at a fraction of training."""
         return self.value
 
 
 @dataclass(frozen=True, slots=True)
 class Linear(ScheduleNode):
-    """A straight line from `start` at fraction `begin` to `end` at fraction `until`, flat outside.
+    """Schedule along a straight line from `start` at fraction `begin` to `end` at fraction `until`, flat outside.
 
     >>> Linear(start=1.0, end=0.0)(0.25)
     0.75
@@ -79,18 +79,18 @@ class Linear(ScheduleNode):
 
     @property
     def extremes(self) -> Sequence[float]:
-        """Both ends."""
+        """Values at both ends."""
         return [self.start, self.end]
 
     def __call__(self, fraction: float) -> float:
-        """The value at a fraction of training."""
+        """Return the value at a fraction of training."""
         share = (fraction - self.begin) / (self.until - self.begin)
         return self.start + (self.end - self.start) * min(max(share, 0.0), 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Cosine(ScheduleNode):
-    """Half a cosine from `start` to `end`."""
+    """Schedule along half a cosine wave from `start` to `end`."""
 
     start: float
     end: float
@@ -100,23 +100,23 @@ class Cosine(ScheduleNode):
 
     @property
     def extremes(self) -> Sequence[float]:
-        """Both ends."""
+        """Values at both ends."""
         return [self.start, self.end]
 
     def __call__(self, fraction: float) -> float:
-        """The value at a fraction of training."""
+        """Return the value at a fraction of training."""
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * min(max(fraction, 0.0), 1.0))) / 2
 
 
 @dataclass(frozen=True, slots=True)
 class Piecewise(ScheduleNode):
-    """`values[i]` from fraction `boundaries[i - 1]` up to, not including, `boundaries[i]`."""
+    """Schedule with `values[i]` from fraction `boundaries[i - 1]` up to, not including, `boundaries[i]`."""
 
     boundaries: list[float]
     values: list[float]
 
     def __post_init__(self) -> None:
-        if not all(isinstance(each, list | tuple) for each in (self.boundaries, self.values)):
+        if not all(isinstance(argument, list | tuple) for argument in (self.boundaries, self.values)):
             raise ValueError(f"boundaries and values are lists, got {self.boundaries!r} and {self.values!r}")
         check_finite(self)
         if len(self.values) != len(self.boundaries) + 1 or sorted(self.boundaries) != list(self.boundaries):
@@ -131,13 +131,13 @@ class Piecewise(ScheduleNode):
         return self.values
 
     def __call__(self, fraction: float) -> float:
-        """The value at a fraction of training."""
+        """Return the value at a fraction of training."""
         return self.values[sum(fraction >= boundary for boundary in self.boundaries)]
 
 
 @dataclass(frozen=True, slots=True)
 class Staircase(ScheduleNode):
-    """`steps` values at even distances from `start` to `end`, each for an equal part of training; one step is `end` alone.
+    """Schedule of `steps` evenly spaced values from `start` to `end`, each for an equal part of training; one step is `end`.
 
     With as many steps as epochs it changes from epoch to epoch, as in AD-KD's annealed temperature.
 
@@ -151,7 +151,7 @@ class Staircase(ScheduleNode):
 
     @property
     def extremes(self) -> Sequence[float]:
-        """Both ends; one step is the end alone."""
+        """Values at both ends; with one step only `end`."""
         return [self.end] if self.steps == 1 else [self.start, self.end]
 
     def __post_init__(self) -> None:
@@ -160,7 +160,7 @@ class Staircase(ScheduleNode):
         check_finite(self)
 
     def __call__(self, fraction: float) -> float:
-        """The value at a fraction of training."""
+        """Return the value at a fraction of training."""
         # A step begins at step / steps; the fraction comes from a division that may fall short of it by rounding.
         step = min(math.floor(min(max(fraction, 0.0), 1.0) * self.steps + 1e-9), self.steps - 1)
         share = 1.0 if self.steps == 1 else step / (self.steps - 1)
@@ -168,10 +168,10 @@ class Staircase(ScheduleNode):
 
 
 def as_schedule(value: "float | Schedule") -> Schedule:
-    """A number as a constant schedule; a schedule as it is.
+    """Return a number as a constant schedule, and a schedule unchanged.
 
     Raises:
-        TypeError: for a truth value or a word.
+        TypeError: for a boolean or a string.
         ValueError: for a number that is not finite.
     """
     if isinstance(value, bool | str):
@@ -180,7 +180,7 @@ def as_schedule(value: "float | Schedule") -> Schedule:
 
 
 def extremes(schedule: Schedule) -> Sequence[float]:
-    """Values between which all others of a schedule lie; of one that does not say them, a thousand samples."""
+    """Return values between which all values of a schedule lie; for a plain function 1001 samples."""
     if isinstance(schedule, ScheduleNode):
         return schedule.extremes
     return [schedule(step / 1000) for step in range(1001)]

@@ -1,4 +1,4 @@
-"""The surgeries of a run, and whether its student still reads what its teachers read."""
+"""Surgeries of a run's student, and the check that it shares its teachers' vocabulary where a method needs that."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,45 +19,45 @@ from kd.values import has, locate
 
 
 def surgery_class(name: str, node: Mapping[str, Any]) -> Any:
-    """The class of a surgery.
+    """Return the class of a surgery.
 
     Raises:
-        InputError: if there is none, or it is no surgery.
+        InputError: if it does not exist, or is not a surgery.
     """
     return locate(node, f"surgery.{name}", has("changes_vocabulary", "__call__"), "a surgery, with `changes_vocabulary`")
 
 
 def surgeries(spec: RunSpec) -> dict[str, Surgery]:
-    """Name -> surgery, in the order in which they are made."""
-    found = {}
+    """Return name -> surgery, in the order in which they are applied."""
+    instances = {}
     for name, node in spec.surgery.items():
         options = {key: value for key, value in node.items() if key != "run"}
-        found[name] = instantiate(surgery_class(name, node), options, f"surgery.{name}")
-    return found
+        instances[name] = instantiate(surgery_class(name, node), options, f"surgery.{name}")
+    return instances
 
 
 def apply_surgeries(run: Run, student: Encoder, texts: Sequence[str] | None) -> tuple[Encoder, list[str]]:
-    """The student after its surgeries, and what they did, in words.
+    """Apply the surgeries of a run; return the resulting student and a description of each change.
 
     Args:
-        run: whose configuration lists them.
-        student: initialised.
+        run: the run whose configuration lists the surgeries.
+        student: the initialised student.
         texts: the training texts; None on the meta device.
 
     Raises:
-        InputError: for a surgery that cannot be made on this student.
+        InputError: for a surgery that cannot be applied to this student.
     """
-    done = []
+    descriptions = []
     for name, surgery in surgeries(run.spec).items():
         needed = run.inputs.get(f"surgery {name}")
         folder = None if texts is None or needed is None else needed.student
-        student, words = surgery(student, SurgeryInputs(texts, folder))
-        done += [words] if words else []
-    return student, done
+        student, description = surgery(student, SurgeryInputs(texts, folder))
+        descriptions += [description] if description else []
+    return student, descriptions
 
 
 def vocabulary_key(run: Run) -> str | None:
-    """The key that gives a student a vocabulary of its own, as far as the configuration shows; None if there is none."""
+    """Return the key that gives a student another vocabulary, judged by the configuration alone; None if none does."""
     for name, node in run.spec.surgery.items():
         if surgery_class(name, node).changes_vocabulary:
             return "surgery"
@@ -66,11 +66,11 @@ def vocabulary_key(run: Run) -> str | None:
 
 
 def check_vocabularies(run: Run, task: Task, method: Method, student: Encoder, teachers: Sequence[Encoder]) -> None:
-    """Tokens of different vocabularies do not stand for each other: what is compared token by token needs one vocabulary.
+    """Check that student and teachers share a vocabulary if they are compared token by token.
 
     Raises:
         InputError: for a method that reads token-level tensors of a teacher with another vocabulary, or a masked language
-            model beside a teacher with another one.
+            model with a teacher that has another vocabulary.
     """
     own, key = tokenizer_fingerprint(student.tokenizer), vocabulary_key(run)
     theirs = method.needs()[1] or [Needs()] * len(teachers)
