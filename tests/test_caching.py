@@ -457,10 +457,10 @@ def test_batches_of_the_pass_hold_every_example_once_and_are_bounded() -> None:
     lengths = np.random.default_rng(0).integers(3, 600, 200)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     for span in ((0, 200), (50, 51), (120, 200)):
-        found = list(passes.batches(offsets, span))
+        found = list(passes.batches_by_length(offsets, span))
         assert sorted(row for rows in found for row in rows) == list(range(*span))
         assert all(len(rows) * lengths[rows].max() <= passes.BATCH_TOKENS or len(rows) == 1 for rows in found)
-    assert list(passes.batches(offsets, (7, 7))) == []
+    assert list(passes.batches_by_length(offsets, (7, 7))) == []
 
 
 # Interruptions and company
@@ -469,7 +469,7 @@ KILLED = """
 import os, signal, sys
 from kd import caching
 from kd.data.store import Share, TensorStore
-original, calls = Store.commit, []
+original, calls = TensorStore.commit, []
 if int(sys.argv[1]) < 0:
     Share.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 def commit(self, name, entry, ranks):
@@ -477,7 +477,7 @@ def commit(self, name, entry, ranks):
         os.kill(os.getpid(), signal.SIGKILL)
     calls.append(name)
     original(self, name, entry, ranks)
-Store.commit = commit
+TensorStore.commit = commit
 from whole_runs import planned
 from test_caching import built
 built(sys.argv[2:])

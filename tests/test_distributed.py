@@ -97,8 +97,10 @@ def test_what_is_said_is_said_by_the_first_rank_alone(
         history.write_bytes(b"step,loss\n1,0.5\n2,0.")
         loggers.History(history, 2)
         tokens.cut(tiny_tokenizer(), tokens.Texts.of([("a great film",)]), 8)
-        (tmp_path / "tokens.npz").write_bytes(b"damaged")
-        tokens.Store(tmp_path)._first(tmp_path / "tokens.npz", lambda: {"ids": numpy.zeros(1)})
+        store = tokens.TokenStore(tmp_path / "tokens")
+        store.arrays(lambda: ["source"], lambda: {"ids": numpy.zeros(1)})
+        next((tmp_path / "tokens").iterdir()).write_bytes(b"damaged")
+        store.arrays(lambda: ["source"], lambda: {"ids": numpy.zeros(1)})
     out = capsys.readouterr().out
     for words in ("metrics.csv' is damaged", "cutting texts into tokens", "the stored tokens"):
         assert out.count(words) == 1, out
@@ -458,14 +460,14 @@ def test_batch_that_the_ranks_do_not_divide_is_refused(case: str, small: Small, 
 
 def test_rank_ends_also_where_nobody_listens() -> None:
     lines = (
-        "import os, threading",
-        "from kd.watch import Watch",
-        "watch = Watch.__new__(Watch)",
-        "watch.over, watch.store_lost, watch.spoken = threading.Event(), True, 'spoken'",
+        "import os",
+        "from kd.watch import Watchdog",
+        "watchdog = Watchdog(0, 1)",
         "os.close(2)",
-        "watch.end('rank 1 is gone', 3)",
+        "watchdog.end('rank 1 is gone', 3)",
     )
-    assert subprocess.run([sys.executable, "-c", "\n".join(lines)], check=False).returncode == 3
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "1"}
+    assert subprocess.run([sys.executable, "-c", "\n".join(lines)], env=environment, check=False).returncode == 3
 
 
 GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:4567. This is typical"
