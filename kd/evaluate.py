@@ -1,7 +1,6 @@
 """Evaluation of models: metrics, agreement with teachers, size and latency."""
 
 import copy
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +11,8 @@ from typing import Any
 import torch
 
 from kd.data.batch import Batch
-from kd.data.tasks import Task, higher_is_better
+from kd.data.metrics import finite_or_none
+from kd.data.tasks import Task
 from kd.forward import Needs
 from kd.models import CachedTeacher, Encoder, FrozenTeacher
 from kd.models.pretrained import quiet
@@ -53,17 +53,6 @@ class Evaluation:
     agreement: dict[str, Scores]
     ensemble: Scores
     collapsed: dict[str, bool] = field(default_factory=dict)
-
-
-def headline(task: Task, students: Mapping[str, Mapping[str, float | None]]) -> str:
-    """Return the name of the student with the best monitored metric; among equals the first."""
-    sign = 1.0 if higher_is_better(task.monitor) else -1.0
-
-    def value(name: str) -> float:
-        metric = students[name][task.monitor]
-        return -math.inf if metric is None else sign * metric
-
-    return max(students, key=value)
 
 
 @torch.no_grad()
@@ -138,11 +127,6 @@ def baseline(task: Task, labels: Mapping[str, Sequence[float]]) -> dict[str, Sco
 
 def _compute(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     return {name: finite_or_none(float(metric.compute())) for name, metric in metrics.items()}
-
-
-def finite_or_none(value: float) -> float | None:
-    """Return a value, or None if it is not finite, as JSON has no NaN: the correlation with a constant is undefined."""
-    return value if math.isfinite(value) else None
 
 
 def folder_megabytes(folder: Path, pattern: str = "*") -> float:

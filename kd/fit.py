@@ -24,9 +24,10 @@ from kd.checkpoints import (
     read_checkpoint,
 )
 from kd.data.datamodule import Examples, KDDataModule
+from kd.data.tasks import headline
 from kd.engines.base import Engine, work_of_all
 from kd.errors import InputError
-from kd.evaluate import LATENCY_MEASURE, Evaluation, baseline, evaluate, folder_megabytes, headline, latencies, to_time
+from kd.evaluate import LATENCY_MEASURE, Evaluation, baseline, evaluate, folder_megabytes, latencies, to_time
 from kd.export import TOLERANCE, export, largest_difference, model_card, origin
 from kd.hardware import git, hardware, keep_memory, versions
 from kd.loggers import History, close_wandb

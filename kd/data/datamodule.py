@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import numpy as np
@@ -15,7 +15,6 @@ from kd.data.labels import class_names
 from kd.data.language import MaskedLM
 from kd.data.sampler import LengthBatches, Rows, TokenBatches
 from kd.data.sources import Source, hash_fraction
-from kd.data.store import CachedOutputs
 from kd.data.tasks import Classification, Regression, Task
 from kd.data.texts import INTERNED, Table
 from kd.data.tokens import Tokens, TokenStore, tokenizer_fingerprint
@@ -176,11 +175,18 @@ class RowIndices(Dataset[int]):
         return rows
 
 
+class Padded(Protocol):
+    """Inputs of one model for every example of a split: its tokens, or in their place its cached outputs."""
+
+    def pad(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Return the tensors of these examples by name, (batch, ...), padded to the longest."""
+
+
 @dataclass
 class Collate:
     """Collate function from example indices to a `Batch`. Models with equal tokenizers share one inputs object."""
 
-    tokens: Mapping[str, Tokens | CachedOutputs]
+    tokens: Mapping[str, Padded]
     students: Sequence[str]
     teachers: Sequence[str]
     labels: Sequence[float]
@@ -259,7 +265,7 @@ class KDDataModule(pl.LightningDataModule):
         self._train_sampler: LengthBatches | None = None
         self._skip = 0
 
-    def use_cached(self, index: int, splits: Mapping[str, CachedOutputs]) -> None:
+    def use_cached(self, index: int, splits: Mapping[str, Padded]) -> None:
         """Replace the tokens of the teacher at this index by its cached outputs, in all batches of these splits."""
         for split, cached in splits.items():
             self.tokens[split][f"teacher {index}"] = cached

@@ -1,5 +1,6 @@
 """The metrics of tasks, by name: torchmetrics' in float64, with its states and reduction over ranks, and two corrections."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -186,3 +187,8 @@ MASKED_LM: Mapping[str, Callable[..., Any]] = {
     "loss": Mean,
 }
 """Name -> class of the metric, over the predicted positions; `loss` in nats."""
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return a value, or None if it is not finite, as JSON has no NaN: the correlation with a constant is undefined."""
+    return value if math.isfinite(value) else None

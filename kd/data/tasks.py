@@ -364,3 +364,14 @@ def log_mean_probability(logits: Sequence[Tensor]) -> Tensor:
 def higher_is_better(metric: str) -> bool:
     """Return whether a larger value of a metric is better: True for all metrics except `mse` and `loss`."""
     return metric not in ("mse", "loss")
+
+
+def headline(task: Task, students: Mapping[str, Mapping[str, float | None]]) -> str:
+    """Return the name of the student with the best monitored metric; among equals the first."""
+    sign = 1.0 if higher_is_better(task.monitor) else -1.0
+
+    def value(name: str) -> float:
+        metric = students[name][task.monitor]
+        return -math.inf if metric is None else sign * metric
+
+    return max(students, key=value)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from kd import distributed
 from kd.data.batch import Batch
-from kd.data.tasks import Task
+from kd.data.metrics import finite_or_none
+from kd.data.tasks import Task, headline
 from kd.engines.safety import NonFiniteGuard, check_weights_finite, clip_gradients
 from kd.errors import InputError
-from kd.evaluate import finite_or_none, headline
 from kd.forward import Needs
 from kd.methods.base import Method, Progress, Step
 from kd.models import Encoder, FrozenTeacher

@@ -18,11 +18,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kd import train
 from kd.data.batch import Batch
-from kd.data.tasks import Classification, Regression
+from kd.data.tasks import Classification, Regression, headline
 from kd.engines.mutual import MutualDistiller
 from kd.engines.safety import NonFiniteLoss
 from kd.errors import InputError
-from kd.evaluate import evaluate, headline
+from kd.evaluate import evaluate
 from kd.forward import Needs
 from kd.models import Encoder
 from kd.optimizers import OptimizerFactory
