@@ -26,11 +26,12 @@ import numpy as np
 from kd import distributed
 from kd.data.store import CachedOutputs, TensorStore
 from kd.errors import InputError
+from kd.files import locked, write_text
 from kd.forward import Needs
 from kd.models.teachers import CachedTeacher, FrozenTeacher
 from kd.passes import SplitCache, precompute, probe
 from kd.planning import teacher_source
-from kd.runs import Run, digest_of, locked, write_atomically
+from kd.runs import Run, digest_of
 from kd.schema import cache_limit
 from kd.sources import fingerprint, hub_commit, is_float32
 
@@ -179,7 +180,7 @@ def _begin(folder: Path, about: Mapping[str, Any]) -> None:
                     f"  the cache {other.parent} was made of other {' and '.join(changed)}; it is not used"
                 )
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "about.json", json.dumps(about, indent=2) + "\n")
+    write_text(folder / "about.json", json.dumps(about, indent=2) + "\n")
 
 
 @contextlib.contextmanager

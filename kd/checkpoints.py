@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import lightning.pytorch as pl
 import torch
@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from kd.data.tasks import higher_is_better
 from kd.engines.base import Engine
 from kd.errors import InputError
-from kd.runs import writing
+from kd.files import atomic_write, writing
 
 SEAL = b"kd blake2b-256 "
 """Prefix of the checksum in the comment at the end of the file: torch reads a zip archive with a comment."""
@@ -55,19 +55,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             InputError: if the folder cannot be written.
         """
         target = Path(path)
-        draft = target.with_name(target.name + ".part")
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            draft.unlink(missing_ok=True)  # a symbolic link that somebody else put there would be followed
-            try:
-                with draft.open("x+b") as file:
-                    torch.save({**checkpoint, "digest": self.digest}, file)
-                    seal(file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(draft, target)
-            finally:
-                draft.unlink(missing_ok=True)
+            with atomic_write(target, "w+b") as file:
+                torch.save({**checkpoint, "digest": self.digest}, file)
+                seal(file)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint of the run, on the CPU and without executing anything, whatever the arguments.
@@ -138,7 +130,7 @@ def checkpoint_callbacks(folder: Path, monitor: str, minutes: float) -> list[pl.
     return [best, last, EveryFewMinutes(folder, minutes)]
 
 
-def seal(file: BinaryIO) -> None:
+def seal(file: IO[bytes]) -> None:
     """Append a checksum to a zip archive without a comment, as its comment.
 
     Args:
@@ -150,7 +142,7 @@ def seal(file: BinaryIO) -> None:
     file.write(SEAL + _checksum(file, size))
 
 
-def _checksum(file: BinaryIO, size: int) -> bytes:
+def _checksum(file: IO[bytes], size: int) -> bytes:
     """Return the checksum of the first `size` bytes of a file, and leave the file positioned behind them."""
     digest = hashlib.blake2b(digest_size=DIGITS // 2)
     file.seek(0)
@@ -160,7 +152,7 @@ def _checksum(file: BinaryIO, size: int) -> bytes:
     return digest.hexdigest().encode()
 
 
-def _damage(file: BinaryIO) -> str | None:
+def _damage(file: IO[bytes]) -> str | None:
     """Return a description of the damage to a sealed file; None if its checksum matches."""
     size = file.seek(0, os.SEEK_END) - len(SEAL) - DIGITS
     if size <= 0:

@@ -11,12 +11,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
 from kd.errors import InputError
+from kd.files import remove, writing
 from kd.forward import Needs
 from kd.models import Encoder
 from kd.models.heads import HEADS
 from kd.planning import backbone_of
 from kd.report import score
-from kd.runs import Run, remove, writing
+from kd.runs import Run
 from kd.sources import hub_commit, pretrained
 
 TOLERANCE = 1e-5

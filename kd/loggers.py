@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from kd import distributed
 from kd.errors import InputError
-from kd.runs import writing
+from kd.files import atomic_write, writing
 
 
 class History(Logger):
@@ -77,14 +77,10 @@ class History(Logger):
             with writing(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, columns).writerows(self.rows[self._written :])
         else:
-            draft = self.path.with_name(self.path.name + ".part")
-            with writing(self.path):
-                draft.unlink(missing_ok=True)  # a symbolic link that somebody else put there would be followed
-                with draft.open("x", newline="", encoding="utf-8") as file:
-                    writer = csv.DictWriter(file, columns)
-                    writer.writeheader()
-                    writer.writerows(self.rows)
-                os.replace(draft, self.path)
+            with writing(self.path), atomic_write(self.path, newline="") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(self.rows)
         self._header, self._written, self._saved = columns, len(self.rows), len(self.rows)
 
     def finalize(self, status: str) -> None:

@@ -1,22 +1,17 @@
 """A run: where it lives, whether it is done, who is at it."""
 
-import errno
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from kd import distributed
-from kd.errors import InputError, disk_is_full
+from kd.errors import InputError
+from kd.files import check_writable, locked, remove, write_text, writes_to, writing
 from kd.schema import RunSpec
 from kd.sources import damaged_file
 
@@ -133,7 +128,7 @@ class Run:
                 if (path := self.directory / name).is_dir():
                     raise InputError(f"'{path}' is a folder, where this run writes a file; remove it", "paths.runs")
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.directory / "config.yaml", OmegaConf.to_yaml(self.config))
+            write_text(self.directory / "config.yaml", OmegaConf.to_yaml(self.config))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -144,69 +139,6 @@ class Run:
             locked(self.directory, f"{self.name}: another process is at this run; waiting for it"),
         ):
             yield
-
-
-def check_writable(folder: Path | str) -> None:
-    """Make a folder for runs if need be, and try to write to it.
-
-    Raises:
-        InputError: if that cannot be done.
-    """
-    folder = Path(folder).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make '{folder}': {error.strerror}", "paths.runs") from error
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"cannot write to '{folder}': {error.strerror}", "paths.runs") from error
-
-
-NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
-"""What the system says where somebody else's folder, a read-only file system, or a file in place of a folder is written to."""
-
-
-@contextmanager
-def writes_to(runs: str) -> Iterator[None]:
-    """A folder of runs, or a part of it, that turns out not to be writable is something the user can put right.
-
-    Raises:
-        InputError: in place of such an OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        inside = isinstance(error.filename, str) and Path(error.filename).is_relative_to(Path(runs).expanduser())
-        if disk_is_full(error) or error.errno not in NOT_WRITABLE or not inside:
-            raise
-        raise InputError(f"cannot write to '{error.filename}': {error.strerror}", "paths.runs") from error
-
-
-@contextmanager
-def locked(folder: Path, waiting: str) -> Iterator[None]:
-    """Hold a folder, which is made if need be. A killed holder's lock is free.
-
-    Args:
-        folder: to be held.
-        waiting: what to say while another process holds it.
-
-    Raises:
-        InputError: if it cannot be made or written.
-    """
-    lock = FileLock(folder / ".lock")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            distributed.print_rank_zero(waiting)
-            lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def digest_of(identified: Mapping[str, Any]) -> str:
@@ -238,7 +170,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     content = {name: value for name, value in record.items() if name != "checksum"}
     content["checksum"] = digest_of(content)
     with writing(path):
-        write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return content
 
 
@@ -259,44 +191,3 @@ def read_record(path: Path, sealed: bool = False) -> dict[str, Any] | None:
         return found if found["checksum"] == digest_of(content) else None
     except (OSError, ValueError, OverflowError, RecursionError):
         return None
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What the user can put right about a place that cannot be written; a full disk has a message of its own.
-
-    Args:
-        path: what is written.
-
-    Raises:
-        InputError: naming the path.
-    """
-    try:
-        yield
-    except OSError as error:
-        if disk_is_full(error):
-            raise
-        raise InputError(f"cannot write to '{path}': {error.strerror or error}", "paths.runs") from error
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a link or a whole folder, if it is there.
-
-    Raises:
-        OSError: if that cannot be done.
-    """
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file, all or nothing."""
-    draft = path.with_name(path.name + ".part")
-    draft.unlink(missing_ok=True)  # a link that is not ours would be written through
-    with draft.open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)

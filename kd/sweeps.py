@@ -21,8 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 from kd import distributed
 from kd.config import compose, explain
 from kd.errors import DISK_FULL, InputError, disk_is_full
+from kd.files import check_writable
 from kd.planning import plan
-from kd.runs import Run, check_writable
+from kd.runs import Run
 
 SWEEPER = "hydra_plugins.kd_sweeper.Points"
 

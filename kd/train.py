@@ -21,9 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 from kd import distributed
 from kd.config import FROM_HYDRA, ROOT, check_overrides, conf_folder, explain, typed
 from kd.errors import DISK_FULL, InputError, disk_is_full
+from kd.files import writes_to
 from kd.hardware import configure_openmp, version_line
 from kd.planning import plan, rename_error_keys
-from kd.runs import Run, digest_of, writes_to
+from kd.runs import Run, digest_of
 from kd.sweeps import SWEEPER, Failure, PointsFailed, register
 
 INTERRUPTED = 130

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -94,7 +95,7 @@ def test_what_is_in_the_place_of_a_checkpoint_is_refused(tmp_path: Path, saved: 
 def test_a_draft_is_not_written_through_a_link(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
-    (tmp_path / "last.ckpt.part").symlink_to(victim)
+    (tmp_path / f"last.ckpt.{socket.gethostname()}.{os.getpid()}.part").symlink_to(victim)
     AtomicCheckpointIO(DIGEST).save_checkpoint({"state_dict": {}}, tmp_path / "last.ckpt")
     assert victim.read_text() == "precious"
 

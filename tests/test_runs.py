@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from kd.config import compose
 from kd.errors import InputError
+from kd.files import write_text
 from kd.planning import FLOAT32, OUTPUTS, plan, source_of
-from kd.runs import RECORD, Run, write_atomically
+from kd.runs import RECORD, Run
 from whole_runs import over
 
 Planner = Callable[..., Run]
@@ -601,14 +602,14 @@ def test_a_record_cut_short_at_any_byte_is_none(run: Run) -> None:
 
 def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "result.json"
-    write_atomically(path, "old")
+    write_text(path, "old")
 
     def fail(*_: object) -> None:
         raise OSError("the power went")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="power"):
-        write_atomically(path, "new")
+        write_text(path, "new")
     assert path.read_text() == "old"
 
 

@@ -15,8 +15,9 @@ from omegaconf import OmegaConf
 from kd import config, train
 from kd.config import compose, conf_folder
 from kd.errors import InputError
+from kd.files import writes_to
 from kd.planning import plan
-from kd.runs import Run, writes_to
+from kd.runs import Run
 
 Small = Callable[..., list[str]]
 

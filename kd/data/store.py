@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd.runs import write_atomically
+from kd.files import write_text
 
 TOKEN_KINDS = ("hidden", "query", "key", "value", "derived")
 """Kinds of tensors with a row for every token; the others have one for every example."""
@@ -143,7 +143,7 @@ class TensorStore:
             raise RuntimeError(f"{whole} has {whole.stat().st_size} bytes, not {entry.size}")
         checksum = _checksum(whole)
         os.replace(whole, self.folder / f"{name}.bin")
-        write_atomically(self.folder / f"{name}.json", json.dumps(asdict(entry) | {"checksum": checksum}) + "\n")
+        write_text(self.folder / f"{name}.json", json.dumps(asdict(entry) | {"checksum": checksum}) + "\n")
 
     def read(self, names: Iterable[str], rows: Sequence[int], longest: int | None = None) -> dict[str, Tensor]:
         """Return tensors of some examples: (batch, width), or (batch, longest, width) with zeros on padding."""

@@ -1,6 +1,5 @@
 """Tokenised texts: computed once, stored on disk for later runs, and padded per batch."""
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from kd import distributed
 from kd.data.sources import SAY_AFTER
 from kd.data.texts import Texts
+from kd.files import atomic_write
 
 TOKENS_FORMAT = 1
 """Version of the stored format, part of the digest that names every stored file; incremented when the format changes."""
@@ -127,7 +127,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
         return None
 
 
-def checksum_of(file: BinaryIO, size: int) -> bytes:
+def checksum_of(file: IO[bytes], size: int) -> bytes:
     """Return the checksum of the next `size` bytes of a file, which is read piece by piece."""
     digest = hashlib.blake2b(digest_size=CHECKSUM)
     while size > 0 and (piece := file.read(min(size, PIECE))):
@@ -143,21 +143,13 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
         OSError: if the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with draft.open("w+b") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            checksum = checksum_of(file, size)
-            file.seek(0, os.SEEK_END)
-            file.write(checksum)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
+    with atomic_write(path, "w+b") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        checksum = checksum_of(file, size)
+        file.seek(0, os.SEEK_END)
+        file.write(checksum)
 
 
 def encodings(
