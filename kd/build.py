@@ -1,4 +1,4 @@
-"""A planned run to its models, data and engine, with whatever can be checked before they are trained."""
+"""Building of models, data and engine from a planned run, and the checks that need no training."""
 
 import copy
 import functools
@@ -58,7 +58,7 @@ from kd.surgeries import apply_surgeries, check_vocabularies, surgeries
 from kd.values import locate, one_line, subclass_of
 
 DATA: Mapping[str, type[KDDataModule]] = {"classifier": KDDataModule, "masked_lm": MaskedLMDataModule}
-"""What makes batches for a head of `kd.models.heads.HEADS`."""
+"""Head of `kd.models.heads.HEADS` -> the data module of its tasks."""
 
 
 @dataclass
@@ -66,13 +66,13 @@ class Models:
     """Students with their methods, and the teachers.
 
     Attributes:
-        students: name -> student; `student` where there is one alone.
-        methods: name -> its method, bound.
-        teachers: frozen.
-        online: a teacher that is trained with the students.
-        weights: term -> schedule.
-        inits: name -> where the student starts from, in words.
-        caches: teacher -> whether it is cached, and what that took, as a record states it.
+        students: name -> student; a single student is named `student`.
+        methods: name of the student -> its method, bound.
+        teachers: the frozen teachers.
+        online: a teacher that is trained together with the students; None if there is none.
+        weights: term -> schedule of its weight.
+        inits: name of the student -> description of its initial weights.
+        caches: name of the teacher -> the entry of the record about its cache: whether it is cached, and the time that took.
     """
 
     students: dict[str, Encoder]
@@ -85,20 +85,22 @@ class Models:
 
     @property
     def student(self) -> Encoder:
-        """The first student."""
+        """First student."""
         return next(iter(self.students.values()))
 
     @property
     def teaching(self) -> list[Encoder]:
-        """Every teacher's model, perhaps without weights, in the order of `Batch.teachers`."""
+        """Models of all teachers, possibly without weights, in the order of `Batch.teachers`."""
         return [teacher.shape for teacher in self.teachers] + ([] if self.online is None else [self.online])
 
 
 def teacher_probabilities(run: Run, task: Task, meta: bool) -> list[float]:
-    """The probability, or weight, of each teacher of a pool; even ones where pilots decide that have not run yet."""
+    """Return the probability, or weight, of each teacher of a pool; equal ones if `meta`, when pilots may not have run yet."""
     pool, names = run.spec.pool, list(run.spec.teacher)
     if isinstance(pool.distribution, list):
-        return [float(value) / sum(pool.distribution) for value in pool.distribution]  # to the last bit, as numpy wants it
+        return [
+            float(value) / sum(pool.distribution) for value in pool.distribution
+        ]  # numpy requires a sum of 1 up to rounding
     if meta or pool.distribution == "uniform":
         return [1 / len(names)] * len(names)
     higher = higher_is_better(task.monitor)
@@ -112,45 +114,47 @@ def teacher_probabilities(run: Run, task: Task, meta: bool) -> list[float]:
 
 
 def build_teachers(run: Run, task: Task, meta: bool) -> list[FrozenTeacher]:
-    """The frozen teachers, labels matched by name. Their weights are read when they are first looked at.
+    """Return the frozen teachers, their labels matched by name. Their weights are loaded when they are first needed.
 
     Args:
-        run: the run they serve.
-        task: whose labels they must have.
-        meta: shapes only.
+        run: the run that they teach.
+        task: task whose labels they must have.
+        meta: build shapes only.
 
     Raises:
-        InputError: for labels that do not match, or weights that cannot be had.
+        InputError: for labels that do not match, or weights that cannot be read.
     """
     teachers = []
     for name in [] if run.spec.cohort.teacher == "online" else teachers_of(run.spec):
         spec = run.spec.teacher[name]
-        made = run.inputs.get(f"teacher {name}")
+        teacher_run = run.inputs.get(f"teacher {name}")
         head, columns = HEADS[task.head], None
         source, key = teacher_source(run, name)
-        if made is None:
+        if teacher_run is None:
             config = load_config(source, key)
             if not head.is_in(config):
-                found = ", ".join(config.architectures)
-                raise InputError(f"'{spec.model}' has no head for this task: it is {found}, not ...{head.suffix}", key)
+                architectures = ", ".join(config.architectures)
+                raise InputError(
+                    f"'{spec.model}' has no head for this task: its architecture is {architectures}, not ...{head.suffix}", key
+                )
             if head.labelled:
                 columns = teacher_columns(task, teacher_labels(config, spec, name), f"teacher.{name}.labels")
                 check_outputs(config, task, spec.model, key)
-        elif meta:  # it has yet to be made: the shape that it will have
+        elif meta:  # it may not be trained yet: use the shape that it will have
             with rename_error_keys(f"teacher {name}", run.spec, run.config):
                 config = student_config(
-                    made.spec.student, backbone_of(made.spec)[0], task.labels, "student.backbone", task.head
+                    teacher_run.spec.student, backbone_of(teacher_run.spec)[0], task.labels, "student.backbone", task.head
                 )
-            source = backbone_of(made.spec)[0]
+            source = backbone_of(teacher_run.spec)[0]
         else:
             config = with_labels(load_config(source, key), task.labels, task.head)
         check_head(config, task.head, key)
         tokenizer = load_tokenizer(source, key)
         check_tokenizer(tokenizer, config, key, task.head, len(run.spec.task.text) > 1)
         shape = Encoder(new_model(config, task.head, meta=True), tokenizer)
-        if made is None:
-            # Its weights may never be needed, where a cache has its outputs; `load_model` looks at what they hold. Only before
-            # something else is trained for this run is that looked at now.
+        if teacher_run is None:
+            # If its outputs are cached, its weights are never loaded; otherwise `load_model` checks their values. They are
+            # checked here only if another run has to be trained first.
             values = meta and any(needed.result is None for needed in run.inputs.values())
             weights = check_weights(source, key, config, task.head, head_needed=True, values=values)
             shape.notes, shape.asides = list(weights.notes), list(weights.asides)
@@ -160,7 +164,7 @@ def build_teachers(run: Run, task: Task, meta: bool) -> list[FrozenTeacher]:
 
 
 def build_online(run: Run, task: Task, meta: bool) -> Encoder | None:
-    """The teacher that is trained with its students: its run's student before any training; None where teachers are frozen."""
+    """Return the teacher that is trained together with the students, with its initial weights; None if teachers are frozen."""
     if run.spec.cohort.teacher != "online":
         return None
     ((name, teacher),) = run.spec.teacher.items()
@@ -176,10 +180,10 @@ def build_online(run: Run, task: Task, meta: bool) -> Encoder | None:
 
 
 def teacher_labels(config: Any, spec: TeacherSpec, name: str) -> list[str]:
-    """Names of a ready teacher's outputs: those listed for it, else its configuration's.
+    """Return the names of a ready classifier's outputs: `teacher.<name>.labels`, else those of its configuration.
 
     Raises:
-        InputError: for a list of another length than the outputs, or a configuration that does not say which is which.
+        InputError: for a list of another length than the outputs, or a configuration that does not name each output.
     """
     key = f"teacher.{name}.labels"
     if not spec.labels:
@@ -191,10 +195,10 @@ def teacher_labels(config: Any, spec: TeacherSpec, name: str) -> list[str]:
 
 
 def check_outputs(config: Any, task: Task, model: str | None, key: str) -> None:
-    """Check that the outputs of a ready teacher mean what the task takes them for.
+    """Check that a ready classifier was trained for the problem type of the task, if its configuration states one.
 
     Raises:
-        InputError: if its configuration says that they mean something else.
+        InputError: if its `problem_type` is another.
     """
     wanted = "regression" if task.labels is None else "single_label_classification"
     if config.problem_type not in (None, wanted):
@@ -202,7 +206,11 @@ def check_outputs(config: Any, task: Task, model: str | None, key: str) -> None:
 
 
 def teacher_columns(task: Task, labels: list[str], key: str) -> list[int] | None:
-    """Columns of a ready teacher's logits in the task's order; None for regression."""
+    """Return the columns of a ready classifier's logits in the order of the task's labels; None for regression.
+
+    Raises:
+        InputError: if the labels do not match, or the task is a regression and the teacher has several outputs.
+    """
     if task.labels is not None:
         return match_labels(task.labels, labels, key)
     if len(labels) != 1:
@@ -211,26 +219,26 @@ def teacher_columns(task: Task, labels: list[str], key: str) -> list[int] | None
 
 
 def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple[str, ...]] = ()) -> Models:
-    """Students, teachers and methods, bound.
+    """Build students, teachers and methods, and bind the methods.
 
     Args:
-        run: what to build.
-        task: its labels name the outputs.
-        meta: shapes only; checks a configuration before anything is loaded or trained.
-        texts: of the training examples; what a surgery learns a vocabulary from.
+        run: the planned run.
+        task: task whose labels name the outputs.
+        meta: build shapes only, to check a configuration before anything is loaded or trained.
+        texts: texts of the training examples, from which a surgery may learn a vocabulary.
 
     Raises:
-        InputError: for whatever does not fit.
+        InputError: for models, teachers, methods or surgeries that do not fit each other.
     """
     spec = run.spec
     torch.manual_seed(spec.seed)
-    chances = teacher_probabilities(run, task, meta) if spec.pool.wrapper is not None else []
-    method, weights = build_method(spec.method, spec.pool, spec.cohort, chances)
-    seen = teachers_of(spec)
-    if method.teachers is not None and method.teachers != len(seen):
-        several = "; pool=stochastic and pool=wkd make one of several" if len(seen) > 1 else ""
+    probabilities = teacher_probabilities(run, task, meta) if spec.pool.wrapper is not None else []
+    method, weights = build_method(spec.method, spec.pool, spec.cohort, probabilities)
+    names = teachers_of(spec)
+    if method.teachers is not None and method.teachers != len(names):
+        several = "; pool=stochastic and pool=wkd reduce several to one" if len(names) > 1 else ""
         raise InputError(
-            f"method={spec.method['name']} takes {method.teachers} teacher(s), teacher={seen} has {len(seen)}{several}",
+            f"method={spec.method['name']} takes {method.teachers} teacher(s), teacher={names} has {len(names)}{several}",
             "teacher",
         )
     teachers, online = build_teachers(run, task, meta), build_online(run, task, meta)
@@ -238,7 +246,7 @@ def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple
     cohort = students_of(spec)
     models = Models({}, {}, teachers, online, weights, {})
     for index, (name, student_spec) in enumerate(cohort.items()):
-        # A student's fresh weights depend on the seed and its place alone, not on its method or teachers.
+        # A student's random weights depend only on the seed and its index in the cohort, not on its method or teachers.
         torch.manual_seed(spec.seed if index == 0 else int(np.random.SeedSequence([spec.seed, index]).generate_state(1)[0]))
         initial, initial_key = initial_source(run, student_spec, meta)
         student = build_student(
@@ -255,38 +263,39 @@ def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple
             task.start,
         )
         notes, asides = student.notes, student.asides
-        student, done = apply_surgeries(run, student, None if meta else flat(texts) if spec.surgery else [])
+        student, changes = apply_surgeries(run, student, None if meta else flat(texts) if spec.surgery else [])
         own = copy.deepcopy(method)
         own.bind(student, teachers if online is None else [online])  # type: ignore[list-item]
         check_vocabularies(run, task, own, student, models.teaching)
-        if meta and student_spec.init == "run":  # it has yet to be made: the shape that it will have
-            stage, key_of_it = run.init_run.spec, "student.run" if "stage" in run.inputs else "method.before"
-            found = student_config(stage.student, backbone_of(stage)[0], task.labels, key_of_it, task.head)
-            check_copy(student.config, found, student_spec, key_of_it)
-        student.notes, student.asides = notes, asides  # a surgery may have put it into another encoder
+        if meta and student_spec.init == "run":  # its stage may not be trained yet: use the shape that it will have
+            stage, stage_key = run.init_run.spec, "student.run" if "stage" in run.inputs else "method.before"
+            stage_shape = student_config(stage.student, backbone_of(stage)[0], task.labels, stage_key, task.head)
+            check_copy(student.config, stage_shape, student_spec, stage_key)
+        student.notes, student.asides = notes, asides  # a surgery may have replaced the encoder
         depth = load_config(initial, initial_key).num_hidden_layers if initial is not None else None
         label = name if len(cohort) > 1 else "student"
         models.students[label], models.methods[label] = student, own
-        began = run.init_run.result if student_spec.init == "run" else None
-        start = describe_init(student_spec, student.depth, depth) + ("" if began is None else f", begun from {began['init']}")
-        models.inits[label] = "; ".join([start, *notes, *done])
+        stage_record = run.init_run.result if student_spec.init == "run" else None
+        origin = "" if stage_record is None else f", begun from {stage_record['init']}"
+        start = describe_init(student_spec, student.depth, depth) + origin
+        models.inits[label] = "; ".join([start, *notes, *changes])
     for encoder in (*models.students.values(), *models.teaching):
         encoder.compiled = spec.trainer.compile and not meta
     return models
 
 
 def initial_source(run: Run, spec: StudentSpec, meta: bool) -> tuple[str | None, str]:
-    """Where a student's weights come from, None for random, and the key that says so.
+    """Return the source of a student's initial weights, None for random ones, and the key that sets it.
 
     Raises:
-        InputError: for an unknown `student.init_from`, or a fine-tuned teacher where there is none.
+        InputError: for an unknown `student.init_from`, or `student.init_from=teacher` without a teacher.
     """
     if spec.init == "random":
         return None, "student.init"
     if spec.init == "checkpoint":
         return spec.checkpoint, "student.checkpoint"
     if spec.init == "run":
-        return None if meta else str(run.init_run.student), "student.run"  # its shape is checked when it is there
+        return None if meta else str(run.init_run.student), "student.run"  # its shape is checked once it is trained
     if spec.init_from not in INIT_FROM:
         raise one_of(spec.init_from, INIT_FROM, "student.init_from")
     if spec.init_from == "pretrained":
@@ -294,15 +303,15 @@ def initial_source(run: Run, spec: StudentSpec, meta: bool) -> tuple[str | None,
     if not run.spec.teacher:
         raise InputError("student.init_from=teacher needs a teacher, teacher=[] has none", "student.init_from")
     name = teachers_of(run.spec)[0]
-    teacher, made = run.spec.teacher[name], run.inputs.get(f"teacher {name}")
+    teacher, teacher_run = run.spec.teacher[name], run.inputs.get(f"teacher {name}")
     key = f"teacher.{name}.{'backbone' if teacher.model is None else 'model'}"
-    if made is None:
-        return teacher.model or teacher.backbone, key  # of one that is trained online the weights it begins from
-    return (teacher.backbone if meta else str(made.student)), key
+    if teacher_run is None:
+        return teacher.model or teacher.backbone, key  # the backbone is the start of a teacher that is trained online
+    return (teacher.backbone if meta else str(teacher_run.student)), key
 
 
 def initial_labels(run: Run, spec: StudentSpec) -> list[str] | None:
-    """Names that the command lists for the outputs of the ready teacher that a student begins from, if it does."""
+    """Return `teacher.<name>.labels` of the classifier that a student starts from; None if it starts from another source."""
     if spec.init in ("random", "checkpoint", "run") or spec.init_from != "teacher" or not run.spec.teacher:
         return None
     teacher = run.spec.teacher[teachers_of(run.spec)[0]]
@@ -310,25 +319,25 @@ def initial_labels(run: Run, spec: StudentSpec) -> list[str] | None:
 
 
 _examples: weakref.WeakValueDictionary[str, Examples] = weakref.WeakValueDictionary()
-"""What has been read, for as long as somebody has it: a run and the runs that make its teachers read the same files."""
+"""Digest of task and data -> examples in use: a run and the runs that train its teachers share them."""
 
 
 def build_examples(run: Run) -> Examples:
-    """The task's text and labels, read and checked; once, where several runs of this process need them at a time."""
-    text = digest_of({part: run.digest_inputs[part] for part in ("task", "data")})
-    examples = _examples.get(text)
+    """Read and check the task's texts and labels; runs of this process that need the same ones at the same time share them."""
+    digest = digest_of({part: run.digest_inputs[part] for part in ("task", "data")})
+    examples = _examples.get(digest)
     if examples is None:
-        examples = _examples[text] = load_examples(run.spec.task, source_of(run.spec))
+        examples = _examples[digest] = load_examples(run.spec.task, source_of(run.spec))
     return examples
 
 
 def flat(texts: Sequence[tuple[str, ...]]) -> list[str]:
-    """Every text on its own."""
+    """Return the texts of all examples in one list."""
     return [text for pair in texts for text in pair]
 
 
 def build_data(run: Run, examples: Examples, models: Models) -> KDDataModule:
-    """Loaders over the task. Teachers that can be cached are from here on (`Models.teachers`)."""
+    """Return the data module, and replace teachers that can be cached in `models.teachers` by their caches."""
     spec = run.spec
     data = DATA[examples.task.head](
         examples,
@@ -346,22 +355,22 @@ def build_data(run: Run, examples: Examples, models: Models) -> KDDataModule:
         store=Path(spec.paths.runs).expanduser() / ".tokens",
         accumulate=spec.trainer.accumulate,
     )
-    listeners = [method for method in models.methods.values() if method.uses_teachers]
-    wanted = needs_of_teachers(listeners, len(models.teachers))
+    taught = [method for method in models.methods.values() if method.uses_teachers]
+    wanted = needs_of_teachers(taught, len(models.teachers))
     for index, (teacher, needs) in enumerate(zip(models.teachers, wanted, strict=True)):
-        found = cached_or_live(run, data, index, teacher, needs if listeners else None)
-        models.teachers[index], models.caches[teacher.name] = found
+        replaced = cached_or_live(run, data, index, teacher, needs if taught else None)
+        models.teachers[index], models.caches[teacher.name] = replaced
     return data
 
 
 def checked_length(spec: RunSpec, models: Models) -> int:
-    """`task.max_length`, if every model has that many positions.
+    """Return `task.max_length` after a check that every model has that many positions.
 
     Raises:
-        InputError: if one has fewer.
+        InputError: if a model has fewer, or the length is less than 3.
     """
     for encoder in (*models.students.values(), *models.teaching):
-        # RoBERTa and MPNet number positions from the padding index on.
+        # RoBERTa and MPNet number positions from the padding index plus one.
         table: Any = encoder.base.get_submodule("embeddings.position_embeddings")
         room = encoder.config.max_position_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
         if not 2 < spec.task.max_length <= room:
@@ -373,10 +382,10 @@ def checked_length(spec: RunSpec, models: Models) -> int:
 
 
 def build_engine(run: Run, models: Models, task: Task) -> Engine:
-    """The LightningModule.
+    """Return the LightningModule that trains the run.
 
     Raises:
-        InputError: for an engine that does not fit the students, or that cannot do what the trainer is asked for.
+        InputError: for an engine that does not fit the students, or does not support a key of the trainer.
     """
     trainer = run.spec.trainer
     given: dict[str, Any] = {
@@ -390,15 +399,15 @@ def build_engine(run: Run, models: Models, task: Task) -> Engine:
         "seed": run.spec.seed,
         "clip": trainer.clip,
     }
-    if taken := [name for name in run.spec.engine if name in given]:
-        raise InputError(f"engine.{taken[0]} follows from the rest of the configuration", f"engine.{taken[0]}")
+    if reserved := [name for name in run.spec.engine if name in given]:
+        raise InputError(f"engine.{reserved[0]} follows from the rest of the configuration", f"engine.{reserved[0]}")
     target = locate(run.spec.engine, "engine", subclass_of(Engine), "an engine: a class of kd.engines.base.Engine")
     options = arguments_of(target, run.spec.engine, "engine")
     try:
         engine: Engine = target(**given, **options)
     except TypeError as error:
         raise InputError(f"the engine cannot be made: {error}", "engine") from error
-    if not engine.automatic_optimization:  # it steps the optimiser itself, batch by batch
+    if not engine.automatic_optimization:  # it calls the optimiser itself after every batch
         if trainer.accumulate > 1:
             raise InputError("updates in turns need whole batches; use trainer.accumulate=1", "trainer.accumulate")
         if trainer.precision == "16-mixed":
@@ -407,12 +416,13 @@ def build_engine(run: Run, models: Models, task: Task) -> Engine:
 
 
 def check_optimizer_steps(spec: RunSpec) -> None:
-    """Make the optimiser and one step with it, on a layer that is thrown away, where the run will be trained.
+    """Check the optimiser by a step on a temporary layer, on the device of the training.
 
-    Some optimisers work on a GPU alone. Where a run asks for one that is not there, `check_machine` refuses it.
+    The device matters because some optimisers need a GPU. If the GPU of the configuration is missing, the check is skipped:
+    `check_machine` reports that.
 
     Raises:
-        InputError: for arguments that it does not take, or that make a step of something else than numbers.
+        InputError: for arguments that the optimiser does not accept, or that result in weights that are not finite.
     """
     key, factory = "optimizer.factory", build_optimizer(spec)
     gpu = spec.trainer.accelerator != "cpu" and torch.cuda.is_available()
@@ -425,17 +435,17 @@ def check_optimizer_steps(spec: RunSpec) -> None:
         optimizer.step()
     except InputError:
         raise
-    except Exception as error:  # torch raises a dozen kinds for arguments of another type
+    except Exception as error:  # torch raises many different exceptions for invalid arguments
         raise InputError(f"the optimiser cannot be made: {one_line(error)}", key) from error
     if not all(parameter.isfinite().all() for parameter in layer.parameters()):
         raise InputError("a step of the optimiser makes weights that are not finite", key)
 
 
 def check_memory(spec: RunSpec, models: Models) -> None:
-    """Compare what training cannot do without, weights and gradients in float32, with the memory of the machine.
+    """Check that weights and gradients in float32, the least that training needs, fit into the memory of the machine.
 
     Raises:
-        InputError: if it is more; what else training takes, as an optimiser's state, comes on top.
+        InputError: if they do not fit. Other memory of training, such as the optimiser's state, is not counted.
     """
     count = sum(student.parameter_count() for student in models.students.values())
     if spec.trainer.accelerator == "gpu" and torch.cuda.is_available():
@@ -455,30 +465,30 @@ def check_memory(spec: RunSpec, models: Models) -> None:
 
 
 def check_machine(spec: RunSpec) -> None:
-    """Check that this machine has what a configuration computes with.
+    """Check that this machine supports the accelerator and the precision of a configuration.
 
     Raises:
-        InputError: for a GPU that is not there, or a precision that needs one.
+        InputError: if there is no GPU, and the accelerator or the precision needs one.
     """
-    there = torch.cuda.is_available()
-    if spec.trainer.accelerator == "gpu" and not there:
+    has_gpu = torch.cuda.is_available()
+    if spec.trainer.accelerator == "gpu" and not has_gpu:
         raise InputError("there is no GPU that torch can use here; use trainer=cpu", "trainer")
-    if spec.trainer.precision == "16-mixed" and (spec.trainer.accelerator == "cpu" or not there):
+    if spec.trainer.precision == "16-mixed" and (spec.trainer.accelerator == "cpu" or not has_gpu):
         raise InputError(  # Lightning would train in bf16 and the record would not say so
             "trainer.precision=16-mixed needs a GPU; a processor computes 32-true, or bf16-mixed", "trainer.precision"
         )
 
 
 def check_arguments(run: Run) -> None:
-    """Check whatever needs neither data nor models: methods, schedules, surgeries, optimisers, loggers of a run and its inputs.
+    """Check all that needs neither data nor models: methods, schedules, surgeries, optimisers, loggers of a run and its inputs.
 
     Raises:
-        InputError: naming the argument that cannot work.
+        InputError: for an invalid argument; its key is named.
     """
     spec = run.spec
-    check_machine(spec)  # first: what suits no machine like this one need not be put right in other keys before
-    chances = [1 / max(len(spec.teacher), 1)] * len(spec.teacher)
-    build_method(spec.method, spec.pool, spec.cohort, chances)
+    check_machine(spec)  # first, because other errors do not matter on a machine that cannot run this
+    probabilities = [1 / max(len(spec.teacher), 1)] * len(spec.teacher)
+    build_method(spec.method, spec.pool, spec.cohort, probabilities)
     surgeries(spec)
     locate(spec.engine, "engine", subclass_of(Engine), "an engine: a class of kd.engines.base.Engine")
     check_optimizer_steps(spec)
@@ -491,14 +501,14 @@ def check_arguments(run: Run) -> None:
 
 
 def check_run(run: Run, examples: Examples) -> None:
-    """Build a run with shapes in place of weights, so that what cannot work is found before anything is paid for.
+    """Build a run with shapes in place of weights, to find errors before anything is trained.
 
     Raises:
-        InputError: for whatever does not fit.
+        InputError: for parts of the run that do not fit each other, or the machine.
     """
     check_machine(run.spec)
     for role, needed in run.inputs.items():
-        if role.startswith("pilot "):  # all of them hold out the same examples
+        if role.startswith("pilot "):  # all pilots hold out the same examples
             with rename_error_keys(role, run.spec, run.config):
                 build_examples(needed)
             break

@@ -188,7 +188,7 @@ def _held(folder: Path) -> Iterator[None]:
     """Lock a teacher's cache on rank 0: a second process that needs it waits, then reads the finished cache."""
     with contextlib.ExitStack() as held:
         distributed.on_rank_zero(
-            lambda: held.enter_context(locked(folder, f"  another process is at {folder}; waiting for it"))
+            lambda: held.enter_context(locked(folder, f"  another process has locked {folder}; waiting for it"))
         )
         yield
 

@@ -166,7 +166,7 @@ def _damage(file: IO[bytes]) -> str | None:
 
 def refused(path: Path, why: str) -> InputError:
     """Return the error for a checkpoint that cannot be used."""
-    return InputError(f"the checkpoint '{path}' cannot be used: {why}. Begin this run again with resume=false", "resume")
+    return InputError(f"the checkpoint '{path}' cannot be used: {why}. Start this run again with resume=false", "resume")
 
 
 def read_checkpoint(path: Path, digest: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Atomic writes, locks on folders, and input errors for places that cannot be written."""
+"""Atomic writes, locks on folders, and input errors for paths that cannot be written to."""
 
 import contextlib
 import errno
@@ -81,10 +81,10 @@ def _is_abandoned(draft: Path) -> bool:
 
 
 def check_writable(folder: Path | str) -> None:
-    """Make a folder for runs if need be, and try to write to it.
+    """Check that a folder for runs can be written to; make it if it does not exist.
 
     Raises:
-        InputError: if that cannot be done.
+        InputError: if it cannot be made or written to.
     """
     folder = Path(folder).expanduser()
     try:
@@ -99,15 +99,18 @@ def check_writable(folder: Path | str) -> None:
 
 
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
-"""What the system says where somebody else's folder, a read-only file system, or a file in place of a folder is written to."""
+"""Errors on writing to another user's folder, to a read-only file system, or where a file is in place of a folder."""
 
 
 @contextmanager
 def writes_to(runs: str) -> Iterator[None]:
-    """A folder of runs, or a part of it, that turns out not to be writable is something the user can put right.
+    """Turn an OSError about a path in the folder of runs that cannot be written to into an InputError.
+
+    Args:
+        runs: folder of runs.
 
     Raises:
-        InputError: in place of such an OSError.
+        InputError: in place of an OSError of `NOT_WRITABLE`; others, such as a full disk, are raised as they are.
     """
     try:
         yield
@@ -120,14 +123,14 @@ def writes_to(runs: str) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path, waiting: str) -> Iterator[None]:
-    """Hold a folder, which is made if need be. A killed holder's lock is free.
+    """Lock a folder, which is made if it does not exist. The lock of a killed process is free.
 
     Args:
-        folder: to be held.
-        waiting: what to say while another process holds it.
+        folder: folder to lock.
+        waiting: message to print if another process has locked it.
 
     Raises:
-        InputError: if it cannot be made or written.
+        InputError: if the folder cannot be made or written to.
     """
     lock = FileLock(folder / ".lock")
     with writing(folder):
@@ -145,13 +148,13 @@ def locked(folder: Path, waiting: str) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What the user can put right about a place that cannot be written; a full disk has a message of its own.
+    """Turn an OSError on writing to a path into an InputError; that of a full disk is raised as it is.
 
     Args:
-        path: what is written.
+        path: path of the file or folder that is written.
 
     Raises:
-        InputError: naming the path.
+        InputError: if the path cannot be written; the message names it.
     """
     try:
         yield
@@ -162,10 +165,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a whole folder, if it is there.
+    """Remove a file, a link or a folder with its content, if it exists.
 
     Raises:
-        OSError: if that cannot be done.
+        OSError: if it cannot be removed.
     """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

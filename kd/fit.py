@@ -1,4 +1,4 @@
-"""Training proper: from a planned run whose inputs are done to its record."""
+"""Training, evaluation and export of a planned run whose inputs are done, up to its record."""
 
 import logging
 import time
@@ -45,29 +45,29 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
     """Train, evaluate and export a run whose inputs are done.
 
     Raises:
-        InputError: for what the user can put right.
+        InputError: for an error that the user can correct.
         KeyboardInterrupt: on Ctrl-C, after Lightning has shut down.
     """
     quieten()
     models = build_models(run, examples.task, texts=examples.texts["train"])
     data = build_data(run, examples, models)
-    keep_memory()  # from here on: what building took, a teacher's weights among it, goes back to the system
+    keep_memory()  # from here on, so that memory of building, such as a teacher's weights, is returned to the system
     engine = build_engine(run, models, examples.task)
     distributed.on_rank_zero(lambda: begin(run, engine, data, models.inits))
     starts = count_fills(run, engine, models.caches)
     step = last_step(run, engine)
     if step is not None:
-        distributed.print_rank_zero(f"  going on from step {step}")
+        distributed.print_rank_zero(f"  resuming from step {step}")
     trainer = build_trainer(run, engine, step)
     try:
         run_trainer(trainer, engine, data, run.checkpoints / "last.ckpt" if step is not None else None)
     finally:
         close_wandb()
     for encoder in (*models.students.values(), *models.teaching):
-        encoder.compiled = False  # what is scored, timed and exported is the model that others load
+        encoder.compiled = False  # the exported model is not compiled: score and time the same model
     device = trainer.strategy.root_device
     selection = select(run, engine)
-    if models.online is not None:  # from here on it is a teacher like any other
+    if models.online is not None:  # it is evaluated like a frozen teacher
         models.teachers.append(FrozenTeacher(models.online, next(iter(run.spec.teacher))))
     scores = {
         split: evaluate(models.students, models.teachers, data.loader(split), engine.task, device)
@@ -79,58 +79,58 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
 
 
 def begin(run: Run, engine: Engine, data: KDDataModule, inits: Mapping[str, str]) -> None:
-    """Make the run's folder, and look for what usually goes wrong."""
+    """Make the run's folder, and run the preflight checks."""
     run.begin(run.spec.resume)
     if run.spec.preflight:
         distributed.print_rank_zero("\n".join(preflight(run, engine, data, inits).lines))
 
 
 def count_fills(run: Run, engine: Engine, caches: dict[str, dict[str, Any]]) -> int:
-    """Add what earlier starts of this run spent on filling caches: a kill before the first checkpoint must not hide it.
+    """Add the cost of filling caches in earlier starts of this run, which a kill before the first checkpoint must not hide.
 
     Args:
-        run: whose folder holds the sums, in `checkpoints/costs.json`.
-        engine: its teachers get the passes of all starts.
-        caches: what the record will say of them; they get the seconds of all starts.
+        run: the run; the sums are in `checkpoints/costs.json` of its folder.
+        engine: engine whose teachers get the forward counts of all starts.
+        caches: entries of the record about caches, by teacher; they get the seconds of all starts.
 
     Returns:
-        How often this run was started.
+        Number of starts of this run.
     """
     spent: dict[str, dict[str, Any]] = {}
     for name, done in work_of_all(distributed.gather(engine.work_of_teachers())).items():
-        told = caches.get(name, {})
-        spent[name] = {**done, "seconds": told.get("seconds", 0.0), "written": told.get("written", [])}
+        entry = caches.get(name, {})
+        spent[name] = {**done, "seconds": entry.get("seconds", 0.0), "written": entry.get("written", [])}
 
-    def added() -> dict[str, Any]:
+    def write_sums() -> dict[str, Any]:
         path = run.checkpoints / "costs.json"
-        kept = read_record(path, sealed=True)
-        if kept is not None and not are_costs(kept, spent):
-            kept = None
-        if kept is None and path.exists():
+        earlier = read_record(path, sealed=True)
+        if earlier is not None and not are_costs(earlier, spent):
+            earlier = None
+        if earlier is None and path.exists():
             distributed.print_rank_zero(
-                f"  '{path}' is damaged: what earlier starts of this run spent on caches is not counted"
+                f"  '{path}' is damaged: the cost of caches in earlier starts of this run is not counted"
             )
-        kept = kept or {"starts": 0, "caches": {}}
+        earlier = earlier or {"starts": 0, "caches": {}}
         sums = {
-            name: {kind: value + kept["caches"].get(name, {}).get(kind, type(value)()) for kind, value in now.items()}
+            name: {kind: value + earlier["caches"].get(name, {}).get(kind, type(value)()) for kind, value in now.items()}
             for name, now in spent.items()
         }
-        return write_record(path, {"starts": 1 + kept["starts"], "caches": sums})
+        return write_record(path, {"starts": 1 + earlier["starts"], "caches": sums})
 
-    sums = distributed.on_rank_zero(added)
+    sums = distributed.on_rank_zero(write_sums)
     for teacher in engine.teachers:
-        known = sums["caches"][teacher.name]
-        teacher.work = {kind: known[kind] if distributed.is_rank_zero() else 0 for kind in teacher.work}
+        total = sums["caches"][teacher.name]
+        teacher.work = {kind: total[kind] if distributed.is_rank_zero() else 0 for kind in teacher.work}
         if "seconds" in caches.get(teacher.name, {}):
-            caches[teacher.name] |= {"seconds": round(known["seconds"], 3), "written": list(dict.fromkeys(known["written"]))}
+            caches[teacher.name] |= {"seconds": round(total["seconds"], 3), "written": list(dict.fromkeys(total["written"]))}
     engine.filled = engine.work_of_teachers()
     return int(sums["starts"])
 
 
-def are_costs(kept: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether a record has a number of starts and, by teacher, sums of the kinds that are added to it."""
-    caches = kept.get("caches")
-    if type(kept.get("starts")) is not int or not isinstance(caches, Mapping):
+def are_costs(record: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return whether a record has a number of starts and, by teacher, sums to which the values of `now` can be added."""
+    caches = record.get("caches")
+    if type(record.get("starts")) is not int or not isinstance(caches, Mapping):
         return False
     for name, kinds in now.items():
         earlier = caches.get(name, {})
@@ -143,7 +143,7 @@ def are_costs(kept: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def last_step(run: Run, engine: Engine) -> int | None:
-    """The optimiser step that a run goes on from; None where it begins.
+    """Return the optimiser step of the checkpoint that a run resumes from; None if it has none.
 
     Raises:
         InputError: if a checkpoint is damaged, missing, or of another run.
@@ -151,15 +151,15 @@ def last_step(run: Run, engine: Engine) -> int | None:
     last, best = run.checkpoints / "last.ckpt", run.checkpoints / "best.ckpt"
     if not last.exists():
         return None
-    found = read_checkpoint(last, run.digest)
-    check_resumable(found, engine, last)
-    if run.spec.trainer.selection == "best" and best_is_due(found):  # now, not when training is over
+    checkpoint = read_checkpoint(last, run.digest)
+    check_resumable(checkpoint, engine, last)
+    if run.spec.trainer.selection == "best" and best_is_due(checkpoint):  # before training, not after it
         check_state(read_checkpoint(best, run.digest), engine, best)
-    return int(found["global_step"])
+    return int(checkpoint["global_step"])
 
 
 def quieten() -> None:
-    """Leave out what libraries say that is of no use to the person at the terminal."""
+    """Silence messages of libraries that do not help the user of the command."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()  # type: ignore[attr-defined]
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -167,11 +167,11 @@ def quieten() -> None:
     for message in (
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists and is not empty.*",
-        ".*resuming from a checkpoint that ended before the epoch ended.*",  # the sampler goes on where it stopped
+        ".*resuming from a checkpoint that ended before the epoch ended.*",  # the sampler resumes at the next batch
         ".*number of training batches .* is smaller than the logging interval.*",
         ".*dataloader is not resumable.*",
         ".*will save all targets and predictions in.*buffer.*",
-        ".*sync_dist=True.*",  # torchmetrics has reduced what is logged on epoch level
+        ".*sync_dist=True.*",  # metrics that are logged at the end of an epoch are reduced by torchmetrics
         ".*isinstance.treespec, LeafSpec.*",
         ".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*",
     ):
@@ -181,14 +181,14 @@ def quieten() -> None:
 def build_trainer(
     run: Run, engine: Engine, step: int | None, callbacks: Sequence[pl.Callback] | None = None, **options: Any
 ) -> pl.Trainer:
-    """The Lightning trainer of a run.
+    """Return the Lightning trainer of a run.
 
     Args:
-        run: whose trainer it is.
-        engine: what it trains.
-        step: to go on from; None at the beginning.
-        callbacks: in place of progress and checkpoints.
-        options: of the trainer, beside those that follow from the run.
+        run: the run to train.
+        engine: the LightningModule.
+        step: optimiser step to resume from; None if training starts.
+        callbacks: callbacks to use instead of the progress bar and the checkpoints.
+        options: further arguments of `pl.Trainer`.
     """
     spec = run.spec.trainer
     if callbacks is None:
@@ -211,9 +211,9 @@ def build_trainer(
         deterministic=spec.deterministic,
         logger=loggers,
         callbacks=list(callbacks),
-        # One process is alone also inside a SLURM job: Lightning would take the job's tasks for its own and bypass SIGTERM.
+        # In a SLURM job, Lightning would take the job's tasks for ranks of this run, and would bypass SIGTERM.
         plugins=[AtomicCheckpointIO(run.digest), *([LightningEnvironment()] if distributed.world() == 1 else [])],
-        default_root_dir=run.directory,  # in a SLURM job Lightning looks there, else in the working folder, for a checkpoint
+        default_root_dir=run.directory,  # Lightning searches it for a checkpoint in a SLURM job
         log_every_n_steps=10,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # the batch sampler shards without loss or repetition
@@ -224,89 +224,91 @@ def build_trainer(
 
 
 def run_trainer(trainer: pl.Trainer, engine: Engine, data: KDDataModule, checkpoint: Path | None) -> None:
-    """Fit; Ctrl-C comes out as what it is."""
+    """Train; raise KeyboardInterrupt on Ctrl-C, which Lightning turns into SystemExit."""
     try:
         trainer.fit(engine, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit as error:  # Lightning's answer to Ctrl-C
+    except SystemExit as error:  # Lightning raises it on Ctrl-C
         raise KeyboardInterrupt from error
 
 
 def select(run: Run, engine: Engine) -> dict[str, Any]:
-    """Put the chosen weights into the student; what was chosen and by what.
+    """Load the selected weights into the students; return the entry of the record about the selection.
 
     Raises:
         InputError: if the best checkpoint is missing, damaged, or of another run.
     """
     if run.spec.trainer.selection == "last":
         return {"kind": "last", "by": "at the end of training", "epoch": run.spec.trainer.max_epochs}
-    found = load_weights(run, engine, "best.ckpt")
+    checkpoint = load_weights(run, engine, "best.ckpt")
     monitor = f"validation {engine.task.monitor}"
     whose = "" if len(engine.learners) == 1 else f" of the best of {len(engine.learners)} students"
     return {
         "kind": "best",
         "by": f"chosen by {monitor}{whose} over {run.spec.trainer.max_epochs} epoch(s)",
-        "epoch": found["epoch"] + 1,
+        "epoch": checkpoint["epoch"] + 1,
     }
 
 
 def load_weights(run: Run, engine: Engine, name: str) -> dict[str, Any]:
-    """Put a checkpoint's weights into a run's models; the checkpoint.
+    """Load a checkpoint's weights into a run's models; return the checkpoint.
 
     Raises:
         InputError: if it is missing, damaged, or of another run.
     """
     path = run.checkpoints / name
-    found = read_checkpoint(path, run.digest)
-    check_state(found, engine, path)
-    engine.load_state_dict(found["state_dict"])
-    return found
+    checkpoint = read_checkpoint(path, run.digest)
+    check_state(checkpoint, engine, path)
+    engine.load_state_dict(checkpoint["state_dict"])
+    return checkpoint
 
 
 def export_again(run: Run, examples: Examples, record: dict[str, Any]) -> dict[str, Any]:
-    """Export the students of a finished run once more, from its checkpoint, and record what was written.
+    """Export the students of a finished run again from its checkpoint, and record the new files.
 
     Args:
-        run: done; its inputs are as well.
-        examples: of its task.
-        record: of the run.
+        run: a run that is done, and whose inputs are done.
+        examples: examples of its task.
+        record: record of the run.
+
+    Returns:
+        The new record.
 
     Raises:
-        InputError: if the checkpoint cannot be read, or its weights are not those that were recorded.
+        InputError: if the checkpoint cannot be read, or the exported weights differ from the recorded digests.
     """
     quieten()
-    record = {"origin": origin(run), **record}  # of an earlier version, the record has none
+    record = {"origin": origin(run), **record}  # records of earlier versions have none
     models = build_models(run, examples.task, texts=examples.texts["train"])
     engine = build_engine(run, models, examples.task)
     load_weights(run, engine, f"{run.spec.trainer.selection}.ckpt")
     for name, student in models.students.items():
         student.compiled = False
-        known = record["students"].get(name)
-        if not isinstance(known, dict):
-            raise InputError(f"'{run.directory / 'result.json'}' does not know the student '{name}'; remove it", "resume")
+        if not isinstance(record["students"].get(name), dict):
+            raise InputError(f"'{run.directory / 'result.json'}' has no entry for the student '{name}'; remove it", "resume")
         export(student, folder_of(run, name, record["headline"]), card_of(record, name))
     written = exported_files(run, list(models.students), record["headline"])
-    for name, known in (record.get("files") or {}).items():
-        if name.endswith(".safetensors") and written.get(name) != known:
+    for name, recorded in (record.get("files") or {}).items():
+        if name.endswith(".safetensors") and written.get(name) != recorded:
             raise InputError(
-                f"'{run.directory / name}' was exported again, and differs from what result.json says of it. One of the two is "
-                "damaged: begin this run again with resume=false",
+                f"'{run.directory / name}' was exported again, and differs from its digest in result.json. One of the two "
+                "is damaged: start this run again with resume=false",
                 "resume",
             )
     return run.finish({**record, "files": written})
 
 
 def folder_of(run: Run, name: str, headline: str) -> Path:
-    """Where a student of a run is exported to."""
+    """Return the folder that a student of a run is exported to."""
     return run.student if name == headline else run.directory / "peers" / name
 
 
 def exported_files(run: Run, names: Sequence[str], headline: str) -> dict[str, dict[str, Any]]:
-    """Size and digest of every exported file, by its path in the run's directory."""
+    """Return size and digest of every exported file, by its path relative to the run's directory."""
     return recorded_files(run.directory, [folder_of(run, name, headline) for name in names])
 
 
 def card_of(record: Mapping[str, Any], name: str) -> str:
-    """The model card of one of a run's students."""
+    """Return the model card of a student of a run."""
     own = record["students"][name]
     label = record["student"] if len(record["students"]) == 1 else name
     counts = {"student": own["parameters"], "exported": own["exported"]}
@@ -322,7 +324,7 @@ def conclude(
     selection: dict[str, Any],
     counts: dict[str, Any],
 ) -> dict[str, Any]:
-    """Export the students, check the exports, and write the record. The best student on validation is the run's."""
+    """Export the students, check the exports, and write and return the record. The best student on validation is the run's."""
     for student in models.students.values():
         student.to("cpu")
     first = headline(engine.task, scores["validation"].students)
@@ -342,7 +344,7 @@ def conclude(
         "selection": selection,
         "seconds": {
             "train": round(engine.seconds, 3),
-            "cache": sum(made.get("seconds", 0.0) for made in models.caches.values()),
+            "cache": sum(entry.get("seconds", 0.0) for entry in models.caches.values()),
             "before": seconds_before(run),
         },
         "resumed": {"starts": counts["starts"], "from_steps": engine.resumed},
@@ -356,7 +358,7 @@ def conclude(
         "origin": origin(run),
         "max_length": run.spec.task.max_length,
         "limit_train": run.spec.task.limit_train,
-        "examples": {split: len(found) for split, found in data.examples.texts.items()},
+        "examples": {split: len(texts) for split, texts in data.examples.texts.items()},
         "epochs": run.spec.trainer.max_epochs,
         **batch_of(run, data),
         "steps": engine.global_step,
@@ -372,20 +374,20 @@ def conclude(
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     timed = {teacher.name: to_time(teacher, engine.task.head) for teacher in models.teachers}
-    speeds = latencies({**{f"student {name}": each for name, each in models.students.items()}, **timed})
+    speeds = latencies({**{f"student {name}": student for name, student in models.students.items()}, **timed})
     del timed
     record["latency"] = {
         "measure": LATENCY_MEASURE,
         "threads": torch.get_num_threads(),
-        "spread": {name: found.spread for name, found in speeds.items()},
+        "spread": {name: latency.spread for name, latency in speeds.items()},
     }
     record["baseline"] = baseline(engine.task, data.examples.labels)
     folders = {name: folder_of(run, name, first) for name in models.students}
     students: dict[str, Any] = {}
     for index, (name, student) in enumerate(models.students.items()):
         own: dict[str, Any] = {
-            "metrics": {**{split: found.students[name] for split, found in scores.items()}},
-            "agreement": {split: found.agreement[name] for split, found in scores.items()},
+            "metrics": {split: evaluation.students[name] for split, evaluation in scores.items()},
+            "agreement": {split: evaluation.agreement[name] for split, evaluation in scores.items()},
             "parameters": student.parameter_count(),
             "exported": sum(parameter.numel() for parameter in student.plain().parameters()),
             "latency_ms": speeds[f"student {name}"].milliseconds,
@@ -400,14 +402,14 @@ def conclude(
         students[name] = own
     chosen = students[first]
     record |= {key: chosen[key] for key in ("metrics", "agreement", "init", "export_difference")}
-    counted = {name: each.parameter_count() for name, each in teachers.items()}
+    counted = {name: teacher.parameter_count() for name, teacher in teachers.items()}
     record["parameters"] = {
         "student": chosen["parameters"],
         "exported": chosen["exported"],
         "teacher": next(iter(counted.values()), None),
         "teachers": counted,
     }
-    record["megabytes"] = {"student": chosen["megabytes"], **{name: megabytes(each) for name, each in teachers.items()}}
+    record["megabytes"] = {"student": chosen["megabytes"], **{name: megabytes(teacher) for name, teacher in teachers.items()}}
     record["latency_ms"] = {"student": chosen["latency_ms"], **{name: speeds[name].milliseconds for name in teachers}}
     record["collapsed"] = chosen["collapsed"]
     record |= {"headline": first, "students": students, "files": exported_files(run, list(students), first)}
@@ -415,7 +417,7 @@ def conclude(
 
 
 def seconds_before(run: Run) -> float:
-    """Seconds of training of the runs that this one's method begins with."""
+    """Return the seconds of training of the first runs of this run's method (`method.before`)."""
     first = run.inputs.get("before")
     if first is None or first.result is None:
         return 0.0
@@ -423,9 +425,10 @@ def seconds_before(run: Run) -> float:
 
 
 def batch_of(run: Run, data: KDDataModule) -> dict[str, int | None]:
-    """Examples or padded tokens of an optimiser step at most, and its batches, as a record states them.
+    """Return the largest number of examples, or of padded tokens, of an optimiser step, and its batches, for the record.
 
-    An epoch that has fewer batches than `trainer.accumulate`, or a training set of less than a batch, makes them fewer.
+    They are fewer than configured if an epoch has fewer batches than `trainer.accumulate`, or train has fewer examples than a
+    batch.
     """
     trainer = run.spec.trainer
     accumulate = min(trainer.accumulate, len(data.sampler("train", run.spec.seed)))
@@ -436,10 +439,10 @@ def batch_of(run: Run, data: KDDataModule) -> dict[str, int | None]:
 
 
 def export_difference(student: Encoder, index: int, folder: Path, data: KDDataModule) -> float:
-    """Largest difference between a student's logits and those of its exported folder.
+    """Return the largest difference between a student's logits and those of its exported model.
 
     Raises:
-        RuntimeError: if it is more than rounding.
+        RuntimeError: if it is larger than `TOLERANCE`, the rounding.
     """
     inputs = data.probe("validation", 16).students[index]
     difference = largest_difference(student, folder, inputs, HEADS[data.examples.task.head].auto)
@@ -449,6 +452,6 @@ def export_difference(student: Encoder, index: int, folder: Path, data: KDDataMo
 
 
 def megabytes(model: Encoder) -> float:
-    """Size of a model's weights in memory, in units of 10^6 bytes."""
+    """Return the size of a model's weights in memory, in units of 10^6 bytes."""
     count: int = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     return round(count / 1e6, 2)

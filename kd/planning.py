@@ -1,7 +1,7 @@
 """A run is a pure function of its configuration, and its inputs are other runs.
 
-The digest of everything that changes a result names a run's directory. A teacher to fine-tune or a stage to begin from is a
-run of its own, made first if it is missing and reused if it is done.
+A run's directory is named by the digest of everything that changes its result. A teacher to fine-tune or a stage to start from
+is a run of its own: it is trained first if it is not done, and reused if it is.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from kd.stages import before_config, has_key, key_of_stage, laid_over, nested, s
 from kd.values import has, locate, one_line, shown
 
 DIGEST_FORMAT = 1
-"""Part of every digest; raised when a change of code makes old results incomparable."""
+"""Part of every digest; increased when results of older code are no longer comparable."""
 
 NOT_IN_DIGEST = [
     "accelerator",
@@ -36,22 +36,22 @@ NOT_IN_DIGEST = [
     "checkpoint_minutes",
     "progress",
 ]
-"""Trainer keys that do not change a result."""
+"""Trainer keys that do not change a result, and are therefore not part of the digest."""
 
 MACHINE_KEYS = ("precision", "compile", "pad_multiple")
-"""Trainer keys that change a result, but are chosen for the machine: runs that make teachers take them over."""
+"""Trainer keys that change a result, but are chosen for the machine: runs that train teachers inherit them."""
 
 OMIT_IF_DEFAULT = {"batch_tokens": None, "pad_multiple": 1, "compile": False}
-"""Trainer keys that are no part of an identity while they have these values: the runs are those of before there were any."""
+"""Trainer keys that are left out of the digest at these values, so that runs of versions without them keep their digests."""
 
 METHOD_UNLESS_ASKED_FOR: Mapping[str, Mapping[str, Any]] = {"kd.methods.simkd.SimKD": {"padding": "strict"}}
-"""The same of a method's options, by its class: options that came later, at the value that was built in before."""
+"""Class of a method -> options that are left out of the digest at these values, for the same reason."""
 
 UNSET = ("limit_validation", "limit_test", "format", "delimiter", "columns")
-"""Keys of a task, and of its source, that are no part of an identity while they are null, for the same reason."""
+"""Keys of a task and of its source that are left out of the digest while they are null, for the same reason."""
 
 NAMES = ("text", "label", "columns")
-"""Keys of a task's source that name columns: text, also where a command line has a number."""
+"""Keys of a task's source that name columns; a number on the command line is taken for a name."""
 
 FLOAT32 = "weights are used in float32"
 OUTPUTS = "outputs are named by their numbers, or as listed"
@@ -68,23 +68,23 @@ REVISIONS: Mapping[str, Callable[[RunSpec], bool]] = {
     FLOAT32: lambda spec: not all(is_float32(source, key) for source, key in _models(spec)),
     OUTPUTS: lambda spec: _renames_outputs(spec),
 }
-"""Corrections after which some configurations end elsewhere, and which: their digests differ from those of before.
+"""Correction of the code -> whether it changes the result of a configuration.
 
-In place of a higher `DIGEST_FORMAT`, which would make every run anew.
+The digest of a run contains the corrections that concern it. A higher `DIGEST_FORMAT` would retrain every run instead.
 """
 
 PATH_KEYS = ("root", "train", "validation", "test")
-"""Keys that say where data is; their content enters the digest instead."""
+"""Keys with paths of data files; the content of the files enters the digest instead."""
 
 
 def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teaching: Mapping[str, Run] | None = None) -> Run:
-    """The run of a configuration, with the runs it needs. Nothing is trained, loaded or written.
+    """Return the run of a configuration, with the runs that it needs. Nothing is trained, loaded or written.
 
     Args:
-        config: composed.
-        overrides: what it was composed from; a stage is stated relative to them.
-        depth: of the chain of stages.
-        teaching: runs that make or rank the teachers, where another run has them already.
+        config: the composed configuration.
+        overrides: the overrides that it was composed from; those of a stage are added to them.
+        depth: number of stages before this one in the chain, counted from the command.
+        teaching: runs that train or rank the teachers; None to plan them from the configuration.
 
     Raises:
         InputError: for a value of the wrong type, or an input that does not exist.
@@ -113,12 +113,12 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teac
             with rename_error_keys(f"surgery {name}", spec, config):
                 inputs[f"surgery {name}"] = plan(*stage, depth + 1)
     identified = digest_inputs(spec, inputs)
-    if spec.cohort.teacher == "online":  # it has no run of its own, so its shape and start are part of this one
+    if spec.cohort.teacher == "online":  # it has no run of its own: its shape and initial weights enter this digest
         ((name, teacher),) = spec.teacher.items()
         with rename_error_keys(f"teacher {name}", spec, config):
-            made = composition.typed(teacher_config(config, spec, name, teacher))
-            check_values(made)
-        own = digest_inputs(made, {})
+            online = composition.typed(teacher_config(config, spec, name, teacher))
+            check_values(online)
+        own = digest_inputs(online, {})
         identified["online"] = {key: own[key] for key in ("student", "seed")}
         if FLOAT32 in own.get("revisions", ()):
             identified["online"]["revisions"] = [FLOAT32]
@@ -129,12 +129,15 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teac
 
 @contextmanager
 def rename_error_keys(role: str, spec: RunSpec, config: DictConfig) -> Iterator[None]:
-    """Errors of an input's run name the key of the run that needs it: where the user can change it.
+    """Let errors about an input's run name the key in the configuration of the run that needs it, which the user can change.
 
     Args:
-        role: of the input.
-        spec: of the run that needs it.
-        config: of the run that needs it, with what it interpolates.
+        role: role of the input; see `Run.inputs`.
+        spec: specification of the run that needs it.
+        config: configuration of the run that needs it, not resolved.
+
+    Raises:
+        InputError: in place of one that names a key of the input's run.
     """
     try:
         yield
@@ -146,7 +149,7 @@ def rename_error_keys(role: str, spec: RunSpec, config: DictConfig) -> Iterator[
 
 
 def key_for(role: str, spec: RunSpec, key: str | None, config: DictConfig | None = None) -> str | None:
-    """Where a run says what an input of it has at a key.
+    """Return the key in the configuration of a run that sets a key of one of its inputs.
 
     >>> key_for("teacher minilm", RunSpec(teacher={"minilm": TeacherSpec()}), "optimizer.lr")
     'teacher.minilm.run.optimizer.lr'
@@ -163,9 +166,9 @@ def key_for(role: str, spec: RunSpec, key: str | None, config: DictConfig | None
         return f"method.before.run.{key}" if has_key(spec.method["before"].get("run", {}), key) else key
     if key == "task.holdout" and kind == "pilot":
         return "pool.holdout"
-    if is_student(role, spec):  # it has the very keys of the run that needs it
+    if is_student(role, spec):  # a pilot of the student has the keys of the run that needs it
         return key
-    if key.startswith("teacher.") or (spec.pool.chain and key.startswith("method.")):  # a link has this run's
+    if key.startswith("teacher.") or (spec.pool.chain and key.startswith("method.")):  # a run of the chain inherits these
         return key
     if has_key(spec.teacher[name].run, key):
         return f"teacher.{name}.run.{key}"
@@ -179,10 +182,10 @@ def key_for(role: str, spec: RunSpec, key: str | None, config: DictConfig | None
 
 
 def needs_fine_tuning(name: str, teacher: TeacherSpec) -> bool:
-    """Return whether a teacher is made by a run of its own.
+    """Return whether a teacher is fine-tuned by a run of its own.
 
     Raises:
-        InputError: if it has neither or both of `model` and `backbone`.
+        InputError: if the teacher has neither or both of `model` and `backbone`.
     """
     if (teacher.model is None) == (teacher.backbone is None):
         raise InputError(
@@ -193,9 +196,9 @@ def needs_fine_tuning(name: str, teacher: TeacherSpec) -> bool:
 
 
 def backbone_of(spec: RunSpec) -> tuple[str, str]:
-    """Where the student's shape and vocabulary come from, and the key that says so.
+    """Return the source of the student's shape and vocabulary, and the key that sets it.
 
-    Its own backbone, else the first teacher's, else the default.
+    It is the student's backbone, else the first teacher's, else the default `backbone`.
     """
     if spec.student.backbone is not None:
         return spec.student.backbone, "student.backbone"
@@ -206,18 +209,18 @@ def backbone_of(spec: RunSpec) -> tuple[str, str]:
 
 
 def teacher_source(run: Run, name: str) -> tuple[str, str]:
-    """Where a frozen teacher's weights are, and the key that says so: its run's student, or the classifier it is given as."""
-    made = run.inputs.get(f"teacher {name}")
-    if made is None:
+    """Return the source of a frozen teacher's weights, its run's student or a ready classifier, and the key that sets it."""
+    teacher_run = run.inputs.get(f"teacher {name}")
+    if teacher_run is None:
         return str(run.spec.teacher[name].model), f"teacher.{name}.model"
-    return str(made.student), f"teacher.{name}.backbone"
+    return str(teacher_run.student), f"teacher.{name}.backbone"
 
 
 def source_of(spec: RunSpec) -> Source:
-    """The data source of a task.
+    """Return the data source of a run's task.
 
     Raises:
-        InputError: for a source that cannot be made.
+        InputError: if the source cannot be instantiated.
     """
     node = dict(spec.task.source)
     try:
@@ -242,7 +245,7 @@ def _is_method(spec: RunSpec, target: str, **options: Any) -> bool:
 
 
 def _models(spec: RunSpec) -> Iterator[tuple[str, str]]:
-    """Sources of the models that a run reads itself, and their keys. Those of its inputs are their own."""
+    """Yield the sources of the models that a run reads itself, and their keys; models that its inputs read are theirs."""
     yield backbone_of(spec)
     if spec.student.init == "checkpoint" and spec.student.checkpoint is not None:
         yield spec.student.checkpoint, "student.checkpoint"
@@ -252,7 +255,7 @@ def _models(spec: RunSpec) -> Iterator[tuple[str, str]]:
 
 
 def _renames_outputs(spec: RunSpec) -> bool:
-    """Whether outputs of a model that a run reads have other names than in the order in which its `id2label` lists them."""
+    """Return whether a model that a run reads names its outputs in another order than the entries of its `id2label`."""
     for name, teacher in spec.teacher.items():
         if teacher.model is not None and not teacher.labels and _out_of_order(teacher.model, f"teacher.{name}.model"):
             return True
@@ -265,7 +268,7 @@ def _renames_outputs(spec: RunSpec) -> bool:
     if teacher.model is None or not teacher.labels:
         return False
     listed = [name.casefold() for _, name in listed_outputs(teacher.model, f"teacher.{first}.model")]
-    return listed != [str(name).casefold() for name in teacher.labels]  # which its head was not looked up by
+    return listed != [str(name).casefold() for name in teacher.labels]  # its head was looked up by other names
 
 
 def _out_of_order(source: str, key: str) -> bool:
@@ -276,14 +279,18 @@ def _out_of_order(source: str, key: str) -> bool:
 
 
 def method_identity(method: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a method's options changes its result."""
-    silent = METHOD_UNLESS_ASKED_FOR.get(str(method.get("_target_")), {})
-    # `before` is an input, with a digest of its own
-    return {key: value for key, value in method.items() if key != "before" and not (key in silent and value == silent[key])}
+    """Return the options of a method that enter the digest."""
+    omitted = METHOD_UNLESS_ASKED_FOR.get(str(method.get("_target_")), {})
+    # `before` is an input with a digest of its own
+    return {key: value for key, value in method.items() if key != "before" and not (key in omitted and value == omitted[key])}
 
 
 def digest_inputs(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
-    """Everything that changes the result, and nothing else."""
+    """Return the values that the digest is computed from: everything that changes the result, and nothing else.
+
+    Raises:
+        InputError: if `student.checkpoint` is missing where the student starts from it.
+    """
     student, task, trainer = asdict(spec.student), asdict(spec.task), asdict(spec.trainer)
     student["backbone"] = fingerprint(*backbone_of(spec))
     if spec.student.init == "checkpoint":
@@ -295,7 +302,7 @@ def digest_inputs(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
     if spec.student.init in ("random", "checkpoint", "run"):
         student["init_from"] = None
     student.pop("run")
-    surgeries = [  # a list: they are applied in this order
+    surgeries = [  # a list, because the order of application matters
         {"name": name, **{key: value for key, value in surgery.items() if key != "run"}}
         for name, surgery in spec.surgery.items()
     ]
@@ -314,7 +321,7 @@ def digest_inputs(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
         "method": method_identity(spec.method),
         "engine": spec.engine,
         "student": student,
-        "teachers": [  # a list: the order of a pool says whose weights a student begins from
+        "teachers": [  # a list, because a student may start from the weights of the first
             {
                 "name": name,
                 "labels": teacher.labels,
@@ -335,41 +342,41 @@ def digest_inputs(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
 
 
 def teacher_configs(config: DictConfig, spec: RunSpec) -> Iterator[tuple[str, DictConfig]]:
-    """Role and configuration of every run that makes or ranks a teacher."""
+    """Yield role and configuration of every run that trains or ranks a teacher."""
     if spec.cohort.teacher == "online":
         return
     for name in teachers_of(spec):
         teacher = spec.teacher[name]
         if needs_fine_tuning(name, teacher):
-            made = teacher_config(config, spec, name, teacher)
-            yield f"teacher {name}", link_config(config, spec, made) if spec.pool.chain else made
+            tuned = teacher_config(config, spec, name, teacher)
+            yield f"teacher {name}", link_config(config, spec, tuned) if spec.pool.chain else tuned
     if spec.pool.wrapper is not None and spec.pool.distribution in RANKED:
         for name, teacher in spec.teacher.items():
             of_student = spec.pool.distribution == "student_rank"
             pilot = one_teacher(config, [name]) if of_student else teacher_config(config, spec, name, teacher)
             OmegaConf.update(pilot, "task.holdout", spec.pool.holdout, force_add=True)
-            if of_student:  # one student, whichever teacher is tried on it
+            if of_student:  # all pilots train the same student
                 OmegaConf.update(pilot, "student.backbone", backbone_of(spec)[0], force_add=True)
             yield f"pilot {name}", pilot
 
 
 def is_student(role: str, spec: RunSpec) -> bool:
-    """Return whether an input is this run's own student, tried with one teacher: then its keys are this run's."""
+    """Return whether an input is a pilot that trains this run's student with one teacher, and so has this run's keys."""
     return role.startswith("pilot ") and spec.pool.distribution == "student_rank"
 
 
 def pilot_overrides(role: str, spec: RunSpec, overrides: Sequence[str]) -> list[str]:
-    """What a student's pilot would be composed from, for the stage that it begins from; nothing for other inputs."""
+    """Return the overrides that would compose a pilot of the student, for its stages; an empty list for other inputs."""
     if not is_student(role, spec):
         return []
     name = role.removeprefix("pilot ")
     others = [f"teacher.{other}." for other in spec.teacher if other != name]
-    kept = without(overrides, ["pool=", "pool.", "teacher=", *others])
-    return [*kept, "pool=none", f"teacher=[{name}]", f"++task.holdout={spec.pool.holdout}"]
+    remaining = without(overrides, ["pool=", "pool.", "teacher=", *others])
+    return [*remaining, "pool=none", f"teacher=[{name}]", f"++task.holdout={spec.pool.holdout}"]
 
 
 def link_config(parent: DictConfig, spec: RunSpec, last: DictConfig) -> DictConfig:
-    """The last link of a chain of teachers: it is taught by those before it, in the way the student is taught by it."""
+    """Return the configuration of the last teacher of a chain: the teachers before it teach it with the student's method."""
     before = list(spec.teacher)[:-1]
     chain = one_teacher(parent, before) if len(before) == 1 else parent
     config = last.copy()
@@ -378,7 +385,7 @@ def link_config(parent: DictConfig, spec: RunSpec, last: DictConfig) -> DictConf
         config[part] = chain[part]
     if spec.cohort.peers is None:
         config.engine = chain.engine
-    else:  # a link is one model, without peers
+    else:  # a teacher of a chain is one model, without peers
         del config.method.weights[PEERS]
     config.teacher = {name: parent.teacher[name] for name in before}
     OmegaConf.set_struct(config, True)
@@ -386,7 +393,7 @@ def link_config(parent: DictConfig, spec: RunSpec, last: DictConfig) -> DictConf
 
 
 def one_teacher(parent: DictConfig, names: Sequence[str]) -> DictConfig:
-    """The same configuration with these teachers and no pool."""
+    """Return the configuration with these teachers alone and without a pool."""
     config = parent.copy()
     OmegaConf.set_struct(config, False)
     config.teacher = {name: parent.teacher[name] for name in names}
@@ -396,9 +403,12 @@ def one_teacher(parent: DictConfig, names: Sequence[str]) -> DictConfig:
 
 
 def teacher_config(parent: DictConfig, spec: RunSpec, name: str, teacher: TeacherSpec) -> DictConfig:
-    """The configuration of a teacher's fine-tuning: the defaults, the parent's task, places and hardware, and its `run`.
+    """Return the configuration of a teacher's fine-tuning: the defaults, the parent's task, paths and hardware, and its `run`.
 
-    The student's method, optimiser, epochs and seed do not enter, so that a sweep over them has one teacher.
+    The student's method, optimiser, epochs and seed do not enter, so that a sweep over them shares one teacher.
+
+    Raises:
+        InputError: for a key in its `run` that no run has, or if that run needs a further run.
     """
     config = composition.compose(["method=finetune", "teacher=[]", "student=full"])
     for part in ("task", "paths", "logger"):

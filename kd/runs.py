@@ -1,4 +1,4 @@
-"""A run: where it lives, whether it is done, who is at it."""
+"""Runs: directory, record, lock, and whether a run is done."""
 
 import hashlib
 import json
@@ -20,20 +20,20 @@ RECORD: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("agreement", "metrics_teacher", "metrics_ensemble", "inputs", "versions"), dict),
     **dict.fromkeys(("method", "student", "task", "init", "headline", "precision"), str),
 }
-"""What other parts of the program read in the record of a finished run."""
+"""Keys that every record of a finished run has, and their types: other parts of the program read them."""
 
 
 @dataclass
 class Run:
-    """One run: what it is, where it lives, what it needs first.
+    """One run: its configuration, its directory, and the runs that it needs first.
 
     Attributes:
-        config: as composed, for `config.yaml`.
-        spec: the same, typed.
-        digest: of everything that changes the result.
-        directory: where it lives.
-        inputs: role -> run; `teacher <name>`, `pilot <name>`, `stage`, `before`, or `surgery <name>`.
-        digest_inputs: what the digest is of.
+        config: the composed configuration, which is written to `config.yaml`.
+        spec: the same configuration, typed.
+        digest: digest of everything that changes the result; see `digest_of`.
+        directory: directory of the run.
+        inputs: role -> run; a role is `teacher <name>`, `pilot <name>`, `stage`, `before`, or `surgery <name>`.
+        digest_inputs: the values that the digest is computed from.
     """
 
     config: DictConfig
@@ -45,69 +45,71 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of the directory."""
+        """Name of the run's directory."""
         return self.directory.name
 
     @property
     def family(self) -> str:
-        """Digest of everything but the seed: what runs that may be averaged have in common."""
+        """Digest of everything but the seed: runs with the same family may be averaged."""
         inputs = dict(self.digest_inputs.get("inputs", {}))
         for role, needed in self.inputs.items():
-            if not role.startswith("teacher "):  # a stage or pilot has the seed of the run that it is for
+            if not role.startswith("teacher "):  # stages and pilots have the seed of the run that needs them
                 inputs[role] = needed.family
-        # What a method takes from the seed is the seed: `draw_seed: ${seed}`.
+        # A method's option that interpolates the seed, as `draw_seed: ${seed}`, is left out as well.
         seeds = {name for name, value in self.config.method.items_ex(resolve=False) if value == "${seed}"}
         method = {name: value for name, value in self.digest_inputs["method"].items() if name not in seeds}
         return digest_of({**self.digest_inputs, "method": method, "inputs": inputs, "seed": None})
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """The record of a finished run; None for any other. It is written last, and all at once.
+        """The record of a finished run; None for any other run. It is written last, in one atomic step.
 
-        One that is damaged, or is another program's, is none: the run then goes on from its last checkpoint and writes it anew.
+        None also if it is damaged or was written by another program: the run then resumes from its last checkpoint and writes
+        it anew.
         """
-        found = read_record(self.directory / "result.json")
-        if found is None or found.get("digest") != self.digest:
+        record = read_record(self.directory / "result.json")
+        if record is None or record.get("digest") != self.digest:
             return None
-        whole = (
-            all(isinstance(found.get(name), kind) for name, kind in RECORD.items()) and found["headline"] in found["students"]
+        complete = (
+            all(isinstance(record.get(name), kind) for name, kind in RECORD.items())
+            and record["headline"] in record["students"]
         )
-        return found if whole else None
+        return record if complete else None
 
     def damage(self, result: Mapping[str, Any], thorough: bool = False) -> str | None:
-        """The first file of a finished run's exports that is missing or not as it was written; None if they are whole.
+        """Return the first exported file of a finished run that is missing or has changed since; None if there is none.
 
         Args:
-            result: the record.
-            thorough: compare digests, for a run that uses the weights; otherwise only sizes, which takes no time.
+            result: the run's record.
+            thorough: compare digests, for a run that uses the weights; otherwise compare only sizes, which takes no time.
         """
         files = result.get("files")
-        if files is None:  # of a time before digests were recorded
+        if files is None:  # the record of a version that recorded no digests
             files = {"student/config.json": {}, "student/model.safetensors": {}}
         return damaged_file(self.directory, files, thorough)
 
     def is_done(self, thorough: bool = False) -> bool:
-        """Return whether its record is there and its exports are whole; see `damage`."""
+        """Return whether the run has a record and its exported files are intact; see `damage`."""
         result = self.result
         return result is not None and self.damage(result, thorough) is None
 
     @property
     def student(self) -> Path:
-        """The exported model."""
+        """Folder of the exported student."""
         return self.directory / "student"
 
     @property
     def init_run(self) -> "Run":
-        """The run that this one's student begins from: a stage, or what its method begins with."""
+        """The run whose student this run's student starts from: its stage, or the first run of its method."""
         return self.inputs["before"] if "before" in self.inputs else self.inputs["stage"]
 
     @property
     def checkpoints(self) -> Path:
-        """`best.ckpt` and `last.ckpt`."""
+        """Folder of `best.ckpt` and `last.ckpt`."""
         return self.directory / "checkpoints"
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the record that makes the run done; the record as it was written, with its checksum.
+        """Write the record, after which the run is done; return it as written, with its checksum.
 
         Raises:
             InputError: if it cannot be written.
@@ -115,10 +117,13 @@ class Run:
         return write_record(self.directory / "result.json", result)
 
     def begin(self, resume: bool) -> None:
-        """Make the directory; forget what is there unless it is to be resumed.
+        """Make the directory and write `config.yaml`.
+
+        Args:
+            resume: keep checkpoints and metrics of an earlier start; otherwise they are removed.
 
         Raises:
-            InputError: if it cannot be made, or something else is in the place of a file that the run will write.
+            InputError: if the directory cannot be made, or there is a folder where the run will write a file.
         """
         with writing(self.directory):
             if not resume:
@@ -132,19 +137,19 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run: a second process that needs it waits, then finds it done. A killed holder's lock is free."""
+        """Lock the run: a second process that needs it waits, then finds it done. The lock of a killed process is free."""
         check_writable(self.directory)
         with (
             writes_to(self.spec.paths.runs),
-            locked(self.directory, f"{self.name}: another process is at this run; waiting for it"),
+            locked(self.directory, f"{self.name}: another process has locked this run; waiting for it"),
         ):
             yield
 
 
 def digest_of(identified: Mapping[str, Any]) -> str:
-    """Twelve hexadecimal digits that stand for a configuration.
+    """Return a digest of nested values, twelve hexadecimal digits.
 
-    10 and 10.0 are the same number, and so are 0.0 and -0.0. A whole number beyond 2^53 that no float holds stands for itself.
+    10 and 10.0 have the same digest, and so have 0.0 and -0.0. A whole number that no float represents exactly stays an int.
     """
 
     def plain(value: Any) -> Any:
@@ -155,17 +160,17 @@ def digest_of(identified: Mapping[str, Any]) -> str:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return value
         exact = isinstance(value, float) or (abs(value) < 2**1000 and int(float(value)) == value)
-        return float(value) + 0.0 if exact else value  # adding zero takes the sign from -0.0
+        return float(value) + 0.0 if exact else value  # adding zero turns -0.0 into 0.0
 
     text = json.dumps(plain(identified), sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a JSON file that carries a checksum of its values, all or nothing; what was written.
+    """Write a JSON file with a checksum of its values atomically; return the values with the checksum.
 
     Raises:
-        InputError: if it cannot be written.
+        InputError: if the file cannot be written.
     """
     content = {name: value for name, value in record.items() if name != "checksum"}
     content["checksum"] = digest_of(content)
@@ -175,19 +180,20 @@ def write_record(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_record(path: Path, sealed: bool = False) -> dict[str, Any] | None:
-    """What `write_record` wrote; None if there is no such file, or a value is another.
+    """Return the record that `write_record` wrote; None if there is no such file, or its values do not match its checksum.
 
     Args:
-        path: of the file.
-        sealed: whether it must have a checksum. A run's record must have one if it has `files`; earlier ones have neither.
+        path: path of the file.
+        sealed: return None also for a file without a checksum. Files with `files` always need one; the records of earlier
+            versions have neither.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
             return None
-        content = {name: value for name, value in found.items() if name != "checksum"}
-        if "checksum" not in found:
-            return None if sealed or "files" in found else found
-        return found if found["checksum"] == digest_of(content) else None
+        content = {name: value for name, value in record.items() if name != "checksum"}
+        if "checksum" not in record:
+            return None if sealed or "files" in record else record
+        return record if record["checksum"] == digest_of(content) else None
     except (OSError, ValueError, OverflowError, RecursionError):
         return None

@@ -74,7 +74,7 @@ def write_csv(path: Path, count: int, seed: int = 0, labels: tuple[str, str] = (
 
 
 FAST = ("functional", "forward", "methods", "conformance", "data", "test_config.py", "test_accumulation.py")
-"""What `make test-fast` looks at, of this folder: every formula, the contract of every method, data, configurations."""
+"""Parts of this folder that `make test-fast` runs: every formula, the contract of every method, data, configurations."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -17,7 +17,7 @@ from kd.schema import RunSpec
 
 @dataclass(frozen=True)
 class Values:
-    """What a key may hold, what it may not, and which keys a refusal may name beside it."""
+    """Legal and illegal values of a key, and the other keys that an error about it may name."""
 
     legal: st.SearchStrategy[Any]
     illegal: st.SearchStrategy[Any]
@@ -37,7 +37,7 @@ NEVER: st.SearchStrategy[Any] = st.sampled_from(
         "${oc.env:NOT_SET_HERE}",
     ]
 )
-"""What no key may hold."""
+"""Values that are illegal for every key."""
 
 NESTED: st.SearchStrategy[Any] = st.sampled_from(
     [{"a": 1}, {"a": {"b": []}}, [[1]], [None], [{"a": 1}], {"_target_": "os.system"}]
@@ -367,7 +367,7 @@ def method_keys() -> dict[str, list[str]]:
 
 
 def names_key(found: str | None, key: str, also: tuple[str, ...]) -> bool:
-    """Whether a refusal names the key that was set, one inside it, or one that may be named too."""
+    """Return whether an error names the key that was set, a key inside it, or one of `also`."""
     if found is None:
         return False
     return found == key or found in also or found.startswith(f"{key}.") or re.sub(r"\[\d+\]$", "", found) == key

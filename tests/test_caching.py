@@ -56,12 +56,12 @@ def built(overrides: list[str]) -> tuple[Run, Models, KDDataModule]:
 
 
 def cache_of(overrides: list[str]) -> Path:
-    """Where what the teacher says is kept."""
+    """Return the folder of the teacher's cache."""
     return planned(overrides).inputs["teacher minilm"].directory / "cache"
 
 
 def kept(overrides: list[str]) -> dict[str, set[str]]:
-    """Split -> tensors that are whole."""
+    """Return, by split, the names of the tensors that are stored completely."""
     return {
         folder.name.partition("-")[0]: {path.stem for path in folder.glob("*.json")} - {"about"}
         for folder in cache_of(overrides).iterdir()

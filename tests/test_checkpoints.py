@@ -317,7 +317,7 @@ def test_weights_that_are_not_those_of_the_record_are_told(done: Run) -> None:
     assert record is not None
     record["files"]["student/model.safetensors"]["digest"] = "0" * 16
     done.finish(record)
-    with pytest.raises(InputError, match=r"differs from what result\.json says"):
+    with pytest.raises(InputError, match=r"differs from its digest in result\.json"):
         train.execute(done, first=False)
 
 

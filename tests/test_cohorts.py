@@ -230,7 +230,7 @@ def test_a_value_that_a_student_cannot_have_is_found_when_planning(case: str, dm
 
 
 def refusal(action: Callable[[], object]) -> InputError | None:
-    """What was refused, if anything was."""
+    """Return the error that an action raises; None if it raises none."""
     try:
         action()
     except InputError as error:

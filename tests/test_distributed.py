@@ -196,7 +196,7 @@ def uneven(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 
 @pytest.fixture(scope="module")
 def of_one(uneven: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Weights, dict]:
-    """What one process makes of it."""
+    """Train in one process; return the exported weights and the record."""
     run = planned(uneven(tmp_path_factory.mktemp("one")))
     result = train.execute(run)
     return weights(run), result
@@ -204,7 +204,7 @@ def of_one(uneven: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def of_two(uneven: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks on one machine make of it, where SLURM says that they are something else."""
+    """Train on two ranks of one machine, with environment variables of SLURM that contradict it; return the folder of runs."""
     runs = tmp_path_factory.mktemp("two")
     slurm = {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
     process = start(uneven(runs), SLURM_NODEID="0", SLURM_JOB_NAME="kd", **slurm)
@@ -252,7 +252,7 @@ def test_killed_rank_ends_the_other_and_the_next_start_ends_with_the_same_weight
     process = start(overrides)
     output = output_of(process)
     assert process.returncode == 0, output
-    assert "going on from step 3" in output
+    assert "resuming from step 3" in output
     assert same_weights(weights(run), weights(unbroken))
     assert same_weights(last_weights(run), last_weights(unbroken))
     assert (run.result or {})["metrics"] == (unbroken.result or {})["metrics"]

@@ -1,4 +1,4 @@
-"""What says nothing about the text, and how long a sentence takes."""
+"""Baselines that ignore the text, and latencies."""
 
 import itertools
 import types

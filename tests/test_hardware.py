@@ -1,4 +1,4 @@
-"""What is asked of the machine."""
+"""Precision, memory and description of the machine."""
 
 import os
 import subprocess
@@ -27,8 +27,10 @@ for _ in range(5):
     torch.ones(10_000_000)
 print(int(kept), faults() - began)
 """
-"""Whether memory is kept, and the page faults of five arrays of 40 MB, each freed before the next. The first ones may each take
-new memory: an aligned block asks for a little more than it gives back."""
+"""A program that prints whether `keep_memory` took effect, and the page faults of five arrays of 40 MB, each freed at once.
+
+The first arrays may each take new memory: the allocator asks for a little more for an aligned block than it gives back.
+"""
 
 
 def measured(**environment: str) -> tuple[int, int]:

@@ -1,5 +1,6 @@
-"""What a user installs."""
+"""The installed package, its documentation and its pinned dependencies."""
 
+import ast
 import os
 import re
 import subprocess
@@ -60,6 +61,30 @@ def test_readme_names_every_choice_of_every_group() -> None:
 def test_citation_is_of_this_version() -> None:
     found = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert (found["version"], found["license"]) == (kd.__version__, "Apache-2.0")
+
+
+def docstrings(tree: ast.Module) -> list[tuple[int, str]]:
+    """Return line and text of the docstrings of a module, its classes, functions, attributes and constants."""
+    statements = [
+        statement
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        for statement in node.body
+    ]
+    values = [statement.value for statement in statements if isinstance(statement, ast.Expr)]
+    return [(v.lineno, v.value) for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str)]
+
+
+def test_no_docstring_opens_with_a_question() -> None:
+    """Check that docstrings name their subject: "Return whether ...", "Keys that ..." instead of "Whether ...", "What ..."."""
+    texts = {
+        f"{path.relative_to(ROOT)}:{line}": text
+        for folder in ("kd", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+        for line, text in docstrings(ast.parse(path.read_text()))
+    }
+    assert len(texts) > 1000
+    assert not {location: text for location, text in texts.items() if re.match(r"\s*(What|Of|Whether|Where)\b", text)}
 
 
 def test_lock_pins_torch_and_every_dependency_exactly() -> None:

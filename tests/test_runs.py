@@ -1,4 +1,4 @@
-"""What names a run, what it needs first, and when it is done."""
+"""Digests of runs, the runs that they need first, and when a run is done."""
 
 import json
 import os
@@ -657,7 +657,7 @@ def test_a_second_holder_waits_and_says_so(run: Run, capsys: pytest.CaptureFixtu
         order.append("first")
     thread.join(timeout=10)
     assert order == ["first", "second"]
-    assert f"{run.name}: another process is at this run" in capsys.readouterr().out
+    assert f"{run.name}: another process has locked this run" in capsys.readouterr().out
 
 
 def test_the_lock_is_free_after_an_error_and_after_a_kill(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""Nothing that is data is executed: a file of every kind that the program reads, made to leave a mark when it is."""
+"""Data are never executed: tests with a file of every kind that the program reads, which creates a folder if executed."""
 
 import hashlib
 import io
@@ -30,7 +30,7 @@ DIGEST = "0123456789ab"
 
 
 class Payload:
-    """What is executed when it is unpickled: it makes a folder."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -41,7 +41,7 @@ class Payload:
 
 @pytest.fixture
 def mark(tmp_path: Path) -> Path:
-    """What a payload makes."""
+    """Return the path of the folder that a payload creates."""
     return tmp_path / "executed"
 
 

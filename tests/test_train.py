@@ -327,7 +327,7 @@ def test_killed_process_goes_on(small: Small, tmp_path: Path) -> None:
     with command(overrides) as process:
         output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
-    assert "going on from step" in output
+    assert "resuming from step" in output
     assert run.result is not None
 
 

@@ -65,18 +65,18 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 
 def last_weights(run: Run, prefix: str = "") -> dict[str, torch.Tensor]:
-    """What training ended with; the exported student may be an earlier epoch's."""
+    """Return the weights at the end of training; the exported student may be of an earlier epoch."""
     found = torch.load(run.checkpoints / "last.ckpt", weights_only=True)["state_dict"]
     return {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
 
 
 def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """Whether two state dictionaries are equal to the bit."""
+    """Return whether two state dictionaries are bitwise equal."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 class StopAfter(Callback):
-    """Ends a run at a batch, as a kill would: nothing is saved after it."""
+    """A callback that ends a run at a batch, as a kill would: nothing is saved after it."""
 
     def __init__(self, batches: int, error: type[BaseException]) -> None:
         self.left, self.error = batches, error

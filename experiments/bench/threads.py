@@ -28,7 +28,7 @@ SETTINGS = {
 """Name -> environment."""
 OF_OPENMP = ("OMP_", "GOMP_", "KMP_")
 STEPS = 2
-"""Of a turn."""
+"""Steps of a turn."""
 
 
 def worker() -> None:

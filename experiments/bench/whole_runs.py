@@ -29,7 +29,7 @@ def command(words: list[str]) -> dict[str, float]:
 
 
 def record(runs: Path, method: str, seed: int) -> dict:
-    """What a finished student says of itself."""
+    """Return the record of a finished run."""
     (found,) = runs.glob(f"{method}-3l-*-s{seed}-*/result.json")
     return json.loads(found.read_text())
 

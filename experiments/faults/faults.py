@@ -40,7 +40,7 @@ LABELS = {"negative": ["poor", "bad", "awful", "dull"], "positive": ["fine", "go
 FILLER = "a the film story plot actor and but is was".split()
 WORDS = [*SPECIAL, *FILLER, *LABELS["negative"], *LABELS["positive"]]
 METHODS = ("finetune", "kd", "pkd", "bert_emd", "dml", "tinybert")
-"""What is killed, in turn."""
+"""Methods whose runs are killed, in turn."""
 
 
 def backbone(folder: Path) -> None:
@@ -80,7 +80,7 @@ class Place:
 
     @property
     def log(self) -> Path:
-        """What the last command said."""
+        """Output of the last command."""
         return self.folder / "log"
 
     def make(self) -> "Place":
@@ -162,7 +162,7 @@ def written(runs: Path | None) -> dict[Path, int]:
 
 
 def outcome(runs: Path) -> dict[str, str]:
-    """What must not differ: exported weights, what training ended with, and scores, of every finished run of a folder."""
+    """Return what must not differ: scores, and digests of exported and final weights, of every finished run of a folder."""
     found: dict[str, str] = {}
     for path in sorted(runs.glob("*/result.json")):
         run = path.parent

@@ -134,7 +134,7 @@ def main() -> None:
 
 
 def tried(overrides: list[str]) -> tuple[str, str]:
-    """How the command ends with these overrides, and what it says."""
+    """Run the command with these overrides; return how it ended, and its output."""
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()

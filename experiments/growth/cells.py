@@ -1,4 +1,4 @@
-"""What a sweep costs whose cells are all done.
+"""Cost of a sweep whose cells are all done.
 
     python experiments/growth/cells.py FOLDER [CELLS]
 

@@ -1,4 +1,4 @@
-"""What `kd-report` costs over many configurations.
+"""Cost of `kd-report` over many configurations.
 
     python experiments/growth/configurations.py RESULT.json FOLDER COUNT
 

@@ -40,7 +40,7 @@ def held() -> float:
 
 
 def begin(table: Path, folder: Path) -> None:
-    """Everything before the first step; prints what it took."""
+    """Do everything before the first step, and print what it took."""
     began = time.perf_counter()
     from kd import fit
     from kd.config import compose

@@ -100,7 +100,7 @@ SHAPES = (
     {"layers": 3, "width": 16, "heads": 4},
     {"layers": 2, "width": 16, "heads": 4},
 )
-"""Of students that learn together."""
+"""Shapes of the students of a cohort."""
 
 
 class PlainTokens:
@@ -212,7 +212,7 @@ class Bench:
 
 
 def after_step(loss: Loss) -> None:
-    """What the methods do after a batch."""
+    """Call `after_step` of the methods, as the engine does after a batch."""
     for method, step, terms in loss.steps:
         method.after_step(step, {name: term.detach() for name, term in terms.items()})
 

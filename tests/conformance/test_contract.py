@@ -227,7 +227,7 @@ def test_one_seed_gives_one_result(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
-    """What one step of every method makes of the parameters, on each of two ranks."""
+    """Return the parameters after one step of every method, on each of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

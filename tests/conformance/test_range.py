@@ -56,7 +56,7 @@ class Prescribed(Forward):
 
 @dataclass(frozen=True)
 class Situation:
-    """What models show: sizes of logits and attention scores, rows and real tokens of the batch."""
+    """Model outputs to generate: sizes of logits and attention scores, rows and real tokens of the batch."""
 
     logits: float = 2.0
     scores: float = 2.0

@@ -1,4 +1,4 @@
-"""What is a label: one class whatever format it came from, or a message with file and line."""
+"""Labels: one class for the same label in every format, or an error that names file and line."""
 
 import json
 import math

@@ -115,7 +115,7 @@ def test_smallest_batch_is_known_beforehand_and_at_least_half_a_batch(count: int
 
 
 def met(sampler: LengthBatches, epochs: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often two examples shared a batch, (examples, examples), and each example's places, (epochs, examples) in [0, 1]."""
+    """Return how often two examples shared a batch, (examples, examples), and their positions, (epochs, examples) in [0, 1]."""
     count = len(sampler.lengths)
     together, places = np.zeros((count, count), dtype=int), np.zeros((epochs, count))
     for epoch in range(epochs):

@@ -1,4 +1,4 @@
-"""Where examples come from: a user's files, GLUE as it ships, the hub, an installed package."""
+"""Sources of examples: a user's files, GLUE as it ships, the hub, an installed package."""
 
 import csv
 import sys

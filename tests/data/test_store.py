@@ -1,4 +1,4 @@
-"""What is kept on disk of a teacher's outputs: exact, atomic, whole or not there."""
+"""Storage of a teacher's outputs on disk: exact, atomic, complete or absent."""
 
 import errno
 import json

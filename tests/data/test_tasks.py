@@ -156,7 +156,7 @@ def f1_of(number: int) -> Callable[[Tensor, Tensor], float]:
 
 
 def matthews(predicted: Tensor, labels: Tensor) -> float:
-    """Of two classes: the correlation of two columns of zeros and ones."""
+    """Return Matthews' correlation of two classes, which is Pearson's of two columns of zeros and ones."""
     return pearson(predicted, labels)
 
 

@@ -1,4 +1,4 @@
-"""What is declared, what may be read, and when a forward runs."""
+"""Declared needs, the outputs that may be read, and when a forward runs."""
 
 import dataclasses
 

@@ -46,7 +46,7 @@ def encoder(family: str = "bert", seed: int = 0, **more: object) -> Encoder:
 
 
 def eager(tapped: Encoder, batch: dict[str, Tensor]) -> object:
-    """What transformers itself reports, from the same weights."""
+    """Return the outputs of Transformers' own eager attention with the same weights."""
     config = copy.deepcopy(tapped.config)
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").double().eval()
     model.load_state_dict(tapped.model.state_dict())

@@ -1,4 +1,4 @@
-"""How ranks become probabilities."""
+"""Probabilities from ranks."""
 
 import itertools
 import math

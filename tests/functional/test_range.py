@@ -32,7 +32,7 @@ roundings add up like the root of their number, and a handful of operations foll
 
 @dataclass
 class Situation:
-    """What inputs look like.
+    """Description of generated inputs.
 
     Attributes:
         examples: in the batch.
@@ -206,9 +206,9 @@ INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
     "transport.cost_attention": masses,
     "transport.shared_cost_attention": masses,
 }
-"""What each function of tensors is called with."""
+"""Function of tensors -> builder of its arguments."""
 ROUNDED = ("attribution.attributions",)
-"""Whose values are made of gradients, which a model gives in the type of its states."""
+"""Functions whose values are made of gradients, which have the dtype of the model's hidden states."""
 
 
 def functions() -> list[str]:

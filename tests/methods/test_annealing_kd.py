@@ -37,7 +37,7 @@ def epoch(number: int, of: int) -> Progress:
 
 
 def factor(number: int, **arguments: int) -> float:
-    """What the teacher's logits are multiplied by in an epoch: its term is a parabola with its minimum there."""
+    """Return the factor of the teacher's logits in an epoch, from the term, a parabola with its minimum at that multiple."""
     teacher = torch.tensor([[1.0, -1.0]]).double()
     at_zero = term(0 * teacher, teacher, epoch(number, arguments["epochs"]), **arguments)
     return at_zero**0.5

@@ -71,7 +71,7 @@ def bound(student: Encoder, teacher: FrozenTeacher, **arguments: Any) -> tuple[T
 
 
 class Shown:
-    """What a model shows of itself: hidden states and probabilities by transformers, scores by its own weights, as lists."""
+    """Hidden states and attention probabilities as Transformers returns them, and scores computed from weights, as lists."""
 
     def __init__(self, encoder: Encoder, inputs: dict[str, Tensor]) -> None:
         model = copy.deepcopy(encoder.model).eval()
