@@ -184,7 +184,7 @@ def test_teachers_stay_in_eval_mode_and_dropout_does_not_reach_them(name: str) -
 def test_a_cached_teacher_is_as_good_as_one_that_runs(name: str, tmp_path: Path) -> None:
     live, cached = (Bench(name, dropout=0.1, double=True) for _ in range(2))
     needs = needs_of_teachers(live.methods.values(), len(live.teachers))
-    if any(need.uncacheable_reason or need.gradient for need in needs):  # it says so, and the command runs its teachers at every step
+    if any(need.uncacheable_reason or need.gradient for need in needs):  # then teachers run at every step
         run, data = SimpleNamespace(spec=SimpleNamespace(cache="on")), SimpleNamespace(changes="")
         assert all(reason_to_run(run, data, *each) for each in zip(live.teachers, needs, strict=True))
         return
