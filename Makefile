@@ -40,8 +40,8 @@ demo:: .venv/installed
 	$(BIN)/kd-train --multirun experiment=demo_quick method=finetune,kd,pkd
 	$(BIN)/kd-report runs --task rotten_tomatoes
 
-test: .venv/developing ## all tests that need no accelerator (about 13 minutes)
-	@echo "make test: about 13 minutes on two quiet cores; make test-fast takes under 2."
+test: .venv/developing ## all tests that need no accelerator (about 20 minutes on two cores)
+	@echo "make test: about 20 minutes on two cores; make test-fast takes under 2."
 	$(BIN)/python -m pytest --verbosity 0 --durations 15 -m "not gpu"
 
 test-fast: .venv/developing ## formulas, contracts, data, configurations; no whole runs (under 2 minutes)
@@ -58,7 +58,7 @@ named:
 	@test -n "$(NAME)" -a -f "conf/method/$(NAME).yaml" || \
 	{ echo "make method NAME=<name>: one of" $(sort $(basename $(notdir $(wildcard conf/method/*.yaml)))); exit 2; }
 
-check: lint types test ## what must pass before a commit: ruff, mypy, all tests (about 14 minutes)
+check: lint types test ## what must pass before a commit: ruff, mypy, all tests (about 21 minutes on two cores)
 
 lint: .venv/developing
 	$(BIN)/ruff check kd tests

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 import kd
+from kd.config import compose, typed
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,18 +46,112 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         assert f"'{module}'" not in shown
 
 
-INTERNAL = {"base", "engine", "hydra", "paths", "sweep"}
+INTERNAL = {"base", "hydra"}
 """Groups of which a user chooses nothing."""
 
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
-def test_readme_names_every_choice_of_every_group() -> None:
+
+def test_readme_is_a_page() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 800, "what is longer belongs into docs/"
+
+
+def test_readme_has_the_commands_that_install_and_test() -> None:
     text = (ROOT / "README.md").read_text()
-    assert len(text.split()) < 2500, "a page to start from; what is longer belongs beside the part that it is about"
+    for command in ("make install", "make demo", "make test"):
+        assert re.search(rf"(^|`){command}( |`|$)", text, re.MULTILINE), command
+    assert "\nmake test\n" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_documentation_names_every_choice_of_every_group() -> None:
+    assert {ROOT / "docs" / "configuration.md", ROOT / "docs" / "methods.md"} < set(PAGES)
+    text = "\n".join(page.read_text() for page in PAGES if page.name != "CONTRIBUTING.md")
     groups = {folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir()} - INTERNAL
-    assert {"method", "student", "teacher", "task"} < groups
+    assert {"method", "student", "teacher", "task", "engine", "paths", "sweep"} < groups
     for group in sorted(groups):
+        row = re.search(rf"^\| `{group}` \|.*$", text, re.MULTILINE)
+        assert row, f"docs/configuration.md has no row for {group}"
         for path in (ROOT / "conf" / group).glob("*.yaml"):
-            assert re.search(rf"`\[?{path.stem}\]?`", text), f"{group}={path.stem} is not in the README"
+            assert re.search(rf"`\[?{path.stem}\]?`", row[0]), f"{group}={path.stem} is not in its row of docs/configuration.md"
+
+
+def test_readme_names_every_method() -> None:
+    text = (ROOT / "README.md").read_text()
+    for path in (ROOT / "conf" / "method").glob("*.yaml"):
+        assert re.search(rf"^\| `{path.stem}` \|", text, re.MULTILINE), path.stem
+
+
+def links_of(page: Path) -> list[str]:
+    return re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+
+
+def test_readme_links_every_page() -> None:
+    links = {(ROOT / link.partition("#")[0]).resolve() for link in links_of(ROOT / "README.md") if "://" not in link}
+    assert {page.resolve() for page in PAGES} - links == {(ROOT / "README.md").resolve()}
+
+
+def test_contributing_says_what_every_folder_holds() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("## Where things are")[1]
+    named = set(re.findall(r"`([\w./]+)`", table))
+    tops = {name for name in ("conf", "docs", "experiments", "kd", "tests") if any((ROOT / name).glob("**/*"))}
+    parts = {f"kd/{folder.name}" for folder in (ROOT / "kd").iterdir() if any(folder.glob("**/*.py"))}
+    assert {"kd/data", "kd/models", "conf", "docs", "experiments", "tests"} <= tops | parts
+    assert tops | parts <= named
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pages
+def test_links_point_at_files_and_headings_that_exist(page: Path) -> None:
+    for link in links_of(page):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), link
+        assert not anchor or anchor in anchors(file), link
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """The overrides of each `kd-train` or `-m kd.train` command of a page, code blocks and inline code alike."""
+    found = []
+    text = page.read_text().replace("\\\n", " ")
+    for block in [*re.findall(r"```bash\n(.*?)```", text, re.DOTALL), *re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)]:
+        for line in block.splitlines():
+            if match := re.search(r"(?:^|\s)(?:kd-train|-m kd\.train)(?=\s|$)(.*)", line):
+                rest = match[1].rstrip("'") if "bash -c '" in line else match[1]
+                found.append([word for word in shlex.split(rest, comments=True) if not word.startswith("--")])
+    return found
+
+
+def points_of(overrides: list[str]) -> list[list[str]]:
+    """The points of a sweep; one for a command that is none."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    (points,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
+    return [list(point) for point in points]
+
+
+@pages
+def test_commands_compose(page: Path) -> None:
+    for command in commands_of(page):
+        for point in points_of(command):
+            typed(compose(point))
+
+
+def test_commands_are_found_where_they_are_shown() -> None:
+    counts = {page.name: len(commands_of(page)) for page in PAGES}
+    assert sum(counts.values()) >= 30
+    for name in ("README.md", "configuration.md", "methods.md", "models.md", "data.md", "distributed.md", "sweeps.md"):
+        assert counts[name] > 0, name
+    readme = [" ".join(command) for command in commands_of(ROOT / "README.md")]
+    assert {"method=finetune student=full teacher=[]", "", "method=finetune,kd,pkd seed=0,1,2", "trainer=ddp"} <= set(readme)
 
 
 def test_citation_is_of_this_version() -> None:
