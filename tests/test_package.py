@@ -2,6 +2,7 @@
 
 import ast
 import os
+import pydoc
 import re
 import shlex
 import subprocess
@@ -115,6 +116,16 @@ def test_links_point_at_files_and_headings_that_exist(page: Path) -> None:
         file = page.parent / path if path else page
         assert file.exists(), link
         assert not anchor or anchor in anchors(file), link
+
+
+@pages
+def test_files_and_names_of_the_code_exist(page: Path) -> None:
+    text = page.read_text().split("## Where things are")[0]  # its folders: test_contributing_says_what_every_folder_holds
+    for name in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text):
+        if re.fullmatch(r"(kd|conf|docs|tests|experiments)/[\w./-]+", name):
+            assert (ROOT / name).exists(), name
+        if re.fullmatch(r"kd(\.\w+)+", name):
+            assert pydoc.locate(name) is not None, name
 
 
 def commands_of(page: Path) -> list[list[str]]:
