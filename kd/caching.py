@@ -33,12 +33,12 @@ from kd.passes import SplitCache, precompute, probe
 from kd.planning import teacher_source
 from kd.runs import Run, digest_of
 from kd.schema import cache_limit
-from kd.sources import fingerprint, hub_commit, is_float32
+from kd.sources import fingerprint, hub_commit
 
 if TYPE_CHECKING:
     from kd.data.datamodule import KDDataModule
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 """Version of the cache layout; incremented when a code change makes existing caches unreadable."""
 AUTO_LIMIT = 8e9
 """Largest size in bytes of one teacher's cache with `cache=auto`, or a quarter of the free disk if less. Our choice."""
@@ -140,8 +140,7 @@ def weights_of(run: Run, teacher: FrozenTeacher) -> str | None:
     """Return an identifier of a teacher's weights; for a hub model with the loaded commit, or None if that is unknown."""
     source, key = teacher_source(run, teacher.name)
     if not source.startswith("hf:"):
-        # Older caches of models in other types were computed in those types; the suffix keeps them from being used.
-        return fingerprint(source, key) + ("" if is_float32(source, key) else ", used in float32")
+        return fingerprint(source, key)
     commit = hub_commit(source)
     return None if commit is None else f"{source}@{commit}"
 

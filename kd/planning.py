@@ -4,7 +4,8 @@ A run's directory is named by the digest of everything that changes its result. 
 is a run of its own: it is trained first if it is not done, and reused if it is.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -20,12 +21,12 @@ from kd.hardware import resolve_precision
 from kd.pools import RANKED, check_pool, pool_identity, teachers_of
 from kd.runs import Run, digest_of
 from kd.schema import PoolSpec, RunSpec, TeacherSpec, check_values
-from kd.sources import config_of, fingerprint, is_float32, listed_outputs
+from kd.sources import fingerprint
 from kd.stages import before_config, has_key, key_of_stage, laid_over, nested, stage_config, without
 from kd.values import has, locate, one_line, shown
 
-DIGEST_FORMAT = 1
-"""Part of every digest; increased when results of older code are no longer comparable."""
+DIGEST_FORMAT = 2
+"""Part of every digest; raised when a change of code makes old results incomparable."""
 
 NOT_IN_DIGEST = [
     "accelerator",
@@ -41,37 +42,8 @@ NOT_IN_DIGEST = [
 MACHINE_KEYS = ("precision", "compile", "pad_multiple")
 """Trainer keys that change a result, but are chosen for the machine: runs that train teachers inherit them."""
 
-OMIT_IF_DEFAULT = {"batch_tokens": None, "pad_multiple": 1, "compile": False}
-"""Trainer keys that are left out of the digest at these values, so that runs of versions without them keep their digests."""
-
-METHOD_UNLESS_ASKED_FOR: Mapping[str, Mapping[str, Any]] = {"kd.methods.simkd.SimKD": {"padding": "strict"}}
-"""Class of a method -> options that are left out of the digest at these values, for the same reason."""
-
-UNSET = ("limit_validation", "limit_test", "format", "delimiter", "columns")
-"""Keys of a task and of its source that are left out of the digest while they are null, for the same reason."""
-
 NAMES = ("text", "label", "columns")
 """Keys of a task's source that name columns; a number on the command line is taken for a name."""
-
-FLOAT32 = "weights are used in float32"
-OUTPUTS = "outputs are named by their numbers, or as listed"
-
-REVISIONS: Mapping[str, Callable[[RunSpec], bool]] = {
-    "a fresh regression head begins at the mean of the scores": lambda spec: spec.task.kind == "regression",
-    "a step is the mean over the examples of its batches": lambda spec: spec.trainer.accumulate > 1,
-    "masses that are shared are averaged between two softmaxes": lambda spec: _is_method(
-        spec, "kd.methods.bert_emd.BertEMD", update="softmax2", separate=False, mapping="emd"
-    ),
-    "passes are weighed by the largest derivative": lambda spec: (
-        _is_method(spec, "kd.methods.ad_kd.ADKD") and spec.method.get("steps") != 1
-    ),
-    FLOAT32: lambda spec: not all(is_float32(source, key) for source, key in _models(spec)),
-    OUTPUTS: lambda spec: _renames_outputs(spec),
-}
-"""Correction of the code -> whether it changes the result of a configuration.
-
-The digest of a run contains the corrections that concern it. A higher `DIGEST_FORMAT` would retrain every run instead.
-"""
 
 PATH_KEYS = ("root", "train", "validation", "test")
 """Keys with paths of data files; the content of the files enters the digest instead."""
@@ -120,8 +92,6 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teac
             check_values(online)
         own = digest_inputs(online, {})
         identified["online"] = {key: own[key] for key in ("student", "seed")}
-        if FLOAT32 in own.get("revisions", ()):
-            identified["online"]["revisions"] = [FLOAT32]
     digest = digest_of(identified)
     name = f"{spec.method['name']}-{spec.student.name}-{spec.task.name}-s{spec.seed}-{digest}"
     return Run(config, spec, digest, Path(spec.paths.runs).expanduser() / name, inputs, identified)
@@ -239,52 +209,6 @@ def source_of(spec: RunSpec) -> Source:
     return source  # type: ignore[no-any-return]
 
 
-def _is_method(spec: RunSpec, target: str, **options: Any) -> bool:
-    """Return whether a run's method is a class with these options."""
-    return {**options, "_target_": target}.items() <= spec.method.items()
-
-
-def _models(spec: RunSpec) -> Iterator[tuple[str, str]]:
-    """Yield the sources of the models that a run reads itself, and their keys; models that its inputs read are theirs."""
-    yield backbone_of(spec)
-    if spec.student.init == "checkpoint" and spec.student.checkpoint is not None:
-        yield spec.student.checkpoint, "student.checkpoint"
-    for name, teacher in spec.teacher.items():
-        if teacher.model is not None:
-            yield teacher.model, f"teacher.{name}.model"
-
-
-def _renames_outputs(spec: RunSpec) -> bool:
-    """Return whether a model that a run reads names its outputs in another order than the entries of its `id2label`."""
-    for name, teacher in spec.teacher.items():
-        if teacher.model is not None and not teacher.labels and _out_of_order(teacher.model, f"teacher.{name}.model"):
-            return True
-    if spec.student.init == "checkpoint":
-        return _out_of_order(str(spec.student.checkpoint), "student.checkpoint")
-    if spec.student.init in ("random", "run") or spec.student.init_from != "teacher" or not spec.teacher:
-        return False
-    first = teachers_of(spec)[0]
-    teacher = spec.teacher[first]
-    if teacher.model is None or not teacher.labels:
-        return False
-    listed = [name.casefold() for _, name in listed_outputs(teacher.model, f"teacher.{first}.model")]
-    return listed != [str(name).casefold() for name in teacher.labels]  # its head was looked up by other names
-
-
-def _out_of_order(source: str, key: str) -> bool:
-    """Return whether a local model's `id2label` is not in the order 0, 1, ..., or its outputs are named by `label2id` alone."""
-    numbers = [number for number, _ in listed_outputs(source, key)]
-    config = config_of(source, key)
-    return numbers != sorted(numbers) or (config.get("id2label") is None and bool(config.get("label2id")))
-
-
-def method_identity(method: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a method that enter the digest."""
-    omitted = METHOD_UNLESS_ASKED_FOR.get(str(method.get("_target_")), {})
-    # `before` is an input with a digest of its own
-    return {key: value for key, value in method.items() if key != "before" and not (key in omitted and value == omitted[key])}
-
-
 def digest_inputs(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
     """Return the values that the digest is computed from: everything that changes the result, and nothing else.
 
@@ -306,19 +230,13 @@ def digest_inputs(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
         {"name": name, **{key: value for key, value in surgery.items() if key != "run"}}
         for name, surgery in spec.surgery.items()
     ]
-    trainer = {key: value for key, value in trainer.items() if key not in OMIT_IF_DEFAULT or value != OMIT_IF_DEFAULT[key]}
     if spec.trainer.batch_tokens is not None:
         trainer["batch_size"] = None
     source = {key: value for key, value in task.pop("source").items() if key not in PATH_KEYS}
     source.update({name: as_names(source[name]) for name in NAMES if name in source})
-    task, source = (
-        {key: value for key, value in part.items() if key not in UNSET or value is not None} for part in (task, source)
-    )
-    revisions = [name for name, concerns in REVISIONS.items() if concerns(spec)]
-    return {
+    identity = {
         "format": DIGEST_FORMAT,
-        **({"revisions": revisions} if revisions else {}),
-        "method": method_identity(spec.method),
+        "method": {key: value for key, value in spec.method.items() if key != "before"},  # an input, with its own digest
         "engine": spec.engine,
         "student": student,
         "teachers": [  # a list, because a student may start from the weights of the first
@@ -338,6 +256,24 @@ def digest_inputs(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
         "optimizer": asdict(spec.optimizer),
         "trainer": {key: value for key, value in trainer.items() if key not in NOT_IN_DIGEST},
         "seed": spec.seed,
+    }
+    named: dict[str, Any] = with_class_names(identity)
+    return named
+
+
+def with_class_names(value: Any) -> Any:
+    """Return a value with the class's name alone in each `_target_` of this package: a class may move to another module.
+
+    >>> with_class_names({"factory": {"_target_": "kd.methods.pkd.PKD"}, "of_yours": {"_target_": "mine.KD"}})
+    {'factory': {'_target_': 'PKD'}, 'of_yours': {'_target_': 'mine.KD'}}
+    """
+    if isinstance(value, list):
+        return [with_class_names(inner) for inner in value]
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        key: re.sub(r"^kd\.(?:\w+\.)*", "", inner) if key == "_target_" and isinstance(inner, str) else with_class_names(inner)
+        for key, inner in value.items()
     }
 
 

@@ -7,25 +7,16 @@ source may later refer to other weights.
 import hashlib
 import importlib.util
 import json
-import pickletools
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError, safe_open
 
 from kd.errors import InputError
-
-FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""Files that may hold weights; the first that exists is read, as in transformers."""
-
-OTHER_FLOATS = {"F16", "BF16", "F64", "HalfStorage", "BFloat16Storage", "DoubleStorage"}
-"""Names of other floating-point types in safetensors files and in torch's files."""
 
 
 def package_folder(module: str, key: str) -> Path:
@@ -196,93 +187,3 @@ def fingerprint(source: str, key: str) -> str:
     files = [file for file in path.iterdir() if file.is_file() and file.suffix != ".md" and not file.name.startswith(".")]
     digests = "".join(f"{file.name}={file_fingerprint(file)};" for file in sorted(files))
     return "files:" + hashlib.blake2b(digests.encode(), digest_size=8).hexdigest()
-
-
-def config_of(source: str, key: str) -> Mapping[str, Any]:
-    """Return the `config.json` of a local model; an empty mapping for a hub source, or if the file is not readable.
-
-    Raises:
-        InputError: if the folder is missing or holds no model.
-    """
-    folder = _local(source, key)
-    return {} if folder is None else _config(*_version(folder / "config.json"))
-
-
-def is_float32(source: str, key: str) -> bool:
-    """Return whether a local model is stored in float32, by its configuration or else by the types of its weights.
-
-    Only headers of weight files are read. Hub sources are not inspected; for them the result is True.
-
-    Raises:
-        InputError: if the folder is missing or holds no model.
-    """
-    config, folder = config_of(source, key), _local(source, key)
-    named = config.get("dtype") or config.get("torch_dtype")
-    if named is not None:
-        return str(named).removeprefix("torch.") == "float32"
-    return folder is None or not any(_types(*_version(file)) & OTHER_FLOATS for file in _weight_files(folder))
-
-
-def listed_outputs(source: str, key: str) -> list[tuple[int, str]]:
-    """Return numbers and names of a local model's outputs in the order of `id2label`; an empty list if it is missing.
-
-    Raises:
-        InputError: if the folder is missing or holds no model.
-    """
-    named = config_of(source, key).get("id2label")
-    try:
-        return [(int(number), str(name)) for number, name in (named or {}).items()]
-    except (AttributeError, ValueError):  # reported when the model is loaded
-        return []
-
-
-def _version(file: Path) -> tuple[str, int, int]:
-    status = file.stat()
-    return str(file), status.st_size, status.st_mtime_ns
-
-
-@lru_cache(maxsize=64)
-def _config(path: str, size: int, modified: int) -> Mapping[str, Any]:
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # reported when the model is loaded
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    first = next((folder / name for name in FILES if (folder / name).is_file()), None)
-    if first is None or first.suffix != ".json":
-        return [] if first is None else [first]
-    named = _config(*_version(first)).get("weight_map")
-    parts = sorted({part for part in named.values() if isinstance(part, str)}) if isinstance(named, dict) else []
-    return [folder / part for part in parts if Path(part).name == part and (folder / part).is_file()]
-
-
-@lru_cache(maxsize=256)
-def _types(path: str, size: int, modified: int) -> frozenset[str]:
-    """Return words of a weight file that include its tensors' types; none if it is damaged, which loading reports."""
-    try:
-        if path.endswith(".safetensors"):
-            with safe_open(path, framework="numpy") as file:
-                return frozenset(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118 (not a mapping)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                return _pickled_words(archive, next(name for name in archive.namelist() if name.endswith("data.pkl")))
-        with open(path, "rb") as file:  # format before torch 1.6: three small pickles, then that of the tensors
-            return frozenset[str]().union(*(_words(file) for _ in range(4)))
-    except (OSError, ValueError, EOFError, StopIteration, RuntimeError, NotImplementedError):
-        return frozenset()
-    except (SafetensorError, zipfile.BadZipFile):
-        return frozenset()
-
-
-def _pickled_words(archive: zipfile.ZipFile, name: str) -> frozenset[str]:
-    with archive.open(name) as file:
-        return _words(file)  # type: ignore[arg-type]
-
-
-def _words(file: BinaryIO) -> frozenset[str]:
-    """Return the last word of each string in a pickle, without executing it; the file is left positioned behind it."""
-    texts = (argument for _, argument, _ in pickletools.genops(file) if isinstance(argument, str))
-    return frozenset(text.rpartition(" ")[2] for text in texts)

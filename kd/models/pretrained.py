@@ -24,7 +24,10 @@ from kd.data.labels import label_text
 from kd.errors import InputError, one_of
 from kd.forward.taps import FAMILIES, Family, family_of
 from kd.models.heads import HEADS
-from kd.sources import FILES, pretrained
+from kd.sources import pretrained
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Files that may hold weights; the first that exists is read, as in transformers."""
 
 STORED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Types that weights may be stored in; they are converted to float32."""
@@ -101,7 +104,9 @@ def _check_raw(raw: Mapping[str, Any], source: str, key: str) -> None:
     if (kind := raw.get("position_embedding_type", "absolute")) not in (None, "absolute"):
         raise InputError(f"{where} says position_embedding_type={kind}; transformers 5 computes none but absolute ones", key)
     if raw.get("transformers_weights") is not None:
-        raise InputError(f"{where} names a file of weights, transformers_weights; kd reads {FILES[0]} or {FILES[2]}", key)
+        raise InputError(
+            f"{where} names a file of weights, transformers_weights; kd reads {WEIGHT_FILES[0]} or {WEIGHT_FILES[2]}", key
+        )
     names = raw.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise InputError(f"{where}: architectures={names!r} must be a list of names of classes", key)
@@ -408,7 +413,7 @@ def weight_files(source: str, key: str) -> list[str]:
 
     if folder is not None and (folder / "adapter_config.json").is_file():
         raise InputError(f"'{source}' has an adapter (adapter_config.json); merge it into the model's weights first", key)
-    for file in FILES:
+    for file in WEIGHT_FILES:
         path = find(file)
         if path is None:
             continue
@@ -424,7 +429,7 @@ def weight_files(source: str, key: str) -> list[str]:
             raise InputError(f"{file} of '{source}' names {len(parts)} files, of which are missing: {_listed(absent)}", key)
         return [path for path in paths.values() if path is not None]
     there = "" if folder is None else f"; there are {_listed(sorted(path.name for path in folder.iterdir()), 12)}"
-    raise InputError(f"'{source}' has no weights: neither {FILES[0]} nor {FILES[2]}{there}", key)
+    raise InputError(f"'{source}' has no weights: neither {WEIGHT_FILES[0]} nor {WEIGHT_FILES[2]}{there}", key)
 
 
 @lru_cache(maxsize=64)
@@ -612,7 +617,7 @@ def _told(source: str, stored: Stored, fit: _Fit, family: Family, pooler: set[st
         asides.append(f"not used of the file: {_listed(heads)}")
     if not source.startswith("hf:"):
         folder = Path(pretrained(source, "")[0])
-        present = [file for file in FILES if (folder / file).is_file()]
+        present = [file for file in WEIGHT_FILES if (folder / file).is_file()]
         if len(present) > 1:
             asides.append(f"{present[0]} is read, not {_listed(present[1:])} beside it")
     return tuple(notes), tuple(asides)
