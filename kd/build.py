@@ -24,7 +24,6 @@ from kd.data.text import MaskedLMDataModule
 from kd.engines.base import Engine
 from kd.errors import InputError, one_of
 from kd.functional.policy import best, rank_probabilities
-from kd.loggers import check_logger
 from kd.make import arguments_of, build_method, build_optimizer, logger_maker
 from kd.methods.base import Method, needs_of_teachers
 from kd.models import Encoder, FrozenTeacher
@@ -512,7 +511,6 @@ def check_run(run: Run, examples: Examples) -> None:
             with rename_error_keys(role, run.spec, run.config):
                 build_examples(needed)
             break
-    check_logger(run.spec.logger.extra)
     models = build_models(run, examples.task, meta=True)
     checked_length(run.spec, models)
     for surgery in surgeries(run.spec).values():

@@ -99,6 +99,7 @@ def check_all(run: Run, known: dict[str, Any] | None = None) -> None:
         InputError: for settings that cannot work, naming the key of the command.
     """
     from kd.build import build_examples, check_arguments, check_run
+    from kd.loggers import check_logger
 
     if known is None:
         check_arguments(run)
@@ -106,6 +107,7 @@ def check_all(run: Run, known: dict[str, Any] | None = None) -> None:
     text = digest_of({part: run.digest_inputs[part] for part in ("task", "data")})
     if text not in known:
         known[text] = build_examples(run)
+    check_logger(run.spec.logger.extra)
     check_run(run, known[text])
     for role, needed in run.inputs.items():
         if needed.result is None:
