@@ -14,12 +14,11 @@ from torch.optim import Optimizer
 
 from kd.engines.base import check_terms
 from kd.errors import InputError
-from kd.loggers import wandb_logger
 from kd.methods.base import Method
 from kd.optimizers import OptimizerFactory
 from kd.schedules import Schedule, ScheduleNode, as_schedule, extremes
 from kd.schema import CohortSpec, PoolSpec, RunSpec
-from kd.values import TINY, locate, number, one_line, shown, subclass_of, switch
+from kd.values import TINY, locate, number, one_line, returns, shown, subclass_of, switch
 
 TRUTHS = ("<class 'bool'>", "bool", "bool | None", "typing.Optional[bool]")
 """Annotations of boolean arguments, as text."""
@@ -201,10 +200,7 @@ def logger_maker(spec: RunSpec) -> Callable[..., Logger]:
     Raises:
         InputError: for a target that is not a logger, or options that it does not accept.
     """
-    node, is_logger = spec.logger.extra, subclass_of(Logger)
-
-    def fits(found: Any) -> bool:
-        return found is wandb_logger or is_logger(found)
-
-    target = locate(node, "logger.extra", fits, "a logger of Lightning", partial=True)
+    node, is_logger, makes_logger = spec.logger.extra, subclass_of(Logger), returns(Logger)
+    what = "a logger of Lightning, or a function that is annotated to return one"
+    target = locate(node, "logger.extra", lambda found: is_logger(found) or makes_logger(found), what, partial=True)
     return functools.partial(target, **arguments_of(target, node, "logger.extra"))

@@ -154,6 +154,19 @@ def subclass_of(*bases: type) -> Callable[[Any], bool]:
     return lambda target: inspect.isclass(target) and issubclass(target, bases) and not inspect.isabstract(target)
 
 
+def returns(*bases: type) -> Callable[[Any], bool]:
+    """Return a predicate that is true for functions whose return annotation is a class that inherits from one of these."""
+
+    def matches(target: Any) -> bool:
+        try:
+            kind = inspect.get_annotations(target, eval_str=True).get("return") if inspect.isfunction(target) else None
+        except (NameError, SyntaxError):  # an annotation that its own module does not define
+            return False
+        return inspect.isclass(kind) and issubclass(kind, bases)
+
+    return matches
+
+
 def has(*names: str) -> Callable[[Any], bool]:
     """Return a predicate that is true for classes that define all of these names."""
     return lambda target: inspect.isclass(target) and all(hasattr(target, name) for name in names)
