@@ -405,12 +405,12 @@ def build_engine(run: Run, models: Models, task: Task) -> Engine:
     try:
         engine: Engine = target(**given, **options)
     except TypeError as error:
-        raise InputError(f"the engine cannot be made: {error}", "engine") from error
+        raise InputError(f"the engine cannot be instantiated: {error}", "engine") from error
     if not engine.automatic_optimization:  # it calls the optimiser itself after every batch
         if trainer.accumulate > 1:
-            raise InputError("updates in turns need whole batches; use trainer.accumulate=1", "trainer.accumulate")
+            raise InputError("this engine does not accumulate gradients; use trainer.accumulate=1", "trainer.accumulate")
         if trainer.precision == "16-mixed":
-            raise InputError("updates in turns have no gradient scaler; use trainer.precision=bf16-mixed", "trainer.precision")
+            raise InputError("this engine has no gradient scaler; use trainer.precision=bf16-mixed", "trainer.precision")
     return engine
 
 
@@ -435,9 +435,9 @@ def check_optimizer_steps(spec: RunSpec) -> None:
     except InputError:
         raise
     except Exception as error:  # torch raises many different exceptions for invalid arguments
-        raise InputError(f"the optimiser cannot be made: {one_line(error)}", key) from error
+        raise InputError(f"the optimiser does not work: {one_line(error)}", key) from error
     if not all(parameter.isfinite().all() for parameter in layer.parameters()):
-        raise InputError("a step of the optimiser makes weights that are not finite", key)
+        raise InputError("a step of the optimiser results in weights that are not finite", key)
 
 
 def check_memory(spec: RunSpec, models: Models) -> None:
@@ -471,10 +471,10 @@ def check_machine(spec: RunSpec) -> None:
     """
     has_gpu = torch.cuda.is_available()
     if spec.trainer.accelerator == "gpu" and not has_gpu:
-        raise InputError("there is no GPU that torch can use here; use trainer=cpu", "trainer")
+        raise InputError("torch finds no usable GPU on this machine; use trainer=cpu", "trainer")
     if spec.trainer.precision == "16-mixed" and (spec.trainer.accelerator == "cpu" or not has_gpu):
         raise InputError(  # Lightning would train in bf16 and the record would not say so
-            "trainer.precision=16-mixed needs a GPU; a processor computes 32-true, or bf16-mixed", "trainer.precision"
+            "trainer.precision=16-mixed needs a GPU; on a CPU use 32-true or bf16-mixed", "trainer.precision"
         )
 
 

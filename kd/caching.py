@@ -85,15 +85,15 @@ def reason_to_run(run: Run, data: "KDDataModule", teacher: FrozenTeacher, needs:
     if data.changes:
         return data.changes
     if weights_of(run, teacher) is None:
-        return "which weights its name on the hub stands for today is not known"
+        return "the commit of its weights on the hub is unknown"
     if needs is None:
         return None
     if needs.uncacheable_reason:
         return needs.uncacheable_reason
     if needs.gradient:
-        return "gradients are taken through it"
+        return "the method takes gradients through it"
     if needs.attention and teacher.shape.family.score_bias is not None:
-        return f"the positional bias of {teacher.shape.config.model_type}'s attention is not kept"
+        return f"the positional bias of {teacher.shape.config.model_type}'s attention is not stored"
     return None
 
 
@@ -122,7 +122,7 @@ def cached(
         data.use_cached(index, {plan.split: CachedOutputs(plan.store, plan.names, plan.tokens)})
     taken = time.perf_counter() - began if missing else 0.0
     size, names = sum(plan.store.size(plan.names) for plan in plans), " ".join(plans[0].names)
-    what = f"made in {taken:.1f} s" if missing else "made before, teacher not loaded"
+    what = f"made in {taken:.1f} s" if missing else "from an earlier run, teacher not loaded"
     distributed.print_rank_zero(f"  teacher '{teacher.name}' is cached: {names}, {readable_size(size)}, {what}")
     record = {"used": True, "bytes": size, "seconds": round(taken, 3), "written": [plan.split for plan in missing]}
     return CachedTeacher(teacher, passes, examples), record
@@ -176,7 +176,7 @@ def _begin(folder: Path, about: Mapping[str, Any]) -> None:
             changed = [key for key in ("text", "weights") if other_about.get(key) != about[key]]
             if changed and all(other_about.get(key) == about[key] for key in ("precision", "task")):
                 distributed.print_rank_zero(
-                    f"  the cache {other.parent} was made of other {' and '.join(changed)}; it is not used"
+                    f"  the cache {other.parent} was made from other {' and '.join(changed)}; it is not used"
                 )
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "about.json", json.dumps(about, indent=2) + "\n")
@@ -198,7 +198,7 @@ def estimate(run: Run, teacher: FrozenTeacher, plans: Sequence[SplitCache]) -> f
         plan.store.sweep()
         if damaged := plan.store.damaged(plan.names):
             distributed.print_rank_zero(
-                f"  the cache {plan.store.folder} is damaged ({', '.join(damaged)}); that part is made again"
+                f"  the cache {plan.store.folder} is damaged ({', '.join(damaged)}); that part is recomputed"
             )
             plan.store.remove(damaged)
         plan.absent = plan.store.missing(plan.names)
@@ -212,10 +212,10 @@ def estimate(run: Run, teacher: FrozenTeacher, plans: Sequence[SplitCache]) -> f
     if limit is None:
         limit = min(AUTO_LIMIT, free / 4)
     existing = sum(file.stat().st_size for file in folder_of(run, teacher).glob("*/*.bin"))
-    needed = f"what it says takes {readable_size(size)} ({missing[0].needs})"
+    needed = f"its outputs take {readable_size(size)} ({missing[0].needs})"
     if size + existing > limit:
-        beside = f" beside the {readable_size(existing)} that are there" if existing else ""
-        return f"{needed}{beside}, more than cache={setting} takes here, {readable_size(limit)}; cache=on or a size takes more"
+        beside = f" beside the {readable_size(existing)} that exist" if existing else ""
+        return f"{needed}{beside}, more than cache={setting} allows, {readable_size(limit)}; use cache=on or a size"
     if size * (2 if distributed.world() > 1 else 1) > free:  # ranks' shares are joined
         raise InputError(f"teacher '{teacher.name}': {needed}, and {readable_size(free)} are free; use cache=off", "cache")
     count = ", ".join(f"{plan.split} {plan.store.examples}" for plan in missing)

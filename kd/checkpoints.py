@@ -161,7 +161,7 @@ def _damage(file: IO[bytes]) -> str | None:
     mark, written = file.read(len(SEAL)), file.read()
     if mark != SEAL:
         return "it is truncated or damaged, or an earlier version of kd wrote it: there is no checksum at its end"
-    return None if _checksum(file, size) == written else "it is truncated or damaged: its checksum is another"
+    return None if _checksum(file, size) == written else "it is truncated or damaged: its checksum does not match"
 
 
 def refused(path: Path, why: str) -> InputError:
@@ -192,7 +192,7 @@ def read_checkpoint(path: Path, digest: str) -> dict[str, Any]:
     except OSError as error:
         raise refused(path, error.strerror or str(error)) from error
     except Exception as error:  # torch's reader raises a dozen types for a file that was crafted to be wrong
-        raise refused(path, f"it holds more than tensors and numbers, or is none ({type(error).__name__})") from error
+        raise refused(path, f"it is no checkpoint, or holds more than tensors and numbers ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise refused(path, "it is not a checkpoint of this program")
     if checkpoint.get("digest") != digest:
@@ -234,7 +234,7 @@ def check_resumable(found: Mapping[str, Any], engine: Engine, path: Path) -> Non
             raise refused(path, f"its {name} is a {type(found[name]).__name__}")
     states = found["callbacks"].values()
     if not all(isinstance(state, dict) and isinstance(state.get("best_model_path") or "", str) for state in states):
-        raise refused(path, "its callbacks have no states by name")
+        raise refused(path, "it has no states of callbacks by name")
     try:
         groups = [len(group["params"]) for state in found["optimizer_states"] for group in state["param_groups"]]
     except (KeyError, TypeError):

@@ -27,11 +27,11 @@ def check_cohort(spec: RunSpec) -> None:
             f"cohort={cohort.name} needs two students or more, cohort.students={cohort.students} has {count}", "cohort.students"
         )
     if cohort.peers is None and count > 1:
-        cure = "cohort.peers says how several learn from each other, and cohort=mutual has it"
-        raise InputError(f"cohort={cohort.name} without peers has one student, not {count}; {cure}", "cohort")
+        cure = "several students need cohort.peers, which cohort=mutual sets"
+        raise InputError(f"cohort={cohort.name} without peers takes one student, not {count}; {cure}", "cohort")
     if count > 1 and spec.method.get("before"):
         raise InputError(
-            f"method={spec.method['name']} begins with a run of its own, for one student; use cohort=single, or leave that run "
+            f"method={spec.method['name']} starts with another run, for one student; use cohort=single, or leave that run "
             "out with method.before=null",
             "cohort",
         )
@@ -41,20 +41,20 @@ def check_cohort(spec: RunSpec) -> None:
         backbones = [teacher.backbone for teacher in spec.teacher.values()]
         if cohort.peers is None or len(backbones) != 1 or backbones[0] is None:
             raise InputError(
-                "a teacher is trained online together with two students or more (cohort=mutual), and it is one that begins "
-                "from a backbone: teacher=[minilm]",
+                "a teacher is trained online together with two students or more (cohort=mutual), and starts from a backbone: "
+                "teacher=[minilm]",
                 "cohort.teacher",
             )
         if any(student.init_from == "teacher" for student in students_of(spec).values()):
             raise InputError(
-                "students cannot begin from a teacher that is trained with them; use student.init_from=pretrained",
+                "students cannot start from a teacher that is trained with them; use student.init_from=pretrained",
                 "student.init_from",
             )
         ((name, teacher),) = spec.teacher.items()
         begins = nested(teacher.run, "student.init") or "first"
         if begins in WHOLE or teacher.run.get("surgery"):
             raise InputError(
-                f"a teacher that is trained online begins from layers of its backbone or at random, not from a {begins}",
+                f"a teacher that is trained online starts from layers of its backbone or at random, not from a {begins}",
                 f"teacher.{name}.run.student.init",
             )
 
@@ -102,7 +102,7 @@ def students_of(spec: RunSpec) -> dict[str, StudentSpec]:
         meant = f": {composition.as_list(given, 'cohort.students')}" if isinstance(given, str) else ""
         raise InputError(f"cohort.students={shown(given)} is neither a number nor a list of students{meant}", "cohort.students")
     if not entries:
-        raise InputError(f"cohort.students={given} leaves nobody to train", "cohort.students")
+        raise InputError(f"cohort.students={given} leaves no student to train", "cohort.students")
     students: dict[str, StudentSpec] = {}
     for entry in entries:
         changes = named_student(entry, spec.student) if isinstance(entry, str) else entry
@@ -138,14 +138,14 @@ def varied(student: StudentSpec, entry: Any, changes: Any) -> StudentSpec:
     check_sizes(merged, entry)
     if not isinstance(merged.name, str) or not re.fullmatch(r"[\w-][\w.-]*", merged.name) or merged.name in RESERVED:
         raise InputError(
-            f"cohort.students: the name '{merged.name}' is part of a folder's: letters, digits, '.', '_' and '-', and not "
+            f"cohort.students: the name '{merged.name}' becomes a folder's name: use letters, digits, '.', '_', '-', and not "
             f"{' or '.join(RESERVED)}",
             "cohort.students",
         )
     if merged.init in WHOLE and merged.init != student.init:
-        raise InputError(f"cohort.students: init={merged.init} is set for all of them, as student.init", "cohort.students")
+        raise InputError(f"cohort.students: init={merged.init} is set for all students, by student.init", "cohort.students")
     if changes and student.init in WHOLE:
-        raise InputError(f"students that begin from one {student.init} are all alike: cohort.students=2", "cohort.students")
+        raise InputError(f"students from one {student.init} have to be equal: use cohort.students=2", "cohort.students")
     return merged
 
 

@@ -124,9 +124,9 @@ def check_overrides(overrides: Sequence[str]) -> None:
             continue
         sign, key, value = match[1] or "", match[2], match[3]
         if sign == "~" and key in _typed_keys() and key not in LISTS:
-            raise InputError(f"'{shown(override)}' takes '{key}' away, which every run has; give it a value instead", key)
+            raise InputError(f"'{shown(override)}' deletes '{key}', which every run needs; give it a value instead", key)
         if sign == "~" and key in LISTS:
-            raise InputError(f"'{shown(override)}': a run without one says so: {key}=[]", key)
+            raise InputError(f"'{shown(override)}': for a run without one, use {key}=[]", key)
         if key in _typed_containers(dict) and (value or "").strip().startswith("["):
             raise InputError(f"'{shown(override)}': {key} takes a mapping, {{name: value}}, and no list", key)
         if key in _typed_containers(list) and (value or "").strip().startswith("{"):
@@ -196,9 +196,9 @@ def explain(error: BaseException) -> InputError:
     text = str(error).strip()
     cause = str(error.__cause__ or "").strip()
     if isinstance(error, RecursionError):
-        return InputError("a value refers to itself: ${...} goes round in a circle, or is nested too deeply")
+        return InputError("a value refers to itself: ${...} is circular, or nested too deeply")
     if match := re.search(r"item is already at '([\w.@/]+)'", text):
-        return InputError(f"'{match[1]}' is there already; leave the plus out: {match[1]}=...", match[1])
+        return InputError(f"'{match[1]}' exists already; leave the plus out: {match[1]}=...", match[1])
     if match := re.search(r"force-add of config groups is not supported: '\+\+([\w/]+)", text):
         return InputError(f"{match[1]} is chosen without plus signs: {match[1]}=...", match[1])
     if match := re.search(r"Multiple values for ([\w@/.]+)", text):
@@ -207,13 +207,13 @@ def explain(error: BaseException) -> InputError:
     if match := re.search(r"(?:Ambiguous value for argument|is a sweep:) '?([+~]*)([\w.@/]+)=(.*?)'?(?:\n|$)", text):
         _, key, value = match.groups()
         return InputError(
-            f"{key}={value} has commas, which are a sweep (--multirun). A list has brackets, a word with commas quotes, and "
+            f"{key}={value} has commas, which mean a sweep (--multirun). A list has brackets, a word with commas quotes, and "
             f"the shell needs quotes around both: '{key}=[{value}]', or '{key}=\"{value}\"'",
             key,
         )
     if match := re.search(r"Could not delete (?:from config\. )?'([\w.@/=]+)'", text):
         key = match[1].partition("=")[0]
-        return InputError(f"'~{match[1]}' cannot be taken away: {_cause_of_deletion(text)}", key)
+        return InputError(f"'~{match[1]}' cannot be deleted: {_cause_of_deletion(text)}", key)
     if match := re.search(r"Could not (?:override|append to config\. .*?) '?([\w.@/]+)'?", text):
         return _no_such_key(match.group(1))
     if match := re.search(r"Could not (?:find|load) '(\w+)/([^']*)'", text):
@@ -228,8 +228,8 @@ def explain(error: BaseException) -> InputError:
         key, _, value = str(error.override).partition("=")
         cure = f": '{key}=\"{value}\"'" if value and '"' not in value and len(value) < 100 else ""
         return InputError(
-            f"'{shown(error.override)}' is no override: {shown(_first(text), 300)}. Values with brackets, commas, spaces or "
-            f"equals signs need quotes, inside those of the shell{cure}",
+            f"'{shown(error.override)}' is no valid override: {shown(_first(text), 300)}. Values with brackets, commas, spaces "
+            f"or equals signs need quotes, inside the quotes of the shell{cure}",
             key.lstrip("+~") or None,
         )
     if match := re.search(r"full_key: ([\w.\[\]]+)", f"{text}\n{cause}"):
@@ -240,13 +240,13 @@ def explain(error: BaseException) -> InputError:
 
 def _cause_of_deletion(text: str) -> str:
     if "does not match" in text:
-        return "it has another value"
-    return "no such part was chosen" if "defaults list" in text else "it is not there"
+        return "its value is another"
+    return "no such part was chosen" if "defaults list" in text else "it does not exist"
 
 
 def _no_such_key(key: str) -> InputError:
     """Return the error for a key that does not exist, with the closest existing key or the way to add it."""
-    added = f"an entry that is not there yet is added with a plus: '+{key}=...'"
+    added = f"add a new entry with a plus: '+{key}=...'"
     if key.startswith("teacher."):
         name = key.split(".")[1]
         own = conf_folder() / "teacher" / f"{name}.yaml"
@@ -341,7 +341,7 @@ def typed(config: DictConfig) -> RunSpec:
         check_types(parts, RunSpec)
         return RunSpec(**_typed_parts(parts))
     except RecursionError as error:
-        raise InputError("a value refers to itself: ${...} goes round in a circle, or is nested too deeply") from error
+        raise InputError("a value refers to itself: ${...} is circular, or nested too deeply") from error
     except OverflowError as error:
         raise InputError(f"a number is too large ({error})") from error
     except OmegaConfBaseException as error:
@@ -409,7 +409,7 @@ def check_plain(value: Any, key: str = "", depth: int = 0) -> None:
         for name, inner in entries:
             numbered = type(name) is int and key.rpartition(".")[2] in ("train", "validation", "test")  # a file for each class
             if name is not None and not numbered and (not isinstance(name, str) or not name):
-                raise InputError(f"{key} has the key {name!r}, which is no word; quote it", key)
+                raise InputError(f"{key} has the key {name!r}, which is not a word; quote it", key)
             if name is not None:
                 check_plain(name, key, depth + 1)
             check_plain(inner, key if name is None else f"{key}.{name}".lstrip("."), depth + 1)
@@ -441,12 +441,12 @@ def _check_type(value: Any, hint: Any, key: str) -> None:
     elif typing.get_origin(hint) is dict and isinstance(value, dict):
         for name, inner in value.items():
             if dataclasses.is_dataclass(typing.get_args(hint)[1]) and not isinstance(inner, dict):
-                raise InputError(f"{key}.{name}={shown(inner)} is no mapping of keys", f"{key}.{name}")
+                raise InputError(f"{key}.{name}={shown(inner)} is not a mapping of keys", f"{key}.{name}")
             _check_type(inner, typing.get_args(hint)[1], f"{key}.{name}")
     elif typing.get_origin(hint) is list and isinstance(value, list):
         for inner in value:
             if inner is None or isinstance(inner, dict | list):
-                raise InputError(f"{key}={shown(value)} is a list of words; {shown(inner)} is none", key)
+                raise InputError(f"{key}={shown(value)} takes a list of words; {shown(inner)} is not a word", key)
             _check_type(inner, str, key)
     elif typing.get_origin(hint) is list:
         raise InputError(f"{key}={shown(value)} takes a list: {as_list(value, key)}", key)

@@ -2,7 +2,7 @@
 
 import errno
 
-DISK_FULL = "the disk is full. What was saved before is whole; free some space, and the same command goes on from it"
+DISK_FULL = "the disk is full. Everything saved before is intact; free some space, and run the same command to resume"
 
 
 class InputError(Exception):

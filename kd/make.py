@@ -40,7 +40,7 @@ def instantiate(target: Callable[..., Any], node: Mapping[str, Any], key: str, *
     try:
         return target(*given, **arguments)
     except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
-        raise InputError(f"{node.get('_target_')} cannot be made: {one_line(error)}", key) from error
+        raise InputError(f"{node.get('_target_')} cannot be instantiated: {one_line(error)}", key) from error
 
 
 def arguments_of(target: Callable[..., Any], node: Mapping[str, Any], key: str, given: int = 0) -> dict[str, Any]:

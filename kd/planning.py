@@ -199,13 +199,13 @@ def source_of(spec: RunSpec) -> Source:
     except InputError as error:
         raise InputError(error.message, "task.source") from error
     except (TypeError, ValueError) as error:
-        raise InputError(f"the task's source cannot be made: {one_line(error)}", "task.source") from error
+        raise InputError(f"the task's source cannot be instantiated: {one_line(error)}", "task.source") from error
     for field in fields(source) if is_dataclass(source) else ():
         value, kind = getattr(source, field.name), str(field.type)
         wrong = () if "Mapping" in kind or kind.endswith("Any") else (Mapping,) if "Sequence" in kind else (Mapping, list)
         if isinstance(value, wrong):
             key = f"task.source.{field.name}"
-            raise InputError(f"{key}={shown(value)} is not what the task's source takes there", key)
+            raise InputError(f"{key}={shown(value)} is not a value that the task's source takes", key)
     return source  # type: ignore[no-any-return]
 
 
@@ -358,7 +358,7 @@ def teacher_config(parent: DictConfig, spec: RunSpec, name: str, teacher: Teache
         nested(surgeries, f"{surgery}.run") for surgery in (surgeries if isinstance(surgeries, Mapping) else ())
     ):
         raise InputError(
-            "a teacher's run cannot begin from a further run; make that run by a command of its own, and give its folder as "
+            "a teacher's run cannot start from a further run; train that run by a command of its own, and give its folder as "
             f"teacher.{name}.model or as student.checkpoint",
             f"teacher.{name}.run.student.init",
         )

@@ -39,7 +39,7 @@ def check_pool(spec: RunSpec) -> None:
     check_share(pool.holdout, "pool.holdout")
     if pool.wrapper is None and pool.distribution is not None:
         raise InputError(
-            f"pool={pool.name} has no distribution: it shows the method all teachers, or the end of a chain. "
+            f"pool={pool.name} has no distribution: the method sees all teachers, or the last of a chain. "
             "pool=stochastic and pool=wkd have one",
             "pool.distribution",
         )

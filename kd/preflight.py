@@ -84,7 +84,7 @@ def check_data(report: Report, data: KDDataModule) -> None:
             report.warn(f"{shared} of {len(texts[split])} texts of '{split}' are also in train")
     task, scores = data.examples.task, data.examples.labels["train"]
     if isinstance(task, Regression) and min(scores) == max(scores):
-        report.warn(f"every training example has the score {scores[0]:g}: there is nothing to tell apart")
+        report.warn(f"every training example has the score {scores[0]:g}: there is nothing to learn")
     if data.shared_tokenizer:
         report.ok("student and teachers read the same tokens" if data.teacher_keys else "one tokenizer")
     else:
@@ -174,7 +174,7 @@ def check_students(report: Report, engine: Engine) -> None:
     for (one, left), (other, right) in itertools.combinations(states.items(), 2):
         if left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left):
             report.warn(
-                f"students {one} and {other} begin with the same weights, heads included: only dropout tells them apart"
+                f"students {one} and {other} start from the same weights, heads included: only dropout distinguishes them"
             )
 
 

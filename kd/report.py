@@ -324,7 +324,7 @@ def main() -> None:
         out.print()
     if unfinished:
         left = ",".join(dict.fromkeys(result["method"] for result in unfinished))
-        out.print(f"Left out: runs that others begin with; --method={left} shows them")
+        out.print(f"Left out: runs that other runs start from; --method={left} shows them")
 
 
 if __name__ == "__main__":

@@ -344,6 +344,6 @@ def check_name(name: Any, key: str) -> None:
         InputError: if it has a character other than letters, digits, '.', '_' and '-', or is too long.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
-        raise InputError(f"{key}='{shown(name)}' is part of a folder's name: letters, digits, '.', '_' and '-'", key)
+        raise InputError(f"{key}='{shown(name)}' becomes part of a folder's name: use letters, digits, '.', '_' and '-'", key)
     if len(name.encode()) > LONGEST_NAME:
-        raise InputError(f"{key}='{shown(name)}' is part of a folder's name, of at most {LONGEST_NAME} bytes", key)
+        raise InputError(f"{key}='{shown(name)}' becomes part of a folder's name: use at most {LONGEST_NAME} bytes", key)

@@ -80,12 +80,12 @@ def damaged_file(directory: Path, files: Any, thorough: bool) -> str | None:
         thorough: whether to compare digests as well as sizes.
     """
     if not isinstance(files, Mapping) or not all(isinstance(record, Mapping) for record in files.values()):
-        return "result.json does not say what its exported files are"
+        return "result.json does not list its exported files"
     for name, record in files.items():
         path = directory / name
         try:
             if path.stat().st_size != record.get("bytes", path.stat().st_size) or not path.is_file():
-                return f"{name} has another size than result.json says"
+                return f"{name} has another size than recorded in result.json"
             if thorough and "digest" in record and file_fingerprint(path) != record["digest"]:
                 return f"{name} is damaged: its digest is not the one in result.json"
         except (OSError, ValueError):

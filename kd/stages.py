@@ -147,11 +147,11 @@ def stage_config(
         raise InputError(f"{where}={shown(given)} takes a list of overrides: {composition.as_list(given, where)}", where)
     if not isinstance(given, list) or not given:
         about = "student.init=run needs student.run" if key == "student.run" else f"{key} must be"
-        raise InputError(f"{about}=[override, ...], or a mapping with `overrides`: the run to begin from", key)
+        raise InputError(f"{about}=[override, ...], or a mapping with `overrides`: the run to start from", key)
     if depth >= DEEPEST_CHAIN:
-        raise InputError(f"{key} begins from itself; give the first stage another student.init", key)
+        raise InputError(f"{key} starts from itself; give the first stage another student.init", key)
     if spare := [word for word in given if not isinstance(word, str) or not re.match(r"[+~]*[\w/@.]+", word)]:
-        raise InputError(f"{key} is a list of overrides, each a word such as 'seed=1'; {shown(spare[0])} is none", key)
+        raise InputError(f"{key} is a list of overrides, each a word such as 'seed=1'; {shown(spare[0])} is not one", key)
     if len(given) > MOST_OVERRIDES:
         raise InputError(f"{key} lists {len(given)} overrides, more than {MOST_OVERRIDES}", key)
     # An interpolated null becomes the text None.

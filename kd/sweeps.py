@@ -110,7 +110,7 @@ class Sweep:
     def counts(self) -> str:
         """Numbers of points that are done, failed and left, as text."""
         left = len(self.points) - self.done - len(self.failures)
-        return f"{self.done} done, {len(self.failures)} failed" + (f", {left} not made" if left else "")
+        return f"{self.done} done, {len(self.failures)} failed" + (f", {left} not started" if left else "")
 
     def close(self) -> None:
         """Print the counts and the points that failed.
@@ -202,7 +202,7 @@ def planned(state: Sweep, options: Sequence[str]) -> list[int]:
     indices = sorted([*left, *later])
     if indices and (state.failures or state.done):
         counted = f", {len(state.failures)} failed" if state.failures else ""
-        distributed.print_rank_zero(f"\n{len(state.points)} points: {state.done} done already{counted}, {len(indices)} to make")
+        distributed.print_rank_zero(f"\n{len(state.points)} points: {state.done} done already{counted}, {len(indices)} to run")
     folders = {run.spec.paths.runs for run in left.values()}
     if len(folders) == 1:  # with several folders, each point checks its own when it is run
         distributed.on_rank_zero(lambda: check_writable(*folders))
@@ -232,7 +232,7 @@ def check_alike(state: Sweep, names: Mapping[int, str], failed: Mapping[int, Fai
         lines = [f"rank {rank} fails: {reason[0]}" for rank, reason in enumerate(reasons) if reason is not None]
         lines += [f"rank {rank} plans {name}" for rank, name in enumerate(planned_as) if name is not None]
         key = next((reason[1] for reason in reasons if reason is not None), None)
-        raise InputError(f"the ranks do not plan the same at point {state.name(index)}:\n  " + "\n  ".join(lines), key)
+        raise InputError(f"the ranks plan different runs at point {state.name(index)}:\n  " + "\n  ".join(lines), key)
 
 
 def asks_hydra(config: DictConfig) -> bool:

@@ -75,7 +75,7 @@ def execute(run: Run, purpose: str = "", first: bool = True) -> dict[str, Any]:
         distributed.print_rank_zero(f"\n{purpose or run.name}\n  {run.directory}")
         if result is None and distributed.on_rank_zero((run.directory / "result.json").exists):
             distributed.print_rank_zero(
-                "  its result.json is damaged; the run goes on from its last checkpoint and writes it anew"
+                "  its result.json is damaged; the run resumes from its last checkpoint and writes it anew"
             )
         if result is not None:
             distributed.print_rank_zero(f"  done, but {damage}; it is exported again")
@@ -84,7 +84,7 @@ def execute(run: Run, purpose: str = "", first: bool = True) -> dict[str, Any]:
             except InputError as error:
                 if run.spec.resume:
                     raise
-                distributed.print_rank_zero(f"  that cannot be done, so the run begins again: {error.message}")
+                distributed.print_rank_zero(f"  it cannot be exported again, so the run starts again: {error.message}")
         return fit(run, examples)
 
 
@@ -196,7 +196,7 @@ def check_ranks(run: Run) -> None:
     names = distributed.gather(run.name)
     for rank, name in enumerate(names):
         if name != names[0]:
-            raise InputError(f"the ranks are not at the same run: rank 0 is at {names[0]}, rank {rank} at {name}")
+            raise InputError(f"the ranks do not train the same run: rank 0 is at {names[0]}, rank {rank} at {name}")
     counts = sorted(set(distributed.gather(distributed.local_world())))
     if len(counts) > 1:
         raise InputError(f"every machine has to start as many ranks: {counts} were started; see --nproc-per-node")
@@ -228,7 +228,7 @@ def plain_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
-        stop("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
+        stop("interrupted; run the same command to resume from the last checkpoint", INTERRUPTED)
     except InputError as error:
         stop(f"kd-train: {error}", 2)
     except (HydraException, OmegaConfBaseException) as error:

@@ -135,7 +135,7 @@ def locate(node: Mapping[str, Any], key: str, fits: Callable[[Any], bool], expec
     """
     name, where = node.get("_target_"), f"{key}._target_"
     if not isinstance(name, str) or not name:
-        raise InputError(f"{key} has no class: its _target_ is missing, or no word", where)
+        raise InputError(f"{key} has no class: its _target_ is missing, or not a word", where)
     if "_partial_" in node:
         switch(node["_partial_"], f"{key}._partial_")
     if spare := [word for word in (*HYDRA_WORDS, *(() if partial else ("_partial_",))) if word in node]:

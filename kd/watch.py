@@ -33,7 +33,7 @@ PEER_LOST = 3
 """Exit status of a rank that ends because it has lost another."""
 TERMINATED = 128 + signal.SIGTERM
 
-GOES_ON = "the same command goes on from the last checkpoint"
+GOES_ON = "run the same command to resume from the last checkpoint"
 
 
 class Watchdog:

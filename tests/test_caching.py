@@ -274,7 +274,7 @@ def test_another_text_or_other_weights_are_not_served_from_what_is_there(
     built(small)
     capsys.readouterr()
     built([*small, "task.max_length=6"])
-    assert "was made of other text" in capsys.readouterr().out
+    assert "was made from other text" in capsys.readouterr().out
     built(small)
     assert "teacher not loaded" in capsys.readouterr().out, "the first is still there"
 
@@ -289,7 +289,7 @@ def test_weights_that_change_under_one_name_are_noticed(fresh, teacher: Path, ca
     run.finish({**run.result, "files": recorded_files(run.directory, [run.student])})  # not damaged: another's
     capsys.readouterr()
     built(fresh("method=kd"))
-    assert "was made of other weights" in capsys.readouterr().out
+    assert "was made from other weights" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bad", ["truncated", "flipped"])
@@ -301,7 +301,7 @@ def test_damage_is_said_and_made_good(fresh, bad: str, capsys: pytest.CaptureFix
     shutil.rmtree(run.directory)
     capsys.readouterr()
     _, again = made(fresh("method=kd"))
-    assert "is damaged (logits); that part is made again" in capsys.readouterr().out
+    assert "is damaged (logits); that part is recomputed" in capsys.readouterr().out
     assert again["cache"]["minilm"]["written"] == ["train"]
     assert path.read_bytes() == whole
     assert again["metrics"] == result["metrics"]
@@ -344,7 +344,7 @@ def test_a_limit_is_kept(fresh, word: str, capsys: pytest.CaptureFixture[str]) -
     else:
         assert not any(kept(fresh()).values())
     said = capsys.readouterr().out
-    assert ("runs at every step: what it says takes" in said) == (word == "cache=100")
+    assert ("runs at every step: its outputs take" in said) == (word == "cache=100")
 
 
 def test_what_is_there_counts_towards_the_limit(fresh) -> None:
@@ -392,7 +392,7 @@ def test_teacher_of_the_hub_is_run_once_for_the_commit_that_is_loaded(
     monkeypatch.setattr(sources, "try_to_load_from_cache", lambda *_, **__: None)
     _, models, _ = built(overrides)
     assert models.caches["hub"]["used"] is False
-    assert "which weights its name on the hub stands for today is not known" in capsys.readouterr().out
+    assert "the commit of its weights on the hub is unknown" in capsys.readouterr().out
 
 
 def test_the_pass_runs_what_is_not_compiled(fresh, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,7 +423,7 @@ def test_the_estimate_is_the_size(fresh, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_no_room_is_said_before_the_pass(fresh, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caching.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(InputError, match=r"takes .* kB .* and 1\.0 kB are free; use cache=off") as caught:
+    with pytest.raises(InputError, match=r"take .* kB .* and 1\.0 kB are free; use cache=off") as caught:
         built(fresh("method=kd", "cache=on"))
     assert caught.value.key == "cache"
     _, models, _ = built(fresh("method=kd"))
@@ -434,7 +434,7 @@ def test_no_room_is_said_before_the_pass(fresh, monkeypatch: pytest.MonkeyPatch)
     ("needs", "data", "reason"),
     [
         (Needs(uncacheable_reason="it smooths the text"), SimpleNamespace(changes=""), "it smooths the text"),
-        (Needs(gradient=True), SimpleNamespace(changes=""), "gradients"),
+        (Needs(gradient=True), SimpleNamespace(changes=""), "the method takes gradients"),
         (Needs(), SimpleNamespace(changes="masked anew"), "masked anew"),
         (Needs() | Needs(uncacheable_reason="a") | Needs(uncacheable_reason="b"), SimpleNamespace(changes=""), "a; b"),
     ],

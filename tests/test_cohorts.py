@@ -146,9 +146,9 @@ def test_each_student_begins_from_the_layers_of_its_own_init(dml) -> None:
 BAD = {
     "one student": (["cohort.students=1"], "cohort.students", "needs two students or more.*has 1"),
     "a list of one": (["cohort.students=[2l]"], "cohort.students", "needs two students or more.*has 1"),
-    "nobody": (["cohort.students=0"], "cohort.students", "leaves nobody"),
-    "an empty list": (["cohort.students=[]"], "cohort.students", "leaves nobody"),
-    "fewer than nobody": (["cohort.students=-1"], "cohort.students", "leaves nobody"),
+    "nobody": (["cohort.students=0"], "cohort.students", "leaves no student"),
+    "an empty list": (["cohort.students=[]"], "cohort.students", "leaves no student"),
+    "fewer than nobody": (["cohort.students=-1"], "cohort.students", "leaves no student"),
     "a word": (["cohort.students=two"], "cohort.students", r"'cohort\.students=\[two\]'"),
     "a mapping": (["cohort.students={layers: 2}"], "cohort.students", "neither a number nor a list"),
     "a truth": (["cohort.students=true"], "cohort.students", "neither a number nor a list"),
@@ -159,12 +159,12 @@ BAD = {
     "students of one run that differ": (
         ["cohort.students=[2l,3l]", "student.init=run", "student.run=['student.init=random']"],
         "cohort.students",
-        "all alike",
+        "have to be equal",
     ),
     "several without a cohort": (
         ["cohort=single", "cohort.students=2", "~method.weights.mutual"],
         "cohort",
-        "cohort=mutual has it",
+        "cohort=mutual sets",
     ),
     "a weight without peers": (["cohort=single", "engine=distiller"], "method.weights.mutual", "'mutual' has no term"),
     "no weight on peers": (["~method.weights.mutual"], "method.weights.mutual", "'mutual' has no weight"),

@@ -102,7 +102,7 @@ def test_what_is_said_is_said_by_the_first_rank_alone(
         next((tmp_path / "tokens").iterdir()).write_bytes(b"damaged")
         store.arrays(lambda: ["source"], lambda: {"ids": numpy.zeros(1)})
     out = capsys.readouterr().out
-    for words in ("metrics.csv' is damaged", "cutting texts into tokens", "the stored tokens"):
+    for words in ("metrics.csv' is damaged", "tokenising texts", "the stored tokens"):
         assert out.count(words) == 1, out
 
 
@@ -245,7 +245,7 @@ def test_killed_rank_ends_the_other_and_the_next_start_ends_with_the_same_weight
     output = output_of(process)
     assert process.returncode != 0
     assert time.monotonic() - began < 60
-    assert output.count("goes on from the last checkpoint") == 1, output
+    assert output.count("resume from the last checkpoint") == 1, output
     assert "another rank has ended" in output or "stopped by SIGTERM" in output
     assert output.count("Traceback") == 1, output  # torchrun's own
     assert run.result is None
@@ -265,7 +265,7 @@ def test_rank_that_does_not_answer_is_given_up(uneven: Callable[[Path], list[str
     try:
         said = line_of(process, "kd-train:")
         assert said.startswith("kd-train: no answer from rank 1 (")
-        assert said.endswith(f"for {PATIENCE} s; this rank stops too. The same command goes on from the last checkpoint")
+        assert said.endswith(f"for {PATIENCE} s; this rank stops too. Run the same command to resume from the last checkpoint")
     finally:
         end_all([process], tmp_path)
 
@@ -353,7 +353,7 @@ def test_input_error_of_every_rank_is_printed_once(small: Small, tmp_path: Path)
 @pytest.mark.ddp
 @pytest.mark.parametrize(
     ("second", "message"),
-    [("paths.runs={folder}/b", "is not a folder that all machines share"), ("seed=2", "not at the same run")],
+    [("paths.runs={folder}/b", "is not a folder that all machines share"), ("seed=2", "do not train the same run")],
 )
 def test_machines_that_do_not_do_the_same_are_told(
     second: str, message: str, uneven: Callable[[Path], list[str]], tmp_path: Path

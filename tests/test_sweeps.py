@@ -91,7 +91,7 @@ def test_points_that_cannot_be_planned_are_told_before_the_first_is_made(sweep: 
     assert "point 4 of 4: student=nosuch" in told
     assert "point 2 of 4" not in told
     assert [line.split(":")[0].strip() for line in end.splitlines() if "failed" in line] == ["1 of 4", "3 of 4", "4 of 4"]
-    assert "4 points: 0 done already, 3 failed, 1 to make\nmaking " in out
+    assert "4 points: 0 done already, 3 failed, 1 to run\nmaking " in out
     assert "Traceback" not in err
     assert "Error executing job" not in err
 
@@ -125,8 +125,8 @@ def test_an_interrupted_sweep_tells_how_far_it_came(sweep: Sweep) -> None:
     sweep.trouble = {1: InputError("no"), 3: KeyboardInterrupt()}
     status, out, err = sweep("seed=1,2,3,4")
     assert (status, sweep.made) == (130, [2])
-    assert "interrupted: 1 done, 1 failed, 2 not made" in out
-    assert "goes on from the last checkpoint" in err
+    assert "interrupted: 1 done, 1 failed, 2 not started" in out
+    assert "resume from the last checkpoint" in err
 
 
 def test_a_value_that_hydra_knows_inside_a_job_alone_is_planned_there(sweep: Sweep) -> None:

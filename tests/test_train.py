@@ -457,7 +457,7 @@ BAD = {
     "unknown accelerator": (["trainer.accelerator=foo"], "trainer.accelerator", "cpu, gpu, auto"),
     "no devices": (["trainer.devices=0"], "trainer.devices", "number from 1"),
     "half precision without a GPU": (["trainer.precision=16-mixed"], "trainer.precision", "needs a GPU"),
-    "no GPU, and what suits none": (["trainer=gpu", "trainer.precision=16-mixed"], "trainer", "there is no GPU"),
+    "no GPU, and what suits none": (["trainer=gpu", "trainer.precision=16-mixed"], "trainer", "no usable GPU"),
     "key of another method": (["method=kd", "method.layers=last"], "method.layers", "chosen method has no key"),
     "unknown method": (["method=pdk"], "method", "Did you mean 'pkd'"),
     "unknown student": (["student=33l"], "student", "there is no student '33l'"),

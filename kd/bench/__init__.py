@@ -14,7 +14,7 @@ from kd.hardware import configure_openmp, version_line
 
 DESCRIPTION = """Time a method's training steps beside plain fine-tuning of the same student in the same harness, and, with
 --peer, beside TextBrewer. Each candidate has a process of its own; they take turns, and one works at a time. A turn is an
-epoch over the same few training examples, and the first turn of each is a warm-up. Nothing is kept but the figures. Teachers
+epoch over the same few training examples, and the first turn of each is a warm-up. Only the figures are kept. Teachers
 that a run would fine-tune are taken untrained: speed does not depend on their weights."""
 
 

@@ -58,7 +58,7 @@ def benchmark(
                 workers[candidate.name].wait()
                 caches = workers[candidate.name].facts["caches"].values()
                 if candidate is CACHED and not (caches and all(cache["used"] for cache in caches)):
-                    say("no teacher is cached here, so there is no row of it")
+                    say("no teacher can be cached here, so there is no row with a cache")
                     workers.pop(candidate.name).close()
             rounds, rates = run_rounds(workers, repeats + 1, chosen.spec.trainer.accelerator)
         finally:
@@ -105,7 +105,7 @@ def check_run(run: Run) -> None:
 
     trainer = run.spec.trainer
     if trainer.accelerator == "gpu" and not torch.cuda.is_available():
-        raise InputError("there is no GPU that torch can use here; use trainer=cpu", "trainer")
+        raise InputError("torch finds no usable GPU on this machine; use trainer=cpu", "trainer")
     if distributed.world() > 1 or trainer.strategy != "auto" or str(trainer.devices) != "1":
         raise InputError("kd-bench measures one device; use trainer=cpu or trainer=gpu", "trainer")
 

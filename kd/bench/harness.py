@@ -96,7 +96,7 @@ def prepare(job: Job) -> Prepared:
         run.spec.student.init = "random"
     for role, needed in run.inputs.items():
         if not role.startswith("teacher "):
-            raise InputError(f"the {role} needs a run that a benchmark does not make", "surgery")
+            raise InputError(f"the {role} needs a run that kd-bench does not train", "surgery")
         make_untrained(needed, examples, folder / role.replace(" ", "_"), run.spec.seed)
     models = build_models(run, examples.task, texts=examples.texts["train"])
     if job.candidate.bare:

@@ -94,7 +94,7 @@ def check_textbrewer(run: Run) -> None:
     if not alone or len(spec.teacher) != 1:
         raise InputError("TextBrewer is set up for one frozen teacher and one student; leave out --peer", "--peer")
     if spec.trainer.batch_tokens is not None:
-        raise InputError("TextBrewer has batches of so many examples; leave out --peer", "trainer.batch_tokens")
+        raise InputError("TextBrewer has batches of trainer.batch_size examples only; leave out --peer", "trainer.batch_tokens")
     if spec.task.kind != "classification":
         raise InputError(f"TextBrewer is set up for classification, not for task={spec.task.name}; leave out --peer", "--peer")
 

@@ -64,8 +64,8 @@ class WorkerDied(Exception):
 
     def __init__(self, name: str, status: int | None) -> None:
         how = f"was killed by signal {-status}" if status is not None and status < 0 else f"ended with status {status}"
-        memory = "; the system kills what takes more memory than there is" if status == -9 else ""
-        super().__init__(f"the process of '{name}' {how} before its turns were done{memory}. What it said stands above")
+        memory = "; the system kills processes when memory runs out" if status == -9 else ""
+        super().__init__(f"the process of '{name}' {how} before its turns were done{memory}. Its output is above")
 
 
 class Gate:

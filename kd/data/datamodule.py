@@ -137,7 +137,9 @@ def held_out(raw: Mapping[str, Table], share: float) -> dict[str, Table]:
     held = np.fromiter((hash_fraction(("held out", *texts)) < share for texts in train.texts), bool, len(train))
     splits = {"train": train.take(np.flatnonzero(~held)), "validation": train.take(np.flatnonzero(held))}
     if not all(map(len, splits.values())):
-        raise InputError(f"a share of {share} of {len(held)} examples leaves nothing to score, or to train on", "task.holdout")
+        raise InputError(
+            f"a share of {share} of {len(held)} examples leaves no example to score, or to train on", "task.holdout"
+        )
     return splits
 
 

@@ -118,7 +118,7 @@ def class_names(table: Table) -> list[str]:
         if other != name:
             raise InputError(
                 f"{table.where(first[other])} has the label {literal(other)} and {table.where(row)} {literal(name)}: they "
-                "differ by their spelling alone. Make them one or, if they are two classes, list all as task.labels=[...]",
+                "differ only in spelling. Use one spelling or, if they are two classes, list all as task.labels=[...]",
                 "task.labels",
             )
     names = sorted(first)

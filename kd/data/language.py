@@ -75,7 +75,7 @@ class MaskedLM:
             ValueError: without the labels of a batch, see `of`.
         """
         if self._labels is None:
-            raise ValueError("which positions belong together is known of a batch only: task.of(batch.labels).soft(...)")
+            raise ValueError("the positions of an example are known only for a batch: use task.of(batch.labels).soft(...)")
         if loss == "mse":
             losses = soft_losses.squared_error(student, teacher, "none")
         else:

@@ -438,7 +438,7 @@ class Glue:
             data = load_dataset(self.repository, self.subset)
         except Exception as error:  # the library raises a dozen kinds for a hub that cannot be reached
             raise InputError(
-                f"'{self.repository}/{self.subset}' cannot be had from the hub ({type(error).__name__}: {error}); "
+                f"'{self.repository}/{self.subset}' cannot be loaded from the hub ({type(error).__name__}: {error}); "
                 "or point paths.glue at a folder of GLUE's TSV files",
                 "paths.glue",
             ) from error

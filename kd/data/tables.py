@@ -80,9 +80,7 @@ class Layout:
             raise one_of(self.format, FORMATS, "task.format")
         kind = self.format or SUFFIXES.get(path.suffix.lower()) or (self.delimiter and "csv")
         if kind is None:
-            raise InputError(
-                f"'{path}' is not a .csv, .tsv or .jsonl file; task.format={'|'.join(FORMATS)} says what it is instead", key
-            )
+            raise InputError(f"'{path}' is not a .csv, .tsv or .jsonl file; set task.format={'|'.join(FORMATS)}", key)
         if kind not in ("csv", "tsv"):
             for name in ("delimiter", "columns"):
                 if getattr(self, name) is not None:

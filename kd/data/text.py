@@ -199,7 +199,7 @@ class MaskedTokens:
         self.vocabularies = [Vocabulary(part, plain, shift, store) for part, shift in zip(parts, shifts, strict=False)]
         first = self.vocabularies[0]
         if any(not np.array_equal(other.words, first.words) for other in self.vocabularies):
-            raise ValueError("the two vocabularies do not agree on what a word is")
+            raise ValueError("the two tokenizers split text into words differently")
         ends = parts[0]("")["input_ids"]
         self.before, self.after = ends[:1], ends[1:]
         self.room = max_length - len(ends)

@@ -103,7 +103,7 @@ class TokenStore:
         if stored is not None:
             return stored
         if path.exists():
-            distributed.print_rank_zero(f"  the stored tokens '{path}' are damaged; they are made again")
+            distributed.print_rank_zero(f"  the stored tokens '{path}' are damaged; they are rebuilt")
         arrays = make()
         try:
             write_arrays(path, arrays)
@@ -191,7 +191,7 @@ def encodings(
             if time.monotonic() - said > SAY_AFTER:
                 said = time.monotonic()
                 count = min((number + 1) * AT_ONCE, len(texts))
-                distributed.print_rank_zero(f"  cutting texts into tokens: {count:,} of {len(texts):,} in {said - began:.0f} s")
+                distributed.print_rank_zero(f"  tokenising texts: {count:,} of {len(texts):,} in {said - began:.0f} s")
 
 
 def cut(tokenizer: Any, texts: Texts, max_length: int) -> dict[str, np.ndarray]:

@@ -59,7 +59,7 @@ class MutualDistiller(Engine):
     ) -> None:
         super().__init__(teachers, task, weights, optimizer, seed, clip)
         if len(students) < 2:
-            raise InputError(f"students that learn from each other are two or more, not {len(students)}", "cohort.students")
+            raise InputError(f"mutual learning needs two or more students, not {len(students)}", "cohort.students")
         if update not in UPDATES:
             raise one_of(update, UPDATES, "engine.update")
         for method in methods.values():
