@@ -1,10 +1,10 @@
-# Every target brings the environment it needs: `make demo` or `make test` may be the first command after cloning.
+# Every target installs the environment it needs: `make demo` or `make test` may be the first command after cloning.
 PYTHON ?= python3
 BIN := .venv/bin
 LOCK := requirements.lock
 DEV := requirements-dev.lock
 DATA := requirements-data.lock
-# What the processes of kd say besides their own output is of no use here.
+# Silence notices of pip and of the tokenizers, and use no network for models.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -32,7 +32,7 @@ help: ## show this list
 
 install: .venv/installed ## create .venv with the locked packages and kd itself
 
-# The first thing that is said is how long it will take, also where the environment has to be installed before.
+# Prints the duration first, even if the environment has to be installed before.
 demo:: ## fine-tune MiniLM, train three students, print the table (about 7 minutes; half where the processor computes bf16)
 	@echo "make demo: about 7 minutes on two cores (half where they compute bf16), and 1 to 4 to install the first time."
 demo:: .venv/installed
@@ -47,7 +47,7 @@ test: .venv/developing ## all tests that need no accelerator (about 20 minutes o
 test-fast: .venv/developing ## formulas, contracts, data, configurations; no whole runs (under 2 minutes)
 	$(BIN)/python -m pytest --verbosity 0 -m "fast and not gpu"
 
-method: named .venv/developing ## all about one method, make method NAME=pkd: contract, tests, two ranks, a short run (about 2 minutes)
+method: named .venv/developing ## checks of one method, make method NAME=pkd: contract, tests, two ranks, a short run (about 2 minutes)
 	$(BIN)/ruff check kd tests
 	$(BIN)/ruff format --check kd tests
 	$(BIN)/mypy
@@ -58,7 +58,7 @@ named:
 	@test -n "$(NAME)" -a -f "conf/method/$(NAME).yaml" || \
 	{ echo "make method NAME=<name>: one of" $(sort $(basename $(notdir $(wildcard conf/method/*.yaml)))); exit 2; }
 
-check: lint types test ## what must pass before a commit: ruff, mypy, all tests (about 21 minutes on two cores)
+check: lint types test ## checks that must pass before a commit: ruff, mypy, all tests (about 21 minutes on two cores)
 
 lint: .venv/developing
 	$(BIN)/ruff check kd tests
@@ -67,7 +67,7 @@ lint: .venv/developing
 types: .venv/developing
 	$(BIN)/mypy
 
-format: .venv/developing ## put the code into shape
+format: .venv/developing ## fix and format the code
 	$(BIN)/ruff check --fix kd tests
 	$(BIN)/ruff format kd tests
 

@@ -338,7 +338,7 @@ OF_TEACHERS = {
     "a head of another name": (renamed("classifier", "score"), LACKS + "classifier.*in their place: score.bias", "model"),
     "no head and no word of it": (both(without("classifier"), config(architectures=None)), LACKS + "classifier", "model"),
     "no pooler": (without("pooler"), LACKS + "bert.pooler.dense", "model"),
-    "an encoder": (config(architectures=["BertModel"]), "has no head for this task: it is BertModel", "model"),
+    "an encoder": (config(architectures=["BertModel"]), "has no head for this task: its architecture is BertModel", "model"),
     "several labels at once": (config(problem_type="multi_label_classification"), "says problem_type=multi_label", "model"),
     "a regression": (config(problem_type="regression"), "says problem_type=regression", "model"),
     "names in place of none": (config(id2label=None, label2id=None), r"no names but numbers.*teacher.hub.labels=\[", "labels"),
