@@ -8,7 +8,6 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from conftest import tiny_model, tiny_tokenizer
-from kd.config import compose, typed
 from kd.data.batch import Batch
 from kd.data.tasks import Classification
 from kd.errors import InputError
@@ -16,7 +15,6 @@ from kd.forward import Forward, Needs
 from kd.methods.base import Progress, Step
 from kd.methods.simkd import FEATURES, Reused, SimKD, projector
 from kd.models import Encoder, FrozenTeacher
-from kd.planning import method_identity
 
 TASK = Classification("toy", ["no", "yes"], {}, ["accuracy"], "accuracy")
 LABELS = torch.tensor([0, 1, 1])
@@ -111,15 +109,6 @@ def test_padding_counts_where_it_is_asked_for() -> None:
     torch.testing.assert_close(method.terms(step)["feature"], nn.functional.mse_loss(project(ours), theirs))
     assert "padding" in method.batch_dependence()
     assert not SimKD(feature="tokens").batch_dependence()
-
-
-def test_padding_as_it_was_before_it_could_be_chosen_is_no_part_of_an_identity() -> None:
-    def identity(*more: str) -> dict:
-        return method_identity(typed(compose(["method=simkd", "method.feature=tokens", *more])).method)
-
-    assert "padding" not in identity()
-    assert identity("method.padding=reference")["padding"] == "reference"
-    assert "padding" in method_identity(typed(compose(["method=bert_emd"])).method)
 
 
 def test_logits_are_off_by_no_more_than_the_classifiers_norm_times_the_distance() -> None:
