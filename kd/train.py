@@ -57,6 +57,9 @@ def execute(run: Run, purpose: str = "", first: bool = True) -> dict[str, Any]:
         return result
     from kd.build import build_examples
 
+    examples = build_examples(run)  # referenced from here on, so that the checks and the teachers' runs reuse them
+    if first:
+        check_all(run)  # before any run that it needs is trained, and before a folder is made: a refusal leaves none behind
     with writes_to(run.spec.paths.runs), contextlib.ExitStack() as held:
         distributed.on_rank_zero(lambda: held.enter_context(run.lock()))
         if not all(distributed.gather(run.directory.is_dir())):
@@ -64,9 +67,6 @@ def execute(run: Run, purpose: str = "", first: bool = True) -> dict[str, Any]:
         result, damage = distributed.on_rank_zero(state)  # another process may have finished it while this one waited
         if result is not None and damage is None:
             return result
-        examples = build_examples(run)  # referenced from here on, so that the checks and the teachers' runs reuse them
-        if first:
-            check_all(run)  # before any run that it needs is trained
         for role, needed in run.inputs.items():
             with rename_error_keys(role, run.spec, run.config):
                 execute(needed, f"{role}: {needed.name}", first=False)

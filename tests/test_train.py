@@ -508,7 +508,7 @@ def test_bad_input_exits_with_2_and_names_the_key(
     error = fails(small(f"paths.runs={tmp_path}", *wrong), capsys, monkeypatch)
     assert words in error
     assert f"change: {key}\n" in error
-    assert not list(tmp_path.glob("*/result.json")), "something was trained before the error was found"
+    assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
 
 
 BROKEN_FILES = {
@@ -525,9 +525,10 @@ def test_broken_file_exits_with_2_and_names_the_key(
 ) -> None:
     content, words, key = BROKEN_FILES[case]
     (tmp_path / "a.csv").write_text(content)
-    error = fails(small(f"task.train={tmp_path / 'a.csv'}", f"paths.runs={tmp_path}"), capsys, monkeypatch)
+    error = fails(small(f"task.train={tmp_path / 'a.csv'}", f"paths.runs={tmp_path / 'runs'}"), capsys, monkeypatch)
     assert words in error
     assert f"change: {key}\n" in error
+    assert not (tmp_path / "runs").exists()
 
 
 def test_ready_teacher_with_other_labels_is_refused_and_one_with_other_order_is_not(
