@@ -18,12 +18,12 @@ from hydra.utils import get_class
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from kd import distributed
-from kd.config import compose, explain
+from kd.config.compose import compose, explain
 from kd.errors import DISK_FULL, InputError, disk_is_full
-from kd.files import check_writable
-from kd.planning import plan
-from kd.runs import Run
+from kd.runs.plan import plan
+from kd.runs.run import Run
+from kd.system import distributed
+from kd.system.files import check_writable
 
 SWEEPER = "hydra_plugins.kd_sweeper.Points"
 
@@ -173,7 +173,7 @@ def planned(state: Sweep, options: Sequence[str]) -> list[int]:
     Raises:
         InputError: if the folder of all runs cannot be written to, or the ranks do not agree on what fails.
     """
-    from kd.train import check_launch, deliver
+    from kd.training.execute import check_launch, deliver
 
     left: dict[int, Run] = {}
     later = []

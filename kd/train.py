@@ -11,108 +11,24 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from kd import distributed
-from kd.config import FROM_HYDRA, ROOT, check_overrides, conf_folder, explain, typed
+from kd.config.compose import FROM_HYDRA, ROOT, check_overrides, conf_folder, explain, typed
 from kd.errors import DISK_FULL, InputError, disk_is_full
-from kd.files import writes_to
-from kd.hardware import configure_openmp, version_line
-from kd.planning import plan, rename_error_keys
-from kd.runs import Run, digest_of
+from kd.runs.plan import plan
 from kd.sweeps import SWEEPER, Failure, PointsFailed, register
+from kd.system import distributed
+from kd.system.hardware import configure_openmp, version_line
+from kd.training.execute import check_launch, check_ranks, deliver
 
 INTERRUPTED = 130
 
 _begun = False
 """True once Hydra has composed a configuration and called `job`."""
-
-
-def execute(run: Run, purpose: str = "", first: bool = True) -> dict[str, Any]:
-    """Execute a run and the runs that it needs, unless they are done; return its record.
-
-    Args:
-        run: the run to execute.
-        purpose: description of the run to print, if another run needs it.
-        first: True for the run that the command requests; then all runs that it needs are checked before any is executed.
-
-    Raises:
-        InputError: for an error that the user can correct.
-    """
-
-    def state() -> tuple[dict[str, Any] | None, str | None]:
-        """Return the record and the damage to the exports; for a run that another one needs, digests are compared too."""
-        record = run.result
-        return record, None if record is None else run.damage(record, thorough=not first)
-
-    result, damage = distributed.on_rank_zero(state)
-    if result is not None and damage is None:
-        distributed.print_rank_zero(f"done already: {purpose or run.name}")
-        distributed.print_rank_zero(f"  {run.directory}")
-        return result
-    from kd.build import build_examples
-
-    examples = build_examples(run)  # referenced from here on, so that the checks and the teachers' runs reuse them
-    if first:
-        check_all(run)  # before any run that it needs is trained, and before a folder is made: a refusal leaves none behind
-    with writes_to(run.spec.paths.runs), contextlib.ExitStack() as held:
-        distributed.on_rank_zero(lambda: held.enter_context(run.lock()))
-        if not all(distributed.gather(run.directory.is_dir())):
-            raise InputError(f"'{run.spec.paths.runs}' is not a folder that all machines share", "paths.runs")
-        result, damage = distributed.on_rank_zero(state)  # another process may have finished it while this one waited
-        if result is not None and damage is None:
-            return result
-        for role, needed in run.inputs.items():
-            with rename_error_keys(role, run.spec, run.config):
-                execute(needed, f"{role}: {needed.name}", first=False)
-        from kd.fit import export_again, fit
-
-        distributed.print_rank_zero(f"\n{purpose or run.name}\n  {run.directory}")
-        if result is None and distributed.on_rank_zero((run.directory / "result.json").exists):
-            distributed.print_rank_zero(
-                "  its result.json is damaged; the run resumes from its last checkpoint and writes it anew"
-            )
-        if result is not None:
-            distributed.print_rank_zero(f"  done, but {damage}; it is exported again")
-            try:
-                return distributed.on_rank_zero(lambda: export_again(run, examples, result))
-            except InputError as error:
-                if run.spec.resume:
-                    raise
-                distributed.print_rank_zero(f"  it cannot be exported again, so the run starts again: {error.message}")
-        return fit(run, examples)
-
-
-def check_all(run: Run, known: dict[str, Any] | None = None) -> None:
-    """Check a run and all unfinished runs that it needs.
-
-    Args:
-        run: a run that is not done.
-        known: examples that have been read already, by digest of task and data.
-
-    Raises:
-        InputError: for settings that cannot work, naming the key of the command.
-    """
-    from kd.build import build_examples, check_arguments, check_run
-    from kd.loggers import check_logger
-
-    if known is None:
-        check_arguments(run)
-    known = {} if known is None else known
-    text = digest_of({part: run.digest_inputs[part] for part in ("task", "data")})
-    if text not in known:
-        known[text] = build_examples(run)
-    check_logger(run.spec.logger.extra)
-    check_run(run, known[text])
-    for role, needed in run.inputs.items():
-        if needed.result is None:
-            with rename_error_keys(role, run.spec, run.config):
-                check_all(needed, known)
 
 
 def job(config: DictConfig) -> Failure | None:
@@ -142,64 +58,6 @@ def make_point(config: DictConfig, overrides: Sequence[str]) -> None:
     distributed.start(run.spec.trainer.accelerator)
     check_ranks(run)
     deliver(run)
-
-
-def deliver(run: Run) -> None:
-    """Execute a run, unless it is done, and print its table."""
-    result = execute(run)
-    if distributed.is_rank_zero():
-        from kd.report import closing_table
-
-        closing_table(result, run.directory)
-
-
-def check_launch(run: Run, key: str = "trainer.batch_size") -> None:
-    """Check that the number of processes fits a run and the runs that it needs.
-
-    Several processes are started by torchrun, never by Lightning, which would start this command again in each.
-
-    Args:
-        run: the run to execute.
-        key: configuration key of its batch size.
-
-    Raises:
-        InputError: if several devices are requested in one process, or the batch size is not a multiple of the number of
-            ranks.
-    """
-    trainer = run.spec.trainer
-    wanted = int(trainer.devices) if str(trainer.devices).isdigit() else 1
-    if distributed.world() == 1 and wanted > 1:
-        raise InputError(
-            f"trainer.devices={trainer.devices} needs a process for each: "
-            f"torchrun --nproc-per-node={wanted} -m kd.train trainer=ddp ...",
-            "trainer.devices",
-        )
-    if trainer.batch_tokens is None and trainer.batch_size % distributed.world():
-        raise InputError(
-            f"trainer.batch_size={trainer.batch_size} is the batch over all ranks; {distributed.world()} do not divide it",
-            key,
-        )
-    for role, needed in run.inputs.items():
-        with rename_error_keys(role, run.spec, run.config):
-            check_launch(needed, "student.run" if role == "stage" else "trainer.batch_size")
-
-
-def check_ranks(run: Run) -> None:
-    """Check that all ranks have the same run and settings: on several machines, several commands start them.
-
-    Raises:
-        InputError: if they differ.
-    """
-    caches = distributed.gather(str(run.spec.cache))
-    if len(set(caches)) > 1:
-        raise InputError(f"the ranks do not agree on cache: {', '.join(caches)}", "cache")
-    names = distributed.gather(run.name)
-    for rank, name in enumerate(names):
-        if name != names[0]:
-            raise InputError(f"the ranks do not train the same run: rank 0 is at {names[0]}, rank {rank} at {name}")
-    counts = sorted(set(distributed.gather(distributed.local_world())))
-    if len(counts) > 1:
-        raise InputError(f"every machine has to start as many ranks: {counts} were started; see --nproc-per-node")
 
 
 def point(number: str, make: Callable[[], None]) -> Failure | None:

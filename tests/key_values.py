@@ -11,8 +11,8 @@ from typing import Any
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from kd.config import conf_folder
-from kd.schema import RunSpec
+from kd.config.compose import conf_folder
+from kd.config.schema import RunSpec
 
 
 @dataclass(frozen=True)
@@ -326,7 +326,7 @@ def every_value(backbone: str, data: str) -> dict[str, Values]:
         ),
         "paths.glue": Values(st.none(), union(st.sampled_from([True, 2.5]), NESTED, NEVER)),
         "surgery": Values(
-            st.sampled_from([{}, {"cut_vocabulary": {"_target_": "kd.models.surgery.CutVocabulary"}}]),
+            st.sampled_from([{}, {"cut_vocabulary": {"_target_": "kd.models.surgery.embeddings.CutVocabulary"}}]),
             union(
                 st.sampled_from([3, "a", [1], {"x": 3}, {"x": {}}, {"x": {"_target_": "os.system", "command": "true"}}]), NEVER
             ),

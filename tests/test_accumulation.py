@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from kd import train
 from kd.data.sampler import LengthBatches, TokenBatches
 from kd.engines.base import Engine
 from kd.engines.distiller import Distiller
 from kd.engines.mutual import MutualDistiller
+from kd.training import execute
 from whole_runs import last_weights, made, planned, same_weights
 
 Small = Callable[..., list[str]]
@@ -90,13 +90,13 @@ def test_gradient_of_a_step_is_that_of_one_batch_of_its_examples(
         rows.clear()
 
     for needed in planned(small(*words)).inputs.values():
-        train.execute(needed)
+        execute.execute(needed)
     for engine in (Distiller, MutualDistiller):
         monkeypatch.setattr(engine, "on_train_batch_start", before)
         monkeypatch.setattr(engine, "on_before_optimizer_step", compare)
     # 96 examples in batches of 19 and 20: four, and the one that is left.
     common = ("trainer.batch_size=20", "student.dropout=0", "trainer.max_epochs=1", "trainer.clip=null", "preflight=false")
-    result = train.execute(run := planned(small(*words, *common)))
+    result = execute.execute(run := planned(small(*words, *common)))
     assert (sum(steps), len(steps)) == (96, result["steps"])
     if run.spec.trainer.batch_tokens is None:
         assert (min(steps), max(steps), result["batch_size"]) == (19, 77, 80)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from kd import train
 from kd.data.datamodule import KDDataModule
-from kd.data.tokens import Tokens
+from kd.data.tokenized import Tokens
 from kd.errors import InputError
+from kd.training import execute
 from whole_runs import planned, torchrun, weights
 
 Small = Callable[..., list[str]]
@@ -19,13 +19,15 @@ ALONE = ("method=finetune", "teacher=[]", "student.dropout=0", "preflight=false"
 
 
 def test_a_run_by_tokens_says_so_in_its_record(small: Small, tmp_path: Path) -> None:
-    result = train.execute(planned(small(*ALONE, "trainer.batch_tokens=160", "trainer.accumulate=2", f"paths.runs={tmp_path}")))
+    result = execute.execute(
+        planned(small(*ALONE, "trainer.batch_tokens=160", "trainer.accumulate=2", f"paths.runs={tmp_path}"))
+    )
     assert (result["batch_size"], result["batch_tokens"]) == (None, 320)
     assert result["metrics"]["validation"]
 
 
 def test_a_run_by_count_says_so_too(small: Small) -> None:
-    result = train.execute(planned(small(*ALONE)))
+    result = execute.execute(planned(small(*ALONE)))
     assert (result["batch_size"], result["batch_tokens"]) == (16, None)
 
 
@@ -39,12 +41,13 @@ def test_a_run_by_count_says_so_too(small: Small) -> None:
 )
 def test_a_budget_that_cannot_be_kept_is_refused(small: Small, tmp_path: Path, override: str, key: str) -> None:
     with pytest.raises(InputError) as caught:
-        train.execute(planned(small(*ALONE, override, f"paths.runs={tmp_path}")))
+        execute.execute(planned(small(*ALONE, override, f"paths.runs={tmp_path}")))
     assert caught.value.key == key
 
 
 def test_a_budget_has_an_example_for_each_rank(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kd.build import build_examples, build_models
+    from kd.build.data import build_examples
+    from kd.build.models import build_models
 
     run = planned(small(*ALONE))
     examples = build_examples(run)
@@ -56,12 +59,12 @@ def test_a_budget_has_an_example_for_each_rank(small: Small, monkeypatch: pytest
     # Ranks need not divide a batch size that nobody reads.
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError):
-        train.check_launch(planned(small("trainer.batch_size=15", *ALONE)))
-    train.check_launch(planned(small("trainer.batch_size=15", "trainer.batch_tokens=200", *ALONE)))
+        execute.check_launch(planned(small("trainer.batch_size=15", *ALONE)))
+    execute.check_launch(planned(small("trainer.batch_size=15", "trainer.batch_tokens=200", *ALONE)))
 
 
 def test_a_later_run_reads_what_an_earlier_one_has_cut(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = train.execute(planned(small(*ALONE, f"paths.runs={tmp_path}")))
+    first = execute.execute(planned(small(*ALONE, f"paths.runs={tmp_path}")))
     assert len(list((tmp_path / ".tokens").iterdir())) == 3
     call = PreTrainedTokenizerFast.__call__
 
@@ -70,7 +73,7 @@ def test_a_later_run_reads_what_an_earlier_one_has_cut(small: Small, tmp_path: P
         return call(tokenizer, *texts, **options)
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", once)
-    second = train.execute(planned(small(*ALONE, "seed=1", f"paths.runs={tmp_path}")))
+    second = execute.execute(planned(small(*ALONE, "seed=1", f"paths.runs={tmp_path}")))
     assert second["examples"] == first["examples"]
     assert len(list((tmp_path / ".tokens").iterdir())) == 3
 
@@ -81,7 +84,7 @@ def test_stored_tokens_change_no_result(small: Small, tmp_path: Path, monkeypatc
         if not kept:
             monkeypatch.setattr("kd.data.datamodule.Tokens", lambda *given: Tokens(*given[:4]))
         run = planned(small(*ALONE, f"paths.runs={tmp_path}"))
-        train.execute(run)
+        execute.execute(run)
         found.append(weights(run))
         (run.directory / "result.json").unlink()
         (run.checkpoints / "last.ckpt").unlink()
@@ -94,7 +97,7 @@ def test_stored_tokens_change_no_result(small: Small, tmp_path: Path, monkeypatc
 def test_two_ranks_share_a_budget_and_the_tokens_of_the_first(small: Small, tmp_path: Path) -> None:
     words = (*ALONE, "trainer.max_epochs=1", "trainer.batch_tokens=160", "trainer.pad_multiple=4", "optimizer.factory.eps=1e-3")
     one = planned(small(*words, f"paths.runs={tmp_path / 'one'}"))
-    train.execute(one)
+    execute.execute(one)
     arguments = small(*words, f"paths.runs={tmp_path / 'two'}", "trainer=ddp", "trainer.accelerator=cpu")
     torchrun(arguments)
     two = planned(arguments)

@@ -16,15 +16,19 @@ import numpy as np
 import pytest
 import torch
 
-from kd import caching, passes, sources, train
-from kd.build import Models, build_data, build_examples, build_models
+from kd.build.data import build_data, build_examples
+from kd.build.models import Models, build_models
+from kd.config.schema import cache_limit
 from kd.data.datamodule import KDDataModule
 from kd.errors import InputError
 from kd.forward import Needs, Outputs, UndeclaredRead
 from kd.models import CachedTeacher, FrozenTeacher
-from kd.runs import Run
-from kd.schema import cache_limit
-from kd.sources import recorded_files
+from kd.runs.run import Run
+from kd.system import model_sources as sources
+from kd.system.model_sources import recorded_files
+from kd.teacher_cache import cache as caching
+from kd.teacher_cache import precompute as passes
+from kd.training import execute
 from whole_runs import Small, last_weights, made, planned, pool, same_weights
 
 TRAIN, VALIDATION, TEST = 96, 32, 32
@@ -34,7 +38,7 @@ TRAIN, VALIDATION, TEST = 96, 32, 32
 def teacher(small: Small) -> Path:
     """A finished run of the teacher, without a cache."""
     run = planned(small()).inputs["teacher minilm"]
-    train.execute(run)
+    execute.execute(run)
     return run.directory
 
 
@@ -49,7 +53,7 @@ def built(overrides: list[str]) -> tuple[Run, Models, KDDataModule]:
     """A run's models and data as training sees them."""
     run = planned(overrides)
     for needed in run.inputs.values():
-        train.execute(needed)
+        execute.execute(needed)
     examples = build_examples(run)
     models = build_models(run, examples.task, texts=examples.texts["train"])
     return run, models, build_data(run, examples, models)
@@ -467,8 +471,8 @@ def test_batches_of_the_pass_hold_every_example_once_and_are_bounded() -> None:
 
 KILLED = """
 import os, signal, sys
-from kd import caching
-from kd.data.store import Share, TensorStore
+from kd.teacher_cache import cache as caching
+from kd.teacher_cache.store import Share, TensorStore
 original, calls = TensorStore.commit, []
 if int(sys.argv[1]) < 0:
     Share.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)

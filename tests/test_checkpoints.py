@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd import train
-from kd.build import build_engine, build_examples, build_models
-from kd.checkpoints import KINDS, STATE, AtomicCheckpointIO, read_checkpoint, seal
+from kd.build.data import build_examples
+from kd.build.engine import build_engine
+from kd.build.models import build_models
 from kd.engines.base import Engine
 from kd.errors import InputError
-from kd.fit import count_fills, last_step, select
-from kd.runs import Run, write_record
+from kd.runs.run import Run, write_record
+from kd.training import execute
+from kd.training.checkpoints import KINDS, STATE, AtomicCheckpointIO, read_checkpoint, seal
+from kd.training.fit import count_fills
+from kd.training.trainer import last_step, select
 from whole_runs import broken_off, planned
 
 Small = Callable[..., list[str]]
@@ -232,7 +235,7 @@ def finished(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = planned(small("method=finetune", "teacher=[]", f"paths.runs={tmp_path_factory.mktemp('finished')}"))
     before = os.umask(0o027)
     try:
-        train.execute(run)
+        execute.execute(run)
     finally:
         os.umask(before)
     return run
@@ -280,7 +283,7 @@ def test_an_export_that_is_gone_or_damaged_is_written_again(done: Run, capsys: p
 
     for kind in ("gone", "a file", "truncated", "no tokenizer"):
         spoil(kind)
-        assert train.execute(done) == record
+        assert execute.execute(done) == record
         assert contents(done.student) == whole, kind
     assert capsys.readouterr().out.count("it is exported again") == 4
 
@@ -292,7 +295,7 @@ def test_weights_that_a_run_begins_from_are_compared_byte_by_byte(done: Run) -> 
     weights.write_bytes(whole[weights.name][:-1] + b"?")
     assert done.damage(record) is None
     assert "model.safetensors is damaged" in str(done.damage(record, thorough=True))
-    train.execute(done, first=False)
+    execute.execute(done, first=False)
     assert contents(done.student) == whole
 
 
@@ -302,12 +305,12 @@ def test_an_export_that_cannot_be_written_again_says_what_to_do(done: Run) -> No
     kept = best.read_bytes()
     best.unlink()
     with pytest.raises(InputError, match="resume=false") as caught:
-        train.execute(done)
+        execute.execute(done)
     assert str(best) in caught.value.message
     best.write_bytes(kept[:-1] + b"?")
     with pytest.raises(InputError, match="resume=false"):
-        train.execute(done)
-    again = train.execute(replace(done, spec=replace(done.spec, resume=False)))
+        execute.execute(done)
+    again = execute.execute(replace(done, spec=replace(done.spec, resume=False)))
     assert again["metrics"]
     assert done.damage(again, thorough=True) is None
 
@@ -318,23 +321,23 @@ def test_weights_that_are_not_those_of_the_record_are_told(done: Run) -> None:
     record["files"]["student/model.safetensors"]["digest"] = "0" * 16
     done.finish(record)
     with pytest.raises(InputError, match=r"differs from its digest in result\.json"):
-        train.execute(done, first=False)
+        execute.execute(done, first=False)
 
 
 def test_an_old_record_without_digests_still_holds(done: Run) -> None:
     record = done.result
     assert record is not None
     done.finish({name: value for name, value in record.items() if name not in ("files", "origin", "resumed")})
-    assert train.execute(done).get("files") is None
+    assert execute.execute(done).get("files") is None
     shutil.rmtree(done.student)
-    assert train.execute(done)["files"] == record["files"]
+    assert execute.execute(done)["files"] == record["files"]
 
 
 def test_a_record_that_is_damaged_is_written_again_without_training(done: Run, capsys: pytest.CaptureFixture[str]) -> None:
     record = done.result
     assert record is not None
     (done.directory / "result.json").write_text('{"digest": "')
-    again = train.execute(done)
+    again = execute.execute(done)
     assert "its result.json is damaged" in capsys.readouterr().out
     assert again["resumed"] == {"starts": 2, "from_steps": [12]}
     same = ("metrics", "selection", "files", "parameters", "family")
@@ -364,5 +367,5 @@ def test_a_record_cannot_name_a_folder_outside_its_run(done: Run, tmp_path: Path
     record["students"]["student"]["folder"] = "../victim"
     done.finish(record)
     shutil.rmtree(done.student)
-    train.execute(done)
+    execute.execute(done)
     assert [path.name for path in victim.iterdir()] == ["precious"]

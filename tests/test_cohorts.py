@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd.build import build_examples, build_models
-from kd.cohorts import students_of
+from kd.build.data import build_examples
+from kd.build.models import build_models
+from kd.config.cohort import students_of
+from kd.config.schema import StudentSpec
 from kd.errors import InputError
 from kd.models import Encoder
-from kd.runs import Run
-from kd.schema import StudentSpec
+from kd.runs.run import Run
 from whole_runs import Small, checked, over, planned, pool
 
 

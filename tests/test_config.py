@@ -8,9 +8,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 from omegaconf import OmegaConf
 
-from kd.config import compose, conf_folder, typed
+from kd.config.compose import compose, conf_folder, typed
+from kd.config.schema import RunSpec, TeacherSpec
 from kd.errors import InputError
-from kd.schema import RunSpec, TeacherSpec
 
 GROUPS = ("method", "student", "teacher", "surgery", "task", "pretrain", "optimizer", "trainer", "logger", "paths", "sweep")
 GROUPS = (*GROUPS, "experiment", "tuned", "pool", "cohort", "engine")

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from conftest import tiny_tokenizer, write_csv
-from kd import distributed, loggers, train
-from kd.data import tokens
+from kd.data import tokenized as tokens
 from kd.errors import InputError
+from kd.system import distributed
+from kd.training import execute, loggers
 from whole_runs import free_port, last_weights, planned, same_weights, weights
 
 Small = Callable[..., list[str]]
@@ -29,7 +30,9 @@ PATIENCE = 4
 TROUBLE = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from kd import fit, sweeps, train
+from kd import sweeps
+from kd.training import fit
+from kd import train
 from kd.engines.distiller import Distiller
 from kd.errors import InputError
 
@@ -42,7 +45,7 @@ def troubled(engine, batch, batch_idx):
     if kind == "preflight" or (rank, engine.current_epoch, batch_idx) != (1, 1, 4):
         return loss
     if kind == "nan":
-        from kd.engines.safety import NonFiniteLoss
+        from kd.engines.nonfinite import NonFiniteLoss
         raise NonFiniteLoss({"task": float("nan")}, engine.global_step)
     if kind == "wait":
         time.sleep(0.5)
@@ -198,7 +201,7 @@ def uneven(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 def of_one(uneven: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Weights, dict]:
     """Train in one process; return the exported weights and the record."""
     run = planned(uneven(tmp_path_factory.mktemp("one")))
-    result = train.execute(run)
+    result = execute.execute(run)
     return weights(run), result
 
 
@@ -330,7 +333,7 @@ def test_two_ranks_export_a_done_run_again_whose_vocabulary_was_cut(small: Small
     settings = ("method=finetune", "teacher=[]", "surgery=[cut_vocabulary]", "trainer=ddp", "trainer.accelerator=cpu")
     overrides = small(*settings, "trainer.max_epochs=1", f"paths.runs={tmp_path}")
     run = planned(overrides)
-    record = train.execute(run)
+    record = execute.execute(run)
     weights_before = (run.student / "model.safetensors").read_bytes()
     shutil.rmtree(run.student)
     process = start(overrides)
@@ -438,7 +441,7 @@ def test_one_process_inside_a_slurm_job_is_alone(
 ) -> None:
     for name, value in {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "kd", "SLURM_PROCID": "0"}.items():
         monkeypatch.setenv(name, value)
-    assert train.execute(planned(uneven(tmp_path)))["ranks"] == 1
+    assert execute.execute(planned(uneven(tmp_path)))["ranks"] == 1
 
 
 NEEDED = {
@@ -452,16 +455,16 @@ NEEDED = {
 def test_batch_that_the_ranks_do_not_divide_is_refused(case: str, small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong, key = NEEDED[case]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    train.check_launch(planned(small()))
+    execute.check_launch(planned(small()))
     with pytest.raises(InputError, match="batch_size=15 is the batch over all ranks") as error:
-        train.check_launch(planned(small(*wrong)))
+        execute.check_launch(planned(small(*wrong)))
     assert error.value.key == key
 
 
 def test_rank_ends_also_where_nobody_listens() -> None:
     lines = (
         "import os",
-        "from kd.watch import Watchdog",
+        "from kd.system.watchdog import Watchdog",
         "watchdog = Watchdog(0, 1)",
         "os.close(2)",
         "watchdog.end('rank 1 is gone', 3)",

@@ -8,20 +8,22 @@ import pytest
 import torch
 
 from conftest import tiny_config, tiny_tokenizer
-from kd import evaluate, preflight
-from kd.data.datamodule import load_examples
+from kd.config.schema import StudentSpec, TaskSpec
+from kd.data.examples import load_examples
 from kd.data.metrics import Collapse
 from kd.data.sources import Files
 from kd.data.tasks import Classification, Regression
 from kd.engines.base import in_words
-from kd.evaluate import FILLER, LATENCY_CALLS, LATENCY_ROUNDS, baseline, latencies, to_time
 from kd.forward import Needs
 from kd.forward.taps import FAMILIES
 from kd.models import CachedTeacher, Encoder, FrozenTeacher
+from kd.models.latency import FILLER, LATENCY_CALLS, LATENCY_ROUNDS, latencies, to_time
 from kd.models.students import build_student, new_model
-from kd.preflight import Report, check_teachers
-from kd.progress import ProgressBar
-from kd.schema import StudentSpec, TaskSpec
+from kd.results import evaluate
+from kd.results.evaluate import baseline
+from kd.training import preflight
+from kd.training.preflight import Report, check_teachers
+from kd.training.progress_bar import ProgressBar
 
 TWO = Classification("t", ["bad", "good"], {}, ["accuracy", "f1", "matthews_corrcoef"], "accuracy")
 SCORES = Regression("t", ["pearson", "mse"], "pearson")

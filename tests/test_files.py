@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kd.files import ABANDONED, atomic_write, write_text
+from kd.system.files import ABANDONED, atomic_write, write_text
 
 
 def draft(path: Path, process: int, host: str = "") -> Path:
@@ -57,7 +57,7 @@ def test_drafts_of_dead_processes_are_removed_and_of_living_ones_kept(tmp_path: 
 WRITER = """
 import sys
 from pathlib import Path
-from kd.files import write_text
+from kd.system.files import write_text
 for _ in range(60):
     write_text(Path(sys.argv[1]), sys.argv[2] * 100_000)
 """

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from kd import hardware
+from kd.system import hardware
 
 OPENMP = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 MEASURE = """
 import sys
-from kd.hardware import keep_memory
+from kd.system.hardware import keep_memory
 kept = keep_memory()
 if not kept:
     print(0, 0)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from kd.config import compose
+from kd.config.compose import compose
 from kd.errors import InputError
-from kd.loggers import History, check_logger, close_wandb, wandb_logger
+from kd.training.loggers import History, check_logger, close_wandb, wandb_logger
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -109,7 +109,7 @@ def test_a_folder_called_wandb_is_not_the_package(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.setattr(sys, "meta_path", [PathFinder])
     with pytest.raises(InputError, match="pip install wandb") as caught:
-        check_logger({"_target_": "kd.loggers.wandb_logger"})
+        check_logger({"_target_": "kd.training.loggers.wandb_logger"})
     assert caught.value.key == "logger"
     assert "wandb" in sys.modules, "what was imported was the folder"
     close_wandb()
@@ -171,4 +171,4 @@ def test_wandb_without_an_account_runs_offline_under_the_runs_digest(tmp_path: P
 
 def test_the_logger_words_reach_the_logger() -> None:
     assert compose([]).logger.get("extra") is None
-    assert compose(["logger=wandb"]).logger.extra._target_ == "kd.loggers.wandb_logger"
+    assert compose(["logger=wandb"]).logger.extra._target_ == "kd.training.loggers.wandb_logger"

@@ -11,13 +11,13 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from conftest import tiny_model
-from kd.build import check_optimizer_steps
-from kd.config import compose, typed
+from kd.build.check import check_optimizer_steps
+from kd.build.instantiate import build_optimizer
+from kd.config.compose import compose, typed
+from kd.config.schema import RunSpec
+from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError
-from kd.make import build_optimizer
-from kd.optimizers import OptimizerFactory
-from kd.schema import RunSpec
-from kd.train import check_all
+from kd.training.execute import check_all
 from whole_runs import Small, planned
 
 

@@ -12,16 +12,18 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from conftest import tiny_model, tiny_tokenizer
-from kd import train
-from kd.build import build_examples, build_models, check_run, teacher_probabilities
+from kd.build.check import check_run
+from kd.build.data import build_examples
+from kd.build.models import build_models, teacher_probabilities
 from kd.data.batch import Batch
-from kd.data.datamodule import Examples
+from kd.data.examples import Examples
 from kd.errors import InputError
 from kd.methods.base import Progress, Step
-from kd.methods.skdbert import Stochastic
-from kd.methods.wkd import Ensemble
-from kd.planning import backbone_of
-from kd.runs import Run
+from kd.methods.wrappers.ensemble import Ensemble
+from kd.methods.wrappers.stochastic import Stochastic
+from kd.runs.identity import backbone_of
+from kd.runs.run import Run
+from kd.training import execute
 from whole_runs import Small, checked, made, over, planned, pool
 
 NAMES = ("minilm", "minilm_4l", "minilm_3l")
@@ -140,7 +142,7 @@ def piloted(words: list[str]) -> Run:
     run = planned(words)
     for role, needed in run.inputs.items():
         if role.startswith("pilot"):
-            train.execute(needed)
+            execute.execute(needed)
     return run
 
 
@@ -422,10 +424,10 @@ def test_nothing_is_trained_before_everything_that_is_needed_has_been_checked(
     words = ["method=kd", "surgery=[learned_vocabulary]", "surgery.learned_vocabulary.size=100000", f"paths.runs={tmp_path}"]
     run = planned(small(*words))
     with pytest.raises(InputError) as caught:
-        train.execute(run)
+        execute.execute(run)
     assert caught.value.key == "surgery.learned_vocabulary.size"
     stage = planned(small("method=kd", "student.init=run", "student.run=['student=1l','student.init=first']", words[-1]))
     with pytest.raises(InputError) as caught:
-        train.execute(stage)
+        execute.execute(stage)
     assert caught.value.key == "student.run"
     assert not list(tmp_path.glob("*/result.json"))

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from conftest import BAD, FILLER, GOOD, tiny_tokenizer
-from kd import train
 from kd.data.datamodule import tokenizer_fingerprint
 from kd.errors import InputError
-from kd.runs import Run
+from kd.runs.run import Run
+from kd.training import execute
 from whole_runs import broken_off, last_weights, made, planned, same_weights, torchrun
 
 Small = Callable[..., list[str]]
@@ -85,7 +85,7 @@ def test_masked_run_stopped_in_mid_epoch_ends_with_the_weights_of_an_unbroken_on
     unbroken, result = made(overrides)
     run = planned([*overrides, f"paths.runs={tmp_path}", "trainer.checkpoint_minutes=0"])
     broken_off(run, 14, monkeypatch)
-    again = train.execute(run)
+    again = execute.execute(run)
     assert again["metrics"] == result["metrics"]
     assert same_weights(last_weights(run), last_weights(unbroken))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kd import report
+from kd.results import tables as report
 
 
 def record(seed: int = 0, family: str = "f0", settings: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:

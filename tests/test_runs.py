@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from kd.config import compose, conf_folder
+from kd.config.compose import compose, conf_folder
 from kd.errors import InputError
-from kd.files import write_text
-from kd.planning import plan, source_of
-from kd.runs import RECORD, Run
+from kd.runs.identity import source_of
+from kd.runs.plan import plan
+from kd.runs.run import RECORD, Run
+from kd.system.files import write_text
 
 Planner = Callable[..., Run]
 
@@ -141,7 +142,7 @@ def test_with_a_token_budget_the_batch_size_decides_nothing(alone: Planner) -> N
 
 
 def test_a_precision_that_means_the_same_has_one_digest(alone: Planner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kd.hardware.cpu_has_bf16", lambda: False)
+    monkeypatch.setattr("kd.system.hardware.cpu_has_bf16", lambda: False)
     assert alone("trainer.precision=auto").digest == alone("trainer.precision=32-true").digest
 
 

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from kd import schedules
+from kd.build.instantiate import build_schedule
 from kd.errors import InputError
-from kd.make import build_schedule
 from kd.schedules import Constant, Cosine, Linear, Piecewise, ScheduleNode, Staircase, as_schedule
 
 

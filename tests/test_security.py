@@ -17,13 +17,14 @@ import torch
 from omegaconf import OmegaConf
 
 from kd import train
-from kd.checkpoints import AtomicCheckpointIO, read_checkpoint, seal
-from kd.data.store import TensorStore
-from kd.data.tokens import CHECKSUM, read_arrays
+from kd.data.tokenized import CHECKSUM, read_arrays
 from kd.errors import InputError
 from kd.models.pretrained import load_config, load_model, load_tokenizer
 from kd.report import load_results
-from kd.sources import package_folder, pretrained
+from kd.system.model_sources import package_folder, pretrained
+from kd.teacher_cache.store import TensorStore
+from kd.training import execute
+from kd.training.checkpoints import AtomicCheckpointIO, read_checkpoint, seal
 from whole_runs import Small, broken_off, planned
 
 DIGEST = "0123456789ab"
@@ -205,13 +206,13 @@ def test_a_run_goes_on_in_a_folder_of_runs_from_somebody_else(
     monkeypatch.setenv("SLURM_NTASKS", "1")
     monkeypatch.setenv("SLURM_JOB_NAME", "job")
     assert load_results(tmp_path / "runs") == []
-    assert train.execute(run)["resumed"]["from_steps"] == [6]
+    assert execute.execute(run)["resumed"]["from_steps"] == [6]
     assert not mark.exists()
     # With nothing of its own to go on from, the run refuses what Lightning finds.
     begun = replace(run, spec=replace(run.spec, resume=False))
     (folder / "result.json").unlink()
     with pytest.raises(InputError, match="hpc_ckpt_1"):
-        train.execute(begun)
+        execute.execute(begun)
     assert not mark.exists()
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from kd import sources
 from kd.errors import InputError
+from kd.system import model_sources as sources
 
 KEY = "teacher.x.model"
 

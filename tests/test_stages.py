@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from kd.errors import InputError
-from kd.runs import Run
-from kd.train import check_all
+from kd.runs.run import Run
+from kd.training.execute import check_all
 from whole_runs import made, planned
 
 Small = Callable[..., list[str]]

@@ -12,12 +12,14 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
-from kd import config, train
-from kd.config import compose, conf_folder
+from kd import train
+from kd.config import compose as config
+from kd.config.compose import compose, conf_folder
 from kd.errors import InputError
-from kd.files import writes_to
-from kd.planning import plan
-from kd.runs import Run
+from kd.runs.plan import plan
+from kd.runs.run import Run
+from kd.system.files import writes_to
+from kd.training import execute
 
 Small = Callable[..., list[str]]
 
@@ -175,7 +177,7 @@ def test_a_read_only_file_system_is_told_like_any_folder(small: Small, tmp_path:
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(InputError, match=r"cannot write to .*Read-only file system") as told:
-        train.execute(run)
+        execute.execute(run)
     assert told.value.key == "paths.runs"
 
 

@@ -16,15 +16,16 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from conftest import write_csv
-from kd import fit as fitting
 from kd import train
 from kd.data.batch import Batch
 from kd.data.sources import Files
 from kd.engines.distiller import Distiller
-from kd.engines.safety import clip_gradients
+from kd.engines.nonfinite import clip_gradients
 from kd.errors import InputError
-from kd.export import model_card
-from kd.runs import Run
+from kd.results.export import model_card
+from kd.runs.run import Run
+from kd.training import execute
+from kd.training import fit as fitting
 from whole_runs import broken_off, last_weights, made, planned, same_weights, torchrun, weights
 
 Small = Callable[..., list[str]]
@@ -206,7 +207,7 @@ def test_run_in_bfloat16_is_another_run_and_clips_gradients(small: Small, monkey
 
 
 def test_closing_table_shows_student_and_teacher(finished: tuple[Run, dict], capsys: pytest.CaptureFixture[str]) -> None:
-    from kd.report import closing_table
+    from kd.results.tables import closing_table
 
     closing_table(finished[1], finished[0].directory)
     shown = capsys.readouterr().out
@@ -257,7 +258,7 @@ def test_stopped_run_ends_with_the_weights_of_an_unbroken_one(
     overrides = small(f"paths.runs={tmp_path}", f"trainer.checkpoint_minutes={minutes}")
     run = planned(overrides)
     broken_off(run, batches, monkeypatch)
-    again = train.execute(run)
+    again = execute.execute(run)
     assert same_weights(weights(run), weights(unbroken))
     assert same_weights(last_weights(run), last_weights(unbroken))
     assert again["metrics"] == result["metrics"]
@@ -282,7 +283,7 @@ def test_run_stopped_between_the_batches_of_one_step_ends_like_an_unbroken_one(
     unbroken, _ = made(overrides)
     run = planned([*overrides, f"paths.runs={tmp_path}"])
     broken_off(run, 9, monkeypatch)  # 6 batches an epoch: inside the window of an optimiser step
-    train.execute(run)
+    execute.execute(run)
     assert same_weights(last_weights(run), last_weights(unbroken))
 
 
@@ -299,7 +300,7 @@ def test_best_checkpoint_is_cached_when_the_runs_have_moved(
     here, there = (planned([*overrides, f"paths.runs={tmp_path / place}"]) for place in ("here", "there"))
     broken_off(here, 14, monkeypatch)
     (tmp_path / "here").rename(tmp_path / "there")
-    result = train.execute(there)
+    result = execute.execute(there)
     assert result["selection"]["epoch"] == 1
     assert result["metrics_last"]["validation"]["accuracy"] == pytest.approx(0.4)
 
@@ -311,7 +312,7 @@ def test_interruption_is_reported_and_leaves_nothing_that_looks_done(
     broken_off(run, 8, monkeypatch, KeyboardInterrupt)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored
     assert (run.checkpoints / "last.ckpt").is_file()
-    assert train.execute(run)["metrics"]
+    assert execute.execute(run)["metrics"]
 
 
 @pytest.mark.slow
@@ -388,25 +389,25 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoin
     with monkeypatch.context() as patch:
         patch.setattr(Classification, "hard", hard)
         with pytest.raises(InputError, match=r"not finite at step 8: term 'task'"):
-            train.execute(run)
+            execute.execute(run)
     assert run.result is None
     kept = torch.load(run.checkpoints / "last.ckpt", weights_only=True)
     assert kept["global_step"] == 6
     assert all(torch.isfinite(tensor).all() for tensor in kept["state_dict"].values())
-    assert train.execute(run)["metrics"]
+    assert execute.execute(run)["metrics"]
 
 
 def test_truncated_checkpoint_is_refused_until_told_to_begin_again(small: Small, tmp_path: Path) -> None:
     overrides = small("method=finetune", "teacher=[]", f"paths.runs={tmp_path}")
     run = planned(overrides)
-    train.execute(run)
+    execute.execute(run)
     (run.directory / "result.json").unlink()
     last = run.checkpoints / "last.ckpt"
     last.write_bytes(last.read_bytes()[:1000])
     with pytest.raises(InputError, match="truncated") as error:
-        train.execute(run)
+        execute.execute(run)
     assert error.value.key == "resume"
-    assert train.execute(planned([*overrides, "resume=false"]))["metrics"]
+    assert execute.execute(planned([*overrides, "resume=false"]))["metrics"]
 
 
 def test_full_disk_leaves_the_previous_checkpoint_whole(
@@ -434,7 +435,7 @@ def test_full_disk_leaves_the_previous_checkpoint_whole(
     assert "the disk is full" in capsys.readouterr().err
     assert torch.load(run.checkpoints / "last.ckpt", weights_only=True)["global_step"] == 6
     assert not list(run.checkpoints.glob("*.part"))
-    assert train.execute(run)["metrics"]
+    assert execute.execute(run)["metrics"]
 
 
 BAD = {

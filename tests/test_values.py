@@ -16,17 +16,19 @@ from key_values import Values, every_value, leaves, method_keys, names_key, type
 from omegaconf import DictConfig, OmegaConf
 
 from kd.bench import main as bench_command
-from kd.build import build_examples, check_arguments, check_run
-from kd.config import check_overrides, compose, typed
+from kd.build.check import check_arguments, check_run
+from kd.build.data import build_examples
+from kd.config.compose import check_overrides, compose, typed
+from kd.config.schema import DECAYS, RunSpec
 from kd.data.sources import Example, split_by_hash
+from kd.engines.optimizer import SCHEDULES
 from kd.errors import InputError
-from kd.optimizers import SCHEDULES
-from kd.planning import key_for, plan
 from kd.report import main as report_command
-from kd.runs import digest_of
-from kd.schema import DECAYS, RunSpec
-from kd.train import check_all
+from kd.runs.digest import digest_of
+from kd.runs.error_keys import key_for
+from kd.runs.plan import plan
 from kd.train import main as train_command
+from kd.training.execute import check_all
 from whole_runs import Small, planned
 
 PATIENCE = 30

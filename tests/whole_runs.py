@@ -13,12 +13,13 @@ from lightning.pytorch import Callback
 from omegaconf import OmegaConf
 from transformers import AutoModelForSequenceClassification
 
-from kd import fit as fitting
-from kd import train
-from kd.build import build_examples, check_run
-from kd.config import compose
-from kd.planning import plan
-from kd.runs import Run
+from kd.build.check import check_run
+from kd.build.data import build_examples
+from kd.config.compose import compose
+from kd.runs.plan import plan
+from kd.runs.run import Run
+from kd.training import execute, trainer
+from kd.training import fit as fitting
 
 Small = Callable[..., list[str]]
 
@@ -56,7 +57,7 @@ def checked(plan_of: Callable[..., Run], *more: str) -> None:
 def made(overrides: list[str]) -> tuple[Run, dict]:
     """The run of these overrides, and its record."""
     run = planned(overrides)
-    return run, train.execute(run)
+    return run, execute.execute(run)
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -90,8 +91,8 @@ class StopAfter(Callback):
 def broken_off(run: Run, batches: int, monkeypatch: pytest.MonkeyPatch, error: type[BaseException] = RuntimeError) -> None:
     """Begin a run, its inputs done, and end it after so many batches."""
     for needed in run.inputs.values():
-        train.execute(needed)
-    original = fitting.build_trainer
+        execute.execute(needed)
+    original = trainer.build_trainer
 
     def build(*arguments: object) -> object:
         trainer = original(*arguments)
@@ -102,7 +103,7 @@ def broken_off(run: Run, batches: int, monkeypatch: pytest.MonkeyPatch, error: t
         patch.setattr(fitting, "build_trainer", build)
         # Lightning raises a KeyboardInterrupt of its own, without words.
         with pytest.raises(error, match=None if error is KeyboardInterrupt else "stopped"):
-            train.execute(run)
+            execute.execute(run)
     assert run.result is None
 
 

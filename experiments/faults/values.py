@@ -29,7 +29,8 @@ from hypothesis import strategies as st
 from key_values import every_value, names_key
 
 import conftest
-from kd import fit, train
+from kd import train
+from kd.training import fit
 
 LIMIT = 60
 """Seconds for an answer."""

@@ -18,9 +18,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from kd.config import compose
-from kd.planning import plan
-from kd.runs import Run, read_record, write_record
+from kd.config.compose import compose
+from kd.runs.plan import plan
+from kd.runs.run import Run, read_record, write_record
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] good bad fine poor a the film plot was".split()
 

@@ -42,10 +42,10 @@ def held() -> float:
 def begin(table: Path, folder: Path) -> None:
     """Do everything before the first step, and print what it took."""
     began = time.perf_counter()
-    from kd import fit
-    from kd.config import compose
-    from kd.planning import plan
-    from kd.train import execute
+    from kd.config.compose import compose
+    from kd.runs.plan import plan
+    from kd.training import fit
+    from kd.training.execute import execute
 
     def stop(trainer: object, engine: object, data: object, checkpoint: object) -> None:
         next(iter(data.train_dataloader()))  # type: ignore[attr-defined]

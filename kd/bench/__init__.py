@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from kd.errors import InputError
-from kd.hardware import configure_openmp, version_line
+from kd.system.hardware import configure_openmp, version_line
 
 DESCRIPTION = """Time a method's training steps beside plain fine-tuning of the same student in the same harness, and, with
 --peer, beside TextBrewer. Each candidate has a process of its own; they take turns, and one works at a time. A turn is an

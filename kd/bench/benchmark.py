@@ -11,12 +11,12 @@ from kd.bench.candidates import BASELINES, CACHED, CANDIDATES, FINETUNE, LIVE, C
 from kd.bench.cost import product_rate
 from kd.bench.figures import figures, lines, markdown, tabulate
 from kd.bench.workers import Job, Turn, Worker
-from kd.config import compose
+from kd.config.compose import compose
 from kd.errors import InputError
-from kd.hardware import git, hardware, versions
-from kd.planning import plan
-from kd.report import console
-from kd.runs import Run
+from kd.results.tables import console
+from kd.runs.plan import plan
+from kd.runs.run import Run
+from kd.system.hardware import git, hardware, versions
 
 PACKAGES = ("textbrewer",)
 """Packages whose versions are reported, in addition to those of every run."""
@@ -101,7 +101,7 @@ def check_run(run: Run) -> None:
     """
     import torch
 
-    from kd import distributed
+    from kd.system import distributed
 
     trainer = run.spec.trainer
     if trainer.accelerator == "gpu" and not torch.cuda.is_available():

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kd.stages import without
+from kd.runs.stages import without
 
 HARNESS, TEXTBREWER_WORKER = "kd.bench.harness:train_candidate", "kd.bench.textbrewer:train_textbrewer"
 

@@ -11,17 +11,21 @@ import torch
 
 from kd.bench.cost import DTYPES, device_of, training_flops
 from kd.bench.workers import Gate, Job
-from kd.build import Models, build_data, build_engine, build_examples, build_models
-from kd.config import compose
-from kd.data.datamodule import LIMIT_SEED, Examples, KDDataModule
+from kd.build.data import build_data, build_examples
+from kd.build.engine import build_engine
+from kd.build.models import Models, build_models
+from kd.config.compose import compose
+from kd.data.datamodule import KDDataModule
+from kd.data.examples import LIMIT_SEED, Examples
 from kd.errors import InputError
-from kd.fit import build_trainer, quieten
-from kd.hardware import keep_memory
 from kd.models.pretrained import load_config, load_model, load_tokenizer
 from kd.models.students import with_labels
-from kd.planning import backbone_of, plan
-from kd.progress import ProgressBar
-from kd.runs import Run
+from kd.runs.identity import backbone_of
+from kd.runs.plan import plan
+from kd.runs.run import Run
+from kd.system.hardware import keep_memory
+from kd.training.progress_bar import ProgressBar
+from kd.training.trainer import build_trainer, quieten
 
 
 @dataclass
@@ -151,14 +155,14 @@ class Turns(pl.Callback):
 
 
 def train_candidate(job: Job, gate: Gate) -> None:
-    """Run a candidate's turns: the steps of `kd.fit.fit` between its preflight and its evaluation, without checkpoints.
+    """Run a candidate's turns: the steps of `kd.training.fit` from preflight to evaluation, without checkpoints.
 
     Raises:
         Finished: when there are no more turns.
         InputError: for a run that cannot be built.
     """
     prepared = prepare(job)
-    keep_memory()  # as `kd.fit.fit` does
+    keep_memory()  # as `kd.training.fit.fit` does
     run = prepared.run
     engine = build_engine(run, prepared.models, prepared.examples.task)
     gate.ready(prepared.facts(run.spec.trainer.precision), run.spec.trainer.accelerator)

@@ -4,7 +4,7 @@ As in its SST-2 notebook: a shuffled `DataLoader`, AdamW with its defaults, a li
 teacher that runs at every step, hidden states of every layer from both models, no logging to tensorboard. It computes in
 float32, because its mixed precision needs apex. One thing favours it compared with its examples: texts are tokenised, and
 padded to the maximum length, before the timed turns. It clips gradients as the run does, although its default is not to clip
-(`trainer.clip=null` compares both without). `kd.hardware.keep_memory`, which `kd` calls for a run, is not called for
+(`trainer.clip=null` compares both without). `kd.system.hardware.keep_memory`, which `kd` calls for a run, is not called for
 TextBrewer; the variables MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ have the same effect for all candidates.
 
 Yang et al., ACL 2020 demonstrations, arXiv:2002.12620; github.com/airaria/TextBrewer, `examples/notebook_examples/sst2.ipynb`.
@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 from kd.bench.cost import device_of
 from kd.bench.harness import Prepared, prepare
 from kd.bench.workers import Gate, Job
-from kd.cohorts import students_of
+from kd.config.cohort import students_of
 from kd.data.datamodule import RowIndices
 from kd.errors import InputError
-from kd.runs import Run
+from kd.runs.run import Run
 
 PRECISION = "32-true"
 

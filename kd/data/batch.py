@@ -15,9 +15,9 @@ class Batch:
     Attributes:
         student: tokenizer output, each (batch, tokens); for a masked language model also `predicted`, bool.
         teachers: the same for each teacher; the same object where tokenizers are equal. For a cached teacher, its outputs
-            instead (`kd.data.store.CachedOutputs`).
+            instead (`kd.teacher_cache.store.CachedOutputs`).
         labels: (batch,), class indices in the task's order, or float scores; for a masked language model (batch, tokens), the
-            tokens to predict, and `kd.data.language.NOT_PREDICTED` elsewhere.
+            tokens to predict, and `kd.data.masked_lm.task.NOT_PREDICTED` elsewhere.
         index: (batch,), position of each example in its split; the key of every cache.
         weight: factor of this rank's loss; 1 if the global batch is divided evenly among the ranks and the optimiser step has
             `accumulate` batches of equal size (`kd.data.sampler.Rows`).

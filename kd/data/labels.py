@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
+from kd.config.values import literal
 from kd.data.texts import Table
 from kd.errors import InputError
-from kd.values import literal
 
 MISSING = frozenset({"", "nan", "-nan", "na", "n/a", "#n/a", "<na>", "null", "none", "nat"})
 """Words, in lower case, that stand for a missing value in tables. To use one as a class name, list it in `task.labels`."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-from kd.data.tokens import padded_length
+from kd.data.tokenized import padded_length
 from kd.errors import InputError
 
 POOL = 50

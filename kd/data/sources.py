@@ -12,13 +12,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kd import distributed
-from kd.data.tables import Layout, Row, check_file, column_names, data_path, lines, rows
+from kd.config.values import literal, number
+from kd.data.readers import Layout, Row, check_file, column_names, data_path, lines, rows
 from kd.data.texts import Example as Example
 from kd.data.texts import Table, TableWriter
 from kd.errors import InputError
-from kd.sources import check_not_here, file_fingerprint, package_folder, package_version
-from kd.values import literal, number
+from kd.system import distributed
+from kd.system.model_sources import check_not_here, file_fingerprint, package_folder, package_version
 
 Splits = dict[str, Sequence[Example]]
 
@@ -248,7 +248,7 @@ class Files:
         label: label column.
         validation: as `train`.
         test: as `train`.
-        quoted: see `kd.data.tables.Layout`, as for the remaining arguments.
+        quoted: see `kd.data.readers.Layout`, as for the remaining arguments.
     """
 
     train: Any

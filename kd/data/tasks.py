@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kd.config.values import literal
 from kd.data.labels import is_missing, label_name, listed, missing
 from kd.data.metrics import CLASSIFICATION, REGRESSION, Collapse
 from kd.data.texts import Example
 from kd.errors import InputError, one_of
 from kd.functional import logits as soft_losses
-from kd.values import literal
 
 SCORE = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 """Pattern of a score as text. Python's `float` also accepts `1_000` and digits of other scripts."""

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd import distributed
 from kd.data.batch import Batch
 from kd.data.metrics import finite_or_none
 from kd.data.tasks import Task, headline
-from kd.engines.safety import NonFiniteGuard, check_weights_finite, clip_gradients
+from kd.engines.nonfinite import NonFiniteGuard, check_weights_finite, clip_gradients
+from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.methods.base import Method, Progress, Step
 from kd.models import Encoder, FrozenTeacher
-from kd.optimizers import OptimizerFactory
 from kd.schedules import Schedule
+from kd.system import distributed
 
 
 def check_terms(names: Sequence[str], weights: Mapping[str, Any]) -> None:

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from kd.data.batch import Batch
 from kd.data.tasks import Task
 from kd.engines.base import Engine, Learner, Loss, check_terms
+from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError
 from kd.forward import Forward
 from kd.methods.base import Method, Progress, Step, needs_of_teachers
 from kd.models import Encoder, FrozenTeacher
-from kd.optimizers import OptimizerFactory
 from kd.schedules import Schedule
 
 

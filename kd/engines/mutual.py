@@ -5,19 +5,19 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kd import distributed
 from kd.data.batch import Batch
 from kd.data.tasks import Task
 from kd.engines.base import Engine, Learner, Loss, check_terms
 from kd.engines.distiller import bound_teachers
-from kd.engines.safety import clip_gradients
+from kd.engines.nonfinite import clip_gradients
+from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError, one_of
 from kd.forward import Forward, Needs
 from kd.forward.lazy import Detached
 from kd.methods.base import Method, Progress, Step
 from kd.models import Encoder, FrozenTeacher
-from kd.optimizers import OptimizerFactory
 from kd.schedules import Schedule
+from kd.system import distributed
 
 UPDATES = ("simultaneous", "sequential")
 TEACHER = "teacher"

@@ -36,7 +36,7 @@ class Needs:
             fused one cannot be differentiated twice.
         dropout: whether a frozen model runs with dropout, as in some authors' code; it then runs at every step.
         uncacheable_reason: why a frozen model has to run at every step: its text changes, or its dropout is on. Empty if its
-            outputs for an example are the same each time, so that they may be cached (`kd.caching`).
+            outputs for an example are the same each time, so that they may be cached (`kd.teacher_cache.cache`).
 
     >>> sorted((Needs(hidden=[1]) | Needs(hidden=[2])).hidden)
     [1, 2]

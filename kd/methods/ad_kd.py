@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd.config.values import whole
 from kd.errors import InputError
 from kd.forward import Needs, Outputs
 from kd.functional import attribution
@@ -16,7 +17,6 @@ from kd.methods.base import Method, Step
 from kd.methods.kd import BATCH_MEANS, checked, checked_temperature
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
-from kd.values import whole
 
 VIEWS = ("all", "gold")
 Run = Callable[[Mapping[str, Tensor], Needs], Outputs]

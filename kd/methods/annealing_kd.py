@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
+from kd.config.values import whole
 from kd.errors import InputError
 from kd.functional.logits import SOFT_LOSSES, widened
 from kd.methods.base import Method, Step
 from kd.methods.kd import BATCH_MEANS, checked
 from kd.schedules import Staircase
-from kd.values import whole
 
 LOSSES = tuple(name for name in SOFT_LOSSES if name != "ce")
 

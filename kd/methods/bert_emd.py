@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kd import distributed
+from kd.config.values import number
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.functional import layer_maps
@@ -17,7 +17,7 @@ from kd.methods.base import Method, Step, check_heads, projection
 from kd.methods.kd import BATCH_MEANS, checked, checked_switch, checked_temperature
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
-from kd.values import number
+from kd.system import distributed
 
 ERRORS = {"attention": score_error, "hidden": token_error}
 """Transported kinds of outputs -> the function that computes the unit cost between a student and a teacher layer."""

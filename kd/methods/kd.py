@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
+from kd.config.values import number, shown, switch, word
 from kd.errors import InputError
 from kd.functional.logits import REDUCTIONS, SOFT_LOSSES
 from kd.methods.base import Method, Step
 from kd.schedules import Schedule, as_schedule, extremes
-from kd.values import number, shown, switch, word
 
 TEMPERATURES = (1e-3, 1e4)
 """Lowest and highest temperature allowed."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd.config.values import whole
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.functional.hidden import PADDING, at_least_float32, token_error
@@ -14,7 +15,6 @@ from kd.methods.base import Method, Step, projection
 from kd.methods.kd import BATCH_MEANS, checked, checked_temperature
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
-from kd.values import whole
 
 FEATURES = ("pooled", "cls", "tokens")
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kd.config.values import LARGEST_SEED, whole
 from kd.errors import InputError
 from kd.forward import Needs, Outputs
 from kd.functional import layer_maps
@@ -14,7 +15,6 @@ from kd.functional.hidden import PADDING, at_least_float32, token_error
 from kd.methods.base import Method, Progress, Step, check_heads, freeze_above, projection
 from kd.methods.kd import checked, checked_switch
 from kd.models import Encoder, FrozenTeacher
-from kd.values import LARGEST_SEED, whole
 
 MAPS = ("uniform", "top", "last", "bottom", "mean", "random")
 ATTENTION_TARGETS = ("scores", "probabilities", "kl")

@@ -24,7 +24,7 @@ from kd.data.labels import label_text
 from kd.errors import InputError, one_of
 from kd.forward.taps import FAMILIES, Family, family_of
 from kd.models.heads import HEADS
-from kd.sources import pretrained
+from kd.system.model_sources import pretrained
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Files that may hold weights; the first that exists is read, as in transformers."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kd.config.schema import StudentSpec
 from kd.errors import InputError, one_of
 from kd.forward.taps import Family, family_of
 from kd.models.dropout import with_cheaper_dropout
@@ -21,7 +22,6 @@ from kd.models.pretrained import (
     load_model,
     load_tokenizer,
 )
-from kd.schema import StudentSpec
 
 INITS = ("random", "first", "every", "last", "checkpoint", "run")
 INIT_FROM = ("pretrained", "teacher")

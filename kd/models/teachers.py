@@ -137,7 +137,7 @@ class FrozenTeacher:
 
 
 class CachedTeacher(FrozenTeacher):
-    """A frozen teacher that does not run: its inputs are the outputs that it had for the examples (`kd.caching`).
+    """A frozen teacher that does not run: its inputs are the outputs that it had for the examples (`kd.teacher_cache.cache`).
 
     Args:
         teacher: the teacher whose outputs were cached; only its `shape` is referenced.
@@ -153,7 +153,7 @@ class CachedTeacher(FrozenTeacher):
         """Return the cached outputs, with logits in the task's label order.
 
         Args:
-            inputs: tensors of a `kd.data.store.CachedOutputs` by name, as `Needs.tensors` names them.
+            inputs: tensors of a `kd.teacher_cache.store.CachedOutputs` by name, as `Needs.tensors` names them.
             needs: the tensors to return.
 
         Raises:

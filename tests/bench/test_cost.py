@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import tiny_model, tiny_tokenizer
 from kd.bench.cost import DTYPES, linear_weights, peak_bytes, product_rate, training_flops
 from kd.forward.needs import Needs
-from kd.hardware import PRECISIONS
 from kd.models.encoder import Encoder
+from kd.system.hardware import PRECISIONS
 
 TOKENS = 12
 

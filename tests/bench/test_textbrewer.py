@@ -11,7 +11,7 @@ from kd.bench.candidates import FINETUNE, LIVE, TEXTBREWER, TEXTBREWER_CUT, Cand
 from kd.bench.harness import prepare
 from kd.bench.harness import train_candidate as train_ours
 from kd.bench.workers import Finished, Job
-from kd.build import build_engine
+from kd.build.engine import build_engine
 from kd.errors import InputError
 from kd.forward.needs import Needs
 
@@ -154,8 +154,8 @@ def test_candidates_have_one_student_and_see_the_same_examples(small: Small, tmp
     ],
 )
 def test_what_the_peer_cannot_do_is_refused(small: Small, options: list[str], words: str) -> None:
-    from kd.config import compose
-    from kd.planning import plan
+    from kd.config.compose import compose
+    from kd.runs.plan import plan
 
     with pytest.raises(InputError, match=words) as caught:
         check_textbrewer(plan(compose(small(*options))))

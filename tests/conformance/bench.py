@@ -12,19 +12,19 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from conftest import tiny_config, tiny_model, tiny_tokenizer
-from kd.cohorts import students_of
-from kd.config import compose, conf_folder, typed
+from kd.build.instantiate import build_method
+from kd.config.cohort import students_of
+from kd.config.compose import compose, conf_folder, typed
 from kd.data.batch import Batch
 from kd.data.sampler import LengthBatches
-from kd.data.store import CachedOutputs, Entry, Share, TensorStore
 from kd.data.tasks import Classification
 from kd.engines.base import Engine, Loss
+from kd.engines.optimizer import OptimizerFactory
 from kd.forward import Outputs
-from kd.make import build_method
 from kd.methods.base import needs_of_teachers
 from kd.models import CachedTeacher, Encoder, FrozenTeacher
-from kd.optimizers import OptimizerFactory
-from kd.stages import before_config
+from kd.runs.stages import before_config
+from kd.teacher_cache.store import CachedOutputs, Entry, Share, TensorStore
 
 BEFORE = "before"
 METHODS = sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))
@@ -104,7 +104,7 @@ SHAPES = (
 
 
 class PlainTokens:
-    """Lengths that padding follows from, as `kd.data.tokens.Tokens` has them."""
+    """Lengths that padding follows from, as `kd.data.tokenized.Tokens` has them."""
 
     def __init__(self, lengths: torch.Tensor) -> None:
         self.lengths = lengths.numpy()

@@ -23,11 +23,11 @@ from conformance.bench import (
     take,
     two_rank_cases,
 )
-from kd.caching import reason_to_run
 from kd.errors import InputError
 from kd.forward.lazy import Detached
 from kd.forward.needs import Needs
 from kd.methods.base import Progress, needs_of_teachers
+from kd.teacher_cache.cache import reason_to_run
 
 pytestmark = pytest.mark.parametrize("name", CASES)
 

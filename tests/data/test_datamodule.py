@@ -10,12 +10,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kd.config import compose, typed
+from kd.config.compose import compose, typed
 from kd.data.batch import Batch
-from kd.data.datamodule import Examples, KDDataModule, load_examples, tokenizer_fingerprint
+from kd.data.datamodule import KDDataModule, tokenizer_fingerprint
+from kd.data.examples import Examples, load_examples
 from kd.data.sources import Files, Splits
 from kd.errors import InputError
-from kd.planning import source_of
+from kd.runs.identity import source_of
 
 
 @pytest.fixture

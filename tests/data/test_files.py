@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kd.config import compose, typed
-from kd.data.datamodule import Examples, load_examples
+from kd.config.compose import compose, typed
+from kd.config.schema import TaskSpec
+from kd.data.examples import Examples, load_examples
+from kd.data.masked_lm.source import TextFiles
 from kd.data.sources import Example, Files, check_hash_split, split_by_hash
-from kd.data.text import TextFiles
 from kd.data.texts import Table, Texts, count_shared
 from kd.errors import InputError
-from kd.planning import plan
-from kd.schema import TaskSpec
+from kd.runs.plan import plan
 
 
 def load(train: object, validation: object = None, **more: object) -> Examples:

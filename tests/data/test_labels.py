@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from conftest import tiny_config
-from kd.build import teacher_labels
-from kd.data.datamodule import Examples, load_examples
+from kd.build.models import teacher_labels
+from kd.config.schema import TaskSpec, TeacherSpec
+from kd.data.examples import Examples, load_examples
 from kd.data.labels import label_name
 from kd.data.metrics import CLASSIFICATION, REGRESSION, ranks
 from kd.data.sources import Files
@@ -18,7 +19,6 @@ from kd.data.texts import Example
 from kd.errors import InputError
 from kd.models.pretrained import label_names
 from kd.models.teachers import match_labels
-from kd.schema import TaskSpec, TeacherSpec
 
 WORDS = ("sunny day", "gloomy day", "merry walk", "grim walk", "jolly park", "murky park")
 

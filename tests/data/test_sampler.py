@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kd.data.sampler import POOL, SPREAD, LengthBatches, TokenBatches
-from kd.data.tokens import padded_length
+from kd.data.tokenized import padded_length
 from kd.errors import InputError
 
 LENGTHS = np.random.default_rng(0).integers(3, 90, 1003).tolist()

@@ -8,11 +8,11 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from kd.config import compose, typed
-from kd.data.datamodule import Examples, load_examples
+from kd.config.compose import compose, typed
+from kd.data.examples import Examples, load_examples
 from kd.data.sources import Example, Files, Glue, PackageFile, hash_fraction, split_by_hash
 from kd.errors import InputError
-from kd.planning import source_of
+from kd.runs.identity import source_of
 
 TEXTS = [f"review number {number} of a film" for number in range(600)]
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from kd.data.store import RELEASE, CachedOutputs, Entry, Share, TensorStore, fits, stored_as
 from kd.forward import Needs, Outputs, UndeclaredRead
+from kd.teacher_cache.store import RELEASE, CachedOutputs, Entry, Share, TensorStore, fits, stored_as
 
 LENGTHS = (3, 5, 2, 5)
 OFFSETS = np.concatenate([[0], np.cumsum(LENGTHS)])

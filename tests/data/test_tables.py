@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kd.data.tables import rows
+from kd.data.readers import rows
 from kd.errors import InputError
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd.data.datamodule import build_task, load_examples
+from kd.config.schema import TaskSpec
+from kd.data.examples import build_task, load_examples
 from kd.data.metrics import CLASSIFICATION, REGRESSION
 from kd.data.sources import Example, Splits
 from kd.data.tasks import Classification, Regression, Task, higher_is_better
 from kd.errors import InputError
-from kd.schema import TaskSpec
 
 
 def classes(labels: list[str], codes: dict[str, str] | None = None, metrics: tuple[str, ...] = ("accuracy",)) -> Classification:

@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from conftest import FILLER, GOOD, SPECIAL, tiny_tokenizer
-from kd.config import compose, typed
-from kd.data.datamodule import Examples, load_examples
-from kd.data.language import NOT_PREDICTED, MaskedLM, by_example
+from kd.config.compose import compose, typed
+from kd.data.examples import Examples, load_examples
+from kd.data.masked_lm.datamodule import MaskedLMDataModule
+from kd.data.masked_lm.source import TextFiles
+from kd.data.masked_lm.task import NOT_PREDICTED, MaskedLM, by_example
+from kd.data.masked_lm.tokenized import MaskedTokens, MixedTokenizer
 from kd.data.sampler import Rows
 from kd.data.tasks import higher_is_better
-from kd.data.text import MaskedLMDataModule, MaskedTokens, MixedTokenizer, TextFiles
 from kd.errors import InputError
-from kd.models.vocabularies import learned_tokens, with_vocabulary
-from kd.planning import source_of
+from kd.models.surgery.wordpiece import learned_tokens, with_vocabulary
+from kd.runs.identity import source_of
 
 TASK = MaskedLM("toy", ["loss", "accuracy"], "loss")
 MASK = 4

@@ -9,11 +9,11 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from conftest import FILLER, tiny_tokenizer
-from kd import distributed
-from kd.data import text as masked
-from kd.data import tokens
-from kd.data.text import MaskedTokens
-from kd.data.tokens import Tokens, TokenStore, read_arrays, write_arrays
+from kd.data import tokenized as tokens
+from kd.data.masked_lm import datamodule as masked
+from kd.data.masked_lm.tokenized import MaskedTokens
+from kd.data.tokenized import Tokens, TokenStore, read_arrays, write_arrays
+from kd.system import distributed
 
 TEXTS = [("the film was fine",), ("bad",), ("a scene and a plot that is boring",)]
 PAIRS = [(text, f"it was {text}") for (text,) in TEXTS]

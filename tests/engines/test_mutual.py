@@ -16,18 +16,18 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from kd import train
 from kd.data.batch import Batch
 from kd.data.tasks import Classification, Regression, headline
 from kd.engines.mutual import MutualDistiller
-from kd.engines.safety import NonFiniteLoss
+from kd.engines.nonfinite import NonFiniteLoss
+from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError
-from kd.evaluate import evaluate
 from kd.forward import Needs
 from kd.models import Encoder
-from kd.optimizers import OptimizerFactory
-from kd.report import score
-from kd.runs import Run
+from kd.results.evaluate import evaluate
+from kd.results.tables import score
+from kd.runs.run import Run
+from kd.training import execute
 from whole_runs import Small, broken_off, last_weights, made, planned, same_weights
 
 CASES = ["dml", "dml cohort.students=3", "p2p_mutual", "p2p_mutual cohort.teacher=online", "pkd cohort=mutual"]
@@ -93,7 +93,7 @@ def test_each_learners_gradient_is_clipped_on_its_own() -> None:
 
 
 def fitted(bench: Bench, batches: list[Batch], make: Any, clip: float | None) -> pl.Trainer:
-    """Through Lightning, as `kd.fit` does it."""
+    """Through Lightning, as `kd.training.fit` does it."""
     bench.engine.optimizer_factory = OptimizerFactory(make, lr=0.05, weight_decay=0.1, schedule="linear", warmup=0.0)
     bench.engine.clip = clip
     automatic = bench.engine.automatic_optimization
@@ -388,7 +388,7 @@ def test_a_cohort_that_takes_turns_resumes_to_the_weights_of_an_unbroken_one(
     unbroken, result = cohort
     run = planned(small(*COHORT, f"paths.runs={tmp_path}"))
     broken_off(run, 8, monkeypatch)
-    again = train.execute(run)
+    again = execute.execute(run)
     assert same_weights(last_weights(run), last_weights(unbroken))
     assert (again["students"].keys(), again["metrics"]) == (result["students"].keys(), result["metrics"])
     saved = torch.load(run.checkpoints / "last.ckpt", weights_only=True)
@@ -409,7 +409,7 @@ def test_a_cohort_that_takes_turns_keeps_checkpoints_inside_an_epoch(
     run = planned(small(*COHORT, f"paths.runs={tmp_path}", "trainer.checkpoint_minutes=0"))
     broken_off(run, 8, monkeypatch)
     assert torch.load(run.checkpoints / "last.ckpt", weights_only=True)["global_step"] in (7, 8)
-    train.execute(run)
+    execute.execute(run)
     assert same_weights(last_weights(run), last_weights(unbroken))
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd import distributed, hardware, train
 from kd.data.tasks import Classification
 from kd.engines.distiller import Distiller
-from kd.engines.safety import LATEST, NonFiniteGuard, NonFiniteLoss, NonFiniteWeights, clip_gradients
+from kd.engines.nonfinite import LATEST, NonFiniteGuard, NonFiniteLoss, NonFiniteWeights, clip_gradients
+from kd.system import distributed, hardware
+from kd.training import execute
 from whole_runs import planned
 
 Small = Callable[..., list[str]]
@@ -94,7 +95,7 @@ def test_a_late_look_keeps_the_last_good_checkpoint(
 
     monkeypatch.setattr(Classification, "hard", hard)
     with pytest.raises(NonFiniteLoss, match=f"not finite at step {at}: term 'task'"):
-        train.execute(run)
+        execute.execute(run)
     for name, step in {"last": 6 if minutes else at, "best": 6}.items():
         kept = torch.load(run.checkpoints / f"{name}.ckpt", weights_only=True)
         assert kept["global_step"] == step
@@ -154,7 +155,7 @@ def test_losses_are_logged_at_every_tenth_step_and_at_no_other(
     epochs = 4 * accumulate
     words = (f"trainer.accumulate={accumulate}", f"trainer.max_epochs={epochs}", f"paths.runs={tmp_path}")
     run = planned(small("method=finetune", "teacher=[]", *words))
-    train.execute(run)
+    execute.execute(run)
     assert logged == [step for step in (9, 19) for _ in range(accumulate)]
     with (run.directory / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["train/loss"]]
@@ -197,7 +198,7 @@ def test_gradients_that_are_no_number_end_a_run_whose_losses_are_fine(
 
     monkeypatch.setattr(Classification, "hard", hard)
     with pytest.raises(NonFiniteWeights, match=words) as caught:
-        train.execute(run)
+        execute.execute(run)
     assert caught.value.key == "optimizer.lr"
     assert not list(run.checkpoints.glob("*.ckpt"))
     assert run.result is None

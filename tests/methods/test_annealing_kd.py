@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd import train
 from kd.data.batch import Batch
 from kd.data.tasks import Classification, Regression
 from kd.errors import InputError
 from kd.forward import Forward, Outputs
 from kd.methods.annealing_kd import AnnealingKD
 from kd.methods.base import Progress, Step
+from kd.training import execute
 from whole_runs import broken_off, last_weights, made, planned, same_weights
 
 Small = Callable[..., list[str]]
@@ -93,7 +93,7 @@ def test_a_number_of_steps_that_does_not_divide_the_epochs_is_refused(tau_max: f
 def test_the_error_reaches_the_command_before_anything_is_trained(small: Small) -> None:
     run = planned(small(*SHORT, "method.before.tau_max=3"))
     with pytest.raises(InputError, match=r"2 epochs cannot be divided into; take .* 3 epochs") as error:
-        train.execute(run)
+        execute.execute(run)
     assert error.value.key == "method.before.tau_max"
     assert not any(needed.directory.is_dir() and needed.result is None for needed in run.inputs.values())
 
@@ -115,8 +115,8 @@ def test_a_phase_two_that_is_broken_off_goes_on_to_the_same_weights(small: Small
     words = small(*SHORT, "seed=3", "trainer.max_epochs=2")
     run = planned(words)
     broken_off(run, 8, monkeypatch)
-    train.execute(run)
+    execute.execute(run)
     kept = last_weights(run)
     (run.directory / "result.json").unlink()
-    train.execute(planned([*words, "resume=false"]))
+    execute.execute(planned([*words, "resume=false"]))
     assert same_weights(kept, last_weights(run))

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conftest import tiny_model
-from kd import distributed, train
 from kd.data.batch import Batch
 from kd.data.tasks import Classification, Regression
 from kd.errors import InputError
@@ -23,6 +22,8 @@ from kd.methods import bert_emd
 from kd.methods.base import Progress, Step
 from kd.methods.bert_emd import BertEMD
 from kd.models import Encoder, FrozenTeacher
+from kd.system import distributed
+from kd.training import execute
 from whole_runs import Small, broken_off, last_weights, made, planned, same_weights, torchrun
 
 TASK = Classification("toy", ["no", "yes"], {}, ["accuracy"], "accuracy")
@@ -420,7 +421,7 @@ def test_run_that_was_stopped_goes_on_with_its_masses_and_its_plan_is_in_the_bes
     for needed in unbroken.inputs.values():
         (tmp_path / needed.name).symlink_to(needed.directory)
     broken_off(run, 8, monkeypatch)
-    assert train.execute(run)["metrics"] == result["metrics"]
+    assert execute.execute(run)["metrics"] == result["metrics"]
     assert same_weights(last_weights(run), last_weights(unbroken))
     counted = [torch.load(each.checkpoints / "last.ckpt", weights_only=True)["kd"]["examples"] for each in (run, unbroken)]
     assert counted == [2 * 96, 2 * 96]

@@ -13,8 +13,8 @@ from kd.data.tasks import Classification, Regression
 from kd.errors import InputError
 from kd.forward import Forward, Needs, Outputs
 from kd.methods.base import Progress, Step
-from kd.methods.dml import Mutual
 from kd.methods.finetune import Finetune
+from kd.methods.wrappers.mutual import Mutual
 from kd.schedules import Linear
 
 TASK = Classification("toy", ["no", "yes"], {}, ["accuracy"], "accuracy")

@@ -8,9 +8,9 @@ from conftest import tiny_model
 from kd.data.batch import Batch
 from kd.data.tasks import Classification, Regression, Task
 from kd.engines.distiller import Distiller
+from kd.engines.optimizer import OptimizerFactory
 from kd.methods.finetune import Finetune
 from kd.models import Encoder, FrozenTeacher
-from kd.optimizers import OptimizerFactory
 from kd.schedules import Constant
 
 CLASSES = Classification("toy", ["no", "maybe", "yes"], {}, ["accuracy"], "accuracy")

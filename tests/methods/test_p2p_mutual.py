@@ -10,8 +10,8 @@ from kd.data.batch import Batch
 from kd.data.tasks import Regression
 from kd.forward import Forward, Needs, Outputs
 from kd.methods.base import Progress, Step
-from kd.methods.dml import Mutual
 from kd.methods.kd import KD
+from kd.methods.wrappers.mutual import Mutual
 
 SCORES = Regression("toy", ["mse"], "mse")
 

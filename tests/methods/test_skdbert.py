@@ -10,7 +10,6 @@ from conformance.bench import TASK as THREE
 from conformance.bench import Bench, batch_of, encoder
 from torch import Tensor
 
-from kd import train
 from kd.data.batch import Batch
 from kd.data.tasks import Classification
 from kd.errors import InputError
@@ -18,8 +17,9 @@ from kd.forward import Forward, Needs, Outputs
 from kd.methods.base import Progress, Step
 from kd.methods.kd import KD
 from kd.methods.pkd import PKD
-from kd.methods.skdbert import Stochastic
+from kd.methods.wrappers.stochastic import Stochastic
 from kd.models import FrozenTeacher
+from kd.training import execute
 from whole_runs import Small, broken_off, last_weights, made, planned, pool, same_weights
 
 TASK = Classification("toy", ["no", "yes"], {}, ["accuracy"], "accuracy")
@@ -220,7 +220,7 @@ def test_a_run_that_was_stopped_draws_the_same_teachers_as_an_unbroken_one(
     for needed in unbroken.inputs.values():
         (tmp_path / needed.name).symlink_to(needed.directory)
     broken_off(run, 8, monkeypatch)
-    again = train.execute(run)
+    again = execute.execute(run)
     assert same_weights(last_weights(run), last_weights(unbroken))
     assert again["teacher_forwards"] == result["teacher_forwards"]
     assert sum(looks(again, NAMES)) == 12

@@ -9,7 +9,7 @@ from kd.data.tasks import Classification
 from kd.forward import Forward, Needs, Outputs
 from kd.methods.base import Progress, Step
 from kd.methods.kd import KD
-from kd.methods.wkd import Ensemble
+from kd.methods.wrappers.ensemble import Ensemble
 
 TASK = Classification("toy", ["no", "maybe", "yes"], {}, ["accuracy"], "accuracy")
 STUDENT, *TEACHERS = 2 * torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from kd import train
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.models import Encoder
 from kd.models import compiled as compilation
 from kd.models.compiled import check_compiler
+from kd.training import execute
 from whole_runs import planned
 
 Small = Callable[..., list[str]]
@@ -97,12 +97,12 @@ def test_without_a_compiler_the_key_is_named() -> None:
 @pytest.mark.slow
 def test_a_compiled_run_gives_what_the_plain_one_gives_up_to_rounding(small: Small, tmp_path: Path) -> None:
     words = ("method=pkd", "teacher=[hub]", "student.dropout=0", "trainer.max_epochs=1", f"paths.runs={tmp_path}")
-    first = train.execute(planned(small("method=finetune", "teacher=[]", f"paths.runs={tmp_path}")))
+    first = execute.execute(planned(small("method=finetune", "teacher=[]", f"paths.runs={tmp_path}")))
     teacher = f"teacher.hub.model={next(tmp_path.glob('finetune-*')) / 'student'}"
     losses = []
     for compile_ in ("false", "true"):
         run = planned(small(*words, teacher, f"trainer.compile={compile_}"))
-        result = train.execute(run)
+        result = execute.execute(run)
         assert result["export_difference"] < 1e-5
         losses.append(result["metrics"]["validation"])
     assert losses[0] == pytest.approx(losses[1], abs=0.1)

@@ -8,13 +8,14 @@ import torch
 from transformers import AutoModelForMaskedLM
 
 from conftest import FILLER, tiny_config, tiny_tokenizer
+from kd.config.schema import StudentSpec
 from kd.data.batch import Batch
-from kd.data.datamodule import Examples
-from kd.data.language import NOT_PREDICTED, MaskedLM
-from kd.data.text import MaskedLMDataModule
+from kd.data.examples import Examples
+from kd.data.masked_lm.datamodule import MaskedLMDataModule
+from kd.data.masked_lm.task import NOT_PREDICTED, MaskedLM
 from kd.engines.distiller import Distiller
+from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError
-from kd.export import largest_difference
 from kd.forward import Needs
 from kd.methods.base import Method
 from kd.methods.finetune import Finetune
@@ -23,8 +24,7 @@ from kd.models import Encoder, FrozenTeacher
 from kd.models.heads import HEADS
 from kd.models.pretrained import load_config, load_model
 from kd.models.students import build_student
-from kd.optimizers import OptimizerFactory
-from kd.schema import StudentSpec
+from kd.results.export import largest_difference
 
 TASK = MaskedLM("toy", ["loss", "accuracy"], "loss")
 FAMILIES = ("bert", "roberta", "mpnet")

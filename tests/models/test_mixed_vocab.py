@@ -11,16 +11,16 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertMo
 
 from conftest import FILLER, GOOD, tiny_config, tiny_tokenizer
 from kd.data.batch import Batch
-from kd.data.datamodule import Examples
-from kd.data.language import NOT_PREDICTED, MaskedLM
-from kd.data.text import MaskedLMDataModule
+from kd.data.examples import Examples
+from kd.data.masked_lm.datamodule import MaskedLMDataModule
+from kd.data.masked_lm.task import NOT_PREDICTED, MaskedLM
 from kd.errors import InputError
-from kd.export import largest_difference
 from kd.forward import Needs
 from kd.models import Encoder
 from kd.models.heads import HEADS
-from kd.models.mixed_vocab import LiftedEmbedding, MixedEmbedding, MixedOutputs, MixedStage, MixedVocab, separate
-from kd.models.surgery import SurgeryInputs
+from kd.models.surgery.embeddings import SurgeryInputs
+from kd.models.surgery.mixed_vocab import LiftedEmbedding, MixedEmbedding, MixedOutputs, MixedStage, MixedVocab, separate
+from kd.results.export import largest_difference
 
 TASK = MaskedLM("toy", ["loss", "accuracy"], "loss")
 TEXTS = [" ".join((FILLER + GOOD)[n : n + 12]) for n in range(14)]

@@ -11,17 +11,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from conftest import tiny_config, tiny_model, tiny_tokenizer
-from kd.build import build_examples, build_models
-from kd.data.tokens import Tokens
+from kd.build.data import build_examples
+from kd.build.models import build_models
+from kd.config.schema import StudentSpec
+from kd.data.tokenized import Tokens
 from kd.errors import InputError
 from kd.forward.taps import FAMILIES
 from kd.models import pretrained
 from kd.models.labels import columns
 from kd.models.pretrained import check_weights, label_names, load_config, load_model
 from kd.models.students import build_student
-from kd.runs import Run
-from kd.schema import StudentSpec
-from kd.sources import fingerprint
+from kd.runs.run import Run
+from kd.system.model_sources import fingerprint
 from whole_runs import over
 
 Damage = Callable[[Path], object]
@@ -77,7 +78,7 @@ def plans(reviews: Path, whole: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 def examined(run: Run) -> None:
     """Check a run and the runs that it needs, as the command does before anything is trained."""
-    from kd.train import check_all
+    from kd.training.execute import check_all
 
     check_all(run)
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from conftest import tiny_model, tiny_tokenizer
-from kd.build import checked_length
+from kd.build.data import checked_length
+from kd.config.schema import StudentSpec
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.forward.taps import FAMILIES, family_of
 from kd.models.students import build_student, chosen_layers, describe_init
-from kd.schema import StudentSpec
 
 LABELS = ["negative", "positive"]
 DEPTH = 4

@@ -11,15 +11,17 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import BAD, FILLER, GOOD, SPECIAL, tiny_config, tiny_model, tiny_tokenizer
-from kd.build import build_examples, build_models, check_run
-from kd.config import compose
+from kd.build.check import check_run
+from kd.build.data import build_examples
+from kd.build.models import build_models
+from kd.config.compose import compose
 from kd.data.datamodule import tokenizer_fingerprint
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.methods.base import Method, Step
 from kd.models import Encoder
-from kd.models.surgery import CutVocabulary, Factorized, LearnedVocabulary, SurgeryInputs, truncated_svd
-from kd.planning import plan
+from kd.models.surgery.embeddings import CutVocabulary, Factorized, LearnedVocabulary, SurgeryInputs, truncated_svd
+from kd.runs.plan import plan
 
 TEXTS = ["a good film and a great story", "it was a warm and funny film", "dull"]
 UNUSED = ["it was a cold story", "Bleak!"]
@@ -135,7 +137,7 @@ def test_more_tokens_than_the_text_supports_are_refused_with_both_numbers() -> N
 @pytest.mark.ddp
 def test_two_processes_learn_the_same_vocabulary() -> None:
     code = (
-        "import random; from conftest import tiny_tokenizer; from kd.models.vocabularies import learned_tokens\n"
+        "import random; from conftest import tiny_tokenizer; from kd.models.surgery.wordpiece import learned_tokens\n"
         "draw = random.Random(0); words = [''.join(draw.choices('abcdefghijklmnop', k=5)) for _ in range(300)]\n"
         "print(learned_tokens(tiny_tokenizer(), [' '.join(words)], 150, 'size'))"
     )

@@ -7,12 +7,12 @@ from torch import Tensor
 from conftest import tiny_model
 from kd.data.tasks import Classification
 from kd.engines.distiller import Distiller
+from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.methods.kd import KD
 from kd.models import Encoder, FrozenTeacher
 from kd.models.teachers import match_labels
-from kd.optimizers import OptimizerFactory
 from kd.schedules import Constant
 
 LABELS = ["entailment", "neutral", "contradiction"]

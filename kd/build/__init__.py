@@ -1,0 +1,1 @@
+"""From a specification to models, data and engine; the only place that instantiates."""

@@ -1,0 +1,128 @@
+"""Checks of a planned run before anything is trained."""
+
+import os
+
+import torch
+
+from kd.build.data import build_examples, checked_length
+from kd.build.engine import build_engine
+from kd.build.instantiate import build_method, build_optimizer, logger_maker
+from kd.build.models import Models, build_models, flat
+from kd.build.surgeries import surgeries
+from kd.config.schema import RunSpec
+from kd.config.values import locate, one_line, subclass_of
+from kd.data.examples import Examples
+from kd.engines.base import Engine
+from kd.errors import InputError
+from kd.models.compiled import check_compiler
+from kd.runs.error_keys import rename_error_keys
+from kd.runs.run import Run
+from kd.system import distributed
+
+
+def check_optimizer_steps(spec: RunSpec) -> None:
+    """Check the optimiser by a step on a temporary layer, on the device of the training.
+
+    The device matters because some optimisers need a GPU. If the GPU of the configuration is missing, the check is skipped:
+    `check_machine` reports that.
+
+    Raises:
+        InputError: for arguments that the optimiser does not accept, or that result in weights that are not finite.
+    """
+    key, factory = "optimizer.factory", build_optimizer(spec)
+    gpu = spec.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    if spec.trainer.accelerator == "gpu" and not gpu:
+        return
+    layer = torch.nn.Linear(2, 2, device=torch.device("cuda", distributed.local_rank()) if gpu else "cpu")
+    try:
+        optimizer = factory.optimizer(layer)
+        layer(torch.ones_like(layer.weight)).sum().backward()
+        optimizer.step()
+    except InputError:
+        raise
+    except Exception as error:  # torch raises many different exceptions for invalid arguments
+        raise InputError(f"the optimiser does not work: {one_line(error)}", key) from error
+    if not all(parameter.isfinite().all() for parameter in layer.parameters()):
+        raise InputError("a step of the optimiser results in weights that are not finite", key)
+
+
+def check_memory(spec: RunSpec, models: Models) -> None:
+    """Check that weights and gradients in float32, the least that training needs, fit into the memory of the machine.
+
+    Raises:
+        InputError: if they do not fit. Other memory of training, such as the optimiser's state, is not counted.
+    """
+    count = sum(student.parameter_count() for student in models.students.values())
+    if spec.trainer.accelerator == "gpu" and torch.cuda.is_available():
+        memory, whose = torch.cuda.get_device_properties(0).total_memory, "accelerator"
+    elif hasattr(os, "sysconf"):
+        memory, whose = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "machine"
+    else:
+        return
+    if 8 * count > memory:
+        sizes = [name for name in ("width", "intermediate", "layers") if getattr(spec.student, name) is not None]
+        key = "cohort.students" if len(models.students) > 1 else f"student.{sizes[0]}" if sizes else "student"
+        raise InputError(
+            f"{count:,} parameters take {8 * count / 1e9:,.0f} GB for weights and gradients alone, and the {whose} has "
+            f"{memory / 1e9:,.0f}; use a smaller student",
+            key,
+        )
+
+
+def check_machine(spec: RunSpec) -> None:
+    """Check that this machine supports the accelerator and the precision of a configuration.
+
+    Raises:
+        InputError: if there is no GPU, and the accelerator or the precision needs one.
+    """
+    has_gpu = torch.cuda.is_available()
+    if spec.trainer.accelerator == "gpu" and not has_gpu:
+        raise InputError("torch finds no usable GPU on this machine; use trainer=cpu", "trainer")
+    if spec.trainer.precision == "16-mixed" and (spec.trainer.accelerator == "cpu" or not has_gpu):
+        raise InputError(  # Lightning would train in bf16 and the record would not say so
+            "trainer.precision=16-mixed needs a GPU; on a CPU use 32-true or bf16-mixed", "trainer.precision"
+        )
+
+
+def check_arguments(run: Run) -> None:
+    """Check all that needs neither data nor models: methods, schedules, surgeries, optimisers, loggers of a run and its inputs.
+
+    Raises:
+        InputError: for an invalid argument; its key is named.
+    """
+    spec = run.spec
+    check_machine(spec)  # first, because other errors do not matter on a machine that cannot run this
+    probabilities = [1 / max(len(spec.teacher), 1)] * len(spec.teacher)
+    build_method(spec.method, spec.pool, spec.cohort, probabilities)
+    surgeries(spec)
+    locate(spec.engine, "engine", subclass_of(Engine), "an engine: a class of kd.engines.base.Engine")
+    check_optimizer_steps(spec)
+    if spec.logger.extra:
+        logger_maker(spec)
+    for role, needed in run.inputs.items():
+        if needed.result is None:
+            with rename_error_keys(role, run.spec, run.config):
+                check_arguments(needed)
+
+
+def check_run(run: Run, examples: Examples) -> None:
+    """Build a run with shapes in place of weights, to find errors before anything is trained.
+
+    Raises:
+        InputError: for parts of the run that do not fit each other, or the machine.
+    """
+    check_machine(run.spec)
+    for role, needed in run.inputs.items():
+        if role.startswith("pilot "):  # all pilots hold out the same examples
+            with rename_error_keys(role, run.spec, run.config):
+                build_examples(needed)
+            break
+    models = build_models(run, examples.task, meta=True)
+    checked_length(run.spec, models)
+    for surgery in surgeries(run.spec).values():
+        if hasattr(surgery, "dry_run"):
+            surgery.dry_run(models.student.tokenizer, flat(examples.texts["train"]))
+    check_memory(run.spec, models)
+    build_engine(run, models, examples.task)
+    if run.spec.trainer.compile:
+        check_compiler("cuda" if run.spec.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu")

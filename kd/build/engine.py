@@ -1,0 +1,45 @@
+"""The LightningModule of a run and a trial step of its optimizer."""
+
+from typing import Any
+
+from kd.build.instantiate import arguments_of, build_optimizer
+from kd.build.models import Models
+from kd.config.values import locate, subclass_of
+from kd.data.tasks import Task
+from kd.engines.base import Engine
+from kd.errors import InputError
+from kd.runs.run import Run
+
+
+def build_engine(run: Run, models: Models, task: Task) -> Engine:
+    """Return the LightningModule that trains the run.
+
+    Raises:
+        InputError: for an engine that does not fit the students, or does not support a key of the trainer.
+    """
+    trainer = run.spec.trainer
+    given: dict[str, Any] = {
+        "students": models.students,
+        "methods": models.methods,
+        "teachers": models.teachers,
+        "online": models.online,
+        "task": task,
+        "weights": models.weights,
+        "optimizer": build_optimizer(run.spec),
+        "seed": run.spec.seed,
+        "clip": trainer.clip,
+    }
+    if reserved := [name for name in run.spec.engine if name in given]:
+        raise InputError(f"engine.{reserved[0]} follows from the rest of the configuration", f"engine.{reserved[0]}")
+    target = locate(run.spec.engine, "engine", subclass_of(Engine), "an engine: a class of kd.engines.base.Engine")
+    options = arguments_of(target, run.spec.engine, "engine")
+    try:
+        engine: Engine = target(**given, **options)
+    except TypeError as error:
+        raise InputError(f"the engine cannot be instantiated: {error}", "engine") from error
+    if not engine.automatic_optimization:  # it calls the optimiser itself after every batch
+        if trainer.accumulate > 1:
+            raise InputError("this engine does not accumulate gradients; use trainer.accumulate=1", "trainer.accumulate")
+        if trainer.precision == "16-mixed":
+            raise InputError("this engine has no gradient scaler; use trainer.precision=bf16-mixed", "trainer.precision")
+    return engine

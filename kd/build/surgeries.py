@@ -1,0 +1,91 @@
+"""Surgeries of a run's student, and the check that it shares its teachers' vocabulary where a method needs that."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kd.build.instantiate import instantiate
+from kd.config.schema import RunSpec
+from kd.config.values import has, locate
+from kd.data.masked_lm.tokenized import OTHER_VOCABULARY
+from kd.data.tasks import Task
+from kd.data.tokenized import tokenizer_fingerprint
+from kd.errors import InputError
+from kd.forward import Needs
+from kd.methods.base import Method
+from kd.models import Encoder
+from kd.models.heads import HEADS
+from kd.models.surgery.embeddings import Surgery, SurgeryInputs
+from kd.runs.run import Run
+
+
+def surgery_class(name: str, node: Mapping[str, Any]) -> Any:
+    """Return the class of a surgery.
+
+    Raises:
+        InputError: if it does not exist, or is not a surgery.
+    """
+    return locate(node, f"surgery.{name}", has("changes_vocabulary", "__call__"), "a surgery, with `changes_vocabulary`")
+
+
+def surgeries(spec: RunSpec) -> dict[str, Surgery]:
+    """Return name -> surgery, in the order in which they are applied."""
+    instances = {}
+    for name, node in spec.surgery.items():
+        options = {key: value for key, value in node.items() if key != "run"}
+        instances[name] = instantiate(surgery_class(name, node), options, f"surgery.{name}")
+    return instances
+
+
+def apply_surgeries(run: Run, student: Encoder, texts: Sequence[str] | None) -> tuple[Encoder, list[str]]:
+    """Apply the surgeries of a run; return the resulting student and a description of each change.
+
+    Args:
+        run: the run whose configuration lists the surgeries.
+        student: the initialised student.
+        texts: the training texts; None on the meta device.
+
+    Raises:
+        InputError: for a surgery that cannot be applied to this student.
+    """
+    descriptions = []
+    for name, surgery in surgeries(run.spec).items():
+        needed = run.inputs.get(f"surgery {name}")
+        folder = None if texts is None or needed is None else needed.student
+        student, description = surgery(student, SurgeryInputs(texts, folder))
+        descriptions += [description] if description else []
+    return student, descriptions
+
+
+def vocabulary_key(run: Run) -> str | None:
+    """Return the key that gives a student another vocabulary, judged by the configuration alone; None if none does."""
+    for name, node in run.spec.surgery.items():
+        if surgery_class(name, node).changes_vocabulary:
+            return "surgery"
+    stage = run.inputs.get("before", run.inputs.get("stage"))
+    return "student.run" if stage is not None and vocabulary_key(stage) is not None else None
+
+
+def check_vocabularies(run: Run, task: Task, method: Method, student: Encoder, teachers: Sequence[Encoder]) -> None:
+    """Check that student and teachers share a vocabulary if they are compared token by token.
+
+    Raises:
+        InputError: for a method that reads token-level tensors of a teacher with another vocabulary, or a masked language
+            model with a teacher that has another vocabulary.
+    """
+    own, key = tokenizer_fingerprint(student.tokenizer), vocabulary_key(run)
+    theirs = method.needs()[1] or [Needs()] * len(teachers)
+    for teacher, needs in zip(teachers, theirs, strict=True):
+        if key is None and tokenizer_fingerprint(teacher.tokenizer) == own:
+            continue
+        if not HEADS[task.head].labelled:
+            raise InputError(OTHER_VOCABULARY, key or "student.backbone")
+        if needs.tokens:
+            cure = {"surgery": "use surgery=[]", "student.run": "begin from another run"}.get(
+                key or "", "give the student the teacher's backbone"
+            )
+            raise InputError(
+                f"method={run.spec.method['name']} compares the student and its teacher token by token ({needs}), but "
+                f"the student has a vocabulary of its own, so its tokens are others than the teacher's; {cure}, or take a "
+                "method that reads only logits or [CLS] states",
+                key or "student.backbone",
+            )

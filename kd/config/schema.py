@@ -1,0 +1,349 @@
+"""Structured configs: the keys and types of each part of a configuration, against which OmegaConf checks values."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from kd.config.values import LARGEST_SEED, MANY, TINY, number, shown, whole, word
+from kd.errors import InputError
+from kd.system.hardware import PRECISIONS
+
+
+@dataclass
+class StudentSpec:
+    """Architecture and initialisation of a student. Sizes that are None are those of the backbone."""
+
+    name: str = MISSING
+    layers: int | None = None
+    width: int | None = None
+    heads: int | None = None
+    intermediate: int | None = None
+    family: str | None = None
+    backbone: str | None = None
+    init: Any = "first"
+    init_from: str = "pretrained"
+    checkpoint: str | None = None
+    run: Any = None
+    dropout: float | None = None
+
+
+@dataclass
+class TeacherSpec:
+    """A teacher: a trained classifier (`model`), or a `backbone` that a separate run fine-tunes first."""
+
+    model: str | None = None
+    backbone: str | None = None
+    labels: list[str] | None = None
+    run: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PoolSpec:
+    """A pool of teachers: all are used, or the end of a chain, or a choice by a distribution."""
+
+    name: str = "none"
+    wrapper: dict[str, Any] | None = None
+    chain: bool = False
+    distribution: Any = None
+    sharpness: float = 1.0
+    holdout: float = 0.1
+
+
+@dataclass
+class CohortSpec:
+    """The students of a run, and whether they are trained together."""
+
+    name: str = "single"
+    students: Any = 1
+    teacher: str = "frozen"
+    peers: dict[str, Any] | None = None
+
+
+@dataclass
+class TaskSpec:
+    """A task: its data source, labels and metrics."""
+
+    name: str = MISSING
+    kind: str = "classification"
+    source: dict[str, Any] = MISSING
+    text: list[str] = MISSING
+    label: str | None = MISSING
+    labels: list[str] | None = None
+    codes: dict[str, str] = field(default_factory=dict)
+    metrics: list[str] = MISSING
+    monitor: str = MISSING
+    max_length: int = 128
+    limit_train: int | None = None
+    limit_validation: int | None = None
+    limit_test: int | None = None
+    holdout: float | None = None
+    train: Any = None
+    validation: Any = None
+    test: Any = None
+    quoted: bool | None = None
+    format: str | None = None
+    delimiter: str | None = None
+    columns: list[str] | None = None
+
+
+@dataclass
+class OptimizerSpec:
+    """AdamW-style optimiser with a warm-up."""
+
+    name: str = MISSING
+    factory: dict[str, Any] = MISSING
+    lr: float = MISSING
+    weight_decay: float = 0.01
+    schedule: str = "linear"
+    warmup: float = 0.1
+
+
+@dataclass
+class TrainerSpec:
+    """Duration, batches, hardware and checkpoints of training."""
+
+    max_epochs: int = MISSING
+    batch_size: int = MISSING
+    batch_tokens: int | None = None
+    pad_multiple: int = 1
+    accumulate: int = 1
+    clip: float | None = 1.0
+    precision: str = "32-true"
+    compile: bool = False
+    selection: str = "best"
+    accelerator: str = "cpu"
+    devices: Any = 1
+    strategy: str = "auto"
+    deterministic: bool = False
+    eval_batch_size: int = 128
+    num_workers: int = 0
+    checkpoint_minutes: float = 5.0
+    progress: str = "auto"
+
+
+@dataclass
+class PathsSpec:
+    """Folders of runs and data; they do not change results."""
+
+    runs: str = MISSING
+    glue: str | None = None
+
+
+@dataclass
+class LoggerSpec:
+    """Optional logger beside the CSV file that every run writes."""
+
+    name: str = MISSING
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RunSpec:
+    """A whole configuration."""
+
+    method: dict[str, Any] = MISSING
+    engine: dict[str, Any] = MISSING
+    student: StudentSpec = MISSING
+    teacher: dict[str, TeacherSpec] = field(default_factory=dict)
+    pool: PoolSpec = field(default_factory=PoolSpec)
+    cohort: CohortSpec = field(default_factory=CohortSpec)
+    task: TaskSpec = MISSING
+    optimizer: OptimizerSpec = MISSING
+    trainer: TrainerSpec = MISSING
+    logger: LoggerSpec = MISSING
+    paths: PathsSpec = MISSING
+    surgery: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pretrain: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    backbone: str = MISSING
+    cache: Any = "auto"
+    preflight: bool = True
+    resume: bool = True
+
+
+def cache_limit(setting: Any) -> float | None:
+    """Return the largest size of a teacher's cache in bytes: 0 for `off`, infinity for `on`, None for `auto`.
+
+    With `auto` the program chooses the limit (`kd.teacher_cache.cache.AUTO_LIMIT`).
+
+    Raises:
+        InputError: if the setting is neither a word nor a size.
+
+    >>> cache_limit("20GB"), cache_limit("1.5 mb"), cache_limit("off")
+    (20000000000.0, 1500000.0, 0.0)
+    """
+    text = str(setting).strip().lower()
+    text = {"true": "on", "false": "off"}.get(text, text)  # YAML reads the bare words on and off as booleans
+    named: dict[str, float | None] = {"auto": None, "on": float("inf"), "off": 0.0}
+    if text in named:
+        return named[text]
+    size = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmgt]?)b?", text)
+    if size is None:
+        raise InputError(f"cache={shown(setting)} must be auto, on, off, or a size as 500MB or 20GB", "cache")
+    return float(size[1]) * 1000.0 ** " kmgt".index(size[2] or " ")
+
+
+MOST = {
+    "task.max_length": MANY,
+    "task.limit_train": 2**40,
+    "task.limit_validation": 2**40,
+    "task.limit_test": 2**40,
+    "trainer.max_epochs": MANY,
+    "trainer.batch_size": MANY,
+    "trainer.batch_tokens": 2**31,
+    "trainer.pad_multiple": 65_536,
+    "trainer.accumulate": MANY,
+    "trainer.eval_batch_size": MANY,
+}
+"""Keys whose values are whole numbers from 1, and the largest allowed value of each."""
+
+SIZES = {"layers": 256, "width": 65_536, "heads": 65_536, "intermediate": 1_048_576}
+"""Sizes of a student, whole numbers from 1, and the largest allowed value of each."""
+
+LONGEST_NAME = 64
+"""Most bytes of the name of a method, student or task: folder names join all three, and file systems allow 255 bytes."""
+
+DECAYS = ("linear", "cosine", "constant")
+"""Learning-rate schedules after the warm-up."""
+
+
+def check_values(spec: RunSpec) -> None:
+    """Check each value on its own, without reading files.
+
+    Raises:
+        InputError: for a word that is not in its list, or a number out of range.
+    """
+    trainer, student = spec.trainer, spec.student
+    words = {
+        "precision": PRECISIONS,
+        "selection": ("best", "last"),
+        "accelerator": ("cpu", "gpu", "auto"),
+        "strategy": ("auto", "ddp"),
+        "progress": ("auto", "bar", "plain", "none"),
+    }
+    for key, allowed in words.items():
+        word(getattr(trainer, key), allowed, f"trainer.{key}")
+    check_student(student)
+    for key, most in MOST.items():
+        part, _, name = key.partition(".")
+        if (value := getattr(getattr(spec, part), name)) is not None:
+            whole(value, key, 1, most)
+    whole(trainer.num_workers, "trainer.num_workers", 0, 1024)
+    number(trainer.checkpoint_minutes, "trainer.checkpoint_minutes", 0, 525_600)
+    if trainer.clip is not None:
+        if trainer.clip == 0 or trainer.clip == math.inf:
+            raise InputError(f"trainer.clip={trainer.clip} must be a positive number; trainer.clip=null is off", "trainer.clip")
+        number(trainer.clip, "trainer.clip", TINY, 1e12)
+    devices = str(trainer.devices)
+    if isinstance(trainer.devices, bool) or not (
+        devices == "auto" or (devices.isascii() and devices.isdigit() and len(devices) < 6 and int(devices) > 0)
+    ):
+        raise InputError(f"trainer.devices={shown(trainer.devices)} must be auto or a number from 1", "trainer.devices")
+    cache_limit(spec.cache)
+    if spec.seed < 0:
+        raise InputError(f"seed={spec.seed} must not be negative", "seed")
+    whole(spec.seed, "seed", 0, LARGEST_SEED)
+    if spec.task.holdout is not None:
+        check_share(spec.task.holdout, "task.holdout")
+    optimizer = spec.optimizer
+    check_optimizer(optimizer.lr, optimizer.weight_decay, optimizer.schedule, optimizer.warmup)
+    check_columns(spec.task)
+    if not spec.paths.runs:
+        raise InputError("paths.runs is empty; it is the folder where runs live", "paths.runs")
+    task = spec.task
+    paths: dict[str, Any] = {"paths.runs": spec.paths.runs, "paths.glue": spec.paths.glue, "backbone": spec.backbone}
+    paths |= {"task.train": task.train, "task.validation": task.validation, "task.test": task.test}
+    paths |= {"student.backbone": student.backbone, "student.checkpoint": student.checkpoint}
+    for name, teacher in spec.teacher.items():
+        paths |= {f"teacher.{name}.model": teacher.model, f"teacher.{name}.backbone": teacher.backbone}
+    for key, path in paths.items():
+        for file in path.values() if isinstance(path, dict) else [path]:  # a mapping has one file per class
+            if file is not None:
+                check_path(str(file), key)
+    names: dict[str, Any] = {"method.name": spec.method.get("name"), "student.name": student.name, "task.name": task.name}
+    for key, part_name in names.items():
+        check_name(part_name, key)
+
+
+def check_student(student: StudentSpec) -> None:
+    """Check the sizes and the dropout of a student.
+
+    Raises:
+        InputError: for a value out of range.
+    """
+    for name, most in SIZES.items():
+        if (value := getattr(student, name)) is not None:
+            whole(value, f"student.{name}", 1, most)
+    if student.dropout is not None:
+        number(student.dropout, "student.dropout", 0, 0.99)
+
+
+def check_optimizer(lr: float, weight_decay: float, schedule: str, warmup: float) -> None:
+    """Check the values of an optimiser; the arguments are those of `kd.engines.optimizer.OptimizerFactory`.
+
+    Raises:
+        InputError: for a value out of range.
+    """
+    if not lr > 0:
+        raise InputError(f"optimizer.lr={lr} must be positive", "optimizer.lr")
+    number(lr, "optimizer.lr", TINY, 100)
+    number(weight_decay, "optimizer.weight_decay", TINY, 100, zero=True)
+    number(warmup, "optimizer.warmup", 0, 1)
+    word(schedule, DECAYS, "optimizer.schedule")
+
+
+def check_share(value: float, key: str) -> None:
+    """Check a fraction of the training split.
+
+    Raises:
+        InputError: if it is not strictly between 0 and 1.
+    """
+    if not 0 < value < 1:
+        raise InputError(f"{key}={value} is a share of train, between 0 and 1", key)
+
+
+def check_columns(task: TaskSpec) -> None:
+    """Check that a task has one or two text columns, and that its lists have no empty or repeated entry.
+
+    Raises:
+        InputError: if not.
+    """
+    if len(task.text) not in (1, 2):
+        raise InputError(f"task.text={shown(task.text)} must name one column, or two for a pair", "task.text")
+    for key, entries in {"text": task.text, "labels": task.labels, "metrics": task.metrics}.items():
+        for index, entry in enumerate(entries or []):
+            if not str(entry).strip():
+                raise InputError(f"task.{key}={shown(entries)} has an empty entry", f"task.{key}")
+            if entry in (entries or [])[:index] if len(entries or []) < 1000 else False:
+                raise InputError(f"task.{key}={shown(entries)} lists '{shown(entry)}' twice", f"task.{key}")
+
+
+def check_path(path: str, key: str) -> None:
+    """Check that a text is a valid path.
+
+    Raises:
+        InputError: if it has a zero byte, a line break or invalid Unicode, or is too long.
+    """
+    try:
+        encoded = path.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{key}={path!a} is not valid Unicode", key) from None
+    if b"\0" in encoded or "\n" in path:
+        raise InputError(f"{key}={shown(path)} has a character that the name of a file cannot have", key)
+    if len(encoded) > 3500 or any(len(part) > 255 for part in encoded.split(b"/")):
+        raise InputError(f"{key}={shown(path)} is longer than a file system allows", key)
+
+
+def check_name(name: Any, key: str) -> None:
+    """Check a name that becomes part of a folder's name.
+
+    Raises:
+        InputError: if it has a character other than letters, digits, '.', '_' and '-', or is too long.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        raise InputError(f"{key}='{shown(name)}' becomes part of a folder's name: use letters, digits, '.', '_' and '-'", key)
+    if len(name.encode()) > LONGEST_NAME:
+        raise InputError(f"{key}='{shown(name)}' becomes part of a folder's name: use at most {LONGEST_NAME} bytes", key)

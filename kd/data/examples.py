@@ -1,0 +1,153 @@
+"""Examples of a task before tokenisation: read, checked, limited and encoded."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kd.config.schema import TaskSpec
+from kd.data.labels import class_names
+from kd.data.masked_lm.task import MaskedLM
+from kd.data.sources import Source, hash_fraction
+from kd.data.tasks import Classification, Regression, Task
+from kd.data.texts import INTERNED, Table
+from kd.errors import InputError, one_of
+
+LIMIT_SEED = 0
+"""Seed of the shuffle behind `task.limit_train`, `limit_validation` and `limit_test`: fixed, so that students of every seed and
+their teacher use the same examples."""
+
+
+@dataclass
+class Examples:
+    """Text of a task and its labels, before tokenisation.
+
+    Attributes:
+        task: labels, losses and metrics.
+        texts: split -> one tuple of one or two texts for each example.
+        labels: split -> encoded labels.
+    """
+
+    task: Task
+    texts: Mapping[str, Sequence[tuple[str, ...]]]
+    labels: Mapping[str, Sequence[float]]
+
+    @property
+    def evaluated(self) -> list[str]:
+        """Names of the splits that are not trained on, `validation` first."""
+        return [split for split in self.texts if split != "train"]
+
+
+def load_examples(spec: TaskSpec, source: Source) -> Examples:
+    """Read a task's examples, encode their labels, and check both.
+
+    Raises:
+        InputError: for an error in the files or in the configuration of the task.
+    """
+    if len(spec.text) not in (1, 2):
+        raise InputError(f"task.text={spec.text} must name one column, or two for a pair", "task.text")
+    limits = {"train": spec.limit_train, "validation": spec.limit_validation, "test": spec.limit_test}
+    for split, limit in limits.items():
+        if limit is not None and limit < 1:
+            raise InputError(f"task.limit_{split}={limit} must be at least 1", f"task.limit_{split}")
+    raw = {split: Table.of(examples) for split, examples in source.splits().items()}
+    check_sizes(raw)
+    task = build_task(spec, raw["train"])
+    raw["train"] = limited(raw["train"], spec.limit_train)
+    if spec.holdout is not None:
+        raw = held_out(raw, spec.holdout)
+    for split in raw:
+        if split != "train":  # `validation_mismatched` is limited as `validation` is; a split of another name is whole
+            raw[split] = limited(raw[split], limits.get(split.partition("_")[0]))
+    labels = {split: encoded(task, table, spec) for split, table in raw.items()}
+    try:
+        task.check_labels(labels["train"])
+    except InputError as error:
+        raise InputError(error.message, error.key if spec.limit_train is None else "task.limit_train") from error
+    if isinstance(task, Regression):
+        task.start = float(np.mean(labels["train"]))  # otherwise the first steps only learn the mean
+    ordered = {"train": None, "validation": None, **dict.fromkeys(raw)}
+    return Examples(task, {split: raw[split].texts for split in ordered}, {split: labels[split] for split in ordered})
+
+
+def check_sizes(raw: Mapping[str, Table]) -> None:
+    """Check that every split has examples.
+
+    Raises:
+        InputError: if one has none.
+    """
+    for split, table in raw.items():
+        if not len(table):
+            raise InputError(f"the split '{split}' has no examples; the file is too small to be split", f"task.{split}")
+
+
+def limited(table: Table, count: int | None) -> Table:
+    """Return at most `count` examples, drawn with a fixed seed; without a limit, all of them in their order."""
+    if count is None:
+        return table
+    return table.take(np.random.default_rng(LIMIT_SEED).permutation(len(table))[:count])
+
+
+def encoded(task: Task, table: Table, spec: TaskSpec) -> list[float]:
+    """Return the labels of a split as numbers.
+
+    Raises:
+        InputError: for a label that is not one of the task's.
+    """
+    numbers: dict[tuple[type, Any], float] = {}
+    results = []
+    for row, label in enumerate(table.labels):
+        try:
+            number = numbers.get((type(label), label))
+        except TypeError:  # a list cannot be hashed; `encode` rejects it
+            number = None
+        if number is None:
+            try:
+                number = task.encode(table[row])
+            except InputError as error:
+                if error.key != "task.labels" or spec.labels is not None:
+                    raise
+                raise InputError(
+                    f"{error.message}. These are the labels of train; task.labels=[...] lists others", error.key
+                ) from error
+            if len(numbers) < INTERNED:
+                numbers[type(label), label] = number
+        results.append(number)
+    return results
+
+
+def held_out(raw: Mapping[str, Table], share: float) -> dict[str, Table]:
+    """Split train by a hash of the text into train and validation, which replaces the task's own evaluation splits.
+
+    Raises:
+        InputError: for a share outside (0, 1).
+    """
+    if not 0 < share < 1:
+        raise InputError(f"task.holdout={share} is a share of train, between 0 and 1", "task.holdout")
+    # Salted: if the task's own splits come from the same hash, train has only part of its range, and shares would be wrong.
+    train = raw["train"]
+    held = np.fromiter((hash_fraction(("held out", *texts)) < share for texts in train.texts), bool, len(train))
+    splits = {"train": train.take(np.flatnonzero(~held)), "validation": train.take(np.flatnonzero(held))}
+    if not all(map(len, splits.values())):
+        raise InputError(
+            f"a share of {share} of {len(held)} examples leaves no example to score, or to train on", "task.holdout"
+        )
+    return splits
+
+
+def build_task(spec: TaskSpec, train: Table) -> Task:
+    """Build a task from its configuration; without `labels`, its classes are the sorted labels of the training split."""
+    kinds = ("classification", "regression", "masked_lm")
+    if spec.kind not in kinds:
+        raise one_of(spec.kind, kinds, "task.kind")
+    if spec.kind == "masked_lm":
+        return MaskedLM(spec.name, spec.metrics, spec.monitor)
+    if spec.label is None:
+        raise InputError(f"task.label is null: a {spec.kind} needs the column of its labels", "task.label")
+    if spec.kind == "regression":
+        return Regression(spec.name, spec.metrics, spec.monitor)
+    labels = spec.labels or class_names(train)
+    if len(labels) < 2 and spec.labels is None:
+        raise InputError(f"every training example has the label '{labels[0]}'; a classifier needs two or more", "task.label")
+    return Classification(spec.name, labels, spec.codes, spec.metrics, spec.monitor)

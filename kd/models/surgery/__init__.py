@@ -1,0 +1,1 @@
+"""Operations on a student's embeddings and vocabulary before it is trained."""

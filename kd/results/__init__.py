@@ -1,0 +1,1 @@
+"""The record, the exported model and the tables of a finished run."""

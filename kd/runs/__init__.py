@@ -1,0 +1,1 @@
+"""Runs: their directories, digests and the runs that they need first."""

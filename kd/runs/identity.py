@@ -1,0 +1,142 @@
+"""Everything that changes a run's result: the inputs of its digest."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any
+
+from kd.config.cohort import cohort_identity
+from kd.config.pool import pool_identity
+from kd.config.schema import RunSpec
+from kd.config.values import has, locate, one_line, shown
+from kd.data.sources import Source, as_names
+from kd.errors import InputError
+from kd.runs.run import Run
+from kd.system.model_sources import fingerprint
+
+DIGEST_FORMAT = 2
+"""Part of every digest; raised when a change of code makes old results incomparable."""
+
+NOT_IN_DIGEST = [
+    "accelerator",
+    "devices",
+    "strategy",
+    "eval_batch_size",
+    "num_workers",
+    "checkpoint_minutes",
+    "progress",
+]
+"""Trainer keys that do not change a result, and are therefore not part of the digest."""
+
+MACHINE_KEYS = ("precision", "compile", "pad_multiple")
+"""Trainer keys that change a result, but are chosen for the machine: runs that train teachers inherit them."""
+
+NAMES = ("text", "label", "columns")
+"""Keys of a task's source that name columns; a number on the command line is taken for a name."""
+
+PATH_KEYS = ("root", "train", "validation", "test")
+"""Keys with paths of data files; the content of the files enters the digest instead."""
+
+
+def backbone_of(spec: RunSpec) -> tuple[str, str]:
+    """Return the source of the student's shape and vocabulary, and the key that sets it.
+
+    It is the student's backbone, else the first teacher's, else the default `backbone`.
+    """
+    if spec.student.backbone is not None:
+        return spec.student.backbone, "student.backbone"
+    for name, teacher in spec.teacher.items():
+        kind = "model" if teacher.backbone is None else "backbone"
+        return str(teacher.backbone or teacher.model), f"teacher.{name}.{kind}"
+    return spec.backbone, "backbone"
+
+
+def source_of(spec: RunSpec) -> Source:
+    """Return the data source of a run's task.
+
+    Raises:
+        InputError: if the source cannot be instantiated.
+    """
+    node = dict(spec.task.source)
+    try:
+        target = locate(node, "task.source", has("splits", "fingerprint"), "a source: a class with `splits` and `fingerprint`")
+        source = target(**{key: value for key, value in node.items() if key != "_target_"})
+    except InputError as error:
+        raise InputError(error.message, "task.source") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the task's source cannot be instantiated: {one_line(error)}", "task.source") from error
+    for field in fields(source) if is_dataclass(source) else ():
+        value, kind = getattr(source, field.name), str(field.type)
+        wrong = () if "Mapping" in kind or kind.endswith("Any") else (Mapping,) if "Sequence" in kind else (Mapping, list)
+        if isinstance(value, wrong):
+            key = f"task.source.{field.name}"
+            raise InputError(f"{key}={shown(value)} is not a value that the task's source takes", key)
+    return source  # type: ignore[no-any-return]
+
+
+def digest_inputs(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
+    """Return the values that the digest is computed from: everything that changes the result, and nothing else.
+
+    Raises:
+        InputError: if `student.checkpoint` is missing where the student starts from it.
+    """
+    student, task, trainer = asdict(spec.student), asdict(spec.task), asdict(spec.trainer)
+    student["backbone"] = fingerprint(*backbone_of(spec))
+    if spec.student.init == "checkpoint":
+        if spec.student.checkpoint is None:
+            raise InputError("student.init=checkpoint needs student.checkpoint=<folder or source>", "student.checkpoint")
+        student["checkpoint"] = fingerprint(spec.student.checkpoint, "student.checkpoint")
+    else:
+        student["checkpoint"] = None
+    if spec.student.init in ("random", "checkpoint", "run"):
+        student["init_from"] = None
+    student.pop("run")
+    surgeries = [  # a list, because the order of application matters
+        {"name": name, **{key: value for key, value in surgery.items() if key != "run"}}
+        for name, surgery in spec.surgery.items()
+    ]
+    if spec.trainer.batch_tokens is not None:
+        trainer["batch_size"] = None
+    source = {key: value for key, value in task.pop("source").items() if key not in PATH_KEYS}
+    source.update({name: as_names(source[name]) for name in NAMES if name in source})
+    identity = {
+        "format": DIGEST_FORMAT,
+        "method": {key: value for key, value in spec.method.items() if key != "before"},  # an input, with its own digest
+        "engine": spec.engine,
+        "student": student,
+        "teachers": [  # a list, because a student may start from the weights of the first
+            {
+                "name": name,
+                "labels": teacher.labels,
+                "model": teacher.model and fingerprint(teacher.model, f"teacher.{name}.model"),
+            }
+            for name, teacher in spec.teacher.items()
+        ],
+        **({"surgery": surgeries} if surgeries else {}),
+        "inputs": {role: run.digest for role, run in inputs.items()},
+        "pool": pool_identity(spec),
+        "cohort": cohort_identity(spec),
+        "task": {key: value for key, value in task.items() if key not in PATH_KEYS},
+        "data": {**source, **source_of(spec).fingerprint()},
+        "optimizer": asdict(spec.optimizer),
+        "trainer": {key: value for key, value in trainer.items() if key not in NOT_IN_DIGEST},
+        "seed": spec.seed,
+    }
+    named: dict[str, Any] = with_class_names(identity)
+    return named
+
+
+def with_class_names(value: Any) -> Any:
+    """Return a value with the class's name alone in each `_target_` of this package: a class may move to another module.
+
+    >>> with_class_names({"factory": {"_target_": "kd.methods.pkd.PKD"}, "of_yours": {"_target_": "mine.KD"}})
+    {'factory': {'_target_': 'PKD'}, 'of_yours': {'_target_': 'mine.KD'}}
+    """
+    if isinstance(value, list):
+        return [with_class_names(inner) for inner in value]
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        key: re.sub(r"^kd\.(?:\w+\.)*", "", inner) if key == "_target_" and isinstance(inner, str) else with_class_names(inner)
+        for key, inner in value.items()
+    }

@@ -1,0 +1,67 @@
+"""A run from its configuration, with the runs that it needs first. Nothing is trained, loaded or written."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from kd.config import compose as composition
+from kd.config.cohort import check_cohort
+from kd.config.pool import check_pool
+from kd.config.schema import check_values
+from kd.runs.digest import digest_of
+from kd.runs.error_keys import rename_error_keys
+from kd.runs.identity import digest_inputs
+from kd.runs.inputs import pilot_overrides, teacher_config, teacher_configs
+from kd.runs.run import Run
+from kd.runs.stages import before_config, stage_config
+from kd.system.hardware import resolve_precision
+
+
+def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teaching: Mapping[str, Run] | None = None) -> Run:
+    """Return the run of a configuration, with the runs that it needs. Nothing is trained, loaded or written.
+
+    Args:
+        config: the composed configuration.
+        overrides: the overrides that it was composed from; those of a stage are added to them.
+        depth: number of stages before this one in the chain, counted from the command.
+        teaching: runs that train or rank the teachers; None to plan them from the configuration.
+
+    Raises:
+        InputError: for a value of the wrong type, or an input that does not exist.
+    """
+    spec = composition.typed(config)
+    check_values(spec)
+    spec.trainer.precision = resolve_precision(spec.trainer.precision, spec.trainer.accelerator)
+    check_cohort(spec)
+    check_pool(spec)
+    inputs = dict(teaching or {})
+    for role, needed in teacher_configs(config, spec) if teaching is None else ():
+        with rename_error_keys(role, spec, config):
+            inputs[role] = plan(needed, pilot_overrides(role, spec, overrides), depth)
+    if (before := spec.method.get("before")) is not None:
+        first = before_config(config)
+        with rename_error_keys("before", spec, config):
+            inputs["before"] = plan(first, overrides, depth, inputs)
+        spec.student = replace(spec.student, init="run", run={"name": before["name"]})
+    elif spec.student.init == "run":
+        stage = stage_config(spec.student.run, "student.run", overrides, depth, config)
+        with rename_error_keys("stage", spec, config):
+            inputs["stage"] = plan(*stage, depth + 1)
+    for name, surgery in spec.surgery.items():
+        if surgery.get("run") is not None:
+            stage = stage_config(surgery["run"], f"surgery.{name}.run", overrides, depth, config)
+            with rename_error_keys(f"surgery {name}", spec, config):
+                inputs[f"surgery {name}"] = plan(*stage, depth + 1)
+    identified = digest_inputs(spec, inputs)
+    if spec.cohort.teacher == "online":  # it has no run of its own: its shape and initial weights enter this digest
+        ((name, teacher),) = spec.teacher.items()
+        with rename_error_keys(f"teacher {name}", spec, config):
+            online = composition.typed(teacher_config(config, spec, name, teacher))
+            check_values(online)
+        own = digest_inputs(online, {})
+        identified["online"] = {key: own[key] for key in ("student", "seed")}
+    digest = digest_of(identified)
+    name = f"{spec.method['name']}-{spec.student.name}-{spec.task.name}-s{spec.seed}-{digest}"
+    return Run(config, spec, digest, Path(spec.paths.runs).expanduser() / name, inputs, identified)

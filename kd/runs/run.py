@@ -1,0 +1,179 @@
+"""A run: its directory, its record and the runs that it needs."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from kd.config.schema import RunSpec
+from kd.errors import InputError
+from kd.runs.digest import digest_of
+from kd.system.files import check_writable, locked, remove, write_text, writes_to, writing
+from kd.system.model_sources import damaged_file
+
+RECORD: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("metrics", "students", "seconds", "selection", "parameters", "megabytes", "latency_ms"), dict),
+    **dict.fromkeys(("agreement", "metrics_teacher", "metrics_ensemble", "inputs", "versions"), dict),
+    **dict.fromkeys(("method", "student", "task", "init", "headline", "precision"), str),
+}
+"""Keys that every record of a finished run has, and their types: other parts of the program read them."""
+
+
+@dataclass
+class Run:
+    """One run: its configuration, its directory, and the runs that it needs first.
+
+    Attributes:
+        config: the composed configuration, which is written to `config.yaml`.
+        spec: the same configuration, typed.
+        digest: digest of everything that changes the result; see `digest_of`.
+        directory: directory of the run.
+        inputs: role -> run; a role is `teacher <name>`, `pilot <name>`, `stage`, `before`, or `surgery <name>`.
+        digest_inputs: the values that the digest is computed from.
+    """
+
+    config: DictConfig
+    spec: RunSpec
+    digest: str
+    directory: Path
+    inputs: dict[str, "Run"] = field(default_factory=dict)
+    digest_inputs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name of the run's directory."""
+        return self.directory.name
+
+    @property
+    def family(self) -> str:
+        """Digest of everything but the seed: runs with the same family may be averaged."""
+        inputs = dict(self.digest_inputs.get("inputs", {}))
+        for role, needed in self.inputs.items():
+            if not role.startswith("teacher "):  # stages and pilots have the seed of the run that needs them
+                inputs[role] = needed.family
+        # A method's option that interpolates the seed, as `draw_seed: ${seed}`, is left out as well.
+        seeds = {name for name, value in self.config.method.items_ex(resolve=False) if value == "${seed}"}
+        method = {name: value for name, value in self.digest_inputs["method"].items() if name not in seeds}
+        return digest_of({**self.digest_inputs, "method": method, "inputs": inputs, "seed": None})
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The record of a finished run; None for any other run. It is written last, in one atomic step.
+
+        None also if it is damaged or was written by another program: the run then resumes from its last checkpoint and writes
+        it anew.
+        """
+        record = read_record(self.directory / "result.json")
+        if record is None or record.get("digest") != self.digest:
+            return None
+        complete = (
+            all(isinstance(record.get(name), kind) for name, kind in RECORD.items())
+            and record["headline"] in record["students"]
+        )
+        return record if complete else None
+
+    def damage(self, result: Mapping[str, Any], thorough: bool = False) -> str | None:
+        """Return the first exported file of a finished run that is missing or has changed since; None if there is none.
+
+        Args:
+            result: the run's record.
+            thorough: compare digests, for a run that uses the weights; otherwise compare only sizes, which takes no time.
+        """
+        files = result.get("files")
+        if files is None:  # the record of a version that recorded no digests
+            files = {"student/config.json": {}, "student/model.safetensors": {}}
+        return damaged_file(self.directory, files, thorough)
+
+    def is_done(self, thorough: bool = False) -> bool:
+        """Return whether the run has a record and its exported files are intact; see `damage`."""
+        result = self.result
+        return result is not None and self.damage(result, thorough) is None
+
+    @property
+    def student(self) -> Path:
+        """Folder of the exported student."""
+        return self.directory / "student"
+
+    @property
+    def init_run(self) -> "Run":
+        """The run whose student this run's student starts from: its stage, or the first run of its method."""
+        return self.inputs["before"] if "before" in self.inputs else self.inputs["stage"]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of `best.ckpt` and `last.ckpt`."""
+        return self.directory / "checkpoints"
+
+    def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the record, after which the run is done; return it as written, with its checksum.
+
+        Raises:
+            InputError: if it cannot be written.
+        """
+        return write_record(self.directory / "result.json", result)
+
+    def begin(self, resume: bool) -> None:
+        """Make the directory and write `config.yaml`.
+
+        Args:
+            resume: keep checkpoints and metrics of an earlier start; otherwise they are removed.
+
+        Raises:
+            InputError: if the directory cannot be made, or there is a folder where the run will write a file.
+        """
+        with writing(self.directory):
+            if not resume:
+                remove(self.checkpoints)
+                remove(self.directory / "metrics.csv")
+            for name in ("result.json", "metrics.csv", "config.yaml", "checkpoints/last.ckpt", "checkpoints/best.ckpt"):
+                if (path := self.directory / name).is_dir():
+                    raise InputError(f"'{path}' is a folder, where this run writes a file; remove it", "paths.runs")
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_text(self.directory / "config.yaml", OmegaConf.to_yaml(self.config))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Lock the run: a second process that needs it waits, then finds it done. The lock of a killed process is free."""
+        check_writable(self.directory)
+        with (
+            writes_to(self.spec.paths.runs),
+            locked(self.directory, f"{self.name}: another process has locked this run; waiting for it"),
+        ):
+            yield
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a JSON file with a checksum of its values atomically; return the values with the checksum.
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
+    content = {name: value for name, value in record.items() if name != "checksum"}
+    content["checksum"] = digest_of(content)
+    with writing(path):
+        write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return content
+
+
+def read_record(path: Path, sealed: bool = False) -> dict[str, Any] | None:
+    """Return the record that `write_record` wrote; None if there is no such file, or its values do not match its checksum.
+
+    Args:
+        path: path of the file.
+        sealed: return None also for a file without a checksum. Files with `files` always need one; the records of earlier
+            versions have neither.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            return None
+        content = {name: value for name, value in record.items() if name != "checksum"}
+        if "checksum" not in record:
+            return None if sealed or "files" in record else record
+        return record if record["checksum"] == digest_of(content) else None
+    except (OSError, ValueError, OverflowError, RecursionError):
+        return None

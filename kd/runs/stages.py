@@ -1,0 +1,146 @@
+"""Configurations of runs that another run starts from: a stage in `student.run`, or the first run of its method."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kd.config import compose as composition
+from kd.config.values import one_line, shown
+from kd.errors import InputError
+
+MOST_OVERRIDES = 1000
+"""Largest number of overrides of a stage."""
+
+DEEPEST_CHAIN = 8
+"""Longest chain of stages; a longer one is taken for a stage that starts from itself."""
+
+
+def before_config(config: DictConfig) -> DictConfig:
+    """Return the configuration of the run that a method starts with: this one, with `method.before` as its method.
+
+    `method.before.run` is merged over it. Interpolations in `method.before.run` refer to the run that follows; those in the
+    rest of the node refer to the first run.
+
+    Raises:
+        InputError: for an invalid node, or a key that no run has.
+    """
+    given = config.method.before
+    if not OmegaConf.is_dict(given) or not isinstance(given.get("name"), str) or given.get("_target_") is None:
+        raise InputError(f"method.before={given} is neither null nor a method with name and _target_", "method.before")
+    node: Any = OmegaConf.to_container(given, resolve=False)
+    resolved: Any = OmegaConf.to_container(given, resolve=True)
+    node.pop("run", None)
+    if resolved.get("run") is not None and not isinstance(resolved["run"], Mapping):
+        raise InputError(f"method.before.run={shown(resolved['run'])} is not a mapping of a run's keys", "method.before.run")
+    if shared := [
+        part for part in ("method", "student", "surgery", "teacher", "pool", "cohort") if part in (resolved.get("run") or {})
+    ]:
+        raise InputError(f"both runs have one {shared[0]}; set it for the command", f"method.before.run.{shared[0]}")
+    stage = config.copy()
+    OmegaConf.set_struct(stage, False)
+    stage.method = node
+    OmegaConf.set_struct(stage, True)
+    return laid_over(stage, resolved.get("run") or {}, "method.before.run")
+
+
+def laid_over(config: DictConfig, keys: Mapping[str, Any], where: str) -> DictConfig:
+    """Return a run's configuration with some keys merged over it.
+
+    Args:
+        config: configuration of the run; only keys that it has may be changed.
+        keys: nested mapping of values.
+        where: configuration key of that mapping, for error messages.
+
+    Raises:
+        InputError: for a key that no run has, or an invalid value.
+    """
+    OmegaConf.set_struct(config, True)
+    try:
+        merged = OmegaConf.merge(config, keys)
+    except OmegaConfBaseException as error:
+        explained = composition.explain(error)
+        key = f"{where}.{explained.key}" if explained.key else where
+        raise InputError(f"{where} does not fit a run's configuration: {explained.message} ({explained.key})", key) from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where} does not fit a run's configuration: {one_line(error)}", where) from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def key_of_stage(config: DictConfig, where: str, key: str) -> str:
+    """Return the key of a command's configuration that determines the value of a key of one of its stages.
+
+    Args:
+        config: configuration of the command, not resolved.
+        where: key of the stage, such as `student.run`.
+        key: key in the configuration of the stage.
+
+    Returns:
+        The key that the stage's override interpolates; the key of the stage if the override holds the value; `key` itself if
+        the stage inherits it from the command.
+    """
+    stage = OmegaConf.select(config, where)
+    node = OmegaConf.to_container(stage, resolve=False) if OmegaConf.is_config(stage) else stage
+    if isinstance(node, Mapping) and key.startswith("student.run") and node.get("run") is not None:
+        return f"{where}.run"
+    overrides = node.get("overrides") if isinstance(node, Mapping) else node
+    for override in reversed(overrides if isinstance(overrides, list) else []):
+        name, _, value = str(override).lstrip("+~").partition("=")
+        if key == name or key.startswith(f"{name}."):
+            source = re.fullmatch(r"\$\{(?:oc\.select:)?([\w.]+)(?:,[^}]*)?\}", value)
+            return source[1] if source and key == name else where
+    return key
+
+
+def without(overrides: Sequence[str], starts: Sequence[str]) -> list[str]:
+    """Return the overrides that do not start with any of these texts; leading `+` and `~` are ignored."""
+    return [override for override in overrides if not override.lstrip("+~").startswith(tuple(starts))]
+
+
+def stage_config(
+    stage: Any, key: str, overrides: Sequence[str], depth: int, parent: DictConfig
+) -> tuple[DictConfig, list[str]]:
+    """Return the configuration of a run that this one needs, and its overrides: the command's, then the stage's.
+
+    Args:
+        stage: a list of overrides, or a mapping with `overrides`, `run` (the `student.run` of the stage, so that a chain needs
+            no nested quotes), `name` (its name in results), and any keys that its overrides interpolate.
+        key: configuration key of the stage.
+        overrides: overrides of this command.
+        depth: number of stages before this one in the chain, counted from the command.
+        parent: configuration of this command.
+
+    Raises:
+        InputError: if the stage is missing or invalid, or the chain is endless.
+    """
+    parts = stage if isinstance(stage, Mapping) else {"overrides": stage}
+    given = parts.get("overrides")
+    if isinstance(given, str) and given:
+        where = f"{key}.overrides" if isinstance(stage, Mapping) else key
+        raise InputError(f"{where}={shown(given)} takes a list of overrides: {composition.as_list(given, where)}", where)
+    if not isinstance(given, list) or not given:
+        about = "student.init=run needs student.run" if key == "student.run" else f"{key} must be"
+        raise InputError(f"{about}=[override, ...], or a mapping with `overrides`: the run to start from", key)
+    if depth >= DEEPEST_CHAIN:
+        raise InputError(f"{key} starts from itself; give the first stage another student.init", key)
+    if spare := [word for word in given if not isinstance(word, str) or not re.match(r"[+~]*[\w/@.]+", word)]:
+        raise InputError(f"{key} is a list of overrides, each a word such as 'seed=1'; {shown(spare[0])} is not one", key)
+    if len(given) > MOST_OVERRIDES:
+        raise InputError(f"{key} lists {len(given)} overrides, more than {MOST_OVERRIDES}", key)
+    # An interpolated null becomes the text None.
+    added = [composition.quoted(re.sub("=None$", "=null", str(word))) for word in given]
+    inherited = without(overrides, ["student.init=", "student.run="])
+    # Another entry of a group, such as another method, has other keys: overrides of those of this command do not apply.
+    swapped = [word.partition("=")[0] for word in added if "." not in word.partition("=")[0]]
+    merged = [*without(inherited, [f"{group}." for group in swapped]), *added]
+    try:
+        config = composition.compose(merged)
+    except InputError as error:
+        where = key_of_stage(parent, key, error.key or "")
+        raise InputError(f"the run of {key}: {error.message} ({error.key})", where if error.key else key) from error
+    if parts.get("run") is not None:
+        OmegaConf.update(config, "student.run", parts["run"], merge=False)
+    return config, merged

@@ -1,0 +1,1 @@
+"""Ranks, the machine, files and sources of models: what every other part stands on."""

@@ -1,0 +1,1 @@
+"""Outputs of frozen teachers, computed once and read by every student."""

@@ -1,0 +1,1 @@
+"""Training of one run, from the preflight checks to the last checkpoint."""

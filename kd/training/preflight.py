@@ -1,0 +1,207 @@
+"""Checks before training: common silent mistakes, detected within seconds."""
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from kd.data.datamodule import KDDataModule
+from kd.data.tasks import Regression, higher_is_better
+from kd.data.texts import count_shared
+from kd.engines.base import Engine
+from kd.errors import InputError
+from kd.forward import Needs
+from kd.methods.base import Progress
+from kd.models.compiled import uncompiled
+from kd.results.evaluate import baseline
+from kd.results.tables import score
+from kd.runs.run import Run
+
+PROBE = 8
+"""Number of examples of the trial batch."""
+LOOK = 256
+"""Number of validation examples on which a teacher without a run of its own is evaluated."""
+BARELY = 0.1
+"""Fraction of the gain from the constant prediction to a perfect one below which a teacher is flagged. Our choice."""
+
+
+@dataclass
+class Report:
+    """Results of the checks."""
+
+    lines: list[str] = field(default_factory=list)
+    warnings: int = 0
+
+    def ok(self, text: str) -> None:
+        """Add a check that passed."""
+        self.lines.append(f"  ok    {text}")
+
+    def warn(self, text: str) -> None:
+        """Add a warning: the result is doubtful, but training goes on."""
+        self.warnings += 1
+        self.lines.append(f"  WARN  {text}")
+
+    def note(self, text: str) -> None:
+        """Add a remark."""
+        self.lines.append(f"        {text}")
+
+
+def preflight(run: Run, engine: Engine, data: KDDataModule, inits: Mapping[str, str]) -> Report:
+    """Run every check and return the report.
+
+    Raises:
+        InputError: for settings that cannot work; doubtful ones are warnings in the report.
+    """
+    began = time.perf_counter()
+    report = Report()
+    check_data(report, data)
+    check_steps(report, run, data)
+    check_teachers(report, run, engine, data)
+    for student, learner in engine.learners.items():
+        whose = "student" if len(engine.learners) == 1 else f"student {student}"
+        report.note(f"{whose} starts from: {inits[student]}")
+        for text in learner.student.asides:
+            report.note(f"{whose}: {text}")
+        for name, text in learner.method.describe().items():
+            report.note(f"{name}: {text}")
+        if why := learner.method.batch_dependence():
+            report.note(f"the result depends on how a batch is split over ranks and accumulated: {why}")
+    check_students(report, engine)
+    check_one_batch(report, engine, data)
+    report.note(f"preflight took {time.perf_counter() - began:.1f} s; preflight=false skips it")
+    return report
+
+
+def check_data(report: Report, data: KDDataModule) -> None:
+    """Check the data: sizes, text shared between splits, constant scores, tokenizers."""
+    texts = data.examples.texts
+    report.ok("examples: " + ", ".join(f"{split} {len(examples)}" for split, examples in texts.items()))
+    for split in data.examples.evaluated:
+        if shared := count_shared(texts[split], texts["train"]):
+            report.warn(f"{shared} of {len(texts[split])} texts of '{split}' are also in train")
+    task, scores = data.examples.task, data.examples.labels["train"]
+    if isinstance(task, Regression) and min(scores) == max(scores):
+        report.warn(f"every training example has the score {scores[0]:g}: there is nothing to learn")
+    if data.shared_tokenizer:
+        report.ok("student and teachers read the same tokens" if data.teacher_keys else "one tokenizer")
+    else:
+        report.ok("tokenizers differ: each batch carries the text tokenised for each model")
+
+
+def check_steps(report: Report, run: Run, data: KDDataModule) -> None:
+    """Check that the batches of an epoch divide into optimiser steps of `trainer.accumulate` batches."""
+    accumulate, batches = run.spec.trainer.accumulate, len(data.sampler("train", run.spec.seed))
+    if accumulate > batches:
+        report.warn(f"trainer.accumulate={accumulate}, but an epoch has {batches} batches: all of them are one optimiser step")
+    elif left := batches % accumulate:
+        report.note(f"the last optimiser step of an epoch is a mean over {left} of trainer.accumulate={accumulate} batches")
+
+
+def check_teachers(report: Report, run: Run, engine: Engine, data: KDDataModule) -> None:
+    """Report the labels, which the build has matched by name, and check that each teacher beats a constant prediction."""
+    task, name = engine.task, engine.task.monitor
+    floor = baseline(task, data.examples.labels).get("validation")
+    for index, teacher in enumerate(engine.teachers):
+        if task.labels is not None:
+            report.ok(f"labels of data and teacher '{teacher.name}' agree by name: {', '.join(task.labels)}")
+        for text in (*teacher.shape.notes, *teacher.shape.asides):
+            report.note(f"teacher '{teacher.name}': {text}")
+        if floor is None:
+            continue
+        value = teacher_score(run, engine, data, index, name)
+        chance = floor[name] or 0.0
+        who = "the mean of the scores" if task.labels is None else "the majority class"
+        words = f"teacher '{teacher.name}' {name} {score(name, value)} on validation, {who} has {score(name, chance)}"
+        gain = 0.0 if value is None else gained(value, chance, name)
+        if gain > BARELY:
+            report.ok(words)
+        else:
+            report.warn(f"{words}: it has {'little' if gain > 0 else 'nothing'} to teach")
+
+
+def gained(value: float, chance: float, metric: str) -> float:
+    """Return a metric's gain as a fraction, 0 for a constant prediction and 1 for a perfect one; negative below the former.
+
+    >>> gained(0.75, 0.5, "accuracy"), gained(2.0, 1.0, "mse")
+    (0.5, -1.0)
+    """
+    largest = (1.0 if higher_is_better(metric) else 0.0) - chance
+    return (value - chance) / largest if largest else 0.0
+
+
+def teacher_score(run: Run, engine: Engine, data: KDDataModule, index: int, metric: str) -> float | None:
+    """Return a teacher's validation metric: from the record of its run, or else computed on `LOOK` examples."""
+    teacher = engine.teachers[index]
+    teacher_run = run.inputs.get(f"teacher {teacher.name}")
+    if teacher_run is not None and teacher_run.result is not None:
+        recorded: float | None = teacher_run.result["metrics"]["validation"][metric]
+        return recorded
+    rows = data.rows("validation", LOOK)
+    meter = engine.task.metric(metric, across_ranks=False)  # only rank 0 executes this
+    with uncounted(engine):
+        for start in range(0, len(rows), 32):
+            batch = data.collate("validation")(rows[start : start + 32])
+            logits = teacher(batch.teachers[index], Needs()).logits
+            engine.task.score({metric: meter}, logits, batch.labels)
+    return float(meter.compute())
+
+
+@contextlib.contextmanager
+def uncounted(engine: Engine) -> Iterator[None]:
+    """Restore random state, gradients, method state, train mode and counters on exit, so that the run is not affected."""
+    methods = [learner.method for learner in engine.learners.values()]
+    states = [{name: tensor.clone() for name, tensor in method.state_dict().items()} for method in methods]
+    counts, training = [teacher.work for teacher in engine.teachers], engine.training
+    models = [*(learner.student for learner in engine.learners.values()), *(teacher.shape for teacher in engine.teachers)]
+    with torch.random.fork_rng(), uncompiled(*models):
+        try:
+            yield
+        finally:
+            for method, state in zip(methods, states, strict=True):
+                method.load_state_dict(state)
+            engine.zero_grad(set_to_none=True)
+            engine.train(training)
+            for teacher, count in zip(engine.teachers, counts, strict=True):
+                teacher.work = count
+
+
+def check_students(report: Report, engine: Engine) -> None:
+    """Warn if two students start with the same weights: they have little to learn from each other."""
+    states = {name: learner.student.state_dict() for name, learner in engine.learners.items()}
+    for (one, left), (other, right) in itertools.combinations(states.items(), 2):
+        if left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left):
+            report.warn(
+                f"students {one} and {other} start from the same weights, heads included: only dropout distinguishes them"
+            )
+
+
+def check_one_batch(report: Report, engine: Engine, data: KDDataModule) -> None:
+    """Run one batch forward and backward.
+
+    Raises:
+        InputError: if a trainable parameter gets no gradient, a teacher gets one or is not in eval mode, or a term is not a
+            finite scalar.
+    """
+    lengths = data.tokens["train"][data.student_key].lengths
+    batch = data.collate("train")(lengths.argsort()[:PROBE].tolist())
+    with uncounted(engine):
+        engine.train()
+        loss = engine.loss(batch)
+        for name, term in loss.terms.items():
+            if term.ndim or not torch.isfinite(term):
+                raise InputError(f"the term '{name}' is {term.tolist()} on the first batch", "method.weights")
+        loss.total.backward()
+        idle = [name for name, parameter in engine.named_parameters() if parameter.requires_grad and parameter.grad is None]
+        if idle:
+            raise InputError(f"{len(idle)} trainable parameters get no gradient, the first is {idle[0]}", "method")
+        for teacher in engine.teachers:
+            if teacher.encoder.training:
+                raise InputError(f"teacher '{teacher.name}' is not in eval mode", f"teacher.{teacher.name}")
+            if any(parameter.grad is not None for parameter in teacher.encoder.parameters()):
+                raise InputError(f"teacher '{teacher.name}' gets gradients", f"teacher.{teacher.name}")
+        shares = {name: engine.weight_of(name, Progress()) * float(term.detach()) for name, term in loss.terms.items()}
+    report.ok("one batch: every trainable parameter gets a gradient; teachers are frozen and in eval mode")
+    report.note("weighted terms at the start: " + ", ".join(f"{name} {value:.4g}" for name, value in shares.items()))

@@ -1,0 +1,94 @@
+"""Progress bar and progress lines of training."""
+
+import sys
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+from tqdm.auto import tqdm
+
+from kd.results.tables import score
+
+PLAIN_SECONDS = 20.0
+"""Seconds between lines if the output is not a terminal."""
+
+
+class ProgressBar(pl.Callback):
+    """Progress bar over the whole training: loss terms, rate and time left; without a terminal, a line at intervals.
+
+    Args:
+        label: description of the bar.
+        mode: `bar`, `plain`, `none`, or `auto` (a bar on a terminal).
+        cure: advice to print if a student's predictions are constant.
+    """
+
+    def __init__(self, label: str, mode: str = "auto", cure: str = "") -> None:
+        self.label, self.cure = label, cure
+        self._warned = False
+        self.mode = ("bar" if sys.stderr.isatty() else "plain") if mode == "auto" else mode
+        self.bar: Any = None
+        self._began = self._shown = 0.0
+        self._first = 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Open the bar."""
+        self._began = self._shown = time.monotonic()
+        self._first = trainer.global_step
+        if self.mode == "bar" and trainer.is_global_zero:
+            self.bar = tqdm(
+                total=int(trainer.estimated_stepping_batches),
+                initial=trainer.global_step,
+                desc=self.label,
+                unit="step",
+                dynamic_ncols=True,
+                smoothing=0.05,
+            )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advance the bar; read the loss terms only when they are shown, because reading them waits for the device."""
+        if not trainer.is_global_zero or self.mode == "none":
+            return
+        now = time.monotonic()
+        if self.bar is not None:
+            self.bar.update(trainer.global_step - self.bar.n)
+            if now - self._shown > 0.5:
+                self._shown = now
+                self.bar.set_postfix_str(self._words(trainer))
+        elif now - self._shown > PLAIN_SECONDS:
+            self._shown = now
+            total = int(trainer.estimated_stepping_batches)
+            done = trainer.global_step
+            left = (now - self._began) * (total - done) / max(done - self._first, 1)
+            print(f"{self.label}: step {done}/{total}  {self._words(trainer)}  {left:.0f} s left", flush=True)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Print a line per epoch with the validation metrics, and once a warning about constant predictions."""
+        if trainer.is_global_zero and not trainer.sanity_checking and self.mode != "none":
+            metrics = {k.removeprefix("validation/"): v for k, v in trainer.callback_metrics.items() if k.startswith("val")}
+            words = "  ".join(f"{name} {score(name.rpartition('/')[2], float(value))}" for name, value in metrics.items())
+            line = f"{self.label}: epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  validation {words}"
+            constant = getattr(module, "constant", {})
+            if constant and not self._warned:  # once a run
+                self._warned = True
+                several = len(getattr(module, "learners", constant)) > 1
+                whose = [f"{name}: {what}" if several else what for name, what in constant.items()]
+                line += f"  WARN {'; '.join(whose)}{self.cure and f'. Try {self.cure}'}"
+            self.bar.write(line, file=sys.stdout) if self.bar is not None else print(line, flush=True)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Close the bar."""
+        self._close()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _words(self, trainer: pl.Trainer) -> str:
+        shown = {k.removeprefix("train/"): v for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
+        return " ".join(f"{name}={float(value):.3g}" for name, value in shown.items())

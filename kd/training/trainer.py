@@ -1,0 +1,149 @@
+"""The Lightning trainer of a run, and the checkpoint that is selected after training."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import transformers
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from omegaconf import OmegaConf
+
+from kd.build.instantiate import logger_maker
+from kd.data.datamodule import KDDataModule
+from kd.engines.base import Engine
+from kd.results.tables import cure
+from kd.runs.run import Run
+from kd.system import distributed
+from kd.training.checkpoints import (
+    AtomicCheckpointIO,
+    best_is_due,
+    check_resumable,
+    check_state,
+    checkpoint_callbacks,
+    read_checkpoint,
+)
+from kd.training.loggers import History
+from kd.training.progress_bar import ProgressBar
+
+
+def last_step(run: Run, engine: Engine) -> int | None:
+    """Return the optimiser step of the checkpoint that a run resumes from; None if it has none.
+
+    Raises:
+        InputError: if a checkpoint is damaged, missing, or of another run.
+    """
+    last, best = run.checkpoints / "last.ckpt", run.checkpoints / "best.ckpt"
+    if not last.exists():
+        return None
+    checkpoint = read_checkpoint(last, run.digest)
+    check_resumable(checkpoint, engine, last)
+    if run.spec.trainer.selection == "best" and best_is_due(checkpoint):  # before training, not after it
+        check_state(read_checkpoint(best, run.digest), engine, best)
+    return int(checkpoint["global_step"])
+
+
+def quieten() -> None:
+    """Silence messages of libraries that do not help the user of the command."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[attr-defined]
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*resuming from a checkpoint that ended before the epoch ended.*",  # the sampler resumes at the next batch
+        ".*number of training batches .* is smaller than the logging interval.*",
+        ".*dataloader is not resumable.*",
+        ".*will save all targets and predictions in.*buffer.*",
+        ".*sync_dist=True.*",  # metrics that are logged at the end of an epoch are reduced by torchmetrics
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def build_trainer(
+    run: Run, engine: Engine, step: int | None, callbacks: Sequence[pl.Callback] | None = None, **options: Any
+) -> pl.Trainer:
+    """Return the Lightning trainer of a run.
+
+    Args:
+        run: the run to train.
+        engine: the LightningModule.
+        step: optimiser step to resume from; None if training starts.
+        callbacks: callbacks to use instead of the progress bar and the checkpoints.
+        options: further arguments of `pl.Trainer`.
+    """
+    spec = run.spec.trainer
+    if callbacks is None:
+        checkpoints = checkpoint_callbacks(run.checkpoints, engine.task.monitor, spec.checkpoint_minutes)
+        advice = cure(list(run.spec.teacher), vars(run.spec.student))
+        callbacks = [ProgressBar(run.name, spec.progress, advice), *checkpoints]
+    loggers: list[Any] = [History(run.directory / "metrics.csv", step)]
+    if run.spec.logger.extra and distributed.is_rank_zero():
+        container = OmegaConf.to_container(run.config, resolve=True)
+        loggers.append(logger_maker(run.spec)(folder=run.directory, name=run.name, config=container))
+    return pl.Trainer(
+        accelerator=spec.accelerator,
+        devices=distributed.local_world() if distributed.world() > 1 else spec.devices,
+        num_nodes=max(distributed.world() // distributed.local_world(), 1),
+        strategy=spec.strategy,
+        precision=spec.precision,  # type: ignore[arg-type]
+        max_epochs=spec.max_epochs,
+        accumulate_grad_batches=spec.accumulate,
+        gradient_clip_val=spec.clip if engine.automatic_optimization else None,
+        deterministic=spec.deterministic,
+        logger=loggers,
+        callbacks=list(callbacks),
+        # In a SLURM job, Lightning would take the job's tasks for ranks of this run, and would bypass SIGTERM.
+        plugins=[AtomicCheckpointIO(run.digest), *([LightningEnvironment()] if distributed.world() == 1 else [])],
+        default_root_dir=run.directory,  # Lightning searches it for a checkpoint in a SLURM job
+        log_every_n_steps=10,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # the batch sampler shards without loss or repetition
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def run_trainer(trainer: pl.Trainer, engine: Engine, data: KDDataModule, checkpoint: Path | None) -> None:
+    """Train; raise KeyboardInterrupt on Ctrl-C, which Lightning turns into SystemExit."""
+    try:
+        trainer.fit(engine, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as error:  # Lightning raises it on Ctrl-C
+        raise KeyboardInterrupt from error
+
+
+def select(run: Run, engine: Engine) -> dict[str, Any]:
+    """Load the selected weights into the students; return the entry of the record about the selection.
+
+    Raises:
+        InputError: if the best checkpoint is missing, damaged, or of another run.
+    """
+    if run.spec.trainer.selection == "last":
+        return {"kind": "last", "by": "at the end of training", "epoch": run.spec.trainer.max_epochs}
+    checkpoint = load_weights(run, engine, "best.ckpt")
+    monitor = f"validation {engine.task.monitor}"
+    whose = "" if len(engine.learners) == 1 else f" of the best of {len(engine.learners)} students"
+    return {
+        "kind": "best",
+        "by": f"chosen by {monitor}{whose} over {run.spec.trainer.max_epochs} epoch(s)",
+        "epoch": checkpoint["epoch"] + 1,
+    }
+
+
+def load_weights(run: Run, engine: Engine, name: str) -> dict[str, Any]:
+    """Load a checkpoint's weights into a run's models; return the checkpoint.
+
+    Raises:
+        InputError: if it is missing, damaged, or of another run.
+    """
+    path = run.checkpoints / name
+    checkpoint = read_checkpoint(path, run.digest)
+    check_state(checkpoint, engine, path)
+    engine.load_state_dict(checkpoint["state_dict"])
+    return checkpoint
