@@ -10,7 +10,6 @@ from kd.data.masked_lm.tokenized import OTHER_VOCABULARY
 from kd.data.tasks import Task
 from kd.data.tokenized import tokenizer_fingerprint
 from kd.errors import InputError
-from kd.forward import Needs
 from kd.methods.base import Method
 from kd.models import Encoder
 from kd.models.heads import HEADS
@@ -73,8 +72,7 @@ def check_vocabularies(run: Run, task: Task, method: Method, student: Encoder, t
             model with a teacher that has another vocabulary.
     """
     own, key = tokenizer_fingerprint(student.tokenizer), vocabulary_key(run)
-    theirs = method.needs()[1] or [Needs()] * len(teachers)
-    for teacher, needs in zip(teachers, theirs, strict=True):
+    for teacher, needs in zip(teachers, method.needs()[1], strict=True):
         if key is None and tokenizer_fingerprint(teacher.tokenizer) == own:
             continue
         if not HEADS[task.head].labelled:

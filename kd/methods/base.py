@@ -84,7 +84,7 @@ class Method(nn.Module):
     """Names of the loss terms, in the order of logs and tables."""
 
     teachers: int | None = 1
-    """Number of teachers that it needs; None for any number."""
+    """Number of teachers that it needs; None for any number, until `bind` sets the number that it was bound to."""
 
     uses_teachers = True
     """True if the method reads its teachers' outputs; a teacher of plain fine-tuning is only evaluated for comparison."""
@@ -99,11 +99,11 @@ class Method(nn.Module):
         """
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
-        """Declare the outputs that it reads from the student and from each teacher; no teachers' entries for logits alone.
+        """Declare the outputs that it reads from the student, and from each teacher; by default the logits.
 
         Called after `bind`.
         """
-        return Needs(), ()
+        return Needs(), [Needs()] * (self.teachers or 0)
 
     def prepare(self, step: Step) -> Step:
         """Return the step with other inputs or teachers; called on the device, before any forward pass has run."""
@@ -132,8 +132,7 @@ def needs_of_teachers(methods: Iterable[Method], count: int) -> list[Needs]:
     """Return, for each frozen teacher, the union of the needs that the methods declare for it."""
     union = [Needs()] * count
     for method in methods if count else ():  # the needs of a teacher that is trained with the students are not counted here
-        theirs = method.needs()[1] or [Needs()] * count
-        union = [both | needs for both, needs in zip(union, theirs, strict=True)]
+        union = [both | needs for both, needs in zip(union, method.needs()[1], strict=True)]
     return union
 
 

@@ -1,8 +1,11 @@
 """Fine-tuning without a teacher, the baseline of every comparison."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from kd.methods.base import ANY_TEACHERS, Method, Step
+from kd.models import Encoder, FrozenTeacher
 
 
 class Finetune(Method):
@@ -17,6 +20,10 @@ class Finetune(Method):
     names = ("task",)
     teachers = ANY_TEACHERS
     uses_teachers = False
+
+    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+        """Store the number of teachers, to declare needs for each."""
+        self.teachers = len(teachers)
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         """Return the hard loss."""

@@ -104,10 +104,11 @@ def test_every_declared_need_is_used_and_nothing_else_is_kept(name: str, monkeyp
                 used.setdefault(id(forward.model), set()).update(reads.of(forward.outputs))
                 assert sorted(forward.outputs.named()) == sorted(forward.needs.tensors)
     needs = [method.needs() for method in bench.methods.values()]
-    for student, (ours, _) in zip(bench.students.values(), needs, strict=True):
+    for student, (ours, of_teachers) in zip(bench.students.values(), needs, strict=True):
+        assert len(of_teachers) == bench.counts["teachers"], "needs are declared for each teacher"
         assert used[id(student)] == set(ours.tensors) - {"logits"}
     for place, teacher in enumerate(bench.teachers):
-        theirs = functools.reduce(Needs.__or__, [each[place] for _, each in needs if each], Needs())
+        theirs = functools.reduce(Needs.__or__, [each[place] for _, each in needs], Needs())
         assert used.get(id(teacher), set()) == set(theirs.tensors) - {"logits"}
 
 

@@ -27,6 +27,7 @@ def engine(task: Task, teachers: int = 0, weight: float = 1.0) -> tuple[Distille
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     batch = Batch(inputs, (inputs,) * teachers, task.label_tensor([2, 1]), torch.arange(2))
     students, methods = {"student": models[0]}, {"student": Finetune()}
+    methods["student"].bind(models[0], frozen)
     return Distiller(students, methods, frozen, task, {"task": Constant(weight)}, factory).eval(), batch
 
 

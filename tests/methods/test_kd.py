@@ -92,7 +92,7 @@ def test_temperature_follows_its_schedule(fraction: float, temperature: float) -
 
 
 def test_only_logits_are_needed_and_nothing_is_learnt() -> None:
-    assert KD().needs() == (Needs(), ())
+    assert KD().needs() == (Needs(), [Needs()])
     assert list(KD().parameters()) == []
     assert set(KD.names) == set(KD().terms(step(STUDENT, TEACHER, LABELS)))
 

@@ -1,22 +1,21 @@
 """Deep mutual learning: a wrapper that adds a loss against the peers' predictions to a method."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kd.config.values import word
-from kd.forward import Needs
 from kd.functional.logits import widened
 from kd.methods.base import Method, Step
 from kd.methods.kd import checked_temperature
-from kd.models import Encoder, FrozenTeacher
+from kd.methods.wrappers.base import Wrapper
 from kd.schedules import Schedule
 
 PEER_TARGETS = ("each", "sum", "mean")
 
 
-class Mutual(Method):
+class Mutual(Wrapper):
     r"""Deep mutual learning (Zhang, Xiang, Hospedales, Lu, CVPR 2018, arXiv:1706.00384) around any method.
 
     Each of K students adds to its loss the divergence from its peers' predictions to its own predictions,
@@ -36,25 +35,17 @@ class Mutual(Method):
     """
 
     def __init__(self, inner: Method, temperature: "float | Schedule" = 1.0, target: str = "each") -> None:
-        super().__init__()
+        super().__init__(inner)
         word(target, PEER_TARGETS, "cohort.peers.target")
         self.inner = inner
         self.names = (*inner.names, "mutual")
-        self.teachers, self.uses_teachers = inner.teachers, inner.uses_teachers
         self.temperature = checked_temperature(temperature, "cohort.peers.temperature")
         self.target = target
 
-    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
-        """Bind the inner method."""
-        self.inner.bind(student, teachers)
-
-    def needs(self) -> tuple[Needs, Sequence[Needs]]:
-        """Return the needs of the inner method; the peers' logits need no declaration."""
-        return self.inner.needs()
-
-    def prepare(self, step: Step) -> Step:
-        """Prepare the step as the inner method does."""
-        return self.inner.prepare(step)
+    @property
+    def inners(self) -> Sequence[Method]:
+        """Inner method."""
+        return [self.inner]
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         """Return the inner method's terms and the term `mutual`."""
@@ -64,16 +55,4 @@ class Mutual(Method):
             # The mean is taken of tempered probabilities; `soft` divides by the temperature again.
             peers = [step.task.ensemble([widened(logits) / temperature for logits in peers]) * temperature]
         terms = torch.stack([step.task.soft(own, logits, temperature, "kl", "batchmean") for logits in peers])
-        return {**self.inner.terms(step), "mutual": terms.sum() if self.target == "sum" else terms.mean()}
-
-    def after_step(self, step: Step, terms: Mapping[str, Tensor]) -> None:
-        """Pass the inner method its terms after a batch."""
-        self.inner.after_step(step, {name: terms[name] for name in self.inner.names})
-
-    def batch_dependence(self) -> str:
-        """Return the inner method's reason."""
-        return self.inner.batch_dependence()
-
-    def describe(self) -> dict[str, str]:
-        """Return the inner method's description."""
-        return self.inner.describe()
+        return {**super().terms(step), "mutual": terms.sum() if self.target == "sum" else terms.mean()}

@@ -1,45 +1,42 @@
-"""Copies of a one-teacher method for several teachers: helpers of the methods for teacher pools."""
+"""Base class of the methods for teacher pools: a copy of a one-teacher method for each teacher."""
 
 import copy
 from collections.abc import Sequence
+from typing import TypeVar
 
 from torch import nn
 
 from kd.errors import InputError
-from kd.forward import Needs
 from kd.methods.base import Method
-from kd.models import Encoder, FrozenTeacher
+from kd.methods.wrappers.base import Wrapper
+
+T = TypeVar("T")
 
 
-def copies(inner: Method, count: int) -> nn.ModuleList:
-    """Return one copy of a one-teacher method for each of `count` teachers.
+class PerTeacher(Wrapper):
+    """Method around one copy of a one-teacher method for each teacher of a pool.
+
+    Args:
+        inner: a method of one teacher; `bind` has not been called.
+        probabilities: one for each teacher, adding up to 1.
 
     Raises:
         InputError: if the method takes several teachers.
     """
-    if inner.teachers is not None and inner.teachers != 1:
-        raise InputError(f"a pool shows a method one teacher at a time, this method takes {inner.teachers}", "pool")
-    return nn.ModuleList(copy.deepcopy(inner) for _ in range(count))
 
+    def __init__(self, inner: Method, probabilities: Sequence[float]) -> None:
+        super().__init__(inner)
+        if inner.teachers is not None and inner.teachers != 1:
+            raise InputError(f"a pool shows a method one teacher at a time, this method takes {inner.teachers}", "pool")
+        self.teachers = len(probabilities)
+        self.probabilities = list(probabilities)
+        self.each = nn.ModuleList(copy.deepcopy(inner) for _ in probabilities)
 
-def inner_of(each: nn.ModuleList, index: int) -> Method:
-    """Return the copy that is bound to the teacher with this index."""
-    method = each[index]
-    assert isinstance(method, Method)
-    return method
+    @property
+    def inners(self) -> Sequence[Method]:
+        """Copies of the inner method, in the order of the teachers."""
+        return list(self.each)  # type: ignore[arg-type]
 
-
-def bind_each(each: nn.ModuleList, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
-    """Bind each copy to its teacher."""
-    for index, teacher in enumerate(teachers):
-        inner_of(each, index).bind(student, [teacher])
-
-
-def needs_of_each(each: nn.ModuleList) -> tuple[Needs, Sequence[Needs]]:
-    """Return the union of the copies' needs of the student, and each copy's needs of its teacher."""
-    ours, theirs = Needs(), []
-    for index in range(len(each)):
-        of_student, of_teacher = inner_of(each, index).needs()
-        ours = ours | of_student
-        theirs.append(of_teacher[0] if of_teacher else Needs())
-    return ours, theirs
+    def split(self, teachers: Sequence[T]) -> Sequence[Sequence[T]]:
+        """Return each teacher by itself."""
+        return [[teacher] for teacher in teachers]

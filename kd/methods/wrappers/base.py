@@ -1,0 +1,77 @@
+"""Base class of the methods around methods, which passes every call on to the inner ones."""
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from torch import Tensor
+
+from kd.forward import Needs
+from kd.methods.base import Method, Step
+from kd.models import Encoder, FrozenTeacher
+
+T = TypeVar("T")
+
+
+class Wrapper(Method):
+    """Method around another one, or around several copies of it: it passes every call on, and subclasses change a part.
+
+    A subclass registers its inner methods as submodules and returns them from `inners`. If not every inner method sees every
+    teacher, it also overrides `split`, and if a step does not use every inner method, `parts`.
+
+    Args:
+        inner: the method; `bind` has not been called.
+    """
+
+    def __init__(self, inner: Method) -> None:
+        super().__init__()
+        self.names, self.teachers, self.uses_teachers = inner.names, inner.teachers, inner.uses_teachers
+
+    @property
+    def inners(self) -> Sequence[Method]:
+        """Inner methods."""
+        raise NotImplementedError
+
+    def split(self, teachers: Sequence[T]) -> Sequence[Sequence[T]]:
+        """Return the teachers that each inner method sees; by default all of them."""
+        return [teachers] * len(self.inners)
+
+    def parts(self, step: Step) -> Sequence[tuple[Method, Step]]:
+        """Return the inner methods that a step uses, each with the step that it sees; by default all of them."""
+        steps = [step.replace(teachers=teachers) for teachers in self.split(step.teachers)]
+        return list(zip(self.inners, steps, strict=True))
+
+    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+        """Bind each inner method to the student and its teachers."""
+        for inner, own in zip(self.inners, self.split(teachers), strict=True):
+            inner.bind(student, own)
+
+    def needs(self) -> tuple[Needs, Sequence[Needs]]:
+        """Declare the union of what the inner methods read from the student, and what each reads from its teachers."""
+        needs = [inner.needs() for inner in self.inners]
+        ours = needs[0][0]
+        for of_student, _ in needs[1:]:
+            ours = ours | of_student
+        return ours, [of_teacher for _, of_teachers in needs for of_teacher in of_teachers]
+
+    def prepare(self, step: Step) -> Step:
+        """Return the step as the inner method prepares it; a subclass whose steps use several overrides this."""
+        ((inner, own),) = self.parts(step)
+        return inner.prepare(own)
+
+    def terms(self, step: Step) -> dict[str, Tensor]:
+        """Return the inner method's terms; a subclass whose steps use several overrides this."""
+        ((inner, own),) = self.parts(step)
+        return inner.terms(own)
+
+    def after_step(self, step: Step, terms: Mapping[str, Tensor]) -> None:
+        """Pass its own terms to each inner method that the step used."""
+        for inner, own in self.parts(step):
+            inner.after_step(own, {name: terms[name] for name in inner.names})
+
+    def batch_dependence(self) -> str:
+        """Return the inner method's reason."""
+        return self.inners[0].batch_dependence()
+
+    def describe(self) -> dict[str, str]:
+        """Return the inner method's description."""
+        return self.inners[0].describe()
