@@ -46,27 +46,6 @@ class Matthews(MulticlassMatthewsCorrCoef):
         return covariance / scale.sqrt() if scale > 0 else torch.zeros_like(total)
 
 
-class Matches(Metric):
-    """Share of predictions that equal their label, in [0, 1], without a number of classes."""
-
-    equal: Tensor
-    count: Tensor
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.add_state("equal", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-
-    def update(self, predictions: Tensor, labels: Tensor) -> None:
-        """Add the matches of a batch; predictions and labels are both (positions,)."""
-        self.equal += (predictions == labels).sum()
-        self.count += labels.numel()
-
-    def compute(self) -> Tensor:
-        """Return the share, in [0, 1]."""
-        return self.equal.double() / self.count
-
-
 class InDouble:
     """Mixin for states and updates in float64, which sums over a million scores, or of nearly equal scores, need."""
 
@@ -93,6 +72,14 @@ class SquaredError(InDouble, MeanSquaredError):
 
 class Mean(InDouble, MeanMetric):  # type: ignore[misc]
     """Mean of the values."""
+
+
+class Matches(Mean):  # type: ignore[misc]
+    """Share of predictions that equal their label, in [0, 1], without a number of classes."""
+
+    def update(self, predictions: Tensor, labels: Tensor) -> None:  # type: ignore[override]
+        """Add the matches of a batch; predictions and labels are both (positions,)."""
+        super().update(predictions == labels)
 
 
 class Spearman(InDouble, SpearmanCorrCoef):
@@ -167,7 +154,7 @@ class Collapse(Metric):
         return torch.stack([alike.double(), least, *spreads])  # type: ignore[list-item]
 
 
-CLASSIFICATION: Mapping[str, Callable[..., Any]] = {
+CLASSIFICATION: Mapping[str, Callable[..., Metric]] = {
     "accuracy": lambda classes, **options: Accuracy(classes, average="micro", **options),
     "f1": lambda classes, **options: BinaryF1(**options),  # of the second of two classes, as GLUE reports it
     "macro_f1": lambda classes, **options: MacroF1(classes, average="macro", **options),
@@ -175,14 +162,14 @@ CLASSIFICATION: Mapping[str, Callable[..., Any]] = {
 }
 """Name -> function or class that builds the metric, called with the number of classes."""
 
-REGRESSION: Mapping[str, Callable[..., Any]] = {
+REGRESSION: Mapping[str, Callable[..., Metric]] = {
     "pearson": Pearson,
     "spearman": Spearman,
     "mse": SquaredError,
 }
 """Name -> class of the metric."""
 
-MASKED_LM: Mapping[str, Callable[..., Any]] = {
+MASKED_LM: Mapping[str, Callable[..., Metric]] = {
     "accuracy": Matches,
     "loss": Mean,
 }
