@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import FILLER, tiny_tokenizer
 from kd.data import tokenized as tokens
-from kd.data.masked_lm import datamodule as masked
+from kd.data.masked_lm import tokenized as masked
 from kd.data.masked_lm.tokenized import MaskedTokens
 from kd.data.tokenized import Tokens, TokenStore, read_arrays, write_arrays
 from kd.system import distributed
