@@ -7,7 +7,6 @@ A weight or a temperature in a configuration is a plain number or a node such as
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 Schedule = Callable[[float], float]
 
@@ -27,13 +26,13 @@ class ScheduleNode:
         return [self(step / 1000) for step in range(1001)]
 
 
-def check_finite(schedule: Any) -> None:
+def check_finite(schedule: "ScheduleNode") -> None:
     """Check that the arguments of a schedule are finite numbers, or lists of them.
 
     Raises:
         ValueError: naming one that is not.
     """
-    for name in (argument.name for argument in fields(schedule)):
+    for name in (argument.name for argument in fields(schedule)):  # type: ignore[arg-type]
         value = getattr(schedule, name)
         for item in value if isinstance(value, list | tuple) else [value]:
             if isinstance(item, bool) or not isinstance(item, int | float) or not math.isfinite(item):

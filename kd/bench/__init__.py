@@ -41,7 +41,7 @@ def main() -> None:
             need("matplotlib", "--picture" if arguments.picture else "--out")
         from kd.bench.benchmark import benchmark, report
 
-        found = benchmark(arguments.overrides, arguments.steps, arguments.repeats, arguments.peer)
+        found = benchmark(arguments.overrides, arguments.steps, arguments.repeats, peer=arguments.peer)
     except InputError as error:
         print(f"kd-bench: {error}", file=sys.stderr)
         sys.exit(2)

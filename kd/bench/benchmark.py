@@ -23,7 +23,7 @@ PACKAGES = ("textbrewer",)
 
 
 def benchmark(
-    overrides: Sequence[str], steps: int, repeats: int, peer: bool = False, candidates: Sequence[Candidate] = CANDIDATES
+    overrides: Sequence[str], steps: int, repeats: int, *, peer: bool = False, candidates: Sequence[Candidate] = CANDIDATES
 ) -> dict[str, Any]:
     """Time all candidates, turn by turn, and return every figure.
 

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from kd.bench.cost import DTYPES, device_of, training_flops
 from kd.bench.workers import Gate, Job
@@ -15,6 +16,7 @@ from kd.build.data import build_data, build_examples
 from kd.build.engine import build_engine
 from kd.build.models import Models, build_models
 from kd.config.compose import compose
+from kd.data.batch import Batch
 from kd.data.datamodule import KDDataModule
 from kd.data.examples import LIMIT_SEED, Examples
 from kd.errors import InputError
@@ -144,7 +146,7 @@ class Turns(pl.Callback):
         self.gate.open()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
         """Count the examples of the batch."""
         self.examples += len(batch)

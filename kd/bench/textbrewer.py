@@ -12,7 +12,7 @@ Yang et al., ACL 2020 demonstrations, arXiv:2002.12620; github.com/airaria/TextB
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,12 +24,18 @@ from kd.bench.workers import Gate, Job
 from kd.config.cohort import students_of
 from kd.data.datamodule import RowIndices
 from kd.errors import InputError
+from kd.methods.kd import KD
+from kd.methods.pkd import PKD
 from kd.runs.run import Run
+
+if TYPE_CHECKING:
+    from textbrewer import GeneralDistiller
+    from transformers.modeling_outputs import SequenceClassifierOutput
 
 PRECISION = "32-true"
 
 
-def soft_terms(method: Any, weight: float, classes: int) -> dict[str, Any]:
+def soft_terms(method: KD | PKD, weight: float, classes: int) -> dict[str, Any]:
     """Return the TextBrewer options whose gradient equals that of our soft loss.
 
     TextBrewer's `ce` is the cross entropy at a temperature T, summed over classes and averaged over the batch. Our `kl`
@@ -50,12 +56,12 @@ def soft_terms(method: Any, weight: float, classes: int) -> dict[str, Any]:
     }
 
 
-def no_matches(method: Any, weights: Mapping[str, float], widths: tuple[int, int]) -> list[dict[str, Any]]:
+def no_matches(method: KD, weights: Mapping[str, float], widths: tuple[int, int]) -> list[dict[str, Any]]:
     """Return no matches of hidden states."""
     return []
 
 
-def patience_matches(method: Any, weights: Mapping[str, float], widths: tuple[int, int]) -> list[dict[str, Any]]:
+def patience_matches(method: PKD, weights: Mapping[str, float], widths: tuple[int, int]) -> list[dict[str, Any]]:
     """Return one match with TextBrewer's `pkd` loss for each pair of layers.
 
     That loss is the squared distance of [CLS] states of unit length for one pair, summed over the width and averaged over the
@@ -103,9 +109,11 @@ def distillation(prepared: Prepared) -> dict[str, Any]:
     """Return the `DistillationConfig` arguments nearest to our method: equal gradients, except as the functions above say."""
     models, name = prepared.models, prepared.run.spec.method["name"]
     (method,), (teacher,) = models.methods.values(), models.teachers
+    assert isinstance(method, KD | PKD)  # `check_textbrewer` refuses every other
+    classes = len(prepared.examples.task.labels or ())
     weights = {term: schedule(0.0) for term, schedule in models.weights.items()}
     return {
-        **soft_terms(method, weights["logits"], models.student.config.num_labels),
+        **soft_terms(method, weights["logits"], classes),
         "hard_label_weight": weights["task"],
         "intermediate_matches": MATCHES[name](method, weights, (models.student.width, teacher.width)),
     }
@@ -168,7 +176,7 @@ class TakingTurns:
             yield batch
 
 
-def build_distiller(prepared: Prepared, folder: str, turns: int) -> Any:
+def build_distiller(prepared: Prepared, folder: str, turns: int) -> "GeneralDistiller":
     """Build TextBrewer's `GeneralDistiller` with the student and the teacher of a run.
 
     Raises:
@@ -188,11 +196,11 @@ def build_distiller(prepared: Prepared, folder: str, turns: int) -> Any:
         model.config.output_hidden_states = bool(options["intermediate_matches"])
     columns = teacher.columns
 
-    def seen(batch: Any, outputs: Any) -> dict[str, Any]:
+    def seen(batch: object, outputs: "SequenceClassifierOutput") -> dict[str, Any]:
         return {"logits": outputs.logits, "hidden": outputs.hidden_states, "losses": outputs.loss}
 
-    def seen_of_teacher(batch: Any, outputs: Any) -> dict[str, Any]:
-        logits = outputs.logits if columns is None else outputs.logits[:, columns]
+    def seen_of_teacher(batch: object, outputs: "SequenceClassifierOutput") -> dict[str, Any]:
+        logits = outputs.logits if columns is None else outputs.logits[:, columns]  # type: ignore[index]
         return {"logits": logits, "hidden": outputs.hidden_states}
 
     training = TrainingConfig(

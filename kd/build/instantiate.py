@@ -71,7 +71,7 @@ def arguments_of(target: Callable[..., Any], node: Mapping[str, Any], key: str, 
     return arguments
 
 
-def made_schedules(value: Any, key: str) -> Any:
+def made_schedules(value: object, key: str) -> Any:
     """Return a value with its nodes of schedules instantiated.
 
     Raises:
@@ -86,18 +86,19 @@ def made_schedules(value: Any, key: str) -> Any:
     return value
 
 
-def make_schedule(node: Mapping[str, Any], key: str) -> Any:
+def make_schedule(node: Mapping[str, Any], key: str) -> ScheduleNode:
     """Instantiate a schedule from its node.
 
     Raises:
         InputError: for another class, or arguments that it does not accept.
     """
-    schedule = "a schedule, as kd.schedules.Linear: a class that inherits from kd.schedules.ScheduleNode"
-    target = locate(node, key, subclass_of(ScheduleNode), schedule)
+    expected = "a schedule, as kd.schedules.Linear: a class that inherits from kd.schedules.ScheduleNode"
+    target = locate(node, key, subclass_of(ScheduleNode), expected)
     try:
-        return instantiate(target, node, key)
+        schedule: ScheduleNode = instantiate(target, node, key)
     except InputError as error:  # name the schedule's key: its arguments depend on each other
         raise InputError(error.message, key) from error
+    return schedule
 
 
 def build_method(
@@ -137,13 +138,13 @@ LARGEST_WEIGHT = 1e9
 """Largest weight of a loss term. The largest published for any method here is 1000; float32 ends at 3e38."""
 
 
-def build_schedule(value: Any, key: str) -> Schedule:
+def build_schedule(value: object, key: str) -> Schedule:
     """Return a weight, given as a number or as a node of `kd.schedules`, as a schedule.
 
     Raises:
         InputError: for anything else, or a number that is out of range for a weight.
     """
-    weight_or_schedule = make_schedule(value, key) if isinstance(value, Mapping) else value
+    weight_or_schedule: Any = make_schedule(value, key) if isinstance(value, Mapping) else value
     try:
         schedule = as_schedule(weight_or_schedule)
     except (TypeError, ValueError) as error:
@@ -153,7 +154,7 @@ def build_schedule(value: Any, key: str) -> Schedule:
     return schedule
 
 
-def makes_optimizer(found: Any) -> bool:
+def makes_optimizer(found: object) -> bool:
     """Return whether an object is an optimiser class, or a function that may return an optimiser, without calling it.
 
     A function must accept parameter groups and `lr`. Its return annotation must be an optimiser; without one, the type of the
@@ -162,7 +163,7 @@ def makes_optimizer(found: Any) -> bool:
     if inspect.isclass(found):
         return subclass_of(Optimizer)(found)
     try:
-        signature = inspect.signature(found, eval_str=True)
+        signature = inspect.signature(found, eval_str=True)  # type: ignore[arg-type]
         signature.bind_partial([], lr=0.0)
     except Exception:  # noqa: BLE001 - not callable, other arguments, or any error from evaluating annotations
         return False

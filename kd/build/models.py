@@ -98,7 +98,9 @@ def teacher_probabilities(run: Run, task: Task, meta: bool) -> list[float]:
         assert record is not None  # inputs are done before a run is built
         score = record["metrics"]["validation"][task.monitor]
         scores.append(worst if score is None else float(score))
-    return best(scores, higher) if pool.distribution == "best" else rank_probabilities(scores, higher, pool.sharpness)
+    if pool.distribution == "best":
+        return best(scores, higher_is_better=higher)
+    return rank_probabilities(scores, higher_is_better=higher, sharpness=pool.sharpness)
 
 
 def build_teachers(run: Run, task: Task, meta: bool) -> list[FrozenTeacher]:
@@ -121,7 +123,7 @@ def build_teachers(run: Run, task: Task, meta: bool) -> list[FrozenTeacher]:
         if teacher_run is None:
             config = load_config(source, key)
             if not head.is_in(config):
-                architectures = ", ".join(config.architectures)
+                architectures = ", ".join(config.architectures or ())
                 raise InputError(
                     f"'{spec.model}' has no head for this task: its architecture is {architectures}, not ...{head.suffix}", key
                 )
@@ -138,7 +140,7 @@ def build_teachers(run: Run, task: Task, meta: bool) -> list[FrozenTeacher]:
             config = with_labels(load_config(source, key), task.labels, task.head)
         check_head(config, task.head, key)
         tokenizer = load_tokenizer(source, key)
-        check_tokenizer(tokenizer, config, key, task.head, len(run.spec.task.text) > 1)
+        check_tokenizer(tokenizer, config, key, task.head, pairs=len(run.spec.task.text) > 1)
         shape = Encoder(new_model(config, task.head, meta=True), tokenizer)
         if teacher_run is None:
             # If its outputs are cached, its weights are never loaded; otherwise `load_model` checks their values. They are

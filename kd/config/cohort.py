@@ -119,7 +119,7 @@ WHOLE = ("run", "checkpoint")
 """Initialisations that copy a whole model, so that the student must have its shape."""
 
 
-def varied(student: StudentSpec, entry: Any, changes: Any) -> StudentSpec:
+def varied(student: StudentSpec, entry: object, changes: object) -> StudentSpec:
     """Return a copy of a student with some keys changed.
 
     Raises:
@@ -149,7 +149,7 @@ def varied(student: StudentSpec, entry: Any, changes: Any) -> StudentSpec:
     return merged
 
 
-def check_sizes(student: StudentSpec, entry: Any) -> None:
+def check_sizes(student: StudentSpec, entry: object) -> None:
     """Check the numeric settings of a student of a cohort.
 
     Raises:

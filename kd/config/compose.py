@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -19,6 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 from kd.config.schema import RunSpec
 from kd.config.values import shown
 from kd.errors import InputError
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 ROOT = "train"
 PARTS = tuple(RunSpec.__dataclass_fields__)
@@ -78,14 +81,14 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 
 
 @lru_cache(maxsize=4096)
-def _parsed(override: str) -> Any:
+def _parsed(override: str) -> "Override":
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     (parsed,) = OverridesParser.create().parse_overrides([override])
     return parsed
 
 
-def _is_value(override: Any) -> bool:
+def _is_value(override: "Override") -> bool:
     """Return True if a parsed override only sets a value; any other may change which files are read."""
     key: str = override.key_or_group
     inside = "." in key and not key.startswith("hydra.") and "/" not in key
@@ -384,7 +387,7 @@ MOST_ENTRIES = 100_000
 """Largest number of entries of a list or a mapping."""
 
 
-def check_plain(value: Any, key: str = "", depth: int = 0) -> None:
+def check_plain(value: object, key: str = "", depth: int = 0) -> None:
     """Check that values are valid whatever their key: finite numbers, valid text, moderate nesting and size.
 
     Raises:
@@ -416,7 +419,7 @@ def check_plain(value: Any, key: str = "", depth: int = 0) -> None:
             check_plain(inner, key if name is None else f"{key}.{name}".lstrip("."), depth + 1)
 
 
-def check_types(values: Mapping[str, Any], part: Any, prefix: str = "") -> None:
+def check_types(values: Mapping[str, Any], part: object, prefix: str = "") -> None:
     """Check for values that OmegaConf would silently convert: a number to a boolean, a boolean or a number to a string.
 
     Args:
@@ -432,7 +435,7 @@ def check_types(values: Mapping[str, Any], part: Any, prefix: str = "") -> None:
             _check_type(values[name], hint, prefix + name)
 
 
-def _check_type(value: Any, hint: Any, key: str) -> None:
+def _check_type(value: object, hint: Any, key: str) -> None:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         if value is None:
             return
@@ -457,7 +460,7 @@ def _check_type(value: Any, hint: Any, key: str) -> None:
         raise InputError(f"{key}={shown(value)} is neither true nor false", key)
 
 
-def as_list(value: Any, key: str) -> str:
+def as_list(value: object, key: str) -> str:
     """Return an override, quoted for the shell, that passes a list in place of a single value.
 
     >>> print(as_list("text", "task.text"), as_list("no, yes", "task.labels"), as_list(True, "task.text"))
@@ -469,7 +472,7 @@ def as_list(value: Any, key: str) -> str:
         return f"'{key}=[...]'"
     meant = shown(value)
     try:
-        words = _parsed(f"{key}=[{meant}]").value()
+        words: Any = _parsed(f"{key}=[{meant}]").value()
     except HydraException:
         words = [None]
     if any(word is None or isinstance(word, bool | float | dict | list) for word in words):  # not strings unless quoted
@@ -481,5 +484,5 @@ TRUTHS = ("true", "false", "yes", "no", "on", "off", "y", "n", "1", "0")
 """Texts that stand for a boolean; OmegaConf would also convert any other number to true."""
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return "truth value" if isinstance(value, bool) else "number"

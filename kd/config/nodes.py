@@ -16,7 +16,7 @@ def has_key(node: Mapping[str, Any], key: str) -> bool:
     return not rest or has_key(node[part], rest)
 
 
-def nested(node: Any, key: str) -> Any:
+def nested(node: object, key: str) -> Any:
     """Return the value of a key in nested mappings; None if it is missing.
 
     >>> nested({"student": {"init": "run"}}, "student.init"), nested({"student": 3}, "student.init")

@@ -164,7 +164,7 @@ class RunSpec:
     resume: bool = True
 
 
-def cache_limit(setting: Any) -> float | None:
+def cache_limit(setting: object) -> float | None:
     """Return the largest size of a teacher's cache in bytes: 0 for `off`, infinity for `on`, None for `auto`.
 
     With `auto` the program chooses the limit (`kd.teacher_cache.cache.AUTO_LIMIT`).
@@ -337,7 +337,7 @@ def check_path(path: str, key: str) -> None:
         raise InputError(f"{key}={shown(path)} is longer than a file system allows", key)
 
 
-def check_name(name: Any, key: str) -> None:
+def check_name(name: object, key: str) -> None:
     """Check a name that becomes part of a folder's name.
 
     Raises:

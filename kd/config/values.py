@@ -17,7 +17,13 @@ MANY = 1_000_000
 
 
 def number(
-    value: Any, key: str, least: float = -math.inf, most: float = math.inf, above: float | None = None, zero: bool = False
+    value: object,
+    key: str,
+    least: float = -math.inf,
+    most: float = math.inf,
+    above: float | None = None,
+    *,
+    zero: bool = False,
 ) -> float:
     """Check that a value is a finite number in a range, and return it as a float.
 
@@ -43,7 +49,7 @@ def number(
     return float(value)
 
 
-def whole(value: Any, key: str, least: int = 1, most: int = MANY) -> int:
+def whole(value: object, key: str, least: int = 1, most: int = MANY) -> int:
     """Check that a value is a whole number in a range, and return it.
 
     Raises:
@@ -57,7 +63,7 @@ def whole(value: Any, key: str, least: int = 1, most: int = MANY) -> int:
     return value
 
 
-def word(value: Any, allowed: Sequence[str], key: str) -> str:
+def word(value: object, allowed: Sequence[str], key: str) -> str:
     """Check that a value is one of the allowed words, and return it.
 
     Raises:
@@ -68,7 +74,7 @@ def word(value: Any, allowed: Sequence[str], key: str) -> str:
     return value
 
 
-def switch(value: Any, key: str) -> bool:
+def switch(value: object, key: str) -> bool:
     """Check that a value is a boolean, and return it.
 
     Raises:
@@ -79,7 +85,7 @@ def switch(value: Any, key: str) -> bool:
     return value
 
 
-def shown(value: Any, most: int = 120) -> str:
+def shown(value: object, most: int = 120) -> str:
     """Return a value as text for a message: printable, and at most `most` characters.
 
     >>> shown(None), shown(True), shown(10**20)
@@ -97,7 +103,7 @@ def shown(value: Any, most: int = 120) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def literal(value: Any, most: int = 60) -> str:
+def literal(value: object, most: int = 60) -> str:
     r"""Return a value from a file as text for a message; strings are quoted, so that blanks show and they differ from numbers.
 
     >>> literal("a\nb\ud83d"), literal("x" * 100)[-5:], literal(1.0), literal(None)
@@ -120,7 +126,7 @@ HYDRA_WORDS = ("_args_", "_convert_", "_recursive_")
 """Keys of Hydra's nodes that are not supported here."""
 
 
-def locate(node: Mapping[str, Any], key: str, fits: Callable[[Any], bool], expected: str, partial: bool = False) -> Any:
+def locate(node: Mapping[str, Any], key: str, fits: Callable[[Any], bool], expected: str, *, partial: bool = False) -> Any:
     """Import the class or function that a node names.
 
     Args:
@@ -157,7 +163,7 @@ def subclass_of(*bases: type) -> Callable[[Any], bool]:
 def returns(*bases: type) -> Callable[[Any], bool]:
     """Return a predicate that is true for functions whose return annotation is a class that inherits from one of these."""
 
-    def matches(target: Any) -> bool:
+    def matches(target: object) -> bool:
         try:
             kind = inspect.get_annotations(target, eval_str=True).get("return") if inspect.isfunction(target) else None
         except (NameError, SyntaxError):  # an annotation that its own module does not define

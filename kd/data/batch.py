@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +43,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: Any, non_blocking: bool = False) -> "Batch":
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """Return the batch on a device; shared inputs are moved once and stay shared."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 

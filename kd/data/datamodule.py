@@ -1,6 +1,6 @@
 """Examples, tokenised once, and the loaders over them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from kd.data.batch import Batch
 from kd.data.examples import Examples
 from kd.data.sampler import LengthBatches, Rows, TokenBatches
 from kd.data.tasks import Task
-from kd.data.tokenized import Tokens, TokenStore, tokenizer_fingerprint
+from kd.data.tokenized import AnyTokenizer, Tokens, TokenStore, tokenizer_fingerprint
 from kd.errors import InputError
 
 
@@ -91,8 +91,8 @@ class KDDataModule(pl.LightningDataModule):
     def __init__(
         self,
         examples: Examples,
-        students: Sequence[Any],
-        teachers: Sequence[Any],
+        students: Sequence[AnyTokenizer],
+        teachers: Sequence[AnyTokenizer],
         batch_size: int,
         eval_batch_size: int,
         max_length: int,
@@ -129,9 +129,9 @@ class KDDataModule(pl.LightningDataModule):
         for split, cached in splits.items():
             self.tokens[split][f"teacher {index}"] = cached
 
-    def read(self, tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int) -> Any:
+    def read(self, tokenizer: AnyTokenizer, texts: Sequence[tuple[str, ...]], max_length: int) -> Any:
         """Tokenise the texts of one split."""
-        return Tokens(tokenizer, texts, max_length, self.pad_multiple, self.store)
+        return Tokens(tokenizer, texts, max_length, self.pad_multiple, self.store)  # type: ignore[arg-type]
 
     @property
     def student_key(self) -> str:
@@ -144,9 +144,9 @@ class KDDataModule(pl.LightningDataModule):
 
     def probe(self, split: str, count: int) -> Batch:
         """Return a batch of at most `count` examples of a split, tokenised as for the exported model."""
-        return self.collate(split)(self.rows(split, count))  # type: ignore[no-any-return]
+        return self.collate(split)(self.rows(split, count))
 
-    def collate(self, split: str) -> Any:
+    def collate(self, split: str) -> Callable[[Sequence[int]], Batch]:
         """Return the collate function of a split."""
         tokens, examples = self.tokens[split], self.examples
         teachers = [f"teacher {index}" for index in range(len(self.teacher_keys))]

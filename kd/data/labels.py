@@ -5,7 +5,6 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Any
 
 from kd.config.values import literal
 from kd.data.texts import Table
@@ -37,7 +36,7 @@ def label_text(name: object) -> str:
     return whole[1] if whole else text
 
 
-def label_name(value: Any, where: str, key: str = "task.label") -> str:
+def label_name(value: object, where: str, key: str = "task.label") -> str:
     """Return the class name of a raw label, as `label_text` writes it; empty for a missing label.
 
     Raises:
@@ -62,7 +61,7 @@ def is_missing(name: str) -> bool:
     return name.casefold() in MISSING
 
 
-def missing(value: Any, where: str) -> InputError:
+def missing(value: object, where: str) -> InputError:
     """Return the error for a missing label."""
     word = literal(value)
     hint = (

@@ -163,6 +163,7 @@ def rows(
     columns: Sequence[str] | None = None,
     quoted: bool | None = None,
     encoding: str = "utf-8-sig",
+    *,
     skip_broken: bool = False,
     layout: Layout | None = None,
 ) -> Iterator[tuple[int, Row]]:
@@ -187,7 +188,7 @@ def rows(
     _check_beginning(path, key)
     try:
         if kind in ("csv", "tsv"):
-            yield from _delimited(path, key, layout, kind, encoding, skip_broken)
+            yield from _delimited(path, key, layout, kind, encoding, skip_broken=skip_broken)
         elif kind == "lines":
             for number, line in lines(path, key, encoding):
                 yield number, {"text": line}
@@ -246,7 +247,9 @@ def _undecodable_line(path: Path, encoding: str) -> int:
     return 0
 
 
-def _delimited(path: Path, key: str, layout: Layout, kind: str, encoding: str, skip_broken: bool) -> Iterator[tuple[int, Row]]:
+def _delimited(
+    path: Path, key: str, layout: Layout, kind: str, encoding: str, *, skip_broken: bool
+) -> Iterator[tuple[int, Row]]:
     separator, names = layout.separator(kind), layout.names()
     quoted = kind == "csv" if layout.quoted is None else layout.quoted
     whose = "the header has" if names is None else "task.columns has"

@@ -79,7 +79,7 @@ def is_blank(text: str) -> bool:
     return not any(unicodedata.category(letter)[0] not in "CZ" for letter in text)
 
 
-def check_text(text: Any, name: str, where: str, blank: bool) -> None:
+def check_text(text: object, name: str, where: str, *, blank: bool) -> None:
     """Check that a value of a file can be read as text.
 
     Args:
@@ -106,7 +106,7 @@ def half_character(where: str, error: UnicodeEncodeError) -> InputError:
 
 
 def examples_of(
-    table: Iterable[tuple[int, Row]], path: Path, text: Sequence[str], label: str | None, key: str, blank: bool = True
+    table: Iterable[tuple[int, Row]], path: Path, text: Sequence[str], label: str | None, key: str, *, blank: bool = True
 ) -> Table:
     """Convert the rows of a table to examples, whose labels are None without a label column.
 
@@ -130,7 +130,7 @@ def examples_of(
         for name, value in zip(text, texts, strict=True):
             # A quick test of the first letter passes nearly every text; `check_text` is slow for a million of them.
             if not (isinstance(value, str) and value[:1].isalnum()) or "\0" in value:
-                check_text(value, name, f"{place}{line}", blank)
+                check_text(value, name, f"{place}{line}", blank=blank)
         value = None if label is None else row[label]
         try:
             writer.add(texts, value, place, line)
@@ -161,7 +161,7 @@ def reported(table: Iterable[tuple[int, Row]], path: Path) -> Iterator[tuple[int
         yield line, row
 
 
-def as_names(values: Any) -> Any:
+def as_names(values: object) -> Any:
     """Return column names as text: on a command line `[0,1]` is two numbers, but a header holds text.
 
     >>> as_names([0, "b"]), as_names(1), as_names(None)
@@ -190,7 +190,7 @@ def check_hash_split(splits: Splits, path: str, key: str = "task.validation") ->
             )
 
 
-def given_paths(train: Any, validation: Any, test: Any, usage: str) -> dict[str, dict[str | None, Path]]:
+def given_paths(train: object, validation: object, test: object, usage: str) -> dict[str, dict[str | None, Path]]:
     """Return split -> class -> file, from the configuration; the class is None for a file with a label column.
 
     Raises:
@@ -476,7 +476,7 @@ class Glue:
         return {split: file_fingerprint(path) for split, path in self._files().items()}
 
 
-def hub_label(value: Any, feature: Any) -> Any:
+def hub_label(value: Any, feature: object) -> Any:
     """Return a label from the hub: the class name, None if it is missing (a class index of -1), or the value itself."""
     if not hasattr(feature, "int2str"):
         return value

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchmetrics import Metric
 
 from kd.config.values import literal
 from kd.data.labels import is_missing, label_name, listed, missing
@@ -82,7 +83,7 @@ class Task(Protocol):
         """Return the labels of a batch as a tensor."""
         ...
 
-    def metric(self, name: str, across_ranks: bool = True) -> Any:
+    def metric(self, name: str, *, across_ranks: bool = True) -> Metric:
         """Return a new torchmetrics metric of `predict(logits)` and labels, reduced over all ranks or on this rank alone."""
         ...
 
@@ -227,7 +228,7 @@ class Classification(Labelled):
         """Return the log of the mean of the models' probabilities."""
         return log_mean_probability(logits)
 
-    def metric(self, name: str, across_ranks: bool = True) -> Any:
+    def metric(self, name: str, *, across_ranks: bool = True) -> Metric:
         """Return a new torchmetrics metric, reduced over all ranks or on this rank alone."""
         return CLASSIFICATION[name](len(self.names), sync_on_compute=across_ranks)
 
@@ -317,7 +318,7 @@ class Regression(Labelled):
         """Return the mean of the models' scores."""
         return torch.stack([soft_losses.widened(scores) for scores in logits]).mean(0)
 
-    def metric(self, name: str, across_ranks: bool = True) -> Any:
+    def metric(self, name: str, *, across_ranks: bool = True) -> Metric:
         """Return a new torchmetrics metric, reduced over all ranks or on this rank alone."""
         return REGRESSION[name](sync_on_compute=across_ranks)
 
@@ -330,7 +331,7 @@ class Regression(Labelled):
         return torch.tensor(labels, dtype=torch.double).mean().float().view(1, 1)
 
 
-def score_of(raw: Any) -> float:
+def score_of(raw: object) -> float:
     """Return a raw score as a number, NaN if it is not one; infinite only if a finite number is too large.
 
     >>> [score_of(raw) for raw in (" 0.25", "1e3", 3, True, "1_000", "inf", float("inf"), "1e400")]
@@ -346,7 +347,7 @@ def score_of(raw: Any) -> float:
         return math.inf
 
 
-def is_missing_score(raw: Any) -> bool:
+def is_missing_score(raw: object) -> bool:
     """Return whether a raw score stands for a missing value."""
     return raw is None or raw != raw or (isinstance(raw, str) and is_missing(raw.strip()))
 

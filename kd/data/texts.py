@@ -225,7 +225,7 @@ class TableWriter:
         self.numbers = array("q")
         self._known: dict[tuple[type, Any], Any] = {}
 
-    def add(self, texts: Sequence[str], label: Any, place: str, number: int) -> None:
+    def add(self, texts: Sequence[str], label: object, place: str, number: int) -> None:
         """Add an example; `place` is its prefix and `number` its line, as in `Table`.
 
         Raises:

@@ -10,17 +10,20 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
 from kd.data.sources import SAY_AFTER
 from kd.data.texts import Texts
 from kd.system import distributed
 from kd.system.files import atomic_write
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TOKENS_FORMAT = 1
 """Version of the stored format, part of the digest that names every stored file; incremented when the format changes."""
@@ -35,10 +38,32 @@ AT_ONCE = 4096
 """Number of texts tokenised at a time: an encoding of 20 words takes 2 kB of memory. It has no effect on the tokens."""
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
+class TokenizerPair(Protocol):
+    """Two tokenizers for the words of one text, such as `kd.data.masked_lm.tokenized.MixedTokenizer`."""
+
+    @property
+    def parts(self) -> tuple["PreTrainedTokenizerFast", "PreTrainedTokenizerFast"]:
+        """Both tokenizers, the model's own first."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Save both in a folder."""
+
+
+AnyTokenizer: TypeAlias = "PreTrainedTokenizerFast | TokenizerPair"
+"""Tokenizer of a model's inputs."""
+
+
+def parts_of(tokenizer: AnyTokenizer) -> tuple["PreTrainedTokenizerFast", ...]:
+    """Return the tokenizer itself, or both of a pair."""
+    given: Any = tokenizer
+    parts: tuple[PreTrainedTokenizerFast, ...] = getattr(given, "parts", (given,))
+    return parts
+
+
+def tokenizer_fingerprint(tokenizer: AnyTokenizer) -> str:
     """Return a digest of a tokenizer's vocabulary and rules, without its padding and truncation settings."""
     parts = []
-    for part in getattr(tokenizer, "parts", (tokenizer,)):  # a mixed one has two
+    for part in parts_of(tokenizer):
         rules = json.loads(part.backend_tokenizer.to_str())
         rules.pop("padding", None)
         rules.pop("truncation", None)
@@ -46,13 +71,13 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.blake2b("".join(parts).encode(), digest_size=8).hexdigest()
 
 
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+def save_tokenizer(tokenizer: AnyTokenizer, folder: Path) -> None:
     """Save a tokenizer, or both of a mixed one, without the truncation and padding settings of its last call.
 
     `tokenizers` keeps these settings after a call and saves them, so the files of a model would depend on the last text that
     its tokenizer read.
     """
-    for part in getattr(tokenizer, "parts", (tokenizer,)):
+    for part in parts_of(tokenizer):
         part.backend_tokenizer.no_truncation()
         part.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
@@ -153,8 +178,13 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def encodings(
-    tokenizer: Any, texts: Texts, max_length: int | None = None, special: bool = True, words: bool = False
-) -> Iterator[list[Any]]:
+    tokenizer: "PreTrainedTokenizerFast",
+    texts: Texts,
+    max_length: int | None = None,
+    *,
+    special: bool = True,
+    words: bool = False,
+) -> Iterator[list[Encoding]]:
     """Yield the encodings of the texts in lists of `AT_ONCE`; the next list is computed while the caller uses the last.
 
     A copy of the tokenizer is used, so that truncation and padding settings of the given one, which is exported, stay.
@@ -174,7 +204,7 @@ def encodings(
         rules.enable_truncation(max_length, stride=0, strategy="longest_first", direction=tokenizer.truncation_side)
     began = said = time.monotonic()
 
-    def piece(start: int) -> list[Any]:
+    def piece(start: int) -> list[Encoding]:
         rows: list[Any] = texts[start : start + AT_ONCE]
         if texts.columns == 1:
             rows = [text for (text,) in rows]
@@ -194,7 +224,7 @@ def encodings(
                 distributed.print_rank_zero(f"  tokenising texts: {count:,} of {len(texts):,} in {said - began:.0f} s")
 
 
-def cut(tokenizer: Any, texts: Texts, max_length: int) -> dict[str, np.ndarray]:
+def cut(tokenizer: "PreTrainedTokenizerFast", texts: Texts, max_length: int) -> dict[str, np.ndarray]:
     """Return the tokens of all texts as flat arrays, and `offsets`, (examples + 1,), the start of each example's tokens."""
     names = {"input_ids": ("ids", np.int32), "token_type_ids": ("type_ids", np.int8)}
     names = {name: names[name] for name in names if name == "input_ids" or name in tokenizer.model_input_names}
@@ -223,7 +253,7 @@ class Tokens:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: "PreTrainedTokenizerFast",
         texts: Sequence[tuple[str, ...]],
         max_length: int,
         multiple: int = 1,

@@ -52,7 +52,7 @@ def _is_loss(logits: Tensor, target: str) -> bool:
 
 
 def attributions(
-    passes: Sequence[tuple[Tensor, Tensor]], target: str = "loss", create_graph: bool = False, first: int = 0
+    passes: Sequence[tuple[Tensor, Tensor]], target: str = "loss", *, create_graph: bool = False, first: int = 0
 ) -> Tensor:
     r"""Return integrated gradients with a baseline of zero: :math:`s = h \odot \frac{1}{m} \sum_k \partial F(\frac{k}{m} h)`.
 

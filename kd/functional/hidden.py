@@ -9,7 +9,7 @@ PADDING = ("strict", "reference")
 """Means over tokens: `strict` over the real tokens of each example, then over examples; `reference` over all, with padding."""
 
 
-def patience(student: Tensor, teacher: Tensor, normalize: bool = True, reduction: str = "elements") -> Tensor:
+def patience(student: Tensor, teacher: Tensor, *, normalize: bool = True, reduction: str = "elements") -> Tensor:
     """Return the squared distance between sentence vectors of paired layers.
 
     Source: Sun et al., EMNLP 2019, arXiv:1908.09355, eq. 7; authors' code `src/KD_loss.py`.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def rank_probabilities(scores: Sequence[float], higher_is_better: bool = True, sharpness: float = 1.0) -> list[float]:
+def rank_probabilities(scores: Sequence[float], *, higher_is_better: bool = True, sharpness: float = 1.0) -> list[float]:
     """Return probabilities proportional to rank ** sharpness of a score, where the worst has rank 1.
 
     Equal scores share the mean of their ranks. Ding et al. (SKDBERT, AAAI 2023, arXiv:2211.14466) draw by teacher rank and by
@@ -26,7 +26,7 @@ def rank_probabilities(scores: Sequence[float], higher_is_better: bool = True, s
     return [float(share) for share in shares / shares.sum()]
 
 
-def best(scores: Sequence[float], higher_is_better: bool = True) -> list[float]:
+def best(scores: Sequence[float], *, higher_is_better: bool = True) -> list[float]:
     """Return probability 1 for the best score, or the first of equal ones, and 0 for the others.
 
     >>> best([0.7, 0.9, 0.9])

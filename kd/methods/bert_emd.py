@@ -83,6 +83,7 @@ class BertEMD(Method):
         self,
         update: str = "softmax2",
         tau: float = 1.0,
+        *,
         separate: bool = False,
         mapping: str | Sequence[Sequence[int]] = "emd",
         share_projection: bool = True,

@@ -60,7 +60,7 @@ def checked(value: str, allowed: tuple[str, ...], key: str) -> str:
     return word(value, allowed, key)
 
 
-def checked_switch(value: bool, key: str) -> bool:
+def checked_switch(value: object, key: str) -> bool:
     """Check that an option is true or false, and return it.
 
     Raises:

@@ -56,6 +56,7 @@ class PKD(Method):
         self,
         layers: str | Sequence[Sequence[int]] = "skip",
         temperature: "float | Schedule" = 10.0,
+        *,
         normalize: bool = True,
         loss: str = "kl",
         reduction: str = "elementmean",
@@ -100,7 +101,7 @@ class PKD(Method):
         return {
             "task": step.task.hard(student.logits, step.batch.labels),
             "logits": step.task.soft(student.logits, teacher.logits, temperature, self.loss, self.reduction),
-            "hidden": hidden.patience(self.project(ours), theirs, self.normalize, self.hidden_reduction),
+            "hidden": hidden.patience(self.project(ours), theirs, normalize=self.normalize, reduction=self.hidden_reduction),
         }
 
     def describe(self) -> dict[str, str]:

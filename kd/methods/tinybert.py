@@ -75,6 +75,7 @@ class TinyBERT(Method):
         direction: str = "forward",
         padding: str = "strict",
         project: str = "shared",
+        *,
         teacher_dropout: bool = False,
     ) -> None:
         super().__init__()

@@ -4,17 +4,20 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kd.data.tokenized import save_tokenizer
+from kd.data.tokenized import AnyTokenizer, save_tokenizer
 from kd.forward.lazy import Inputs
 from kd.forward.needs import Needs
 from kd.forward.outputs import Outputs
 from kd.forward.taps import family_of, record
 from kd.models.compiled import compiled_blocks
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Encoder(nn.Module):
@@ -25,10 +28,10 @@ class Encoder(nn.Module):
         tokenizer: the tokenizer of its inputs; None if it reads no text (tests, shape checks).
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
+    def __init__(self, model: nn.Module, tokenizer: "AnyTokenizer | None" = None) -> None:
         super().__init__()
         self.model: Any = model
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer
         self.family = family_of(model.config.model_type)  # type: ignore[union-attr,arg-type]
         self.forwards = 0
         """Number of forward passes so far."""
@@ -40,9 +43,9 @@ class Encoder(nn.Module):
         """True if blocks run compiled. They still run uncompiled if gradients, attention or values are needed."""
 
     @property
-    def config(self) -> Any:
+    def config(self) -> "PretrainedConfig":
         """Configuration of the transformers model."""
-        return self.model.config
+        return self.model.config  # type: ignore[no-any-return]
 
     @property
     def base(self) -> nn.Module:
@@ -158,15 +161,15 @@ class Encoder(nn.Module):
         logits: Tensor = self.model.get_submodule(str(self.family.masked_lm))(states)
         return logits
 
-    def plain(self) -> Any:
+    def plain(self) -> "PreTrainedModel":
         """Return a copy of the model that consists of transformers and torch modules only.
 
         Every module that has a method `plain` is replaced by the module which that returns, one with the same outputs.
         """
-        model = copy.deepcopy(self.model)
+        model: PreTrainedModel = copy.deepcopy(self.model)
         replaced = [module for module in model.modules() if hasattr(module, "plain")]
         for module in replaced:
-            replace_module(model, module, module.plain())
+            replace_module(model, module, module.plain())  # type: ignore[operator]
         if replaced:
             model.tie_weights()
         return model

@@ -28,7 +28,7 @@ class Head:
         """Class that `loader` names."""
         return getattr(transformers, self.loader)
 
-    def is_in(self, config: Any) -> bool:
+    def is_in(self, config: transformers.PretrainedConfig) -> bool:
         """Return whether the weights of a configuration have this head; True if it does not name their architecture."""
         return not config.architectures or any(name.endswith(self.suffix) for name in config.architectures)
 

@@ -11,11 +11,11 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from kd.errors import InputError, one_of
 from kd.forward.taps import FAMILIES, Family, family_of
 from kd.models.heads import HEADS
 from kd.system.model_sources import pretrained
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Files that may hold weights; the first that exists is read, as in transformers."""
@@ -58,7 +61,7 @@ NAMED_SIZES = {
 # -- configuration -------------------------------------------------------------------------------------------------------
 
 
-def load_config(source: str, key: str) -> Any:
+def load_config(source: str, key: str) -> "PretrainedConfig":
     """Load and check the transformers configuration of a source, with float32 as the type of its weights.
 
     Raises:
@@ -78,7 +81,7 @@ def load_config(source: str, key: str) -> Any:
     family_of(raw["model_type"], key)
     _check_raw(raw, source, key)
     with readable("the model", source, key):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+        config: PretrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
     config._attn_implementation = None  # a file may name a kernel on the hub, which would be fetched and executed
     config.dtype = torch.float32  # weights are used in float32 whatever type they are stored in
     numbers = {str(name): int(number) for name, number in (raw.get("label2id") or {}).items()}
@@ -124,7 +127,7 @@ def _check_raw(raw: Mapping[str, Any], source: str, key: str) -> None:
             raise InputError(f"{where}: {name} has the numbers {_listed(texts)}; they must be whole, each once", key)
 
 
-def _check_config(config: Any, source: str, key: str) -> None:
+def _check_config(config: "PretrainedConfig", source: str, key: str) -> None:
     """Check that a model can be built with the values of a configuration.
 
     Raises:
@@ -157,7 +160,7 @@ def _check_config(config: Any, source: str, key: str) -> None:
         raise InputError(f"{where} says pad_token_id={padding}, which is outside its vocabulary of {config.vocab_size}", key)
 
 
-def check_head(config: Any, head: str, key: str) -> None:
+def check_head(config: "PretrainedConfig", head: str, key: str) -> None:
     """Check that models of a configuration's family can have a head.
 
     Raises:
@@ -169,7 +172,7 @@ def check_head(config: Any, head: str, key: str) -> None:
         raise InputError(f"masked language modelling works with {able}, not with {config.model_type}", key)
 
 
-def label_names(config: Any, key: str) -> list[str]:
+def label_names(config: "PretrainedConfig", key: str) -> list[str]:
     """Return the names of a classifier's outputs, in the order of the outputs; names that are numbers become text.
 
     Raises:
@@ -187,11 +190,12 @@ def label_names(config: Any, key: str) -> list[str]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"id2label names two of the model's outputs '{twice}': {_listed(names)}", key)
-    for name, number in (config.label2id or {}).items():
-        if label_text(name) in names and names.index(label_text(name)) != int(number):
+    for label, output in (config.label2id or {}).items():
+        text = label_text(label)
+        if text in names and names.index(text) != int(output):
             raise InputError(
-                f"id2label and label2id contradict each other: output {names.index(label_text(name))} is '{label_text(name)}' "
-                f"by the former, output {number} by the latter",
+                f"id2label and label2id contradict each other: output {names.index(text)} is '{text}' by the former, output "
+                f"{output} by the latter",
                 key,
             )
     return names
@@ -200,7 +204,7 @@ def label_names(config: Any, key: str) -> list[str]:
 # -- tokenizer -----------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(source: str, key: str) -> Any:
+def load_tokenizer(source: str, key: str) -> "PreTrainedTokenizerFast":
     """Load the tokenizer of a source.
 
     Raises:
@@ -210,7 +214,7 @@ def load_tokenizer(source: str, key: str) -> Any:
 
     name, options = pretrained(source, key)
     with readable("the tokenizer", source, key):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+        tokenizer = cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options))
         empty = len(tokenizer) <= len(tokenizer.all_special_tokens)  # made up by transformers if there are no files
     if empty:
         raise InputError(f"'{source}' has no tokenizer: there is no vocabulary in it", key)
@@ -219,7 +223,9 @@ def load_tokenizer(source: str, key: str) -> Any:
     return tokenizer
 
 
-def check_tokenizer(tokenizer: Any, config: Any, key: str, head: str = "classifier", pairs: bool = False) -> None:
+def check_tokenizer(
+    tokenizer: "PreTrainedTokenizerFast", config: "PretrainedConfig", key: str, head: str = "classifier", *, pairs: bool = False
+) -> None:
     """Check that the output of a tokenizer is valid input for a model.
 
     Args:
@@ -305,7 +311,9 @@ class Stored:
     types: Mapping[str, torch.dtype]
 
 
-def load_model(source: str, key: str, config: Any, head: str = "classifier", head_needed: bool = False) -> nn.Module:
+def load_model(
+    source: str, key: str, config: "PretrainedConfig", head: str = "classifier", *, head_needed: bool = False
+) -> nn.Module:
     """Load a model with the weights of a source, in float32.
 
     Args:
@@ -319,7 +327,7 @@ def load_model(source: str, key: str, config: Any, head: str = "classifier", hea
         InputError: if the weights cannot be loaded, a file is damaged, they do not fit the configuration, or the family has no
             such head.
     """
-    weights = check_weights(source, key, config, head, head_needed)
+    weights = check_weights(source, key, config, head, head_needed=head_needed)
     name, options = pretrained(source, key)
     more = {"ignore_mismatched_sizes": True} if weights.other_head else {}
     with readable("the weights", source, key):
@@ -330,7 +338,13 @@ def load_model(source: str, key: str, config: Any, head: str = "classifier", hea
 
 
 def check_weights(
-    source: str, key: str, config: Any, head: str = "classifier", head_needed: bool = False, values: bool = True
+    source: str,
+    key: str,
+    config: "PretrainedConfig",
+    head: str = "classifier",
+    *,
+    head_needed: bool = False,
+    values: bool = True,
 ) -> Found:
     """Check that the weights of a source fit a configuration, without building the model in memory.
 
@@ -487,7 +501,7 @@ def _tensors(path: str) -> Iterator[tuple[str, Tensor]]:
     yield from state.items()
 
 
-def _unpickled(path: str, **options: Any) -> Any:
+def _unpickled(path: str, **options: Any) -> object:
     """Load a pickled file that holds only tensors and plain values; no code in it is executed.
 
     Raises:
@@ -502,7 +516,7 @@ def _unpickled(path: str, **options: Any) -> Any:
 class _Config:
     """Wrapper of a configuration that equals every other, so that it is not part of the key of a cache."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: "PretrainedConfig") -> None:
         self.config = config
 
     def __eq__(self, other: object) -> bool:
@@ -570,7 +584,7 @@ def _lacking(
     stored: Stored,
     unused: frozenset[str],
     family: Family,
-    config: Any,
+    config: "PretrainedConfig",
 ) -> str:
     text = f"'{source}' lacks {len(missing)} of the {total} tensors of its model: {_listed(missing)}"
     first = {name.partition(".")[0] for name in stored.shapes}
@@ -584,7 +598,9 @@ def _lacking(
     return f"{text}. They would be drawn at random"
 
 
-def _mismatch(source: str, name: str, theirs: tuple[int, ...], ours: tuple[int, ...], config: Any, family: Family) -> str:
+def _mismatch(
+    source: str, name: str, theirs: tuple[int, ...], ours: tuple[int, ...], config: "PretrainedConfig", family: Family
+) -> str:
     sizes = next((named for part, named in NAMED_SIZES.items() if part in name), ("hidden_size", family.intermediate))
     if name.startswith(f"{family.outputs}."):
         sizes = ("num_labels", "hidden_size")
@@ -623,7 +639,7 @@ def _told(source: str, stored: Stored, fit: _Fit, family: Family, pooler: set[st
     return tuple(notes), tuple(asides)
 
 
-def _blocks(names: Mapping[str, Any], family: Family) -> set[int]:
+def _blocks(names: Iterable[str], family: Family) -> set[int]:
     matches = (re.match(rf"(?:{family.base}\.)?{re.escape(family.blocks)}\.(\d+)\.", name) for name in names)
     return {int(match[1]) for match in matches if match is not None}
 
@@ -678,7 +694,7 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _listed(names: Sequence[Any], most: int = SHOWN) -> str:
+def _listed(names: Sequence[object], most: int = SHOWN) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(str(name) for name in names[:most]) + more
 

@@ -240,10 +240,10 @@ def build_student(
             notes.append("head drawn afresh")
     from_initial = whole and initial is not None
     tokenizer = load_tokenizer(str(initial), given) if from_initial else load_tokenizer(backbone, key)
-    check_tokenizer(tokenizer, config, given if from_initial else key, head, pairs)
+    check_tokenizer(tokenizer, config, given if from_initial else key, head, pairs=pairs)
     student = new_model(config, head, meta)
     if initial is not None and not meta:
-        source = load_model(initial, given, initial_config, head, needed)
+        source = load_model(initial, given, initial_config, head, head_needed=needed)
         copy_layers(student, source, family_of(config.model_type), layers_to_copy(spec, config, initial_config), rows)
     if start is not None and not needed:
         nn.init.constant_(student.get_submodule(family_of(config.model_type).outputs).bias, start)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from kd.forward.needs import Needs
 from kd.forward.outputs import Outputs, UndeclaredRead
 from kd.models.encoder import Encoder
 from kd.models.labels import columns
+
+if TYPE_CHECKING:
+    from kd.data.tokenized import AnyTokenizer
 
 
 def match_labels(task: Sequence[str], teacher: Sequence[str], key: str) -> list[int]:
@@ -105,9 +108,9 @@ class FrozenTeacher:
         return self.shape.heads
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> "AnyTokenizer":
         """Tokenizer of its inputs."""
-        return self.shape.tokenizer
+        return self.shape.tokenizer  # type: ignore[no-any-return]
 
     def __call__(self, inputs: Inputs, needs: Needs) -> Outputs:
         """Run one forward pass, without gradients unless `needs.gradient`; logits are in the task's label order."""

@@ -86,7 +86,7 @@ class Run:
         files = result.get("files")
         if files is None:  # the record of a version that recorded no digests
             files = {"student/config.json": {}, "student/model.safetensors": {}}
-        return damaged_file(self.directory, files, thorough)
+        return damaged_file(self.directory, files, thorough=thorough)
 
     def is_done(self, thorough: bool = False) -> bool:
         """Return whether the run has a record and its exported files are intact; see `damage`."""

@@ -71,7 +71,7 @@ def recorded_files(directory: Path, folders: Iterable[Path]) -> dict[str, dict[s
     }
 
 
-def damaged_file(directory: Path, files: Any, thorough: bool) -> str | None:
+def damaged_file(directory: Path, files: object, *, thorough: bool) -> str | None:
     """Return a description of the first recorded file that is missing or has changed; None if all are intact.
 
     Args:

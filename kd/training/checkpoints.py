@@ -11,7 +11,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
+from kd.data.batch import Batch
 from kd.data.tasks import higher_is_better
 from kd.engines.base import Engine
 from kd.errors import InputError
@@ -48,7 +50,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         super().__init__()
         self.digest = digest
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
         """Write a checkpoint atomically.
 
         Raises:
@@ -61,7 +63,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save({**checkpoint, "digest": self.digest}, file)
                 seal(file)
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | Path, map_location: object = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Read a checkpoint of the run, on the CPU and without executing anything, whatever the arguments.
 
         Raises:
@@ -101,7 +105,7 @@ class EveryFewMinutes(Checkpoint):
         self.saved = time.monotonic()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
         """Save if the interval has passed."""
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
@@ -216,7 +220,7 @@ def check_state(found: Mapping[str, Any], engine: Engine, path: Path) -> None:
             raise refused(path, f"it is of another model: '{name}' is {_size(shape)}, not {_size(tensor.shape)}")
 
 
-def _size(shape: Any) -> str:
+def _size(shape: torch.Size | None) -> str:
     return "no tensor" if shape is None else " x ".join(map(str, shape)) or "one number"
 
 

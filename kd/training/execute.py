@@ -11,7 +11,7 @@ from kd.system import distributed
 from kd.system.files import writes_to
 
 
-def execute(run: Run, purpose: str = "", first: bool = True) -> dict[str, Any]:
+def execute(run: Run, purpose: str = "", *, first: bool = True) -> dict[str, Any]:
     """Execute a run and the runs that it needs, unless they are done; return its record.
 
     Args:

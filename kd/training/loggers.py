@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
@@ -129,7 +130,7 @@ def close_wandb() -> None:
         finish()
 
 
-def import_wandb() -> Any:
+def import_wandb() -> ModuleType:
     """Import the package of Weights & Biases.
 
     Raises:

@@ -2,11 +2,13 @@
 
 import sys
 import time
-from typing import Any
+from typing import NoReturn
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from tqdm.auto import tqdm
 
+from kd.data.batch import Batch
 from kd.results.tables import score
 
 PLAIN_SECONDS = 20.0
@@ -26,7 +28,7 @@ class ProgressBar(pl.Callback):
         self.label, self.cure = label, cure
         self._warned = False
         self.mode = ("bar" if sys.stderr.isatty() else "plain") if mode == "auto" else mode
-        self.bar: Any = None
+        self.bar: tqdm[NoReturn] | None = None
         self._began = self._shown = 0.0
         self._first = 0
 
@@ -45,7 +47,7 @@ class ProgressBar(pl.Callback):
             )
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
         """Advance the bar; read the loss terms only when they are shown, because reading them waits for the device."""
         if not trainer.is_global_zero or self.mode == "none":

@@ -34,7 +34,7 @@ def naive(student: torch.Tensor, teacher: torch.Tensor, normalize: bool) -> floa
 def test_patience_equals_the_formula_written_as_loops(normalize: bool, reduction: str, share: float) -> None:
     student, teacher = states()
     expected = naive(student, teacher, normalize) * share
-    assert patience(student, teacher, normalize, reduction).item() == pytest.approx(expected, rel=1e-10)
+    assert patience(student, teacher, normalize=normalize, reduction=reduction).item() == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_patience_equals_the_formula_written_as_loops(normalize: bool, reduction
     [(True, "sum", 0.08), (True, "vectors", 0.08), (True, "elements", 0.04), (False, "elements", 1.0), (False, "sum", 2.0)],
 )
 def test_patience_gives_the_numbers_of_the_card(normalize: bool, reduction: str, expected: float) -> None:
-    assert patience(STUDENT, TEACHER, normalize, reduction).item() == pytest.approx(expected, abs=1e-9)
+    assert patience(STUDENT, TEACHER, normalize=normalize, reduction=reduction).item() == pytest.approx(expected, abs=1e-9)
 
 
 def test_normalised_patience_is_two_minus_two_cosines() -> None:
@@ -64,7 +64,7 @@ def test_patience_ignores_scale_only_when_normalised(scales: tuple[float, float]
 def test_patience_vanishes_at_identity(normalize: bool, reduction: str) -> None:
     _, teacher = states()
     student = teacher.clone().requires_grad_()
-    loss = patience(student, teacher, normalize, reduction)
+    loss = patience(student, teacher, normalize=normalize, reduction=reduction)
     loss.backward()
     assert loss.item() == 0
     assert student.grad.abs().max() == 0
@@ -90,9 +90,9 @@ def test_gradient_of_normalised_patience_is_orthogonal_to_the_state() -> None:
 @pytest.mark.parametrize("normalize", [True, False])
 def test_half_precision_is_widened_before_anything_is_computed(dtype: torch.dtype, normalize: bool) -> None:
     student, teacher = (values.to(dtype) for values in states())
-    value = patience(student, teacher, normalize)
+    value = patience(student, teacher, normalize=normalize)
     assert value.dtype == torch.float32
-    assert value.item() == patience(student.float(), teacher.float(), normalize).item()
+    assert value.item() == patience(student.float(), teacher.float(), normalize=normalize).item()
 
 
 def test_no_gradient_reaches_the_teacher() -> None:

@@ -145,7 +145,7 @@ def map_errors(s: Situation) -> Iterator[Call]:
 def patiences(s: Situation) -> Iterator[Call]:
     for normalize in (True, False):
         for reduction in hidden.REDUCTIONS:
-            yield lambda *states, n=normalize, r=reduction: hidden.patience(*states, n, r), s.states(2, 8)
+            yield lambda *states, n=normalize, r=reduction: hidden.patience(*states, normalize=n, reduction=r), s.states(2, 8)
 
 
 def token_errors(s: Situation) -> Iterator[Call]:

@@ -11,6 +11,7 @@ from kd.data.datamodule import KDDataModule
 from kd.data.examples import Examples
 from kd.data.masked_lm.tokenized import OTHER_VOCABULARY, MaskedTokens
 from kd.data.sampler import Rows
+from kd.data.tokenized import AnyTokenizer
 from kd.errors import InputError
 
 
@@ -40,17 +41,22 @@ class MaskedLMDataModule(KDDataModule):
     changes = "the text is masked anew in every epoch"
 
     def __init__(
-        self, examples: Examples, students: Sequence[Any], teachers: Sequence[Any], *sizes: Any, **options: Any
+        self,
+        examples: Examples,
+        students: Sequence[AnyTokenizer],
+        teachers: Sequence[AnyTokenizer],
+        *sizes: Any,
+        **options: Any,
     ) -> None:
         super().__init__(examples, students, teachers, *sizes, **options)
         if not self.shared_tokenizer:
             raise InputError(OTHER_VOCABULARY, "teacher")
 
-    def read(self, tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int) -> Any:
+    def read(self, tokenizer: AnyTokenizer, texts: Sequence[tuple[str, ...]], max_length: int) -> Any:
         """Tokenise the texts of one split, for masking in each batch."""
         return MaskedTokens(tokenizer, texts, max_length, self.seed, self.pad_multiple, self.store)
 
-    def collate(self, split: str) -> Any:
+    def collate(self, split: str) -> MaskedCollate:
         """Return the collate function of a split."""
         return MaskedCollate(self.tokens[split][self.student_key], len(self.teacher_keys), len(self.student_keys))
 
@@ -59,6 +65,6 @@ class MaskedLMDataModule(KDDataModule):
         tokens = self.tokens[split][self.student_key]
         probability, tokens.probability = tokens.probability, 0.0
         try:
-            return self.collate(split)(self.rows(split, count))  # type: ignore[no-any-return]
+            return self.collate(split)(self.rows(split, count))
         finally:
             tokens.probability = probability

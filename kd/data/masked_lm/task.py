@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchmetrics import Metric
 
 from kd.data.metrics import MASKED_LM
 from kd.data.tasks import known_metrics, log_mean_probability
@@ -103,7 +104,7 @@ class MaskedLM:
         for name, metric in metrics.items():
             metric.update(*given[name]())
 
-    def metric(self, name: str, across_ranks: bool = True) -> Any:
+    def metric(self, name: str, *, across_ranks: bool = True) -> Metric:
         """Return a new torchmetrics metric, reduced over all ranks or on this rank alone."""
         return MASKED_LM[name](sync_on_compute=across_ranks)
 

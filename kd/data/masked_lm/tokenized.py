@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,8 +12,11 @@ from torch import Tensor
 
 from kd.data.masked_lm.task import NOT_PREDICTED
 from kd.data.texts import Texts
-from kd.data.tokenized import TokenStore, encodings, padded_length, tokenizer_fingerprint
+from kd.data.tokenized import AnyTokenizer, TokenStore, encodings, padded_length, parts_of, tokenizer_fingerprint
 from kd.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PREDICTED = 0.15
 """Share of an example's tokens that are predicted. Devlin et al., NAACL 2019, section 3.1, like the next two constants."""
@@ -38,13 +41,13 @@ class MixedTokenizer:
         probability: probability that a word is tokenised by the second tokenizer, in [0, 1].
     """
 
-    first: Any
-    second: Any
+    first: "PreTrainedTokenizerFast"
+    second: "PreTrainedTokenizerFast"
     shift: int
     probability: float
 
     @property
-    def parts(self) -> tuple[Any, Any]:
+    def parts(self) -> tuple["PreTrainedTokenizerFast", "PreTrainedTokenizerFast"]:
         """Both tokenizers, the first one first."""
         return self.first, self.second
 
@@ -54,7 +57,7 @@ class MixedTokenizer:
         self.second.save_pretrained(Path(folder) / "vocabulary")
 
 
-def words_of(tokenizer: Any, texts: Texts) -> dict[str, np.ndarray]:
+def words_of(tokenizer: "PreTrainedTokenizerFast", texts: Texts) -> dict[str, np.ndarray]:
     """Return token ids of all texts (`ids`), first token of each word and end (`starts`), and words of each text (`words`)."""
     ids: list[np.ndarray] = []
     starts: list[np.ndarray] = []
@@ -81,7 +84,9 @@ class Vocabulary:
         store: store for the tokens.
     """
 
-    def __init__(self, tokenizer: Any, texts: Texts, shift: int = 0, store: TokenStore | None = None) -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerFast", texts: Texts, shift: int = 0, store: TokenStore | None = None
+    ) -> None:
         arrays = (store or TokenStore()).arrays(
             lambda: ["words", tokenizer_fingerprint(tokenizer), texts.digest()], lambda: words_of(tokenizer, texts)
         )
@@ -126,14 +131,14 @@ class MaskedTokens:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: AnyTokenizer,
         texts: Sequence[tuple[str, ...]],
         max_length: int,
         seed: int,
         multiple: int = 1,
         store: TokenStore | None = None,
     ) -> None:
-        parts = getattr(tokenizer, "parts", (tokenizer,))
+        parts = parts_of(tokenizer)
         self.probability = float(getattr(tokenizer, "probability", 0.0))
         self.seed, self.multiple, self.max_length = seed, multiple, max_length
         if parts[0].mask_token_id is None:

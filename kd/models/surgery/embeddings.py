@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from kd.config.values import whole
 from kd.errors import InputError
@@ -42,7 +43,7 @@ class Surgery(Protocol):
 
     changes_vocabulary: bool
 
-    def dry_run(self, tokenizer: Any, texts: Sequence[str]) -> None:
+    def dry_run(self, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> None:
         """Check, before anything is trained, that the surgery can be applied with the training texts. Optional.
 
         Raises:
@@ -72,7 +73,7 @@ def word_table(student: Encoder, name: str) -> nn.Embedding:
     return table
 
 
-def whole_number(value: Any, least: int, key: str) -> int:
+def whole_number(value: object, least: int, key: str) -> int:
     """Check a whole number of the configuration and return it.
 
     Raises:
@@ -124,7 +125,7 @@ class LearnedVocabulary:
     def __init__(self, size: int) -> None:
         self.size = whole_number(size, 1, "surgery.learned_vocabulary.size")
 
-    def dry_run(self, tokenizer: Any, texts: Sequence[str]) -> None:
+    def dry_run(self, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> None:
         """Check, before anything is trained, that the texts support the vocabulary: learn it and discard it."""
         learned_tokens(tokenizer, texts, self.size, "surgery.learned_vocabulary.size")
 
@@ -142,7 +143,7 @@ class LearnedVocabulary:
         return student, f"vocabulary of {len(tokens)} tokens learned from the task's text"
 
 
-def drawn_table(size: int, width: int, config: Any, padding: int | None = None) -> Tensor:
+def drawn_table(size: int, width: int, config: PretrainedConfig, padding: int | None = None) -> Tensor:
     """Return random embeddings (size, width), initialised as BERT's are; zeros for the padding token."""
     table = torch.empty(size, width).normal_(std=config.initializer_range)
     if padding is not None:
@@ -260,7 +261,7 @@ class Factorized:
         return student, f"word embeddings of rank {self.rank} ({count:,} parameters for {table.weight.numel():,})"
 
 
-def check_special_tokens(tokenizer: Any, key: str) -> None:
+def check_special_tokens(tokenizer: PreTrainedTokenizerFast, key: str) -> None:
     """Check that a tokenizer has the special tokens that masked language modelling with two vocabularies needs.
 
     Raises:

@@ -14,12 +14,12 @@ with the vocabulary and `E_s`, and trained on masked language modelling without 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
 
 from kd.config.values import number, switch
 from kd.data.masked_lm.tokenized import MixedTokenizer
@@ -95,7 +95,7 @@ class MixedOutputs(nn.Module):
         initial: standard deviation of the initial small output matrix, if it is not tied.
     """
 
-    def __init__(self, large: nn.Linear, small: LiftedEmbedding, tied: bool = True, initial: float = 0.02) -> None:
+    def __init__(self, large: nn.Linear, small: LiftedEmbedding, *, tied: bool = True, initial: float = 0.02) -> None:
         super().__init__()
         self.large = large
         self.small = small
@@ -180,13 +180,13 @@ class MixedStage:
 
     changes_vocabulary = True
 
-    def __init__(self, size: int, width: int | None = None, probability: float = 0.5, tied: bool = True) -> None:
+    def __init__(self, size: int, width: int | None = None, probability: float = 0.5, *, tied: bool = True) -> None:
         self.size = whole_number(size, 1, "surgery.mixed_stage.size")
         self.width = None if width is None else whole_number(width, 1, "surgery.mixed_stage.width")
         self.probability = number(probability, "surgery.mixed_stage.probability", 0, 1)
         self.tied = switch(tied, "surgery.mixed_stage.tied")
 
-    def dry_run(self, tokenizer: Any, texts: Sequence[str]) -> None:
+    def dry_run(self, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> None:
         """Check, before anything is trained, that the texts support the vocabulary: learn it and discard it."""
         learned_tokens(tokenizer, texts, self.size, "surgery.mixed_stage.size")
 
@@ -204,7 +204,7 @@ class MixedStage:
         small = with_vocabulary(tokenizer, distributed.broadcast(learned))
         width = self.width or student.width
         lifted = LiftedEmbedding(drawn_table(len(small), width, student.config), student.width)
-        set_outputs(student.model, MixedOutputs(outputs, lifted, self.tied, student.config.initializer_range))
+        set_outputs(student.model, MixedOutputs(outputs, lifted, tied=self.tied, initial=student.config.initializer_range))
         student.model.set_input_embeddings(MixedEmbedding(table, lifted))
         mixed = MixedTokenizer(tokenizer, small, table.num_embeddings, self.probability)
         words = f"a second vocabulary of {len(small)} tokens, width {width}, for {self.probability:.0%} of the words"
@@ -243,8 +243,7 @@ KEY = "surgery.mixed_vocab.run"
 """Configuration key that errors of Stage II name."""
 
 
-def load_tokenizer_of(folder: Path) -> Any:
+def load_tokenizer_of(folder: Path) -> PreTrainedTokenizerFast:
     """Load the tokenizer from a folder that holds no model."""
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+    return tokenizer

@@ -3,13 +3,12 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, trainers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kd.errors import InputError
 
@@ -18,7 +17,7 @@ ALPHABET = 100
 each takes two entries, at the start of a word and inside it. Our choice."""
 
 
-def check_wordpiece(tokenizer: Any, key: str) -> None:
+def check_wordpiece(tokenizer: PreTrainedTokenizerFast, key: str) -> None:
     """Check that a tokenizer is a WordPiece one.
 
     Raises:
@@ -29,7 +28,7 @@ def check_wordpiece(tokenizer: Any, key: str) -> None:
         raise InputError(f"it needs a WordPiece vocabulary, as BERT and MPNet have; the student's is {kind}", key)
 
 
-def with_vocabulary(tokenizer: Any, tokens: Sequence[str]) -> PreTrainedTokenizerFast:
+def with_vocabulary(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> PreTrainedTokenizerFast:
     """Return a tokenizer with the same rules and another vocabulary.
 
     Args:
@@ -57,12 +56,12 @@ def with_vocabulary(tokenizer: Any, tokens: Sequence[str]) -> PreTrainedTokenize
     )
 
 
-def special_tokens(tokenizer: Any) -> list[str]:
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Return the special tokens in the order of their ids, which padding and positions of some families depend on."""
     return sorted(tokenizer.all_special_tokens, key=tokenizer.convert_tokens_to_ids)
 
 
-def characters(tokenizer: Any, texts: Sequence[str]) -> Counter[str]:
+def characters(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Counter[str]:
     """Count the characters of normalised texts; white space, which separates words, is not counted."""
     rules = tokenizer.backend_tokenizer.normalizer
     counts: Counter[str] = Counter()
@@ -71,7 +70,7 @@ def characters(tokenizer: Any, texts: Sequence[str]) -> Counter[str]:
     return Counter({character: count for character, count in counts.items() if not character.isspace()})
 
 
-def used_tokens(tokenizer: Any, texts: Sequence[str], least: int) -> list[str]:
+def used_tokens(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], least: int) -> list[str]:
     """Return the part of a vocabulary that texts use, in the order of ids.
 
     It consists of the special tokens, every token that occurs at least `least` times, and the single characters of the texts,
@@ -88,7 +87,7 @@ def used_tokens(tokenizer: Any, texts: Sequence[str], least: int) -> list[str]:
     return sorted(used, key=vocabulary.__getitem__)
 
 
-def learned_tokens(tokenizer: Any, texts: Sequence[str], size: int, key: str) -> list[str]:
+def learned_tokens(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], size: int, key: str) -> list[str]:
     """Learn a WordPiece vocabulary from texts, with a tokenizer's normaliser and pre-tokeniser.
 
     The result depends on the texts alone. `tokenizers` numbers inside-of-word characters in the order of a hash map and
@@ -123,7 +122,7 @@ def learned_tokens(tokenizer: Any, texts: Sequence[str], size: int, key: str) ->
     return sorted(learned, key=learned.__getitem__)
 
 
-def set_vocabulary(model: Any, table: Tensor, bias: Tensor | None, padding: int) -> None:
+def set_vocabulary(model: PreTrainedModel, table: Tensor, bias: Tensor | None, padding: int) -> None:
     """Replace a model's word embeddings and, if it is a masked language model, the output layer tied to them.
 
     Args:
@@ -145,7 +144,7 @@ def set_vocabulary(model: Any, table: Tensor, bias: Tensor | None, padding: int)
         set_outputs(model, outputs)
 
 
-def set_outputs(model: Any, outputs: nn.Module) -> None:
+def set_outputs(model: PreTrainedModel, outputs: nn.Module) -> None:
     """Replace the last layer of a masked language model, and the head's reference to that layer's bias."""
     old = model.get_output_embeddings()
     for parent in list(model.modules()):
