@@ -89,7 +89,7 @@ def test_gradient_of_a_step_is_that_of_one_batch_of_its_examples(
         steps.append(len(rows))
         rows.clear()
 
-    for needed in planned(small(*words)).inputs.values():
+    for _, needed in planned(small(*words)).inputs:
         execute.execute(needed)
     for engine in (Distiller, MutualDistiller):
         monkeypatch.setattr(engine, "on_train_batch_start", before)

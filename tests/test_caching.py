@@ -37,7 +37,7 @@ TRAIN, VALIDATION, TEST = 96, 32, 32
 @pytest.fixture(scope="module")
 def teacher(small: Small) -> Path:
     """A finished run of the teacher, without a cache."""
-    run = planned(small()).inputs["teacher minilm"]
+    run = planned(small()).inputs.teachers["minilm"]
     execute.execute(run)
     return run.directory
 
@@ -52,7 +52,7 @@ def fresh(small: Small, teacher: Path, tmp_path: Path):
 def built(overrides: list[str]) -> tuple[Run, Models, KDDataModule]:
     """A run's models and data as training sees them."""
     run = planned(overrides)
-    for needed in run.inputs.values():
+    for _, needed in run.inputs:
         execute.execute(needed)
     examples = build_examples(run)
     models = build_models(run, examples.task, texts=examples.texts["train"])
@@ -61,7 +61,7 @@ def built(overrides: list[str]) -> tuple[Run, Models, KDDataModule]:
 
 def cache_of(overrides: list[str]) -> Path:
     """Return the folder of the teacher's cache."""
-    return planned(overrides).inputs["teacher minilm"].directory / "cache"
+    return planned(overrides).inputs.teachers["minilm"].directory / "cache"
 
 
 def kept(overrides: list[str]) -> dict[str, set[str]]:
@@ -285,7 +285,7 @@ def test_another_text_or_other_weights_are_not_served_from_what_is_there(
 
 def test_weights_that_change_under_one_name_are_noticed(fresh, teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
     built(fresh("method=kd"))
-    run = planned(fresh()).inputs["teacher minilm"]
+    run = planned(fresh()).inputs.teachers["minilm"]
     weights = run.student / "model.safetensors"
     found = bytearray(weights.read_bytes())
     found[-5] ^= 1
@@ -299,7 +299,7 @@ def test_weights_that_change_under_one_name_are_noticed(fresh, teacher: Path, ca
 @pytest.mark.parametrize("bad", ["truncated", "flipped"])
 def test_damage_is_said_and_made_good(fresh, bad: str, capsys: pytest.CaptureFixture[str]) -> None:
     run, result = made(fresh("method=kd"))
-    path = next((run.inputs["teacher minilm"].directory / "cache").glob("train-*/logits.bin"))
+    path = next((run.inputs.teachers["minilm"].directory / "cache").glob("train-*/logits.bin"))
     whole = path.read_bytes()
     path.write_bytes(whole[:-4] if bad == "truncated" else bytes([whole[0] ^ 1]) + whole[1:])
     shutil.rmtree(run.directory)
@@ -496,7 +496,7 @@ def test_a_kill_leaves_what_was_there_or_nothing(fresh, after: int) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(kept(words)["train"]) == max(after, 0)
     _, result = made(words)
-    shutil.rmtree(planned(words).inputs["teacher minilm"].directory / "cache")
+    shutil.rmtree(planned(words).inputs.teachers["minilm"].directory / "cache")
     shutil.rmtree(planned(words).directory)
     _, clean = made(words)
     assert result["metrics"] == clean["metrics"]

@@ -24,7 +24,7 @@ from kd.methods.wrappers.stochastic import Stochastic
 from kd.runs.identity import backbone_of
 from kd.runs.run import Run
 from kd.training import execute
-from whole_runs import Small, checked, made, over, planned, pool
+from whole_runs import Small, checked, made, over, planned, pool, roles
 
 NAMES = ("minilm", "minilm_4l", "minilm_3l")
 TWO = ("minilm", "minilm_3l")
@@ -61,31 +61,31 @@ def texts(examples: Examples, split: str) -> set[tuple[str, ...]]:
 def test_the_inputs_of_a_pool_are_its_teachers_and_what_ranks_them(plans: dict[str, Run]) -> None:
     teachers, pilots = [f"teacher {name}" for name in NAMES], [f"pilot {name}" for name in NAMES]
     for kind in ("none", "stochastic", "wkd"):
-        assert list(plans[kind].inputs) == teachers, kind
+        assert roles(plans[kind]) == teachers, kind
     for kind in ("best", "teacher_rank", "student_rank"):
-        assert list(plans[kind].inputs) == [*teachers, *pilots], kind
-    assert list(plans["takd"].inputs) == ["teacher minilm_3l"]
+        assert roles(plans[kind]) == [*teachers, *pilots], kind
+    assert roles(plans["takd"]) == ["teacher minilm_3l"]
 
 
 def test_every_pool_has_the_same_teachers_and_is_a_run_of_its_own(plans: dict[str, Run]) -> None:
     assert len({run.digest for run in plans.values()}) == len(plans)
     for kind in ("stochastic", "wkd", "best", "teacher_rank", "student_rank"):
         for name in NAMES:
-            teacher = plans[kind].inputs[f"teacher {name}"]
-            assert teacher.digest == plans["none"].inputs[f"teacher {name}"].digest
+            teacher = plans[kind].inputs.teachers[name]
+            assert teacher.digest == plans["none"].inputs.teachers[name].digest
             assert teacher.spec.task.holdout is None
             assert (teacher.spec.pool.name, teacher.spec.method["name"]) == ("none", "finetune")
 
 
 def test_a_chain_is_taught_link_by_link(plans: dict[str, Run]) -> None:
     run = plans["takd"]
-    third = run.inputs["teacher minilm_3l"]
-    assert (list(third.inputs), list(third.spec.teacher)) == (["teacher minilm_4l"], ["minilm", "minilm_4l"])
-    second = third.inputs["teacher minilm_4l"]
-    assert (list(second.inputs), list(second.spec.teacher)) == (["teacher minilm"], ["minilm"])
-    first = second.inputs["teacher minilm"]
-    assert first.inputs == {}
-    assert first.digest == plans["none"].inputs["teacher minilm"].digest
+    third = run.inputs.teachers["minilm_3l"]
+    assert (roles(third), list(third.spec.teacher)) == (["teacher minilm_4l"], ["minilm", "minilm_4l"])
+    second = third.inputs.teachers["minilm_4l"]
+    assert (roles(second), list(second.spec.teacher)) == (["teacher minilm"], ["minilm"])
+    first = second.inputs.teachers["minilm"]
+    assert not first.inputs
+    assert first.digest == plans["none"].inputs.teachers["minilm"].digest
     for link, layers in ((third, 3), (second, 4)):
         assert link.spec.method == run.spec.method
         assert link.spec.student.layers == layers
@@ -96,25 +96,26 @@ def test_a_chain_is_taught_link_by_link(plans: dict[str, Run]) -> None:
 
 def test_pilots_by_teacher_are_the_teachers_on_a_part_of_train(plans: dict[str, Run]) -> None:
     for name in NAMES:
-        pilot, teacher = (plans["teacher_rank"].inputs[f"{role} {name}"] for role in ("pilot", "teacher"))
+        inputs = plans["teacher_rank"].inputs
+        pilot, teacher = inputs.pilots[name], inputs.teachers[name]
         assert pilot.spec.task.holdout == 0.1
-        assert pilot.inputs == {}
+        assert not pilot.inputs
         assert (pilot.spec.method, pilot.spec.student) == (teacher.spec.method, teacher.spec.student)
         assert (pilot.spec.optimizer, pilot.spec.trainer) == (teacher.spec.optimizer, teacher.spec.trainer)
-        assert pilot.digest == plans["best"].inputs[f"pilot {name}"].digest, "one pilot serves every pool"
+        assert pilot.digest == plans["best"].inputs.pilots[name].digest, "one pilot serves every pool"
 
 
 def test_pilots_by_student_distil_from_teachers_that_have_not_seen_the_rest(plans: dict[str, Run]) -> None:
     run = plans["student_rank"]
     for name in NAMES:
-        pilot = run.inputs[f"pilot {name}"]
+        pilot = run.inputs.pilots[name]
         student = replace(run.spec.student, backbone=backbone_of(run.spec)[0])  # the same one for every teacher
         assert (pilot.spec.method, pilot.spec.student, pilot.spec.seed) == (run.spec.method, student, run.spec.seed)
         assert (pilot.spec.task.holdout, pilot.spec.pool.name, list(pilot.spec.teacher)) == (0.1, "none", [name])
-        assert list(pilot.inputs) == [f"teacher {name}"]
-        teacher = pilot.inputs[f"teacher {name}"]
+        assert roles(pilot) == [f"teacher {name}"]
+        teacher = pilot.inputs.teachers[name]
         assert teacher.spec.task.holdout == 0.1
-        assert teacher.digest == plans["teacher_rank"].inputs[f"pilot {name}"].digest
+        assert teacher.digest == plans["teacher_rank"].inputs.pilots[name].digest
 
 
 def test_seeds_of_a_pool_are_one_family(of_count: Callable[[int], Callable[..., Run]]) -> None:
@@ -124,7 +125,7 @@ def test_seeds_of_a_pool_are_one_family(of_count: Callable[[int], Callable[..., 
     assert by_student[0].family == by_student[1].family
     assert run("pool.distribution=[0.3,0.7]").family != run().family
     by_teacher = [run("pool.distribution=teacher_rank", f"seed={seed}") for seed in range(2)]
-    assert by_teacher[0].inputs["pilot minilm"].digest == by_teacher[1].inputs["pilot minilm"].digest
+    assert by_teacher[0].inputs.pilots["minilm"].digest == by_teacher[1].inputs.pilots["minilm"].digest
     assert by_teacher[0].family == by_teacher[1].family
 
 
@@ -140,8 +141,8 @@ def ranked(small: Small, backbone: Path) -> tuple[Run, list[str]]:
 
 def piloted(words: list[str]) -> Run:
     run = planned(words)
-    for role, needed in run.inputs.items():
-        if role.startswith("pilot"):
+    for role, needed in run.inputs:
+        if role.kind == "pilot":
             execute.execute(needed)
     return run
 
@@ -150,7 +151,7 @@ def piloted(words: list[str]) -> Run:
 def test_a_pilots_texts_are_those_of_train_cut_in_two(plans: dict[str, Run], kind: str) -> None:
     run = plans[kind]
     whole = build_examples(run)
-    for pilot in (run.inputs[f"pilot {name}"] for name in NAMES):
+    for pilot in (run.inputs.pilots[name] for name in NAMES):
         part = build_examples(pilot)
         assert list(part.texts) == ["train", "validation"]
         assert texts(part, "train").isdisjoint(texts(part, "validation"))
@@ -163,7 +164,7 @@ def test_a_pilots_texts_are_those_of_train_cut_in_two(plans: dict[str, Run], kin
 def test_a_limit_on_train_holds_before_the_part_is_held_out(small: Small, backbone: Path) -> None:
     words = small("method=skdbert", *pool(backbone, *TWO), "pool.distribution=teacher_rank", "task.limit_train=40")
     run = planned(words)
-    part = build_examples(run.inputs["pilot minilm"])
+    part = build_examples(run.inputs.pilots["minilm"])
     assert texts(part, "train") | texts(part, "validation") == texts(build_examples(run), "train")
 
 
@@ -171,7 +172,7 @@ def test_a_pilots_score_is_its_accuracy_on_the_part_held_out(ranked: tuple[Run, 
     run, _ = ranked
     scores = []
     for name in TWO:
-        pilot = run.inputs[f"pilot {name}"]
+        pilot = run.inputs.pilots[name]
         held = build_examples(pilot)
         assert 10 < len(held.texts["validation"]) < 40
         model = AutoModelForSequenceClassification.from_pretrained(pilot.student).eval()
@@ -203,7 +204,7 @@ def test_ranks_do_not_change_with_the_labels_of_validation_and_test(
         changed.append(f"task.{split}={tmp_path / split}.csv")
     other = piloted(changed)
     for name in TWO:
-        one, two = (each.inputs[f"pilot {name}"].result for each in (run, other))
+        one, two = (each.inputs.pilots[name].result for each in (run, other))
         assert one["metrics"] == two["metrics"]
     task = build_examples(run).task
     assert teacher_probabilities(run, task, meta=False) == teacher_probabilities(other, task, meta=False)
@@ -216,11 +217,14 @@ class Scored:
         self.result = {"metrics": {"validation": {metric: score}}}
 
 
-def chances(run: Run, metric: str, scores: list[float | None], distribution: str = "teacher_rank") -> list[float]:
+def chances(
+    run: Run, metric: str, scores: list[float | None], distribution: object = "teacher_rank", sharpness: float = 1.0
+) -> list[float]:
     task = copy.copy(build_examples(run).task)  # runs over the same text share the task itself
     task.monitor = metric
-    run.spec.pool.distribution = distribution
-    run.inputs.update({f"pilot {name}": Scored(metric, score) for name, score in zip(NAMES, scores, strict=True)})
+    pilots = {name: Scored(metric, score) for name, score in zip(NAMES, scores, strict=True)}
+    spec = replace(run.spec, pool=replace(run.spec.pool, distribution=distribution, sharpness=sharpness))
+    run = replace(run, spec=spec, inputs=replace(run.inputs, pilots=pilots))
     return teacher_probabilities(run, task, meta=False)
 
 
@@ -231,8 +235,7 @@ def test_chances_follow_the_monitored_metric_of_the_pilots(of_count: Callable[[i
     assert chances(run, "accuracy", [0.7, 0.9, 0.8], "best") == [0, 1, 0]
     assert chances(run, "mse", [0.7, 0.9, 0.8], "best") == [1, 0, 0]
     assert chances(run, "matthews_corrcoef", [None, -0.2, 0.1]) == pytest.approx([1 / 6, 2 / 6, 3 / 6])
-    run.spec.pool.sharpness = 2.0
-    assert chances(run, "accuracy", [0.7, 0.9, 0.8]) == pytest.approx([1 / 14, 9 / 14, 4 / 14])
+    assert chances(run, "accuracy", [0.7, 0.9, 0.8], sharpness=2.0) == pytest.approx([1 / 14, 9 / 14, 4 / 14])
     assert chances(run, "accuracy", [0.7, 0.9, 0.8], [0.2, 0.3, 0.5]) == [0.2, 0.3, 0.5]
 
 
@@ -251,11 +254,11 @@ def test_a_chain_of_teachers_ends_in_a_student_of_the_last(small: Small, backbon
     run, result = made(small("method=skdbert", *pool(backbone, *NAMES), "pool=takd"))
     assert set(result["teacher_forwards"]) == {"minilm_3l"}
     assert result["teacher_forwards"]["minilm_3l"]["batches_used"] == 12
-    third = run.inputs["teacher minilm_3l"]
+    third = run.inputs.teachers["minilm_3l"]
     assert set(third.result["teacher_forwards"]) == {"minilm_4l"}
-    assert set(third.inputs["teacher minilm_4l"].result["teacher_forwards"]) == {"minilm"}
+    assert set(third.inputs.teachers["minilm_4l"].result["teacher_forwards"]) == {"minilm"}
     assert third.result["metrics_teacher"]["minilm_4l"] == {
-        split: third.inputs["teacher minilm_4l"].result["metrics"][split] for split in ("validation", "test")
+        split: third.inputs.teachers["minilm_4l"].result["metrics"][split] for split in ("validation", "test")
     }
     assert result["inputs"] == {"teacher minilm_3l": third.name}
 
@@ -265,7 +268,7 @@ def test_ranks_by_students_reach_the_draws(small: Small, backbone: Path) -> None
     run, result = made([*words, "trainer.max_epochs=1"])
     task = build_examples(run).task
     method = build_models(run, task).methods["student"]
-    scores = [run.inputs[f"pilot {name}"].result["metrics"]["validation"]["accuracy"] for name in TWO]
+    scores = [run.inputs.pilots[name].result["metrics"]["validation"]["accuracy"] for name in TWO]
     wanted = [1 / 3, 2 / 3] if scores[0] < scores[1] else [2 / 3, 1 / 3] if scores[0] > scores[1] else [0.5, 0.5]
     assert method.probabilities == pytest.approx(wanted)
     assert sum(each["batches_used"] for each in result["teacher_forwards"].values()) == 6
@@ -318,8 +321,8 @@ def test_a_ready_classifier_has_no_pilot_of_its_own(small: Small, backbone: Path
         planned(small("method=skdbert", *ready, f"pool.distribution={distribution}"))
     assert caught.value.key == "pool.distribution"
     run = planned(small("method=skdbert", *ready, "pool.distribution=student_rank"))
-    assert list(run.inputs) == ["teacher minilm", "pilot minilm", "pilot hub"]
-    assert run.inputs["pilot hub"].inputs == {}
+    assert roles(run) == ["teacher minilm", "pilot minilm", "pilot hub"]
+    assert not run.inputs.pilots["hub"].inputs
 
 
 def test_probabilities_that_pass_the_check_can_be_drawn_from(of_count: Callable[[int], Callable[..., Run]]) -> None:
@@ -345,7 +348,7 @@ def test_an_undefined_error_ranks_last(of_count: Callable[[int], Callable[..., R
 
 def test_a_chain_for_a_cohort_is_of_single_links(of_count: Callable[[int], Callable[..., Run]]) -> None:
     run = of_count(3)("pool=takd", "cohort=mutual")
-    link = run.inputs["teacher minilm_3l"]
+    link = run.inputs.teachers["minilm_3l"]
     check_run(link, build_examples(link))  # found only after the first link has been trained
 
 
@@ -355,7 +358,7 @@ def test_only_the_first_of_a_chain_is_a_ready_classifier(small: Small, backbone:
     ready = [f"teacher=[{','.join(names)}]", f"teacher.minilm.backbone={backbone}", f"teacher.hub.model={backbone}"]
     words = small("method=skdbert", "pool=takd", *ready)
     if place == 0:
-        assert list(planned(words).inputs) == ["teacher minilm"]
+        assert roles(planned(words)) == ["teacher minilm"]
         return
     with pytest.raises(InputError, match="hub") as caught:  # nobody taught it; those before it would be left out in silence
         planned(words)
@@ -366,7 +369,7 @@ def test_a_pilots_stage_is_of_the_same_task(of_count: Callable[[int], Callable[.
     stage = ["student.init=run", "student.run=['student.init=random']"]
     run = of_count(2)("pool.distribution=student_rank", *stage)
     for name in NAMES[:2]:
-        found = run.inputs[f"pilot {name}"].inputs["stage"]
+        found = run.inputs.pilots[name].inputs.stage
         assert found.spec.task.name == "file"
         assert found.spec.task.holdout == 0.1, "a stage that has seen the part held out leaks it"
 
@@ -377,7 +380,7 @@ def test_pilots_by_student_rank_teachers_by_one_student(small: Small, backbone: 
     tiny_tokenizer().save_pretrained(wider)
     changed = [*pool(backbone, *TWO), f"teacher.minilm_3l.backbone={wider}"]
     run = planned(small("method=skdbert", *changed, "pool.distribution=student_rank"))
-    shapes = [backbone_of(each.spec)[0] for each in (run, *(run.inputs[f"pilot {name}"] for name in TWO))]
+    shapes = [backbone_of(each.spec)[0] for each in (run, *(run.inputs.pilots[name] for name in TWO))]
     assert shapes == [str(backbone)] * 3
 
 

@@ -14,7 +14,7 @@ from kd.data.datamodule import tokenizer_fingerprint
 from kd.errors import InputError
 from kd.runs.run import Run
 from kd.training import execute
-from whole_runs import broken_off, last_weights, made, planned, same_weights, torchrun
+from whole_runs import broken_off, last_weights, made, planned, roles, same_weights, torchrun
 
 Small = Callable[..., list[str]]
 
@@ -60,7 +60,7 @@ def test_masked_language_model_learns_and_is_exported_for_transformers_alone(mas
 def test_teacher_of_a_masked_language_model_is_made_by_its_own_run_and_distilled_from(masked: Small, backbone: Path) -> None:
     teacher = [f"teacher.minilm.backbone={backbone}", "teacher.minilm.run.trainer.max_epochs=1"]
     run, result = made(masked(*teacher, "method=pkd", "trainer.max_epochs=1"))
-    first = run.inputs["teacher minilm"]
+    first = run.inputs.teachers["minilm"]
     assert first.spec.task.kind == "masked_lm"
     assert AutoModelForMaskedLM.from_pretrained(first.student).config.architectures == ["BertForMaskedLM"]
     assert 0 <= result["agreement"]["validation"]["minilm"] <= 1
@@ -126,10 +126,10 @@ def chain(words: Small) -> tuple[Run, dict]:
 
 def test_mixed_vocabulary_makes_its_three_stages_first(chain: tuple[Run, dict]) -> None:
     run, result = chain
-    second = run.inputs["stage"]
-    first = second.inputs["surgery mixed_vocab"]
-    language = first.inputs["stage"]
-    assert [list(needed.inputs) for needed in (run, second, first, language)] == [
+    second = run.inputs.stage
+    first = second.inputs.surgeries["mixed_vocab"]
+    language = first.inputs.stage
+    assert [roles(needed) for needed in (run, second, first, language)] == [
         ["stage"],
         ["surgery mixed_vocab"],
         ["stage"],
@@ -152,8 +152,8 @@ def test_mixed_vocabulary_student_is_exported_with_its_own_tokenizer(chain: tupl
         AutoTokenizer.from_pretrained(run.student),
     )
     assert len(tokenizer) == model.config.vocab_size == 70
-    second = run.inputs["stage"]
-    learned = second.inputs["surgery mixed_vocab"].student / "vocabulary"
+    second = run.inputs.stage
+    learned = second.inputs.surgeries["mixed_vocab"].student / "vocabulary"
     assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(AutoTokenizer.from_pretrained(learned))
     assert tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(AutoTokenizer.from_pretrained(backbone))
     assert AutoModelForMaskedLM.from_pretrained(second.student).config.vocab_size == 70
@@ -162,7 +162,7 @@ def test_mixed_vocabulary_student_is_exported_with_its_own_tokenizer(chain: tupl
 
 
 def test_first_stage_is_exported_as_the_plain_large_model(chain: tuple[Run, dict], backbone: Path) -> None:
-    first = chain[0].inputs["stage"].inputs["surgery mixed_vocab"]
+    first = chain[0].inputs.stage.inputs.surgeries["mixed_vocab"]
     model = AutoModelForMaskedLM.from_pretrained(first.student)
     assert model.config.vocab_size == len(tiny_tokenizer())
     assert first.result["export_difference"] <= 1e-5
@@ -175,9 +175,9 @@ def test_pretraining_is_shared_by_methods_seeds_and_what_is_said_of_the_task(
     chain: tuple[Run, dict], words: Small, backbone: Path
 ) -> None:
     def stage(*more: str) -> str:
-        return planned(words(*more)).inputs["stage"].digest
+        return planned(words(*more)).inputs.stage.digest
 
-    own = chain[0].inputs["stage"].digest
+    own = chain[0].inputs.stage.digest
     for more in (["seed=3"], ["optimizer.lr=1e-3", "optimizer.warmup=0"], ["task.limit_train=20"], ["trainer.max_epochs=9"]):
         assert stage("method=mixed_vocab", "teacher=[]", *more) == own
     assert stage("method=kd", "pretrain=mixed_vocab", f"teacher.minilm.backbone={backbone}") == own
@@ -186,14 +186,14 @@ def test_pretraining_is_shared_by_methods_seeds_and_what_is_said_of_the_task(
 
 def test_any_method_takes_a_pretrained_student(chain: tuple[Run, dict], words: Small) -> None:
     run, result = made(words("method=kd", "pretrain=mixed_vocab", "trainer.max_epochs=1"))
-    assert run.inputs["stage"].digest == chain[0].inputs["stage"].digest
+    assert run.inputs.stage.digest == chain[0].inputs.stage.digest
     assert result["method"] == "kd"
     assert set(result["agreement"]["validation"]) == {"minilm"}
 
 
 def test_a_student_without_a_width_of_its_own_has_small_embeddings_of_the_backbones(small: Small, story: Path) -> None:
     run = planned(small("method=mixed_vocab", "pretrain.text=text", f"pretrain.file={story}"))
-    assert run.inputs["stage"].inputs["surgery mixed_vocab"].spec.surgery["mixed_stage"]["width"] is None
+    assert run.inputs.stage.inputs.surgeries["mixed_vocab"].spec.surgery["mixed_stage"]["width"] is None
 
 
 def test_a_vocabulary_larger_than_the_text_supports_is_refused(small: Small) -> None:
@@ -222,7 +222,7 @@ def test_factorised_student_states_both_sizes_and_is_exported_as_a_plain_model(s
 def test_a_runs_own_vocabulary_goes_to_the_run_that_begins_from_it(small: Small) -> None:
     stage = "student.run={overrides: ['surgery=[cut_vocabulary]','student.init=first','trainer.max_epochs=1']}"
     run, _ = made(small("method=finetune", "teacher=[]", "student.init=run", stage, "trainer.max_epochs=1", "seed=5"))
-    first = run.inputs["stage"]
+    first = run.inputs.stage
     assert first.spec.surgery
     assert not run.spec.surgery
     one, other = (AutoTokenizer.from_pretrained(r.student) for r in (run, first))
@@ -238,9 +238,9 @@ def test_a_chain_of_stages_needs_no_nested_quotes(small: Small) -> None:
     nested = "run: {overrides: ['student.init=every','seed=9']}"
     chain = f"student.run={{overrides: ['student.init=run','seed=8'], {nested}}}"
     run = planned(small("method=finetune", "teacher=[]", "student.init=run", chain))
-    first = run.inputs["stage"]
-    assert (run.spec.seed, first.spec.seed, first.inputs["stage"].spec.seed) == (0, 8, 9)
-    assert first.inputs["stage"].spec.student.init == "every"
+    first = run.inputs.stage
+    assert (run.spec.seed, first.spec.seed, first.inputs.stage.spec.seed) == (0, 8, 9)
+    assert first.inputs.stage.spec.student.init == "every"
     for wrong in ("student.run=x", "student.run={run: {overrides: [a=b]}}", "student.run=[]"):
         with pytest.raises(InputError) as caught:
             planned(small("method=finetune", "student.init=run", wrong))

@@ -217,7 +217,7 @@ def test_closing_table_shows_student_and_teacher(finished: tuple[Run, dict], cap
 
 def test_stage_with_another_method_leaves_this_ones_keys_behind(small: Small) -> None:
     command = small("student.init=run", "student.run=['method=kd','student.init=first']", "method.layers=last", "seed=4")
-    stage = planned(command).inputs["stage"]
+    stage = planned(command).inputs.stage
     assert stage.spec.method["name"] == "kd"
     assert stage.spec.seed == 4
 
@@ -230,7 +230,7 @@ def test_student_begun_from_a_run_builds_that_run_first(small: Small) -> None:
         "optimizer.lr=1e-9",
     )
     run, result = made(stage)
-    first = run.inputs["stage"]
+    first = run.inputs.stage
     assert first.spec.seed == 7
     assert first.result is not None
     begun = weights(first)
@@ -253,7 +253,7 @@ def test_stopped_run_ends_with_the_weights_of_an_unbroken_one(
     steps: list[int],
 ) -> None:
     unbroken, result = finished
-    teacher = unbroken.inputs["teacher minilm"].directory
+    teacher = unbroken.inputs.teachers["minilm"].directory
     shutil.copytree(teacher, tmp_path / teacher.name, ignore=shutil.ignore_patterns("cache"))
     overrides = small(f"paths.runs={tmp_path}", f"trainer.checkpoint_minutes={minutes}")
     run = planned(overrides)
@@ -337,14 +337,14 @@ def test_two_processes_train_a_shared_teacher_once(small: Small, tmp_path: Path)
     commands = [command(small(f"method={method}", f"paths.runs={tmp_path}")) for method in ("kd", "pkd")]
     outputs = [process.communicate(timeout=240)[0] for process in commands]
     assert [process.returncode for process in commands] == [0, 0], outputs
-    teacher = planned(small(f"paths.runs={tmp_path}")).inputs["teacher minilm"]
+    teacher = planned(small(f"paths.runs={tmp_path}")).inputs.teachers["minilm"]
     assert sum(f"{teacher.directory}\n  ok" in output for output in outputs) == 1
 
 
 @pytest.mark.slow
 @pytest.mark.ddp
 def test_torchrun_on_two_ranks_gives_the_result_of_one(finished: tuple[Run, dict], small: Small, tmp_path: Path) -> None:
-    teacher = finished[0].inputs["teacher minilm"].directory
+    teacher = finished[0].inputs.teachers["minilm"].directory
     shutil.copytree(teacher, tmp_path / teacher.name, ignore=shutil.ignore_patterns("cache"))
     more = ("student.dropout=0", "trainer.eval_batch_size=5")
     _, one = made(small(*more))
@@ -367,7 +367,7 @@ def test_torchrun_on_two_ranks_gives_the_result_of_one(finished: tuple[Run, dict
 @pytest.mark.slow
 @pytest.mark.ddp
 def test_torchrun_with_a_ready_teacher_passes_the_preflight(finished: tuple[Run, dict], small: Small, tmp_path: Path) -> None:
-    ready = ("teacher=[hub]", f"teacher.hub.model={finished[0].inputs['teacher minilm'].student}", "method=kd")
+    ready = ("teacher=[hub]", f"teacher.hub.model={finished[0].inputs.teachers['minilm'].student}", "method=kd")
     arguments = small(*ready, f"paths.runs={tmp_path}", "trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=1")
     torchrun(arguments)
     assert planned(arguments).result is not None
@@ -539,7 +539,7 @@ def test_ready_teacher_with_other_labels_is_refused_and_one_with_other_order_is_
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    source = finished[0].inputs["teacher minilm"]
+    source = finished[0].inputs.teachers["minilm"]
     folder = tmp_path / "ready"
     shutil.copytree(source.student, folder)
     config = json.loads((folder / "config.json").read_text())

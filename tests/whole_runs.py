@@ -90,7 +90,7 @@ class StopAfter(Callback):
 
 def broken_off(run: Run, batches: int, monkeypatch: pytest.MonkeyPatch, error: type[BaseException] = RuntimeError) -> None:
     """Begin a run, its inputs done, and end it after so many batches."""
-    for needed in run.inputs.values():
+    for _, needed in run.inputs:
         execute.execute(needed)
     original = trainer.build_trainer
 
@@ -105,6 +105,11 @@ def broken_off(run: Run, batches: int, monkeypatch: pytest.MonkeyPatch, error: t
         with pytest.raises(error, match=None if error is KeyboardInterrupt else "stopped"):
             execute.execute(run)
     assert run.result is None
+
+
+def roles(run: Run) -> list[str]:
+    """The roles of the runs that a run needs, in order."""
+    return [str(role) for role, _ in run.inputs]
 
 
 def free_port() -> int:

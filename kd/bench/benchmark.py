@@ -64,7 +64,7 @@ def benchmark(
         finally:
             for worker in workers.values():
                 worker.close()
-    spec = chosen.inputs.get("before", chosen).spec  # the run that the harness measures
+    spec = (chosen.inputs.before or chosen).spec  # the run that the harness measures
     words = {"method": str(spec.method["name"]), "max_length": spec.task.max_length}
     setting = {
         "command": list(overrides),

@@ -1,8 +1,7 @@
 """A candidate that trains as `kd-train` does: the same models, data, engine, trainer and loop."""
 
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,7 +23,7 @@ from kd.models.pretrained import load_config, load_model, load_tokenizer
 from kd.models.students import with_labels
 from kd.runs.identity import backbone_of
 from kd.runs.plan import plan
-from kd.runs.run import Run
+from kd.runs.run import Run, RunInputs
 from kd.system.hardware import keep_memory
 from kd.training.progress_bar import ProgressBar
 from kd.training.trainer import build_trainer, quieten
@@ -88,22 +87,27 @@ def prepare(job: Job) -> Prepared:
     quieten()
     run = plan(compose(job.overrides), job.overrides)
     # For a method with two runs, measure the first: the second is plain distillation or fine-tuning.
-    run = run.inputs.get("before", run)
-    trainer, folder = run.spec.trainer, job.folder / job.candidate.name
-    run.directory = folder / run.name
+    run = run.inputs.before or run
+    folder = job.folder / job.candidate.name
+    spec = replace(
+        run.spec,
+        paths=replace(run.spec.paths, runs=str(folder)),  # stored tokens and cached outputs of trained teachers go there
+        # Training is stopped before the epoch after the last turn.
+        trainer=replace(run.spec.trainer, max_epochs=job.turns + 1, progress="none"),
+        logger=replace(run.spec.logger, extra={}),
+        student=replace(run.spec.student, init="random") if run.inputs.stage else run.spec.student,
+    )
+    for role, _ in run.inputs:
+        if role.kind not in ("teacher", "stage"):
+            raise InputError(f"the {role} needs a run that kd-bench does not train", "surgery")
+    teachers = {name: replace(needed, directory=folder / f"teacher_{name}") for name, needed in run.inputs.teachers.items()}
+    run = replace(run, spec=spec, directory=folder / run.name, inputs=RunInputs(teachers))
     run.directory.mkdir(parents=True)
-    run.spec.paths.runs = str(folder)  # stored tokens and cached outputs of trained teachers go there
-    trainer.max_epochs, trainer.progress = job.turns + 1, "none"  # it is stopped before the epoch after the last turn
-    run.spec.logger.extra = {}
     examples = build_examples(run)
     whole = len(examples.texts["train"])
-    examples = some(examples, job.steps * trainer.accumulate * trainer.batch_size)
-    if run.inputs.pop("stage", None) is not None:
-        run.spec.student.init = "random"
-    for role, needed in run.inputs.items():
-        if not role.startswith("teacher "):
-            raise InputError(f"the {role} needs a run that kd-bench does not train", "surgery")
-        make_untrained(needed, examples, folder / role.replace(" ", "_"), run.spec.seed)
+    examples = some(examples, job.steps * spec.trainer.accumulate * spec.trainer.batch_size)
+    for needed in teachers.values():
+        save_untrained(needed, examples, spec.seed)
     models = build_models(run, examples.task, texts=examples.texts["train"])
     if job.candidate.bare:
         models.teachers = []
@@ -119,14 +123,13 @@ def some(examples: Examples, count: int) -> Examples:
     return Examples(examples.task, texts, labels)
 
 
-def make_untrained(needed: Run, examples: Examples, folder: Path, seed: int) -> None:
+def save_untrained(needed: Run, examples: Examples, seed: int) -> None:
     """Save an untrained teacher in place of a finished run: its backbone with a newly initialised head.
 
     Raises:
         InputError: if the backbone cannot be loaded.
     """
     source, key = backbone_of(needed.spec)
-    needed.directory = folder
     config = with_labels(load_config(source, key), examples.task.labels, examples.task.head)
     torch.manual_seed(seed)
     load_model(source, key, config, examples.task.head).save_pretrained(needed.student)  # type: ignore[operator]

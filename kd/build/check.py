@@ -99,7 +99,7 @@ def check_arguments(run: Run) -> None:
     check_optimizer_steps(spec)
     if spec.logger.extra:
         logger_maker(spec)
-    for role, needed in run.inputs.items():
+    for role, needed in run.inputs:
         if needed.result is None:
             with rename_error_keys(role, run.spec, run.config):
                 check_arguments(needed)
@@ -112,8 +112,8 @@ def check_run(run: Run, examples: Examples) -> None:
         InputError: for parts of the run that do not fit each other, or the machine.
     """
     check_machine(run.spec)
-    for role, needed in run.inputs.items():
-        if role.startswith("pilot "):  # all pilots hold out the same examples
+    for role, needed in run.inputs:
+        if role.kind == "pilot":  # all pilots hold out the same examples
             with rename_error_keys(role, run.spec, run.config):
                 build_examples(needed)
             break

@@ -45,7 +45,7 @@ from kd.models.teachers import match_labels
 from kd.runs.error_keys import rename_error_keys
 from kd.runs.identity import backbone_of
 from kd.runs.inputs import teacher_config, teacher_source
-from kd.runs.run import Run
+from kd.runs.run import Role, Run
 from kd.schedules import Schedule
 
 
@@ -94,7 +94,7 @@ def teacher_probabilities(run: Run, task: Task, meta: bool) -> list[float]:
     higher = higher_is_better(task.monitor)
     scores, worst = [], -math.inf if higher else math.inf
     for name in names:
-        record = run.inputs[f"pilot {name}"].result
+        record = run.inputs.pilots[name].result
         assert record is not None  # inputs are done before a run is built
         score = record["metrics"]["validation"][task.monitor]
         scores.append(worst if score is None else float(score))
@@ -117,7 +117,7 @@ def build_teachers(run: Run, task: Task, meta: bool) -> list[FrozenTeacher]:
     teachers = []
     for name in [] if run.spec.cohort.teacher == "online" else teachers_of(run.spec):
         spec = run.spec.teacher[name]
-        teacher_run = run.inputs.get(f"teacher {name}")
+        teacher_run = run.inputs.teachers.get(name)
         head, columns = HEADS[task.head], None
         source, key = teacher_source(run, name)
         if teacher_run is None:
@@ -131,7 +131,7 @@ def build_teachers(run: Run, task: Task, meta: bool) -> list[FrozenTeacher]:
                 columns = teacher_columns(task, teacher_labels(config, spec, name), f"teacher.{name}.labels")
                 check_outputs(config, task, spec.model, key)
         elif meta:  # it may not be trained yet: use the shape that it will have
-            with rename_error_keys(f"teacher {name}", run.spec, run.config):
+            with rename_error_keys(Role("teacher", name), run.spec, run.config):
                 config = student_config(
                     teacher_run.spec.student, backbone_of(teacher_run.spec)[0], task.labels, "student.backbone", task.head
                 )
@@ -145,7 +145,7 @@ def build_teachers(run: Run, task: Task, meta: bool) -> list[FrozenTeacher]:
         if teacher_run is None:
             # If its outputs are cached, its weights are never loaded; otherwise `load_model` checks their values. They are
             # checked here only if another run has to be trained first.
-            values = meta and any(needed.result is None for needed in run.inputs.values())
+            values = meta and any(needed.result is None for _, needed in run.inputs)
             weights = check_weights(source, key, config, task.head, head_needed=True, values=values)
             shape.notes, shape.asides = list(weights.notes), list(weights.asides)
         load = None if meta else functools.partial(load_model, source, key, config, task.head, head_needed=True)
@@ -158,7 +158,7 @@ def build_online(run: Run, task: Task, meta: bool) -> Encoder | None:
     if run.spec.cohort.teacher != "online":
         return None
     ((name, teacher),) = run.spec.teacher.items()
-    with rename_error_keys(f"teacher {name}", run.spec, run.config):
+    with rename_error_keys(Role("teacher", name), run.spec, run.config):
         spec = typed(teacher_config(run.config, run.spec, name, teacher))
         backbone, key = backbone_of(spec)
         torch.manual_seed(spec.seed)
@@ -258,7 +258,7 @@ def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple
         own.bind(student, teachers if online is None else [online])  # type: ignore[list-item]
         check_vocabularies(run, task, own, student, models.teaching)
         if meta and student_spec.init == "run":  # its stage may not be trained yet: use the shape that it will have
-            stage, stage_key = run.init_run.spec, "student.run" if "stage" in run.inputs else "method.before"
+            stage, stage_key = run.init_run.spec, "student.run" if run.inputs.stage else "method.before"
             stage_shape = student_config(stage.student, backbone_of(stage)[0], task.labels, stage_key, task.head)
             check_copy(student.config, stage_shape, student_spec, stage_key)
         student.notes, student.asides = notes, asides  # a surgery may have replaced the encoder
@@ -293,7 +293,7 @@ def initial_source(run: Run, spec: StudentSpec, meta: bool) -> tuple[str | None,
     if not run.spec.teacher:
         raise InputError("student.init_from=teacher needs a teacher, teacher=[] has none", "student.init_from")
     name = teachers_of(run.spec)[0]
-    teacher, teacher_run = run.spec.teacher[name], run.inputs.get(f"teacher {name}")
+    teacher, teacher_run = run.spec.teacher[name], run.inputs.teachers.get(name)
     key = f"teacher.{name}.{'backbone' if teacher.model is None else 'model'}"
     if teacher_run is None:
         return teacher.model or teacher.backbone, key  # the backbone is the start of a teacher that is trained online

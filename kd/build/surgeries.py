@@ -48,7 +48,7 @@ def apply_surgeries(run: Run, student: Encoder, texts: Sequence[str] | None) -> 
     """
     descriptions = []
     for name, surgery in surgeries(run.spec).items():
-        needed = run.inputs.get(f"surgery {name}")
+        needed = run.inputs.surgeries.get(name)
         folder = None if texts is None or needed is None else needed.student
         student, description = surgery(student, SurgeryInputs(texts, folder))
         descriptions += [description] if description else []
@@ -60,7 +60,7 @@ def vocabulary_key(run: Run) -> str | None:
     for name, node in run.spec.surgery.items():
         if surgery_class(name, node).changes_vocabulary:
             return "surgery"
-    stage = run.inputs.get("before", run.inputs.get("stage"))
+    stage = run.inputs.init
     return "student.run" if stage is not None and vocabulary_key(stage) is not None else None
 
 

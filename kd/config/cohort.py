@@ -131,7 +131,9 @@ def varied(student: StudentSpec, entry: object, changes: object) -> StudentSpec:
             "cohort.students",
         )
     try:
-        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(student), changes))
+        base = OmegaConf.structured(student)
+        OmegaConf.set_readonly(base, False)  # which it is because the dataclass is frozen
+        merged = OmegaConf.to_object(OmegaConf.merge(base, changes))
     except OmegaConfBaseException as error:
         raise InputError(f"cohort.students: '{entry}': {str(error).splitlines()[0]}", "cohort.students") from error
     assert isinstance(merged, StudentSpec)

@@ -16,7 +16,7 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kd.config.schema import RunSpec
+from kd.config.schema import RunSpec, TeacherSpec
 from kd.config.values import shown
 from kd.errors import InputError
 
@@ -361,7 +361,9 @@ def _typed_parts(values: dict[str, Any]) -> dict[str, Any]:
     keys = {name: (name, pickle.dumps(values[name]) if name in values else b"") for name in PARTS}
     new = [name for name, key in keys.items() if key not in _parts]
     if new:
-        merged: Any = OmegaConf.merge(_schema(), {name: value for name, value in values.items() if name in new})
+        teachers = values.get("teacher")
+        schema = _schema(tuple(teachers) if isinstance(teachers, dict) else ())
+        merged: Any = OmegaConf.merge(schema, {name: value for name, value in values.items() if name in new})
         for missing in sorted(OmegaConf.missing_keys(merged)):
             if missing.partition(".")[0] in new:
                 raise InputError(f"'{missing}' has no value", missing)
@@ -373,9 +375,19 @@ def _typed_parts(values: dict[str, Any]) -> dict[str, Any]:
     return {name: pickle.loads(_parts[key]) for name, key in keys.items()}
 
 
-@cache
-def _schema() -> DictConfig:
+@lru_cache(maxsize=64)
+def _schema(teachers: tuple[str, ...]) -> DictConfig:
+    """Return the structured configuration of a run with these teachers.
+
+    OmegaConf makes the nodes of frozen dataclasses read-only, and so no values could be merged into them.
+    """
     schema: DictConfig = OmegaConf.structured(RunSpec)
+    OmegaConf.set_readonly(schema, False)
+    parts = {name: hint for name, hint in typing.get_type_hints(RunSpec).items() if dataclasses.is_dataclass(hint)}
+    for parent, kinds in ((schema, parts), (schema.teacher, dict.fromkeys(teachers, TeacherSpec))):
+        for name, kind in kinds.items():
+            parent[name] = kind
+            OmegaConf.set_readonly(parent[name], False)
     return schema
 
 

@@ -12,7 +12,7 @@ from kd.errors import InputError
 from kd.system.hardware import PRECISIONS
 
 
-@dataclass
+@dataclass(frozen=True)
 class StudentSpec:
     """Architecture and initialisation of a student. Sizes that are None are those of the backbone."""
 
@@ -30,7 +30,7 @@ class StudentSpec:
     dropout: float | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class TeacherSpec:
     """A teacher: a trained classifier (`model`), or a `backbone` that a separate run fine-tunes first."""
 
@@ -40,7 +40,7 @@ class TeacherSpec:
     run: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class PoolSpec:
     """A pool of teachers: all are used, or the end of a chain, or a choice by a distribution."""
 
@@ -52,7 +52,7 @@ class PoolSpec:
     holdout: float = 0.1
 
 
-@dataclass
+@dataclass(frozen=True)
 class CohortSpec:
     """The students of a run, and whether they are trained together."""
 
@@ -62,7 +62,7 @@ class CohortSpec:
     peers: dict[str, Any] | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class TaskSpec:
     """A task: its data source, labels and metrics."""
 
@@ -89,7 +89,7 @@ class TaskSpec:
     columns: list[str] | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimizerSpec:
     """AdamW-style optimiser with a warm-up."""
 
@@ -101,7 +101,7 @@ class OptimizerSpec:
     warmup: float = 0.1
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainerSpec:
     """Duration, batches, hardware and checkpoints of training."""
 
@@ -124,7 +124,7 @@ class TrainerSpec:
     progress: str = "auto"
 
 
-@dataclass
+@dataclass(frozen=True)
 class PathsSpec:
     """Folders of runs and data; they do not change results."""
 
@@ -132,7 +132,7 @@ class PathsSpec:
     glue: str | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoggerSpec:
     """Optional logger beside the CSV file that every run writes."""
 
@@ -140,7 +140,7 @@ class LoggerSpec:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunSpec:
     """A whole configuration."""
 

@@ -91,8 +91,8 @@ def conclude(
         "ranks": distributed.world(),
         "lr": run.spec.optimizer.lr,
         "weights": run.spec.method.get("weights", {}),
-        "identity": {**run.digest_inputs, **({"before": run.inputs["before"].digest_inputs} if "before" in run.inputs else {})},
-        "inputs": {role: needed.name for role, needed in run.inputs.items()},
+        "identity": {**run.digest_inputs, **({"before": run.inputs.before.digest_inputs} if run.inputs.before else {})},
+        "inputs": {str(role): needed.name for role, needed in run.inputs},
         "versions": versions(),
         "hardware": hardware(),
         "git": git(),
@@ -143,7 +143,7 @@ def conclude(
 
 def seconds_before(run: Run) -> float:
     """Return the seconds of training of the first runs of this run's method (`method.before`)."""
-    first = run.inputs.get("before")
+    first = run.inputs.before
     if first is None or first.result is None:
         return 0.0
     return float(first.result["seconds"]["train"]) + float(first.result["seconds"].get("before", 0.0))

@@ -10,11 +10,12 @@ from kd.config.schema import RunSpec
 from kd.errors import InputError
 from kd.runs.identity import MACHINE_KEYS, NOT_IN_DIGEST
 from kd.runs.inputs import is_student
+from kd.runs.run import Role
 from kd.runs.stages import key_of_stage
 
 
 @contextmanager
-def rename_error_keys(role: str, spec: RunSpec, config: DictConfig) -> Iterator[None]:
+def rename_error_keys(role: Role, spec: RunSpec, config: DictConfig) -> Iterator[None]:
     """Let errors about an input's run name the key in the configuration of the run that needs it, which the user can change.
 
     Args:
@@ -29,18 +30,18 @@ def rename_error_keys(role: str, spec: RunSpec, config: DictConfig) -> Iterator[
         yield
     except InputError as error:
         key = key_for(role, spec, error.key, config)
-        if error.key and key in ("student.run", f"surgery.{role.removeprefix('surgery ')}.run") and key != error.key:
+        if error.key and key in ("student.run", f"surgery.{role.name}.run") and key != error.key:
             raise InputError(f"the run of {key}: {error.message} ({error.key})", key) from error
         raise InputError(error.message.replace(f"{error.key}=", f"{key}="), key) from error
 
 
-def key_for(role: str, spec: RunSpec, key: str | None, config: DictConfig | None = None) -> str | None:
+def key_for(role: Role, spec: RunSpec, key: str | None, config: DictConfig | None = None) -> str | None:
     """Return the key in the configuration of a run that sets a key of one of its inputs.
 
-    >>> key_for("teacher minilm", RunSpec(teacher={"minilm": TeacherSpec()}), "optimizer.lr")
+    >>> key_for(Role("teacher", "minilm"), RunSpec(teacher={"minilm": TeacherSpec()}), "optimizer.lr")
     'teacher.minilm.run.optimizer.lr'
     """
-    kind, _, name = role.partition(" ")
+    kind, name = role.kind, str(role.name)
     if key is not None and kind in ("stage", "surgery") and config is not None:
         return key_of_stage(config, "student.run" if kind == "stage" else f"surgery.{name}.run", key)
     if key is None or kind not in ("teacher", "pilot", "before"):

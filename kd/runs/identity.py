@@ -11,7 +11,7 @@ from kd.config.schema import RunSpec
 from kd.config.values import has, locate, one_line, shown
 from kd.data.sources import Source, as_names
 from kd.errors import InputError
-from kd.runs.run import Run
+from kd.runs.run import RunInputs
 from kd.system.model_sources import fingerprint
 
 DIGEST_FORMAT = 2
@@ -74,7 +74,7 @@ def source_of(spec: RunSpec) -> Source:
     return source  # type: ignore[no-any-return]
 
 
-def digest_inputs(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
+def digest_inputs(spec: RunSpec, inputs: RunInputs) -> dict[str, Any]:
     """Return the values that the digest is computed from: everything that changes the result, and nothing else.
 
     Raises:
@@ -113,7 +113,7 @@ def digest_inputs(spec: RunSpec, inputs: Mapping[str, Run]) -> dict[str, Any]:
             for name, teacher in spec.teacher.items()
         ],
         **({"surgery": surgeries} if surgeries else {}),
-        "inputs": {role: run.digest for role, run in inputs.items()},
+        "inputs": {str(role): run.digest for role, run in inputs},
         "pool": pool_identity(spec),
         "cohort": cohort_identity(spec),
         "task": {key: value for key, value in task.items() if key not in PATH_KEYS},

@@ -12,7 +12,7 @@ from kd.config.pool import RANKED, teachers_of
 from kd.config.schema import PoolSpec, RunSpec, TeacherSpec
 from kd.errors import InputError
 from kd.runs.identity import MACHINE_KEYS, NOT_IN_DIGEST, backbone_of
-from kd.runs.run import Run
+from kd.runs.run import Role, Run
 from kd.runs.stages import laid_over, without
 
 
@@ -32,13 +32,13 @@ def needs_fine_tuning(name: str, teacher: TeacherSpec) -> bool:
 
 def teacher_source(run: Run, name: str) -> tuple[str, str]:
     """Return the source of a frozen teacher's weights, its run's student or a ready classifier, and the key that sets it."""
-    teacher_run = run.inputs.get(f"teacher {name}")
+    teacher_run = run.inputs.teachers.get(name)
     if teacher_run is None:
         return str(run.spec.teacher[name].model), f"teacher.{name}.model"
     return str(teacher_run.student), f"teacher.{name}.backbone"
 
 
-def teacher_configs(config: DictConfig, spec: RunSpec) -> Iterator[tuple[str, DictConfig]]:
+def teacher_configs(config: DictConfig, spec: RunSpec) -> Iterator[tuple[Role, DictConfig]]:
     """Yield role and configuration of every run that trains or ranks a teacher."""
     if spec.cohort.teacher == "online":
         return
@@ -46,7 +46,7 @@ def teacher_configs(config: DictConfig, spec: RunSpec) -> Iterator[tuple[str, Di
         teacher = spec.teacher[name]
         if needs_fine_tuning(name, teacher):
             tuned = teacher_config(config, spec, name, teacher)
-            yield f"teacher {name}", link_config(config, spec, tuned) if spec.pool.chain else tuned
+            yield Role("teacher", name), link_config(config, spec, tuned) if spec.pool.chain else tuned
     if spec.pool.wrapper is not None and spec.pool.distribution in RANKED:
         for name, teacher in spec.teacher.items():
             of_student = spec.pool.distribution == "student_rank"
@@ -54,22 +54,21 @@ def teacher_configs(config: DictConfig, spec: RunSpec) -> Iterator[tuple[str, Di
             OmegaConf.update(pilot, "task.holdout", spec.pool.holdout, force_add=True)
             if of_student:  # all pilots train the same student
                 OmegaConf.update(pilot, "student.backbone", backbone_of(spec)[0], force_add=True)
-            yield f"pilot {name}", pilot
+            yield Role("pilot", name), pilot
 
 
-def is_student(role: str, spec: RunSpec) -> bool:
+def is_student(role: Role, spec: RunSpec) -> bool:
     """Return whether an input is a pilot that trains this run's student with one teacher, and so has this run's keys."""
-    return role.startswith("pilot ") and spec.pool.distribution == "student_rank"
+    return role.kind == "pilot" and spec.pool.distribution == "student_rank"
 
 
-def pilot_overrides(role: str, spec: RunSpec, overrides: Sequence[str]) -> list[str]:
+def pilot_overrides(role: Role, spec: RunSpec, overrides: Sequence[str]) -> list[str]:
     """Return the overrides that would compose a pilot of the student, for its stages; an empty list for other inputs."""
     if not is_student(role, spec):
         return []
-    name = role.removeprefix("pilot ")
-    others = [f"teacher.{other}." for other in spec.teacher if other != name]
+    others = [f"teacher.{other}." for other in spec.teacher if other != role.name]
     remaining = without(overrides, ["pool=", "pool.", "teacher=", *others])
-    return [*remaining, "pool=none", f"teacher=[{name}]", f"++task.holdout={spec.pool.holdout}"]
+    return [*remaining, "pool=none", f"teacher=[{role.name}]", f"++task.holdout={spec.pool.holdout}"]
 
 
 def link_config(parent: DictConfig, spec: RunSpec, last: DictConfig) -> DictConfig:

@@ -1,6 +1,6 @@
 """A run from its configuration, with the runs that it needs first. Nothing is trained, loaded or written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,17 +9,17 @@ from omegaconf import DictConfig
 from kd.config import compose as composition
 from kd.config.cohort import check_cohort
 from kd.config.pool import check_pool
-from kd.config.schema import check_values
+from kd.config.schema import RunSpec, check_values
 from kd.runs.digest import digest_of
 from kd.runs.error_keys import rename_error_keys
 from kd.runs.identity import digest_inputs
 from kd.runs.inputs import pilot_overrides, teacher_config, teacher_configs
-from kd.runs.run import Run
+from kd.runs.run import Role, Run, RunInputs
 from kd.runs.stages import before_config, stage_config
 from kd.system.hardware import resolve_precision
 
 
-def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teaching: Mapping[str, Run] | None = None) -> Run:
+def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teaching: RunInputs | None = None) -> Run:
     """Return the run of a configuration, with the runs that it needs. Nothing is trained, loaded or written.
 
     Args:
@@ -33,35 +33,44 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teac
     """
     spec = composition.typed(config)
     check_values(spec)
-    spec.trainer.precision = resolve_precision(spec.trainer.precision, spec.trainer.accelerator)
+    precision = resolve_precision(spec.trainer.precision, spec.trainer.accelerator)
+    spec = replace(spec, trainer=replace(spec.trainer, precision=precision))
     check_cohort(spec)
     check_pool(spec)
-    inputs = dict(teaching or {})
-    for role, needed in teacher_configs(config, spec) if teaching is None else ():
-        with rename_error_keys(role, spec, config):
-            inputs[role] = plan(needed, pilot_overrides(role, spec, overrides), depth)
+    inputs = teachers_of_run(config, spec, overrides, depth) if teaching is None else teaching
     if (before := spec.method.get("before")) is not None:
         first = before_config(config)
-        with rename_error_keys("before", spec, config):
-            inputs["before"] = plan(first, overrides, depth, inputs)
-        spec.student = replace(spec.student, init="run", run={"name": before["name"]})
+        with rename_error_keys(Role("before"), spec, config):
+            inputs = replace(inputs, before=plan(first, overrides, depth, inputs))
+        spec = replace(spec, student=replace(spec.student, init="run", run={"name": before["name"]}))
     elif spec.student.init == "run":
         stage = stage_config(spec.student.run, "student.run", overrides, depth, config)
-        with rename_error_keys("stage", spec, config):
-            inputs["stage"] = plan(*stage, depth + 1)
+        with rename_error_keys(Role("stage"), spec, config):
+            inputs = replace(inputs, stage=plan(*stage, depth + 1))
+    surgeries = {}
     for name, surgery in spec.surgery.items():
         if surgery.get("run") is not None:
             stage = stage_config(surgery["run"], f"surgery.{name}.run", overrides, depth, config)
-            with rename_error_keys(f"surgery {name}", spec, config):
-                inputs[f"surgery {name}"] = plan(*stage, depth + 1)
+            with rename_error_keys(Role("surgery", name), spec, config):
+                surgeries[name] = plan(*stage, depth + 1)
+    inputs = replace(inputs, surgeries=surgeries)
     identified = digest_inputs(spec, inputs)
     if spec.cohort.teacher == "online":  # it has no run of its own: its shape and initial weights enter this digest
         ((name, teacher),) = spec.teacher.items()
-        with rename_error_keys(f"teacher {name}", spec, config):
+        with rename_error_keys(Role("teacher", name), spec, config):
             online = composition.typed(teacher_config(config, spec, name, teacher))
             check_values(online)
-        own = digest_inputs(online, {})
+        own = digest_inputs(online, RunInputs())
         identified["online"] = {key: own[key] for key in ("student", "seed")}
     digest = digest_of(identified)
     name = f"{spec.method['name']}-{spec.student.name}-{spec.task.name}-s{spec.seed}-{digest}"
     return Run(config, spec, digest, Path(spec.paths.runs).expanduser() / name, inputs, identified)
+
+
+def teachers_of_run(config: DictConfig, spec: RunSpec, overrides: Sequence[str], depth: int) -> RunInputs:
+    """Return the runs that train and rank the teachers of a run; arguments as for `plan`."""
+    runs: dict[str, dict[str, Run]] = {"teacher": {}, "pilot": {}}
+    for role, needed in teacher_configs(config, spec):
+        with rename_error_keys(role, spec, config):
+            runs[role.kind][str(role.name)] = plan(needed, pilot_overrides(role, spec, overrides), depth)
+    return RunInputs(runs["teacher"], runs["pilot"])

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -23,7 +23,61 @@ RECORD: Mapping[str, type | tuple[type, ...]] = {
 """Keys that every record of a finished run has, and their types: other parts of the program read them."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class Role:
+    """The part that a needed run plays in the run that needs it.
+
+    Attributes:
+        kind: `teacher`: trains a teacher; `pilot`: ranks a teacher; `before`: is the first run of a method; `stage`: trains the
+            model that the student starts from; `surgery`: trains the model that a surgery reads.
+        name: name of the teacher or of the surgery; None for the other kinds.
+    """
+
+    kind: Literal["teacher", "pilot", "before", "stage", "surgery"]
+    name: str | None = None
+
+    def __str__(self) -> str:
+        return self.kind if self.name is None else f"{self.kind} {self.name}"
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """The runs that a run needs first.
+
+    Attributes:
+        teachers: name of a teacher -> the run that trains it.
+        pilots: name of a teacher -> the run that ranks it.
+        before: the first run of the method.
+        stage: the run whose student this run's student starts from.
+        surgeries: name of a surgery -> the run whose model it reads.
+    """
+
+    teachers: Mapping[str, "Run"] = field(default_factory=dict)
+    pilots: Mapping[str, "Run"] = field(default_factory=dict)
+    before: "Run | None" = None
+    stage: "Run | None" = None
+    surgeries: Mapping[str, "Run"] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[tuple[Role, "Run"]]:
+        """Yield each needed run with its role, in the order in which they are executed."""
+        yield from ((Role("teacher", name), run) for name, run in self.teachers.items())
+        yield from ((Role("pilot", name), run) for name, run in self.pilots.items())
+        if self.before is not None:
+            yield Role("before"), self.before
+        if self.stage is not None:
+            yield Role("stage"), self.stage
+        yield from ((Role("surgery", name), run) for name, run in self.surgeries.items())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    @property
+    def init(self) -> "Run | None":
+        """The run whose student this run's student starts from: the first run of its method, or its stage."""
+        return self.before or self.stage
+
+
+@dataclass(frozen=True)
 class Run:
     """One run: its configuration, its directory, and the runs that it needs first.
 
@@ -32,7 +86,7 @@ class Run:
         spec: the same configuration, typed.
         digest: digest of everything that changes the result; see `digest_of`.
         directory: directory of the run.
-        inputs: role -> run; a role is `teacher <name>`, `pilot <name>`, `stage`, `before`, or `surgery <name>`.
+        inputs: the runs that it needs first.
         digest_inputs: the values that the digest is computed from.
     """
 
@@ -40,7 +94,7 @@ class Run:
     spec: RunSpec
     digest: str
     directory: Path
-    inputs: dict[str, "Run"] = field(default_factory=dict)
+    inputs: RunInputs = field(default_factory=RunInputs)
     digest_inputs: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -52,9 +106,9 @@ class Run:
     def family(self) -> str:
         """Digest of everything but the seed: runs with the same family may be averaged."""
         inputs = dict(self.digest_inputs.get("inputs", {}))
-        for role, needed in self.inputs.items():
-            if not role.startswith("teacher "):  # stages and pilots have the seed of the run that needs them
-                inputs[role] = needed.family
+        for role, needed in self.inputs:
+            if role.kind != "teacher":  # stages and pilots have the seed of the run that needs them
+                inputs[str(role)] = needed.family
         # A method's option that interpolates the seed, as `draw_seed: ${seed}`, is left out as well.
         seeds = {name for name, value in self.config.method.items_ex(resolve=False) if value == "${seed}"}
         method = {name: value for name, value in self.digest_inputs["method"].items() if name not in seeds}
@@ -100,8 +154,10 @@ class Run:
 
     @property
     def init_run(self) -> "Run":
-        """The run whose student this run's student starts from: its stage, or the first run of its method."""
-        return self.inputs["before"] if "before" in self.inputs else self.inputs["stage"]
+        """The run whose student this run's student starts from, which it must have."""
+        run = self.inputs.init
+        assert run is not None, "student.init=run without such a run is refused when the run is planned"
+        return run
 
     @property
     def checkpoints(self) -> Path:

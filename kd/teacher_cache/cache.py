@@ -131,7 +131,7 @@ def cached(
 
 def folder_of(run: Run, teacher: FrozenTeacher) -> Path:
     """Return the folder of a teacher's cache: in its run, or in `.teachers` beside the runs if no run trained it."""
-    teacher_run = run.inputs.get(f"teacher {teacher.name}")
+    teacher_run = run.inputs.teachers.get(teacher.name)
     if teacher_run is not None:
         return teacher_run.directory / "cache"
     return Path(run.spec.paths.runs).expanduser() / ".teachers" / digest_of({"weights": weights_of(run, teacher)})

@@ -45,7 +45,7 @@ def execute(run: Run, purpose: str = "", *, first: bool = True) -> dict[str, Any
         result, damage = distributed.on_rank_zero(state)  # another process may have finished it while this one waited
         if result is not None and damage is None:
             return result
-        for role, needed in run.inputs.items():
+        for role, needed in run.inputs:
             with rename_error_keys(role, run.spec, run.config):
                 execute(needed, f"{role}: {needed.name}", first=False)
         from kd.training.fit import export_again, fit
@@ -88,7 +88,7 @@ def check_all(run: Run, known: dict[str, Any] | None = None) -> None:
         known[text] = build_examples(run)
     check_logger(run.spec.logger.extra)
     check_run(run, known[text])
-    for role, needed in run.inputs.items():
+    for role, needed in run.inputs:
         if needed.result is None:
             with rename_error_keys(role, run.spec, run.config):
                 check_all(needed, known)
@@ -129,9 +129,9 @@ def check_launch(run: Run, key: str = "trainer.batch_size") -> None:
             f"trainer.batch_size={trainer.batch_size} is the batch over all ranks; {distributed.world()} do not divide it",
             key,
         )
-    for role, needed in run.inputs.items():
+    for role, needed in run.inputs:
         with rename_error_keys(role, run.spec, run.config):
-            check_launch(needed, "student.run" if role == "stage" else "trainer.batch_size")
+            check_launch(needed, "student.run" if role.kind == "stage" else "trainer.batch_size")
 
 
 def check_ranks(run: Run) -> None:

@@ -135,7 +135,7 @@ def gained(value: float, chance: float, metric: str) -> float:
 def teacher_score(run: Run, engine: Engine, data: KDDataModule, index: int, metric: str) -> float | None:
     """Return a teacher's validation metric: from the record of its run, or else computed on `LOOK` examples."""
     teacher = engine.teachers[index]
-    teacher_run = run.inputs.get(f"teacher {teacher.name}")
+    teacher_run = run.inputs.teachers.get(teacher.name)
     if teacher_run is not None and teacher_run.result is not None:
         recorded: float | None = teacher_run.result["metrics"]["validation"][metric]
         return recorded

@@ -132,7 +132,7 @@ def test_of_a_method_with_two_runs_the_first_is_measured(small: Small, tmp_path:
     assert found["method"] == "tinybert_layers"
     assert "tinybert_layers" in found["candidates"]["live"]["label"]
     assert found["candidates"]["finetune"]["overrides"] == FINETUNE.overrides(asked)
-    first = planned(asked).inputs["before"]
+    first = planned(asked).inputs.before
     prepared = prepare(Job(LIVE, tuple(LIVE.overrides(asked)), 1, 2, tmp_path))
     assert prepared.run.spec.method["name"] == "tinybert_layers"
     assert prepared.run.spec.optimizer.schedule == first.spec.optimizer.schedule == "constant"

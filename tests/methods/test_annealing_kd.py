@@ -95,12 +95,12 @@ def test_the_error_reaches_the_command_before_anything_is_trained(small: Small) 
     with pytest.raises(InputError, match=r"2 epochs cannot be divided into; take .* 3 epochs") as error:
         execute.execute(run)
     assert error.value.key == "method.before.tau_max"
-    assert not any(needed.directory.is_dir() and needed.result is None for needed in run.inputs.values())
+    assert not any(needed.directory.is_dir() and needed.result is None for _, needed in run.inputs)
 
 
 def test_phase_two_begins_from_phase_one_and_does_not_hear_the_teacher(small: Small) -> None:
     run, result = made(small(*SHORT))
-    first = run.inputs["before"]
+    first = run.inputs.before
     assert first.result is not None
     assert first.result["weights"] == {"logits": 1.0}
     assert (first.result["epochs"], result["epochs"]) == (2, 1)

@@ -418,7 +418,7 @@ def test_run_that_was_stopped_goes_on_with_its_masses_and_its_plan_is_in_the_bes
 ) -> None:
     unbroken, result = made(small(*RUN))
     run = planned(small(*RUN, f"paths.runs={tmp_path}", "trainer.checkpoint_minutes=0"))
-    for needed in unbroken.inputs.values():
+    for _, needed in unbroken.inputs:
         (tmp_path / needed.name).symlink_to(needed.directory)
     broken_off(run, 8, monkeypatch)
     assert execute.execute(run)["metrics"] == result["metrics"]
@@ -439,7 +439,7 @@ def test_run_that_was_stopped_goes_on_with_its_masses_and_its_plan_is_in_the_bes
 def test_run_of_two_ranks_has_the_plan_and_the_masses_of_one(small: Small, tmp_path: Path) -> None:
     more = (*RUN, "student.dropout=0", "trainer.batch_size=14")  # the last batch of an epoch is shared unevenly
     one, _ = made(small(*more))
-    for needed in one.inputs.values():
+    for _, needed in one.inputs:
         shutil.copytree(needed.directory, tmp_path / needed.name, ignore=shutil.ignore_patterns("cache"))
     arguments = small(*more, f"paths.runs={tmp_path}", "trainer=ddp", "trainer.accelerator=cpu")
     torchrun(arguments)

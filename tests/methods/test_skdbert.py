@@ -217,7 +217,7 @@ def test_a_run_that_was_stopped_draws_the_same_teachers_as_an_unbroken_one(
 ) -> None:
     unbroken, result = made(words)
     run = planned([*words, f"paths.runs={tmp_path}", "trainer.checkpoint_minutes=0"])
-    for needed in unbroken.inputs.values():
+    for _, needed in unbroken.inputs:
         (tmp_path / needed.name).symlink_to(needed.directory)
     broken_off(run, 8, monkeypatch)
     again = execute.execute(run)
