@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from kd.forward.kinds import KIND_OF, Layer, split_name, tensor_name
 from kd.forward.needs import Needs
 from kd.functional.hidden import at_least_float32
 
@@ -38,8 +39,9 @@ class Outputs:
         mask: (batch, tokens), bool, False on padding.
         needs: the declaration that the pass ran with.
         heads: attention heads of the model.
-        tensors: `kind -> layer -> (batch, tokens, width)` for kind in hidden, query, key, value; (batch, width) for cls and
-            pooled, whose layer is empty; (batch, tokens, any number) for derived, with names in place of layers.
+        tensors: `tensor -> layer -> (batch, tokens, width)` for hidden, query, key and value; (batch, width) for cls and
+            pooled, whose layer is None; (batch, tokens, any number) for derived, with names in place of layers. The tensors
+            of each kind are those of `kd.forward.kinds.KINDS`.
         score_bias: (1 or batch, heads, tokens, tokens) added to the attention scores, for relative positions; or None.
     """
 
@@ -47,41 +49,52 @@ class Outputs:
     mask: Tensor
     needs: Needs = field(default_factory=Needs)
     heads: int = 1
-    tensors: Mapping[str, Mapping[int | str, Tensor]] = field(default_factory=dict)
+    tensors: Mapping[str, Mapping[Layer, Tensor]] = field(default_factory=dict)
     score_bias: Callable[[], Tensor] | None = None
 
-    def hidden(self, layer: int) -> Tensor:
-        """Return the hidden states of a layer, (batch, tokens, width). Padding is not masked.
+    def read(self, tensor: str, layer: Layer = None) -> Tensor:
+        """Return a tensor of a layer.
+
+        Args:
+            tensor: a name in `kd.forward.kinds.KIND_OF`.
+            layer: layer, or name of a derived tensor; None for a tensor that belongs to no layer.
 
         Raises:
-            UndeclaredRead: if `needs` did not declare the layer; so do the other accessors.
+            UndeclaredRead: if `needs` did not declare it; so do the accessors below.
         """
-        return self._take("hidden", "hidden", layer)
+        if layer not in self.needs.layers(KIND_OF[tensor]):
+            what = tensor if layer is None else f"{tensor} of layer {layer}"
+            raise UndeclaredRead(f"{what} was read, but needs() declares only: {self.needs}")
+        return self.tensors[tensor][layer]
+
+    def hidden(self, layer: int) -> Tensor:
+        """Return the hidden states of a layer, (batch, tokens, width). Padding is not masked."""
+        return self.read("hidden", layer)
 
     def cls(self, layer: int) -> Tensor:
         """Return the first token's hidden state of a layer, (batch, width); `Needs.cls` declares it."""
-        return self._take("cls", "cls", layer)
+        return self.read("cls", layer)
 
     @property
     def pooled(self) -> Tensor:
         """Input of the last linear layer, (batch, width); `Needs.pooled` declares it."""
-        return self._take("pooled", "pooled", "")
+        return self.read("pooled")
 
     def derived(self, name: str) -> Tensor:
         """Return the tensor that `Needs.derived` computes under this name, (batch, tokens, any number), without a gradient."""
-        return self._take("derived", "derived", name)
+        return self.read("derived", name)
 
     def query(self, layer: int) -> Tensor:
-        """Return the queries of a layer, (batch, tokens, width)."""
-        return self._take("attention", "query", layer)
+        """Return the queries of a layer, (batch, tokens, width); `Needs.attention` declares them."""
+        return self.read("query", layer)
 
     def key(self, layer: int) -> Tensor:
-        """Return the keys of a layer, (batch, tokens, width)."""
-        return self._take("attention", "key", layer)
+        """Return the keys of a layer, (batch, tokens, width); `Needs.attention` declares them."""
+        return self.read("key", layer)
 
     def value(self, layer: int) -> Tensor:
         """Return the values of a layer, (batch, tokens, width)."""
-        return self._take("value", "value", layer)
+        return self.read("value", layer)
 
     def scores(self, layer: int) -> Tensor:
         """Return attention scores before softmax and before the padding mask, (batch, heads, tokens, tokens)."""
@@ -104,20 +117,18 @@ class Outputs:
 
         Source: Wang et al., MiniLMv2, Findings of ACL 2021, arXiv:2012.15828, section 3.1.
         """
-        states = _heads({"query": self.query, "key": self.key, "value": self.value}[kind](layer), heads)
+        states = _heads(self.read(kind, layer), heads)
         return _products(states, states)
 
     def detached(self) -> "Outputs":
         """Return the same outputs with every tensor detached."""
-        tensors = {kind: {layer: t.detach() for layer, t in layers.items()} for kind, layers in self.tensors.items()}
+        tensors = {name: {layer: t.detach() for layer, t in layers.items()} for name, layers in self.tensors.items()}
         return replace(self, logits=self.logits.detach(), tensors=tensors)
 
     def named(self) -> dict[str, Tensor]:
         """Return every tensor by its name, as in `Needs.tensors`."""
         tensors = {
-            f"{kind}-{layer}".removesuffix("-"): tensor
-            for kind, layers in self.tensors.items()
-            for layer, tensor in layers.items()
+            tensor_name(name, layer): tensor for name, layers in self.tensors.items() for layer, tensor in layers.items()
         }
         return {"logits": self.logits, **tensors}
 
@@ -130,18 +141,12 @@ class Outputs:
         """
         if absent := [name for name in needs.tensors if name not in named]:
             raise UndeclaredRead(f"{absent[0]} is not among what is there: {', '.join(named)}")
-        tensors: dict[str, dict[int | str, Tensor]] = {}
+        tensors: dict[str, dict[Layer, Tensor]] = {}
         for name in needs.tensors[1:]:
-            kind, _, layer = name.partition("-")
-            tensors.setdefault(kind, {})[int(layer) if layer.isdigit() else layer] = named[name]
+            tensor, layer = split_name(name)
+            tensors.setdefault(tensor, {})[layer] = named[name]
         return cls(named["logits"], mask, needs, heads, tensors)
 
     def with_logits(self, logits: Tensor) -> "Outputs":
         """Return the same outputs with other logits, (batch, classes)."""
         return replace(self, logits=logits)
-
-    def _take(self, declared: str, kind: str, layer: int | str) -> Tensor:
-        there = getattr(self.needs, declared)
-        if not (there if isinstance(there, bool) else layer in there):
-            raise UndeclaredRead(f"{kind} of layer {layer} was read, but needs() declares only: {self.needs}")
-        return self.tensors[kind][layer]

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kd.errors import one_of
+from kd.forward.kinds import KINDS, Layer
 from kd.forward.needs import Needs
 
 
@@ -122,7 +123,7 @@ def _first(output: Any) -> Tensor:
 @contextmanager
 def record(
     base: nn.Module, family: Family, needs: Needs, embedded: Tensor | None = None
-) -> Iterator[dict[str, dict[int | str, Tensor]]]:
+) -> Iterator[dict[str, dict[Layer, Tensor]]]:
     """Record the tensors that `needs` declares while the base model runs once inside this context.
 
     Layers are counted by calls, not by modules, so that a block shared by several layers is recorded at the right one.
@@ -134,10 +135,18 @@ def record(
         embedded: (batch, tokens, width), replaces the output of the embeddings.
 
     Yields:
-        `kind -> layer -> (batch, tokens, width)`, filled as the model runs.
+        `tensor -> layer -> (batch, tokens, width)`, or (batch, width) for `cls`, filled as the model runs.
     """
-    seen: dict[str, dict[int | str, Tensor]] = {"hidden": {}, "cls": {}, "query": {}, "key": {}, "value": {}}
+    layered = {name: kind for name, kind in KINDS.items() if kind.lowest is not None}
+    declared = {name: needs.layers(name) for name in layered}
+    seen: dict[str, dict[Layer, Tensor]] = {tensor: {} for kind in layered.values() for tensor in kind.tensors}
     layer = 0
+
+    def keep_states(states: Tensor) -> None:
+        for name, kind in layered.items():
+            if kind.of_states is not None and layer in declared[name]:
+                (tensor,) = kind.tensors
+                seen[tensor][layer] = kind.of_states(states)
 
     def keep_embeddings(_: nn.Module, __: Any, output: Any) -> Any:
         nonlocal layer
@@ -147,28 +156,22 @@ def record(
         fresh = needs.gradient and not states.requires_grad
         if fresh:
             states = states.detach().requires_grad_()
-        if 0 in needs.hidden:
-            seen["hidden"][0] = states
-        if 0 in needs.cls:
-            seen["cls"][0] = states[:, 0]
+        keep_states(states)
         return states if fresh or embedded is not None else None
 
     def keep_block(_: nn.Module, __: Any, output: Any) -> None:
         nonlocal layer
         layer += 1
-        if layer in needs.hidden:
-            seen["hidden"][layer] = _first(output)
-        if layer in needs.cls:
-            seen["cls"][layer] = _first(output)[:, 0]
+        keep_states(_first(output))
 
-    def keep_projection(kind: str, layers: frozenset[int]) -> Callable[[nn.Module, Any, Any], None]:
+    def keep_projection(tensor: str, layers: frozenset[int]) -> Callable[[nn.Module, Any, Any], None]:
         def keep(_: nn.Module, __: Any, output: Any) -> None:
             if layer + 1 in layers:
-                seen[kind][layer + 1] = _first(output)
+                seen[tensor][layer + 1] = _first(output)
 
         return keep
 
-    if needs.deepest() == 0 and not needs.hidden | needs.cls and embedded is None:
+    if embedded is None and not any(declared.values()):
         yield seen
         return
     with ExitStack() as stack:
@@ -179,9 +182,8 @@ def record(
         hook(base.get_submodule(family.embeddings), keep_embeddings)
         for block in dict.fromkeys(base.get_submodule(family.blocks).children()):
             hook(block, keep_block)
-            if needs.attention:
-                hook(block.get_submodule(family.query), keep_projection("query", needs.attention))
-                hook(block.get_submodule(family.key), keep_projection("key", needs.attention))
-            if needs.value:
-                hook(block.get_submodule(family.value), keep_projection("value", needs.value))
+            for name, kind in layered.items():
+                if kind.inside_blocks and declared[name]:
+                    for tensor in kind.tensors:
+                        hook(block.get_submodule(getattr(family, tensor)), keep_projection(tensor, declared[name]))
         yield seen

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kd.data.tokenized import AnyTokenizer, save_tokenizer
+from kd.forward.kinds import Layer
 from kd.forward.lazy import Inputs
 from kd.forward.needs import Needs
 from kd.forward.outputs import Outputs
@@ -86,9 +87,9 @@ class Encoder(nn.Module):
             raise ValueError(f"needs declare layer {needs.deepest()} of a model with {self.depth} layers: {needs}")
         arguments = {name: inputs[name] for name in self.family.inputs if name in inputs}
         embedded = inputs.get("embedded")
-        more: dict[str, dict[int | str, Tensor]] = {}
+        more: dict[str, dict[Layer, Tensor]] = {}
         with record(self.base, self.family, needs, embedded) as recorded, self._pooled_in(more, needs):
-            if self.compiled and embedded is None and not (needs.gradient or needs.attention or needs.value):
+            if self.compiled and embedded is None and not (needs.gradient or needs.inside_blocks):
                 with compiled_blocks(self.base.get_submodule(self.family.blocks).children()):
                     logits = self._logits(arguments, inputs.get("predicted"))
             elif needs.gradient:
@@ -128,13 +129,13 @@ class Encoder(nn.Module):
         setattr(owner, name, module)
 
     @contextlib.contextmanager
-    def _pooled_in(self, seen: dict[str, dict[int | str, Tensor]], needs: Needs) -> Iterator[None]:
+    def _pooled_in(self, seen: dict[str, dict[Layer, Tensor]], needs: Needs) -> Iterator[None]:
         if not needs.pooled:
             yield
             return
 
         def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            seen["pooled"] = {"": arguments[0]}
+            seen["pooled"] = {None: arguments[0]}
 
         hook = self.outputs.register_forward_pre_hook(keep)
         try:

@@ -89,7 +89,7 @@ def reason_to_run(run: Run, data: "KDDataModule", teacher: FrozenTeacher, needs:
         return "the commit of its weights on the hub is unknown"
     if needs is None:
         return None
-    if needs.uncacheable_reason:
+    if needs.uncacheable_reason is not None:
         return needs.uncacheable_reason
     if needs.gradient:
         return "the method takes gradients through it"

@@ -18,10 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kd.forward.kinds import by_token
 from kd.system.files import write_text
-
-TOKEN_KINDS = ("hidden", "query", "key", "value", "derived")
-"""Kinds of tensors with a row for every token; the others have one for every example."""
 
 RAW: Mapping[torch.dtype, type] = {
     torch.float64: np.float64,
@@ -35,11 +33,6 @@ RELEASE = 8
 """Number of reads after which memory-mapped pages are released."""
 CHUNK = 1 << 24
 """Number of bytes read at a time for a checksum."""
-
-
-def by_token(name: str) -> bool:
-    """Return whether a tensor has a row for every token."""
-    return name.partition("-")[0] in TOKEN_KINDS
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from kd.data.tasks import Classification
 from kd.engines.base import Engine, Loss
 from kd.engines.optimizer import OptimizerFactory
 from kd.forward import Outputs
+from kd.forward.kinds import tensor_name
 from kd.methods.base import needs_of_teachers
 from kd.models import CachedTeacher, Encoder, FrozenTeacher
 from kd.runs.stages import before_config
@@ -222,16 +223,14 @@ class Recorded:
 
     def __init__(self, monkeypatch: Any) -> None:
         self.reads: list[tuple[Outputs, str]] = []  # outputs are kept, so that no two share an address
-        for kind in ("hidden", "cls", "derived", "query", "key", "value"):
-            monkeypatch.setattr(Outputs, kind, self.reader(kind, getattr(Outputs, kind)))
-        monkeypatch.setattr(Outputs, "pooled", property(self.reader("pooled", Outputs.pooled.fget)))
+        monkeypatch.setattr(Outputs, "read", self.reader(Outputs.read))
 
-    def reader(self, kind: str, original: Any) -> Any:
-        """One of the readers of `Outputs`, which notes what it reads."""
+    def reader(self, original: Any) -> Any:
+        """`Outputs.read`, which every accessor calls, noting what it reads."""
 
-        def read(outputs: Outputs, *layer: int | str) -> torch.Tensor:
-            self.reads.append((outputs, "-".join([kind, *map(str, layer)])))
-            return original(outputs, *layer)
+        def read(outputs: Outputs, tensor: str, layer: int | str | None = None) -> torch.Tensor:
+            self.reads.append((outputs, tensor_name(tensor, layer)))
+            return original(outputs, tensor, layer)
 
         return read
 

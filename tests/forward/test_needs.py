@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from kd.forward import Forward, Needs, Outputs, UndeclaredRead
+from kd.forward import Forward, Needs, Outputs, Tap, UndeclaredRead
+from kd.forward.kinds import KINDS, by_token, split_name, tensor_name
 
 READS = {
     "hidden": lambda outputs, layer: outputs.hidden(layer),
@@ -68,6 +69,60 @@ def test_needs_say_what_they_declare() -> None:
 def test_a_layer_that_no_model_has_cannot_be_declared(layers: dict[str, list[int]]) -> None:
     with pytest.raises(ValueError, match="layer"):
         Needs(**layers)
+
+
+def double(model: object, inputs: object) -> torch.Tensor:
+    """A function that derives a tensor; it is not called."""
+    raise NotImplementedError
+
+
+EVERYTHING = Needs(hidden=[10, 2], cls=[1], attention=[3, 1], value=[2], pooled=True, derived={"b-1": double, "a": double})
+
+
+def test_needs_are_a_set_of_taps() -> None:
+    assert EVERYTHING.taps == {
+        *(Tap("hidden", layer) for layer in (2, 10)),
+        Tap("cls", 1),
+        *(Tap("attention", layer) for layer in (1, 3)),
+        Tap("value", 2),
+        Tap("pooled"),
+        *(Tap("derived", name) for name in ("a", "b-1")),
+    }
+    assert Needs(taps=EVERYTHING.taps) == EVERYTHING
+    assert EVERYTHING.derived == {"a": double, "b-1": double}
+    assert (EVERYTHING | Needs()).derived == EVERYTHING.derived
+
+
+def test_tensors_have_the_order_of_the_table_and_then_of_the_layers() -> None:
+    assert EVERYTHING.tensors == (
+        "logits pooled hidden-2 hidden-10 cls-1 query-1 query-3 key-1 key-3 value-2 derived-a derived-b-1".split()
+    )
+    assert str(EVERYTHING) == "hidden=[2, 10], cls=[1], attention=[1, 3], value=[2], derived=['a', 'b-1'], pooled"
+
+
+def test_names_of_tensors_are_split_into_what_they_were_joined_from() -> None:
+    for tap in EVERYTHING.taps:
+        for tensor in KINDS[tap.kind].tensors:
+            assert split_name(tensor_name(tensor, tap.layer)) == (tensor, tap.layer)
+    assert split_name("derived-7") == ("derived", "7"), "a derived tensor has a name, not a layer"
+
+
+def test_which_tensors_have_a_row_for_every_token() -> None:
+    rows = {name: by_token(name) for name in EVERYTHING.tensors}
+    assert {name for name, by in rows.items() if not by} == {"logits", "pooled", "cls-1"}
+    assert [Needs(**{kind: [1]}).tokens for kind in ("hidden", "cls", "attention", "value")] == [True, False, True, True]
+
+
+def test_an_unknown_kind_is_named() -> None:
+    with pytest.raises(ValueError, match="'hiden' is not a kind of tensor; the kinds are pooled, hidden"):
+        Tap("hiden", 1)
+
+
+def test_reasons_to_run_at_every_step_are_joined() -> None:
+    assert Needs().uncacheable_reason is None
+    assert (Needs() | Needs()).uncacheable_reason is None
+    assert Needs(dropout=True).uncacheable_reason == "its dropout is on"
+    assert (Needs(dropout=True) | Needs(uncacheable_reason="a")).uncacheable_reason == "its dropout is on; a"
 
 
 @pytest.mark.parametrize("read", READS)

@@ -9,7 +9,8 @@ from transformers import AutoModelForSequenceClassification
 
 from conftest import tiny_model
 from kd.errors import InputError
-from kd.forward import Needs, Outputs
+from kd.forward import Needs, Outputs, Tap, UndeclaredRead
+from kd.forward.kinds import KIND_OF, KINDS, Kind, by_token
 from kd.forward.taps import FAMILIES, family_of
 from kd.models import Encoder
 
@@ -176,6 +177,21 @@ def test_only_what_was_declared_is_kept(needs: Needs) -> None:
     assert set(kept["cls"]) == needs.cls
     assert set(kept["query"]) == set(kept["key"]) == needs.attention
     assert set(kept["value"]) == needs.value
+
+
+def test_a_new_row_of_the_table_is_all_that_a_new_kind_of_states_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KINDS, "mean", Kind(("mean",), lowest=0, by_token=False, of_states=lambda states: states.mean(1)))
+    monkeypatch.setitem(KIND_OF, "mean", "mean")
+    needs = Needs(hidden=[0, 2], taps=[Tap("mean", 0), Tap("mean", 2)])
+    outputs = encoder()(inputs(), needs)
+    assert needs.tensors == ["logits", "hidden-0", "hidden-2", "mean-0", "mean-2"] == list(outputs.named())
+    for layer in (0, 2):
+        assert torch.equal(outputs.read("mean", layer), outputs.hidden(layer).mean(1))
+    with pytest.raises(UndeclaredRead, match=r"mean of layer 1 was read, but needs\(\) declares only: .*mean=\[0, 2\]"):
+        outputs.read("mean", 1)
+    again = Outputs.from_named(outputs.named(), outputs.mask, needs, outputs.heads)
+    assert again.read("mean", 2) is outputs.read("mean", 2)
+    assert not by_token("mean-2")
 
 
 @families
