@@ -70,7 +70,7 @@ class Distiller(Engine):
         return Loss(self.weighted(terms, progress), terms, [(self.method, step, terms)])
 
 
-def bound_teachers(teachers: Sequence[FrozenTeacher], batch: Batch, methods: Iterable[Method]) -> list[Forward]:
+def bound_teachers(teachers: Sequence[FrozenTeacher], batch: Batch, methods: Iterable[Method]) -> list[Forward[FrozenTeacher]]:
     """Return the teachers' forward passes over a batch, not run yet, with the union of the methods' needs.
 
     Args:

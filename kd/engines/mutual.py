@@ -93,7 +93,7 @@ class MutualDistiller(Engine):
         groups = super().trained()
         return groups if self.online is None else [list(self.online.parameters()), *groups]
 
-    def forwards(self, batch: Batch) -> dict[str, Forward]:
+    def forwards(self, batch: Batch) -> dict[str, Forward[Encoder]]:
         """Return the forward passes of all trained models over a batch, not run yet, by name."""
         learners = self.learners
         forwards = {
@@ -108,13 +108,18 @@ class MutualDistiller(Engine):
             forwards[TEACHER] = Forward(self.online, batch.teachers[0], needs)
         return forwards
 
-    def frozen(self, batch: Batch) -> list[Forward]:
+    def frozen(self, batch: Batch) -> list[Forward[FrozenTeacher]]:
         """Return the frozen teachers' forward passes over a batch, not run yet, shared by all students."""
         methods = [learner.method for learner in self.learners.values()]
         return bound_teachers(self.teachers, batch, methods) if self.teachers else []
 
     def loss_of(
-        self, name: str, forwards: Mapping[str, Forward], frozen: Sequence[Forward], batch: Batch, progress: Progress
+        self,
+        name: str,
+        forwards: Mapping[str, Forward[Encoder]],
+        frozen: Sequence[Forward[FrozenTeacher]],
+        batch: Batch,
+        progress: Progress,
     ) -> Loss:
         """Compute one learner's loss; all other models are constants in it."""
         if name == TEACHER:

@@ -1,7 +1,7 @@
 """Outputs of a forward pass, the declaration of what it must return, and its deferred execution."""
 
-from kd.forward.lazy import Forward, Inputs
+from kd.forward.lazy import Forward, Inputs, Model
 from kd.forward.needs import Needs, Tap
 from kd.forward.outputs import Outputs, UndeclaredRead
 
-__all__ = ["Forward", "Inputs", "Needs", "Outputs", "Tap", "UndeclaredRead"]
+__all__ = ["Forward", "Inputs", "Model", "Needs", "Outputs", "Tap", "UndeclaredRead"]

@@ -1,7 +1,7 @@
 """A model bound to the inputs of one step; its forward pass runs when its outputs are first read."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,13 +21,16 @@ class Model(Protocol):
         ...
 
 
-class Forward:
+ModelT = TypeVar("ModelT", bound=Model, covariant=True)
+
+
+class Forward(Generic[ModelT]):
     """Forward pass of one model in one step: it runs when `outputs` is first read, and only once.
 
     A teacher that no loss term reads is not run, which is how a stochastic choice among teachers stays cheap.
     """
 
-    def __init__(self, model: Model, inputs: Inputs, needs: Needs) -> None:
+    def __init__(self, model: ModelT, inputs: Inputs, needs: Needs) -> None:
         self.model = model
         self.inputs = inputs
         self.needs = needs
@@ -50,10 +53,10 @@ class Forward:
         return self.model(self.inputs if inputs is None else inputs, self.needs if needs is None else needs)
 
 
-class Detached(Forward):
+class Detached(Forward[ModelT]):
     """Forward pass of another model, read without gradients; `outputs` shares the pass with the `Forward` given."""
 
-    def __init__(self, forward: Forward) -> None:
+    def __init__(self, forward: Forward[ModelT]) -> None:
         super().__init__(forward.model, forward.inputs, forward.needs)
         self.shared = forward
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kd.data.batch import Batch
 from kd.data.tasks import Task
 from kd.errors import InputError
-from kd.forward import Forward, Needs
+from kd.forward import Forward, Model, Needs
 from kd.models import Encoder, FrozenTeacher
 
 ANY_TEACHERS = None
@@ -39,12 +39,12 @@ class Progress:
 class Step:
     """Inputs of a method in one training step. Forward passes run when their outputs are first read."""
 
-    student: Forward
-    teachers: Sequence[Forward]
+    student: Forward[Encoder]
+    teachers: Sequence[Forward[Model]]
     batch: Batch
     task: Task
     progress: Progress
-    peers: Sequence[Forward] = ()
+    peers: Sequence[Forward[Encoder]] = ()
     """Forward passes of the other students over the same examples, detached; empty unless several students train together."""
     seed: int = 0
 
@@ -57,7 +57,7 @@ class Step:
         return np.random.default_rng([self.seed, self.progress.step, *what.encode()])
 
     @property
-    def teacher(self) -> Forward:
+    def teacher(self) -> Forward[Model]:
         """Forward pass of the only teacher.
 
         Raises:

@@ -1,7 +1,6 @@
 """Distillation that reuses the teacher's classifier."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -180,9 +179,9 @@ class SimKD(Method):
     def terms(self, step: Step) -> dict[str, Tensor]:
         """Return the distance of features, and the losses of the reused classifier's logits."""
         student, teacher = step.student.outputs, step.teacher.outputs
-        model: Any = step.student.model
-        path = model.family.outputs if self.feature == "pooled" else model.family.pooler
-        project = model.model.get_submodule(path).project
+        encoder = step.student.model
+        reused = encoder.model.get_submodule(encoder.family.outputs if self.feature == "pooled" else encoder.family.pooler)
+        project = reused.project
         if self.feature == "tokens":
             ours = project(student.hidden(self.depths[0]))
             distance = token_error(ours, teacher.hidden(self.depths[1]), student.mask, self.padding)
