@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd.build.data import build_data, build_examples
+from kd.build.data import build_data, build_examples, teacher_cache
 from kd.build.models import Models, build_models
 from kd.config.schema import cache_limit
 from kd.data.datamodule import KDDataModule
@@ -56,7 +56,8 @@ def built(overrides: list[str]) -> tuple[Run, Models, KDDataModule]:
         execute.execute(needed)
     examples = build_examples(run)
     models = build_models(run, examples.task, texts=examples.texts["train"])
-    return run, models, build_data(run, examples, models)
+    data, models = build_data(run, examples, models)
+    return run, models, data
 
 
 def cache_of(overrides: list[str]) -> Path:
@@ -231,7 +232,7 @@ def test_more_needs_extend_what_is_there(fresh, capsys: pytest.CaptureFixture[st
     _, models, _ = built(fresh("method=pkd", "method.layers=[[1,1],[1,3]]"))
     assert kept(fresh())["train"] == {"logits", "cls-1", "cls-3"}
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert models.caches["minilm"]["written"] == ["train"]
+    assert models.caches["minilm"].written == ["train"]
     capsys.readouterr()
     built(fresh("method=pkd", "method.layers=[[1,3]]"))
     assert "teacher not loaded" in capsys.readouterr().out
@@ -353,7 +354,7 @@ def test_a_limit_is_kept(fresh, word: str, capsys: pytest.CaptureFixture[str]) -
 
 def test_what_is_there_counts_towards_the_limit(fresh) -> None:
     def room(*words: str) -> bool:
-        return built(fresh(*words))[1].caches["minilm"]["used"]
+        return built(fresh(*words))[1].caches["minilm"].used
 
     logits, states = 2 * 4 * (TRAIN + VALIDATION + TEST), 32 * 4 * TRAIN
     assert room("method=kd", f"cache={logits}")
@@ -369,7 +370,7 @@ def test_a_folder_that_cannot_be_written_leaves_the_teacher_running(
 
     monkeypatch.setattr(caching.tempfile, "TemporaryFile", refuse)
     _, models, _ = built(fresh("method=kd"))
-    assert models.caches["minilm"]["used"] is False
+    assert models.caches["minilm"].used is False
     assert "runs at every step: nothing can be written to" in capsys.readouterr().out
 
 
@@ -387,15 +388,15 @@ def test_teacher_of_the_hub_is_run_once_for_the_commit_that_is_loaded(
     overrides = small("method=kd", *given, f"paths.runs={tmp_path / 'runs'}")
     publish("0" * 40)
     _, models, _ = built(overrides)
-    assert models.caches["hub"]["written"] == ["train", "validation", "test"]
+    assert models.caches["hub"].written == ["train", "validation", "test"]
     _, models, _ = built(overrides)
-    assert models.caches["hub"]["written"] == []
+    assert models.caches["hub"].written == []
     publish("1" * 40)
     _, models, _ = built(overrides)
-    assert models.caches["hub"]["written"] == ["train", "validation", "test"]
+    assert models.caches["hub"].written == ["train", "validation", "test"]
     monkeypatch.setattr(sources, "try_to_load_from_cache", lambda *_, **__: None)
     _, models, _ = built(overrides)
-    assert models.caches["hub"]["used"] is False
+    assert models.caches["hub"].used is False
     assert "the commit of its weights on the hub is unknown" in capsys.readouterr().out
 
 
@@ -420,7 +421,7 @@ def test_the_pass_runs_what_is_not_compiled(fresh, monkeypatch: pytest.MonkeyPat
 def test_the_estimate_is_the_size(fresh, capsys: pytest.CaptureFixture[str]) -> None:
     _, models, _ = built(fresh("method=pkd"))
     written = sum(path.stat().st_size for path in cache_of(fresh()).rglob("*.bin"))
-    assert models.caches["minilm"]["bytes"] == written
+    assert models.caches["minilm"].bytes == written
     before, after = re.findall(r"[\d.]+ kB", capsys.readouterr().out)
     assert before == after == f"{written / 1000:.1f} kB"
 
@@ -431,21 +432,23 @@ def test_no_room_is_said_before_the_pass(fresh, monkeypatch: pytest.MonkeyPatch)
         built(fresh("method=kd", "cache=on"))
     assert caught.value.key == "cache"
     _, models, _ = built(fresh("method=kd"))
-    assert models.caches["minilm"]["used"] is False
+    assert models.caches["minilm"].used is False
 
 
 @pytest.mark.parametrize(
-    ("needs", "data", "reason"),
+    ("needs", "changes", "reason"),
     [
-        (Needs(uncacheable_reason="it smooths the text"), SimpleNamespace(changes=""), "it smooths the text"),
-        (Needs(gradient=True), SimpleNamespace(changes=""), "the method takes gradients"),
-        (Needs(), SimpleNamespace(changes="masked anew"), "masked anew"),
-        (Needs() | Needs(uncacheable_reason="a") | Needs(uncacheable_reason="b"), SimpleNamespace(changes=""), "a; b"),
+        (Needs(uncacheable_reason="it smooths the text"), "", "it smooths the text"),
+        (Needs(gradient=True), "", "the method takes gradients"),
+        (Needs(), "masked anew", "masked anew"),
+        (Needs() | Needs(uncacheable_reason="a") | Needs(uncacheable_reason="b"), "", "a; b"),
     ],
 )
-def test_a_method_that_cannot_says_so(small: Small, needs: Needs, data: SimpleNamespace, reason: str) -> None:
+def test_a_method_that_cannot_says_so(small: Small, needs: Needs, changes: str, reason: str) -> None:
     _, models, _ = built(small("method=kd", "cache=off"))
-    assert caching.reason_to_run(planned(small("cache=on")), data, models.teachers[0], needs).startswith(reason)
+    cache = teacher_cache(planned(small("cache=on")), "minilm")
+    assert cache.reason_to_run(models.teachers[0], needs, changes).startswith(reason)
+    assert cache.reason_to_run(models.teachers[0], Needs()) is None
 
 
 def test_a_cached_teacher_reads_no_other_text(fresh) -> None:

@@ -1,7 +1,7 @@
 """A candidate that trains as `kd-train` does: the same models, data, engine, trainer and loop."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -69,7 +69,7 @@ class Prepared:
             "turns_in_epoch": self.turns_in_epoch,
             "flops": sum(training_flops(one, self.lengths) for one in self.models.students.values()) if classifier else None,
             "students": list(self.models.inits.values()),
-            "caches": self.models.caches,
+            "caches": {name: asdict(cache) for name, cache in self.models.caches.items()},
             "setup_seconds": time.perf_counter() - self.began,
         }
 
@@ -111,7 +111,7 @@ def prepare(job: Job) -> Prepared:
     models = build_models(run, examples.task, texts=examples.texts["train"])
     if job.candidate.bare:
         models.teachers = []
-    data = build_data(run, examples, models)
+    data, models = build_data(run, examples, models)
     return Prepared(run, examples, models, data, whole / len(examples.texts["train"]), began)
 
 

@@ -1,12 +1,15 @@
-"""Examples, tasks and data modules of a run."""
+"""Examples, data module and teacher caches of a run."""
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kd.build.models import Models
-from kd.config.schema import RunSpec
+from kd.config.schema import RunSpec, cache_limit
 from kd.data.datamodule import KDDataModule
 from kd.data.examples import Examples, load_examples
 from kd.data.masked_lm.datamodule import MaskedLMDataModule
@@ -14,9 +17,11 @@ from kd.errors import InputError
 from kd.methods.base import needs_of_teachers
 from kd.runs.digest import digest_of
 from kd.runs.identity import source_of
+from kd.runs.inputs import teacher_source
 from kd.runs.run import Run
 from kd.system import distributed
-from kd.teacher_cache.cache import cached_or_live
+from kd.system.model_sources import fingerprint, hub_commit
+from kd.teacher_cache.cache import TeacherCache
 
 DATA: Mapping[str, type[KDDataModule]] = {"classifier": KDDataModule, "masked_lm": MaskedLMDataModule}
 """Head of `kd.models.heads.HEADS` -> the data module of its tasks."""
@@ -35,8 +40,12 @@ def build_examples(run: Run) -> Examples:
     return examples
 
 
-def build_data(run: Run, examples: Examples, models: Models) -> KDDataModule:
-    """Return the data module, and replace teachers that can be cached in `models.teachers` by their caches."""
+def build_data(run: Run, examples: Examples, models: Models) -> tuple[KDDataModule, Models]:
+    """Return the data module, and the models with cached teachers in place of those that can be cached.
+
+    Raises:
+        InputError: if a model has too few positions, a teacher cannot be loaded, or the disk has no room for its cache.
+    """
     spec = run.spec
     data = DATA[examples.task.head](
         examples,
@@ -56,10 +65,39 @@ def build_data(run: Run, examples: Examples, models: Models) -> KDDataModule:
     )
     taught = [method for method in models.methods.values() if method.uses_teachers]
     wanted = needs_of_teachers(taught, len(models.teachers))
+    teachers, caches = [], {}
     for index, (teacher, needs) in enumerate(zip(models.teachers, wanted, strict=True)):
-        replaced = cached_or_live(run, data, index, teacher, needs if taught else None)
-        models.teachers[index], models.caches[teacher.name] = replaced
-    return data
+        tokens = {split: by_tokenizer[data.teacher_keys[index]] for split, by_tokenizer in data.tokens.items()}
+        result = teacher_cache(run, teacher.name).cached_or_live(teacher, tokens, needs if taught else None, data.changes)
+        data.use_cached(index, result.outputs)
+        teachers.append(result.teacher)
+        caches[teacher.name] = result.record
+    return data, replace(models, teachers=teachers, caches=caches)
+
+
+def teacher_cache(run: Run, name: str) -> TeacherCache:
+    """Return the cache of a frozen teacher: in its run, or in `.teachers` beside the runs if no run trained it."""
+    trainer, teacher_run = run.spec.trainer, run.inputs.teachers.get(name)
+    weights = None if cache_limit(run.spec.cache) == 0 else weights_of(run, name)  # identifying them reads their files
+    beside = Path(run.spec.paths.runs).expanduser() / ".teachers" / digest_of({"weights": weights})
+    gpu = trainer.accelerator != "cpu" and torch.cuda.is_available()
+    return TeacherCache(
+        folder=beside if teacher_run is None else teacher_run.directory / "cache",
+        weights=weights,
+        precision=trainer.precision,
+        setting=run.spec.cache,
+        device=torch.device("cuda", distributed.local_rank()) if gpu else torch.device("cpu"),
+        task=run.spec.task.name,
+    )
+
+
+def weights_of(run: Run, name: str) -> str | None:
+    """Return an identifier of a teacher's weights; for a hub model with the loaded commit, or None if that is unknown."""
+    source, key = teacher_source(run, name)
+    if not source.startswith("hf:"):
+        return fingerprint(source, key)
+    commit = hub_commit(source)
+    return None if commit is None else f"{source}@{commit}"
 
 
 def checked_length(spec: RunSpec, models: Models) -> int:

@@ -47,6 +47,7 @@ from kd.runs.identity import backbone_of
 from kd.runs.inputs import teacher_config, teacher_source
 from kd.runs.run import Role, Run
 from kd.schedules import Schedule
+from kd.teacher_cache.cache import CacheUnused, CacheUsed
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Models:
         online: a teacher that is trained together with the students; None if there is none.
         weights: term -> schedule of its weight.
         inits: name of the student -> description of its initial weights.
-        caches: name of the teacher -> the entry of the record about its cache: whether it is cached, and the time that took.
+        caches: name of the teacher -> the entry of the record about its cache, once the data is built.
     """
 
     students: dict[str, Encoder]
@@ -69,7 +70,7 @@ class Models:
     online: Encoder | None
     weights: dict[str, Schedule]
     inits: dict[str, str]
-    caches: dict[str, dict[str, Any]] = field(default_factory=dict)
+    caches: dict[str, CacheUsed | CacheUnused] = field(default_factory=dict)
 
     @property
     def student(self) -> Encoder:

@@ -92,6 +92,11 @@ class FrozenTeacher:
         self.loaded.compiled = self.shape.compiled
         return self.loaded
 
+    def release(self) -> None:
+        """Free the weights if they can be loaded again, which happens when they are next needed."""
+        if self.load is not None:
+            self.loaded = None
+
     @property
     def depth(self) -> int:
         """Number of blocks."""

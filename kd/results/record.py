@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,14 @@ def conclude(
         "selection": selection,
         "seconds": {
             "train": round(engine.seconds, 3),
-            "cache": sum(entry.get("seconds", 0.0) for entry in models.caches.values()),
+            "cache": sum(getattr(cache, "seconds", 0.0) for cache in models.caches.values()),
             "before": seconds_before(run),
         },
         "resumed": {"starts": counts["starts"], "from_steps": engine.resumed},
         "examples_per_second": round(counts["examples"] / max(engine.seconds, 1e-9), 3),
         "teacher_forward_examples": sum(work["examples"] for work in counts["teachers"].values()),
         "teacher_forwards": counts["teachers"],
-        "cache": models.caches,
+        "cache": {name: asdict(cache) for name, cache in models.caches.items()},
         "notes_teacher": {teacher.name: teacher.shape.notes for teacher in models.teachers if teacher.shape.notes},
         "labels": engine.task.labels,
         "pipeline": HEADS[engine.task.head].pipeline,

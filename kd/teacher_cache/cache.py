@@ -18,26 +18,22 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from kd.config.schema import cache_limit
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.models.teachers import CachedTeacher, FrozenTeacher
 from kd.runs.digest import digest_of
-from kd.runs.inputs import teacher_source
-from kd.runs.run import Run
 from kd.system import distributed
 from kd.system.files import locked, write_text
-from kd.system.model_sources import fingerprint, hub_commit
 from kd.teacher_cache.precompute import SplitCache, precompute, probe
-from kd.teacher_cache.store import CachedOutputs, TensorStore
-
-if TYPE_CHECKING:
-    from kd.data.datamodule import KDDataModule
+from kd.teacher_cache.store import CachedOutputs, Entry, TensorStore
 
 CACHE_FORMAT = 2
 """Version of the cache layout; incremented when a code change makes existing caches unreadable."""
@@ -45,126 +41,198 @@ AUTO_LIMIT = 8e9
 """Largest size in bytes of one teacher's cache with `cache=auto`, or a quarter of the free disk if less. Our choice."""
 
 
-def cached_or_live(
-    run: Run, data: "KDDataModule", index: int, teacher: FrozenTeacher, needs: Needs | None
-) -> tuple[FrozenTeacher, dict[str, Any]]:
-    """Return the teacher to train with, and the entry about its cache for `result.json`.
+@dataclass(frozen=True)
+class CacheUsed:
+    """Entry of the record about a teacher that is cached.
 
-    The teacher is either a cached one, whose weights are not in memory and whose outputs `data` is set to read, or the
-    given one with its weights loaded.
+    Attributes:
+        bytes: size of the outputs that the run reads.
+        seconds: time that filling the cache took.
+        written: splits whose outputs were computed.
+    """
+
+    used: bool = field(default=True, init=False)
+    bytes: int
+    seconds: float
+    written: list[str]
+
+
+@dataclass(frozen=True)
+class CacheUnused:
+    """Entry of the record about a teacher that runs at every step, and the reason."""
+
+    used: bool = field(default=False, init=False)
+    why: str
+
+
+@dataclass(frozen=True)
+class CachedOrLive:
+    """A teacher to train with.
+
+    Attributes:
+        teacher: a cached teacher, whose weights are not in memory, or the frozen teacher with its weights loaded.
+        record: the entry of the record about its cache.
+        outputs: split -> cached outputs, which its batches consist of; empty for a teacher that runs.
+    """
+
+    teacher: FrozenTeacher
+    record: CacheUsed | CacheUnused
+    outputs: Mapping[str, CachedOutputs] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TeacherCache:
+    """Cache of the outputs of one frozen teacher.
 
     Args:
-        run: the run that uses the teacher.
-        data: tokenised data. Cached are the tensors that the methods need for train, and the logits for other splits.
-        index: position of the teacher in a batch.
-        teacher: the frozen teacher.
-        needs: tensors that all methods together need; None if no method uses the teacher, which is then only evaluated, on
-            the other splits.
-
-    Raises:
-        InputError: if the teacher cannot be loaded, or the disk has no room for what `cache=on` asks for.
+        folder: folder of the cache, created when it is first filled.
+        weights: identifier of the teacher's weights; None if it is unknown, as for a hub model without a commit.
+        precision: precision of training, as `trainer.precision` has it.
+        setting: `auto`, `on`, `off` or a size, as `cache` has it.
+        device: device on which the teacher runs to fill the cache.
+        task: name of the task, for messages.
     """
-    why = reason_to_run(run, data, teacher, needs)
-    if why is None:
-        why = distributed.on_rank_zero(lambda: _not_writable(folder_of(run, teacher)))
-    if why is None:
-        with _held(folder_of(run, teacher)):
-            result = cached(run, data, index, teacher, needs)
-        if not isinstance(result, str):
-            return result
-        why = result
-    if cache_limit(run.spec.cache) != 0:
-        distributed.print_rank_zero(f"  teacher '{teacher.name}' runs at every step: {why}")
-    _ = teacher.encoder  # load the weights now, so that unreadable ones end the run before it begins
-    return teacher, {"used": False, "why": why}
 
+    folder: Path
+    weights: str | None
+    precision: str
+    setting: Any
+    device: torch.device
+    task: str
 
-def reason_to_run(run: Run, data: "KDDataModule", teacher: FrozenTeacher, needs: Needs | None) -> str | None:
-    """Return the reason why a teacher cannot be cached, whatever the size; None if it can."""
-    if cache_limit(run.spec.cache) == 0:
-        return "cache=off"
-    if data.changes:
-        return data.changes
-    if weights_of(run, teacher) is None:
-        return "the commit of its weights on the hub is unknown"
-    if needs is None:
+    def cached_or_live(
+        self, teacher: FrozenTeacher, tokens: Mapping[str, Any], needs: Needs | None, changes: str = ""
+    ) -> CachedOrLive:
+        """Return the teacher to train with: a cached one if possible, whose missing outputs are computed now.
+
+        Args:
+            teacher: the frozen teacher.
+            tokens: split -> the text as the teacher's tokens. Cached are the tensors that the methods need for train, and the
+                logits for other splits.
+            needs: tensors that all methods together need; None if no method uses the teacher, which is then only evaluated, on
+                the other splits.
+            changes: the reason why the text differs between epochs; empty if it does not.
+
+        Raises:
+            InputError: if the teacher cannot be loaded, or the disk has no room for what `cache=on` asks for.
+        """
+        why = self.reason_to_run(teacher, needs, changes)
+        if why is None:
+            why = distributed.on_rank_zero(lambda: _not_writable(self.folder))
+        if why is None:
+            with _held(self.folder):
+                result = self.cached(teacher, tokens, needs)
+            if not isinstance(result, str):
+                return result
+            why = result
+        if cache_limit(self.setting) != 0:
+            distributed.print_rank_zero(f"  teacher '{teacher.name}' runs at every step: {why}")
+        _ = teacher.encoder  # load the weights now, so that unreadable ones end the run before it begins
+        return CachedOrLive(teacher, CacheUnused(why))
+
+    def reason_to_run(self, teacher: FrozenTeacher, needs: Needs | None, changes: str = "") -> str | None:
+        """Return the reason why a teacher cannot be cached, whatever the size; None if it can."""
+        if cache_limit(self.setting) == 0:
+            return "cache=off"
+        if changes:
+            return changes
+        if needs is not None and needs.uncacheable_reason is not None:
+            return needs.uncacheable_reason
+        if needs is not None and needs.gradient:
+            return "the method takes gradients through it"
+        if needs is not None and needs.attention and teacher.shape.family.score_bias is not None:
+            return f"the positional bias of {teacher.shape.config.model_type}'s attention is not stored"
+        return "the commit of its weights on the hub is unknown" if self.weights is None else None
+
+    def cached(self, teacher: FrozenTeacher, tokens: Mapping[str, Any], needs: Needs | None) -> CachedOrLive | str:
+        """Return a cached teacher, its missing outputs computed; or the reason why it is not cached."""
+        needs_by_split = {split: needs if split == "train" else Needs() for split in tokens}
+        splits = [
+            self.split(teacher, split, tokens[split], wanted) for split, wanted in needs_by_split.items() if wanted is not None
+        ]
+        began, passes, examples = time.perf_counter(), 0, 0
+        missing = distributed.on_rank_zero(lambda: self.missing(teacher, splits))
+        if isinstance(missing, str):
+            return missing
+        for split in splits:
+            if split.name in missing:
+                done = precompute(teacher, split, missing[split.name], self.device)
+                passes, examples = done if split.name == "train" else (passes, examples)
+        teacher.release()  # before the next teacher is loaded
+        for split in splits:
+            split.store.open(split.names)
+        taken = time.perf_counter() - began if missing else 0.0
+        size, names = sum(split.store.size(split.names) for split in splits), " ".join(splits[0].names)
+        what = f"made in {taken:.1f} s" if missing else "from an earlier run, teacher not loaded"
+        distributed.print_rank_zero(f"  teacher '{teacher.name}' is cached: {names}, {readable_size(size)}, {what}")
+        record = CacheUsed(size, round(taken, 3), list(missing))
+        outputs = {split.name: CachedOutputs(split.store, split.names, split.tokens) for split in splits}
+        return CachedOrLive(CachedTeacher(teacher, passes, examples), record, outputs)
+
+    def split(self, teacher: FrozenTeacher, name: str, tokens: Any, needs: Needs) -> SplitCache:
+        """Return the cache of a split, and create its folder on rank 0."""
+        # Evaluation is in float32 whatever the precision of training.
+        precision = self.precision if name == "train" or self.precision == "64-true" else "32-true"
+        text = hashlib.blake2b(tokens.offsets.tobytes(), digest_size=8)
+        for column in tokens.columns.values():
+            text.update(np.ascontiguousarray(column).tobytes())
+        about = {"format": CACHE_FORMAT, "weights": self.weights, "text": text.hexdigest(), "precision": precision}
+        folder = self.folder / f"{name}-{digest_of(about)}"
+        if distributed.is_rank_zero():
+            _begin(folder, {"teacher": teacher.name, "task": self.task, "split": name, **about})
+        return SplitCache(name, tokens, TensorStore(folder, tokens.offsets), tuple(needs.tensors), needs, precision)
+
+    def missing(self, teacher: FrozenTeacher, splits: Sequence[SplitCache]) -> dict[str, dict[str, Entry]] | str:
+        """Return the tensors to compute, split -> name -> entry, or the reason not to; damaged ones are deleted.
+
+        Raises:
+            InputError: if the disk has no room for them.
+        """
+        absent = {split.name: names for split in splits if (names := _absent(split))}
+        incomplete = [split for split in splits if split.name in absent]
+        if not incomplete:
+            return {}
+        probed = {split.name: probe(teacher, split, absent[split.name], self.device) for split in incomplete}
+        size = sum(entry.size for entries, _ in probed.values() for entry in entries.values())
+        if why := self.too_large(teacher, size, incomplete[0].needs):
+            return why
+        seconds = sum(seconds for _, seconds in probed.values()) / distributed.world()
+        count = ", ".join(f"{split.name} {split.store.examples}" for split in incomplete)
+        distributed.print_rank_zero(
+            f"  teacher '{teacher.name}' is run once over {count}: {readable_size(size)}, about {seconds:.0f} s"
+        )
+        return {name: entries for name, (entries, _) in probed.items()}
+
+    def too_large(self, teacher: FrozenTeacher, size: int, needs: Needs) -> str | None:
+        """Return the reason if outputs of this size, in bytes, exceed the limit; None if they do not.
+
+        Raises:
+            InputError: if they are within the limit, and the disk has no room for them.
+        """
+        free = shutil.disk_usage(self.folder).free
+        limit = cache_limit(self.setting)
+        if limit is None:
+            limit = min(AUTO_LIMIT, free / 4)
+        existing = sum(file.stat().st_size for file in self.folder.glob("*/*.bin"))
+        needed = f"its outputs take {readable_size(size)} ({needs})"
+        if size + existing > limit:
+            beside = f" beside the {readable_size(existing)} that exist" if existing else ""
+            allowed = f"more than cache={self.setting} allows, {readable_size(limit)}"
+            return f"{needed}{beside}, {allowed}; use cache=on or a size"
+        if size * (2 if distributed.world() > 1 else 1) > free:  # ranks' shares are joined
+            raise InputError(f"teacher '{teacher.name}': {needed}, and {readable_size(free)} are free; use cache=off", "cache")
         return None
-    if needs.uncacheable_reason is not None:
-        return needs.uncacheable_reason
-    if needs.gradient:
-        return "the method takes gradients through it"
-    if needs.attention and teacher.shape.family.score_bias is not None:
-        return f"the positional bias of {teacher.shape.config.model_type}'s attention is not stored"
-    return None
 
 
-def cached(
-    run: Run, data: "KDDataModule", index: int, teacher: FrozenTeacher, needs: Needs | None
-) -> tuple[CachedTeacher, dict[str, Any]] | str:
-    """Return a cached teacher and its record, precomputing missing outputs; or the reason why it is not cached."""
-    needs_by_split = {split: needs if split == "train" else Needs() for split in data.tokens}
-    plans = [
-        split_cache(run, data, index, teacher, split, wanted) for split, wanted in needs_by_split.items() if wanted is not None
-    ]
-    began, passes, examples = time.perf_counter(), 0, 0
-    seconds = distributed.on_rank_zero(lambda: estimate(run, teacher, plans))
-    lacking = distributed.broadcast([(plan.absent, plan.entries) for plan in plans])
-    for plan, (absent, entries) in zip(plans, lacking, strict=True):
-        plan.absent, plan.entries = absent, entries
-    if isinstance(seconds, str):
-        return seconds
-    missing = [plan for plan in plans if plan.absent]
-    for plan in missing:
-        done = precompute(run, teacher, plan)
-        if plan.split == "train":
-            passes, examples = done
-    for plan in plans:
-        plan.store.open(plan.names)
-        data.use_cached(index, {plan.split: CachedOutputs(plan.store, plan.names, plan.tokens)})
-    taken = time.perf_counter() - began if missing else 0.0
-    size, names = sum(plan.store.size(plan.names) for plan in plans), " ".join(plans[0].names)
-    what = f"made in {taken:.1f} s" if missing else "from an earlier run, teacher not loaded"
-    distributed.print_rank_zero(f"  teacher '{teacher.name}' is cached: {names}, {readable_size(size)}, {what}")
-    record = {"used": True, "bytes": size, "seconds": round(taken, 3), "written": [plan.split for plan in missing]}
-    return CachedTeacher(teacher, passes, examples), record
-
-
-def folder_of(run: Run, teacher: FrozenTeacher) -> Path:
-    """Return the folder of a teacher's cache: in its run, or in `.teachers` beside the runs if no run trained it."""
-    teacher_run = run.inputs.teachers.get(teacher.name)
-    if teacher_run is not None:
-        return teacher_run.directory / "cache"
-    return Path(run.spec.paths.runs).expanduser() / ".teachers" / digest_of({"weights": weights_of(run, teacher)})
-
-
-def weights_of(run: Run, teacher: FrozenTeacher) -> str | None:
-    """Return an identifier of a teacher's weights; for a hub model with the loaded commit, or None if that is unknown."""
-    source, key = teacher_source(run, teacher.name)
-    if not source.startswith("hf:"):
-        return fingerprint(source, key)
-    commit = hub_commit(source)
-    return None if commit is None else f"{source}@{commit}"
-
-
-def split_cache(run: Run, data: "KDDataModule", index: int, teacher: FrozenTeacher, split: str, needs: Needs) -> SplitCache:
-    """Return the description of a split's cache, and create its folder on rank 0."""
-    tokens = data.tokens[split][data.teacher_keys[index]]
-    training = run.spec.trainer.precision
-    # Evaluation is in float32 whatever the precision of training.
-    precision = training if split == "train" or training == "64-true" else "32-true"
-    text = hashlib.blake2b(tokens.offsets.tobytes(), digest_size=8)
-    for column in tokens.columns.values():
-        text.update(np.ascontiguousarray(column).tobytes())
-    about = {
-        "format": CACHE_FORMAT,
-        "weights": weights_of(run, teacher),
-        "text": text.hexdigest(),
-        "precision": precision,
-    }
-    folder = folder_of(run, teacher) / f"{split}-{digest_of(about)}"
-    if distributed.is_rank_zero():
-        _begin(folder, {"teacher": teacher.name, "task": run.spec.task.name, "split": split, **about})
-    return SplitCache(split, tokens, TensorStore(folder, tokens.offsets), tuple(needs.tensors), needs, precision)
+def _absent(split: SplitCache) -> list[str]:
+    """Return the names of a split's tensors that are not stored, after damaged ones and partial files are deleted."""
+    split.store.sweep()
+    if damaged := split.store.damaged(split.names):
+        distributed.print_rank_zero(
+            f"  the cache {split.store.folder} is damaged ({', '.join(damaged)}); that part is recomputed"
+        )
+        split.store.remove(damaged)
+    return split.store.missing(split.names)
 
 
 def _begin(folder: Path, about: Mapping[str, Any]) -> None:
@@ -191,39 +259,6 @@ def _held(folder: Path) -> Iterator[None]:
             lambda: held.enter_context(locked(folder, f"  another process has locked {folder}; waiting for it"))
         )
         yield
-
-
-def estimate(run: Run, teacher: FrozenTeacher, plans: Sequence[SplitCache]) -> float | str:
-    """Return the estimated seconds of precomputing, or the reason not to; set `absent` and `entries` of the plans."""
-    for plan in plans:
-        plan.store.sweep()
-        if damaged := plan.store.damaged(plan.names):
-            distributed.print_rank_zero(
-                f"  the cache {plan.store.folder} is damaged ({', '.join(damaged)}); that part is recomputed"
-            )
-            plan.store.remove(damaged)
-        plan.absent = plan.store.missing(plan.names)
-    missing = [plan for plan in plans if plan.absent]
-    if not missing:
-        return 0.0
-    seconds = sum(probe(run, teacher, plan) for plan in missing) / distributed.world()
-    size = sum(plan.size for plan in missing)
-    free = shutil.disk_usage(missing[0].store.folder).free
-    limit, setting = cache_limit(run.spec.cache), run.spec.cache
-    if limit is None:
-        limit = min(AUTO_LIMIT, free / 4)
-    existing = sum(file.stat().st_size for file in folder_of(run, teacher).glob("*/*.bin"))
-    needed = f"its outputs take {readable_size(size)} ({missing[0].needs})"
-    if size + existing > limit:
-        beside = f" beside the {readable_size(existing)} that exist" if existing else ""
-        return f"{needed}{beside}, more than cache={setting} allows, {readable_size(limit)}; use cache=on or a size"
-    if size * (2 if distributed.world() > 1 else 1) > free:  # ranks' shares are joined
-        raise InputError(f"teacher '{teacher.name}': {needed}, and {readable_size(free)} are free; use cache=off", "cache")
-    count = ", ".join(f"{plan.split} {plan.store.examples}" for plan in missing)
-    distributed.print_rank_zero(
-        f"  teacher '{teacher.name}' is run once over {count}: {readable_size(size)}, about {seconds:.0f} s"
-    )
-    return seconds
 
 
 def _not_writable(folder: Path) -> str | None:

@@ -1,6 +1,7 @@
 """Training, evaluation and export of a planned run whose inputs are done, up to its record."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from kd.build.data import build_data
@@ -17,6 +18,7 @@ from kd.results.record import card_of, conclude, exported_files, folder_of
 from kd.runs.run import Run, read_record, write_record
 from kd.system import distributed
 from kd.system.hardware import keep_memory
+from kd.teacher_cache.cache import CacheUnused, CacheUsed
 from kd.training.loggers import close_wandb
 from kd.training.preflight import preflight
 from kd.training.trainer import build_trainer, last_step, load_weights, quieten, run_trainer, select
@@ -31,11 +33,12 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
     """
     quieten()
     models = build_models(run, examples.task, texts=examples.texts["train"])
-    data = build_data(run, examples, models)
+    data, models = build_data(run, examples, models)
     keep_memory()  # from here on, so that memory of building, such as a teacher's weights, is returned to the system
     engine = build_engine(run, models, examples.task)
     distributed.on_rank_zero(lambda: begin(run, engine, data, models.inits))
-    starts = count_fills(run, engine, models.caches)
+    starts, caches = count_fills(run, engine, models.caches)
+    models = replace(models, caches=caches)
     step = last_step(run, engine)
     if step is not None:
         distributed.print_rank_zero(f"  resuming from step {step}")
@@ -49,7 +52,7 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
     device = trainer.strategy.root_device
     selection = select(run, engine)
     if models.online is not None:  # it is evaluated like a frozen teacher
-        models.teachers.append(FrozenTeacher(models.online, next(iter(run.spec.teacher))))
+        models = replace(models, teachers=[*models.teachers, FrozenTeacher(models.online, next(iter(run.spec.teacher)))])
     scores = {
         split: evaluate(models.students, models.teachers, data.loader(split), engine.task, device)
         for split in examples.evaluated
@@ -66,21 +69,24 @@ def begin(run: Run, engine: Engine, data: KDDataModule, inits: Mapping[str, str]
         distributed.print_rank_zero("\n".join(preflight(run, engine, data, inits).lines))
 
 
-def count_fills(run: Run, engine: Engine, caches: dict[str, dict[str, Any]]) -> int:
+def count_fills(
+    run: Run, engine: Engine, caches: Mapping[str, CacheUsed | CacheUnused]
+) -> tuple[int, dict[str, CacheUsed | CacheUnused]]:
     """Add the cost of filling caches in earlier starts of this run, which a kill before the first checkpoint must not hide.
 
     Args:
         run: the run; the sums are in `checkpoints/costs.json` of its folder.
         engine: engine whose teachers get the forward counts of all starts.
-        caches: entries of the record about caches, by teacher; they get the seconds of all starts.
+        caches: entries of the record about caches, by teacher.
 
     Returns:
-        Number of starts of this run.
+        Number of starts of this run, and the entries with the seconds and splits of all starts.
     """
     spent: dict[str, dict[str, Any]] = {}
     for name, done in work_of_all(distributed.gather(engine.work_of_teachers())).items():
-        entry = caches.get(name, {})
-        spent[name] = {**done, "seconds": entry.get("seconds", 0.0), "written": entry.get("written", [])}
+        cache = caches.get(name)
+        seconds, written = (cache.seconds, cache.written) if isinstance(cache, CacheUsed) else (0.0, [])
+        spent[name] = {**done, "seconds": seconds, "written": written}
 
     def write_sums() -> dict[str, Any]:
         path = run.checkpoints / "costs.json"
@@ -102,10 +108,15 @@ def count_fills(run: Run, engine: Engine, caches: dict[str, dict[str, Any]]) -> 
     for teacher in engine.teachers:
         total = sums["caches"][teacher.name]
         teacher.work = {kind: total[kind] if distributed.is_rank_zero() else 0 for kind in teacher.work}
-        if "seconds" in caches.get(teacher.name, {}):
-            caches[teacher.name] |= {"seconds": round(total["seconds"], 3), "written": list(dict.fromkeys(total["written"]))}
     engine.filled = engine.work_of_teachers()
-    return int(sums["starts"])
+    return int(sums["starts"]), {name: of_all_starts(cache, sums["caches"][name]) for name, cache in caches.items()}
+
+
+def of_all_starts(cache: CacheUsed | CacheUnused, total: Mapping[str, Any]) -> CacheUsed | CacheUnused:
+    """Return the entry about a cache with the seconds and the splits of all starts of the run."""
+    if isinstance(cache, CacheUnused):
+        return cache
+    return replace(cache, seconds=round(total["seconds"], 3), written=list(dict.fromkeys(total["written"])))
 
 
 def are_costs(record: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -5,7 +5,6 @@ import functools
 import pickle
 import socket
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +26,7 @@ from kd.errors import InputError
 from kd.forward.lazy import Detached
 from kd.forward.needs import Needs
 from kd.methods.base import Progress, needs_of_teachers
-from kd.teacher_cache.cache import reason_to_run
+from kd.teacher_cache.cache import TeacherCache
 
 pytestmark = pytest.mark.parametrize("name", CASES)
 
@@ -186,8 +185,8 @@ def test_a_cached_teacher_is_as_good_as_one_that_runs(name: str, tmp_path: Path)
     live, cached = (Bench(name, dropout=0.1, double=True) for _ in range(2))
     needs = needs_of_teachers(live.methods.values(), len(live.teachers))
     if any(need.uncacheable_reason or need.gradient for need in needs):  # then teachers run at every step
-        run, data = SimpleNamespace(spec=SimpleNamespace(cache="on")), SimpleNamespace(changes="")
-        assert all(reason_to_run(run, data, *each) for each in zip(live.teachers, needs, strict=True))
+        cache = TeacherCache(tmp_path, "weights", "32-true", "on", torch.device("cpu"), "toy")
+        assert all(cache.reason_to_run(*each) for each in zip(live.teachers, needs, strict=True))
         return
     batch = live.batch()
     read = cached.use_cached(batch, tmp_path)
