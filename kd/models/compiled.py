@@ -3,12 +3,15 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from kd.errors import InputError
+
+if TYPE_CHECKING:
+    from kd.models.encoder import Encoder
 
 VARIANTS = 64
 """Maximum number of graphs for one class of blocks, beyond which torch runs it uncompiled: student and teachers, training and
@@ -18,7 +21,7 @@ evaluation, with and without padding each need their own. Torch's default of 8 i
 @lru_cache
 def compiled_forward(kind: type[nn.Module]) -> Callable[..., Any]:
     """Return the forward of a class of blocks; its first call compiles it for any batch size and length."""
-    torch._dynamo.config.recompile_limit = VARIANTS
+    torch.compiler.config.recompile_limit = VARIANTS
     compiled: Callable[..., Any] = torch.compile(kind.forward, dynamic=True)
     return compiled
 
@@ -41,7 +44,7 @@ def compiled_blocks(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def uncompiled(*encoders: Any) -> Iterator[None]:
+def uncompiled(*encoders: "Encoder") -> Iterator[None]:
     """Switch compilation off inside this context: it does not pay for a forward pass that runs once."""
     settings = [encoder.compiled for encoder in encoders]
     try:
@@ -61,7 +64,7 @@ def check_compiler(device: str) -> None:
     """
     try:
         # Without this, kernels cached before a compiler was removed would hide that there is none now.
-        with torch._inductor.config.patch(force_disable_caches=True):
+        with torch.compiler.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
             torch.compile(lambda values: values.sin() + 1)(torch.ones(3, device=device))
     except (RuntimeError, OSError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]

@@ -177,9 +177,9 @@ class FactorizedEmbedding(nn.Module):
 
     def plain(self) -> nn.Embedding:
         """Return an ordinary embedding that holds the product."""
-        table = self.weight.detach().clone()
-        size, width = table.shape
-        return nn.Embedding(size, width, padding_idx=self.rows.padding_idx, _weight=table)
+        table, padding = self.weight.detach().clone(), self.rows.padding_idx
+        words: nn.Embedding = nn.Embedding.from_pretrained(table, freeze=False, padding_idx=padding)
+        return words
 
 
 class FactorizedOutputs(nn.Module):

@@ -132,7 +132,7 @@ def set_vocabulary(model: PreTrainedModel, table: Tensor, bias: Tensor | None, p
         padding: id of the padding token.
     """
     size, width = table.shape
-    words = nn.Embedding(size, width, padding_idx=padding, _weight=table)
+    words = nn.Embedding.from_pretrained(table, freeze=False, padding_idx=padding)
     old = model.get_output_embeddings()
     model.set_input_embeddings(words)
     model.config.vocab_size, model.config.pad_token_id = size, padding

@@ -22,6 +22,7 @@ class Points(BasicSweeper):
         assert self.hydra_context is not None
         assert self.launcher is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        configured = [f"{key}={value}" for key, value in self.params.items()]  # `hydra.sweeper.params`
+        overrides = parser.parse_overrides([*configured, *arguments])
         (points,) = self.split_arguments(overrides, None)
         return sweep(points, list(self.config.hydra.overrides.hydra), self.launcher.launch)
