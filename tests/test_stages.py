@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from kd.config.compose import compose, conf_folder, typed
 from kd.errors import InputError
 from kd.runs.run import Run
 from kd.training.execute import check_all
@@ -121,3 +122,82 @@ def test_one_override_in_place_of_a_list_is_refused_with_the_list(given: str) ->
     with pytest.raises(InputError, match=r'=\["seed=1"\]') as caught:
         planned(words)
     assert str(caught.value.key).startswith("student.run")
+
+
+# A stage that lists what it inherits
+
+LISTED = "student.run={choose: {method: kd, student: 2l}, inherits: [%s], trainer: {max_epochs: 7}}"
+
+
+def listed(small: Small, inherits: str, *more: str) -> Run:
+    """The stage of a run that lists what it inherits."""
+    run = planned(small("method=pkd", "student.init=run", LISTED % inherits, *more))
+    assert run.inputs.stage is not None
+    return run.inputs.stage
+
+
+def test_a_stage_has_what_it_inherits_what_it_sets_and_else_the_defaults(small: Small) -> None:
+    stage = listed(
+        small, "task, teacher, seed", "seed=5", "optimizer.lr=1e-2", "trainer.clip=0.5", "trainer.precision=bf16-mixed"
+    )
+    plain = typed(compose(["method=kd", "student=2l"]))
+    assert (stage.spec.method["name"], stage.spec.student.name, stage.spec.seed) == ("kd", "2l", 5)
+    assert (stage.spec.optimizer, stage.spec.trainer.clip) == (plain.optimizer, plain.trainer.clip), "not inherited"
+    assert stage.spec.trainer.max_epochs == 7
+    assert stage.spec.trainer.precision == "bf16-mixed", "every needed run inherits what the machine decides"
+
+
+def test_what_a_stage_does_not_inherit_leaves_it_as_it_is(small: Small) -> None:
+    digests = {
+        listed(small, "task, teacher", *more).digest
+        for more in (
+            [],
+            ["seed=3"],
+            ["optimizer.lr=1e-2"],
+            ["method.temperature=2"],
+            ["trainer.max_epochs=9"],
+            ["student.dropout=0"],
+        )
+    }
+    assert len(digests) == 1
+    assert listed(small, "task, teacher, seed", "seed=3").digest not in digests
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ("{choose: {method: no}}", "student.run"),
+        ("{choose: 3}", "student.run.choose"),
+        ("{choose: {method: kd}, inherits: 3}", "student.run.inherits"),
+        ("{choose: {method: kd}, trainer: {max_epoch: 3}}", "student.run.trainer.max_epoch"),
+        ("{choose: {method: kd}, trainer: {max_epochs: 0}}", "student.run.trainer.max_epochs"),
+        ("{choose: {method: kd}, optimizer: {lr: ${pretrain.rate}}}", "pretrain.rate"),
+    ],
+)
+def test_an_error_in_a_stage_that_lists_names_the_key_that_is_to_be_changed(small: Small, given: str, key: str) -> None:
+    with pytest.raises(InputError) as caught:
+        planned(small("student.init=run", "+pretrain.rate=-1", f"student.run={given}"))
+    assert caught.value.key == key
+
+
+def test_no_configuration_file_holds_overrides_for_another_run() -> None:
+    for path in conf_folder().rglob("*.yaml"):
+        assert "overrides:" not in path.read_text(), path
+
+
+# A pool of the first run
+
+
+def test_the_first_run_of_a_method_may_have_a_pool_of_its_own(small: Small, backbone: Path) -> None:
+    names = [f"teacher.{name}.backbone={backbone}" for name in ("minilm", "minilm_3l")]
+    both = small(*SHORT, "teacher=[minilm,minilm_3l]", "pool=stochastic", *names)
+    run = planned([*both, "+method.before.run.pool=wkd"])
+    first = run.inputs.before
+    assert (run.spec.pool.name, first.spec.pool.name) == ("stochastic", "wkd")
+    assert roles(first) == ["teacher minilm", "teacher minilm_3l"]
+    assert [needed.digest for _, needed in first.inputs] == [needed.digest for _, needed in run.inputs][:2]
+    assert first.digest != planned(both).inputs.before.digest
+    check_all(run)
+    with pytest.raises(InputError) as caught:
+        planned([*both, "+method.before.run.pool=no"])
+    assert caught.value.key == "method.before.run.pool"

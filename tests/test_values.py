@@ -27,6 +27,7 @@ from kd.report import main as report_command
 from kd.runs.digest import digest_of
 from kd.runs.error_keys import key_for
 from kd.runs.plan import plan
+from kd.runs.run import Role
 from kd.train import main as train_command
 from kd.training.execute import check_all
 from whole_runs import Small, planned
@@ -238,10 +239,11 @@ def test_a_value_of_a_run_that_is_needed_is_named_as_the_command_has_it(more: li
 def test_a_value_that_pre_training_takes_over_is_named_as_the_command_has_it() -> None:
     config = compose(["pretrain=mixed_vocab", "student=bert_3l_192"])
     spec = typed(config)
-    assert key_for("stage", spec, "optimizer.lr", config) == "pretrain.student_lr"
-    assert key_for("stage", spec, "surgery.mixed_vocab.run.size", config) == "pretrain.size"
-    assert key_for("stage", spec, "trainer.batch_size", config) == "student.run"
-    assert key_for("stage", spec, "trainer.clip", config) == "trainer.clip"
+    assert key_for(Role("stage"), spec, "optimizer.lr", config) == "pretrain.student_lr"
+    assert key_for(Role("stage"), spec, "surgery.mixed_vocab.run.surgery.mixed_stage.size", config) == "pretrain.size"
+    assert key_for(Role("stage"), spec, "trainer.batch_size", config) == "student.run.trainer.batch_size"
+    assert key_for(Role("stage"), spec, "trainer.clip", config) == "student.run", "a default, which the stage may set"
+    assert key_for(Role("stage"), spec, "trainer.precision", config) == "trainer.precision", "inherited"
 
 
 def test_the_order_of_shares_changes_no_split() -> None:

@@ -4,7 +4,7 @@ import re
 from dataclasses import asdict
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kd.config import compose as composition
@@ -173,7 +173,16 @@ def named_student(name: str, base: StudentSpec) -> dict[str, Any]:
     if not known_student(name):
         available = tuple(sorted(path.stem for path in (composition.conf_folder() / "student").glob("*.yaml")))
         raise one_of(name, available, "cohort.students")
-    student = composition.compose([f"student={name}"]).student
+    student = student_file(name)
     sizes = {key: student[key] for key in ("name", "layers", "width", "heads", "intermediate")}
-    plain = composition.compose([f"student={base.name}"]).student if known_student(base.name) else None
-    return {**sizes, "init": student.init} if plain is not None and plain.init == base.init else sizes
+    own_init = known_student(base.name) and student_file(base.name).init == base.init  # otherwise the command sets it
+    return {**sizes, "init": student.init} if own_init else sizes
+
+
+def student_file(name: str) -> DictConfig:
+    """Return the keys of a student in `conf/student`, over those of `conf/base/student.yaml`, as its defaults list says."""
+    folder = composition.conf_folder()
+    base, own = (OmegaConf.load(folder / file) for file in ("base/student.yaml", f"student/{name}.yaml"))
+    merged = OmegaConf.merge(base, own)
+    assert isinstance(merged, DictConfig)
+    return merged

@@ -3,17 +3,17 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from kd.config import compose as composition
 from kd.config.cohort import PEERS
 from kd.config.nodes import nested
 from kd.config.pool import RANKED, teachers_of
 from kd.config.schema import PoolSpec, RunSpec, TeacherSpec
 from kd.errors import InputError
-from kd.runs.identity import MACHINE_KEYS, NOT_IN_DIGEST, backbone_of
+from kd.runs.identity import backbone_of
+from kd.runs.inherit import inherit, laid_over
 from kd.runs.run import Role, Run
-from kd.runs.stages import laid_over, without
+from kd.runs.stages import without
 
 
 def needs_fine_tuning(name: str, teacher: TeacherSpec) -> bool:
@@ -76,25 +76,23 @@ def link_config(parent: DictConfig, spec: RunSpec, last: DictConfig) -> DictConf
     before = list(spec.teacher)[:-1]
     chain = one_teacher(parent, before) if len(before) == 1 else parent
     config = last.copy()
-    OmegaConf.set_struct(config, False)
-    for part in ("method", "pool"):
-        config[part] = chain[part]
-    if spec.cohort.peers is None:
-        config.engine = chain.engine
-    else:  # a teacher of a chain is one model, without peers
-        del config.method.weights[PEERS]
-    config.teacher = {name: parent.teacher[name] for name in before}
-    OmegaConf.set_struct(config, True)
+    with open_dict(config):
+        for part in ("method", "pool"):
+            config[part] = chain[part]
+        if spec.cohort.peers is None:
+            config.engine = chain.engine
+        else:  # a teacher of a chain is one model, without peers
+            del config.method.weights[PEERS]
+        config.teacher = {name: parent.teacher[name] for name in before}
     return config
 
 
 def one_teacher(parent: DictConfig, names: Sequence[str]) -> DictConfig:
     """Return the configuration with these teachers alone and without a pool."""
     config = parent.copy()
-    OmegaConf.set_struct(config, False)
-    config.teacher = {name: parent.teacher[name] for name in names}
-    config.pool = asdict(PoolSpec())
-    OmegaConf.set_struct(config, True)
+    with open_dict(config):
+        config.teacher = {name: parent.teacher[name] for name in names}
+        config.pool = asdict(PoolSpec())
     return config
 
 
@@ -106,13 +104,6 @@ def teacher_config(parent: DictConfig, spec: RunSpec, name: str, teacher: Teache
     Raises:
         InputError: for a key in its `run` that no run has, or if that run needs a further run.
     """
-    config = composition.compose(["method=finetune", "teacher=[]", "student=full"])
-    for part in ("task", "paths", "logger"):
-        OmegaConf.update(config, part, OmegaConf.to_container(parent[part], resolve=True), merge=False, force_add=True)
-    for key in (*NOT_IN_DIGEST, *MACHINE_KEYS):
-        OmegaConf.update(config, f"trainer.{key}", getattr(spec.trainer, key), force_add=True)
-    OmegaConf.update(config, "student.backbone", teacher.backbone)
-    config.preflight, config.resume, config.cache = spec.preflight, spec.resume, spec.cache
     surgeries = teacher.run.get("surgery")
     if nested(teacher.run, "student.init") == "run" or any(
         nested(surgeries, f"{surgery}.run") for surgery in (surgeries if isinstance(surgeries, Mapping) else ())
@@ -122,4 +113,6 @@ def teacher_config(parent: DictConfig, spec: RunSpec, name: str, teacher: Teache
             f"teacher.{name}.model or as student.checkpoint",
             f"teacher.{name}.run.student.init",
         )
+    choose: dict[str, str | list[str]] = {"method": "finetune", "teacher": [], "student": "full"}
+    config = inherit(parent, choose, ["task"], {"student": {"backbone": teacher.backbone}}, f"teacher.{name}")
     return laid_over(config, teacher.run, f"teacher.{name}.run")

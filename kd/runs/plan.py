@@ -41,7 +41,8 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teac
     if (before := spec.method.get("before")) is not None:
         first = before_config(config)
         with rename_error_keys(Role("before"), spec, config):
-            inputs = replace(inputs, before=plan(first, overrides, depth, inputs))
+            same_pool = first.pool == config.pool  # then both runs draw teachers by one ranking
+            inputs = replace(inputs, before=plan(first, overrides, depth, inputs if same_pool else None))
         spec = replace(spec, student=replace(spec.student, init="run", run={"name": before["name"]}))
     elif spec.student.init == "run":
         stage = stage_config(spec.student.run, "student.run", overrides, depth, config)

@@ -4,15 +4,19 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from kd.config import compose as composition
-from kd.config.values import one_line, shown
+from kd.config.nodes import nested
+from kd.config.values import shown
 from kd.errors import InputError
+from kd.runs.inherit import EVERY_RUN_INHERITS, inherit, laid_over
 
 MOST_OVERRIDES = 1000
 """Largest number of overrides of a stage."""
+
+NOT_OWN = ("name", "choose", "inherits")
+"""Keys of a stage that are not keys of its configuration."""
 
 DEEPEST_CHAIN = 8
 """Longest chain of stages; a longer one is taken for a stage that starts from itself."""
@@ -21,7 +25,7 @@ DEEPEST_CHAIN = 8
 def before_config(config: DictConfig) -> DictConfig:
     """Return the configuration of the run that a method starts with: this one, with `method.before` as its method.
 
-    `method.before.run` is merged over it. Interpolations in `method.before.run` refer to the run that follows; those in the
+    `method.before.run` is merged over it; its `pool` may be the name of a pool. Interpolations in `method.before.run` refer to the run that follows; those in the
     rest of the node refer to the first run.
 
     Raises:
@@ -35,39 +39,28 @@ def before_config(config: DictConfig) -> DictConfig:
     node.pop("run", None)
     if resolved.get("run") is not None and not isinstance(resolved["run"], Mapping):
         raise InputError(f"method.before.run={shown(resolved['run'])} is not a mapping of a run's keys", "method.before.run")
-    if shared := [
-        part for part in ("method", "student", "surgery", "teacher", "pool", "cohort") if part in (resolved.get("run") or {})
-    ]:
+    own = resolved.get("run") or {}
+    if shared := [part for part in ("method", "student", "surgery", "teacher", "cohort") if part in own]:
         raise InputError(f"both runs have one {shared[0]}; set it for the command", f"method.before.run.{shared[0]}")
     stage = config.copy()
-    OmegaConf.set_struct(stage, False)
-    stage.method = node
-    OmegaConf.set_struct(stage, True)
-    return laid_over(stage, resolved.get("run") or {}, "method.before.run")
+    with open_dict(stage):
+        stage.method = node
+        if isinstance(own.get("pool"), str):
+            stage.pool = chosen_pool(own.pop("pool"))
+    return laid_over(stage, own, "method.before.run")
 
 
-def laid_over(config: DictConfig, keys: Mapping[str, Any], where: str) -> DictConfig:
-    """Return a run's configuration with some keys merged over it.
-
-    Args:
-        config: configuration of the run; only keys that it has may be changed.
-        keys: nested mapping of values.
-        where: configuration key of that mapping, for error messages.
+def chosen_pool(name: str) -> DictConfig:
+    """Return the pool of a name in `conf/pool`.
 
     Raises:
-        InputError: for a key that no run has, or an invalid value.
+        InputError: if there is none of that name.
     """
-    OmegaConf.set_struct(config, True)
     try:
-        merged = OmegaConf.merge(config, keys)
-    except OmegaConfBaseException as error:
-        explained = composition.explain(error)
-        key = f"{where}.{explained.key}" if explained.key else where
-        raise InputError(f"{where} does not fit a run's configuration: {explained.message} ({explained.key})", key) from error
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{where} does not fit a run's configuration: {one_line(error)}", where) from error
-    assert isinstance(merged, DictConfig)
-    return merged
+        pool: DictConfig = composition.compose([f"pool={name}"]).pool
+    except InputError as error:
+        raise InputError(error.message, "method.before.run.pool") from error
+    return pool
 
 
 def key_of_stage(config: DictConfig, where: str, key: str) -> str:
@@ -79,11 +72,13 @@ def key_of_stage(config: DictConfig, where: str, key: str) -> str:
         key: key in the configuration of the stage.
 
     Returns:
-        The key that the stage's override interpolates; the key of the stage if the override holds the value; `key` itself if
-        the stage inherits it from the command.
+        The key that the stage interpolates; the key of the value in the stage, or of the stage if it is an override that holds
+        the value; `key` itself if the stage inherits it from the command; the key of the stage for a default.
     """
     stage = OmegaConf.select(config, where)
     node = OmegaConf.to_container(stage, resolve=False) if OmegaConf.is_config(stage) else stage
+    if isinstance(node, Mapping) and "choose" in node:
+        return key_of_inheriting_stage(node, where, key)
     if isinstance(node, Mapping) and key.startswith("student.run") and node.get("run") is not None:
         return f"{where}.run"
     overrides = node.get("overrides") if isinstance(node, Mapping) else node
@@ -95,6 +90,16 @@ def key_of_stage(config: DictConfig, where: str, key: str) -> str:
     return key
 
 
+def key_of_inheriting_stage(stage: Mapping[str, Any], where: str, key: str) -> str:
+    """Return the same as `key_of_stage` for a stage that lists what it inherits."""
+    value = nested(stage, key)
+    if value is None:
+        inherits = (*EVERY_RUN_INHERITS, *(stage.get("inherits") or []))
+        return key if any(key == name or key.startswith(f"{name}.") for name in inherits) else where
+    source = re.fullmatch(r"\$\{(?:oc\.select:)?([\w.]+)(?:,[^}]*)?\}", str(value))
+    return source[1] if source else f"{where}.{key}"
+
+
 def without(overrides: Sequence[str], starts: Sequence[str]) -> list[str]:
     """Return the overrides that do not start with any of these texts; leading `+` and `~` are ignored."""
     return [override for override in overrides if not override.lstrip("+~").startswith(tuple(starts))]
@@ -103,11 +108,15 @@ def without(overrides: Sequence[str], starts: Sequence[str]) -> list[str]:
 def stage_config(
     stage: Any, key: str, overrides: Sequence[str], depth: int, parent: DictConfig
 ) -> tuple[DictConfig, list[str]]:
-    """Return the configuration of a run that this one needs, and its overrides: the command's, then the stage's.
+    """Return the configuration of a run that this one needs, and the overrides that would compose it.
+
+    A stage is either a mapping with `choose`, `inherits` and keys of its own (see `kd.runs.inherit.inherit`), or this command
+    with further overrides, which is shorter on a command line.
 
     Args:
-        stage: a list of overrides, or a mapping with `overrides`, `run` (the `student.run` of the stage, so that a chain needs
-            no nested quotes), `name` (its name in results), and any keys that its overrides interpolate.
+        stage: such a mapping, perhaps with `name`, its name in results; or a list of overrides; or a mapping with `overrides`,
+            `run` (the `student.run` of the stage, so that a chain needs no nested quotes), `name`, and any keys that its
+            overrides interpolate.
         key: configuration key of the stage.
         overrides: overrides of this command.
         depth: number of stages before this one in the chain, counted from the command.
@@ -117,15 +126,17 @@ def stage_config(
         InputError: if the stage is missing or invalid, or the chain is endless.
     """
     parts = stage if isinstance(stage, Mapping) else {"overrides": stage}
+    if depth >= DEEPEST_CHAIN:
+        raise InputError(f"{key} starts from itself; give the first stage another student.init", key)
+    if "choose" in parts:
+        return inheriting_config(parts, key, parent), []
     given = parts.get("overrides")
     if isinstance(given, str) and given:
         where = f"{key}.overrides" if isinstance(stage, Mapping) else key
         raise InputError(f"{where}={shown(given)} takes a list of overrides: {composition.as_list(given, where)}", where)
     if not isinstance(given, list) or not given:
         about = "student.init=run needs student.run" if key == "student.run" else f"{key} must be"
-        raise InputError(f"{about}=[override, ...], or a mapping with `overrides`: the run to start from", key)
-    if depth >= DEEPEST_CHAIN:
-        raise InputError(f"{key} starts from itself; give the first stage another student.init", key)
+        raise InputError(f"{about}=[override, ...], or a mapping with `overrides` or `choose`: the run to start from", key)
     if spare := [word for word in given if not isinstance(word, str) or not re.match(r"[+~]*[\w/@.]+", word)]:
         raise InputError(f"{key} is a list of overrides, each a word such as 'seed=1'; {shown(spare[0])} is not one", key)
     if len(given) > MOST_OVERRIDES:
@@ -144,3 +155,24 @@ def stage_config(
     if parts.get("run") is not None:
         OmegaConf.update(config, "student.run", parts["run"], merge=False)
     return config, merged
+
+
+def inheriting_config(stage: Mapping[str, Any], key: str, parent: DictConfig) -> DictConfig:
+    """Return the configuration of a stage that lists what it inherits; arguments as for `stage_config`.
+
+    Raises:
+        InputError: for a group, a key or a value that no run has.
+    """
+    choose, inherits = stage["choose"], stage.get("inherits") or []
+    if not isinstance(choose, Mapping):
+        raise InputError(f"{key}.choose={shown(choose)} is not a mapping of groups to names", f"{key}.choose")
+    if not isinstance(inherits, list) or not all(isinstance(word, str) for word in inherits):
+        raise InputError(f"{key}.inherits={shown(inherits)} is not a list of keys", f"{key}.inherits")
+    own = {name: value for name, value in stage.items() if name not in NOT_OWN}
+    try:
+        return inherit(parent, choose, inherits, own, key)
+    except InputError as error:
+        if error.key is not None and error.key.startswith(f"{key}."):
+            raise
+        where = key_of_stage(parent, key, error.key or "")
+        raise InputError(f"the run of {key}: {error.message} ({error.key})", where if error.key else key) from error
