@@ -25,8 +25,8 @@ DEEPEST_CHAIN = 8
 def before_config(config: DictConfig) -> DictConfig:
     """Return the configuration of the run that a method starts with: this one, with `method.before` as its method.
 
-    `method.before.run` is merged over it; its `pool` may be the name of a pool. Interpolations in `method.before.run` refer to the run that follows; those in the
-    rest of the node refer to the first run.
+    `method.before.run` is merged over it; its `pool` may be the name of a pool. Interpolations in `method.before.run` refer to
+    the run that follows; those in the rest of the node refer to the first run.
 
     Raises:
         InputError: for an invalid node, or a key that no run has.
@@ -77,8 +77,8 @@ def key_of_stage(config: DictConfig, where: str, key: str) -> str:
     """
     stage = OmegaConf.select(config, where)
     node = OmegaConf.to_container(stage, resolve=False) if OmegaConf.is_config(stage) else stage
-    if isinstance(node, Mapping) and "choose" in node:
-        return key_of_inheriting_stage(node, where, key)
+    if isinstance(node, dict) and "choose" in node:
+        return key_of_inheriting_stage({str(name): value for name, value in node.items()}, where, key)
     if isinstance(node, Mapping) and key.startswith("student.run") and node.get("run") is not None:
         return f"{where}.run"
     overrides = node.get("overrides") if isinstance(node, Mapping) else node
