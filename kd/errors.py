@@ -1,6 +1,9 @@
-"""The exception for errors that the user can correct, and the detection of a full disk."""
+"""The exception for errors that the user can correct, the keys that it names, and the detection of a full disk."""
 
 import errno
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 DISK_FULL = "the disk is full. Everything saved before is intact; free some space, and run the same command to resume"
 
@@ -8,9 +11,15 @@ DISK_FULL = "the disk is full. Everything saved before is intact; free some spac
 class InputError(Exception):
     """Error for an invalid configuration or input; `kd-train` prints it without a traceback and exits with 2.
 
+    A class that a configuration instantiates does not know the key of its node. It names the argument, as in
+    `InputError("tau=0 must be positive", "tau")`, and whoever instantiates it puts the key of the node in front; see
+    `prefix_error_keys`. A key that does not start with an argument of the class is absolute and stays as it is: `student.heads`
+    in an error of a method about the student.
+
     Args:
         message: the invalid value, and the allowed ones.
-        key: the configuration key to change, if there is one.
+        key: the argument, or the configuration key to change. None if there is none; in a class that a configuration
+            instantiates, for the class itself.
     """
 
     def __init__(self, message: str, key: str | None = None) -> None:
@@ -20,6 +29,38 @@ class InputError(Exception):
 
     def __str__(self) -> str:
         return self.message if self.key is None else f"{self.message}\n  change: {self.key}"
+
+
+@contextmanager
+def prefix_error_keys(prefix: str, names: Collection[str]) -> Iterator[None]:
+    """Put the key of a node before the arguments that errors of its class name.
+
+    In the message these are an argument before an equals sign, and the error's key at the beginning. An error without a key
+    gets the key of the node.
+
+    Args:
+        prefix: key of the node.
+        names: arguments of the class. A key that does not start with one of them stays as it is.
+
+    Raises:
+        InputError: in place of one that names an argument.
+
+    >>> with prefix_error_keys("method", ["tau", "steps"]):
+    ...     raise InputError("tau=0 needs steps=1", "tau")
+    Traceback (most recent call last):
+    kd.errors.InputError: method.tau=0 needs method.steps=1
+      change: method.tau
+    """
+    try:
+        yield
+    except InputError as error:
+        key = error.key
+        if key is not None and key.partition(".")[0] not in names:
+            raise
+        begin = "" if key is None else rf"^{re.escape(key)}(?!\w)|"
+        arguments = "|".join(map(re.escape, names)) or "(?!)"
+        message = re.sub(rf"{begin}(?<![\w.])(?:{arguments})(?==)", rf"{prefix}.\g<0>", error.message)
+        raise InputError(message, prefix if key is None else f"{prefix}.{key}") from error
 
 
 def one_of(value: object, allowed: list[str] | tuple[str, ...], key: str) -> InputError:

@@ -8,7 +8,7 @@ from kd.build.data import build_examples, checked_length
 from kd.build.engine import build_engine
 from kd.build.instantiate import build_method, build_optimizer, logger_maker
 from kd.build.models import Models, build_models, flat
-from kd.build.surgeries import surgeries
+from kd.build.surgeries import prefix_surgery_errors, surgeries
 from kd.config.schema import RunSpec
 from kd.config.values import locate, one_line, subclass_of
 from kd.data.examples import Examples
@@ -119,9 +119,10 @@ def check_run(run: Run, examples: Examples) -> None:
             break
     models = build_models(run, examples.task, meta=True)
     checked_length(run.spec, models)
-    for surgery in surgeries(run.spec).values():
+    for name, surgery in surgeries(run.spec).items():
         if hasattr(surgery, "dry_run"):
-            surgery.dry_run(models.student.tokenizer, flat(examples.texts["train"]))
+            with prefix_surgery_errors(run.spec, name):
+                surgery.dry_run(models.student.tokenizer, flat(examples.texts["train"]))
     check_memory(run.spec, models)
     build_engine(run, models, examples.task)
     if run.spec.trainer.compile:

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from kd.build.instantiate import arguments_of, build_optimizer
+from kd.build.instantiate import arguments_of, build_optimizer, option_names
 from kd.build.models import Models
 from kd.config.values import locate, subclass_of
 from kd.data.tasks import Task
 from kd.engines.base import Engine
-from kd.errors import InputError
+from kd.errors import InputError, prefix_error_keys
 from kd.runs.run import Run
 
 
@@ -34,7 +34,8 @@ def build_engine(run: Run, models: Models, task: Task) -> Engine:
     target = locate(run.spec.engine, "engine", subclass_of(Engine), "an engine: a class of kd.engines.base.Engine")
     options = arguments_of(target, run.spec.engine, "engine")
     try:
-        engine: Engine = target(**given, **options)
+        with prefix_error_keys("engine", option_names(target, run.spec.engine) - set(given)):
+            engine: Engine = target(**given, **options)
     except TypeError as error:
         raise InputError(f"the engine cannot be instantiated: {error}", "engine") from error
     if not engine.automatic_optimization:  # it calls the optimiser itself after every batch

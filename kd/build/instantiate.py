@@ -4,6 +4,7 @@ A node names its class as `_target_`. Its key determines which classes are allow
 class is imported and checked before anything is called.
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +17,13 @@ from kd.config.schema import CohortSpec, PoolSpec, RunSpec
 from kd.config.values import TINY, locate, number, one_line, returns, shown, subclass_of, switch
 from kd.engines.base import check_terms
 from kd.engines.optimizer import OptimizerFactory
-from kd.errors import InputError
+from kd.errors import InputError, prefix_error_keys
 from kd.methods.base import Method
+from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule, ScheduleNode, as_schedule, extremes
+
+BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+"""Kinds of parameters that a node can set."""
 
 TRUTHS = ("<class 'bool'>", "bool", "bool | None", "typing.Optional[bool]")
 """Annotations of boolean arguments, as text."""
@@ -34,11 +39,12 @@ def instantiate(target: Callable[..., Any], node: Mapping[str, Any], key: str, *
         given: positional arguments before those of the node.
 
     Raises:
-        InputError: for arguments that the class does not accept.
+        InputError: for arguments that the class does not accept, naming their keys.
     """
     arguments = arguments_of(target, node, key, len(given))
     try:
-        return target(*given, **arguments)
+        with prefix_error_keys(key, option_names(target, node)):
+            return target(*given, **arguments)
     except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
         raise InputError(f"{node.get('_target_')} cannot be instantiated: {one_line(error)}", key) from error
 
@@ -54,8 +60,7 @@ def arguments_of(target: Callable[..., Any], node: Mapping[str, Any], key: str, 
         parameters = list(inspect.signature(target).parameters.values())[given:]
     except (TypeError, ValueError):
         parameters = None
-    by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    names = [parameter.name for parameter in parameters or [] if parameter.kind in by_keyword]
+    names = [parameter.name for parameter in parameters or [] if parameter.kind in BY_KEYWORD]
     hints = {parameter.name: parameter.annotation for parameter in parameters or []}
     any_name = parameters is None or any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
     for name, value in node.items():
@@ -69,6 +74,20 @@ def arguments_of(target: Callable[..., Any], node: Mapping[str, Any], key: str, 
             switch(value, where)
         arguments[name] = made_schedules(value, where)
     return arguments
+
+
+def option_names(target: Callable[..., Any], node: Mapping[str, Any]) -> set[str]:
+    """Return the names that errors of a class may use for the keys of its node: those in the node, and all it might have.
+
+    A class may pass arguments on to its bases, so their arguments count too.
+    """
+    names = set(node)
+    for base in inspect.getmro(target) if inspect.isclass(target) else (target,):
+        with contextlib.suppress(TypeError, ValueError):  # some built-in classes have no signature
+            names |= {
+                parameter.name for parameter in inspect.signature(base).parameters.values() if parameter.kind in BY_KEYWORD
+            }
+    return names
 
 
 def made_schedules(value: object, key: str) -> Any:
@@ -134,6 +153,24 @@ def build_method(
     return method, schedules
 
 
+def bind_method(method: Method, node: Mapping[str, Any], student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+    """Bind a method to its models.
+
+    Args:
+        method: as `build_method` returns it, possibly in wrappers. They check their own options when they are built, so errors
+            of `bind` are about the method inside.
+        node: configuration node of the method.
+        student: the student.
+        teachers: its teachers.
+
+    Raises:
+        InputError: for a method that cannot work with these models.
+    """
+    target = locate(node, "method", subclass_of(Method), "a Method")
+    with prefix_error_keys("method", option_names(target, node)):
+        method.bind(student, teachers)
+
+
 LARGEST_WEIGHT = 1e9
 """Largest weight of a loss term. The largest published for any method here is 1000; float32 ends at 3e38."""
 
@@ -158,7 +195,7 @@ def makes_optimizer(found: object) -> bool:
     """Return whether an object is an optimiser class, or a function that may return an optimiser, without calling it.
 
     A function must accept parameter groups and `lr`. Its return annotation must be an optimiser; without one, the type of the
-    result is checked when it is called, in `kd.engines.optimizer.OptimizerFactory`.
+    result is checked when it is called, in `make_optimizer`.
     """
     if inspect.isclass(found):
         return subclass_of(Optimizer)(found)
@@ -169,6 +206,25 @@ def makes_optimizer(found: object) -> bool:
         return False
     returned = signature.return_annotation
     return returned is signature.empty or (inspect.isclass(returned) and issubclass(returned, Optimizer))
+
+
+def make_optimizer(target: Callable[..., Any], groups: list[dict[str, Any]], lr: float, **options: Any) -> Optimizer:
+    """Call an optimiser class or a function.
+
+    Args:
+        target: the class or function.
+        groups: parameter groups.
+        lr: learning rate.
+        **options: further arguments of the target.
+
+    Raises:
+        InputError: if the function returns something else than an optimiser.
+    """
+    optimizer = target(groups, lr=lr, **options)
+    if not isinstance(optimizer, Optimizer):
+        kind = type(optimizer).__name__
+        raise InputError(f"optimizer.factory made a {kind}, not a torch.optim.Optimizer", "optimizer.factory._target_")
+    return optimizer
 
 
 def build_optimizer(spec: RunSpec) -> OptimizerFactory:
@@ -191,7 +247,7 @@ def build_optimizer(spec: RunSpec) -> OptimizerFactory:
         where = {"params": "optimizer.factory.params"}.get(taken[0], f"optimizer.{taken[0]}")
         raise InputError(f"optimizer.factory.{taken[0]} is set elsewhere: {where}", f"optimizer.factory.{taken[0]}")
     arguments_of(target, options, "optimizer.factory", given=1)
-    make = functools.partial(target, **options)
+    make = functools.partial(make_optimizer, target, **options)
     return OptimizerFactory(make, part.lr, part.weight_decay, part.schedule, part.warmup)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kd.build.instantiate import build_method
+from kd.build.instantiate import bind_method, build_method
 from kd.build.surgeries import apply_surgeries, check_vocabularies
 from kd.config.cohort import students_of
 from kd.config.compose import typed
@@ -256,7 +256,7 @@ def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple
         notes, asides = student.notes, student.asides
         student, changes = apply_surgeries(run, student, None if meta else flat(texts) if spec.surgery else [])
         own = copy.deepcopy(method)
-        own.bind(student, teachers if online is None else [online])  # type: ignore[list-item]
+        bind_method(own, spec.method, student, teachers if online is None else [online])  # type: ignore[list-item]
         check_vocabularies(run, task, own, student, models.teaching)
         if meta and student_spec.init == "run":  # its stage may not be trained yet: use the shape that it will have
             stage, stage_key = run.init_run.spec, "student.run" if run.inputs.stage else "method.before"

@@ -1,15 +1,16 @@
 """Surgeries of a run's student, and the check that it shares its teachers' vocabulary where a method needs that."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
-from kd.build.instantiate import instantiate
+from kd.build.instantiate import instantiate, option_names
 from kd.config.schema import RunSpec
 from kd.config.values import has, locate
 from kd.data.masked_lm.tokenized import OTHER_VOCABULARY
 from kd.data.tasks import Task
 from kd.data.tokenized import tokenizer_fingerprint
-from kd.errors import InputError
+from kd.errors import InputError, prefix_error_keys
 from kd.methods.base import Method
 from kd.models import Encoder
 from kd.models.heads import HEADS
@@ -35,6 +36,12 @@ def surgeries(spec: RunSpec) -> dict[str, Surgery]:
     return instances
 
 
+def prefix_surgery_errors(spec: RunSpec, name: str) -> AbstractContextManager[None]:
+    """Let errors of a surgery name the keys of its options; see `kd.errors.prefix_error_keys`."""
+    node = spec.surgery[name]
+    return prefix_error_keys(f"surgery.{name}", option_names(surgery_class(name, node), node))
+
+
 def apply_surgeries(run: Run, student: Encoder, texts: Sequence[str] | None) -> tuple[Encoder, list[str]]:
     """Apply the surgeries of a run; return the resulting student and a description of each change.
 
@@ -50,7 +57,8 @@ def apply_surgeries(run: Run, student: Encoder, texts: Sequence[str] | None) -> 
     for name, surgery in surgeries(run.spec).items():
         needed = run.inputs.surgeries.get(name)
         folder = None if texts is None or needed is None else needed.student
-        student, description = surgery(student, SurgeryInputs(texts, folder))
+        with prefix_surgery_errors(run.spec, name):
+            student, description = surgery(student, SurgeryInputs(texts, folder))
         descriptions += [description] if description else []
     return student, descriptions
 

@@ -61,7 +61,7 @@ class MutualDistiller(Engine):
         if len(students) < 2:
             raise InputError(f"mutual learning needs two or more students, not {len(students)}", "cohort.students")
         if update not in UPDATES:
-            raise one_of(update, UPDATES, "engine.update")
+            raise one_of(update, UPDATES, "update")
         for method in methods.values():
             check_terms(method.names, weights)
             if online is not None and any(needs.gradient for needs in method.needs()[1]):

@@ -103,7 +103,7 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def family_of(model_type: str, key: str = "student.backbone") -> Family:
+def family_of(model_type: str, key: str = "model_type") -> Family:
     """Return the family of a transformers `model_type`.
 
     Raises:

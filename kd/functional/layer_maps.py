@@ -81,7 +81,7 @@ def drawn(student: int, teacher: int, generator: np.random.Generator) -> Pairs:
     return tuple(enumerate(layers, start=1))
 
 
-def blocks(student: int, teacher: int, key: str = "method.layers") -> Blocks:
+def blocks(student: int, teacher: int, key: str = "layers") -> Blocks:
     """Divide the teacher's layers into as many blocks of equal size as the student has layers, and pair them in order.
 
     The last layers of the blocks are TinyBERT's uniform map.
@@ -102,14 +102,14 @@ def blocks(student: int, teacher: int, key: str = "method.layers") -> Blocks:
     return tuple((layer, tuple(range((layer - 1) * size + 1, layer * size + 1))) for layer in range(1, student + 1))
 
 
-def resolve(spec: str | Sequence[Sequence[int]], student: int, teacher: int, key: str = "method.layers") -> Pairs:
+def resolve(spec: str | Sequence[Sequence[int]], student: int, teacher: int, key: str = "layers") -> Pairs:
     """Return the pairs of a named map, or of an explicit list, checked against both depths.
 
     Args:
         spec: a name of `NAMED`, or a list of [student layer, teacher layer].
         student: number of blocks of the student.
         teacher: number of blocks of the teacher.
-        key: the configuration key that an error names.
+        key: name of the argument that an error names.
 
     Raises:
         InputError: for an unknown name, something that is not a pair, or a layer that a model does not have.

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd.config.values import whole
 from kd.errors import InputError
 from kd.forward import Needs, Outputs
 from kd.functional import attribution
 from kd.functional.hidden import near_one
 from kd.functional.logits import SOFT_LOSSES
 from kd.methods.base import Method, Step
-from kd.methods.kd import BATCH_MEANS, checked, checked_temperature
+from kd.methods.options import BATCH_MEANS, temperature_schedule, whole, word
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
 
@@ -134,32 +133,30 @@ class ADKD(Method):
         attribution_reduction: str = "examples",
     ) -> None:
         super().__init__()
-        self.temperature = checked_temperature(temperature)
-        self.loss = checked(loss, SOFT_LOSSES, "method.loss")
-        self.reduction = checked(reduction, BATCH_MEANS, "method.reduction")
-        whole(steps, "method.steps", 1, MOST_STEPS)
+        self.temperature = temperature_schedule(temperature)
+        self.loss = word(loss, SOFT_LOSSES, "loss")
+        self.reduction = word(reduction, BATCH_MEANS, "reduction")
+        whole(steps, "steps", 1, MOST_STEPS)
         if topk is not None:
-            whole(topk, "method.topk")
+            whole(topk, "topk")
         self.steps, self.topk = steps, topk
         if not isinstance(layers, Sequence) or len(layers) != 2 or not all(type(layer) is int for layer in layers):
-            raise InputError(f"method.layers={layers} is not a pair [student layer, teacher layer]", "method.layers")
+            raise InputError(f"layers={layers} is not a pair [student layer, teacher layer]", "layers")
         self.layers = (layers[0], layers[1])
         if steps > 1 and self.layers != (0, 0):
             raise InputError(
-                f"method.steps={steps} scales the embeddings' output; with method.layers={list(layers)} use method.steps=1",
-                "method.steps",
+                f"steps={steps} scales the embeddings' output; with layers={list(layers)} use steps=1",
+                "steps",
             )
-        self.target = checked(target, attribution.DIFFERENTIATED, "method.target")
+        self.target = word(target, attribution.DIFFERENTIATED, "target")
         if isinstance(norm, bool) or norm not in (1, 2):
-            raise InputError(f"method.norm={norm} must be 1 or 2", "method.norm")
+            raise InputError(f"norm={norm} must be 1 or 2", "norm")
         self.norm = float(norm)
-        self.views = checked(views, VIEWS, "method.views")
-        self.distance = checked(distance, attribution.DISTANCES, "method.distance")
+        self.views = word(views, VIEWS, "views")
+        self.distance = word(distance, attribution.DISTANCES, "distance")
         if attribution_reduction == "norm" and distance != "l2":
-            raise InputError(
-                "method.attribution_reduction=norm is the Euclidean norm; with it, method.distance is l2", "method.distance"
-            )
-        self.attribution_reduction = checked(attribution_reduction, attribution.REDUCTIONS, "method.attribution_reduction")
+            raise InputError("attribution_reduction=norm is the Euclidean norm; with it, use distance=l2", "distance")
+        self.attribution_reduction = word(attribution_reduction, attribution.REDUCTIONS, "attribution_reduction")
         self.columns: list[int] | None = None
 
     def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
@@ -170,15 +167,13 @@ class ADKD(Method):
         """
         (teacher,) = teachers
         if self.topk is not None and self.topk > teacher.width:
-            raise InputError(
-                f"method.topk={self.topk} is more than the teacher's width of {teacher.width}; null keeps all", "method.topk"
-            )
+            raise InputError(f"topk={self.topk} is more than the teacher's width of {teacher.width}; null keeps all", "topk")
         for layer, depth, whose in ((self.layers[0], student.depth, "student"), (self.layers[1], teacher.depth, "teacher")):
             if not 0 <= layer < depth:
                 raise InputError(
-                    f"method.layers={list(self.layers)}: the {whose}'s decisions are attributed to layers 0 (embeddings) to "
+                    f"layers={list(self.layers)}: the {whose}'s decisions are attributed to layers 0 (embeddings) to "
                     f"{depth - 1}",
-                    "method.layers",
+                    "layers",
                 )
         if not student.classifies:
             raise InputError("method=ad_kd attributes the decisions of a classifier, and this student has none", "method")

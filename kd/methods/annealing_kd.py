@@ -2,11 +2,10 @@
 
 from torch import Tensor
 
-from kd.config.values import whole
 from kd.errors import InputError
 from kd.functional.logits import SOFT_LOSSES, widened
 from kd.methods.base import Method, Step
-from kd.methods.kd import BATCH_MEANS, checked
+from kd.methods.options import BATCH_MEANS, whole, word
 from kd.schedules import Staircase
 
 LOSSES = tuple(name for name in SOFT_LOSSES if name != "ce")
@@ -42,18 +41,18 @@ class AnnealingKD(Method):
 
     def __init__(self, tau_max: int = 7, epochs: int = 14, loss: str = "mse", reduction: str = "elementmean") -> None:
         super().__init__()
-        whole(tau_max, "method.tau_max")
-        whole(epochs, "method.epochs")
+        whole(tau_max, "tau_max")
+        whole(epochs, "epochs")
         if epochs % tau_max:
             raise InputError(
                 f"the temperature falls in tau_max={tau_max} steps of equal length, which {epochs} epochs cannot be divided "
                 f"into; take a tau_max that divides the epochs, or {-(-epochs // tau_max) * tau_max} epochs",
-                "method.tau_max",
+                "tau_max",
             )
         self.factor = Staircase(1 / tau_max, 1.0, tau_max)
         self.tau_max = tau_max
-        self.loss = checked(loss, LOSSES, "method.loss")
-        self.reduction = checked(reduction, BATCH_MEANS, "method.reduction")
+        self.loss = word(loss, LOSSES, "loss")
+        self.reduction = word(reduction, BATCH_MEANS, "reduction")
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         """Return the regression loss of the scaled logits."""

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from kd.config.values import number
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.functional import layer_maps
@@ -14,7 +13,7 @@ from kd.functional.hidden import PADDING, token_error
 from kd.functional.logits import SOFT_LOSSES
 from kd.functional.transport import UPDATES, plan, shared_cost_attention
 from kd.methods.base import Method, Step, check_heads, projection
-from kd.methods.kd import BATCH_MEANS, checked, checked_switch, checked_temperature
+from kd.methods.options import BATCH_MEANS, number, switch, temperature_schedule, word
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
 from kd.system import distributed
@@ -94,18 +93,18 @@ class BertEMD(Method):
         teacher_dropout: bool = False,
     ) -> None:
         super().__init__()
-        self.update = checked(update, (*UPDATES, "none"), "method.update")
-        self.tau = number(tau, "method.tau", 1e-6, 1e6)
-        self.separate = checked_switch(separate, "method.separate")
-        self.share_projection = checked_switch(share_projection, "method.share_projection")
-        self.teacher_dropout = checked_switch(teacher_dropout, "method.teacher_dropout")
+        self.update = word(update, (*UPDATES, "none"), "update")
+        self.tau = number(tau, "tau", 1e-6, 1e6)
+        self.separate = switch(separate, "separate")
+        self.share_projection = switch(share_projection, "share_projection")
+        self.teacher_dropout = switch(teacher_dropout, "teacher_dropout")
         if isinstance(mapping, str):
-            checked(mapping, ("emd", *layer_maps.NAMED), "method.mapping")
+            word(mapping, ("emd", *layer_maps.NAMED), "mapping")
         self.mapping = mapping
-        self.padding = checked(padding, PADDING, "method.padding")
-        self.temperature = checked_temperature(temperature)
-        self.loss = checked(loss, SOFT_LOSSES, "method.loss")
-        self.reduction = checked(reduction, BATCH_MEANS, "method.reduction")
+        self.padding = word(padding, PADDING, "padding")
+        self.temperature = temperature_schedule(temperature)
+        self.loss = word(loss, SOFT_LOSSES, "loss")
+        self.reduction = word(reduction, BATCH_MEANS, "reduction")
         self.pairs: layer_maps.Pairs = ()
         self.projections = nn.ModuleDict()
         self.solved: dict[str, tuple[Tensor, Tensor]] = {}
@@ -140,13 +139,13 @@ class BertEMD(Method):
     def _pairs(self, student: int, teacher: int) -> layer_maps.Pairs:
         if self.solves:
             return tuple((ours, theirs) for ours in range(1, student + 1) for theirs in range(1, teacher + 1))
-        listed = layer_maps.resolve(self.mapping, student, teacher, "method.mapping")
+        listed = layer_maps.resolve(self.mapping, student, teacher, "mapping")
         pairs = tuple(pair for pair in listed if pair != (0, 0))  # the term `embedding` compares the embeddings
         if not pairs or any(0 in pair for pair in pairs):
             raise InputError(
                 f"the layer map '{self.mapping}' gives the pairs {layer_maps.describe(listed)}; it must give at least one, of "
                 "layers from 1 on: embeddings have a term of their own",
-                "method.mapping",
+                "mapping",
             )
         return pairs
 

@@ -1,18 +1,11 @@
-"""Knowledge distillation of logits, and checks of options that several methods share."""
+"""Knowledge distillation of logits."""
 
 from torch import Tensor
 
-from kd.config.values import number, shown, switch, word
-from kd.errors import InputError
-from kd.functional.logits import REDUCTIONS, SOFT_LOSSES
+from kd.functional.logits import SOFT_LOSSES
 from kd.methods.base import Method, Step
-from kd.schedules import Schedule, as_schedule, extremes
-
-TEMPERATURES = (1e-3, 1e4)
-"""Lowest and highest temperature allowed."""
-
-BATCH_MEANS = tuple(name for name in REDUCTIONS if name not in ("sum", "none"))
-"""Reductions whose value does not depend on the batch size: a sum over the batch would change with ranks and accumulation."""
+from kd.methods.options import BATCH_MEANS, temperature_schedule, word
+from kd.schedules import Schedule
 
 
 class KD(Method):
@@ -37,9 +30,9 @@ class KD(Method):
 
     def __init__(self, temperature: "float | Schedule" = 4.0, loss: str = "kl", reduction: str = "batchmean") -> None:
         super().__init__()
-        self.temperature = checked_temperature(temperature)
-        self.loss = checked(loss, SOFT_LOSSES, "method.loss")
-        self.reduction = checked(reduction, BATCH_MEANS, "method.reduction")
+        self.temperature = temperature_schedule(temperature)
+        self.loss = word(loss, SOFT_LOSSES, "loss")
+        self.reduction = word(reduction, BATCH_MEANS, "reduction")
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         """Return the hard and the soft loss."""
@@ -49,40 +42,3 @@ class KD(Method):
             "task": step.task.hard(student.logits, step.batch.labels),
             "logits": step.task.soft(student.logits, teacher.logits, temperature, self.loss, self.reduction),
         }
-
-
-def checked(value: str, allowed: tuple[str, ...], key: str) -> str:
-    """Check that an option has one of the allowed values, and return it.
-
-    Raises:
-        InputError: for any other value.
-    """
-    return word(value, allowed, key)
-
-
-def checked_switch(value: object, key: str) -> bool:
-    """Check that an option is true or false, and return it.
-
-    Raises:
-        InputError: for anything else.
-    """
-    return switch(value, key)
-
-
-def checked_temperature(value: "float | Schedule", key: str = "method.temperature") -> Schedule:
-    """Convert a temperature to a schedule and check that it stays in [0.001, 10000].
-
-    At lower temperatures logits of ordinary size would overflow float32; at higher ones their differences vanish.
-
-    Raises:
-        InputError: for a value that is not a number, or is outside that range.
-    """
-    try:
-        schedule = as_schedule(value)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{key}={shown(value)} is not a number", key) from error
-    for extreme in extremes(schedule):
-        if not extreme > 0:
-            raise InputError(f"{key} is {extreme}, it must be positive", key)
-        number(extreme, key, *TEMPERATURES)
-    return schedule

@@ -10,7 +10,7 @@ from kd.forward import Needs
 from kd.functional import hidden, layer_maps
 from kd.functional.logits import SOFT_LOSSES
 from kd.methods.base import Method, Step, match_width
-from kd.methods.kd import BATCH_MEANS, checked, checked_switch, checked_temperature
+from kd.methods.options import BATCH_MEANS, switch, temperature_schedule, word
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
 
@@ -64,11 +64,11 @@ class PKD(Method):
     ) -> None:
         super().__init__()
         self.layers = layers
-        self.temperature = checked_temperature(temperature)
-        self.normalize = checked_switch(normalize, "method.normalize")
-        self.loss = checked(loss, SOFT_LOSSES, "method.loss")
-        self.reduction = checked(reduction, BATCH_MEANS, "method.reduction")
-        self.hidden_reduction = checked(hidden_reduction, HIDDEN_MEANS, "method.hidden_reduction")
+        self.temperature = temperature_schedule(temperature)
+        self.normalize = switch(normalize, "normalize")
+        self.loss = word(loss, SOFT_LOSSES, "loss")
+        self.reduction = word(reduction, BATCH_MEANS, "reduction")
+        self.hidden_reduction = word(hidden_reduction, HIDDEN_MEANS, "hidden_reduction")
         self.pairs: layer_maps.Pairs = ()
         self.project: nn.Module = nn.Identity()
 
@@ -84,7 +84,7 @@ class PKD(Method):
             raise InputError(
                 f"the layer map '{self.layers}' leaves a student of {student.depth} layer(s) nothing to match: it passes "
                 "over the last layer. Give pairs, as [[1, 2]], or use more layers",
-                "method.layers",
+                "layers",
             )
         self.project = match_width(student.width, teacher.width)
 

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kd.config.values import whole
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.functional.hidden import PADDING, at_least_float32, token_error
 from kd.functional.logits import SOFT_LOSSES
 from kd.methods.base import Method, Step, projection
-from kd.methods.kd import BATCH_MEANS, checked, checked_temperature
+from kd.methods.options import BATCH_MEANS, temperature_schedule, whole, word
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
 
@@ -98,20 +97,19 @@ class SimKD(Method):
         padding: str = "strict",
     ) -> None:
         super().__init__()
-        self.feature = checked(feature, FEATURES, "method.feature")
-        self.padding = checked(padding, PADDING, "method.padding")
+        self.feature = word(feature, FEATURES, "feature")
+        self.padding = word(padding, PADDING, "padding")
         if padding != "strict" and feature != "tokens":
             raise InputError(
-                f"method.padding={padding} is about the tokens of method.feature=tokens; method.feature={feature} has one "
-                "vector for each example",
-                "method.padding",
+                f"padding={padding} is about the tokens of feature=tokens; feature={feature} has one vector for each example",
+                "padding",
             )
         if factor is not None:
-            whole(factor, "method.factor")
+            whole(factor, "factor")
         self.factor = factor
-        self.temperature = checked_temperature(temperature)
-        self.loss = checked(loss, SOFT_LOSSES, "method.loss")
-        self.reduction = checked(reduction, BATCH_MEANS, "method.reduction")
+        self.temperature = temperature_schedule(temperature)
+        self.loss = word(loss, SOFT_LOSSES, "loss")
+        self.reduction = word(reduction, BATCH_MEANS, "reduction")
         self.depths = (0, 0)
 
     def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
@@ -124,19 +122,17 @@ class SimKD(Method):
         (teacher,) = teachers
         if self.feature != "pooled" and student.width != teacher.width:
             raise InputError(
-                f"method.feature={self.feature} reuses the teacher's pooler, which a plain model has at its own width only: "
-                f"the student has {student.width}, the teacher {teacher.width}; use method.feature=pooled",
-                "method.feature",
+                f"feature={self.feature} reuses the teacher's pooler, which a plain model has at its own width only: "
+                f"the student has {student.width}, the teacher {teacher.width}; use feature=pooled",
+                "feature",
             )
         if self.factor is None and student.width != teacher.width:
             raise InputError(
                 f"without a projector the student's width of {student.width} must be the teacher's, {teacher.width}",
-                "method.factor",
+                "factor",
             )
         if self.factor is not None and teacher.width % self.factor:
-            raise InputError(
-                f"method.factor={self.factor} does not divide the teacher's width of {teacher.width}", "method.factor"
-            )
+            raise InputError(f"factor={self.factor} does not divide the teacher's width of {teacher.width}", "factor")
         if not isinstance(teacher, FrozenTeacher):
             raise InputError(
                 "method=simkd reuses the classifier of a teacher that stays as it is; use cohort.teacher=frozen",
@@ -145,9 +141,9 @@ class SimKD(Method):
         theirs = teacher.encoder
         if self.feature != "pooled" and student.config.model_type != theirs.config.model_type:
             raise InputError(
-                f"method.feature={self.feature} reuses the teacher's pooler, and the families differ in what follows it: the "
-                f"student is {student.config.model_type}, the teacher {theirs.config.model_type}; use method.feature=pooled",
-                "method.feature",
+                f"feature={self.feature} reuses the teacher's pooler, and the families differ in what follows it: the "
+                f"student is {student.config.model_type}, the teacher {theirs.config.model_type}; use feature=pooled",
+                "feature",
             )
         if not student.classifies or not theirs.classifies:
             raise InputError("method=simkd reuses a teacher's classifier, and these models have none", "method")

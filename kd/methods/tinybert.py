@@ -6,14 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kd.config.values import LARGEST_SEED, whole
 from kd.errors import InputError
 from kd.forward import Needs, Outputs
 from kd.functional import layer_maps
 from kd.functional.attention import DIRECTIONS, attention_divergence, mean_distribution, probability_error, score_error
 from kd.functional.hidden import PADDING, at_least_float32, token_error
 from kd.methods.base import Method, Progress, Step, check_heads, freeze_above, projection
-from kd.methods.kd import checked, checked_switch
+from kd.methods.options import LARGEST_SEED, switch, whole, word
 from kd.models import Encoder, FrozenTeacher
 
 MAPS = ("uniform", "top", "last", "bottom", "mean", "random")
@@ -80,15 +79,15 @@ class TinyBERT(Method):
     ) -> None:
         super().__init__()
         if isinstance(layers, str):
-            checked(layers, MAPS, "method.layers")
+            word(layers, MAPS, "layers")
         self.layers = layers
-        self.redraw = checked(redraw, REDRAWS, "method.redraw")
-        self.draw_seed = whole(draw_seed, "method.draw_seed", 0, LARGEST_SEED)
-        self.attention = checked(attention, ATTENTION_TARGETS, "method.attention")
-        self.direction = checked(direction, DIRECTIONS, "method.direction")
-        self.padding = checked(padding, PADDING, "method.padding")
-        self.project = checked(project, PROJECTIONS, "method.project")
-        self.teacher_dropout = checked_switch(teacher_dropout, "method.teacher_dropout")
+        self.redraw = word(redraw, REDRAWS, "redraw")
+        self.draw_seed = whole(draw_seed, "draw_seed", 0, LARGEST_SEED)
+        self.attention = word(attention, ATTENTION_TARGETS, "attention")
+        self.direction = word(direction, DIRECTIONS, "direction")
+        self.padding = word(padding, PADDING, "padding")
+        self.project = word(project, PROJECTIONS, "project")
+        self.teacher_dropout = switch(teacher_dropout, "teacher_dropout")
         self.depths = (0, 0)
         self.projections = nn.ModuleDict()
 
@@ -105,7 +104,7 @@ class TinyBERT(Method):
             raise InputError(
                 f"the layer map '{self.layers}' needs a student no deeper than its teacher, got {student.depth} and "
                 f"{teacher.depth} layers; give the pairs instead, as [[student, teacher], ...]",
-                "method.layers",
+                "layers",
             )
         ours = self._ours()
         freeze_above(student, max(ours))
@@ -124,7 +123,7 @@ class TinyBERT(Method):
                 raise InputError(
                     f"the layer map {[list(pair) for pair in pairs]} must list pairs, and of layers from 1: embeddings meet "
                     "embeddings without being listed",
-                    "method.layers",
+                    "layers",
                 )
         elif self.layers in ("uniform", "mean"):
             blocks = layer_maps.blocks(*self.depths)

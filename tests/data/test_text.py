@@ -37,7 +37,7 @@ def tokens(count: int = 40, seed: int = 0, max_length: int = 32, **sizes: int) -
 def mixed(probability: float, max_length: int = 64, size: int = 70) -> MaskedTokens:
     first = tiny_tokenizer()
     plain = [text for (text,) in texts(40)]
-    second = with_vocabulary(first, learned_tokens(first, plain, size, "size"))
+    second = with_vocabulary(first, learned_tokens(first, plain, size))
     return MaskedTokens(MixedTokenizer(first, second, len(first), probability), texts(40), max_length, seed=0)
 
 
@@ -150,7 +150,7 @@ def test_mixed_text_detokenises_to_the_normalised_input(probability: float) -> N
     first, second = found.vocabularies
     shift = len(tiny_tokenizer())
     names = {number: token for token, number in tiny_tokenizer().get_vocab().items()}
-    learned = learned_tokens(tiny_tokenizer(), [text for (text,) in texts(40)], 70, "size")
+    learned = learned_tokens(tiny_tokenizer(), [text for (text,) in texts(40)], 70)
     names.update({shift + number: token for number, token in enumerate(learned)})
     for row, (text,) in enumerate(texts(40)):
         ids, _, owner = found.read(row, epoch=1)

@@ -304,7 +304,7 @@ def test_one_student_or_an_unknown_update_is_refused() -> None:
         MutualDistiller({"a": bench.students["s0"]}, {}, *rest)
     with pytest.raises(InputError, match="simultaneous, sequential") as update:
         MutualDistiller(bench.students, {}, *rest, update="random")
-    assert (alone.value.key, update.value.key) == ("cohort.students", "engine.update")
+    assert (alone.value.key, update.value.key) == ("cohort.students", "update")
 
 
 # Whole runs

@@ -60,7 +60,7 @@ def test_explicit_pairs_are_kept_in_their_order() -> None:
 def test_a_student_deeper_than_its_teacher_needs_explicit_pairs(name: str) -> None:
     with pytest.raises(InputError, match=r"no deeper than its teacher, got 6 and 4 layers.*give the pairs") as caught:
         resolve(name, 6, 4)
-    assert caught.value.key == "method.layers"
+    assert caught.value.key == "layers"
     assert resolve([[6, 4]], 6, 4) == ((6, 4),)
 
 
@@ -87,8 +87,8 @@ def test_a_student_deeper_than_its_teacher_needs_explicit_pairs(name: str) -> No
 )
 def test_what_is_no_map_is_refused_by_its_key(spec: object, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        resolve(spec, 2, 4, key="method.attention_layers")
-    assert caught.value.key == "method.attention_layers"
+        resolve(spec, 2, 4, key="attention_layers")
+    assert caught.value.key == "attention_layers"
 
 
 def test_description_shows_each_pair() -> None:
@@ -114,8 +114,8 @@ def test_blocks_share_out_every_teacher_layer_and_end_where_the_uniform_map_is(s
 @pytest.mark.parametrize(("student", "teacher"), [(5, 12), (12, 5), (8, 12)])
 def test_depths_that_do_not_divide_have_no_blocks(student: int, teacher: int) -> None:
     with pytest.raises(InputError, match=f"{student} layers does not divide its teacher's {teacher}") as caught:
-        blocks(student, teacher, "method.before.layers")
-    assert caught.value.key == "method.before.layers"
+        blocks(student, teacher, "attention_layers")
+    assert caught.value.key == "attention_layers"
 
 
 def test_drawn_layers_are_different_ascending_and_all_of_them_come_up() -> None:

@@ -87,7 +87,7 @@ def test_scores_of_a_regression_are_not_broadcast() -> None:
 def test_a_number_of_steps_that_does_not_divide_the_epochs_is_refused(tau_max: float, epochs: int) -> None:
     with pytest.raises(InputError) as error:
         AnnealingKD(tau_max, epochs)  # type: ignore[arg-type]
-    assert error.value.key == "method.tau_max"
+    assert error.value.key == "tau_max"
 
 
 def test_the_error_reaches_the_command_before_anything_is_trained(small: Small) -> None:

@@ -167,4 +167,4 @@ def test_an_unknown_target_and_an_impossible_temperature_name_their_keys() -> No
         Mutual(Finetune(), target="all")
     with pytest.raises(InputError, match="positive") as temperature:
         Mutual(Finetune(), temperature=0)
-    assert (target.value.key, temperature.value.key) == ("cohort.peers.target", "cohort.peers.temperature")
+    assert (target.value.key, temperature.value.key) == ("target", "temperature")

@@ -188,16 +188,16 @@ def test_unequal_widths_learn_one_map_to_the_teachers_width() -> None:
 def test_a_map_without_pairs_is_refused(layers: object) -> None:
     with pytest.raises(InputError, match="nothing to match") as caught:
         PKD(layers).bind(encoder(1), [FrozenTeacher(encoder(4))])
-    assert caught.value.key == "method.layers"
+    assert caught.value.key == "layers"
 
 
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [
-        ({"temperature": 0}, "method.temperature"),
-        ({"loss": "l1"}, "method.loss"),
-        ({"reduction": "none"}, "method.reduction"),
-        ({"hidden_reduction": "mean"}, "method.hidden_reduction"),
+        ({"temperature": 0}, "temperature"),
+        ({"loss": "l1"}, "loss"),
+        ({"reduction": "none"}, "reduction"),
+        ({"hidden_reduction": "mean"}, "hidden_reduction"),
     ],
     ids=str,
 )

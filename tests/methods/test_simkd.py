@@ -164,13 +164,13 @@ def test_dropout_does_not_stand_before_the_reused_classifier() -> None:
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [
-        ({"feature": "cls"}, "method.feature"),
-        ({"feature": "hidden"}, "method.feature"),
-        ({"factor": 5}, "method.factor"),
-        ({"factor": 0}, "method.factor"),
-        ({"loss": "l1"}, "method.loss"),
-        ({"feature": "tokens", "padding": "all"}, "method.padding"),
-        ({"feature": "cls", "padding": "reference"}, "method.padding"),
+        ({"feature": "cls"}, "feature"),
+        ({"feature": "hidden"}, "feature"),
+        ({"factor": 5}, "factor"),
+        ({"factor": 0}, "factor"),
+        ({"loss": "l1"}, "loss"),
+        ({"feature": "tokens", "padding": "all"}, "padding"),
+        ({"feature": "cls", "padding": "reference"}, "padding"),
     ],
 )
 def test_what_cannot_work_names_the_key(arguments: dict, key: str) -> None:

@@ -459,16 +459,16 @@ def test_terms_of_a_random_map_are_those_of_its_pairs(narrow: Encoder, teacher: 
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [
-        ({"layers": "unifrom"}, "method.layers"),
-        ({"layers": "skip"}, "method.layers"),
-        ({"teacher_dropout": 0.1}, "method.teacher_dropout"),
-        ({"redraw": "batch"}, "method.redraw"),
-        ({"draw_seed": -1}, "method.draw_seed"),
-        ({"draw_seed": None}, "method.draw_seed"),
-        ({"attention": "mse"}, "method.attention"),
-        ({"direction": "both"}, "method.direction"),
-        ({"padding": "ignore"}, "method.padding"),
-        ({"project": "none"}, "method.project"),
+        ({"layers": "unifrom"}, "layers"),
+        ({"layers": "skip"}, "layers"),
+        ({"teacher_dropout": 0.1}, "teacher_dropout"),
+        ({"redraw": "batch"}, "redraw"),
+        ({"draw_seed": -1}, "draw_seed"),
+        ({"draw_seed": None}, "draw_seed"),
+        ({"attention": "mse"}, "attention"),
+        ({"direction": "both"}, "direction"),
+        ({"padding": "ignore"}, "padding"),
+        ({"project": "none"}, "project"),
     ],
     ids=str,
 )
@@ -500,7 +500,7 @@ def test_maps_that_the_depths_do_not_allow_are_refused(layers: Any, depths: tupl
     student, teacher = (encoder(depth, width=4) for depth in depths)
     with pytest.raises(InputError, match=message) as caught:
         TinyBERT(layers=layers).bind(student, [FrozenTeacher(teacher)])
-    assert caught.value.key == "method.layers"
+    assert caught.value.key == "layers"
 
 
 @pytest.mark.parametrize(("width", "cure"), [(8, "set student.heads=4"), (6, "set student.heads=4 and student.width to")])

@@ -14,7 +14,9 @@ from conftest import BAD, FILLER, GOOD, SPECIAL, tiny_config, tiny_model, tiny_t
 from kd.build.check import check_run
 from kd.build.data import build_examples
 from kd.build.models import build_models
+from kd.build.surgeries import prefix_surgery_errors
 from kd.config.compose import compose
+from kd.config.schema import RunSpec
 from kd.data.datamodule import tokenizer_fingerprint
 from kd.errors import InputError
 from kd.forward import Needs
@@ -105,10 +107,12 @@ def test_vocabularies_that_are_not_wordpiece_are_refused() -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE({"[UNK]": 0, "a": 1, "[MASK]": 2}, [], unk_token="[UNK]")), unk_token="[UNK]"
     )
-    for surgery in (CutVocabulary(), LearnedVocabulary(50)):
-        with pytest.raises(InputError, match="WordPiece") as caught:
+    surgeries = {"cut_vocabulary": CutVocabulary(), "learned_vocabulary": LearnedVocabulary(50)}
+    nodes = {name: {"_target_": f"{type(surgery).__module__}.{type(surgery).__name__}"} for name, surgery in surgeries.items()}
+    for name, surgery in surgeries.items():
+        with pytest.raises(InputError, match="WordPiece") as caught, prefix_surgery_errors(RunSpec(surgery=nodes), name):
             operated(surgery, Encoder(tiny_model(), tokenizer), None)
-        assert caught.value.key.startswith("surgery.")
+        assert caught.value.key == f"surgery.{name}"
 
 
 # -- learned_vocabulary ----------------------------------------------------------------------------------------------------
@@ -129,7 +133,7 @@ def test_learned_vocabulary_has_the_size_asked_for_and_the_old_rules() -> None:
 def test_more_tokens_than_the_text_supports_are_refused_with_both_numbers() -> None:
     with pytest.raises(InputError, match=r"size=5000 is more than the text supports: it gives \d+ tokens") as caught:
         operated(LearnedVocabulary(5000), student())
-    assert caught.value.key == "surgery.learned_vocabulary.size"
+    assert caught.value.key == "size"
     with pytest.raises(InputError, match=r"size=20 leaves no room"):
         operated(LearnedVocabulary(20), student())
 
@@ -139,7 +143,7 @@ def test_two_processes_learn_the_same_vocabulary() -> None:
     code = (
         "import random; from conftest import tiny_tokenizer; from kd.models.surgery.wordpiece import learned_tokens\n"
         "draw = random.Random(0); words = [''.join(draw.choices('abcdefghijklmnop', k=5)) for _ in range(300)]\n"
-        "print(learned_tokens(tiny_tokenizer(), [' '.join(words)], 150, 'size'))"
+        "print(learned_tokens(tiny_tokenizer(), [' '.join(words)], 150))"
     )
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n{code}"]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -201,10 +205,10 @@ def test_surgeries_follow_each_other_in_their_order() -> None:
 @pytest.mark.parametrize(
     ("make", "key"),
     [
-        (lambda: CutVocabulary(0), "surgery.cut_vocabulary.min_count"),
-        (lambda: LearnedVocabulary("x"), "surgery.learned_vocabulary.size"),
-        (lambda: Factorized(0), "surgery.factorized.rank"),
-        (lambda: operated(Factorized(33), student()), "surgery.factorized.rank"),
+        (lambda: CutVocabulary(0), "min_count"),
+        (lambda: LearnedVocabulary("x"), "size"),
+        (lambda: Factorized(0), "rank"),
+        (lambda: operated(Factorized(33), student()), "rank"),
     ],
 )
 def test_options_out_of_range_are_refused(make: Callable[[], object], key: str) -> None:

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kd.config.values import word
 from kd.functional.logits import widened
 from kd.methods.base import Method, Step
-from kd.methods.kd import checked_temperature
+from kd.methods.options import temperature_schedule, word
 from kd.methods.wrappers.base import Wrapper
 from kd.schedules import Schedule
 
@@ -36,10 +35,10 @@ class Mutual(Wrapper):
 
     def __init__(self, inner: Method, temperature: "float | Schedule" = 1.0, target: str = "each") -> None:
         super().__init__(inner)
-        word(target, PEER_TARGETS, "cohort.peers.target")
+        word(target, PEER_TARGETS, "target")
         self.inner = inner
         self.names = (*inner.names, "mutual")
-        self.temperature = checked_temperature(temperature, "cohort.peers.temperature")
+        self.temperature = temperature_schedule(temperature)
         self.target = target
 
     @property

@@ -73,15 +73,6 @@ def word_table(student: Encoder, name: str) -> nn.Embedding:
     return table
 
 
-def whole_number(value: object, least: int, key: str) -> int:
-    """Check a whole number of the configuration and return it.
-
-    Raises:
-        InputError: if it is not a whole number, or is less than `least`.
-    """
-    return whole(value, key, least)
-
-
 class CutVocabulary:
     """Surgery that reduces the vocabulary to the tokens of the training texts; their embeddings are not changed.
 
@@ -96,12 +87,12 @@ class CutVocabulary:
     changes_vocabulary = True
 
     def __init__(self, min_count: int = 1) -> None:
-        self.min_count = whole_number(min_count, 1, "surgery.cut_vocabulary.min_count")
+        self.min_count = whole(min_count, "min_count")
 
     def __call__(self, student: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
         """Return the student with the smaller vocabulary, and a description of the change."""
         table, old = word_table(student, "cut_vocabulary"), student.tokenizer
-        check_wordpiece(old, "surgery.cut_vocabulary")
+        check_wordpiece(old)
         if inputs.texts is None:
             return student, ""
         tokens = distributed.broadcast(used_tokens(old, inputs.texts, self.min_count))
@@ -123,20 +114,19 @@ class LearnedVocabulary:
     changes_vocabulary = True
 
     def __init__(self, size: int) -> None:
-        self.size = whole_number(size, 1, "surgery.learned_vocabulary.size")
+        self.size = whole(size, "size")
 
     def dry_run(self, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> None:
         """Check, before anything is trained, that the texts support the vocabulary: learn it and discard it."""
-        learned_tokens(tokenizer, texts, self.size, "surgery.learned_vocabulary.size")
+        learned_tokens(tokenizer, texts, self.size)
 
     def __call__(self, student: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
         """Return the student with the learned vocabulary, and a description of the change."""
         word_table(student, "learned_vocabulary")
-        check_wordpiece(student.tokenizer, "surgery.learned_vocabulary")
+        check_wordpiece(student.tokenizer)
         if inputs.texts is None:
             return student, ""
-        key = "surgery.learned_vocabulary.size"
-        tokens = distributed.broadcast(learned_tokens(student.tokenizer, inputs.texts, self.size, key))
+        tokens = distributed.broadcast(learned_tokens(student.tokenizer, inputs.texts, self.size))
         student.tokenizer = with_vocabulary(student.tokenizer, tokens)
         padding = student.tokenizer.pad_token_id
         set_vocabulary(student.model, drawn_table(len(tokens), student.width, student.config, padding), None, padding)
@@ -237,15 +227,14 @@ class Factorized:
     changes_vocabulary = False
 
     def __init__(self, rank: int) -> None:
-        self.rank = whole_number(rank, 1, "surgery.factorized.rank")
+        self.rank = whole(rank, "rank")
 
     def __call__(self, student: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
         """Return the student with factorised embeddings, and a description of the change."""
         table = word_table(student, "factorized")
         size, width = table.weight.shape
         if self.rank > min(size, width):
-            key = "surgery.factorized.rank"
-            raise InputError(f"{key}={self.rank} is more than the width of the embeddings, {min(size, width)}", key)
+            raise InputError(f"rank={self.rank} is more than the width of the embeddings, {min(size, width)}", "rank")
         with torch.device(table.weight.device):
             words = FactorizedEmbedding(size, self.rank, width, table.padding_idx)
         if inputs.texts is not None:
@@ -261,7 +250,7 @@ class Factorized:
         return student, f"word embeddings of rank {self.rank} ({count:,} parameters for {table.weight.numel():,})"
 
 
-def check_special_tokens(tokenizer: PreTrainedTokenizerFast, key: str) -> None:
+def check_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     """Check that a tokenizer has the special tokens that masked language modelling with two vocabularies needs.
 
     Raises:
@@ -269,4 +258,4 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerFast, key: str) -> None:
     """
     for name in ("cls_token", "sep_token", "pad_token", "mask_token", "unk_token"):
         if getattr(tokenizer, name) is None:
-            raise InputError(f"the student's tokenizer has no {name}; it has {', '.join(special_tokens(tokenizer))}", key)
+            raise InputError(f"the student's tokenizer has no {name}; it has {', '.join(special_tokens(tokenizer))}")

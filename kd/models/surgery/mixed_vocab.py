@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from kd.config.values import number, switch
+from kd.config.values import number, switch, whole
 from kd.data.masked_lm.tokenized import MixedTokenizer
 from kd.errors import InputError
 from kd.models.encoder import Encoder
-from kd.models.surgery.embeddings import SurgeryInputs, check_special_tokens, drawn_table, whole_number, word_table
+from kd.models.surgery.embeddings import SurgeryInputs, check_special_tokens, drawn_table, word_table
 from kd.models.surgery.wordpiece import check_wordpiece, learned_tokens, set_outputs, set_vocabulary, with_vocabulary
 from kd.system import distributed
 
@@ -181,14 +181,14 @@ class MixedStage:
     changes_vocabulary = True
 
     def __init__(self, size: int, width: int | None = None, probability: float = 0.5, *, tied: bool = True) -> None:
-        self.size = whole_number(size, 1, "surgery.mixed_stage.size")
-        self.width = None if width is None else whole_number(width, 1, "surgery.mixed_stage.width")
-        self.probability = number(probability, "surgery.mixed_stage.probability", 0, 1)
-        self.tied = switch(tied, "surgery.mixed_stage.tied")
+        self.size = whole(size, "size")
+        self.width = None if width is None else whole(width, "width")
+        self.probability = number(probability, "probability", 0, 1)
+        self.tied = switch(tied, "tied")
 
     def dry_run(self, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> None:
         """Check, before anything is trained, that the texts support the vocabulary: learn it and discard it."""
-        learned_tokens(tokenizer, texts, self.size, "surgery.mixed_stage.size")
+        learned_tokens(tokenizer, texts, self.size)
 
     def __call__(self, student: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
         """Return the model with two vocabularies, and a description of the change."""
@@ -196,11 +196,11 @@ class MixedStage:
         if outputs is None:
             raise InputError("mixed_stage trains a masked language model: use task=imdb_text or task=text", "surgery")
         tokenizer = student.tokenizer
-        check_wordpiece(tokenizer, "surgery.mixed_stage")
-        check_special_tokens(tokenizer, "surgery.mixed_stage")
+        check_wordpiece(tokenizer)
+        check_special_tokens(tokenizer)
         if inputs.texts is None:
             return student, ""
-        learned = learned_tokens(tokenizer, inputs.texts, self.size, "surgery.mixed_stage.size")
+        learned = learned_tokens(tokenizer, inputs.texts, self.size)
         small = with_vocabulary(tokenizer, distributed.broadcast(learned))
         width = self.width or student.width
         lifted = LiftedEmbedding(drawn_table(len(small), width, student.config), student.width)
@@ -226,21 +226,17 @@ class MixedVocab:
             return student, ""
         path = None if inputs.folder is None else inputs.folder / FOLDER
         if path is None or not (path / "embeddings.safetensors").is_file():
-            raise InputError("surgery.mixed_vocab.run made no vocabulary: it must be a run with surgery=[mixed_stage]", KEY)
+            raise InputError("run made no vocabulary: it must be a run with surgery=[mixed_stage]", "run")
         table = load_file(path / "embeddings.safetensors")["embeddings"]
         if table.shape[1] != student.width:
             raise InputError(
                 f"the embeddings that Stage I learned have width {table.shape[1]}, the student has {student.width}; "
                 "set surgery.mixed_stage.width in its overrides",
-                KEY,
+                "run",
             )
         student.tokenizer = load_tokenizer_of(path)
         set_vocabulary(student.model, table, None, student.tokenizer.pad_token_id)
         return student, f"vocabulary of {len(table)} tokens and its embeddings from mixed-vocabulary training"
-
-
-KEY = "surgery.mixed_vocab.run"
-"""Configuration key that errors of Stage II name."""
 
 
 def load_tokenizer_of(folder: Path) -> PreTrainedTokenizerFast:

@@ -17,7 +17,7 @@ ALPHABET = 100
 each takes two entries, at the start of a word and inside it. Our choice."""
 
 
-def check_wordpiece(tokenizer: PreTrainedTokenizerFast, key: str) -> None:
+def check_wordpiece(tokenizer: PreTrainedTokenizerFast) -> None:
     """Check that a tokenizer is a WordPiece one.
 
     Raises:
@@ -25,7 +25,7 @@ def check_wordpiece(tokenizer: PreTrainedTokenizerFast, key: str) -> None:
     """
     kind = type(tokenizer.backend_tokenizer.model).__name__
     if kind != "WordPiece":
-        raise InputError(f"it needs a WordPiece vocabulary, as BERT and MPNet have; the student's is {kind}", key)
+        raise InputError(f"it needs a WordPiece vocabulary, as BERT and MPNet have; the student's is {kind}")
 
 
 def with_vocabulary(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -87,7 +87,7 @@ def used_tokens(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], least:
     return sorted(used, key=vocabulary.__getitem__)
 
 
-def learned_tokens(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], size: int, key: str) -> list[str]:
+def learned_tokens(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], size: int) -> list[str]:
     """Learn a WordPiece vocabulary from texts, with a tokenizer's normaliser and pre-tokeniser.
 
     The result depends on the texts alone. `tokenizers` numbers inside-of-word characters in the order of a hash map and
@@ -103,7 +103,7 @@ def learned_tokens(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], siz
     start = [*special_tokens(tokenizer), *alphabet, *(prefix + character for character in alphabet)]
     if size <= len(start):
         raise InputError(
-            f"{key}={size} leaves no room for words: special tokens and single characters alone are {len(start)}", key
+            f"size={size} leaves no room for words: special tokens and single characters alone are {len(start)}", "size"
         )
     learner = Tokenizer(models.WordPiece(unk_token=tokenizer.unk_token))
     learner.normalizer, learner.pre_tokenizer = rules.normalizer, rules.pre_tokenizer
@@ -118,7 +118,7 @@ def learned_tokens(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], siz
     learner.train_from_iterator(texts, trainer)
     learned = learner.get_vocab()
     if len(learned) < size:
-        raise InputError(f"{key}={size} is more than the text supports: it gives {len(learned)} tokens", key)
+        raise InputError(f"size={size} is more than the text supports: it gives {len(learned)} tokens", "size")
     return sorted(learned, key=learned.__getitem__)
 
 

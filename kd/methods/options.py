@@ -1,0 +1,33 @@
+"""Checks of the options of methods. An error names the option; the builder adds the key of the method."""
+
+from kd.config.values import LARGEST_SEED, number, shown, switch, whole, word
+from kd.errors import InputError
+from kd.functional.logits import REDUCTIONS
+from kd.schedules import Schedule, as_schedule, extremes
+
+__all__ = ["BATCH_MEANS", "LARGEST_SEED", "TEMPERATURES", "number", "switch", "temperature_schedule", "whole", "word"]
+
+TEMPERATURES = (1e-3, 1e4)
+"""Lowest and highest temperature allowed."""
+
+BATCH_MEANS = tuple(name for name in REDUCTIONS if name not in ("sum", "none"))
+"""Reductions whose value does not depend on the batch size: a sum over the batch would change with ranks and accumulation."""
+
+
+def temperature_schedule(value: "float | Schedule") -> Schedule:
+    """Convert the option `temperature` to a schedule and check that it stays in [0.001, 10000].
+
+    At lower temperatures logits of ordinary size would overflow float32; at higher ones their differences vanish.
+
+    Raises:
+        InputError: for a value that is not a number, or is outside that range.
+    """
+    try:
+        schedule = as_schedule(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"temperature={shown(value)} is not a number", "temperature") from error
+    for extreme in extremes(schedule):
+        if not extreme > 0:
+            raise InputError(f"temperature is {extreme}, it must be positive", "temperature")
+        number(extreme, "temperature", *TEMPERATURES)
+    return schedule
