@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 
-from kd.results import tables as report
+from kd import report
+from kd.results import tables
+from kd.runs.run import read_record
+
+OLD_RESULT = Path(__file__).parent / "old_result.json"
+"""The record of a run of an early version, made small."""
 
 
 def record(seed: int = 0, family: str = "f0", settings: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
@@ -67,7 +72,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
 
 
 def test_seeds_are_averaged_with_their_sample_deviation() -> None:
-    (row,) = cells(report.report_table([record(0), record(1), record(2)]))
+    (row,) = cells(tables.report_table([record(0), record(1), record(2)]))
     mean, spread = 100 * statistics.fmean([0.5, 0.52, 0.54]), 100 * statistics.stdev([0.5, 0.52, 0.54])
     assert row["test accuracy"] == f"{mean:.1f} ± {spread:.1f}" == "52.0 ± 2.0"
     assert row["validation accuracy"] == "61.0 ± 1.0"
@@ -77,12 +82,12 @@ def test_seeds_are_averaged_with_their_sample_deviation() -> None:
 
 
 def test_one_seed_has_no_spread() -> None:
-    (row,) = cells(report.report_table([record(1)]))
+    (row,) = cells(tables.report_table([record(1)]))
     assert row["test accuracy"] == "52.0"
 
 
 def test_only_runs_of_one_family_are_averaged() -> None:
-    groups = report.grouped([record(0), record(0, family="f1"), record(1), record(1, family="f1")])
+    groups = tables.grouped([record(0), record(0, family="f1"), record(1), record(1, family="f1")])
     assert [[(result["family"], result["seed"]) for result in group] for group in groups] == [
         [("f0", 0), ("f0", 1)],
         [("f1", 0), ("f1", 1)],
@@ -94,19 +99,19 @@ def test_rows_that_look_alike_tell_the_settings_in_which_they_differ() -> None:
     hotter = record(
         0, family="f2", settings={"method": {"name": "kd", "temperature": 8.0, "weights": {"task": 0.5, "logits": 0.5}}}
     )
-    rows = cells(report.report_table([record(0), record(1), longer, hotter]))
+    rows = cells(tables.report_table([record(0), record(1), longer, hotter]))
     assert [row["where"] for row in rows] == [
         "temperature=4.0 trainer.max_epochs=3",
         "temperature=4.0 trainer.max_epochs=9",
         "temperature=8.0 trainer.max_epochs=3",
     ]
     other = record(0, family="f3", method="pkd")  # its own column tells
-    assert "where" not in cells(report.report_table([record(0), record(1), other]))[0]
+    assert "where" not in cells(tables.report_table([record(0), record(1), other]))[0]
 
 
 def test_a_metric_that_a_run_does_not_have_is_undefined_not_averaged_away() -> None:
     (row,) = cells(
-        report.report_table([record(0), record(1, metrics={"validation": {"accuracy": None}, "test": {"accuracy": 0.5}})])
+        tables.report_table([record(0), record(1, metrics={"validation": {"accuracy": None}, "test": {"accuracy": 0.5}})])
     )
     assert row["validation accuracy"] == "undefined"
     assert row["test accuracy"] == "50.0 ± 0.0"
@@ -121,7 +126,7 @@ def test_tasks_with_different_metrics_share_a_table_with_gaps() -> None:
         teacher=[],
         agreement={"validation": {}},
     )
-    rte, cola = cells(report.report_table([record(0), other]))
+    rte, cola = cells(tables.report_table([record(0), other]))
     assert (rte["validation matthews_corrcoef"], cola["validation matthews_corrcoef"]) == ("", "25.0")
     assert (rte["test accuracy"], cola["test accuracy"]) == ("50.0", "")
     assert (cola["teacher"], cola["agreement"]) == ("", "")
@@ -138,13 +143,13 @@ def test_only_whole_records_of_finished_runs_are_read_oldest_first(tmp_path: Pat
 
 
 def test_the_protocol_states_what_is_common_and_lists_what_differs() -> None:
-    words = report.protocol([record(0), record(1)])
+    words = tables.protocol([record(0), record(1)])
     assert "best checkpoint, validation accuracy; student starts from first 2 layers of minilm; trained in 32-true" in words
-    assert "student starts from {first 2 layers of minilm, random};" in report.protocol([record(0), record(1, init="random")])
+    assert "student starts from {first 2 layers of minilm, random};" in tables.protocol([record(0), record(1, init="random")])
 
 
 def test_the_closing_table_puts_student_and_teachers_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
-    report.closing_table(record(1), Path("runs/kd-2l"))
+    tables.closing_table(record(1), Path("runs/kd-2l"))
     lines = capsys.readouterr().out.splitlines()
     student = next(line for line in lines if "student 2l" in line)
     teacher = next(line for line in lines if "teacher minilm" in line)
@@ -158,7 +163,7 @@ def test_the_closing_table_puts_student_and_teachers_side_by_side(capsys: pytest
 
 
 def test_the_closing_table_of_a_run_without_a_teacher_has_no_agreement(capsys: pytest.CaptureFixture[str]) -> None:
-    report.closing_table(record(0, teacher=[], agreement={"validation": {}}, metrics_teacher={}), Path("run"))
+    tables.closing_table(record(0, teacher=[], agreement={"validation": {}}, metrics_teacher={}), Path("run"))
     out = capsys.readouterr().out
     assert "agreement" not in out
     assert "teacher" not in out
@@ -170,7 +175,7 @@ def test_the_closing_table_shows_every_student_and_their_ensemble(capsys: pytest
     weaker = {**one, "metrics": {"validation": {"accuracy": 0.4321}, "test": {"accuracy": 0.4}}, "parameters": 999}
     ensemble = {"validation": {"accuracy": 0.6543}, "test": {"accuracy": 0.5432}}
     found |= {"students": {"3l": one, "2l": weaker}, "headline": "3l", "metrics_ensemble": ensemble}
-    report.closing_table(found, Path("run"))
+    tables.closing_table(found, Path("run"))
     lines = capsys.readouterr().out.splitlines()
     assert any("student 3l (the run's)" in line and "60.0" in line for line in lines)
     assert any("student 2l" in line and "43.2" in line and "999" in line and "(the run's)" not in line for line in lines)
@@ -215,6 +220,20 @@ def test_no_runs_is_said_and_exits_with_two(tmp_path: Path, monkeypatch, capsys,
     assert captured.out == ""
 
 
+def test_a_record_of_an_earlier_version_is_reported_beside_a_new_one(tmp_path: Path, monkeypatch, capsys) -> None:
+    old = json.loads(OLD_RESULT.read_text())
+    new = record(0, task="file", method="pkd", collapsed=True, latency={"threads": 1, "measure": "least of 30 calls"})
+    assert not {"baseline", "cache", "collapsed", "files", "latency", "origin", "resumed"} & old.keys()
+    command(monkeypatch, write(tmp_path, old, new))
+    out = capsys.readouterr().out
+    assert "62.5" in out  # test accuracy of the old one
+    assert "50.0" in out
+    assert "Students that predict one class, or nearly one score: run1" in out
+    tables.closing_table(old, tmp_path)
+    assert "62.5" in capsys.readouterr().out
+    assert read_record(tmp_path / "run0" / "result.json") == old, "it needs no checksum"
+
+
 def test_a_run_that_another_begins_with_is_no_row_and_its_seconds_are_the_others(tmp_path: Path, monkeypatch, capsys) -> None:
     first = record(0, family="f1", method="tinybert_layers", digest="b0", inputs={})
     last = record(
@@ -237,34 +256,34 @@ def test_settings_of_the_run_that_a_method_begins_with_tell_rows_apart() -> None
 
     first = [record(seed, "f1", before("scores", seed=seed), method="tinybert") for seed in (0, 1)]
     other = record(0, "f2", before("kl"), method="tinybert")
-    rows = cells(report.report_table([*first, other]))
+    rows = cells(tables.report_table([*first, other]))
     assert [row["where"] for row in rows] == ["before.method.attention=scores", "before.method.attention=kl"]
     assert [row["seeds"] for row in rows] == ["0, 1", "0"]
 
 
 def test_a_table_of_many_configurations_looks_at_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
     looked = []
-    original = report.settings
-    monkeypatch.setattr(report, "settings", lambda found, prefix="": looked.append(prefix) or original(found, prefix))
+    original = tables.settings
+    monkeypatch.setattr(tables, "settings", lambda found, prefix="": looked.append(prefix) or original(found, prefix))
     many = [record(0, f"f{n}", {"trainer": {"max_epochs": n}}) for n in range(40)]
-    assert len(set(report.differences(report.grouped(many)))) == 40
+    assert len(set(tables.differences(tables.grouped(many)))) == 40
     assert looked.count("") == 40
 
 
 def test_a_setting_that_some_rows_lack_tells_those_that_have_it() -> None:
     old, new = record(0, "f0"), record(0, "f1", {"optimizer": {"lr": 1}})
     same = record(0, "f2", {"trainer": {"max_epochs": 3.0}, "optimizer": {"lr": None}})  # equal to the first
-    assert report.differences(report.grouped([old, new, same])) == ["", "optimizer.lr=1", "optimizer.lr=None"]
+    assert tables.differences(tables.grouped([old, new, same])) == ["", "optimizer.lr=1", "optimizer.lr=None"]
 
 
 def test_errors_keep_their_units_where_other_metrics_are_in_percent(capsys: pytest.CaptureFixture[str]) -> None:
     scores = {"validation": {"pearson": 0.8125, "mse": 1.25}}
     found = record(0, metrics=scores, metrics_teacher={}, agreement={"validation": {}}, teacher=[], labels=None)
-    report.closing_table({**found, "baseline": {"validation": {"pearson": None, "mse": 2.5}}}, Path("run"))
+    tables.closing_table({**found, "baseline": {"validation": {"pearson": None, "mse": 2.5}}}, Path("run"))
     lines = capsys.readouterr().out.splitlines()
     assert any("student 2l" in line and "81.2" in line and "1.2500" in line for line in lines)
     assert any("mean of the scores" in line and "undefined" in line and "2.5000" in line for line in lines)
-    (row,) = cells(report.report_table([found]))
+    (row,) = cells(tables.report_table([found]))
     assert (row["validation pearson"], row["validation mse"]) == ("81.2", "1.2500")
 
 
@@ -273,7 +292,7 @@ def test_a_student_that_predicts_one_class_is_told_beside_the_majority_class(cap
     found["students"]["student"]["collapsed"] = True
     found["latency_ms"] = {"student": None, "minilm": None}
     found["identity"]["student"] = {"init": "first", "init_from": "pretrained"}
-    report.closing_table(found, Path("run"))
+    tables.closing_table(found, Path("run"))
     out = capsys.readouterr().out
     assert any("majority class" in line and "60.0" in line and "55.0" in line for line in out.splitlines())
     assert "WARN  student 2l: its predictions are one class" in out
@@ -282,9 +301,9 @@ def test_a_student_that_predicts_one_class_is_told_beside_the_majority_class(cap
 
 def test_the_cure_names_no_value_that_is_there_already_or_cannot_be() -> None:
     given = {"init": "first", "init_from": "pretrained"}
-    assert report.cure(["minilm"], given).startswith("student.init_from=teacher, ")
+    assert tables.cure(["minilm"], given).startswith("student.init_from=teacher, ")
     for teachers, student in [([], given), (["t"], {**given, "init_from": "teacher"}), (["t"], {**given, "init": "random"})]:
-        assert report.cure(teachers, student) == "a larger optimizer.lr, more trainer.max_epochs"
+        assert tables.cure(teachers, student) == "a larger optimizer.lr, more trainer.max_epochs"
 
 
 def test_runs_that_predict_one_class_are_named_below_the_table(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -302,7 +321,7 @@ def test_names_and_folders_are_printed_as_they_are_whatever_they_mean_in_markup(
     found["parameters"]["teachers"][name] = 1
     found["students"]["student"]["collapsed"] = True
     found |= {"identity": {"task": {"source": {"train": name}}}, "labels": [name, "other"], "method": name}
-    report.closing_table(found, Path("runs") / name)
+    tables.closing_table(found, Path("runs") / name)
     out = capsys.readouterr().out
     for words in (
         f"run: runs/{name}\n",

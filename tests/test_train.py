@@ -22,7 +22,7 @@ from kd.data.sources import Files
 from kd.engines.distiller import Distiller
 from kd.engines.nonfinite import clip_gradients
 from kd.errors import InputError
-from kd.results.export import model_card
+from kd.results.export import TOLERANCE, model_card
 from kd.runs.run import Run
 from kd.training import execute
 from kd.training import fit as fitting
@@ -67,6 +67,51 @@ def test_result_holds_the_contracted_fields(finished: tuple[Run, dict]) -> None:
     assert set(result["latency"]["spread"]) == {"student student", "minilm"}
     for name in ("config.yaml", "metrics.csv", "checkpoints", "student/config.json", "student/model.safetensors"):
         assert (run.directory / name).exists(), name
+
+
+RESULT_KEYS = {
+    "": "method student teacher pool task seed digest family metrics_last metrics_teacher metrics_ensemble selection seconds "
+    "resumed examples_per_second teacher_forward_examples teacher_forwards cache notes_teacher labels pipeline origin "
+    "max_length limit_train examples epochs batch_size batch_tokens accumulate steps precision ranks lr weights identity "
+    "inputs versions hardware git finished latency baseline metrics agreement init export_difference parameters megabytes "
+    "latency_ms collapsed headline students files checksum",
+    "metrics_last": "validation",
+    "metrics_teacher minilm": "validation test",
+    "selection": "kind by epoch",
+    "seconds": "train cache before",
+    "resumed": "starts from_steps",
+    "teacher_forwards minilm": "passes examples batches_used",
+    "cache minilm": "used bytes seconds written",
+    "origin": "backbone license data columns",
+    "identity": "format method engine student teachers inputs pool cohort task data optimizer trainer seed",
+    "hardware": "cpu cores threads gpus",
+    "latency": "measure threads spread",
+    "parameters": "student exported teacher teachers",
+    "megabytes": "student minilm",
+    "latency_ms": "student minilm",
+    "students student": "metrics agreement parameters exported latency_ms collapsed init folder export_difference megabytes",
+}
+"""Path in `result.json` -> the keys there, in their order."""
+
+
+def test_result_has_these_keys_and_no_others(finished: tuple[Run, dict]) -> None:
+    result = json.loads((finished[0].directory / "result.json").read_text())
+    for path, keys in RESULT_KEYS.items():
+        entry = result
+        for name in path.split():
+            entry = entry[name]
+        assert list(entry) == keys.split(), path
+
+
+def test_result_repeats_the_values_of_its_best_student(finished: tuple[Run, dict]) -> None:
+    _, result = finished
+    best = result["students"][result["headline"]]
+    for name in ("metrics", "agreement", "init", "export_difference", "collapsed"):
+        assert result[name] == best[name], name
+    for name in ("parameters", "megabytes", "latency_ms"):
+        assert result[name]["student"] == best[name], name
+    assert best["megabytes"] > 0
+    assert 0 <= best["export_difference"] <= TOLERANCE
 
 
 def test_training_learns_what_the_labels_say(small: Small, tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
 """The record of a finished run, `result.json`, and its exports."""
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -12,15 +12,16 @@ from kd.build.models import Models
 from kd.data.datamodule import KDDataModule
 from kd.data.tasks import headline
 from kd.engines.base import Engine
-from kd.models import Encoder
+from kd.models import Encoder, FrozenTeacher
 from kd.models.heads import HEADS
-from kd.models.latency import LATENCY_MEASURE, latencies, to_time
-from kd.results.evaluate import Evaluation, baseline, folder_megabytes
+from kd.models.latency import LATENCY_MEASURE, Latency, latencies, to_time
+from kd.results.evaluate import Evaluation, Scores, baseline, folder_megabytes
 from kd.results.export import TOLERANCE, export, largest_difference, model_card, origin
 from kd.runs.run import Run
 from kd.system import distributed
 from kd.system.hardware import git, hardware, versions
 from kd.system.model_sources import recorded_files
+from kd.teacher_cache.cache import CacheUnused, CacheUsed
 
 
 def folder_of(run: Run, name: str, headline: str) -> Path:
@@ -41,105 +42,331 @@ def card_of(record: Mapping[str, Any], name: str) -> str:
     return model_card({**record, **own, "student": label, "parameters": counts})
 
 
+@dataclass(frozen=True)
+class StudentResult:
+    """Entry of the record about one student.
+
+    Attributes:
+        metrics: split -> metric -> value.
+        agreement: split -> teacher -> agreement with the teacher's predictions.
+        parameters: number of parameters in training, embeddings included.
+        exported: number of parameters of the exported model.
+        latency_ms: milliseconds for one sentence; None if the machine was too busy to tell.
+        collapsed: True if it predicts a single class, or nearly the same score for every example.
+        init: description of its initial weights.
+        folder: folder of its export, relative to the run's directory.
+        export_difference: largest difference between its logits and those of its export; None before the export.
+        megabytes: size of the exported weights in units of 10^6 bytes; None before the export.
+    """
+
+    metrics: dict[str, Scores]
+    agreement: dict[str, Scores]
+    parameters: int
+    exported: int
+    latency_ms: float | None
+    collapsed: bool
+    init: str
+    folder: str
+    export_difference: float | None = None
+    megabytes: float | None = None
+
+
+@dataclass(frozen=True)
+class TeacherResult:
+    """Size and speed of a teacher: number of parameters, weights in 10^6 bytes, and milliseconds for one sentence."""
+
+    parameters: int
+    megabytes: float
+    latency_ms: float | None
+
+
+@dataclass(frozen=True)
+class Work:
+    """Work of a run, over all ranks and starts.
+
+    Attributes:
+        examples: training examples seen.
+        teachers: name of the teacher -> its forward passes, the examples in them, and the batches that used it.
+        starts: number of starts of the run.
+    """
+
+    examples: int
+    teachers: dict[str, dict[str, int]]
+    starts: int
+
+
+@dataclass(frozen=True)
+class RunEntry:
+    """Part of the record that names the run: `student` is the best one of a cohort."""
+
+    method: str
+    student: str
+    teacher: list[str]
+    pool: str
+    task: str
+    seed: int
+    digest: str
+    family: str
+
+    @classmethod
+    def of(cls, run: Run, student: str) -> Self:
+        """Return the entry of a run whose student has this name."""
+        spec = run.spec
+        names = (spec.method["name"], student, list(spec.teacher), spec.pool.name, spec.task.name)
+        return cls(*names, spec.seed, run.digest, run.family)
+
+
+@dataclass(frozen=True)
+class ScoresEntry:
+    """Part of the record with the scores that are not of one student, and with the choice of the checkpoint."""
+
+    metrics_last: dict[str, Scores]
+    metrics_teacher: dict[str, dict[str, Scores]]
+    metrics_ensemble: dict[str, Scores]
+    selection: dict[str, Any]
+
+    @classmethod
+    def of(cls, evaluations: Mapping[str, Evaluation], last: Scores, selection: dict[str, Any]) -> Self:
+        """Return the entry of evaluations by split, and of the best student's metrics at the end of training."""
+        return cls(
+            metrics_last={"validation": last},
+            metrics_teacher={
+                name: {split: evaluation.teachers[name] for split, evaluation in evaluations.items()}
+                for name in evaluations["validation"].teachers
+            },
+            metrics_ensemble={split: evaluation.ensemble for split, evaluation in evaluations.items() if evaluation.ensemble},
+            selection=selection,
+        )
+
+
+@dataclass(frozen=True)
+class TrainingEntry:
+    """Part of the record about the cost of training and of its teachers."""
+
+    seconds: dict[str, float]
+    resumed: dict[str, Any]
+    examples_per_second: float
+    teacher_forward_examples: int
+    teacher_forwards: dict[str, dict[str, int]]
+    cache: dict[str, CacheUsed | CacheUnused]
+
+    @classmethod
+    def of(cls, run: Run, engine: Engine, work: Work, caches: dict[str, CacheUsed | CacheUnused]) -> Self:
+        """Return the entry of an engine that was trained."""
+        filling = sum(cache.seconds for cache in caches.values() if isinstance(cache, CacheUsed))
+        return cls(
+            seconds={"train": round(engine.seconds, 3), "cache": filling, "before": seconds_before(run)},
+            resumed={"starts": work.starts, "from_steps": engine.resumed},
+            examples_per_second=round(work.examples / max(engine.seconds, 1e-9), 3),
+            teacher_forward_examples=sum(done["examples"] for done in work.teachers.values()),
+            teacher_forwards=work.teachers,
+            cache=caches,
+        )
+
+
+@dataclass(frozen=True)
+class SettingsEntry:
+    """Part of the record with the settings and sizes that tables and the model card show."""
+
+    notes_teacher: dict[str, Sequence[str]]
+    labels: list[str] | None
+    pipeline: str
+    origin: dict[str, Any]
+    max_length: int
+    limit_train: int | None
+    examples: dict[str, int]
+    epochs: int
+    batch_size: int | None
+    batch_tokens: int | None
+    accumulate: int
+    steps: int
+    precision: str
+    ranks: int
+    lr: float
+    weights: dict[str, Any]
+
+    @classmethod
+    def of(cls, run: Run, teachers: Iterable[FrozenTeacher], data: KDDataModule, steps: int) -> Self:
+        """Return the entry of a run that took a number of optimiser steps."""
+        spec, task = run.spec, data.examples.task
+        return cls(
+            notes_teacher={teacher.name: teacher.shape.notes for teacher in teachers if teacher.shape.notes},
+            labels=task.labels,
+            pipeline=HEADS[task.head].pipeline,
+            origin=origin(run),
+            max_length=spec.task.max_length,
+            limit_train=spec.task.limit_train,
+            examples={split: len(texts) for split, texts in data.examples.texts.items()},
+            epochs=spec.trainer.max_epochs,
+            **batch_of(run, data),
+            steps=steps,
+            precision=spec.trainer.precision,
+            ranks=distributed.world(),
+            lr=spec.optimizer.lr,
+            weights=spec.method.get("weights", {}),
+        )
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Part of the record about what made the run: everything that enters its digest, its inputs, software and machine."""
+
+    identity: dict[str, Any]
+    inputs: dict[str, str]
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    git: dict[str, Any] | None
+    finished: str
+
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        """Return the provenance of a run that is finished now, on this machine."""
+        before = {} if run.inputs.before is None else {"before": run.inputs.before.digest_inputs}
+        return cls(
+            identity={**run.digest_inputs, **before},
+            inputs={str(role): needed.name for role, needed in run.inputs},
+            versions=versions(),
+            hardware=hardware(),
+            git=git(),
+            finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        )
+
+
+@dataclass(frozen=True)
+class LatencyEntry:
+    """Part of the record about the measurement of latencies; `spread` is that of each model, a fraction."""
+
+    measure: str
+    threads: int
+    spread: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The record of a finished run.
+
+    Attributes:
+        run: names of the run.
+        scores: scores that are not of one student.
+        training: costs of training.
+        settings: settings and sizes.
+        provenance: what made the run.
+        latency: how latencies were measured.
+        baseline: split -> metric -> value of a constant prediction.
+        teachers: name -> size and speed of a teacher.
+        headline: name of the best student on validation.
+        students: name -> entry of a student.
+        files: path relative to the run's directory -> size and digest of an exported file; empty before the export.
+    """
+
+    run: RunEntry
+    scores: ScoresEntry
+    training: TrainingEntry
+    settings: SettingsEntry
+    provenance: Provenance
+    latency: LatencyEntry
+    baseline: dict[str, Scores]
+    teachers: dict[str, TeacherResult]
+    headline: str
+    students: dict[str, StudentResult]
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def dump(self) -> dict[str, Any]:
+        """Return the content of `result.json`: the entries side by side, and the best student's values as the run's."""
+        flat = (self.run, self.scores, self.training, self.settings, self.provenance)
+        entries = {name: value for entry in flat for name, value in asdict(entry).items()}
+        students = {name: asdict(student) for name, student in self.students.items()}
+        best, teachers = students[self.headline], self.teachers
+        counts = {name: teacher.parameters for name, teacher in teachers.items()}
+        return {
+            **entries,
+            "latency": asdict(self.latency),
+            "baseline": self.baseline,
+            **{name: best[name] for name in ("metrics", "agreement", "init", "export_difference")},
+            "parameters": {
+                "student": best["parameters"],
+                "exported": best["exported"],
+                "teacher": next(iter(counts.values()), None),
+                "teachers": counts,
+            },
+            "megabytes": {"student": best["megabytes"]} | {name: teacher.megabytes for name, teacher in teachers.items()},
+            "latency_ms": {"student": best["latency_ms"]} | {name: teacher.latency_ms for name, teacher in teachers.items()},
+            "collapsed": best["collapsed"],
+            "headline": self.headline,
+            "students": students,
+            "files": self.files,
+        }
+
+
 def conclude(
     run: Run,
     models: Models,
     data: KDDataModule,
     engine: Engine,
-    scores: dict[str, Evaluation],
+    evaluations: Mapping[str, Evaluation],
     selection: dict[str, Any],
-    counts: dict[str, Any],
+    work: Work,
 ) -> dict[str, Any]:
     """Export the students, check the exports, and write and return the record. The best student on validation is the run's."""
     for student in models.students.values():
         student.to("cpu")
-    first = headline(engine.task, scores["validation"].students)
-    teachers = {teacher.name: teacher.encoder for teacher in models.teachers}
-    record = {
-        "method": run.spec.method["name"],
-        "student": run.spec.student.name if len(models.students) == 1 else first,
-        "teacher": list(run.spec.teacher),
-        "pool": run.spec.pool.name,
-        "task": run.spec.task.name,
-        "seed": run.spec.seed,
-        "digest": run.digest,
-        "family": run.family,
-        "metrics_last": {"validation": engine.validation.get(first, {})},
-        "metrics_teacher": {name: {split: scores[split].teachers[name] for split in scores} for name in teachers},
-        "metrics_ensemble": {split: scores[split].ensemble for split in scores if scores[split].ensemble},
-        "selection": selection,
-        "seconds": {
-            "train": round(engine.seconds, 3),
-            "cache": sum(getattr(cache, "seconds", 0.0) for cache in models.caches.values()),
-            "before": seconds_before(run),
-        },
-        "resumed": {"starts": counts["starts"], "from_steps": engine.resumed},
-        "examples_per_second": round(counts["examples"] / max(engine.seconds, 1e-9), 3),
-        "teacher_forward_examples": sum(work["examples"] for work in counts["teachers"].values()),
-        "teacher_forwards": counts["teachers"],
-        "cache": {name: asdict(cache) for name, cache in models.caches.items()},
-        "notes_teacher": {teacher.name: teacher.shape.notes for teacher in models.teachers if teacher.shape.notes},
-        "labels": engine.task.labels,
-        "pipeline": HEADS[engine.task.head].pipeline,
-        "origin": origin(run),
-        "max_length": run.spec.task.max_length,
-        "limit_train": run.spec.task.limit_train,
-        "examples": {split: len(texts) for split, texts in data.examples.texts.items()},
-        "epochs": run.spec.trainer.max_epochs,
-        **batch_of(run, data),
-        "steps": engine.global_step,
-        "precision": run.spec.trainer.precision,
-        "ranks": distributed.world(),
-        "lr": run.spec.optimizer.lr,
-        "weights": run.spec.method.get("weights", {}),
-        "identity": {**run.digest_inputs, **({"before": run.inputs.before.digest_inputs} if run.inputs.before else {})},
-        "inputs": {str(role): needed.name for role, needed in run.inputs},
-        "versions": versions(),
-        "hardware": hardware(),
-        "git": git(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    best = headline(engine.task, evaluations["validation"].students)
     timed = {teacher.name: to_time(teacher, engine.task.head) for teacher in models.teachers}
     speeds = latencies({**{f"student {name}": student for name, student in models.students.items()}, **timed})
     del timed
-    record["latency"] = {
-        "measure": LATENCY_MEASURE,
-        "threads": torch.get_num_threads(),
-        "spread": {name: latency.spread for name, latency in speeds.items()},
-    }
-    record["baseline"] = baseline(engine.task, data.examples.labels)
-    folders = {name: folder_of(run, name, first) for name in models.students}
-    students: dict[str, Any] = {}
-    for index, (name, student) in enumerate(models.students.items()):
-        own: dict[str, Any] = {
-            "metrics": {split: evaluation.students[name] for split, evaluation in scores.items()},
-            "agreement": {split: evaluation.agreement[name] for split, evaluation in scores.items()},
-            "parameters": student.parameter_count(),
-            "exported": sum(parameter.numel() for parameter in student.plain().parameters()),
-            "latency_ms": speeds[f"student {name}"].milliseconds,
-            "collapsed": scores["validation"].collapsed.get(name, False),
-            "init": models.inits[name],
-            "folder": str(folders[name].relative_to(run.directory)),
-        }
-        own["metrics"].setdefault("test", {})
-        export(student, folders[name], card_of({**record, "students": {**dict.fromkeys(models.students), name: own}}, name))
-        own["export_difference"] = export_difference(student, index, folders[name], data)
-        own["megabytes"] = round(folder_megabytes(folders[name], "*.safetensors"), 2)
-        students[name] = own
-    chosen = students[first]
-    record |= {key: chosen[key] for key in ("metrics", "agreement", "init", "export_difference")}
-    counted = {name: teacher.parameter_count() for name, teacher in teachers.items()}
-    record["parameters"] = {
-        "student": chosen["parameters"],
-        "exported": chosen["exported"],
-        "teacher": next(iter(counted.values()), None),
-        "teachers": counted,
-    }
-    record["megabytes"] = {"student": chosen["megabytes"], **{name: megabytes(teacher) for name, teacher in teachers.items()}}
-    record["latency_ms"] = {"student": chosen["latency_ms"], **{name: speeds[name].milliseconds for name in teachers}}
-    record["collapsed"] = chosen["collapsed"]
-    record |= {"headline": first, "students": students, "files": exported_files(run, list(students), first)}
-    return run.finish(record)
+    result = Result(
+        run=RunEntry.of(run, run.spec.student.name if len(models.students) == 1 else best),
+        scores=ScoresEntry.of(evaluations, engine.validation.get(best, {}), selection),
+        training=TrainingEntry.of(run, engine, work, models.caches),
+        settings=SettingsEntry.of(run, models.teachers, data, engine.global_step),
+        provenance=Provenance.of(run),
+        latency=LatencyEntry(LATENCY_MEASURE, torch.get_num_threads(), {name: speed.spread for name, speed in speeds.items()}),
+        baseline=baseline(engine.task, data.examples.labels),
+        teachers={teacher.name: teacher_result(teacher.encoder, speeds[teacher.name]) for teacher in models.teachers},
+        headline=best,
+        students={
+            name: student_result(run, models, name, evaluations, speeds[f"student {name}"], best) for name in models.students
+        },
+    )
+    exported = export_students(run, models.students, data, result)
+    return run.finish(replace(result, students=exported, files=exported_files(run, list(exported), best)).dump())
+
+
+def teacher_result(teacher: Encoder, latency: Latency) -> TeacherResult:
+    """Return the entry of a teacher's model, which may have no weights."""
+    return TeacherResult(teacher.parameter_count(), megabytes(teacher), latency.milliseconds)
+
+
+def student_result(
+    run: Run, models: Models, name: str, evaluations: Mapping[str, Evaluation], latency: Latency, best: str
+) -> StudentResult:
+    """Return the entry of a student that is not exported yet."""
+    student = models.students[name]
+    untested: dict[str, Scores] = {} if "test" in evaluations else {"test": {}}
+    return StudentResult(
+        metrics={split: evaluation.students[name] for split, evaluation in evaluations.items()} | untested,
+        agreement={split: evaluation.agreement[name] for split, evaluation in evaluations.items()},
+        parameters=student.parameter_count(),
+        exported=sum(parameter.numel() for parameter in student.plain().parameters()),
+        latency_ms=latency.milliseconds,
+        collapsed=evaluations["validation"].collapsed.get(name, False),
+        init=models.inits[name],
+        folder=str(folder_of(run, name, best).relative_to(run.directory)),
+    )
+
+
+def export_students(run: Run, students: Mapping[str, Encoder], data: KDDataModule, result: Result) -> dict[str, StudentResult]:
+    """Export students with their model cards; return their entries with size and difference of the exported models."""
+    record, exported = result.dump(), {}
+    for index, (name, student) in enumerate(students.items()):
+        folder = folder_of(run, name, result.headline)
+        export(student, folder, card_of(record, name))
+        exported[name] = replace(
+            result.students[name],
+            export_difference=export_difference(student, index, folder, data),
+            megabytes=round(folder_megabytes(folder, "*.safetensors"), 2),
+        )
+    return exported
 
 
 def seconds_before(run: Run) -> float:
@@ -150,7 +377,7 @@ def seconds_before(run: Run) -> float:
     return float(first.result["seconds"]["train"]) + float(first.result["seconds"].get("before", 0.0))
 
 
-def batch_of(run: Run, data: KDDataModule) -> dict[str, int | None]:
+def batch_of(run: Run, data: KDDataModule) -> dict[str, Any]:
     """Return the largest number of examples, or of padded tokens, of an optimiser step, and its batches, for the record.
 
     They are fewer than configured if an epoch has fewer batches than `trainer.accumulate`, or train has fewer examples than a

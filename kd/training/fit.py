@@ -14,7 +14,7 @@ from kd.errors import InputError
 from kd.models import FrozenTeacher
 from kd.results.evaluate import evaluate
 from kd.results.export import export, origin
-from kd.results.record import card_of, conclude, exported_files, folder_of
+from kd.results.record import Work, card_of, conclude, exported_files, folder_of
 from kd.runs.run import Run, read_record, write_record
 from kd.system import distributed
 from kd.system.hardware import keep_memory
@@ -53,13 +53,15 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
     selection = select(run, engine)
     if models.online is not None:  # it is evaluated like a frozen teacher
         models = replace(models, teachers=[*models.teachers, FrozenTeacher(models.online, next(iter(run.spec.teacher)))])
-    scores = {
+    evaluations = {
         split: evaluate(models.students, models.teachers, data.loader(split), engine.task, device)
         for split in examples.evaluated
     }
-    work = {name: {**done, "examples": distributed.total(done["examples"])} for name, done in engine.teacher_work.items()}
-    counts = {"examples": distributed.total(engine.examples), "teachers": work, "starts": starts}
-    return distributed.on_rank_zero(lambda: conclude(run, models, data, engine, scores, selection, counts))
+    teacher_work = {
+        name: {**done, "examples": distributed.total(done["examples"])} for name, done in engine.teacher_work.items()
+    }
+    work = Work(distributed.total(engine.examples), teacher_work, starts)
+    return distributed.on_rank_zero(lambda: conclude(run, models, data, engine, evaluations, selection, work))
 
 
 def begin(run: Run, engine: Engine, data: KDDataModule, inits: Mapping[str, str]) -> None:
