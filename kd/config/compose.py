@@ -447,7 +447,7 @@ def check_types(values: Mapping[str, Any], part: object, prefix: str = "") -> No
             _check_type(values[name], hint, prefix + name)
 
 
-def _check_type(value: object, hint: Any, key: str) -> None:
+def _check_type(value: object, hint: object, key: str) -> None:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         if value is None:
             return

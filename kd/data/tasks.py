@@ -75,7 +75,7 @@ class Task(Protocol):
         """Return logits (batch, classes) of the mean prediction of several models."""
         ...
 
-    def score(self, metrics: Mapping[str, Any], logits: Tensor, labels: Tensor) -> None:
+    def score(self, metrics: Mapping[str, Metric], logits: Tensor, labels: Tensor) -> None:
         """Update metrics, by name, with a batch."""
         ...
 
@@ -118,7 +118,7 @@ class Labelled:
         """Return a new metric that detects predictions of one class, or of nearly one score."""
         return Collapse()
 
-    def score(self, metrics: Mapping[str, Any], logits: Tensor, labels: Tensor) -> None:
+    def score(self, metrics: Mapping[str, Metric], logits: Tensor, labels: Tensor) -> None:
         """Update metrics with the predictions of a batch."""
         predictions = self.predict(soft_losses.widened(logits))
         for metric in metrics.values():

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +62,7 @@ class TeacherMaps:
         of = f"-class{self.first}" if self.first else ""
         return f"attributions-{self.target}-layer{self.layer}-m{self.steps}-k{self.keep or 'all'}{of}"
 
-    def __call__(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, model: Run, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the maps of a batch of inputs."""
         with torch.enable_grad():
             outputs = model(inputs, Needs(hidden=[self.layer], gradient=True))

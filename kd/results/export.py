@@ -52,20 +52,20 @@ def export(student: Encoder, folder: Path, card: str) -> None:
 
 
 @torch.no_grad()
-def largest_difference(student: Encoder, folder: Path, inputs: Mapping[str, torch.Tensor], loader: Any = None) -> float:
+def largest_difference(student: Encoder, folder: Path, inputs: Mapping[str, torch.Tensor], head: str = "classifier") -> float:
     """Return the largest absolute difference between the logits of a student and of its export, loaded by transformers.
 
     Args:
         student: the student of the run.
         folder: its exported folder.
         inputs: one batch.
-        loader: auto class of transformers; by default the one for sequence classification.
+        head: a key of `kd.models.heads.HEADS`.
 
     Raises:
         RuntimeError: if outputs that are not exported were not masked.
     """
     student.eval()
-    exported: Any = (loader or HEADS["classifier"].auto).from_pretrained(folder).eval()
+    exported = HEADS[head].auto.from_pretrained(folder).eval()
     model_inputs = {name: tensor for name, tensor in inputs.items() if name in student.family.inputs}
     ours, theirs = student(inputs, Needs()).logits, exported(**model_inputs).logits
     if "predicted" in inputs:

@@ -398,7 +398,7 @@ def export_difference(student: Encoder, index: int, folder: Path, data: KDDataMo
         RuntimeError: if it is larger than `TOLERANCE`, the rounding.
     """
     inputs = data.probe("validation", 16).students[index]
-    difference = largest_difference(student, folder, inputs, HEADS[data.examples.task.head].auto)
+    difference = largest_difference(student, folder, inputs, data.examples.task.head)
     if not difference <= TOLERANCE:
         raise RuntimeError(f"the exported student's logits differ from the run's by {difference:g}; nothing was recorded")
     return difference

@@ -17,7 +17,6 @@ from kd.data.masked_lm.task import NOT_PREDICTED, MaskedLM
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.models import Encoder
-from kd.models.heads import HEADS
 from kd.models.surgery.embeddings import SurgeryInputs
 from kd.models.surgery.mixed_vocab import LiftedEmbedding, MixedEmbedding, MixedOutputs, MixedStage, MixedVocab, separate
 from kd.results.export import largest_difference
@@ -162,7 +161,7 @@ def test_stage_one_is_exported_as_the_plain_large_model_with_the_small_vocabular
         for parameter in mixed.parameters():
             parameter += 0.01
     mixed.save(tmp_path)
-    assert largest_difference(mixed, tmp_path, data(mixed).probe("validation", 6).student, HEADS["masked_lm"].auto) <= 1e-5
+    assert largest_difference(mixed, tmp_path, data(mixed).probe("validation", 6).student, "masked_lm") <= 1e-5
     model = AutoModelForMaskedLM.from_pretrained(tmp_path)
     assert model.config.vocab_size == LARGE
     assert torch.equal(model.get_input_embeddings().weight, mixed.model.get_input_embeddings().large.weight)
@@ -180,7 +179,7 @@ def test_exported_text_of_both_vocabularies_would_not_agree_with_the_plain_model
     mixed = staged()
     mixed.save(tmp_path)
     with pytest.raises((RuntimeError, IndexError)):
-        largest_difference(mixed, tmp_path, batch_of(mixed).student, HEADS["masked_lm"].auto)
+        largest_difference(mixed, tmp_path, batch_of(mixed).student, "masked_lm")
 
 
 def test_stage_two_begins_with_the_learned_vocabulary_and_its_embeddings(tmp_path: Path) -> None:
@@ -194,7 +193,7 @@ def test_stage_two_begins_with_the_learned_vocabulary_and_its_embeddings(tmp_pat
     assert student.tokenizer.get_vocab() == mixed.tokenizer.second.get_vocab()
     assert not kept[student.tokenizer.pad_token_id].any()
     student.save(tmp_path / "second")
-    assert largest_difference(student, tmp_path / "second", batch_of(student).student, HEADS["masked_lm"].auto) <= 1e-6
+    assert largest_difference(student, tmp_path / "second", batch_of(student).student, "masked_lm") <= 1e-6
 
 
 def test_special_tokens_are_mapped_once_to_the_nearest_small_embedding(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ class MaskedLM:
         """Return the log of the mean of the models' probabilities."""
         return log_mean_probability(logits)
 
-    def score(self, metrics: Mapping[str, Any], logits: Tensor, labels: Tensor) -> None:
+    def score(self, metrics: Mapping[str, Metric], logits: Tensor, labels: Tensor) -> None:
         """Update metrics with the predicted positions of a batch."""
         wanted, logits = labels[labels != NOT_PREDICTED], logits.float()
         given = {
