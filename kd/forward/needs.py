@@ -80,6 +80,7 @@ class Needs:
         hidden: Iterable[int] = (),
         attention: Iterable[int] = (),
         value: Iterable[int] = (),
+        *,
         gradient: bool = False,
         cls: Iterable[int] = (),
         uncacheable_reason: str | None = None,

@@ -130,7 +130,7 @@ class Run:
         )
         return record if complete else None
 
-    def damage(self, result: Mapping[str, Any], thorough: bool = False) -> str | None:
+    def damage(self, result: Mapping[str, Any], *, thorough: bool = False) -> str | None:
         """Return the first exported file of a finished run that is missing or has changed since; None if there is none.
 
         Args:
@@ -142,10 +142,10 @@ class Run:
             files = {"student/config.json": {}, "student/model.safetensors": {}}
         return damaged_file(self.directory, files, thorough=thorough)
 
-    def is_done(self, thorough: bool = False) -> bool:
+    def is_done(self, *, thorough: bool = False) -> bool:
         """Return whether the run has a record and its exported files are intact; see `damage`."""
         result = self.result
-        return result is not None and self.damage(result, thorough) is None
+        return result is not None and self.damage(result, thorough=thorough) is None
 
     @property
     def student(self) -> Path:
@@ -172,7 +172,7 @@ class Run:
         """
         return write_record(self.directory / "result.json", result)
 
-    def begin(self, resume: bool) -> None:
+    def begin(self, *, resume: bool) -> None:
         """Make the directory and write `config.yaml`.
 
         Args:
@@ -215,7 +215,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     return content
 
 
-def read_record(path: Path, sealed: bool = False) -> dict[str, Any] | None:
+def read_record(path: Path, *, sealed: bool = False) -> dict[str, Any] | None:
     """Return the record that `write_record` wrote; None if there is no such file, or its values do not match its checksum.
 
     Args:

@@ -66,7 +66,7 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
 
 def begin(run: Run, engine: Engine, data: KDDataModule, inits: Mapping[str, str]) -> None:
     """Make the run's folder, and run the preflight checks."""
-    run.begin(run.spec.resume)
+    run.begin(resume=run.spec.resume)
     if run.spec.preflight:
         distributed.print_rank_zero("\n".join(preflight(run, engine, data, inits).lines))
 
