@@ -187,9 +187,9 @@ def test_costs_that_are_none_are_told_and_not_counted(
     monkeypatch.setattr(engine, "teachers", [])
     for write in (write_record, lambda path, record: path.write_text(json.dumps(record))):
         write(path, costs)
-        assert count_fills(run, engine, {}) == 1
+        assert count_fills(run, engine, {}) == (1, {})
         assert "costs.json' is damaged" in capsys.readouterr().out
-        assert count_fills(run, engine, {}) == 2
+        assert count_fills(run, engine, {}) == (2, {})
         assert "damaged" not in capsys.readouterr().out
 
 
