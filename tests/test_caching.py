@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from kd.build.data import build_data, build_examples, teacher_cache
-from kd.build.models import Models, build_models
+from kd.build.models import BuiltModels, build_models
 from kd.config.schema import cache_limit
 from kd.data.datamodule import KDDataModule
 from kd.errors import InputError
@@ -49,7 +49,7 @@ def fresh(small: Small, teacher: Path, tmp_path: Path):
     return lambda *more: small(*more, f"paths.runs={tmp_path / 'runs'}")
 
 
-def built(overrides: list[str]) -> tuple[Run, Models, KDDataModule]:
+def built(overrides: list[str]) -> tuple[Run, BuiltModels, KDDataModule]:
     """A run's models and data as training sees them."""
     run = planned(overrides)
     for _, needed in run.inputs:

@@ -172,6 +172,8 @@ BAD = {
     "an unknown kind of teacher": (["cohort.teacher=live"], "cohort.teacher", "frozen, online"),
     "an online teacher that is not there": (["cohort.teacher=online"], "cohort.teacher", "trained online"),
     "an unknown update": (["engine.update=random"], "engine.update", "simultaneous, sequential"),
+    "teachers given to an engine": (["+engine.teachers=2"], "engine.teachers", "follows from the rest"),
+    "models given to an engine": (["+engine.models=2"], "engine.models", "follows from the rest"),
     "turns over several batches": (
         ["engine.update=sequential", "trainer.accumulate=2"],
         "trainer.accumulate",

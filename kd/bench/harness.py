@@ -13,7 +13,7 @@ from kd.bench.cost import DTYPES, device_of, training_flops
 from kd.bench.workers import Gate, Job
 from kd.build.data import build_data, build_examples
 from kd.build.engine import build_engine
-from kd.build.models import Models, build_models
+from kd.build.models import BuiltModels, build_models
 from kd.config.compose import compose
 from kd.data.batch import Batch
 from kd.data.datamodule import KDDataModule
@@ -44,7 +44,7 @@ class Prepared:
 
     run: Run
     examples: Examples
-    models: Models
+    models: BuiltModels
     data: KDDataModule
     turns_in_epoch: float
     began: float
@@ -110,7 +110,7 @@ def prepare(job: Job) -> Prepared:
         save_untrained(needed, examples, spec.seed)
     models = build_models(run, examples.task, texts=examples.texts["train"])
     if job.candidate.bare:
-        models.teachers = []
+        models = replace(models, teachers=[])
     data, models = build_data(run, examples, models)
     return Prepared(run, examples, models, data, whole / len(examples.texts["train"]), began)
 

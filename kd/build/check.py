@@ -7,12 +7,13 @@ import torch
 from kd.build.data import build_examples, checked_length
 from kd.build.engine import build_engine
 from kd.build.instantiate import build_method, build_optimizer, logger_maker
-from kd.build.models import Models, build_models, flat
+from kd.build.models import build_models, flat
 from kd.build.surgeries import prefix_surgery_errors, surgeries
 from kd.config.schema import RunSpec
 from kd.config.values import locate, one_line, subclass_of
 from kd.data.examples import Examples
 from kd.engines.base import Engine
+from kd.engines.models import Models
 from kd.errors import InputError
 from kd.models.compiled import check_compiler
 from kd.runs.error_keys import rename_error_keys

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from kd.build.models import Models
+from kd.build.models import BuiltModels
 from kd.config.schema import RunSpec, cache_limit
 from kd.data.datamodule import KDDataModule
 from kd.data.examples import Examples, load_examples
 from kd.data.masked_lm.datamodule import MaskedLMDataModule
+from kd.engines.models import Models
 from kd.errors import InputError
 from kd.methods.base import needs_of_teachers
 from kd.runs.digest import digest_of
@@ -40,7 +41,7 @@ def build_examples(run: Run) -> Examples:
     return examples
 
 
-def build_data(run: Run, examples: Examples, models: Models) -> tuple[KDDataModule, Models]:
+def build_data(run: Run, examples: Examples, models: BuiltModels) -> tuple[KDDataModule, BuiltModels]:
     """Return the data module, and the models with cached teachers in place of those that can be cached.
 
     Raises:

@@ -1,12 +1,13 @@
 """The LightningModule of a run and a trial step of its optimizer."""
 
+from dataclasses import fields
 from typing import Any
 
 from kd.build.instantiate import arguments_of, build_optimizer, option_names
-from kd.build.models import Models
 from kd.config.values import locate, subclass_of
 from kd.data.tasks import Task
 from kd.engines.base import Engine
+from kd.engines.models import Models
 from kd.errors import InputError, prefix_error_keys
 from kd.runs.run import Run
 
@@ -19,17 +20,14 @@ def build_engine(run: Run, models: Models, task: Task) -> Engine:
     """
     trainer = run.spec.trainer
     given: dict[str, Any] = {
-        "students": models.students,
-        "methods": models.methods,
-        "teachers": models.teachers,
-        "online": models.online,
+        "models": models,
         "task": task,
-        "weights": models.weights,
         "optimizer": build_optimizer(run.spec),
         "seed": run.spec.seed,
         "clip": trainer.clip,
     }
-    if reserved := [name for name in run.spec.engine if name in given]:
+    follows = {*given, *(field.name for field in fields(Models))}
+    if reserved := [name for name in run.spec.engine if name in follows]:
         raise InputError(f"engine.{reserved[0]} follows from the rest of the configuration", f"engine.{reserved[0]}")
     target = locate(run.spec.engine, "engine", subclass_of(Engine), "an engine: a class of kd.engines.base.Engine")
     options = arguments_of(target, run.spec.engine, "engine")

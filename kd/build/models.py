@@ -18,9 +18,9 @@ from kd.config.pool import teachers_of
 from kd.config.schema import StudentSpec, TeacherSpec
 from kd.data.labels import label_text
 from kd.data.tasks import Task, higher_is_better
+from kd.engines.models import Models
 from kd.errors import InputError, one_of
 from kd.functional.policy import best, rank_probabilities
-from kd.methods.base import Method
 from kd.models import Encoder, FrozenTeacher
 from kd.models.heads import HEADS
 from kd.models.pretrained import (
@@ -46,41 +46,20 @@ from kd.runs.error_keys import rename_error_keys
 from kd.runs.identity import backbone_of
 from kd.runs.inputs import teacher_config, teacher_source
 from kd.runs.run import Role, Run
-from kd.schedules import Schedule
 from kd.teacher_cache.cache import CacheUnused, CacheUsed
 
 
-@dataclass
-class Models:
-    """Students with their methods, and the teachers.
+@dataclass(frozen=True)
+class BuiltModels(Models):
+    """Models of a run, and what its record says of them.
 
     Attributes:
-        students: name -> student; a single student is named `student`.
-        methods: name of the student -> its method, bound.
-        teachers: the frozen teachers.
-        online: a teacher that is trained together with the students; None if there is none.
-        weights: term -> schedule of its weight.
         inits: name of the student -> description of its initial weights.
         caches: name of the teacher -> the entry of the record about its cache, once the data is built.
     """
 
-    students: dict[str, Encoder]
-    methods: dict[str, Method]
-    teachers: list[FrozenTeacher]
-    online: Encoder | None
-    weights: dict[str, Schedule]
     inits: dict[str, str]
     caches: dict[str, CacheUsed | CacheUnused] = field(default_factory=dict)
-
-    @property
-    def student(self) -> Encoder:
-        """First student."""
-        return next(iter(self.students.values()))
-
-    @property
-    def teaching(self) -> list[Encoder]:
-        """Models of all teachers, possibly without weights, in the order of `Batch.teachers`."""
-        return [teacher.shape for teacher in self.teachers] + ([] if self.online is None else [self.online])
 
 
 def teacher_probabilities(run: Run, task: Task, meta: bool) -> list[float]:
@@ -209,7 +188,7 @@ def teacher_columns(task: Task, labels: list[str], key: str) -> list[int] | None
     return None
 
 
-def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple[str, ...]] = ()) -> Models:
+def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple[str, ...]] = ()) -> BuiltModels:
     """Build students, teachers and methods, and bind the methods.
 
     Args:
@@ -235,7 +214,7 @@ def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple
     teachers, online = build_teachers(run, task, meta), build_online(run, task, meta)
     backbone, key = backbone_of(spec)
     cohort = students_of(spec)
-    models = Models({}, {}, teachers, online, weights, {})
+    models = BuiltModels({}, {}, teachers, online, weights, {})
     for index, (name, student_spec) in enumerate(cohort.items()):
         # A student's random weights depend only on the seed and its index in the cohort, not on its method or teachers.
         torch.manual_seed(spec.seed if index == 0 else int(np.random.SeedSequence([spec.seed, index]).generate_state(1)[0]))

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from kd.data.batch import Batch
 from kd.data.metrics import finite_or_none
 from kd.data.tasks import Task, headline
+from kd.engines.models import Models
 from kd.engines.nonfinite import NonFiniteGuard, check_weights_finite, clip_gradients
 from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.methods.base import Method, Progress, Step
-from kd.models import Encoder, FrozenTeacher
-from kd.schedules import Schedule
+from kd.models import Encoder
 from kd.system import distributed
 
 
@@ -95,9 +95,8 @@ class Engine(pl.LightningModule):
     Students and methods are submodules, so DDP synchronises both; frozen teachers are not submodules.
 
     Args:
-        teachers: frozen; may be empty.
+        models: students, methods bound to them, teachers, and weights of the terms.
         task: losses and metrics.
-        weights: term -> schedule, the same for every student.
         optimizer: factory.
         seed: every random draw of a training step follows from it, the rank and the step.
         clip: largest gradient norm of one learner; None does not clip. Only for engines that step the optimiser themselves:
@@ -106,17 +105,16 @@ class Engine(pl.LightningModule):
 
     def __init__(
         self,
-        teachers: Sequence[FrozenTeacher],
+        models: Models,
         task: Task,
-        weights: Mapping[str, Schedule],
         optimizer: OptimizerFactory,
         seed: int = 0,
         clip: float | None = None,
     ) -> None:
         super().__init__()
-        self.teachers = list(teachers)  # a plain list, so that they are not registered as submodules
+        self.teachers = list(models.teachers)  # a plain list, so that they are not registered as submodules
         self.task = task
-        self.weights = dict(weights)
+        self.weights = dict(models.weights)
         self.optimizer_factory = optimizer
         self.seed, self.clip = seed, clip
         self.metrics = nn.ModuleDict()

@@ -5,27 +5,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from kd.data.batch import Batch
 from kd.data.tasks import Task
 from kd.engines.base import Engine, Learner, Loss, check_terms
+from kd.engines.models import Models
 from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError
 from kd.forward import Forward
 from kd.methods.base import Method, Progress, Step, needs_of_teachers
-from kd.models import Encoder, FrozenTeacher
-from kd.schedules import Schedule
+from kd.models import FrozenTeacher
 
 
 class Distiller(Engine):
     """Engine that trains one student on the weighted sum of a method's terms.
 
     Args:
-        students: the student, by name; exactly one.
-        methods: its method, bound to the student and the teachers.
-        teachers: frozen; may be empty.
+        models: exactly one student and its method; all teachers are frozen, and there may be none.
         task: losses and metrics.
-        weights: term -> schedule.
         optimizer: factory.
         seed: every random draw of a training step follows from it, the rank and the step.
         clip: not used; the trainer clips gradients.
-        online: must be None; all teachers are frozen.
 
     Raises:
         InputError: for several students, or a teacher that is trained.
@@ -33,23 +29,19 @@ class Distiller(Engine):
 
     def __init__(
         self,
-        students: Mapping[str, Encoder],
-        methods: Mapping[str, Method],
-        teachers: Sequence[FrozenTeacher],
+        models: Models,
         task: Task,
-        weights: Mapping[str, Schedule],
         optimizer: OptimizerFactory,
         seed: int = 0,
         clip: float | None = None,
-        online: Encoder | None = None,
     ) -> None:
-        super().__init__(teachers, task, weights, optimizer, seed, clip)
-        if len(students) != 1 or online is not None:
+        super().__init__(models, task, optimizer, seed, clip)
+        if len(models.students) != 1 or models.online is not None:
             raise InputError(
                 "engine=distiller trains one student and no teacher; cohort=mutual brings its own engine", "engine"
             )
-        (self.student,), (self.method,) = students.values(), methods.values()
-        check_terms(self.method.names, weights)
+        (self.student,), (self.method,) = models.students.values(), models.methods.values()
+        check_terms(self.method.names, models.weights)
 
     @property
     def learners(self) -> Mapping[str, Learner]:

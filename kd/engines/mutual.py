@@ -9,14 +9,14 @@ from kd.data.batch import Batch
 from kd.data.tasks import Task
 from kd.engines.base import Engine, Learner, Loss, check_terms
 from kd.engines.distiller import bound_teachers
+from kd.engines.models import Models
 from kd.engines.nonfinite import clip_gradients
 from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError, one_of
 from kd.forward import Forward, Needs
 from kd.forward.lazy import Detached
-from kd.methods.base import Method, Progress, Step
+from kd.methods.base import Progress, Step
 from kd.models import Encoder, FrozenTeacher
-from kd.schedules import Schedule
 from kd.system import distributed
 
 UPDATES = ("simultaneous", "sequential")
@@ -30,40 +30,34 @@ class MutualDistiller(Engine):
     one optimiser is enough. Gradients are clipped for each student separately.
 
     Args:
-        students: name -> student; two or more.
-        methods: one for each student, bound to it and the teachers.
-        teachers: frozen, shared by all students.
+        models: two or more students, with a method for each. The teachers are shared by all students. A teacher that is trained
+            at the same time, `online`, learns from the labels alone: the peer-to-peer paper does not describe the students'
+            feedback to it; ours gets none.
         task: losses and metrics.
-        weights: term -> schedule, the same for every student.
         optimizer: factory.
         seed: every random draw of a training step follows from it, the rank and the step.
         clip: largest gradient norm of a student, if updates are sequential; None does not clip.
-        online: a teacher that is trained at the same time, on the labels alone. The peer-to-peer paper does not describe the
-            students' feedback to it; ours gets none.
         update: `simultaneous`: all students are updated after all have predicted. `sequential`: they are updated one after
             the other on the same batch, and later ones read the predictions of the updated ones (the algorithm of DML's paper).
     """
 
     def __init__(
         self,
-        students: Mapping[str, Encoder],
-        methods: Mapping[str, Method],
-        teachers: Sequence[FrozenTeacher],
+        models: Models,
         task: Task,
-        weights: Mapping[str, Schedule],
         optimizer: OptimizerFactory,
         seed: int = 0,
         clip: float | None = None,
-        online: Encoder | None = None,
         update: str = "simultaneous",
     ) -> None:
-        super().__init__(teachers, task, weights, optimizer, seed, clip)
+        super().__init__(models, task, optimizer, seed, clip)
+        students, methods, online = models.students, models.methods, models.online
         if len(students) < 2:
             raise InputError(f"mutual learning needs two or more students, not {len(students)}", "cohort.students")
         if update not in UPDATES:
             raise one_of(update, UPDATES, "update")
         for method in methods.values():
-            check_terms(method.names, weights)
+            check_terms(method.names, models.weights)
             if online is not None and any(needs.gradient for needs in method.needs()[1]):
                 raise InputError(
                     "the method takes gradients through its teacher, and one that is trained at the same time is a constant "

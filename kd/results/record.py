@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-from kd.build.models import Models
+from kd.build.models import BuiltModels
 from kd.data.datamodule import KDDataModule
 from kd.data.tasks import headline
 from kd.engines.base import Engine
@@ -300,7 +300,7 @@ class Result:
 
 def conclude(
     run: Run,
-    models: Models,
+    models: BuiltModels,
     data: KDDataModule,
     engine: Engine,
     evaluations: Mapping[str, Evaluation],
@@ -338,7 +338,7 @@ def teacher_result(teacher: Encoder, latency: Latency) -> TeacherResult:
 
 
 def student_result(
-    run: Run, models: Models, name: str, evaluations: Mapping[str, Evaluation], latency: Latency, best: str
+    run: Run, models: BuiltModels, name: str, evaluations: Mapping[str, Evaluation], latency: Latency, best: str
 ) -> StudentResult:
     """Return the entry of a student that is not exported yet."""
     student = models.students[name]

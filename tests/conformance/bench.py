@@ -19,6 +19,7 @@ from kd.data.batch import Batch
 from kd.data.sampler import LengthBatches
 from kd.data.tasks import Classification
 from kd.engines.base import Engine, Loss
+from kd.engines.models import Models
 from kd.engines.optimizer import OptimizerFactory
 from kd.forward import Outputs
 from kd.forward.kinds import tensor_name
@@ -160,12 +161,8 @@ class Bench:
             own.bind(self.students[place], teaching if online else self.teachers)
         optimizer = OptimizerFactory(torch.optim.SGD, lr=0.1, weight_decay=0.0, schedule="constant", warmup=0.0)
         self.engine: Engine = instantiate(dict(spec.engine), _partial_=True)(
-            students=self.students,
-            methods=self.methods,
-            teachers=self.teachers,
-            online=teaching[0] if online else None,
+            models=Models(self.students, self.methods, self.teachers, teaching[0] if online else None, weights),
             task=TASK,
-            weights=weights,
             optimizer=optimizer,
         )
         if double:

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kd.data.batch import Batch
 from kd.data.tasks import Classification, Regression, headline
+from kd.engines.models import Models
 from kd.engines.mutual import MutualDistiller
 from kd.engines.nonfinite import NonFiniteLoss
 from kd.engines.optimizer import OptimizerFactory
@@ -299,11 +300,11 @@ def test_validation_scores_every_student_and_their_ensemble() -> None:
 
 def test_one_student_or_an_unknown_update_is_refused() -> None:
     bench = Bench("dml")
-    rest = ([], TASK, {}, bench.engine.optimizer_factory)
+    optimizer = bench.engine.optimizer_factory
     with pytest.raises(InputError, match="two or more") as alone:
-        MutualDistiller({"a": bench.students["s0"]}, {}, *rest)
+        MutualDistiller(Models({"a": bench.students["s0"]}, {}, [], None, {}), TASK, optimizer)
     with pytest.raises(InputError, match="simultaneous, sequential") as update:
-        MutualDistiller(bench.students, {}, *rest, update="random")
+        MutualDistiller(Models(bench.students, {}, [], None, {}), TASK, optimizer, update="random")
     assert (alone.value.key, update.value.key) == ("cohort.students", "update")
 
 

@@ -8,6 +8,7 @@ from conftest import tiny_model
 from kd.data.batch import Batch
 from kd.data.tasks import Classification, Regression, Task
 from kd.engines.distiller import Distiller
+from kd.engines.models import Models
 from kd.engines.optimizer import OptimizerFactory
 from kd.methods.finetune import Finetune
 from kd.models import Encoder, FrozenTeacher
@@ -28,7 +29,7 @@ def engine(task: Task, teachers: int = 0, weight: float = 1.0) -> tuple[Distille
     batch = Batch(inputs, (inputs,) * teachers, task.label_tensor([2, 1]), torch.arange(2))
     students, methods = {"student": models[0]}, {"student": Finetune()}
     methods["student"].bind(models[0], frozen)
-    return Distiller(students, methods, frozen, task, {"task": Constant(weight)}, factory).eval(), batch
+    return Distiller(Models(students, methods, frozen, None, {"task": Constant(weight)}), task, factory).eval(), batch
 
 
 @pytest.mark.parametrize("task", [CLASSES, SCORES], ids=["classes", "scores"])

@@ -14,6 +14,7 @@ from kd.data.examples import Examples
 from kd.data.masked_lm.datamodule import MaskedLMDataModule
 from kd.data.masked_lm.task import NOT_PREDICTED, MaskedLM
 from kd.engines.distiller import Distiller
+from kd.engines.models import Models
 from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError
 from kd.forward import Needs
@@ -72,7 +73,9 @@ def test_two_ranks_with_their_shares_have_the_gradient_of_one_with_the_whole(met
         weights = {name: lambda fraction: 0.5 for name in method.names}
         optimizer = OptimizerFactory(torch.optim.SGD, lr=0.1, weight_decay=0.0, schedule="constant", warmup=0.0)
         frozen = [FrozenTeacher(masked_lm(seed=2)) for _ in range(teachers)]
-        engine = Distiller({"student": student}, {"student": copy.deepcopy(method)}, frozen, TASK, weights, optimizer)
+        own = copy.deepcopy(method)
+        own.bind(student, frozen)
+        engine = Distiller(Models({"student": student}, {"student": own}, frozen, None, weights), TASK, optimizer)
         batch = batches(count, count, rank, world, teachers)[0]
         (engine.loss(batch).total * batch.weight).backward()
         return {name: parameter.grad for name, parameter in student.named_parameters()}

@@ -7,6 +7,7 @@ from torch import Tensor
 from conftest import tiny_model
 from kd.data.tasks import Classification
 from kd.engines.distiller import Distiller
+from kd.engines.models import Models
 from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError
 from kd.forward import Needs
@@ -31,7 +32,7 @@ def distiller(teacher: FrozenTeacher) -> Distiller:
     task = Classification("nli", LABELS, {}, ["accuracy"], "accuracy")
     weights = {"task": Constant(0.5), "logits": Constant(0.5)}
     factory = OptimizerFactory(torch.optim.AdamW, 1e-3, 0.0, "linear", 0.0)
-    return Distiller({"student": encoder(1, seed=1)}, {"student": KD()}, [teacher], task, weights, factory)
+    return Distiller(Models({"student": encoder(1, seed=1)}, {"student": KD()}, [teacher], None, weights), task, factory)
 
 
 @pytest.mark.parametrize(
