@@ -53,7 +53,11 @@ class OptimizerFactory:
         return self.make(self.groups(modules), lr=self.lr)
 
     def factor(self, step: int, total: int) -> float:
-        """Return the factor of the peak learning rate at an optimiser step, counted from 0, of `total`."""
+        """Return the factor of the peak learning rate at an optimiser step, counted from 0, of `total`.
+
+        The warm-up begins at 1 / (steps of the warm-up + 1). That of `transformers.get_scheduler` begins at zero, so that its
+        first step changes nothing.
+        """
         warm = round(self.warmup * total)
         if step < warm:
             return (step + 1) / (warm + 1)
