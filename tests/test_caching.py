@@ -228,7 +228,8 @@ def test_more_needs_extend_what_is_there(fresh, capsys: pytest.CaptureFixture[st
     built(fresh("method=kd"))
     assert kept(fresh()) == {"train": {"logits"}, "validation": {"logits"}, "test": {"logits"}}
     cache = cache_of(fresh())
-    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.bin")}
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.npy")}
+    assert before
     _, models, _ = built(fresh("method=pkd", "method.layers=[[1,1],[1,3]]"))
     assert kept(fresh())["train"] == {"logits", "cls-1", "cls-3"}
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -300,9 +301,9 @@ def test_weights_that_change_under_one_name_are_noticed(fresh, teacher: Path, ca
 @pytest.mark.parametrize("bad", ["truncated", "flipped"])
 def test_damage_is_said_and_made_good(fresh, bad: str, capsys: pytest.CaptureFixture[str]) -> None:
     run, result = made(fresh("method=kd"))
-    path = next((run.inputs.teachers["minilm"].directory / "cache").glob("train-*/logits.bin"))
+    path = next((run.inputs.teachers["minilm"].directory / "cache").glob("train-*/logits.npy"))
     whole = path.read_bytes()
-    path.write_bytes(whole[:-4] if bad == "truncated" else bytes([whole[0] ^ 1]) + whole[1:])
+    path.write_bytes(whole[:-4] if bad == "truncated" else whole[:-1] + bytes([whole[-1] ^ 1]))
     shutil.rmtree(run.directory)
     capsys.readouterr()
     _, again = made(fresh("method=kd"))
@@ -420,7 +421,7 @@ def test_the_pass_runs_what_is_not_compiled(fresh, monkeypatch: pytest.MonkeyPat
 
 def test_the_estimate_is_the_size(fresh, capsys: pytest.CaptureFixture[str]) -> None:
     _, models, _ = built(fresh("method=pkd"))
-    written = sum(path.stat().st_size for path in cache_of(fresh()).rglob("*.bin"))
+    written = sum(np.load(path).nbytes for path in cache_of(fresh()).rglob("*.npy"))
     assert models.caches["minilm"].bytes == written
     before, after = re.findall(r"[\d.]+ kB", capsys.readouterr().out)
     assert before == after == f"{written / 1000:.1f} kB"

@@ -154,21 +154,39 @@ def test_stored_tokens_are_not_executed(tmp_path: Path, mark: Path) -> None:
 @pytest.mark.parametrize(
     "entry",
     [
-        {"shape": [2, 3], "stored": "load", "shown": "float32"},
-        {"shape": ["2", 3], "stored": "float32", "shown": "float32"},
-        {"shape": [2], "stored": "float32", "shown": "float32"},
-        {"shape": [2, 3], "stored": "float32", "shown": "hub"},
-        {"shape": [2, 3], "stored": ["float32"], "shown": "float32"},
+        {"shown": "float32"},
+        {"shown": "hub"},
+        {"shown": ["float32"]},
+        {"shape": [2, 3], "stored": "load"},
         {"_target_": "os.mkdir"},
         [1],
     ],
 )
-def test_a_cache_that_is_foreign_is_damaged(tmp_path: Path, mark: Path, entry: object) -> None:
+@pytest.mark.parametrize("kind", ["pickle", "objects", "three axes", "another type"])
+def test_a_cache_that_is_foreign_is_damaged(tmp_path: Path, mark: Path, entry: object, kind: str) -> None:
     store = TensorStore(tmp_path, np.array([0, 2, 4]))
-    as_pickle(Payload(mark), tmp_path / "logits.bin")
+    path = tmp_path / "logits.npy"
+    if kind == "pickle":
+        as_pickle(Payload(mark), path)
+    else:
+        arrays = {"objects": np.array([[Payload(mark)]] * 2, object), "three axes": np.zeros((2, 3, 1), np.float32)}
+        np.save(path, arrays.get(kind, np.zeros((2, 3), np.int64)))
+    if isinstance(entry, dict):  # its checksum is that of the file: the file itself has to be refused
+        entry = {**entry, "checksum": hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()}
     (tmp_path / "logits.json").write_text(json.dumps(entry))
     assert store.damaged(["logits"]) == ["logits"]
+    assert store.entry("logits") is None
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("shown", ["hub", ["float32"], None])
+def test_a_cache_with_another_description_is_damaged(tmp_path: Path, shown: object) -> None:
+    store = TensorStore(tmp_path, np.array([0, 2, 4]))
+    np.save(tmp_path / "logits.npy", np.zeros((2, 3), np.float32))
+    checksum = hashlib.blake2b((tmp_path / "logits.npy").read_bytes(), digest_size=16).hexdigest()
+    for damaged, name in ((["logits"], shown), ([], "float32")):
+        (tmp_path / "logits.json").write_text(json.dumps({"shown": name, "checksum": checksum}))
+        assert store.damaged(["logits"]) == damaged
 
 
 # A folder of runs

@@ -33,9 +33,9 @@ from kd.runs.digest import digest_of
 from kd.system import distributed
 from kd.system.files import locked, write_text
 from kd.teacher_cache.precompute import SplitCache, precompute, probe
-from kd.teacher_cache.store import CachedOutputs, Entry, TensorStore
+from kd.teacher_cache.store import CachedOutputs, Entry, TensorStore, size_of_array
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 """Version of the cache layout; incremented when a code change makes existing caches unreadable."""
 AUTO_LIMIT = 8e9
 """Largest size in bytes of one teacher's cache with `cache=auto`, or a quarter of the free disk if less. Our choice."""
@@ -213,7 +213,7 @@ class TeacherCache:
         limit = cache_limit(self.setting)
         if limit is None:
             limit = min(AUTO_LIMIT, free / 4)
-        existing = sum(file.stat().st_size for file in self.folder.glob("*/*.bin"))
+        existing = sum(size_of_array(file) for file in self.folder.glob("*/*.npy"))
         needed = f"its outputs take {readable_size(size)} ({needs})"
         if size + existing > limit:
             beside = f" beside the {readable_size(existing)} that exist" if existing else ""

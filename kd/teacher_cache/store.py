@@ -1,16 +1,19 @@
 """Outputs of a frozen teacher over a split, on disk: one memory-mapped file per tensor, indexed by example.
 
-A folder holds `about.json`, which describes the model and data of all tensors, and for every tensor a file of raw numbers and a
-small JSON file with shape, type and checksum. The JSON file is written last and atomically, so a tensor is either complete or
-missing, and a method that needs further tensors adds files to the existing ones.
+A folder holds `about.json`, which describes the model and data of all tensors, and for every tensor numpy's `.npy` file and a
+small JSON file with what that format has no place for: the type that a read returns, and a checksum. The JSON file is written
+last and atomically, so a tensor is either complete or missing, and a method that needs further tensors adds files to the
+existing ones.
 """
 
 import hashlib
+import io
 import json
 import mmap
 import os
+import tokenize
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +30,14 @@ RAW: Mapping[torch.dtype, type] = {
     torch.float16: np.float16,
     torch.bfloat16: np.uint16,  # numpy has no such type; the bits are stored
 }
-NAMES = {str(kind).removeprefix("torch.") for kind in RAW}
-"""Names of the types in `RAW`."""
+NAMES = {np.dtype(raw): str(kind).removeprefix("torch.") for kind, raw in RAW.items()}
+"""Type in a file -> name of the tensor's type."""
 RELEASE = 8
 """Number of reads after which memory-mapped pages are released."""
 CHUNK = 1 << 24
 """Number of bytes read at a time for a checksum."""
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, SyntaxError, tokenize.TokenError, RecursionError)
+"""Errors of numpy and json on a file that is damaged or of another program."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +48,21 @@ class Entry:
         shape: (examples or tokens, width).
         stored: data type on disk.
         shown: data type that the forward pass returned, and that a read returns.
-        checksum: checksum of the file's bytes.
     """
 
     shape: tuple[int, int]
     stored: str
     shown: str
-    checksum: str = ""
+
+    @property
+    def raw(self) -> np.dtype[Any]:
+        """Data type of the numbers in the file."""
+        return np.dtype(RAW[getattr(torch, self.stored)])
 
     @property
     def size(self) -> int:
-        """Number of bytes on disk."""
-        return self.shape[0] * self.shape[1] * getattr(torch, self.stored).itemsize  # type: ignore[no-any-return]
+        """Number of bytes on disk, without the file's header."""
+        return self.shape[0] * self.shape[1] * self.raw.itemsize
 
 
 @dataclass
@@ -84,33 +92,26 @@ class TensorStore:
         return int(self.offsets[-1]) if by_token(name) else self.examples
 
     def entry(self, name: str) -> Entry | None:
-        """Return the description of a tensor; None if it is not stored."""
+        """Return the description of a tensor; None if it is not stored, or its files cannot be read."""
         try:
-            fields = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-            entry = Entry(tuple(fields.pop("shape")), **fields)
-            rows, width = entry.shape
-            if all(isinstance(size, int) for size in (rows, width)) and {entry.stored, entry.shown} <= NAMES:
-                return entry
-        except FileNotFoundError:
+            return self._load(name)[1]
+        except UNREADABLE:
             return None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            pass
-        return Entry((0, 0), "uint8", "uint8")  # its empty checksum matches no file, so the tensor counts as damaged
 
     def damaged(self, names: Iterable[str]) -> list[str]:
         """Return the names of stored tensors whose size or checksum is wrong; reads every byte."""
-        return [name for name in names if (entry := self.entry(name)) is not None and not self._whole(name, entry)]
+        return [name for name in names if self._path(name, "json").exists() and not self._whole(name)]
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Return the names of tensors that are not stored."""
-        return [name for name in names if self.entry(name) is None]
+        return [name for name in names if not self._path(name, "json").exists()]
 
     def remove(self, names: Iterable[str]) -> None:
         """Delete stored tensors."""
         for name in names:
             self._open.pop(name, None)
-            for ending in ("json", "bin"):
-                (self.folder / f"{name}.{ending}").unlink(missing_ok=True)
+            for ending in ("json", "npy"):
+                self._path(name, ending).unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Delete partial files that a killed process left behind."""
@@ -132,11 +133,12 @@ class TensorStore:
                 self.draft(name, rank).unlink()
             target.flush()
             os.fsync(target.fileno())
-        if whole.stat().st_size != entry.size:
-            raise RuntimeError(f"{whole} has {whole.stat().st_size} bytes, not {entry.size}")
+        size = len(header(entry)) + entry.size
+        if whole.stat().st_size != size:
+            raise RuntimeError(f"{whole} has {whole.stat().st_size} bytes, not {size}")
         checksum = _checksum(whole)
-        os.replace(whole, self.folder / f"{name}.bin")
-        write_text(self.folder / f"{name}.json", json.dumps(asdict(entry) | {"checksum": checksum}) + "\n")
+        os.replace(whole, self._path(name, "npy"))
+        write_text(self._path(name, "json"), json.dumps({"shown": entry.shown, "checksum": checksum}) + "\n")
 
     def read(self, names: Iterable[str], rows: Sequence[int], longest: int | None = None) -> dict[str, Tensor]:
         """Return tensors of some examples: (batch, width), or (batch, longest, width) with zeros on padding."""
@@ -172,22 +174,32 @@ class TensorStore:
         """Return the total number of bytes of the tensors among `names` that are stored."""
         return sum(entry.size for name in names if (entry := self.entry(name)) is not None)
 
+    def _path(self, name: str, ending: str) -> Path:
+        return self.folder / f"{name}.{ending}"
+
     def _array(self, name: str) -> tuple[np.ndarray, Entry]:
         if name not in self._open:
-            entry = self.entry(name)
-            if entry is None:
-                raise KeyError(name)
-            raw = RAW[getattr(torch, entry.stored)]
-            self._open[name] = np.memmap(self.folder / f"{name}.bin", raw, "r", shape=entry.shape), entry
+            self._open[name] = self._load(name)
         return self._open[name]
 
-    def _whole(self, name: str, entry: Entry) -> bool:
-        path = self.folder / f"{name}.bin"
+    def _load(self, name: str) -> tuple[np.ndarray, Entry]:
+        """Memory-map a stored tensor; raise one of `UNREADABLE` for files that `commit` did not write."""
+        shown = self._description(name)["shown"]
+        array = np.lib.format.open_memmap(self._path(name, "npy"), mode="r")
+        rows, width = array.shape
+        if shown not in NAMES.values():
+            raise ValueError(shown)
+        return array, Entry((rows, width), NAMES[array.dtype], shown)
+
+    def _description(self, name: str) -> Any:
+        return json.loads(self._path(name, "json").read_text(encoding="utf-8"))
+
+    def _whole(self, name: str) -> bool:
         try:
-            if path.stat().st_size != entry.size or entry.shape[0] != self.rows(name):
-                return False
-            return _checksum(path) == entry.checksum
-        except (OSError, AttributeError):
+            if _checksum(self._path(name, "npy")) != self._description(name)["checksum"]:
+                return False  # before a damaged header is parsed
+            return self._load(name)[1].shape[0] == self.rows(name)
+        except UNREADABLE:
             return False
 
 
@@ -218,6 +230,22 @@ def _tensor(values: np.ndarray, stored: str) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values))
 
 
+def header(entry: Entry) -> bytes:
+    """Return the header of the `.npy` file of a tensor."""
+    file = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(entry.raw), "fortran_order": False, "shape": entry.shape}
+    np.lib.format.write_array_header_1_0(file, described)
+    return file.getvalue()
+
+
+def size_of_array(path: Path) -> int:
+    """Return the number of bytes of an array's file without its header; of a file that is none, all its bytes."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r").nbytes
+    except UNREADABLE:
+        return path.stat().st_size
+
+
 def _checksum(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
@@ -228,6 +256,8 @@ def _checksum(path: Path) -> str:
 
 class Share:
     """One rank's part of a tensor that is being written: consecutive examples, filled in any order.
+
+    The file of rank 0 begins with the header of the whole tensor, and `TensorStore.commit` appends the other ranks' numbers.
 
     Args:
         store: the store to write to.
@@ -243,12 +273,14 @@ class Share:
         begin, end = span if self.offsets is None else (int(self.offsets[index]) for index in span)
         self.begin = begin
         path = store.draft(name, rank)
-        shape, raw = (end - begin, entry.shape[1]), RAW[getattr(torch, entry.stored)]
-        size = shape[0] * shape[1] * np.dtype(raw).itemsize
+        shape, begins = (end - begin, entry.shape[1]), header(entry) if rank == 0 else b""
+        size = shape[0] * shape[1] * entry.raw.itemsize
         with path.open("wb") as file:  # allocate now: a full disk is an error here, but kills the process in a memory map
+            file.write(begins)
+            file.flush()
             if size and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-        self.array = np.memmap(path, raw, "r+" if path.stat().st_size else "w+", shape=shape) if size else np.empty(shape, raw)
+                os.posix_fallocate(file.fileno(), len(begins), size)
+        self.array = np.memmap(path, entry.raw, "r+", len(begins), shape) if size else np.empty(shape, entry.raw)
 
     def write(self, rows: Sequence[int], values: Tensor) -> bool:
         """Write the tensors of some examples; return False if the stored type cannot represent them."""

@@ -1,6 +1,7 @@
 """Storage of a teacher's outputs on disk: exact, atomic, complete or absent."""
 
 import errno
+import hashlib
 import json
 import os
 import pickle
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from kd.forward import Needs, Outputs, UndeclaredRead
-from kd.teacher_cache.store import RELEASE, CachedOutputs, Entry, Share, TensorStore, fits, stored_as
+from kd.teacher_cache.store import RELEASE, CachedOutputs, Entry, Share, TensorStore, fits, size_of_array, stored_as
 
 LENGTHS = (3, 5, 2, 5)
 OFFSETS = np.concatenate([[0], np.cumsum(LENGTHS)])
@@ -75,7 +76,8 @@ def test_sixteen_bits_are_given_back_as_the_type_that_was_shown(store: TensorSto
     found = store.read(["cls-1"], range(4))["cls-1"]
     assert found.dtype is torch.float32
     assert torch.equal(found, values.half().float())
-    assert (store.folder / "cls-1.bin").stat().st_size == 4 * 7 * 2
+    stored = np.load(store.folder / "cls-1.npy")
+    assert (stored.dtype, stored.nbytes) == (np.float16, 4 * 7 * 2)
 
 
 def test_what_sixteen_bits_are_good_for() -> None:
@@ -97,14 +99,20 @@ def test_a_type_that_is_too_narrow_is_refused(store: TensorStore) -> None:
     assert not share.write([1], torch.tensor([[1.0, 1e6]]))
 
 
-@pytest.mark.parametrize("bad", ["truncated", "flipped", "no numbers", "torn json", "empty json", "another shape"])
+@pytest.mark.parametrize(
+    "bad", ["truncated", "flipped", "flipped header", "no numbers", "torn json", "empty json", "another shape"]
+)
 def test_damage_is_found(store: TensorStore, bad: str) -> None:
     put(store, "logits", torch.randn(4, 3))
     put(store, "cls-1", torch.randn(4, 3))
-    numbers, described = store.folder / "logits.bin", store.folder / "logits.json"
+    numbers, described = store.folder / "logits.npy", store.folder / "logits.json"
     if bad == "truncated":
         numbers.write_bytes(numbers.read_bytes()[:-1])
     elif bad == "flipped":
+        found = bytearray(numbers.read_bytes())
+        found[-17] ^= 1
+        numbers.write_bytes(found)
+    elif bad == "flipped header":
         found = bytearray(numbers.read_bytes())
         found[17] ^= 1
         numbers.write_bytes(found)
@@ -115,7 +123,9 @@ def test_damage_is_found(store: TensorStore, bad: str) -> None:
     elif bad == "empty json":
         described.write_text("{}")
     else:
-        described.write_text(json.dumps(json.loads(described.read_text()) | {"shape": [3, 4]}))
+        np.save(numbers, np.load(numbers).reshape(3, 4))
+        checksum = hashlib.blake2b(numbers.read_bytes(), digest_size=16).hexdigest()
+        described.write_text(json.dumps(json.loads(described.read_text()) | {"checksum": checksum}))
     assert store.damaged(["logits", "cls-1"]) == ["logits"]
     store.remove(["logits"])
     assert store.missing(["logits", "cls-1"]) == ["logits"]
@@ -129,7 +139,7 @@ def test_what_was_not_finished_does_not_count(store: TensorStore) -> None:
     share.close()
     assert store.missing(["logits", "cls-1"]) == ["logits"]
     store.sweep()
-    assert sorted(path.name for path in store.folder.iterdir()) == ["cls-1.bin", "cls-1.json"]
+    assert sorted(path.name for path in store.folder.iterdir()) == ["cls-1.json", "cls-1.npy"]
 
 
 def test_a_full_disk_is_an_error_and_not_the_end(store: TensorStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +157,24 @@ def test_pages_are_let_go_of_and_read_again(store: TensorStore) -> None:
     put(store, "logits", values)
     for turn in range(3 * RELEASE):
         assert torch.equal(store.read(["logits"], [turn % 4])["logits"], values[[turn % 4]])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_numpy_reads_the_files(store: TensorStore, ranks: int) -> None:
+    logits = torch.randn(4, 3)
+    put(store, "logits", logits, ranks=ranks)
+    put(store, "cls-1", logits.bfloat16(), "bfloat16", ranks=ranks)
+    assert np.array_equal(np.load(store.folder / "logits.npy"), logits.numpy())
+    bits = np.load(store.folder / "cls-1.npy")
+    assert bits.dtype == np.uint16
+    assert torch.equal(torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16), logits.bfloat16())
+
+
+def test_a_file_counts_without_its_header(store: TensorStore) -> None:
+    put(store, "logits", torch.randn(4, 3))
+    assert size_of_array(store.folder / "logits.npy") == store.size(["logits"]) == 4 * 3 * 4
+    (store.folder / "logits.npy").write_bytes(bytes(30))
+    assert size_of_array(store.folder / "logits.npy") == 30
 
 
 def test_a_share_that_is_short_is_not_taken(store: TensorStore) -> None:
