@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +94,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         marked = any(item.get_closest_marker(name) for name in ("slow", "ddp", "gpu", "thorough"))
         if place in ("", *FAST) and not whole_run and not marked:
             item.add_marker("fast")
+    if hasattr(config, "workerinput"):
+        _most_work_first(items)
+
+
+def _most_work_first(items: list[pytest.Item]) -> None:
+    """Order files by the work in them: pytest-xdist gives one after the other to its workers, and the last should be short."""
+    work: Counter[Path] = Counter()
+    for item in items:
+        if not item.get_closest_marker("fast"):
+            work[item.path] += 5 if item.get_closest_marker("slow") or item.get_closest_marker("ddp") else 1
+    items.sort(key=lambda item: -work[item.path])
 
 
 def _of_another_method(item: pytest.Item, method: str) -> bool:

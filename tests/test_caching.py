@@ -1,12 +1,9 @@
 """A frozen teacher is run once: what is kept, when it counts, and when the teacher runs after all."""
 
 import gc
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +26,7 @@ from kd.system.model_sources import recorded_files
 from kd.teacher_cache import cache as caching
 from kd.teacher_cache import precompute as passes
 from kd.training import execute
+from processes import Command
 from whole_runs import Small, last_weights, made, planned, pool, same_weights
 
 TRAIN, VALIDATION, TEST = 96, 32, 32
@@ -492,31 +490,30 @@ built(sys.argv[2:])
 """
 
 
+@pytest.fixture(scope="module")
+def undisturbed(small: Small, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Return the record of a run whose pass over the texts was not stopped."""
+    runs = tmp_path_factory.mktemp("undisturbed")
+    shutil.copytree(teacher, runs / teacher.name, ignore=shutil.ignore_patterns("cache"))
+    _, result = made(small("method=pkd", f"paths.runs={runs}"))
+    assert result["cache"]["minilm"]["written"] == ["train", "validation", "test"]
+    return result
+
+
 @pytest.mark.parametrize("after", [-1, 0, 1, 2])
-def test_a_kill_leaves_what_was_there_or_nothing(fresh, after: int) -> None:
+def test_a_kill_leaves_what_was_there_or_nothing(fresh, after: int, undisturbed: dict) -> None:
     words = fresh("method=pkd")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", KILLED, str(after), *words], env=environment, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    done = Command(["-c", KILLED, str(after), *words])
+    output, _ = done.communicate(timeout=240)
+    assert done.returncode == -signal.SIGKILL, output
     assert len(kept(words)["train"]) == max(after, 0)
     _, result = made(words)
-    shutil.rmtree(planned(words).inputs.teachers["minilm"].directory / "cache")
-    shutil.rmtree(planned(words).directory)
-    _, clean = made(words)
-    assert result["metrics"] == clean["metrics"]
+    assert result["metrics"] == undisturbed["metrics"]
 
 
 @pytest.mark.slow
 def test_two_processes_share_one_pass(fresh) -> None:
-    commands = [
-        subprocess.Popen(
-            [sys.executable, "-m", "kd.train", *fresh("method=kd", f"seed={seed}")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for seed in (0, 1)
-    ]
+    commands = [Command(["-m", "kd.train", *fresh("method=kd", f"seed={seed}")]) for seed in (0, 1)]
     outputs = [process.communicate(timeout=240)[0] for process in commands]
     assert [process.returncode for process in commands] == [0, 0], outputs
     results = [planned(fresh("method=kd", f"seed={seed}")).result for seed in (0, 1)]

@@ -4,7 +4,6 @@ import csv
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,19 +25,14 @@ from kd.results.export import TOLERANCE, model_card
 from kd.runs.run import Run
 from kd.training import execute
 from kd.training import fit as fitting
+from processes import Command
 from whole_runs import broken_off, last_weights, made, planned, same_weights, torchrun, weights
 
 Small = Callable[..., list[str]]
 
 
-def command(overrides: list[str], **options: object) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "kd.train", *overrides],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
+def command(overrides: list[str]) -> Command:
+    return Command(["-m", "kd.train", *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -362,7 +356,7 @@ def test_interruption_is_reported_and_leaves_nothing_that_looks_done(
 
 @pytest.mark.slow
 def test_killed_process_goes_on(small: Small, tmp_path: Path) -> None:
-    overrides = small("method=finetune", "teacher=[]", "trainer.max_epochs=40", "optimizer.lr=1e-4", f"paths.runs={tmp_path}")
+    overrides = small("method=finetune", "teacher=[]", "trainer.max_epochs=20", "optimizer.lr=1e-4", f"paths.runs={tmp_path}")
     run = planned(overrides)
     with command(overrides) as process:
         while process.poll() is None and not (run.checkpoints / "last.ckpt").is_file():
@@ -394,7 +388,7 @@ def test_torchrun_on_two_ranks_gives_the_result_of_one(finished: tuple[Run, dict
     more = ("student.dropout=0", "trainer.eval_batch_size=5")
     _, one = made(small(*more))
     arguments = small(*more, f"paths.runs={tmp_path}", "trainer=ddp", "trainer.accelerator=cpu")
-    torchrun(arguments)
+    torchrun(arguments, interpreters=True)
     run = planned(arguments)
     assert run.digest == one["digest"]
     two = run.result

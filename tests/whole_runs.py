@@ -1,7 +1,6 @@
 """Whole runs on the toy task: planned, made, stopped on the way, and made by several processes."""
 
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from kd.runs.plan import plan
 from kd.runs.run import Run
 from kd.training import execute, trainer
 from kd.training import fit as fitting
+from processes import Command, free_port
 
 Small = Callable[..., list[str]]
 
@@ -112,20 +112,26 @@ def roles(run: Run) -> list[str]:
     return [str(role) for role, _ in run.inputs]
 
 
-def free_port() -> int:
-    """One that nobody listens to on this machine."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def torchrun(overrides: list[str], timeout: float = 240) -> None:
+def torchrun(overrides: list[str], interpreters: bool = False, timeout: float = 240) -> None:
     """Make a run in two processes on this machine.
+
+    Args:
+        overrides: of the run.
+        interpreters: start new interpreters, as a user does: sets have another order in each. Else they are forked.
+        timeout: seconds it may take.
 
     Raises:
         AssertionError: with what they said, if they fail.
     """
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "-m", "kd.train"]
-    command = [sys.executable, *launcher, *overrides]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    assert process.returncode == 0, process.stdout + process.stderr
+    if interpreters:
+        whole = [sys.executable, *launcher, *overrides]
+        made = subprocess.run(whole, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False)
+        assert made.returncode == 0, made.stdout
+        return
+    process = Command([*launcher, *overrides])
+    try:
+        output, _ = process.communicate(timeout)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output

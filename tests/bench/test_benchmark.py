@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import multiprocessing
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -17,12 +19,26 @@ from kd.bench.candidates import CANDIDATES, FINETUNE, LIVE
 from kd.bench.harness import prepare
 from kd.bench.workers import Job, Worker, WorkerDied
 from kd.errors import InputError
+from processes import fork_server
 from whole_runs import planned
 
 Small = Callable[..., list[str]]
 
 
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that need no import of PyTorch; those of a test without this fixture are new interpreters."""
+    server = fork_server()
+
+    def get_context(kind: str) -> ForkServerContext:
+        assert kind == "spawn"
+        return server
+
+    monkeypatch.setattr(multiprocessing, "get_context", get_context)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_bench_prints_writes_and_draws(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +110,7 @@ def test_a_worker_that_dies_is_named(small: Small, tmp_path: Path) -> None:
         benchmark(small(), 1, 1, candidates=[broken])
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_worker_that_is_killed_is_named_and_its_fellows_are_ended(
     small: Small, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,12 +136,14 @@ def test_a_worker_that_is_killed_is_named_and_its_fellows_are_ended(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_where_no_teacher_is_cached_there_is_no_row_of_it(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kd.bench.cost.SIZES", {"cpu": (64,)})
     assert list(benchmark(small("method=finetune", "teacher=[]"), 1, 1)["candidates"]) == ["finetune", "live"]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_of_a_method_with_two_runs_the_first_is_measured(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kd.bench.cost.SIZES", {"cpu": (64,)})
     asked = small("method=tinybert", "student.heads=4", "method.before.run.trainer.max_epochs=2")

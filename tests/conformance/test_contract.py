@@ -3,7 +3,6 @@
 import copy
 import functools
 import pickle
-import socket
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,7 @@ from kd.forward.lazy import Detached
 from kd.forward.needs import Needs
 from kd.methods.base import Progress, needs_of_teachers
 from kd.teacher_cache.cache import TeacherCache
+from processes import free_port
 
 pytestmark = pytest.mark.parametrize("name", CASES)
 
@@ -229,10 +229,8 @@ def test_one_seed_gives_one_result(name: str) -> None:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
     """Return the parameters after one step of every method, on each of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(save_two_rank_updates, args=(2, port, folder), nprocs=2)
+    # New interpreters, not forks of one: sets have other orders in each, and methods must not depend on them.
+    mp.spawn(save_two_rank_updates, args=(2, free_port(), folder), nprocs=2)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 

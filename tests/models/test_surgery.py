@@ -1,5 +1,6 @@
 """Surgeries on embeddings: what they keep, what they cost, what they refuse."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -143,12 +144,14 @@ def test_two_processes_learn_the_same_vocabulary() -> None:
     code = (
         "import random; from conftest import tiny_tokenizer; from kd.models.surgery.wordpiece import learned_tokens\n"
         "draw = random.Random(0); words = [''.join(draw.choices('abcdefghijklmnop', k=5)) for _ in range(300)]\n"
-        "print(learned_tokens(tiny_tokenizer(), [' '.join(words)], 150))"
+        "for _ in range(2): print(learned_tokens(tiny_tokenizer(), [' '.join(words)], 150))"
     )
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n{code}"]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    found = {process.communicate()[0] for process in started}
-    assert len(found) == 1
+    seeds = ({**os.environ, "PYTHONHASHSEED": seed} for seed in "12")  # of the order of sets
+    started = [subprocess.Popen(command, env=seed, stdout=subprocess.PIPE, text=True) for seed in seeds]
+    found = [line for process in started for line in process.communicate()[0].splitlines()]
+    assert len(found) == 4
+    assert len(set(found)) == 1
     assert "##a" in found.pop()
 
 
