@@ -4,6 +4,8 @@ BIN := .venv/bin
 LOCK := requirements.lock
 DEV := requirements-dev.lock
 DATA := requirements-data.lock
+# Tests of a file share what they train, so that a file goes to one worker as a whole, the longest first (tests/conftest.py).
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 # Silence notices of pip and of the tokenizers, and use no network for models.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE ?= 1
@@ -42,7 +44,7 @@ demo:: .venv/installed
 
 test: .venv/developing ## all tests that need no accelerator (about 20 minutes on two cores)
 	@echo "make test: about 20 minutes on two cores; make test-fast takes under 2."
-	$(BIN)/python -m pytest --verbosity 0 --durations 15 -m "not gpu"
+	$(BIN)/python -m pytest $(WORKERS) --verbosity 0 --durations 15 -m "not gpu"
 
 test-fast: .venv/developing ## formulas, contracts, data, configurations; no whole runs (under 2 minutes)
 	$(BIN)/python -m pytest --verbosity 0 -m "fast and not gpu"
