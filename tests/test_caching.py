@@ -437,13 +437,13 @@ def test_no_room_is_said_before_the_pass(fresh, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("needs", "changes", "reason"),
     [
-        (Needs(uncacheable_reason="it smooths the text"), "", "it smooths the text"),
-        (Needs(gradient=True), "", "the method takes gradients"),
+        (Needs(uncacheable_reason="it smooths the text"), None, "it smooths the text"),
+        (Needs(gradient=True), None, "the method takes gradients"),
         (Needs(), "masked anew", "masked anew"),
-        (Needs() | Needs(uncacheable_reason="a") | Needs(uncacheable_reason="b"), "", "a; b"),
+        (Needs() | Needs(uncacheable_reason="a") | Needs(uncacheable_reason="b"), None, "a; b"),
     ],
 )
-def test_a_method_that_cannot_says_so(small: Small, needs: Needs, changes: str, reason: str) -> None:
+def test_a_method_that_cannot_says_so(small: Small, needs: Needs, changes: str | None, reason: str) -> None:
     _, models, _ = built(small("method=kd", "cache=off"))
     cache = teacher_cache(planned(small("cache=on")), "minilm")
     assert cache.reason_to_run(models.teachers[0], needs, changes).startswith(reason)

@@ -86,7 +86,8 @@ class KDDataModule(pl.LightningDataModule):
         accumulate: training batches of an optimiser step.
     """
 
-    changes = ""
+    changes: str | None = None
+    """Reason why the text differs between epochs; None if it does not."""
 
     def __init__(
         self,

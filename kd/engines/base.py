@@ -217,15 +217,26 @@ class Engine(pl.LightningModule):
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Call the methods' `after_step` and update time and counters; a second call for the same batch does nothing."""
+        """Finish the batch, unless a callback did so already."""
+        self.finish_batch(batch)
+
+    def finish_batch(self, batch: Batch) -> None:
+        """Call the methods' `after_step` and update time and counters; a second call for the same batch does nothing.
+
+        Lightning calls the engine's hooks after those of the callbacks; a callback that saves a checkpoint calls this first.
+        """
         if self._last is None:
             return
-        for method, step, terms in self._last.steps:
-            method.after_step(step, {name: term.detach() for name, term in terms.items()})
+        self.after_step(self._last)
         self._last = None
         now = time.perf_counter()
         self.seconds, self._began = self.seconds + now - self._began, now
         self.examples += len(batch)
+
+    def after_step(self, loss: Loss) -> None:
+        """Call `after_step` of the methods that a loss is from, after the optimiser step if any."""
+        for method, step, terms in loss.steps:
+            method.after_step(step, {name: term.detach() for name, term in terms.items()})
 
     def on_train_end(self) -> None:
         """Check the last losses and stop measuring the training time, which includes validation and checkpoints."""

@@ -208,10 +208,10 @@ class ADKD(Method):
             ),
         }
 
-    def batch_dependence(self) -> str:
+    def batch_dependence(self) -> str | None:
         """Return that `attribution_reduction=tokens` averages over the tokens of a batch."""
         counted = self.attribution_reduction == "tokens"
-        return "method.attribution_reduction=tokens is a mean over the tokens of a batch" if counted else ""
+        return "method.attribution_reduction=tokens is a mean over the tokens of a batch" if counted else None
 
 
 def view_of(maps: Tensor, labels: Tensor) -> Tensor:

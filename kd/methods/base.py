@@ -120,12 +120,12 @@ class Method(nn.Module):
         """Describe what `bind` resolved, for the preflight: name -> text."""
         return {}
 
-    def batch_dependence(self) -> str:
-        """Return the reason why the loss of an example depends on the others of its batch; empty if it does not.
+    def batch_dependence(self) -> str | None:
+        """Return the reason why the loss of an example depends on the others of its batch; None if it does not.
 
         If it does, results depend on how a global batch is split over ranks or accumulated, and the preflight reports it.
         """
-        return ""
+        return None
 
 
 def needs_of_teachers(methods: Iterable[Method], count: int) -> list[Needs]:

@@ -263,7 +263,7 @@ class BertEMD(Method):
         masses = "uniform masses" if self.update == "none" else f"masses by cost attention ({self.update}, tau {self.tau:g})"
         return {"layer map (student<-teacher)": f"{student} x {teacher} pairs by transport, {masses}"}
 
-    def batch_dependence(self) -> str:
+    def batch_dependence(self) -> str | None:
         """Return that each accumulated batch has its own plan, and that a mean over padding depends on the batch's length."""
         reasons = ["each accumulated batch has a transport plan of its own (ranks share it)"] * self.solves
-        return "; ".join([*reasons, *["padding=reference averages over padding"] * (self.padding == "reference")])
+        return "; ".join([*reasons, *["padding=reference averages over padding"] * (self.padding == "reference")]) or None

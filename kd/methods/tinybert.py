@@ -189,10 +189,10 @@ class TinyBERT(Method):
             description["layer map is drawn"] = f"{often}; method.draw_seed={self.draw_seed}"
         return description
 
-    def batch_dependence(self) -> str:
+    def batch_dependence(self) -> str | None:
         """Return that a mean over padding depends on the batch's longest example, for `padding=reference`."""
         if self.padding == "strict":
-            return ""
+            return None
         return "method.padding=reference averages over padding too, and the longest example of a batch says how much there is"
 
 

@@ -101,7 +101,7 @@ class TeacherCache:
     task: str
 
     def cached_or_live(
-        self, teacher: FrozenTeacher, tokens: Mapping[str, Any], needs: Needs | None, changes: str = ""
+        self, teacher: FrozenTeacher, tokens: Mapping[str, Any], needs: Needs | None, changes: str | None = None
     ) -> CachedOrLive:
         """Return the teacher to train with: a cached one if possible, whose missing outputs are computed now.
 
@@ -111,7 +111,7 @@ class TeacherCache:
                 logits for other splits.
             needs: tensors that all methods together need; None if no method uses the teacher, which is then only evaluated, on
                 the other splits.
-            changes: the reason why the text differs between epochs; empty if it does not.
+            changes: the reason why the text differs between epochs; None if it does not.
 
         Raises:
             InputError: if the teacher cannot be loaded, or the disk has no room for what `cache=on` asks for.
@@ -130,11 +130,11 @@ class TeacherCache:
         _ = teacher.encoder  # load the weights now, so that unreadable ones end the run before it begins
         return CachedOrLive(teacher, CacheUnused(why))
 
-    def reason_to_run(self, teacher: FrozenTeacher, needs: Needs | None, changes: str = "") -> str | None:
+    def reason_to_run(self, teacher: FrozenTeacher, needs: Needs | None, changes: str | None = None) -> str | None:
         """Return the reason why a teacher cannot be cached, whatever the size; None if it can."""
         if cache_limit(self.setting) == 0:
             return "cache=off"
-        if changes:
+        if changes is not None:
             return changes
         if needs is not None and needs.uncacheable_reason is not None:
             return needs.uncacheable_reason

@@ -111,7 +111,8 @@ class EveryFewMinutes(Checkpoint):
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if trainer.strategy.broadcast(time.monotonic() - self.saved >= self.seconds):
-            pl_module.on_train_batch_end(outputs, batch, batch_idx)  # Lightning calls it after the callbacks
+            assert isinstance(pl_module, Engine)
+            pl_module.finish_batch(batch)  # so that the checkpoint holds what methods do after the batch
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
             self.saved = time.monotonic()
 

@@ -11,12 +11,12 @@ from kd.system import distributed
 from kd.system.files import writes_to
 
 
-def execute(run: Run, purpose: str = "", *, first: bool = True) -> dict[str, Any]:
+def execute(run: Run, purpose: str | None = None, *, first: bool = True) -> dict[str, Any]:
     """Execute a run and the runs that it needs, unless they are done; return its record.
 
     Args:
         run: the run to execute.
-        purpose: description of the run to print, if another run needs it.
+        purpose: description of the run to print, if another run needs it; None prints its name.
         first: True for the run that the command requests; then all runs that it needs are checked before any is executed.
 
     Raises:

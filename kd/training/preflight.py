@@ -67,7 +67,7 @@ def preflight(run: Run, engine: Engine, data: KDDataModule, inits: Mapping[str, 
             report.note(f"{whose}: {text}")
         for name, text in learner.method.describe().items():
             report.note(f"{name}: {text}")
-        if why := learner.method.batch_dependence():
+        if (why := learner.method.batch_dependence()) is not None:
             report.note(f"the result depends on how a batch is split over ranks and accumulated: {why}")
     check_students(report, engine)
     check_one_batch(report, engine, data)

@@ -21,10 +21,10 @@ class ProgressBar(pl.Callback):
     Args:
         label: description of the bar.
         mode: `bar`, `plain`, `none`, or `auto` (a bar on a terminal).
-        cure: advice to print if a student's predictions are constant.
+        cure: advice to print if a student's predictions are constant; None prints none.
     """
 
-    def __init__(self, label: str, mode: str = "auto", cure: str = "") -> None:
+    def __init__(self, label: str, mode: str = "auto", cure: str | None = None) -> None:
         self.label, self.cure = label, cure
         self._warned = False
         self.mode = ("bar" if sys.stderr.isatty() else "plain") if mode == "auto" else mode
@@ -76,7 +76,7 @@ class ProgressBar(pl.Callback):
                 self._warned = True
                 several = len(getattr(module, "learners", constant)) > 1
                 whose = [f"{name}: {what}" if several else what for name, what in constant.items()]
-                line += f"  WARN {'; '.join(whose)}{self.cure and f'. Try {self.cure}'}"
+                line += f"  WARN {'; '.join(whose)}" + (f". Try {self.cure}" if self.cure is not None else "")
             self.bar.write(line, file=sys.stdout) if self.bar is not None else print(line, flush=True)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

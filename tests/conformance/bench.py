@@ -18,7 +18,7 @@ from kd.config.compose import compose, conf_folder, typed
 from kd.data.batch import Batch
 from kd.data.sampler import LengthBatches
 from kd.data.tasks import Classification
-from kd.engines.base import Engine, Loss
+from kd.engines.base import Engine
 from kd.engines.models import Models
 from kd.engines.optimizer import OptimizerFactory
 from kd.forward import Outputs
@@ -206,13 +206,7 @@ class Bench:
         loss = self.engine.loss(batch)
         loss.total.backward()
         optimizer.step()
-        after_step(loss)
-
-
-def after_step(loss: Loss) -> None:
-    """Call `after_step` of the methods, as the engine does after a batch."""
-    for method, step, terms in loss.steps:
-        method.after_step(step, {name: term.detach() for name, term in terms.items()})
+        self.engine.after_step(loss)
 
 
 class Recorded:
@@ -298,7 +292,7 @@ def save_two_rank_updates(rank: int, world: int, port: int, folder: Path) -> Non
         mine = Collated(whole)(next(iter(sampler)))
         (wrapped(mine) * mine.weight).backward()
         optimizer.step()
-        after_step(wrapped.module.last)
+        bench.engine.after_step(wrapped.module.last)
         found[case_name(name, more, count)] = bench.engine.state_dict()
     torch.save(found, folder / f"rank{rank}.pt")
     torch.distributed.barrier()

@@ -13,6 +13,7 @@ import torch
 from conformance.bench import TASK, Bench
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from torchmetrics import Metric
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -270,15 +271,11 @@ def test_the_headline_is_the_best_by_what_is_monitored() -> None:
 def test_validation_scores_every_student_and_their_ensemble() -> None:
     bench = Bench("dml")
     assert bench.engine.evaluated == ["s0", "s1", "ensemble"]
-    logged: dict[str, Any] = {}
-    bench.engine.log_dict = lambda values, **_: logged.update(values)
-    bench.engine.on_validation_epoch_start()
-    bench.engine.eval()
     batches = [bench.batch(seed=seed) for seed in range(3)]
-    with torch.no_grad():
-        for batch in batches:
-            bench.engine.validation_step(batch, 0)
-        bench.engine.on_validation_epoch_end()
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.validate(bench.engine, DataLoader(batches, batch_size=None), verbose=False)
+    logged = trainer.callback_metrics
+    bench.engine.eval()
     labels = torch.cat([batch.labels for batch in batches])
     with torch.no_grad():
         logits = [

@@ -269,7 +269,7 @@ def test_what_cannot_work_names_the_key(arguments: dict, key: str) -> None:
 
 
 def test_the_mean_over_a_batchs_tokens_says_that_it_couples_them() -> None:
-    assert not ADKD().batch_dependence()
+    assert ADKD().batch_dependence() is None
     assert "tokens of a batch" in ADKD(attribution_reduction="tokens").batch_dependence()
 
 

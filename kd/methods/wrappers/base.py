@@ -68,7 +68,7 @@ class Wrapper(Method):
         for inner, own in self.parts(step):
             inner.after_step(own, {name: terms[name] for name in inner.names})
 
-    def batch_dependence(self) -> str:
+    def batch_dependence(self) -> str | None:
         """Return the inner method's reason."""
         return self.inners[0].batch_dependence()
 
