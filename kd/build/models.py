@@ -4,7 +4,8 @@ import copy
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from kd.config.schema import StudentSpec, TeacherSpec
 from kd.data.labels import label_text
 from kd.data.tasks import Task, higher_is_better
 from kd.engines.models import Models
-from kd.errors import InputError, one_of
+from kd.errors import InputError, one_of, prefix_error_keys
 from kd.functional.policy import best, rank_probabilities
 from kd.models import Encoder, FrozenTeacher
 from kd.models.heads import HEADS
@@ -111,7 +112,7 @@ def build_teachers(run: Run, task: Task, meta: bool) -> list[FrozenTeacher]:
                 columns = teacher_columns(task, teacher_labels(config, spec, name), f"teacher.{name}.labels")
                 check_outputs(config, task, spec.model, key)
         elif meta:  # it may not be trained yet: use the shape that it will have
-            with rename_error_keys(Role("teacher", name), run.spec, run.config):
+            with rename_error_keys(Role("teacher", name), run.spec, run.config), prefix_student_errors():
                 config = student_config(
                     teacher_run.spec.student, backbone_of(teacher_run.spec)[0], task.labels, "student.backbone", task.head
                 )
@@ -133,6 +134,14 @@ def build_teachers(run: Run, task: Task, meta: bool) -> list[FrozenTeacher]:
     return teachers
 
 
+def prefix_student_errors() -> AbstractContextManager[None]:
+    """Let errors about a `StudentSpec` name the keys of its fields; see `kd.errors.prefix_error_keys`.
+
+    The key of the backbone, which may be `backbone`, is an argument of the functions that read it.
+    """
+    return prefix_error_keys("student", [part.name for part in fields(StudentSpec) if part.name != "backbone"])
+
+
 def build_online(run: Run, task: Task, meta: bool) -> Encoder | None:
     """Return the teacher that is trained together with the students, with its initial weights; None if teachers are frozen."""
     if run.spec.cohort.teacher != "online":
@@ -144,9 +153,10 @@ def build_online(run: Run, task: Task, meta: bool) -> Encoder | None:
         torch.manual_seed(spec.seed)
         initial = None if spec.student.init == "random" else backbone
         pairs = len(run.spec.task.text) > 1
-        return build_student(
-            spec.student, backbone, task.labels, initial, meta, key, initial_key=key, pairs=pairs, start=task.start
-        )
+        with prefix_student_errors():
+            return build_student(
+                spec.student, backbone, task.labels, initial, meta, key, initial_key=key, pairs=pairs, start=task.start
+            )
 
 
 def teacher_labels(config: Any, spec: TeacherSpec, name: str) -> list[str]:
@@ -219,19 +229,20 @@ def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple
         # A student's random weights depend only on the seed and its index in the cohort, not on its method or teachers.
         torch.manual_seed(spec.seed if index == 0 else int(np.random.SeedSequence([spec.seed, index]).generate_state(1)[0]))
         initial, initial_key = initial_source(run, student_spec, meta)
-        student = build_student(
-            student_spec,
-            backbone,
-            task.labels,
-            initial,
-            meta,
-            key,
-            task.head,
-            initial_key,
-            initial_labels(run, student_spec),
-            len(spec.task.text) > 1,
-            task.start,
-        )
+        with prefix_student_errors():
+            student = build_student(
+                student_spec,
+                backbone,
+                task.labels,
+                initial,
+                meta,
+                key,
+                task.head,
+                initial_key,
+                initial_labels(run, student_spec),
+                len(spec.task.text) > 1,
+                task.start,
+            )
         notes, asides = student.notes, student.asides
         student, changes = apply_surgeries(run, student, None if meta else flat(texts) if spec.surgery else [])
         own = copy.deepcopy(method)
@@ -239,8 +250,9 @@ def build_models(run: Run, task: Task, meta: bool = False, texts: Sequence[tuple
         check_vocabularies(run, task, own, student, models.teaching)
         if meta and student_spec.init == "run":  # its stage may not be trained yet: use the shape that it will have
             stage, stage_key = run.init_run.spec, "student.run" if run.inputs.stage else "method.before"
-            stage_shape = student_config(stage.student, backbone_of(stage)[0], task.labels, stage_key, task.head)
-            check_copy(student.config, stage_shape, student_spec, stage_key)
+            with prefix_student_errors():
+                stage_shape = student_config(stage.student, backbone_of(stage)[0], task.labels, stage_key, task.head)
+                check_copy(student.config, stage_shape, student_spec, stage_key)
         student.notes, student.asides = notes, asides  # a surgery may have replaced the encoder
         depth = load_config(initial, initial_key).num_hidden_layers if initial is not None else None
         label = name if len(cohort) > 1 else "student"

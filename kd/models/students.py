@@ -1,4 +1,7 @@
-"""Construction of students: a configuration derived from a backbone, and an initialisation."""
+"""Construction of students: a configuration derived from a backbone, and an initialisation.
+
+Errors name fields of `StudentSpec`; the builder adds where the specification stands.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -43,12 +46,11 @@ def chosen_layers(init: str | Sequence[int], student: int, source: int) -> list[
     """
     if isinstance(init, str):
         if init not in ("first", "every", "last"):
-            raise one_of(init, (*INITS, "[layer, ...]"), "student.init")
+            raise one_of(init, (*INITS, "[layer, ...]"), "init")
         if student > source:
             raise InputError(
-                f"student.init={init} takes {student} layers from a model that has {source}; "
-                "use student.init=random, or fewer student.layers",
-                "student.init",
+                f"init={init} takes {student} layers from a model that has {source}; use init=random, or fewer student.layers",
+                "init",
             )
         if init == "first":
             return list(range(1, student + 1))
@@ -56,12 +58,12 @@ def chosen_layers(init: str | Sequence[int], student: int, source: int) -> list[
             return list(range(source - student + 1, source + 1))
         return [source * layer // student for layer in range(1, student + 1)]
     if not isinstance(init, Sequence):
-        raise one_of(init, (*INITS, "[layer, ...]"), "student.init")
+        raise one_of(init, (*INITS, "[layer, ...]"), "init")
     layers: list[Any] = list(init)
     if len(layers) != student or not all(type(layer) is int and 1 <= layer <= source for layer in layers):
         raise InputError(
-            f"student.init={layers} must list {student} layers, each from 1 to {source}, one for every student layer",
-            "student.init",
+            f"init={layers} must list {student} layers, each from 1 to {source}, one for every student layer",
+            "init",
         )
     return layers
 
@@ -70,7 +72,7 @@ def student_config(
     spec: StudentSpec,
     backbone: str,
     labels: Sequence[str] | None,
-    key: str = "student.backbone",
+    key: str = "backbone",
     head: str = "classifier",
 ) -> Any:
     """Return the transformers configuration of a student.
@@ -90,7 +92,7 @@ def student_config(
     source = load_config(backbone, key)
     family_of(source.model_type, key)
     if spec.family is not None and spec.family != source.model_type:
-        family_of(spec.family, "student.family")
+        family_of(spec.family, "family")
         config = AutoConfig.for_model(spec.family)
         for name in ("vocab_size", "max_position_embeddings", "hidden_size", "num_attention_heads", "pad_token_id"):
             setattr(config, name, getattr(source, name))
@@ -103,19 +105,19 @@ def student_config(
     for ours, theirs in {**sizes, "intermediate": family.intermediate}.items():
         value = getattr(spec, ours)
         if value is not None and value < 1:
-            raise InputError(f"student.{ours}={value} must be at least 1", f"student.{ours}")
+            raise InputError(f"{ours}={value} must be at least 1", ours)
         if value is not None:
             setattr(config, theirs, value)
     if spec.width is not None and spec.intermediate is None:
         setattr(config, family.intermediate, 4 * spec.width)  # the ratio of every published BERT
     if config.hidden_size % config.num_attention_heads:
-        raise InputError(f"{config.num_attention_heads} heads do not divide a width of {config.hidden_size}", "student.heads")
+        raise InputError(f"{config.num_attention_heads} heads do not divide a width of {config.hidden_size}", "heads")
     if spec.dropout is not None:
         if not 0.0 <= spec.dropout < 1.0:
-            raise InputError(f"student.dropout={spec.dropout} must be in [0, 1)", "student.dropout")
+            raise InputError(f"dropout={spec.dropout} must be in [0, 1)", "dropout")
         for name in family.dropouts:
             setattr(config, name, spec.dropout)
-    check_head(config, head, key if spec.family is None else "student.family")
+    check_head(config, head, key if spec.family is None else "family")
     return with_labels(config, labels, head)
 
 
@@ -166,7 +168,7 @@ def copy_layers(
             tensor.copy_(weights[name][list(head)] if name.startswith(f"{family.outputs}.") else weights[name])
 
 
-def check_copy(config: Any, source: Any, spec: StudentSpec, key: str = "student.init") -> None:
+def check_copy(config: Any, source: Any, spec: StudentSpec, key: str = "init") -> None:
     """Check that the weights of a model with configuration `source` fit a student with configuration `config`.
 
     Raises:
@@ -179,8 +181,8 @@ def check_copy(config: Any, source: Any, spec: StudentSpec, key: str = "student.
         ours, theirs = getattr(config, name, None), getattr(source, name, None)
         if ours != theirs:
             raise InputError(
-                f"student.init={spec.init} copies weights, which needs the same {name}: the student has {ours}, "
-                f"the model it copies from {theirs}; use student.init=random",
+                f"init={spec.init} copies weights, which needs the same {name}: the student has {ours}, "
+                f"the model it copies from {theirs}; use init=random",
                 key,
             )
     layers_to_copy(spec, config, source)
@@ -192,7 +194,7 @@ def build_student(
     labels: Sequence[str] | None,
     initial: str | None,
     meta: bool = False,
-    key: str = "student.backbone",
+    key: str = "backbone",
     head: str = "classifier",
     initial_key: str | None = None,
     initial_labels: Sequence[str] | None = None,
@@ -219,7 +221,7 @@ def build_student(
     """
     config = student_config(spec, backbone, labels, key, head)
     whole = spec.init in ("checkpoint", "run")
-    given = initial_key or (f"student.{spec.init}" if whole else "student.init_from")
+    given = initial_key or (str(spec.init) if whole else "init_from")
     notes: list[str] = []
     asides: list[str] = []
     needed = False
@@ -227,7 +229,7 @@ def build_student(
         initial_config = load_config(initial, given)
         if whole:  # a checkpoint's vocabulary may differ from the backbone's, and its weights belong to it
             config.vocab_size, config.pad_token_id = initial_config.vocab_size, initial_config.pad_token_id
-        check_copy(config, initial_config, spec, given if whole else "student.init")
+        check_copy(config, initial_config, spec, given if whole else "init")
         backbone_alone = spec.init_from == "pretrained" and not whole
         rows = head_rows(config, initial_config, head, backbone_alone, given, initial_labels)
         weights = check_weights(initial, given, initial_config, head)
@@ -263,7 +265,7 @@ def layers_to_copy(spec: StudentSpec, config: Any, source: Any) -> list[int]:
     if spec.init not in ("checkpoint", "run"):
         return chosen_layers(spec.init, depth, theirs)
     if depth != theirs:
-        raise InputError(f"the student has {depth} layers, the model it begins from {theirs}", f"student.{spec.init}")
+        raise InputError(f"the student has {depth} layers, the model it begins from {theirs}", str(spec.init))
     return list(range(1, depth + 1))
 
 
@@ -272,7 +274,7 @@ def head_rows(
     source: Any,
     head: str = "classifier",
     pretrained: bool = False,
-    key: str = "student.init_from",
+    key: str = "init_from",
     names: Sequence[str] | None = None,
 ) -> list[int] | None:
     """Return, for each output of the student, the source's output of the same name; None for a randomly initialised head.

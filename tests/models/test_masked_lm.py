@@ -100,7 +100,7 @@ def test_families_without_a_head_in_one_piece_are_refused(tmp_path: Path) -> Non
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="works with bert, roberta, mpnet") as caught:
         build_student(StudentSpec(name="x", init="random"), str(tmp_path), None, None, head="masked_lm")
-    assert caught.value.key == "student.backbone"
+    assert caught.value.key == "backbone"
 
 
 # -- weights between heads -------------------------------------------------------------------------------------------------

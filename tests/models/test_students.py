@@ -330,15 +330,15 @@ def test_saved_and_reloaded_student_gives_equal_logits(make: Make, family: str, 
 @pytest.mark.parametrize(
     ("spec", "key", "message"),
     [
-        ({"heads": 5}, "student.heads", "5 heads do not divide a width of 32"),
-        ({"width": 30}, "student.heads", "4 heads do not divide a width of 30"),
-        ({"layers": 0}, "student.layers", "must be at least 1"),
-        ({"width": -8}, "student.width", "must be at least 1"),
-        ({"heads": 0}, "student.heads", "must be at least 1"),
-        ({"intermediate": 0}, "student.intermediate", "must be at least 1"),
-        ({"dropout": 1.0}, "student.dropout", r"in \[0, 1\)"),
-        ({"dropout": -0.1}, "student.dropout", r"in \[0, 1\)"),
-        ({"family": "electra"}, "student.family", "'electra' is not one of bert"),
+        ({"heads": 5}, "heads", "5 heads do not divide a width of 32"),
+        ({"width": 30}, "heads", "4 heads do not divide a width of 30"),
+        ({"layers": 0}, "layers", "must be at least 1"),
+        ({"width": -8}, "width", "must be at least 1"),
+        ({"heads": 0}, "heads", "must be at least 1"),
+        ({"intermediate": 0}, "intermediate", "must be at least 1"),
+        ({"dropout": 1.0}, "dropout", r"in \[0, 1\)"),
+        ({"dropout": -0.1}, "dropout", r"in \[0, 1\)"),
+        ({"family": "electra"}, "family", "'electra' is not one of bert"),
     ],
     ids=str,
 )
@@ -364,22 +364,22 @@ def test_sizes_that_cannot_be_are_refused_by_their_key(make: Make, spec: dict[st
     ids=str,
 )
 def test_copies_that_do_not_fit_are_refused(make: Make, spec: dict[str, object], message: str) -> None:
-    with refused("student.init", message):
+    with refused("init", message):
         student(make(), make(), **spec)
 
 
 @pytest.mark.parametrize("sizes", [{"max_position_embeddings": 48}, {"type_vocab_size": 1}, {"vocab_size": 99}], ids=str)
 def test_copy_from_other_embedding_tables_is_refused_not_broadcast(make: Make, sizes: dict[str, int]) -> None:
-    with refused("student.init"):
+    with refused("init"):
         student(make(), make(LABELS, **sizes), layers=2, init_from="teacher")
 
 
 @pytest.mark.parametrize(
     ("sizes", "key"),
     [
-        ({"layers": 3}, "student.checkpoint"),
-        ({"width": 16}, "student.checkpoint"),
-        ({"intermediate_size": 48}, "student.checkpoint"),
+        ({"layers": 3}, "checkpoint"),
+        ({"width": 16}, "checkpoint"),
+        ({"intermediate_size": 48}, "checkpoint"),
     ],
     ids=str,
 )
@@ -389,7 +389,7 @@ def test_checkpoint_of_another_shape_is_refused(make: Make, sizes: dict[str, int
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.999])
-@pytest.mark.parametrize(("init", "key"), [("first", "student.init_from"), ("checkpoint", "student.checkpoint")])
+@pytest.mark.parametrize(("init", "key"), [("first", "init_from"), ("checkpoint", "checkpoint")])
 def test_truncated_weights_are_refused(make: Make, tmp_path: Path, init: str, key: str, kept: float) -> None:
     tiny_model().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
@@ -401,17 +401,17 @@ def test_truncated_weights_are_refused(make: Make, tmp_path: Path, init: str, ke
 
 def test_folder_without_weights_is_refused(make: Make, tmp_path: Path) -> None:
     tiny_model().config.save_pretrained(tmp_path)
-    with refused("student.init_from", "has no weights"):
+    with refused("init_from", "has no weights"):
         student(make(), tmp_path)
 
 
 def test_backbone_without_tokenizer_is_refused(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
-    with refused("student.backbone", "tokenizer"):
+    with refused("backbone", "tokenizer"):
         student(tmp_path)
 
 
 def test_backbone_of_an_unknown_family_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with refused("student.backbone", "'gpt2' is not one of"):
+    with refused("backbone", "'gpt2' is not one of"):
         student(tmp_path)
