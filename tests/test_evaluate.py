@@ -16,10 +16,9 @@ from kd.data.tasks import Classification, Regression
 from kd.engines.base import in_words
 from kd.forward import Needs
 from kd.forward.taps import FAMILIES
-from kd.models import CachedTeacher, Encoder, FrozenTeacher
+from kd.models import CachedTeacher, Encoder, FrozenTeacher, latency
 from kd.models.latency import FILLER, LATENCY_CALLS, LATENCY_ROUNDS, latencies, to_time
 from kd.models.students import build_student, new_model
-from kd.results import evaluate
 from kd.results.evaluate import baseline
 from kd.training import preflight
 from kd.training.preflight import Report, check_teachers
@@ -134,7 +133,7 @@ def test_a_latency_is_the_least_of_its_calls_or_left_out(
 ) -> None:
     calls = LATENCY_ROUNDS * LATENCY_CALLS
     seconds = [0.01 * (slow_round if n < LATENCY_CALLS else 1.0) + (0.3 if n % 2 else 0.0) for n in range(calls)]
-    monkeypatch.setattr(evaluate, "time", Clock(seconds))
+    monkeypatch.setattr(latency, "time", Clock(seconds))
     found = latencies({"m": Encoder(new_model(tiny_config()))})["m"]
     assert found.milliseconds == expected
     assert found.spread == pytest.approx(slow_round - 1, abs=1e-3)
