@@ -47,11 +47,11 @@ def test_a_budget_that_cannot_be_kept_is_refused(small: Small, tmp_path: Path, o
 
 def test_a_budget_has_an_example_for_each_rank(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     from kd.build.data import build_examples
-    from kd.build.models import build_models
+    from kd.build.models import plan_models
 
     run = planned(small(*ALONE))
     examples = build_examples(run)
-    tokenizer = build_models(run, examples.task, meta=True).student.tokenizer
+    tokenizer = plan_models(run, examples.task).shapes.student.tokenizer
     data = KDDataModule(examples, [tokenizer], [], 15, 15, 32, 0, rank=1, world=4, batch_tokens=32)
     with pytest.raises(InputError, match=r"trainer\.batch_tokens=32 cuts 'train' into batches of which one has") as caught:
         data.train_dataloader()

@@ -18,7 +18,7 @@ from kd.forward import Needs
 from kd.forward.taps import FAMILIES
 from kd.models import CachedTeacher, Encoder, FrozenTeacher, latency
 from kd.models.latency import FILLER, LATENCY_CALLS, LATENCY_ROUNDS, latencies, to_time
-from kd.models.students import build_student, new_model
+from kd.models.students import empty_model, new_model, plan_student
 from kd.results.evaluate import baseline
 from kd.training import preflight
 from kd.training.preflight import Report, check_teachers
@@ -150,7 +150,7 @@ def test_the_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_a_cached_teacher_is_timed_in_its_shape_and_draws_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = Encoder(new_model(tiny_config(family), meta=True), tiny_tokenizer())
+    shape = Encoder(empty_model(tiny_config(family)), tiny_tokenizer())
     normal = torch.Tensor.normal_
 
     def shapes_alone(tensor: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -174,18 +174,20 @@ def test_a_cached_teacher_is_timed_in_its_shape_and_draws_nothing(family: str, m
 
 
 def test_a_fresh_head_of_scores_begins_at_their_mean_and_one_with_weights_does_not(backbone, tmp_path) -> None:
-    pre = build_student(StudentSpec(name="x"), str(backbone), None, str(backbone), start=2.75)
+    pre = plan_student(StudentSpec(name="x"), str(backbone), None, str(backbone), start=2.75).materialise()
     assert pre.model.classifier.bias.tolist() == [2.75]
     assert pre.notes == ["head at the mean of the scores, 2.75"]
-    fresh = build_student(StudentSpec(name="x", init="random"), str(backbone), None, None, start=2.75)
+    fresh = plan_student(StudentSpec(name="x", init="random"), str(backbone), None, None, start=2.75).materialise()
     assert fresh.model.classifier.bias.tolist() == [2.75]
     pre.model.classifier.bias.data.fill_(1.5)
     pre.save(tmp_path / "teacher")
     spec = StudentSpec(name="x", init_from="teacher")
-    from_weights = build_student(spec, str(backbone), None, str(tmp_path / "teacher"), start=2.75)
+    from_weights = plan_student(spec, str(backbone), None, str(tmp_path / "teacher"), start=2.75).materialise()
     assert from_weights.model.classifier.bias.tolist() == [1.5]
     assert not from_weights.notes
-    assert build_student(StudentSpec(name="x"), str(backbone), ["a", "b"], str(backbone)).model.classifier.bias.tolist() == [
+    assert plan_student(
+        StudentSpec(name="x"), str(backbone), ["a", "b"], str(backbone)
+    ).materialise().model.classifier.bias.tolist() == [
         0,
         0,
     ]

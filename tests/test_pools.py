@@ -14,7 +14,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from conftest import tiny_model, tiny_tokenizer
 from kd.build.check import check_run
 from kd.build.data import build_examples
-from kd.build.models import build_models, teacher_probabilities
+from kd.build.inputs import TrainedModels
+from kd.build.models import build_models, plan_models
 from kd.data.batch import Batch
 from kd.data.examples import Examples
 from kd.errors import InputError
@@ -185,7 +186,7 @@ def test_a_pilots_score_is_its_accuracy_on_the_part_held_out(ranked: tuple[Run, 
         assert pilot.result["metrics"]["validation"]["accuracy"] == pytest.approx(found)
         assert pilot.result["examples"] == {split: len(each) for split, each in held.texts.items()}
         scores.append(found)
-    chances = teacher_probabilities(run, build_examples(run).task, meta=False)
+    chances = TrainedModels(run).probabilities(build_examples(run).task)
     order = [1 / 3, 2 / 3] if scores[0] < scores[1] else [2 / 3, 1 / 3] if scores[0] > scores[1] else [0.5, 0.5]
     assert chances == pytest.approx(order)
 
@@ -207,7 +208,7 @@ def test_ranks_do_not_change_with_the_labels_of_validation_and_test(
         one, two = (each.inputs.pilots[name].result for each in (run, other))
         assert one["metrics"] == two["metrics"]
     task = build_examples(run).task
-    assert teacher_probabilities(run, task, meta=False) == teacher_probabilities(other, task, meta=False)
+    assert TrainedModels(run).probabilities(task) == TrainedModels(other).probabilities(task)
 
 
 class Scored:
@@ -225,7 +226,7 @@ def chances(
     pilots = {name: Scored(metric, score) for name, score in zip(NAMES, scores, strict=True)}
     spec = replace(run.spec, pool=replace(run.spec.pool, distribution=distribution, sharpness=sharpness))
     run = replace(run, spec=spec, inputs=replace(run.inputs, pilots=pilots))
-    return teacher_probabilities(run, task, meta=False)
+    return TrainedModels(run).probabilities(task)
 
 
 def test_chances_follow_the_monitored_metric_of_the_pilots(of_count: Callable[[int], Callable[..., Run]]) -> None:
@@ -241,7 +242,7 @@ def test_chances_follow_the_monitored_metric_of_the_pilots(of_count: Callable[[i
 
 @pytest.mark.parametrize(("kind", "wrapper"), [("stochastic", Stochastic), ("wkd", Ensemble), ("best", Stochastic)])
 def test_a_pool_wraps_the_method_that_was_chosen(plans: dict[str, Run], kind: str, wrapper: type) -> None:
-    method = build_models(plans[kind], build_examples(plans[kind]).task, meta=True).methods["student"]
+    method = plan_models(plans[kind], build_examples(plans[kind]).task).shapes.methods["student"]
     assert type(method) is wrapper
     assert method.probabilities == pytest.approx([1 / 3] * 3)  # the pilots of `best` have not run yet
     assert method.each[0].loss == "ce"
@@ -328,7 +329,7 @@ def test_a_ready_classifier_has_no_pilot_of_its_own(small: Small, backbone: Path
 def test_probabilities_that_pass_the_check_can_be_drawn_from(of_count: Callable[[int], Callable[..., Run]]) -> None:
     words = "pool.distribution=[0.3333333,0.3333333,0.3333333]"
     run = of_count(3)(words)  # or refused here; at step one it is too late
-    method = build_models(run, build_examples(run).task, meta=True).methods["student"]
+    method = plan_models(run, build_examples(run).task).shapes.methods["student"]
     task = build_examples(run).task
     batch = Batch({}, ({},) * 3, torch.tensor([0]), torch.arange(1))
     assert method.drawn(Step(None, [None] * 3, batch, task, Progress())) in range(3)

@@ -7,7 +7,7 @@ import torch
 from kd.build.data import build_examples, checked_length
 from kd.build.engine import build_engine
 from kd.build.instantiate import build_method, build_optimizer, logger_maker
-from kd.build.models import build_models, flat
+from kd.build.models import flat, plan_models
 from kd.build.surgeries import prefix_surgery_errors, surgeries
 from kd.config.schema import RunSpec
 from kd.config.values import locate, one_line, subclass_of
@@ -107,7 +107,7 @@ def check_arguments(run: Run) -> None:
 
 
 def check_run(run: Run, examples: Examples) -> None:
-    """Build a run with shapes in place of weights, to find errors before anything is trained.
+    """Plan the models of a run and build the rest with their shapes, to find errors before anything is trained.
 
     Raises:
         InputError: for parts of the run that do not fit each other, or the machine.
@@ -118,7 +118,7 @@ def check_run(run: Run, examples: Examples) -> None:
             with rename_error_keys(role, run.spec, run.config):
                 build_examples(needed)
             break
-    models = build_models(run, examples.task, meta=True)
+    models = plan_models(run, examples.task).shapes
     checked_length(run.spec, models)
     for name, surgery in surgeries(run.spec).items():
         if hasattr(surgery, "dry_run"):

@@ -18,13 +18,15 @@ from kd.models.surgery.embeddings import Surgery, SurgeryInputs
 from kd.runs.run import Run
 
 
-def surgery_class(name: str, node: Mapping[str, Any]) -> Any:
+def surgery_class(name: str, node: Mapping[str, Any]) -> type[Surgery]:
     """Return the class of a surgery.
 
     Raises:
         InputError: if it does not exist, or is not a surgery.
     """
-    return locate(node, f"surgery.{name}", has("changes_vocabulary", "__call__"), "a surgery, with `changes_vocabulary`")
+    fits, expected = has("changes_vocabulary", "shape", "__call__"), "a surgery, with `changes_vocabulary` and `shape`"
+    found: type[Surgery] = locate(node, f"surgery.{name}", fits, expected)
+    return found
 
 
 def surgeries(spec: RunSpec) -> dict[str, Surgery]:
@@ -42,13 +44,29 @@ def prefix_surgery_errors(spec: RunSpec, name: str) -> AbstractContextManager[No
     return prefix_error_keys(f"surgery.{name}", option_names(surgery_class(name, node), node))
 
 
-def apply_surgeries(run: Run, student: Encoder, texts: Sequence[str] | None) -> tuple[Encoder, list[str]]:
+def surgery_shapes(run: Run, student: Encoder) -> Encoder:
+    """Return the shape that a student has after the surgeries of a run, as far as it does not depend on the training texts.
+
+    Args:
+        run: the run whose configuration lists the surgeries.
+        student: the student on the meta device.
+
+    Raises:
+        InputError: for a surgery that cannot be applied to this student.
+    """
+    for name, surgery in surgeries(run.spec).items():
+        with prefix_surgery_errors(run.spec, name):
+            student = surgery.shape(student)
+    return student
+
+
+def apply_surgeries(run: Run, student: Encoder, texts: Sequence[str]) -> tuple[Encoder, list[str]]:
     """Apply the surgeries of a run; return the resulting student and a description of each change.
 
     Args:
         run: the run whose configuration lists the surgeries.
         student: the initialised student.
-        texts: the training texts; None on the meta device.
+        texts: the training texts.
 
     Raises:
         InputError: for a surgery that cannot be applied to this student.
@@ -56,9 +74,8 @@ def apply_surgeries(run: Run, student: Encoder, texts: Sequence[str] | None) -> 
     descriptions = []
     for name, surgery in surgeries(run.spec).items():
         needed = run.inputs.surgeries.get(name)
-        folder = None if texts is None or needed is None else needed.student
         with prefix_surgery_errors(run.spec, name):
-            student, description = surgery(student, SurgeryInputs(texts, folder))
+            student, description = surgery(student, SurgeryInputs(texts, None if needed is None else needed.student))
         descriptions += [description] if description else []
     return student, descriptions
 

@@ -4,14 +4,14 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from kd.forward import Needs
+from kd.forward import Needs, Outputs
 from kd.models import CachedTeacher, Encoder, FrozenTeacher
 from kd.models.pretrained import quiet
-from kd.models.students import new_model
+from kd.models.students import empty_model
 
 LATENCY_TOKENS = 32
 """Tokens of the sentence that is timed."""
@@ -48,7 +48,7 @@ def latencies(models: Mapping[str, Encoder], tokens: int = LATENCY_TOKENS) -> di
     The models are called in turn, so that a temporary slowdown affects all of them, and the minimum of each model's times is
     taken, because other load on the machine only adds time. If the machine is too busy, even the minima of rounds differ.
     """
-    calls: dict[str, Callable[[], Any]] = {}
+    calls: dict[str, Callable[[], Outputs]] = {}
     for name, model in models.items():
         model.to("cpu").eval()
         ids = torch.randint(5, int(model.config.vocab_size), (1, tokens), generator=torch.Generator().manual_seed(0))
@@ -82,11 +82,11 @@ def to_time(teacher: FrozenTeacher, head: str) -> Encoder:
     """
     if not isinstance(teacher, CachedTeacher):
         return teacher.encoder
-    shape = new_model(teacher.shape.config, head, meta=True)
+    shape = empty_model(teacher.shape.config, head)
     # from_pretrained initialises buffers and ties weights, as it does for a model that is read from a file.
     numbers = {name: torch.full((), FILLER).expand(parameter.shape) for name, parameter in shape.named_parameters()}
     with torch.random.fork_rng(devices=[]), quiet():
-        model: Any = type(shape).from_pretrained(  # type: ignore[attr-defined]
+        model: PreTrainedModel = type(shape).from_pretrained(  # type: ignore[attr-defined]
             None, config=copy.deepcopy(teacher.shape.config), state_dict=numbers, dtype=torch.float32
         )
     for parameter in model.parameters():

@@ -1,13 +1,16 @@
-"""Construction of students: a configuration derived from a backbone, and an initialisation.
+"""Construction of students: a plan of shape and initialisation, derived from a backbone, and then the weights.
 
 Errors name fields of `StudentSpec`; the builder adds where the specification stands.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from kd.config.schema import StudentSpec
 from kd.errors import InputError, one_of
@@ -59,7 +62,7 @@ def chosen_layers(init: str | Sequence[int], student: int, source: int) -> list[
         return [source * layer // student for layer in range(1, student + 1)]
     if not isinstance(init, Sequence):
         raise one_of(init, (*INITS, "[layer, ...]"), "init")
-    layers: list[Any] = list(init)
+    layers: list[Any] = list(init)  # as YAML gave it
     if len(layers) != student or not all(type(layer) is int and 1 <= layer <= source for layer in layers):
         raise InputError(
             f"init={layers} must list {student} layers, each from 1 to {source}, one for every student layer",
@@ -74,7 +77,7 @@ def student_config(
     labels: Sequence[str] | None,
     key: str = "backbone",
     head: str = "classifier",
-) -> Any:
+) -> PretrainedConfig:
     """Return the transformers configuration of a student.
 
     Args:
@@ -87,8 +90,6 @@ def student_config(
     Raises:
         InputError: for a size that is not positive, or heads that do not divide the width.
     """
-    from transformers import AutoConfig
-
     source = load_config(backbone, key)
     family_of(source.model_type, key)
     if spec.family is not None and spec.family != source.model_type:
@@ -121,7 +122,7 @@ def student_config(
     return with_labels(config, labels, head)
 
 
-def with_labels(config: Any, labels: Sequence[str] | None, head: str = "classifier") -> Any:
+def with_labels(config: PretrainedConfig, labels: Sequence[str] | None, head: str = "classifier") -> PretrainedConfig:
     """Set the number and names of a configuration's labels, in this order, and return it; None for regression.
 
     It is not changed for a head whose outputs are not labels.
@@ -135,10 +136,16 @@ def with_labels(config: Any, labels: Sequence[str] | None, head: str = "classifi
     return config
 
 
-def new_model(config: Any, head: str = "classifier", meta: bool = False) -> nn.Module:
-    """Build a model with random weights, or on the meta device without any."""
-    with torch.device("meta" if meta else "cpu"):  # the meta device has shapes but no weights
-        return HEADS[head].auto.from_config(config)  # type: ignore[no-any-return]
+def new_model(config: PretrainedConfig, head: str = "classifier") -> nn.Module:
+    """Build a model with random weights, on the CPU, and a copy of the configuration, which a surgery may change."""
+    with torch.device("cpu"):
+        return HEADS[head].auto.from_config(copy.deepcopy(config))  # type: ignore[no-any-return]
+
+
+def empty_model(config: PretrainedConfig, head: str = "classifier") -> nn.Module:
+    """Build a model on the meta device, with shapes but no weights, and a copy of the configuration."""
+    with torch.device("meta"):
+        return HEADS[head].auto.from_config(copy.deepcopy(config))  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -168,7 +175,7 @@ def copy_layers(
             tensor.copy_(weights[name][list(head)] if name.startswith(f"{family.outputs}.") else weights[name])
 
 
-def check_copy(config: Any, source: Any, spec: StudentSpec, key: str = "init") -> None:
+def check_copy(config: PretrainedConfig, source: PretrainedConfig, spec: StudentSpec, key: str = "init") -> None:
     """Check that the weights of a model with configuration `source` fit a student with configuration `config`.
 
     Raises:
@@ -188,27 +195,93 @@ def check_copy(config: Any, source: Any, spec: StudentSpec, key: str = "init") -
     layers_to_copy(spec, config, source)
 
 
-def build_student(
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """Weights that a student starts from.
+
+    Attributes:
+        source: folder or model on the hub.
+        key: the configuration key that names it.
+        config: its configuration.
+        layers: for each block of the student, the source's block, counted from 1.
+        rows: for each output of the student, the source's output; None for a randomly initialised head.
+        head_needed: whether the source must contain the head.
+    """
+
+    source: str
+    key: str
+    config: PretrainedConfig
+    layers: Sequence[int]
+    rows: Sequence[int] | None
+    head_needed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StudentPlan:
+    """A student that passed all checks of its configuration; none of its weights are loaded or drawn.
+
+    Attributes:
+        config: its configuration.
+        tokenizer: the tokenizer of its inputs.
+        head: a key of `kd.models.heads.HEADS`.
+        copied: weights that it starts from; None if all are random.
+        start: initial bias of a randomly initialised head; None for zero.
+        notes: remarks on the initial weights, as of `Encoder.notes`.
+        asides: remarks on the initial weights, as of `Encoder.asides`.
+    """
+
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerFast
+    head: str = "classifier"
+    copied: Copied | None = None
+    start: float | None = None
+    notes: Sequence[str] = ()
+    asides: Sequence[str] = ()
+
+    def shape(self) -> Encoder:
+        """Return the student on the meta device: shapes without weights."""
+        return self._encoder(empty_model(self.config, self.head))
+
+    def materialise(self) -> Encoder:
+        """Return the student with its initial weights; the random ones are drawn from torch's generator.
+
+        Raises:
+            InputError: if the weights that it starts from cannot be loaded.
+        """
+        model, family = new_model(self.config, self.head), family_of(self.config.model_type)
+        if (copied := self.copied) is not None:
+            source = load_model(copied.source, copied.key, copied.config, self.head, head_needed=copied.head_needed)
+            copy_layers(model, source, family, copied.layers, copied.rows)
+        if self.start is not None:
+            nn.init.constant_(model.get_submodule(family.outputs).bias, self.start)  # type: ignore[arg-type]
+        return self._encoder(with_cheaper_dropout(model))
+
+    def _encoder(self, model: nn.Module) -> Encoder:
+        encoder = Encoder(model, self.tokenizer)
+        encoder.notes, encoder.asides = list(self.notes), list(self.asides)
+        return encoder
+
+
+def plan_student(
     spec: StudentSpec,
     backbone: str,
     labels: Sequence[str] | None,
-    initial: str | None,
-    meta: bool = False,
+    initial: str | None = None,
+    *,
     key: str = "backbone",
     head: str = "classifier",
     initial_key: str | None = None,
     initial_labels: Sequence[str] | None = None,
     pairs: bool = False,
     start: float | None = None,
-) -> Encoder:
-    """Build and initialise a student; `Encoder.notes` and `Encoder.asides` hold remarks on its initial weights.
+) -> StudentPlan:
+    """Plan a student and its initialisation; of weights, only names, shapes and whether they are finite are read.
 
     Args:
         spec: sizes and initialisation.
         backbone: source of its shape, and of vocabulary and tokenizer unless a checkpoint or a run has its own.
         labels: label names in the task's order; None for regression.
         initial: source of its weights: the backbone, the fine-tuned teacher, a checkpoint or a run; None for random.
-        meta: whether to build shapes only, for checks, without loading weights.
         key: the configuration key that names the backbone.
         head: a key of `kd.models.heads.HEADS`.
         initial_key: the configuration key that names `initial`.
@@ -222,40 +295,36 @@ def build_student(
     config = student_config(spec, backbone, labels, key, head)
     whole = spec.init in ("checkpoint", "run")
     given = initial_key or (str(spec.init) if whole else "init_from")
+    copied: Copied | None = None
     notes: list[str] = []
     asides: list[str] = []
-    needed = False
     if initial is not None:
         initial_config = load_config(initial, given)
         if whole:  # a checkpoint's vocabulary may differ from the backbone's, and its weights belong to it
             config.vocab_size, config.pad_token_id = initial_config.vocab_size, initial_config.pad_token_id
         check_copy(config, initial_config, spec, given if whole else "init")
         backbone_alone = spec.init_from == "pretrained" and not whole
-        rows = head_rows(config, initial_config, head, backbone_alone, given, initial_labels)
+        rows = head_rows(config, initial_config, head, given, initial_labels, pretrained=backbone_alone)
         weights = check_weights(initial, given, initial_config, head)
         # If the configuration names no architecture, the weights may have no head.
         needed = rows is not None and (bool(initial_config.architectures) or weights.has_head)
         if needed:
             weights = check_weights(initial, given, initial_config, head, head_needed=True)
+        copied = Copied(initial, given, initial_config, layers_to_copy(spec, config, initial_config), rows, needed)
         notes, asides = list(weights.notes), list(weights.asides)
         if not needed and not (backbone_alone and HEADS[head].labelled):
             notes.append("head drawn afresh")
-    from_initial = whole and initial is not None
-    tokenizer = load_tokenizer(str(initial), given) if from_initial else load_tokenizer(backbone, key)
-    check_tokenizer(tokenizer, config, given if from_initial else key, head, pairs=pairs)
-    student = new_model(config, head, meta)
-    if initial is not None and not meta:
-        source = load_model(initial, given, initial_config, head, head_needed=needed)
-        copy_layers(student, source, family_of(config.model_type), layers_to_copy(spec, config, initial_config), rows)
-    if start is not None and not needed:
-        nn.init.constant_(student.get_submodule(family_of(config.model_type).outputs).bias, start)  # type: ignore[arg-type]
+    if copied is not None and copied.head_needed:
+        start = None
+    if start is not None:
         notes.append(f"head at the mean of the scores, {start:.4g}")
-    encoder = Encoder(student if meta else with_cheaper_dropout(student), tokenizer)
-    encoder.notes, encoder.asides = notes, asides
-    return encoder
+    own, own_key = (initial, given) if whole and initial is not None else (backbone, key)
+    tokenizer = load_tokenizer(own, own_key)
+    check_tokenizer(tokenizer, config, own_key, head, pairs=pairs)
+    return StudentPlan(config, tokenizer, head, copied, start, notes, asides)
 
 
-def layers_to_copy(spec: StudentSpec, config: Any, source: Any) -> list[int]:
+def layers_to_copy(spec: StudentSpec, config: PretrainedConfig, source: PretrainedConfig) -> list[int]:
     """Return, for each block of the student, the source's block, counted from 1; a checkpoint is copied block by block.
 
     Raises:
@@ -270,12 +339,13 @@ def layers_to_copy(spec: StudentSpec, config: Any, source: Any) -> list[int]:
 
 
 def head_rows(
-    config: Any,
-    source: Any,
+    config: PretrainedConfig,
+    source: PretrainedConfig,
     head: str = "classifier",
-    pretrained: bool = False,
     key: str = "init_from",
     names: Sequence[str] | None = None,
+    *,
+    pretrained: bool = False,
 ) -> list[int] | None:
     """Return, for each output of the student, the source's output of the same name; None for a randomly initialised head.
 
@@ -303,7 +373,7 @@ def describe_init(spec: StudentSpec, depth: int, source_depth: int | None) -> st
     return f"{kind} layers {layers} of the {'fine-tuned' if spec.init_from == 'teacher' else 'pre-trained'} backbone"
 
 
-def run_in_words(run: Any) -> str:
+def run_in_words(run: Mapping[str, Any] | Sequence[str] | None) -> str:
     """Describe `student.run`: its name if it is a mapping with one, otherwise its overrides."""
     parts = run if isinstance(run, Mapping) else {"overrides": run or []}
     return str(parts.get("name") or " ".join(map(str, parts.get("overrides", []))))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import tiny_config
-from kd.build.models import teacher_labels
+from kd.build.teachers import teacher_labels
 from kd.config.schema import TaskSpec, TeacherSpec
 from kd.data.examples import Examples, load_examples
 from kd.data.labels import label_name

@@ -24,7 +24,7 @@ from kd.methods.kd import KD
 from kd.models import Encoder, FrozenTeacher
 from kd.models.heads import HEADS
 from kd.models.pretrained import load_config, load_model
-from kd.models.students import build_student
+from kd.models.students import plan_student
 from kd.results.export import largest_difference
 
 TASK = MaskedLM("toy", ["loss", "accuracy"], "loss")
@@ -99,7 +99,7 @@ def test_families_without_a_head_in_one_piece_are_refused(tmp_path: Path) -> Non
     tiny_config("distilbert").save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="works with bert, roberta, mpnet") as caught:
-        build_student(StudentSpec(name="x", init="random"), str(tmp_path), None, None, head="masked_lm")
+        plan_student(StudentSpec(name="x", init="random"), str(tmp_path), None, None, head="masked_lm").materialise()
     assert caught.value.key == "backbone"
 
 
@@ -108,7 +108,7 @@ def test_families_without_a_head_in_one_piece_are_refused(tmp_path: Path) -> Non
 
 def built(backbone: Path, initial: Path, head: str, labels: list[str] | None = None, **spec: object) -> Encoder:
     torch.manual_seed(5)
-    return build_student(StudentSpec(name="x", **spec), str(backbone), labels, str(initial), head=head)
+    return plan_student(StudentSpec(name="x", **spec), str(backbone), labels, str(initial), head=head).materialise()
 
 
 @pytest.fixture

@@ -216,7 +216,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="more than the text supports"):
         MixedStage(size=9000)(plain(), SurgeryInputs(TEXTS))
     with pytest.raises(InputError, match="masked language model"):
-        MixedStage(size=70)(Encoder(tiny_model(), tiny_tokenizer()), SurgeryInputs(None))
+        MixedStage(size=70).shape(Encoder(tiny_model(), tiny_tokenizer()))
+    with pytest.raises(InputError, match="masked language model"):
+        MixedStage(size=70)(Encoder(tiny_model(), tiny_tokenizer()), SurgeryInputs(TEXTS))
     with pytest.raises(InputError, match="must be at least 0 and at most 1"):
         MixedStage(size=70, probability=1.5)
     with pytest.raises(InputError, match=r"surgery=\[mixed_stage\]"):

@@ -20,7 +20,7 @@ from kd.forward.taps import FAMILIES
 from kd.models import pretrained
 from kd.models.labels import columns
 from kd.models.pretrained import check_weights, label_names, load_config, load_model
-from kd.models.students import build_student
+from kd.models.students import plan_student
 from kd.runs.run import Run
 from kd.system.model_sources import fingerprint
 from whole_runs import over
@@ -406,7 +406,9 @@ def test_a_whole_folder_is_taken_in_every_role(plans: Plans, whole: Path) -> Non
 def test_other_forms_of_the_same_weights_give_the_same_student(whole: Path, folder: Path, damage: Damage) -> None:
     damage(folder)
     one, other = (
-        build_student(StudentSpec(name="x", init="checkpoint"), str(path), list(NAMES.values()), str(path)).model.state_dict()
+        plan_student(StudentSpec(name="x", init="checkpoint"), str(path), list(NAMES.values()), str(path))
+        .materialise()
+        .model.state_dict()
         for path in (whole, folder)
     )
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -417,7 +419,7 @@ def test_other_forms_of_the_same_weights_give_the_same_student(whole: Path, fold
 
 def begun(path: Path, init: str = "first", head: str = "classifier", labels: list[str] | None = None):
     spec = StudentSpec(name="x", init=init, layers=2 if init == "first" else None)
-    return build_student(spec, str(path), labels or list(NAMES.values()), str(path), head=head)
+    return plan_student(spec, str(path), labels or list(NAMES.values()), str(path), head=head).materialise()
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -632,9 +634,9 @@ def test_a_pair_of_texts_needs_a_model_with_two_segments(folder: Path) -> None:
     both(config(type_vocab_size=1), shape("bert.embeddings.token_type_embeddings.weight", 1, 32))(folder)
     spec = StudentSpec(name="x", init="first", layers=2)
     labels = list(NAMES.values())
-    build_student(spec, str(folder), labels, str(folder))
+    plan_student(spec, str(folder), labels, str(folder)).materialise()
     with pytest.raises(InputError, match="2 segments in a pair of texts, but the model has embeddings for 1") as caught:
-        build_student(spec, str(folder), labels, str(folder), pairs=True)
+        plan_student(spec, str(folder), labels, str(folder), pairs=True).materialise()
     assert caught.value.key == "backbone"
 
 

@@ -16,7 +16,7 @@ from kd.config.schema import StudentSpec
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.forward.taps import FAMILIES, family_of
-from kd.models.students import build_student, chosen_layers, describe_init
+from kd.models.students import chosen_layers, describe_init, plan_student
 
 LABELS = ["negative", "positive"]
 DEPTH = 4
@@ -46,7 +46,9 @@ def student(backbone: Path, initial: Path | None = None, labels: list[str] | Non
     """A student of a backbone; `initial` is where weights come from."""
     torch.manual_seed(seed)
     spec.setdefault("init", "random" if initial is None else "first")
-    return build_student(StudentSpec(name="x", **spec), str(backbone), labels, None if initial is None else str(initial))
+    return plan_student(
+        StudentSpec(name="x", **spec), str(backbone), labels, None if initial is None else str(initial)
+    ).materialise()
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -307,7 +309,7 @@ def test_a_student_of_another_family_takes_every_length_that_is_allowed(make: Ma
 
 
 def test_a_student_on_the_meta_device_has_shapes_and_no_weights(make: Make) -> None:
-    built = build_student(StudentSpec(name="x", layers=2, init="every"), str(make()), LABELS, str(make()), meta=True)
+    built = plan_student(StudentSpec(name="x", layers=2, init="every"), str(make()), LABELS, str(make())).shape()
     real = student(make(), make(), init="every", layers=2)
     assert {parameter.device.type for parameter in built.parameters()} == {"meta"}
     assert {name: value.shape for name, value in built.named_parameters()} == {

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import BAD, FILLER, GOOD, SPECIAL, tiny_config, tiny_model, tiny_tokenizer
-from kd.build.check import check_run
+from kd.build.check import check_arguments, check_run
 from kd.build.data import build_examples
 from kd.build.models import build_models
 from kd.build.surgeries import prefix_surgery_errors
@@ -49,8 +49,11 @@ def inputs(encoder: Encoder, texts: list[str]) -> dict[str, torch.Tensor]:
 
 
 def operated(surgery: object, encoder: Encoder, texts: list[str] | None = TEXTS) -> Encoder:
+    """The student after a surgery; without texts, the shape that it will have as far as that is known."""
+    if texts is None:
+        return surgery.shape(encoder)
     made, words = surgery(encoder, SurgeryInputs(texts))
-    assert words or texts is None
+    assert words
     return made
 
 
@@ -111,9 +114,10 @@ def test_vocabularies_that_are_not_wordpiece_are_refused() -> None:
     surgeries = {"cut_vocabulary": CutVocabulary(), "learned_vocabulary": LearnedVocabulary(50)}
     nodes = {name: {"_target_": f"{type(surgery).__module__}.{type(surgery).__name__}"} for name, surgery in surgeries.items()}
     for name, surgery in surgeries.items():
-        with pytest.raises(InputError, match="WordPiece") as caught, prefix_surgery_errors(RunSpec(surgery=nodes), name):
-            operated(surgery, Encoder(tiny_model(), tokenizer), None)
-        assert caught.value.key == f"surgery.{name}"
+        for texts in (None, TEXTS):
+            with pytest.raises(InputError, match="WordPiece") as caught, prefix_surgery_errors(RunSpec(surgery=nodes), name):
+                operated(surgery, Encoder(tiny_model(), tokenizer), texts)
+            assert caught.value.key == f"surgery.{name}"
 
 
 # -- learned_vocabulary ----------------------------------------------------------------------------------------------------
@@ -212,12 +216,21 @@ def test_surgeries_follow_each_other_in_their_order() -> None:
         (lambda: LearnedVocabulary("x"), "size"),
         (lambda: Factorized(0), "rank"),
         (lambda: operated(Factorized(33), student()), "rank"),
+        (lambda: operated(Factorized(33), student(), None), "rank"),
     ],
 )
 def test_options_out_of_range_are_refused(make: Callable[[], object], key: str) -> None:
     with pytest.raises(InputError) as caught:
         make()
     assert caught.value.key == key
+
+
+@pytest.mark.parametrize("head", ["classifier", "masked_lm"])
+def test_the_shape_of_factorised_embeddings_is_that_of_the_student(head: str) -> None:
+    expected, made = student(head), operated(Factorized(4), student(head))
+    shape = operated(Factorized(4), expected.to("meta"), None)
+    assert {parameter.device.type for parameter in shape.parameters()} == {"meta"}
+    assert {n: p.shape for n, p in shape.named_parameters()} == {n: p.shape for n, p in made.named_parameters()}
 
 
 # -- in a run --------------------------------------------------------------------------------------------------------------
@@ -274,6 +287,24 @@ def test_surgery_enters_the_digest_in_its_order_and_its_run_only_as_an_input(sma
     found += [digest("surgery=[cut_vocabulary,factorized]"), digest("surgery=[factorized,cut_vocabulary]")]
     found += [digest("surgery=[factorized]", "surgery.factorized.rank=7")]
     assert len(set(found)) == len(found)
+
+
+class WithoutShape:
+    """A surgery that cannot say before training what shape it makes."""
+
+    changes_vocabulary = False
+
+    def __call__(self, encoder: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
+        return encoder, "nothing"
+
+
+def test_a_surgery_without_a_shape_is_refused(small: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = small("method=finetune", "teacher=[]", "surgery=[cut_vocabulary]")
+    run = plan(compose(overrides), overrides)
+    monkeypatch.setattr("kd.models.surgery.embeddings.CutVocabulary", WithoutShape)
+    with pytest.raises(InputError, match="`changes_vocabulary` and `shape`") as caught:
+        check_arguments(run)
+    assert caught.value.key == "surgery.cut_vocabulary._target_"
 
 
 def test_surgery_is_given_the_training_texts_alone(small: Callable[..., list[str]]) -> None:

@@ -30,11 +30,11 @@ class SurgeryInputs:
     """Inputs of a surgery.
 
     Attributes:
-        texts: the training texts; None on the meta device, where a surgery makes the checks that need no texts.
+        texts: the training texts.
         folder: folder with the exported student of the run that the surgery's `run` option configures; None without one.
     """
 
-    texts: Sequence[str] | None
+    texts: Sequence[str]
     folder: Path | None = None
 
 
@@ -42,6 +42,19 @@ class Surgery(Protocol):
     """Interface of a surgery that `kd.build.models` can apply."""
 
     changes_vocabulary: bool
+
+    def shape(self, student: Encoder) -> Encoder:
+        """Return the shape that a student will have, as far as it does not depend on the training texts.
+
+        Called before anything is trained.
+
+        Args:
+            student: the student on the meta device; it may be changed.
+
+        Raises:
+            InputError: if the surgery cannot be applied to a student of this shape.
+        """
+        ...
 
     def dry_run(self, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> None:
         """Check, before anything is trained, that the surgery can be applied with the training texts. Optional.
@@ -89,12 +102,16 @@ class CutVocabulary:
     def __init__(self, min_count: int = 1) -> None:
         self.min_count = whole(min_count, "min_count")
 
+    def shape(self, student: Encoder) -> Encoder:
+        """Check that the vocabulary can be reduced; return the student unchanged, because the size depends on the texts."""
+        word_table(student, "cut_vocabulary")
+        check_wordpiece(student.tokenizer)
+        return student
+
     def __call__(self, student: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
         """Return the student with the smaller vocabulary, and a description of the change."""
+        self.shape(student)
         table, old = word_table(student, "cut_vocabulary"), student.tokenizer
-        check_wordpiece(old)
-        if inputs.texts is None:
-            return student, ""
         tokens = distributed.broadcast(used_tokens(old, inputs.texts, self.min_count))
         rows = torch.tensor(old.convert_tokens_to_ids(tokens))
         outputs = student.model.get_output_embeddings()
@@ -120,12 +137,15 @@ class LearnedVocabulary:
         """Check, before anything is trained, that the texts support the vocabulary: learn it and discard it."""
         learned_tokens(tokenizer, texts, self.size)
 
-    def __call__(self, student: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
-        """Return the student with the learned vocabulary, and a description of the change."""
+    def shape(self, student: Encoder) -> Encoder:
+        """Check that the vocabulary can be replaced; return the student unchanged."""
         word_table(student, "learned_vocabulary")
         check_wordpiece(student.tokenizer)
-        if inputs.texts is None:
-            return student, ""
+        return student
+
+    def __call__(self, student: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
+        """Return the student with the learned vocabulary, and a description of the change."""
+        self.shape(student)
         tokens = distributed.broadcast(learned_tokens(student.tokenizer, inputs.texts, self.size))
         student.tokenizer = with_vocabulary(student.tokenizer, tokens)
         padding = student.tokenizer.pad_token_id
@@ -229,25 +249,38 @@ class Factorized:
     def __init__(self, rank: int) -> None:
         self.rank = whole(rank, "rank")
 
+    def shape(self, student: Encoder) -> Encoder:
+        """Return the student with factors of the same size."""
+        self.replace_table(student)
+        return student
+
     def __call__(self, student: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
         """Return the student with factorised embeddings, and a description of the change."""
+        table, words = self.replace_table(student)
+        with torch.no_grad():
+            rows, basis = truncated_svd(table.weight, self.rank)
+            words.rows.weight.copy_(rows)
+            words.basis.weight.copy_(basis.T)
+        count = sum(parameter.numel() for parameter in words.parameters())
+        return student, f"word embeddings of rank {self.rank} ({count:,} parameters for {table.weight.numel():,})"
+
+    def replace_table(self, student: Encoder) -> tuple[nn.Embedding, FactorizedEmbedding]:
+        """Replace a student's word embeddings by factors with random values; return the old embeddings and the factors.
+
+        Raises:
+            InputError: if the rank is larger than the table, or another surgery has replaced it.
+        """
         table = word_table(student, "factorized")
         size, width = table.weight.shape
         if self.rank > min(size, width):
             raise InputError(f"rank={self.rank} is more than the width of the embeddings, {min(size, width)}", "rank")
         with torch.device(table.weight.device):
             words = FactorizedEmbedding(size, self.rank, width, table.padding_idx)
-        if inputs.texts is not None:
-            with torch.no_grad():
-                rows, basis = truncated_svd(table.weight, self.rank)
-                words.rows.weight.copy_(rows)
-                words.basis.weight.copy_(basis.T)
         outputs = student.model.get_output_embeddings()
         if outputs is not None:
             set_outputs(student.model, FactorizedOutputs(words, outputs.bias))
         student.model.set_input_embeddings(words)
-        count = sum(parameter.numel() for parameter in words.parameters())
-        return student, f"word embeddings of rank {self.rank} ({count:,} parameters for {table.weight.numel():,})"
+        return table, words
 
 
 def check_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -45,8 +45,7 @@ class LiftedEmbedding(nn.Module):
         super().__init__()
         self.table = nn.Parameter(table)
         self.lift = nn.Linear(table.shape[1], width, device=table.device)
-        if table.device.type != "meta":
-            nn.init.orthogonal_(self.lift.weight)  # preserves lengths if the map widens (our choice)
+        nn.init.orthogonal_(self.lift.weight)  # preserves lengths if the map widens (our choice)
         nn.init.zeros_(self.lift.bias)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -190,16 +189,20 @@ class MixedStage:
         """Check, before anything is trained, that the texts support the vocabulary: learn it and discard it."""
         learned_tokens(tokenizer, texts, self.size)
 
+    def shape(self, student: Encoder) -> Encoder:
+        """Check that a second vocabulary can be added; return the student unchanged."""
+        word_table(student, "mixed_stage")
+        if student.model.get_output_embeddings() is None:
+            raise InputError("mixed_stage trains a masked language model: use task=imdb_text or task=text", "surgery")
+        check_wordpiece(student.tokenizer)
+        check_special_tokens(student.tokenizer)
+        return student
+
     def __call__(self, student: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
         """Return the model with two vocabularies, and a description of the change."""
+        self.shape(student)
         table, outputs = word_table(student, "mixed_stage"), student.model.get_output_embeddings()
-        if outputs is None:
-            raise InputError("mixed_stage trains a masked language model: use task=imdb_text or task=text", "surgery")
         tokenizer = student.tokenizer
-        check_wordpiece(tokenizer)
-        check_special_tokens(tokenizer)
-        if inputs.texts is None:
-            return student, ""
         learned = learned_tokens(tokenizer, inputs.texts, self.size)
         small = with_vocabulary(tokenizer, distributed.broadcast(learned))
         width = self.width or student.width
@@ -219,11 +222,14 @@ class MixedVocab:
 
     changes_vocabulary = True
 
+    def shape(self, student: Encoder) -> Encoder:
+        """Check that the vocabulary can be replaced; return the student unchanged, because Stage I may not be trained yet."""
+        word_table(student, "mixed_vocab")
+        return student
+
     def __call__(self, student: Encoder, inputs: SurgeryInputs) -> tuple[Encoder, str]:
         """Return the student with the learned vocabulary, and a description of the change."""
-        word_table(student, "mixed_vocab")
-        if inputs.texts is None:
-            return student, ""
+        self.shape(student)
         path = None if inputs.folder is None else inputs.folder / FOLDER
         if path is None or not (path / "embeddings.safetensors").is_file():
             raise InputError("run made no vocabulary: it must be a run with surgery=[mixed_stage]", "run")
