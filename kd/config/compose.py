@@ -452,12 +452,12 @@ def _check_type(value: object, hint: object, key: str) -> None:
         if value is None:
             return
         (hint,) = (option for option in typing.get_args(hint) if option is not type(None))
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise InputError(f"{key}={shown(value)} is not a mapping of keys", key)
         check_types(value, hint, f"{key}.")
     elif typing.get_origin(hint) is dict and isinstance(value, dict):
         for name, inner in value.items():
-            if dataclasses.is_dataclass(typing.get_args(hint)[1]) and not isinstance(inner, dict):
-                raise InputError(f"{key}.{name}={shown(inner)} is not a mapping of keys", f"{key}.{name}")
             _check_type(inner, typing.get_args(hint)[1], f"{key}.{name}")
     elif typing.get_origin(hint) is list and isinstance(value, list):
         for inner in value:
