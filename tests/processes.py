@@ -29,7 +29,7 @@ PACKAGES = """
     safetensors.torch transformers transformers.models.bert.modeling_bert hydra hydra._internal.hydra omegaconf
     huggingface_hub filelock rich.table rich.console numpy tqdm
 """.split()
-"""What the server imports: no module of `kd`, so that each process reads its own settings from its environment."""
+"""Modules that the server imports; none of `kd`, so that each process reads its own settings from its environment."""
 
 
 def fork_server() -> ForkServerContext:

@@ -38,6 +38,7 @@ def rename_error_keys(role: Role, spec: RunSpec, config: DictConfig) -> Iterator
 def key_for(role: Role, spec: RunSpec, key: str | None, config: DictConfig | None = None) -> str | None:
     """Return the key in the configuration of a run that sets a key of one of its inputs.
 
+    >>> from kd.config.schema import TeacherSpec
     >>> key_for(Role("teacher", "minilm"), RunSpec(teacher={"minilm": TeacherSpec()}), "optimizer.lr")
     'teacher.minilm.run.optimizer.lr'
     """

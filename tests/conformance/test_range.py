@@ -105,11 +105,11 @@ def shown(forward: Forward, needs: Needs, s: Situation, seed: int, kinds: Kinds)
         return leaves[name]
 
     mask = forward.inputs["attention_mask"].bool()
-    tensors: dict[str, dict[int | str, Tensor]] = {}
+    tensors: dict[str, dict[int | str | None, Tensor]] = {}
     given = {}
     for name, tensor in outputs.named().items():
         group, _, layer = name.partition("-")
-        key: int | str = int(layer) if layer.isdigit() else layer
+        key: int | str | None = int(layer) if layer.isdigit() else layer or None
         if group == "query":
             given[int(layer)] = draw(
                 f"scores-{layer}", torch.Size((*mask.shape[:1], outputs.heads, *[mask.shape[1]] * 2)), s.scores, s.certain
