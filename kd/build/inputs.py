@@ -123,7 +123,7 @@ class TrainedModels:
         return rank_probabilities(scores, higher_is_better=higher, sharpness=pool.sharpness)
 
     def teacher(self, name: str, task: Task) -> tuple[PretrainedConfig, str]:
-        """Return the configuration of an exported teacher, and its folder."""
+        """Return the configuration of an exported teacher, and the folder that it was exported to."""
         source, key = teacher_source(self.run, name)
         return with_labels(load_config(source, key), task.labels, task.head), source
 

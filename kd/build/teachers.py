@@ -134,7 +134,9 @@ def ready_columns(config: PretrainedConfig, spec: TeacherSpec, task: Task, name:
 
 
 def teacher_labels(config: PretrainedConfig, spec: TeacherSpec, name: str) -> list[str]:
-    """Return the names of a ready classifier's outputs: `teacher.<name>.labels`, else those of its configuration.
+    """Return the names of the outputs of a teacher that is not fine-tuned first.
+
+    They are `teacher.<name>.labels` if set, else those of the teacher's own configuration.
 
     Raises:
         InputError: for a list of another length than the outputs, or a configuration that does not name each output.

@@ -36,7 +36,7 @@ class Batch:
         return (self.student, *self.peers)
 
     def seen_by(self, index: int) -> "Batch":
-        """Return the batch with the inputs of the student at this index as `student`, and the others' as `peers`."""
+        """Return the batch for the student at this index: its inputs as `student`, the other students' as `peers`."""
         others = self.students[:index] + self.students[index + 1 :]
         return replace(self, student=self.students[index], peers=others)
 

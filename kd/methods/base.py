@@ -99,7 +99,7 @@ class Method(nn.Module):
         """
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
-        """Declare the outputs that it reads from the student, and from each teacher; by default the logits.
+        """Declare the outputs that the method reads from the student, and from each teacher; by default the logits.
 
         Called after `bind`.
         """

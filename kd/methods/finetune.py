@@ -22,7 +22,7 @@ class Finetune(Method):
     uses_teachers = False
 
     def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
-        """Store the number of teachers, to declare needs for each."""
+        """Store the number of teachers, because `needs` declares outputs for each of them."""
         self.teachers = len(teachers)
 
     def terms(self, step: Step) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ def latencies(models: Mapping[str, Encoder], tokens: int = LATENCY_TOKENS) -> di
 
 
 def _latency(least: Sequence[float]) -> Latency:
-    """Return the latency from the minimum of each round, in seconds."""
+    """Return the latency of a model, given the minimum time of each round in seconds."""
     spread = max(least) / min(least) - 1
     return Latency(round(1000 * min(least), 3) if spread <= LATENCY_SPREAD else None, round(spread, 3))
 

@@ -97,7 +97,7 @@ class Work:
 
 @dataclass(frozen=True)
 class RunEntry:
-    """Part of the record that names the run: `student` is the best one of a cohort."""
+    """Part of the record that identifies the run; for a cohort, `student` is the name of its best student."""
 
     method: str
     student: str
@@ -152,7 +152,7 @@ class TrainingEntry:
 
     @classmethod
     def of(cls, run: Run, engine: Engine, work: Work, caches: dict[str, CacheUsed | CacheUnused]) -> Self:
-        """Return the entry of an engine that was trained."""
+        """Return the entry of a run whose engine has finished training."""
         filling = sum(cache.seconds for cache in caches.values() if isinstance(cache, CacheUsed))
         return cls(
             seconds={"train": round(engine.seconds, 3), "cache": filling, "before": seconds_before(run)},

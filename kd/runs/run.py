@@ -193,7 +193,7 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Lock the run: a second process that needs it waits, then finds it done. The lock of a killed process is free."""
+        """Lock the run: another process that needs it waits, then finds it done. A killed process releases its lock."""
         check_writable(self.directory)
         with (
             writes_to(self.spec.paths.runs),
@@ -221,7 +221,7 @@ def read_record(path: Path, *, sealed: bool = False) -> dict[str, Any] | None:
     Args:
         path: path of the file.
         sealed: return None also for a file without a checksum. Files with `files` always need one; the records of earlier
-            versions have neither.
+            versions have neither `files` nor a checksum.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

@@ -28,10 +28,10 @@ class SplitCache:
 
     Attributes:
         name: name of the split.
-        tokens: its text, as the teacher's tokens.
+        tokens: text of the split, tokenised for the teacher.
         store: the stored tensors.
         names: names of the tensors that are needed.
-        needs: the same, as the teacher's forward pass takes them.
+        needs: declaration of the same tensors for the teacher's forward pass.
         precision: precision of that forward pass.
     """
 

@@ -70,10 +70,12 @@ class MaskedLM:
     def soft(
         self, student: Tensor, teacher: Tensor, temperature: float, loss: str = "kl", reduction: str = "batchmean"
     ) -> Tensor:
-        """Return the soft loss, as for `Classification`, with the mean over an example's positions as the example's loss.
+        """Return the loss against a teacher's logits, both (predicted positions, vocabulary).
+
+        As in `Classification`, except that the loss of an example is the mean over its predicted positions.
 
         Raises:
-            ValueError: without the labels of a batch, see `of`.
+            ValueError: if the task does not hold the labels of a batch; see `of`.
         """
         if self._labels is None:
             raise ValueError("the positions of an example are known only for a batch: use task.of(batch.labels).soft(...)")
@@ -109,7 +111,7 @@ class MaskedLM:
         return MASKED_LM[name](sync_on_compute=across_ranks)
 
     def majority_baseline(self, labels: Tensor) -> dict[str, float]:
-        """Return no baseline: the most frequent token depends on the vocabulary."""
+        """Return an empty dict: there is no majority baseline, because the most frequent token depends on the vocabulary."""
         return {}
 
     def constant(self, labels: Sequence[float]) -> None:

@@ -1,1 +1,1 @@
-"""Methods around methods: one for each teacher, a draw among them, their ensemble, students that learn from each other."""
+"""Wrappers of methods: a copy for each teacher, a randomly drawn teacher, an ensemble of teachers, mutual learning."""

@@ -22,7 +22,7 @@ class Ensemble(PerTeacher):
     """
 
     def prepare(self, step: Step) -> Step:
-        """Return the step as it is: `terms` prepares the step of each copy."""
+        """Return the step unchanged: `terms` calls `prepare` of the inner method's copy for each teacher."""
         return step
 
     def terms(self, step: Step) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ class Stochastic(PerTeacher):
         return int(step.rng("teacher").choice(len(self.each), p=self.probabilities))
 
     def parts(self, step: Step) -> Sequence[tuple[Method, Step]]:
-        """Return the drawn teacher's copy, and the step with this teacher alone."""
+        """Return one pair: the inner method's copy for the drawn teacher, and the step with this teacher alone."""
         index = self.drawn(step)
         one = step if len(step.teachers) == 1 else step.replace(teachers=[step.teachers[index]])
         return [(self.inners[index], one)]

@@ -49,7 +49,7 @@ class LiftedEmbedding(nn.Module):
         nn.init.zeros_(self.lift.bias)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return the lifted embeddings (..., width) of ids (...) of the small vocabulary."""
+        """Return the embeddings of ids (...) of the small vocabulary, mapped to the large model: (..., width)."""
         return self.lift(F.embedding(ids, self.table))  # type: ignore[no-any-return]
 
     def logits(self, states: Tensor) -> Tensor:
@@ -143,7 +143,8 @@ class MixedEncoder(Encoder):
     def logits_of(self, states: Tensor, ids: Tensor) -> Tensor:
         """Return logits at some positions, each over the vocabulary of its input token.
 
-        The input token identifies the vocabulary: mask tokens and replacements are taken from the one that segmented the word.
+        The input token identifies the vocabulary: mask tokens and random replacements come from the
+        vocabulary that segmented the word.
         """
         large = self.config.vocab_size
         return separate(super().logits_of(states, ids), large, ids >= large)

@@ -6,7 +6,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
 
 class Points(BasicSweeper):
-    """Hydra's basic sweeper, where a point that fails, also in its composition, leaves the others alone."""
+    """Hydra's basic sweeper, except that a point that fails, even while it is composed, does not stop the others."""
 
     def sweep(self, arguments: list[str]) -> Any:
         """Make every point.
