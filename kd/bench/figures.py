@@ -1,4 +1,4 @@
-"""Functions that summarise turns as figures, and figures as tables."""
+"""Figures of a benchmark: summaries of the turns in which its candidates train alternately, and tables of them."""
 
 import statistics
 from collections.abc import Mapping, Sequence

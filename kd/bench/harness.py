@@ -137,7 +137,7 @@ def save_untrained(needed: Run, examples: Examples, seed: int) -> None:
 
 
 class Turns(pl.Callback):
-    """Callback that makes every training epoch one turn."""
+    """Callback that makes every training epoch one turn: the candidate waits until it is its turn, trains, and reports."""
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate

@@ -134,7 +134,7 @@ def ready_columns(config: PretrainedConfig, spec: TeacherSpec, task: Task, name:
 
 
 def teacher_labels(config: PretrainedConfig, spec: TeacherSpec, name: str) -> list[str]:
-    """Return the names of the outputs of a teacher that is not fine-tuned first.
+    """Return the names of the outputs of a ready classifier, a teacher that no run of ours fine-tunes.
 
     They are `teacher.<name>.labels` if set, else those of the teacher's own configuration.
 

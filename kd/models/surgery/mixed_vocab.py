@@ -49,7 +49,7 @@ class LiftedEmbedding(nn.Module):
         nn.init.zeros_(self.lift.bias)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return the embeddings of ids (...) of the small vocabulary, mapped to the large model: (..., width)."""
+        """Return the embeddings of ids (...) of the small vocabulary, mapped to the width of the large model, (..., width)."""
         return self.lift(F.embedding(ids, self.table))  # type: ignore[no-any-return]
 
     def logits(self, states: Tensor) -> Tensor:
