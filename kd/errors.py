@@ -31,12 +31,17 @@ class InputError(Exception):
         return self.message if self.key is None else f"{self.message}\n  change: {self.key}"
 
 
+QUOTED = r"""(?<!\w)'(?:[^'\\]|\\.|'(?=\w))*'(?!\w)|(?<!\w)"(?:[^"\\]|\\.)*"(?!\w)"""
+"""Text in quotes; an apostrophe inside a word is not a quote."""
+
+
 @contextmanager
 def prefix_error_keys(prefix: str, names: Collection[str]) -> Iterator[None]:
     """Put the key of a node before the arguments that errors of its class name.
 
-    In the message these are an argument before an equals sign, and the error's key at the beginning. An error without a key
-    gets the key of the node.
+    In the message these are an argument before an equals sign, and the error's key at the beginning. Text in quotes stays as
+    it is, because it may be the user's; but an argument before `=[` or `={` is an override that is quoted for the shell. An
+    error without a key gets the key of the node.
 
     Args:
         prefix: key of the node.
@@ -57,9 +62,15 @@ def prefix_error_keys(prefix: str, names: Collection[str]) -> Iterator[None]:
         key = error.key
         if key is not None and key.partition(".")[0] not in names:
             raise
-        begin = "" if key is None else rf"^{re.escape(key)}(?!\w)|"
+        begin = "(?!)" if key is None else rf"^{re.escape(key)}(?!\w)"
         arguments = "|".join(map(re.escape, names)) or "(?!)"
-        message = re.sub(rf"{begin}(?<![\w.])(?:{arguments})(?==)", rf"{prefix}.\g<0>", error.message)
+
+        def prefixed(found: re.Match[str]) -> str:
+            if not found["quoted"]:
+                return f"{prefix}.{found[0]}"
+            return re.sub(rf"^(['\"])(?=(?:{arguments})=[\[{{])", rf"\g<1>{prefix}.", found[0])
+
+        message = re.sub(rf"(?P<quoted>{QUOTED})|{begin}|(?<![\w.])(?:{arguments})(?==)", prefixed, error.message)
         raise InputError(message, prefix if key is None else f"{prefix}.{key}") from error
 
 

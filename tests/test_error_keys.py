@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import kd
+from kd.build.data import build_examples
 from kd.build.instantiate import bind_method, instantiate, option_names
 from kd.build.surgeries import prefix_surgery_errors
 from kd.config.schema import RunSpec
@@ -17,10 +18,11 @@ from kd.methods.finetune import Finetune
 from kd.methods.options import word
 from kd.methods.pkd import PKD
 from kd.methods.wrappers.mutual import Mutual
+from whole_runs import planned
 
 ROOT = Path(kd.__file__).parent
 GROUPS = "method student teacher pool cohort task surgery pretrain optimizer trainer engine logger paths".split()
-PARTS = ("methods", "models", "engines", "functional", "forward")
+PARTS = ("methods", "models", "engines", "functional", "forward", "data")
 """Folders with classes and functions that the builder instantiates or calls."""
 
 ABSOLUTE = {
@@ -30,6 +32,11 @@ ABSOLUTE = {
     ("engines/mutual.py", "cohort.students"): "the students come from the configuration of the cohort, not of the engine",
     ("engines/mutual.py", "cohort.teacher"): "the teacher comes from the configuration of the cohort, not of the engine",
     ("engines/nonfinite.py", "optimizer.lr"): "raised in training: the advice for a loss that is not finite",
+    ("data/sources.py", "paths.glue"): "all tasks of GLUE share the folder, which is a path of the machine",
+    ("data/sampler.py", "trainer.batch_tokens"): "loaders are made when training begins, where no builder is involved",
+    ("data/datamodule.py", "trainer.batch_size"): "as the sampler",
+    ("data/datamodule.py", "trainer.batch_tokens"): "as the sampler",
+    ("data/datamodule.py", "trainer.eval_batch_size"): "as the sampler",
     ("models/compiled.py", "trainer.compile"): "a check of the machine: the function has no such argument",
 }
 """Absolute keys, (file, key or beginning of a key) -> the reason why the code knows it."""
@@ -68,6 +75,14 @@ def test_no_class_knows_its_key() -> None:
         (None, "it cannot work with tau=1", ("method", "it cannot work with method.tau=1")),
         ("student.heads", "tau=1 needs more heads", ("student.heads", "tau=1 needs more heads")),
         ("pool", "one teacher at a time", ("pool", "one teacher at a time")),
+        ("tau", "the text 'tau=1' is too long", ("method.tau", "the text 'tau=1' is too long")),
+        ("tau", "the users' tau=1, \"it's tau=1\"", ("method.tau", "the users' method.tau=1, \"it's tau=1\"")),
+        ("tau", "two texts, 'it isn't tau=1', 'tau=1'", ("method.tau", "two texts, 'it isn't tau=1', 'tau=1'")),
+        (
+            "tau",
+            "give more, as 'tau=[1,2]' or 'tau={a: 1}'",
+            ("method.tau", "give more, as 'method.tau=[1,2]' or 'method.tau={a: 1}'"),
+        ),
     ],
 )
 def test_arguments_get_the_key_of_the_node(key: str | None, message: str, expected: tuple[str, str]) -> None:
@@ -80,6 +95,49 @@ def test_a_class_without_arguments_can_still_name_itself() -> None:
     with pytest.raises(InputError, match=r"^a=1 cannot be") as caught, prefix_error_keys("surgery.mixed", ()):
         raise InputError("a=1 cannot be")
     assert caught.value.key == "surgery.mixed"
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "key", "words"),
+    [
+        ("text;label\na;1\n", "", "task.text", "task.delimiter=semicolon|tab|pipe"),
+        ("I liked it,1\nbad,0\n", "", "task.text", "'task.columns=[text,label]'"),
+        ("text,label\na,1\n", "task.label=text", "task.label", "task.label=text is among task.text=['text']"),
+        ("text,label\na,1\n", "task.text=[a,b,c]", "task.text", "task.text=['a', 'b', 'c'] must name"),
+        ("text,label\na,1\nlabel=3,0\n", "task.format=tsv", "task.text", "no column 'text'; the columns are text,label"),
+        ("text,label\na,labels=3\nb,\n", "", "task.label", "the label is missing ('')"),
+        (
+            "text,label\na,labels=3\nb,nan\n",
+            "",
+            "task.label",
+            "if 'nan' is the name of a class, list it with the others: task.labels",
+        ),
+        ("text,label\na,label=3\nb,Label=3\n", "", "task.labels", "has the label 'label=3' and"),
+        ("text,label\na,x\nb,y\n", "task.labels=[x,z]", "task.labels", "unknown label 'y'; the labels are x, z"),
+        ("text,label\na,x\nb,y\n", "+task.codes={q: x2}", "task.codes", "task.codes maps 'q' to 'x2'"),
+        ("text,label\na,x\nb,y\n", "task.limit_train=0", "task.limit_train", "task.limit_train=0 must be at least 1"),
+        ("text,label\na,x\nb,y\n", "task.limit_train=1", "task.limit_train", "every training example has the label"),
+        ("text,label\na,x\nb,y\n", "task.metrics=[f2]", "task.metrics", "'f2' is not one of"),
+        ("text,label\na,x\nb,y\n", "task.kind=regression", "task.metrics", "'accuracy' is not one of"),
+        ("text,label\na,x\nb,y\n", "task.validation=[a.csv]", "task.validation", "'task.validation={pos: a.txt, neg: b.txt}'"),
+        ("text,label\na,x\nb,y\n", "task.validation=none.csv", "task.validation", "'none.csv' does not exist"),
+        ("", "", "task.train", "is empty"),
+    ],
+)
+def test_errors_of_data_name_the_keys_of_the_task(tmp_path: Path, content: str, options: str, key: str, words: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(content, encoding="utf-8")
+    overrides = ["task=file", f"task.train={path}", f"task.validation={path}", f"paths.runs={tmp_path}", "method=finetune"]
+    with pytest.raises(InputError) as caught:
+        build_examples(planned([*overrides, *filter(None, [options])]))
+    assert caught.value.key == key
+    assert words in caught.value.message
+
+
+def test_errors_of_glue_name_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no folder") as caught:
+        planned(["task=rte", f"paths.glue={tmp_path}", f"paths.runs={tmp_path}", "method=finetune"])
+    assert caught.value.key == "paths.glue"
 
 
 class Base(Method):

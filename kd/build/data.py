@@ -17,7 +17,7 @@ from kd.engines.models import Models
 from kd.errors import InputError
 from kd.methods.base import needs_of_teachers
 from kd.runs.digest import digest_of
-from kd.runs.identity import source_of
+from kd.runs.identity import prefix_task_errors, source_of
 from kd.runs.inputs import teacher_source
 from kd.runs.run import Run
 from kd.system import distributed
@@ -37,7 +37,9 @@ def build_examples(run: Run) -> Examples:
     digest = digest_of({part: run.digest_inputs[part] for part in ("task", "data")})
     examples = _examples.get(digest)
     if examples is None:
-        examples = _examples[digest] = load_examples(run.spec.task, source_of(run.spec))
+        source = source_of(run.spec)
+        with prefix_task_errors():
+            examples = _examples[digest] = load_examples(run.spec.task, source)
     return examples
 
 

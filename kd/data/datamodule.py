@@ -84,6 +84,9 @@ class KDDataModule(pl.LightningDataModule):
         batch_tokens: largest number of padded tokens of a global training batch; replaces `batch_size`.
         store: folder for tokenised texts; None stores none.
         accumulate: training batches of an optimiser step.
+
+    Raises:
+        InputError: if a split has fewer examples than there are ranks.
     """
 
     changes: str | None = None
@@ -120,6 +123,9 @@ class KDDataModule(pl.LightningDataModule):
             split: {key: self.read(tokenizer, texts, max_length) for key, tokenizer in tokenizers.items()}
             for split, texts in examples.texts.items()
         }
+        for split in self.tokens:
+            if (count := len(self.tokens[split][self.student_key].lengths)) < world:
+                raise InputError(f"'{split}' has {count} examples for {world} ranks", split.partition("_")[0])
         self.shared_tokenizer = len(tokenizers) == 1
         """True if all students and teachers have the same tokenizer."""
         self._train_sampler: LengthBatches | None = None
@@ -158,8 +164,6 @@ class KDDataModule(pl.LightningDataModule):
     def loader(self, split: str, seed: int | None = None) -> DataLoader[Batch]:
         """Return a loader over a split: shuffled with a seed, sorted by length without one."""
         lengths = self.tokens[split][self.student_key].lengths
-        if len(lengths) < self.world:
-            raise InputError(f"'{split}' has {len(lengths)} examples for {self.world} ranks", f"task.{split}")
         sampler = self.sampler(split, seed)
         if seed is not None:
             self._train_sampler = sampler

@@ -46,11 +46,11 @@ def load_examples(spec: TaskSpec, source: Source) -> Examples:
         InputError: for an error in the files or in the configuration of the task.
     """
     if len(spec.text) not in (1, 2):
-        raise InputError(f"task.text={spec.text} must name one column, or two for a pair", "task.text")
+        raise InputError(f"text={spec.text} must name one column, or two for a pair", "text")
     limits = {"train": spec.limit_train, "validation": spec.limit_validation, "test": spec.limit_test}
     for split, limit in limits.items():
         if limit is not None and limit < 1:
-            raise InputError(f"task.limit_{split}={limit} must be at least 1", f"task.limit_{split}")
+            raise InputError(f"limit_{split}={limit} must be at least 1", f"limit_{split}")
     raw = {split: Table.of(examples) for split, examples in source.splits().items()}
     check_sizes(raw)
     task = build_task(spec, raw["train"])
@@ -64,7 +64,7 @@ def load_examples(spec: TaskSpec, source: Source) -> Examples:
     try:
         task.check_labels(labels["train"])
     except InputError as error:
-        raise InputError(error.message, error.key if spec.limit_train is None else "task.limit_train") from error
+        raise InputError(error.message, error.key if spec.limit_train is None else "limit_train") from error
     if isinstance(task, Regression):
         task.start = float(np.mean(labels["train"]))  # otherwise the first steps only learn the mean
     ordered = {"train": None, "validation": None, **dict.fromkeys(raw)}
@@ -79,7 +79,7 @@ def check_sizes(raw: Mapping[str, Table]) -> None:
     """
     for split, table in raw.items():
         if not len(table):
-            raise InputError(f"the split '{split}' has no examples; the file is too small to be split", f"task.{split}")
+            raise InputError(f"the split '{split}' has no examples; the file is too small to be split", split.partition("_")[0])
 
 
 def limited(table: Table, count: int | None) -> Table:
@@ -106,10 +106,10 @@ def encoded(task: Task, table: Table, spec: TaskSpec) -> list[float]:
             try:
                 number = task.encode(table[row])
             except InputError as error:
-                if error.key != "task.labels" or spec.labels is not None:
+                if error.key != "labels" or spec.labels is not None:
                     raise
                 raise InputError(
-                    f"{error.message}. These are the labels of train; task.labels=[...] lists others", error.key
+                    f"{error.message}. These are the labels of train; labels=[...] lists others", error.key
                 ) from error
             if len(numbers) < INTERNED:
                 numbers[type(label), label] = number
@@ -124,15 +124,13 @@ def held_out(raw: Mapping[str, Table], share: float) -> dict[str, Table]:
         InputError: for a share outside (0, 1).
     """
     if not 0 < share < 1:
-        raise InputError(f"task.holdout={share} is a share of train, between 0 and 1", "task.holdout")
+        raise InputError(f"holdout={share} is a share of train, between 0 and 1", "holdout")
     # Salted: if the task's own splits come from the same hash, train has only part of its range, and shares would be wrong.
     train = raw["train"]
     held = np.fromiter((hash_fraction(("held out", *texts)) < share for texts in train.texts), bool, len(train))
     splits = {"train": train.take(np.flatnonzero(~held)), "validation": train.take(np.flatnonzero(held))}
     if not all(map(len, splits.values())):
-        raise InputError(
-            f"a share of {share} of {len(held)} examples leaves no example to score, or to train on", "task.holdout"
-        )
+        raise InputError(f"a share of {share} of {len(held)} examples leaves no example to score, or to train on", "holdout")
     return splits
 
 
@@ -140,14 +138,14 @@ def build_task(spec: TaskSpec, train: Table) -> Task:
     """Build a task from its configuration; without `labels`, its classes are the sorted labels of the training split."""
     kinds = ("classification", "regression", "masked_lm")
     if spec.kind not in kinds:
-        raise one_of(spec.kind, kinds, "task.kind")
+        raise one_of(spec.kind, kinds, "kind")
     if spec.kind == "masked_lm":
         return MaskedLM(spec.name, spec.metrics, spec.monitor)
     if spec.label is None:
-        raise InputError(f"task.label is null: a {spec.kind} needs the column of its labels", "task.label")
+        raise InputError(f"label is null: a {spec.kind} needs the column of its labels", "label")
     if spec.kind == "regression":
         return Regression(spec.name, spec.metrics, spec.monitor)
     labels = spec.labels or class_names(train)
     if len(labels) < 2 and spec.labels is None:
-        raise InputError(f"every training example has the label '{labels[0]}'; a classifier needs two or more", "task.label")
+        raise InputError(f"every training example has the label '{labels[0]}'; a classifier needs two or more", "label")
     return Classification(spec.name, labels, spec.codes, spec.metrics, spec.monitor)

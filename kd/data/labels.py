@@ -36,7 +36,7 @@ def label_text(name: object) -> str:
     return whole[1] if whole else text
 
 
-def label_name(value: object, where: str, key: str = "task.label") -> str:
+def label_name(value: object, where: str, key: str = "label") -> str:
     """Return the class name of a raw label, as `label_text` writes it; empty for a missing label.
 
     Raises:
@@ -67,9 +67,9 @@ def missing(value: object, where: str) -> InputError:
     hint = (
         ""
         if value is None or isinstance(value, float) or not str(value).strip()
-        else (f"; if {word} is the name of a class, list it with the others: task.labels=[...]")
+        else f"; if {word} is the name of a class, list it with the others: labels=[...]"
     )
-    return InputError(f"{where}: the label is missing ({word}){hint}", "task.label")
+    return InputError(f"{where}: the label is missing ({word}){hint}", "label")
 
 
 def listed(names: Sequence[str]) -> str:
@@ -117,22 +117,22 @@ def class_names(table: Table) -> list[str]:
         if other != name:
             raise InputError(
                 f"{table.where(first[other])} has the label {literal(other)} and {table.where(row)} {literal(name)}: they "
-                "differ only in spelling. Use one spelling or, if they are two classes, list all as task.labels=[...]",
-                "task.labels",
+                "differ only in spelling. Use one spelling or, if they are two classes, list all as labels=[...]",
+                "labels",
             )
     names = sorted(first)
     numbers = [name for name in names if NUMBER.fullmatch(name)]
     if len(numbers) == len(names) >= SCORES and any("." in name for name in names):
         raise InputError(
             f"the labels look like scores: {len(names)} different numbers, {listed(names)}. For a regression: "
-            "task.kind=regression 'task.metrics=[pearson,spearman]' task.monitor=pearson. If they are classes, list them as "
-            "task.labels=[...]",
-            "task.kind",
+            "kind=regression 'metrics=[pearson,spearman]' monitor=pearson. If they are classes, list them as "
+            "labels=[...]",
+            "kind",
         )
     if len(names) > 50 and 2 * len(names) > len(table):
         raise InputError(
             f"{len(table)} training examples have {len(names)} different labels ({listed(names)}): is this the column of the "
-            "label? If they are classes, list them as task.labels=[...]; scores are task.kind=regression",
-            "task.label",
+            "label? If they are classes, list them as labels=[...]; scores are kind=regression",
+            "label",
         )
     return names

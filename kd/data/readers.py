@@ -70,21 +70,21 @@ class Layout:
     columns: Sequence[str] | None = None
     quoted: bool | None = None
 
-    def kind(self, path: Path, key: str) -> str:
+    def kind(self, path: Path, key: str | None) -> str:
         """Return the format of a file.
 
         Raises:
             InputError: for options that contradict each other, or a format that neither they nor the suffix determine.
         """
         if self.format is not None and self.format not in FORMATS:
-            raise one_of(self.format, FORMATS, "task.format")
+            raise one_of(self.format, FORMATS, "format")
         kind = self.format or SUFFIXES.get(path.suffix.lower()) or (self.delimiter and "csv")
         if kind is None:
-            raise InputError(f"'{path}' is not a .csv, .tsv or .jsonl file; set task.format={'|'.join(FORMATS)}", key)
+            raise InputError(f"'{path}' is not a .csv, .tsv or .jsonl file; set format={'|'.join(FORMATS)}", key)
         if kind not in ("csv", "tsv"):
             for name in ("delimiter", "columns"):
                 if getattr(self, name) is not None:
-                    raise InputError(f"task.{name} is for tables (csv, tsv), '{path}' is {kind}", f"task.{name}")
+                    raise InputError(f"{name} is for tables (csv, tsv), '{path}' is {kind}", name)
         return kind
 
     def separator(self, kind: str) -> str:
@@ -99,8 +99,8 @@ class Layout:
         if len(character) != 1 or character in '"\r\n\0' or "\ud800" <= character <= "\udfff":
             words = ", ".join(name for name in DELIMITERS if name.isalpha())
             raise InputError(
-                f"task.delimiter={literal(self.delimiter)} must be one character between fields, or a word for it: {words}",
-                "task.delimiter",
+                f"delimiter={literal(self.delimiter)} must be one character between fields, or a word for it: {words}",
+                "delimiter",
             )
         return character
 
@@ -114,11 +114,11 @@ class Layout:
             return None
         names = list(self.columns)
         if not names or len(set(names)) != len(names):
-            raise InputError(f"task.columns={literal(names)} must name every column of the file once", "task.columns")
+            raise InputError(f"columns={literal(names)} must name every column of the file once", "columns")
         return names
 
 
-def data_path(name: str, key: str) -> Path:
+def data_path(name: str, key: str | None) -> Path:
     """Convert a configured path to a `Path`, with `~` expanded.
 
     Raises:
@@ -130,7 +130,7 @@ def data_path(name: str, key: str) -> Path:
         raise InputError(f"{literal(name)}: {error}", key) from error
 
 
-def check_file(path: Path, key: str, folder: str = "") -> None:
+def check_file(path: Path, key: str | None, folder: str = "") -> None:
     """Check that a path is a file that can be opened.
 
     Args:
@@ -159,7 +159,7 @@ def check_file(path: Path, key: str, folder: str = "") -> None:
 
 def rows(
     path: Path,
-    key: str,
+    key: str | None,
     columns: Sequence[str] | None = None,
     quoted: bool | None = None,
     encoding: str = "utf-8-sig",
@@ -200,7 +200,7 @@ def rows(
         raise InputError(f"the file '{path}' cannot be read ({error.strerror})", key) from error
 
 
-def lines(path: Path, key: str, encoding: str = "utf-8-sig") -> Iterator[tuple[int, str]]:
+def lines(path: Path, key: str | None, encoding: str = "utf-8-sig") -> Iterator[tuple[int, str]]:
     """Yield the lines of a file that are not blank, with their numbers.
 
     Raises:
@@ -220,7 +220,7 @@ def lines(path: Path, key: str, encoding: str = "utf-8-sig") -> Iterator[tuple[i
         raise InputError(f"'{path}', line {_undecodable_line(path, encoding)}: not UTF-8 text", key) from error
 
 
-def _check_beginning(path: Path, key: str) -> None:
+def _check_beginning(path: Path, key: str | None) -> None:
     """Check that a file begins like text."""
     with path.open("rb") as file:
         first = file.read(4096)
@@ -248,11 +248,11 @@ def _undecodable_line(path: Path, encoding: str) -> int:
 
 
 def _delimited(
-    path: Path, key: str, layout: Layout, kind: str, encoding: str, *, skip_broken: bool
+    path: Path, key: str | None, layout: Layout, kind: str, encoding: str, *, skip_broken: bool
 ) -> Iterator[tuple[int, Row]]:
     separator, names = layout.separator(kind), layout.names()
     quoted = kind == "csv" if layout.quoted is None else layout.quoted
-    whose = "the header has" if names is None else "task.columns has"
+    whose = "the header has" if names is None else "columns=[...] has"
     with path.open(newline="", encoding=encoding) as file:
         reader = csv.reader(file, delimiter=separator, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=True)
         start, skipped = 1, 0
@@ -268,9 +268,9 @@ def _delimited(
                     continue
                 if line == 1 and fields == names:
                     raise InputError(
-                        f"'{path}', line 1 holds the names of the columns; task.columns is for files whose first line is an "
-                        "example",
-                        "task.columns",
+                        f"'{path}', line 1 holds the names of the columns; columns=[...] is for files whose first line is "
+                        "an example",
+                        "columns",
                     )
                 if len(fields) == len(names):
                     yield line, dict(zip(names, fields, strict=True))
@@ -282,7 +282,7 @@ def _delimited(
         except csv.Error as error:
             why = str(error)
             if "unexpected end of data" in why:
-                why = "a quote is opened and never closed; task.quoted=false reads quotes as text"
+                why = "a quote is opened and never closed; quoted=false reads quotes as text"
             raise InputError(f"'{path}', line {start}: {why}", key) from error
     if skipped:
         warnings.warn(f"'{path}': {skipped} broken lines were left out", stacklevel=2)
@@ -312,7 +312,7 @@ BLANKS = re.compile(r"[ \t\r\n]*")
 DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
-def _json_rows(path: Path, key: str, encoding: str) -> Iterator[tuple[int, Row]]:
+def _json_rows(path: Path, key: str | None, encoding: str) -> Iterator[tuple[int, Row]]:
     """Yield one object per line, or the objects of one array if the first character opens an array."""
     with path.open(encoding=encoding) as file:
         first = ""
@@ -327,7 +327,7 @@ def _json_rows(path: Path, key: str, encoding: str) -> Iterator[tuple[int, Row]]
                 yield number, _object(path, key, number, line)
 
 
-def _object(path: Path, key: str, number: int, line: str) -> Row:
+def _object(path: Path, key: str | None, number: int, line: str) -> Row:
     try:
         row = DECODER.decode(line)
     except (ValueError, RecursionError) as error:  # overlong integers and deep nesting do not raise JSONDecodeError
@@ -340,7 +340,7 @@ def _object(path: Path, key: str, number: int, line: str) -> Row:
     return row
 
 
-def _json_array(path: Path, key: str, text: str) -> Iterator[tuple[int, Row]]:
+def _json_array(path: Path, key: str | None, text: str) -> Iterator[tuple[int, Row]]:
     """Yield the objects of an array, with the numbers of the lines where they begin."""
     line, counted = 1, 0
 

@@ -61,9 +61,9 @@ def split_by_hash(examples: Sequence[Example], shares: Mapping[str, float]) -> S
     # In a fixed order: the order of the mapping is not part of a run's digest, so the splits must not depend on it.
     names = sorted(shares, key=lambda name: (SPLITS.index(name) if name in SPLITS else len(SPLITS), name))
     for name in names:
-        number(shares[name], "task.source.shares", 0, 1)
+        number(shares[name], "source.shares", 0, 1)
     if not names or abs(sum(shares.values()) - 1) > 1e-6:
-        raise InputError(f"task.source.shares={dict(shares)} add up to {sum(shares.values()):g}, not 1", "task.source.shares")
+        raise InputError(f"source.shares={dict(shares)} add up to {sum(shares.values()):g}, not 1", "source.shares")
     table = Table.of(examples)
     bounds = list(itertools.accumulate(shares[name] for name in names))[:-1]  # the last takes the rest, rounding included
     parts = np.fromiter((bisect.bisect_right(bounds, hash_fraction(texts)) for texts in table.texts), np.int8, len(table))
@@ -92,21 +92,21 @@ def check_text(text: object, name: str, where: str, *, blank: bool) -> None:
         InputError: for a value that is not text, has a NUL character, or is blank although `blank` is false.
     """
     if not isinstance(text, str):
-        raise InputError(f"{where}: '{name}' is {literal(text)}, not text", "task.text")
+        raise InputError(f"{where}: '{name}' is {literal(text)}, not text", "text")
     if "\0" in text:
-        raise InputError(f"{where}: '{name}' has a NUL character: {literal(text)}; is the file damaged?", "task.text")
+        raise InputError(f"{where}: '{name}' has a NUL character: {literal(text)}; is the file damaged?", "text")
     if not blank and is_blank(text):
-        raise InputError(f"{where}: '{name}' is blank ({literal(text)}); leave the line out, or give it a text", "task.text")
+        raise InputError(f"{where}: '{name}' is blank ({literal(text)}); leave the line out, or give it a text", "text")
 
 
 def half_character(where: str, error: UnicodeEncodeError) -> InputError:
     """Return the error for a text with a lone surrogate, which is half of a character."""
     half = literal(error.object[error.start : error.start + 1])
-    return InputError(f"{where}: half of a character, {half} (a lone surrogate), which is no text", "task.text")
+    return InputError(f"{where}: half of a character, {half} (a lone surrogate), which is no text", "text")
 
 
 def examples_of(
-    table: Iterable[tuple[int, Row]], path: Path, text: Sequence[str], label: str | None, key: str, *, blank: bool = True
+    table: Iterable[tuple[int, Row]], path: Path, text: Sequence[str], label: str | None, key: str | None, *, blank: bool = True
 ) -> Table:
     """Convert the rows of a table to examples, whose labels are None without a label column.
 
@@ -125,7 +125,7 @@ def examples_of(
     for line, row in reported(table, path):
         for name in columns:
             if name not in row:
-                raise no_column(name, row, f"{place}{line}", "task.label" if name == label else "task.text")
+                raise no_column(name, row, f"{place}{line}", "label" if name == label else "text")
         texts = [row[name] for name in text]
         for name, value in zip(text, texts, strict=True):
             # A quick test of the first letter passes nearly every text; `check_text` is slow for a million of them.
@@ -145,9 +145,9 @@ def no_column(name: str, row: Row, where: str, key: str) -> InputError:
     """Return the error for a missing column, with a hint at its usual causes."""
     hint = ""
     if len(row) == 1 and any(mark in str(next(iter(row))) for mark in ";\t|"):
-        hint = ". With another character between fields: task.delimiter=semicolon|tab|pipe"
+        hint = ". With another character between fields: delimiter=semicolon|tab|pipe"
     elif any(" " in str(column) for column in row):
-        hint = ". If the first line is an example, name the columns: 'task.columns=[text,label]'"
+        hint = ". If the first line is an example, name the columns: 'columns=[text,label]'"
     return InputError(f"{where}: no column '{name}'; the columns are {column_names(row)}{hint}", key)
 
 
@@ -172,7 +172,7 @@ def as_names(values: object) -> Any:
     return None if values is None else str(values)
 
 
-def check_hash_split(splits: Splits, path: str, key: str = "task.validation") -> None:
+def check_hash_split(splits: Splits, path: str, key: str = "validation") -> None:
     """Check that every part of a split by hash has an example.
 
     Raises:
@@ -185,7 +185,7 @@ def check_hash_split(splits: Splits, path: str, key: str = "task.validation") ->
             raise InputError(
                 f"{path} is too small to be split: a hash of the text puts {shares} of {sum(sizes.values())} examples, which "
                 f"leaves '{name}' without; give the splits files of their own: "
-                "task.validation=..., task.test=...",
+                "validation=..., test=...",
                 key,
             )
 
@@ -197,10 +197,10 @@ def given_paths(train: object, validation: object, test: object, usage: str) -> 
         InputError: without a training file, or for a value that is neither a file nor a mapping from classes to files.
     """
     if train is None:
-        raise InputError(usage, "task.train")
+        raise InputError(usage, "train")
     paths: dict[str, dict[str | None, Path]] = {}
     for split, value in {"train": train, "validation": validation, "test": test}.items():
-        key = f"task.{split}"
+        key = split
         if isinstance(value, Mapping):
             if len(value) < 2 or not all(isinstance(path, str) for path in value.values()):
                 raise InputError(
@@ -230,7 +230,7 @@ def fingerprint_of(paths: Mapping[str, Mapping[str | None, Path]]) -> dict[str, 
     digests = {}
     for split, files in paths.items():
         for name, path in files.items():
-            check_file(path, f"task.{split}", PER_CLASS.format(key=f"task.{split}"))
+            check_file(path, split, PER_CLASS.format(key=split))
             digests[split if name is None else f"{split}/{name}"] = file_fingerprint(path)
     return digests
 
@@ -262,7 +262,7 @@ class Files:
     columns: Sequence[str] | None = None
 
     def _paths(self) -> dict[str, dict[str | None, Path]]:
-        return given_paths(self.train, self.validation, self.test, "task=file needs task.train=<file.csv|.tsv|.jsonl>")
+        return given_paths(self.train, self.validation, self.test, "task=file needs train=<file.csv|.tsv|.jsonl>")
 
     def splits(self) -> Splits:
         """Return the examples of every split.
@@ -272,7 +272,7 @@ class Files:
         """
         found: Splits = {}
         for split, files in self._paths().items():
-            parts = [self._read(path, name, f"task.{split}") for name, path in files.items()]
+            parts = [self._read(path, name, split) for name, path in files.items()]
             found[split] = parts[0] if len(parts) == 1 else Table.joined(parts)
         if "validation" not in found:
             rest = {} if "test" in found else {"test": 0.1}
@@ -287,12 +287,12 @@ class Files:
         layout = Layout(as_names(self.format), as_names(self.delimiter), as_names(self.columns), self.quoted)
         if name is None and layout.format != "lines":
             if label in text:
-                raise InputError(f"task.label={label} is among task.text={text}: the label would be read as text", "task.label")
+                raise InputError(f"label={label} is among text={text}: the label would be read as text", "label")
             return examples_of(rows(path, key, layout=layout), path, text, label, key, blank=False)
         if name is None:
             raise InputError(
-                f"task.format=lines has no labels: give a file for each class, '{key}={{pos: pos.txt, neg: neg.txt}}'",
-                "task.format",
+                f"format=lines has no labels: give a file for each class, '{key}={{pos: pos.txt, neg: neg.txt}}'",
+                "format",
             )
         if layout.format == "lines" or (layout.format is None and path.suffix.lower() not in (".csv", ".tsv", *JSON)):
             table = ((number, {"text": line}) for number, line in lines(path, key))
@@ -336,20 +336,24 @@ class PackageFile:
         Raises:
             InputError: if the package is not installed.
         """
-        path = package_folder(self.package, "task") / self.file
+        path = package_folder(self.package, None) / self.file
         table = (
             (line, row)
-            for line, row in rows(path, "task")
+            for line, row in rows(path, None)
             if all(row.get(column) == value for column, value in self.where.items())
         )
-        examples = examples_of(table, path, as_names(self.text), as_names(self.label), "task")
+        examples = examples_of(table, path, as_names(self.text), as_names(self.label), None)
         return split_by_hash(examples, self.shares or {"train": 0.8, "validation": 0.1, "test": 0.1})
 
     def fingerprint(self) -> dict[str, str]:
         """Return the package's version, or a digest of the file if the version is unknown."""
-        path = package_folder(self.package, "task") / self.file
+        path = package_folder(self.package, None) / self.file
         version = package_version(self.package)
         return {"package": file_fingerprint(path) if version == "unknown" else f"{self.package}=={version}"}
+
+
+FOLDER_KEY = "paths.glue"
+"""Key that sets `Glue.root` for all tasks: it belongs to the machine, not to a task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,12 +397,12 @@ class Glue:
         assert self.root is not None
         folder = Path(self.root).expanduser() / self.folder
         if not folder.is_dir():
-            raise InputError(f"there is no folder '{folder}' for this GLUE task", "paths.glue")
+            raise InputError(f"there is no folder '{folder}' for this GLUE task", FOLDER_KEY)
         files = {split: folder / f"{name}.tsv" for split, (_, name) in self._names().items()}
         first_validation = next(split for split in files if split != "train")
         for split in ("train", first_validation):
             if not files[split].is_file():
-                raise InputError(f"the file '{files[split]}' does not exist", "paths.glue")
+                raise InputError(f"the file '{files[split]}' does not exist", FOLDER_KEY)
         return {split: path for split, path in {**files, "test": folder / "test.tsv"}.items() if path.is_file()}
 
     def splits(self) -> Splits:
@@ -416,7 +420,7 @@ class Glue:
             if split == "test" and not self._labelled(path, label):
                 continue
             found[split] = examples_of(
-                rows(path, "paths.glue", self.local_columns, skip_broken=self.skip_broken), path, text, label, "paths.glue"
+                rows(path, FOLDER_KEY, self.local_columns, skip_broken=self.skip_broken), path, text, label, FOLDER_KEY
             )
         return found
 
@@ -430,17 +434,17 @@ class Glue:
         except ImportError as error:
             raise InputError(
                 "reading GLUE from the hub needs the package 'datasets' (pip install datasets); "
-                "or point paths.glue at a folder of GLUE's TSV files",
-                "paths.glue",
+                f"or point {FOLDER_KEY} at a folder of GLUE's TSV files",
+                FOLDER_KEY,
             ) from error
-        check_not_here(self.repository, "paths.glue")
+        check_not_here(self.repository, FOLDER_KEY)
         try:
             data = load_dataset(self.repository, self.subset)
         except Exception as error:  # the library raises a dozen kinds for a hub that cannot be reached
             raise InputError(
                 f"'{self.repository}/{self.subset}' cannot be loaded from the hub ({type(error).__name__}: {error}); "
-                "or point paths.glue at a folder of GLUE's TSV files",
-                "paths.glue",
+                f"or point {FOLDER_KEY} at a folder of GLUE's TSV files",
+                FOLDER_KEY,
             ) from error
         names = {**{split: name for split, (name, _) in self._names().items()}, "test": "test"}
         found: Splits = {}

@@ -132,12 +132,12 @@ def known_metrics(metrics: Sequence[str], monitor: str, allowed: tuple[str, ...]
         InputError: for an empty list, a metric that is not allowed, or a monitored one that is not listed.
     """
     if not metrics:
-        raise InputError(f"a task needs a metric of {', '.join(allowed)}", "task.metrics")
+        raise InputError(f"a task needs a metric of {', '.join(allowed)}", "metrics")
     for name in metrics:
         if name not in allowed:
-            raise one_of(name, allowed, "task.metrics")
+            raise one_of(name, allowed, "metrics")
     if monitor not in metrics:
-        raise one_of(monitor, tuple(metrics), "task.monitor")
+        raise one_of(monitor, tuple(metrics), "monitor")
     return tuple(metrics)
 
 
@@ -161,22 +161,22 @@ class Classification(Labelled):
         self.labels: list[str] | None = list(labels)
         self.names = list(labels)
         if len(self.names) < 2 or len(set(self.names)) != len(self.names):
-            raise InputError(f"a classification task needs two different labels or more, got {self.names}", "task.labels")
+            raise InputError(f"a classification task needs two different labels or more, got {self.names}", "labels")
         if blank := [name for name in self.names if not name.strip()]:
-            raise InputError(f"a class needs a name, {literal(blank[0])} is blank", "task.labels")
+            raise InputError(f"a class needs a name, {literal(blank[0])} is blank", "labels")
         for raw, label in codes.items():
             if label not in self.names:
-                raise InputError(f"task.codes maps '{raw}' to '{label}', which is not a label: {self.names}", "task.codes")
+                raise InputError(f"codes maps '{raw}' to '{label}', which is not a label: {self.names}", "codes")
         self.numbers = {name: number for number, name in enumerate(self.names)}
         self.numbers.update({raw: self.numbers[label] for raw, label in codes.items() if raw not in self.numbers})
         for raw, number in list(self.numbers.items()):
-            name = label_name(raw, f"the label {literal(raw)}", "task.labels")
+            name = label_name(raw, f"the label {literal(raw)}", "labels")
             if self.numbers.setdefault(name, number) != number:
-                raise InputError(f"the labels {literal(raw)} and {literal(name)} are the same number", "task.labels")
+                raise InputError(f"the labels {literal(raw)} and {literal(name)} are the same number", "labels")
         self.metrics = known_metrics(metrics, monitor, tuple(CLASSIFICATION))
         self.monitor = monitor
         if "f1" in self.metrics and len(self.names) != 2:
-            raise InputError(f"the metric f1 is for two classes, this task has {len(self.names)}; use macro_f1", "task.metrics")
+            raise InputError(f"the metric f1 is for two classes, this task has {len(self.names)}; use macro_f1", "metrics")
 
     def encode(self, example: Example) -> float:
         """Return the class index of a raw label.
@@ -189,7 +189,7 @@ class Classification(Labelled):
             if is_missing(name):
                 raise missing(example.label, example.where)
             raise InputError(
-                f"{example.where}: unknown label {literal(name)}; the labels are {listed(list(self.numbers))}", "task.labels"
+                f"{example.where}: unknown label {literal(name)}; the labels are {listed(list(self.numbers))}", "labels"
             )
         return self.numbers[name]
 
@@ -201,7 +201,7 @@ class Classification(Labelled):
         """
         if len(set(values)) < 2:
             only = self.names[int(values[0])]
-            raise InputError(f"every training example has the label '{only}'; a classifier needs two or more", "task.label")
+            raise InputError(f"every training example has the label '{only}'; a classifier needs two or more", "label")
 
     def label_tensor(self, values: Sequence[float]) -> Tensor:
         """Return class indices, (batch,), long."""
@@ -266,12 +266,12 @@ class Regression(Labelled):
         value = score_of(example.label)
         if math.isnan(value):
             why = "; the label is missing" if is_missing_score(example.label) else ""
-            raise InputError(f"{example.where}: the score {literal(example.label)} is not a finite number{why}", "task.label")
+            raise InputError(f"{example.where}: the score {literal(example.label)} is not a finite number{why}", "label")
         if abs(value) >= LARGEST:
             raise InputError(
                 f"{example.where}: the score {literal(example.label)} is too large, its squared error would overflow: scale "
                 f"the scores to less than {LARGEST:g}",
-                "task.label",
+                "label",
             )
         return value
 
@@ -290,7 +290,7 @@ class Regression(Labelled):
             raise InputError(
                 f"the scores lie within {spread:g} (their standard deviation) of {float(scores.mean()):g}, too close for "
                 "float32 arithmetic: subtract their mean and scale them",
-                "task.label",
+                "label",
             )
 
     def label_tensor(self, values: Sequence[float]) -> Tensor:

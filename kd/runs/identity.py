@@ -2,15 +2,16 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 from kd.config.cohort import cohort_identity
 from kd.config.pool import pool_identity
-from kd.config.schema import RunSpec
+from kd.config.schema import RunSpec, TaskSpec
 from kd.config.values import has, locate, one_line, shown
 from kd.data.sources import Source, as_names
-from kd.errors import InputError
+from kd.errors import InputError, prefix_error_keys
 from kd.runs.run import RunInputs
 from kd.system.model_sources import fingerprint
 
@@ -74,6 +75,14 @@ def source_of(spec: RunSpec) -> Source:
     return source  # type: ignore[no-any-return]
 
 
+def prefix_task_errors() -> AbstractContextManager[None]:
+    """Let errors about data and labels name the keys of the task; see `kd.errors.prefix_error_keys`.
+
+    A source names the task's key that it reads, `train` or `label`, not its own, because users set the task's.
+    """
+    return prefix_error_keys("task", [part.name for part in fields(TaskSpec)])
+
+
 def digest_inputs(spec: RunSpec, inputs: RunInputs) -> dict[str, Any]:
     """Return the values that the digest is computed from: everything that changes the result, and nothing else.
 
@@ -99,6 +108,9 @@ def digest_inputs(spec: RunSpec, inputs: RunInputs) -> dict[str, Any]:
         trainer["batch_size"] = None
     source = {key: value for key, value in task.pop("source").items() if key not in PATH_KEYS}
     source.update({name: as_names(source[name]) for name in NAMES if name in source})
+    data_source = source_of(spec)
+    with prefix_task_errors():
+        data = data_source.fingerprint()
     identity = {
         "format": DIGEST_FORMAT,
         "method": {key: value for key, value in spec.method.items() if key != "before"},  # an input, with its own digest
@@ -117,7 +129,7 @@ def digest_inputs(spec: RunSpec, inputs: RunInputs) -> dict[str, Any]:
         "pool": pool_identity(spec),
         "cohort": cohort_identity(spec),
         "task": {key: value for key, value in task.items() if key not in PATH_KEYS},
-        "data": {**source, **source_of(spec).fingerprint()},
+        "data": {**source, **data},
         "optimizer": asdict(spec.optimizer),
         "trainer": {key: value for key, value in trainer.items() if key not in NOT_IN_DIGEST},
         "seed": spec.seed,

@@ -19,7 +19,7 @@ from huggingface_hub import try_to_load_from_cache
 from kd.errors import InputError
 
 
-def package_folder(module: str, key: str) -> Path:
+def package_folder(module: str, key: str | None) -> Path:
     """Return the folder of an installed package, without importing it.
 
     Raises:

@@ -74,44 +74,44 @@ def test_a_file_for_each_class_is_read_line_by_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "options", "key", "words"),
     [
-        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b \\ud83d", "label": 0}\n', {}, "task.text", ["line 2", "\\ud83d"]),
-        ("a.json", '[{"text": "a", "label": 1},\n{"text": "b"}]', {}, "task.label", ["line 2", "no column 'label'"]),
-        ("a.json", '[{"text": "a", "label": 1}\n{"text": "b"}]', {}, "task.train", ["line 2", "expecting ','"]),
-        ("a.json", '[{"text": "a", "label": 1},\n 7]', {}, "task.train", ["line 2", "an entry is not an object"]),
-        ("a.json", '[{"text": "a", "label": 1}]\n{}', {}, "task.train", ["line 2", "more text behind"]),
-        ("a.json", "[]", {}, "task.train", ["has no examples"]),
-        ("a.json", "[" * 100_000, {}, "task.train", ["line 1", "recursion"]),
-        ("a.jsonl", '{"text": "a", "label": ' + "9" * 5000 + "}", {}, "task.train", ["line 1", "digits"]),
-        ("a.jsonl", '{"text": "a", "label": 1, "label": 0}', {}, "task.train", ["line 1", "'label' is there twice"]),
-        ("a.jsonl", '{"text": ["a"], "label": 1}', {}, "task.text", ["line 1: 'text' is ['a'], not text"]),
-        ("a.jsonl", '{"text": 5, "label": 1}', {}, "task.text", ["line 1: 'text' is 5, not text"]),
-        ("a.jsonl", '{"text": "a\\u0000b", "label": 1}', {}, "task.text", ["line 1", "NUL"]),
-        ("a.jsonl", '{"text": NaN, "label": 1}', {}, "task.text", ["line 1: 'text' is nan, not text"]),
-        ("a.csv", "text,label\na,1\n,0\n", {}, "task.text", ["line 3", "blank"]),
-        ("a.csv", "text,label\na,1\n \u00a0\t,0\n", {}, "task.text", ["line 3", "blank"]),
-        ("a.csv", "text,label\na,1\n\u200b\x07,0\n", {}, "task.text", ["line 3", "blank"]),
-        ("a.csv", b"text,label\na,1\nb\0,0\n", {}, "task.train", ["line 3", "NUL"]),
-        ("a.csv", b"text,label\n" + b"a,1\n" * 2000 + b"b\0,0\n", {}, "task.text", ["line 2002", "NUL"]),
-        ("a.csv", CSV.encode("utf-16"), {}, "task.train", ["UTF-16"]),
-        ("a.csv", CSV.encode("utf-16-be"), {}, "task.train", ["NUL byte"]),
-        ("a.csv.gz", b"\x1f\x8b\x08abc", {"format": "csv"}, "task.train", ["gzip"]),
-        ("a.csv", b"PK\x03\x04abc", {}, "task.train", ["zip archive or a spreadsheet"]),
-        ("a.csv", 'text,label\na,1\n"b,0\nc,1\n', {}, "task.train", ["line 3", "never closed", "task.quoted"]),
-        ("a.csv", CSV.replace(",", ";"), {}, "task.text", ["task.delimiter="]),
-        ("a.csv", "I liked it,1\nbad,0\n", {}, "task.text", ["task.columns="]),
-        ("a.csv", CSV, {"columns": ["text", "label"]}, "task.columns", ["line 1 holds the names"]),
-        ("a.csv", CSV, {"columns": ["text", "text"]}, "task.columns", ["once"]),
-        ("a.csv", CSV, {"columns": []}, "task.columns", ["once"]),
-        ("a.csv", "a,1,2\n", {"columns": ["text", "label"]}, "task.train", ["line 1: 3 fields where task.columns has 2"]),
-        ("a.csv", CSV, {"delimiter": "::"}, "task.delimiter", ["'::'", "semicolon"]),
-        ("a.csv", CSV, {"delimiter": '"'}, "task.delimiter", ["one character"]),
-        ("a.jsonl", "{}", {"delimiter": ";"}, "task.delimiter", ["is jsonl"]),
-        ("a.jsonl", "{}", {"columns": ["text"]}, "task.columns", ["is jsonl"]),
-        ("a.csv", CSV, {"format": "cvs"}, "task.format", ["csv"]),
-        ("a.csv", CSV, {"format": "lines"}, "task.format", ["no labels"]),
-        ("a.data", CSV, {}, "task.train", ["task.format="]),
-        ("a.csv", CSV, {"label": "text"}, "task.label", ["among task.text"]),
-        ("a.csv", CSV, {"text": []}, "task.text", ["one column"]),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b \\ud83d", "label": 0}\n', {}, "text", ["line 2", "\\ud83d"]),
+        ("a.json", '[{"text": "a", "label": 1},\n{"text": "b"}]', {}, "label", ["line 2", "no column 'label'"]),
+        ("a.json", '[{"text": "a", "label": 1}\n{"text": "b"}]', {}, "train", ["line 2", "expecting ','"]),
+        ("a.json", '[{"text": "a", "label": 1},\n 7]', {}, "train", ["line 2", "an entry is not an object"]),
+        ("a.json", '[{"text": "a", "label": 1}]\n{}', {}, "train", ["line 2", "more text behind"]),
+        ("a.json", "[]", {}, "train", ["has no examples"]),
+        ("a.json", "[" * 100_000, {}, "train", ["line 1", "recursion"]),
+        ("a.jsonl", '{"text": "a", "label": ' + "9" * 5000 + "}", {}, "train", ["line 1", "digits"]),
+        ("a.jsonl", '{"text": "a", "label": 1, "label": 0}', {}, "train", ["line 1", "'label' is there twice"]),
+        ("a.jsonl", '{"text": ["a"], "label": 1}', {}, "text", ["line 1: 'text' is ['a'], not text"]),
+        ("a.jsonl", '{"text": 5, "label": 1}', {}, "text", ["line 1: 'text' is 5, not text"]),
+        ("a.jsonl", '{"text": "a\\u0000b", "label": 1}', {}, "text", ["line 1", "NUL"]),
+        ("a.jsonl", '{"text": NaN, "label": 1}', {}, "text", ["line 1: 'text' is nan, not text"]),
+        ("a.csv", "text,label\na,1\n,0\n", {}, "text", ["line 3", "blank"]),
+        ("a.csv", "text,label\na,1\n \u00a0\t,0\n", {}, "text", ["line 3", "blank"]),
+        ("a.csv", "text,label\na,1\n\u200b\x07,0\n", {}, "text", ["line 3", "blank"]),
+        ("a.csv", b"text,label\na,1\nb\0,0\n", {}, "train", ["line 3", "NUL"]),
+        ("a.csv", b"text,label\n" + b"a,1\n" * 2000 + b"b\0,0\n", {}, "text", ["line 2002", "NUL"]),
+        ("a.csv", CSV.encode("utf-16"), {}, "train", ["UTF-16"]),
+        ("a.csv", CSV.encode("utf-16-be"), {}, "train", ["NUL byte"]),
+        ("a.csv.gz", b"\x1f\x8b\x08abc", {"format": "csv"}, "train", ["gzip"]),
+        ("a.csv", b"PK\x03\x04abc", {}, "train", ["zip archive or a spreadsheet"]),
+        ("a.csv", 'text,label\na,1\n"b,0\nc,1\n', {}, "train", ["line 3", "never closed", "quoted"]),
+        ("a.csv", CSV.replace(",", ";"), {}, "text", ["delimiter="]),
+        ("a.csv", "I liked it,1\nbad,0\n", {}, "text", ["columns="]),
+        ("a.csv", CSV, {"columns": ["text", "label"]}, "columns", ["line 1 holds the names"]),
+        ("a.csv", CSV, {"columns": ["text", "text"]}, "columns", ["once"]),
+        ("a.csv", CSV, {"columns": []}, "columns", ["once"]),
+        ("a.csv", "a,1,2\n", {"columns": ["text", "label"]}, "train", ["line 1: 3 fields where columns=[...] has 2"]),
+        ("a.csv", CSV, {"delimiter": "::"}, "delimiter", ["'::'", "semicolon"]),
+        ("a.csv", CSV, {"delimiter": '"'}, "delimiter", ["one character"]),
+        ("a.jsonl", "{}", {"delimiter": ";"}, "delimiter", ["is jsonl"]),
+        ("a.jsonl", "{}", {"columns": ["text"]}, "columns", ["is jsonl"]),
+        ("a.csv", CSV, {"format": "cvs"}, "format", ["csv"]),
+        ("a.csv", CSV, {"format": "lines"}, "format", ["no labels"]),
+        ("a.data", CSV, {}, "train", ["format="]),
+        ("a.csv", CSV, {"label": "text"}, "label", ["among text="]),
+        ("a.csv", CSV, {"text": []}, "text", ["one column"]),
     ],
 )
 def test_a_bad_file_is_told_with_key_and_line(
@@ -150,15 +150,15 @@ def test_a_path_that_is_no_file_is_told(tmp_path: Path) -> None:
         for action in ("fingerprint", "splits"):
             with pytest.raises(InputError, match=f"(?i){words}") as caught:
                 getattr(Files(train, ["text"], "label", validation=good), action)()
-            assert caught.value.key == "task.train"
+            assert caught.value.key == "train"
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_file_whose_rows_fall_outside_a_split_says_where_they_fall(tmp_path: Path, count: int) -> None:
     path = write(tmp_path, "a.csv", "text,label\n" + "same text,1\n" * count)
-    with pytest.raises(InputError, match=rf"{count} examples, which leaves .* without.*task\.validation=") as caught:
+    with pytest.raises(InputError, match=rf"{count} examples, which leaves .* without.*validation=") as caught:
         Files(path, ["text"], "label").splits()
-    assert caught.value.key == "task.validation"
+    assert caught.value.key == "validation"
 
 
 @pytest.mark.parametrize("name", ["train", "validation", "test"])
@@ -183,7 +183,7 @@ def test_limits_take_the_same_examples_of_every_split_whatever_the_seed(tmp_path
     for split in ("validation", "test"):
         with pytest.raises(InputError, match="at least 1") as caught:
             load(path, **{f"limit_{split}": 0})
-        assert caught.value.key == f"task.limit_{split}"
+        assert caught.value.key == f"limit_{split}"
 
 
 def test_new_keys_of_a_task_are_part_of_a_digest_only_where_they_are_set(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_text_without_labels_takes_the_same_layouts(tmp_path: Path) -> None:
     assert [example.texts for example in found] == [("one line",)]
     with pytest.raises(InputError, match="no classes") as caught:
         TextFiles({"a": lines, "b": lines}, ["text"]).splits()
-    assert caught.value.key == "task.train"
+    assert caught.value.key == "train"
 
 
 # Compact form

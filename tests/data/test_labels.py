@@ -53,12 +53,12 @@ def test_a_missing_label_is_no_class_in_any_format(tmp_path: Path, label: object
         for labels in (None, ["0", "1"]):
             with pytest.raises(InputError, match=f"'{path}', line {line}: the label is missing") as caught:
                 load(path, labels=labels)
-            assert caught.value.key == "task.label"
+            assert caught.value.key == "label"
 
 
 def test_a_word_for_nothing_is_a_class_where_the_task_lists_it(tmp_path: Path) -> None:
     path = table(tmp_path, ["none", "pro", "none"])
-    with pytest.raises(InputError, match=r"task\.labels=\[\.\.\.\]"):
+    with pytest.raises(InputError, match=r"labels=\[\.\.\.\]"):
         load(path)
     assert load(path, labels=["none", "pro"]).labels["train"] == [0, 1, 0]
     with pytest.raises(InputError, match="missing"):
@@ -97,7 +97,7 @@ def test_classes_that_differ_by_their_spelling_alone_are_refused_unless_they_are
     path = jsonl(tmp_path, [one, "x", other, "x"])
     with pytest.raises(InputError, match=r"line 1 has the label .* and .*line 3") as caught:
         load(path)
-    assert caught.value.key == "task.labels"
+    assert caught.value.key == "labels"
     if isinstance(one, str) and isinstance(other, str):
         assert load(path, labels=[one, other, "x"]).labels["train"] == [0, 2, 1, 2]
 
@@ -109,20 +109,20 @@ def test_what_is_no_label_names_its_line(tmp_path: Path, label: object, words: s
     for labels in (None, ["a", "b"]):
         with pytest.raises(InputError, match=f"line 2: the label .* {words}") as caught:
             load(jsonl(tmp_path, ["a", label, "b"]), labels=labels)
-        assert caught.value.key == "task.label"
+        assert caught.value.key == "label"
 
 
 def test_labels_that_are_the_same_number_are_no_two_classes() -> None:
     with pytest.raises(InputError, match="the same number") as caught:
         Classification("t", ["1", "1.0"], {}, ["accuracy"], "accuracy")
-    assert caught.value.key == "task.labels"
+    assert caught.value.key == "labels"
 
 
 def test_scores_are_told_from_classes(tmp_path: Path) -> None:
     scores = [f"{number / 40:.3f}" for number in range(200)]
-    with pytest.raises(InputError, match=r"200 different numbers.*task\.kind=regression .*pearson") as caught:
+    with pytest.raises(InputError, match=r"200 different numbers.*kind=regression .*pearson") as caught:
         load(table(tmp_path, scores))
-    assert caught.value.key == "task.kind"
+    assert caught.value.key == "kind"
     assert "0.25, ..." not in caught.value.message
     assert caught.value.message.count(",") < 20, "not all 200 of them"
     listed = load(table(tmp_path, ["0.5", "1", "1.5"]), labels=["0.5", "1", "1.5"])
@@ -132,7 +132,7 @@ def test_scores_are_told_from_classes(tmp_path: Path) -> None:
 def test_a_column_with_another_label_for_every_example_is_questioned(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is this the column of the label") as caught:
         load(table(tmp_path, [f"id{number}" for number in range(60)]))
-    assert caught.value.key == "task.label"
+    assert caught.value.key == "label"
 
 
 def test_an_unknown_label_lists_the_first_labels_only(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_an_unknown_label_lists_the_first_labels_only(tmp_path: Path) -> None:
 def test_a_classification_without_a_label_column_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="needs the column") as caught:
         load(table(tmp_path, ["a", "b"]), label=None)
-    assert caught.value.key == "task.label"
+    assert caught.value.key == "label"
 
 
 # Scores
@@ -158,7 +158,7 @@ SCORED = {"kind": "regression", "metrics": ["pearson", "spearman", "mse"], "moni
 def test_what_is_no_score_names_its_line(tmp_path: Path, raw: object) -> None:
     with pytest.raises(InputError, match=r"line 2: the score .* is not a finite number") as caught:
         load(jsonl(tmp_path, [1.0, raw, 3.0]), **SCORED)
-    assert caught.value.key == "task.label"
+    assert caught.value.key == "label"
 
 
 @pytest.mark.parametrize("raw", [None, math.nan, "", "nan", "NULL"])
@@ -180,7 +180,7 @@ def test_a_missing_score_is_called_missing(tmp_path: Path, raw: object) -> None:
 def test_scores_that_float32_cannot_learn_are_refused(tmp_path: Path, scores: list[object], words: str) -> None:
     with pytest.raises(InputError, match=words) as caught:
         load(jsonl(tmp_path, scores), **SCORED)
-    assert caught.value.key == "task.label"
+    assert caught.value.key == "label"
 
 
 def test_equal_scores_are_a_poor_task_and_no_error(tmp_path: Path) -> None:

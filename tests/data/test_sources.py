@@ -93,11 +93,11 @@ def test_two_columns_make_a_pair_and_further_ones_are_ignored(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("content", "options", "key", "words"),
     [
-        ("text,label\na,1\n", {"text": ["sentence"]}, "task.text", "line 2: no column 'sentence'; the columns are text, label"),
-        ("text,label\na,1\n", {"label": "gold"}, "task.label", "line 2: no column 'gold'; the columns are text, label"),
-        ("text,label\n", {}, "task.train", "has no examples"),
-        ("", {}, "task.train", "is empty"),
-        ("text,label\na,1\nb\n", {}, "task.train", "line 3: 1 fields"),
+        ("text,label\na,1\n", {"text": ["sentence"]}, "text", "line 2: no column 'sentence'; the columns are text, label"),
+        ("text,label\na,1\n", {"label": "gold"}, "label", "line 2: no column 'gold'; the columns are text, label"),
+        ("text,label\n", {}, "train", "has no examples"),
+        ("", {}, "train", "is empty"),
+        ("text,label\na,1\nb\n", {}, "train", "line 3: 1 fields"),
     ],
 )
 def test_a_bad_file_names_the_key_to_change(tmp_path: Path, content: str, options: dict, key: str, words: str) -> None:
@@ -114,16 +114,16 @@ def test_text_in_json_must_be_text(tmp_path: Path) -> None:
     path.write_text('{"text": "a", "label": 1}\n{"text": null, "label": 1}\n')
     with pytest.raises(InputError, match="line 2: 'text' is null, not text") as caught:
         Files(str(path), ["text"], "label").splits()
-    assert caught.value.key == "task.text"
+    assert caught.value.key == "text"
 
 
 def test_missing_files_name_their_split(tmp_path: Path) -> None:
     train = table(tmp_path / "a.csv", TEXTS[:4])
     for action in ("splits", "fingerprint"):
         for files, key in (
-            (Files(None, ["text"], "label"), "task.train"),
-            (Files(str(tmp_path / "no.csv"), ["text"], "label"), "task.train"),
-            (Files(train, ["text"], "label", test=str(tmp_path / "no.csv")), "task.test"),
+            (Files(None, ["text"], "label"), "train"),
+            (Files(str(tmp_path / "no.csv"), ["text"], "label"), "train"),
+            (Files(train, ["text"], "label", test=str(tmp_path / "no.csv")), "test"),
         ):
             with pytest.raises(InputError) as caught:
                 getattr(files, action)()

@@ -35,7 +35,7 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
     ],
 )
 def test_rows_come_with_the_line_they_begin_on(tmp_path: Path, name: str, content: str | bytes, expected: list) -> None:
-    found = list(rows(write(tmp_path, name, content), "task.train"))
+    found = list(rows(write(tmp_path, name, content), "train"))
     assert [(line, row["text"], row["label"]) for line, row in found] == expected
 
 
@@ -80,8 +80,8 @@ def test_one_text_may_be_longer_than_the_csv_modules_limit(tmp_path: Path) -> No
 def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, content: str | bytes, words: list[str]) -> None:
     path = write(tmp_path, name, content)
     with pytest.raises(InputError) as caught:
-        list(rows(path, "task.train"))
-    assert caught.value.key == "task.train"
+        list(rows(path, "train"))
+    assert caught.value.key == "train"
     for word in (str(path), *words):
         assert word in caught.value.message
 
@@ -89,8 +89,8 @@ def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, content: s
 def test_a_missing_file_and_a_folder_are_no_files(tmp_path: Path) -> None:
     for path, words in ((tmp_path / "a.csv", "does not exist"), (tmp_path, "is a folder, not a file")):
         with pytest.raises(InputError, match=words) as caught:
-            list(rows(path, "task.test"))
-        assert caught.value.key == "task.test"
+            list(rows(path, "test"))
+        assert caught.value.key == "test"
 
 
 def test_a_quote_that_is_never_closed_is_named_by_the_line_that_opens_it(tmp_path: Path) -> None:

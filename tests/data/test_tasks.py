@@ -66,19 +66,19 @@ def test_a_name_that_looks_like_a_code_stays_a_name() -> None:
 def test_an_unknown_label_names_the_line_and_the_labels(raw: object) -> None:
     with pytest.raises(InputError, match=r"'a\.csv', line 7: unknown label .*no, yes") as caught:
         classes(["no", "yes"]).encode(example(raw))
-    assert caught.value.key == "task.labels"
+    assert caught.value.key == "labels"
 
 
 @pytest.mark.parametrize(
     ("labels", "codes", "metrics", "monitor", "key"),
     [
-        (["a"], {}, ["accuracy"], "accuracy", "task.labels"),
-        (["a", "a"], {}, ["accuracy"], "accuracy", "task.labels"),
-        (["a", "b"], {"0": "c"}, ["accuracy"], "accuracy", "task.codes"),
-        (["a", "b"], {}, ["acuracy"], "acuracy", "task.metrics"),
-        (["a", "b"], {}, ["pearson"], "pearson", "task.metrics"),
-        (["a", "b"], {}, ["accuracy"], "f1", "task.monitor"),
-        (["a", "b", "c"], {}, ["f1"], "f1", "task.metrics"),
+        (["a"], {}, ["accuracy"], "accuracy", "labels"),
+        (["a", "a"], {}, ["accuracy"], "accuracy", "labels"),
+        (["a", "b"], {"0": "c"}, ["accuracy"], "accuracy", "codes"),
+        (["a", "b"], {}, ["acuracy"], "acuracy", "metrics"),
+        (["a", "b"], {}, ["pearson"], "pearson", "metrics"),
+        (["a", "b"], {}, ["accuracy"], "f1", "monitor"),
+        (["a", "b", "c"], {}, ["f1"], "f1", "metrics"),
     ],
 )
 def test_a_description_that_cannot_work_names_its_key(labels, codes, metrics, monitor, key: str) -> None:
@@ -90,13 +90,13 @@ def test_a_description_that_cannot_work_names_its_key(labels, codes, metrics, mo
 def test_a_regression_refuses_metrics_of_classes() -> None:
     with pytest.raises(InputError, match="pearson") as caught:
         Regression("t", ["accuracy"], "accuracy")
-    assert caught.value.key == "task.metrics"
+    assert caught.value.key == "metrics"
 
 
 def test_an_unknown_kind_of_task_is_refused() -> None:
     with pytest.raises(InputError, match="Did you mean 'regression'") as caught:
         build_task(spec(kind="regresion"), {})
-    assert caught.value.key == "task.kind"
+    assert caught.value.key == "kind"
 
 
 def test_without_labels_the_classes_are_the_sorted_labels_of_train() -> None:
@@ -126,7 +126,7 @@ def test_a_missing_label_is_no_class(missing: object) -> None:
 def test_a_score_that_is_no_number_names_its_line(raw: object) -> None:
     with pytest.raises(InputError, match=r"'a\.csv', line 7: the score .* is not a finite number") as caught:
         scores().encode(example(raw))
-    assert caught.value.key == "task.label"
+    assert caught.value.key == "label"
 
 
 def test_scores_are_read_as_they_are() -> None:

@@ -32,10 +32,10 @@ class TextFiles:
     columns: Sequence[str] | None = None
 
     def _paths(self) -> dict[str, dict[str | None, Path]]:
-        paths = given_paths(self.train, self.validation, None, "task=text needs task.train=<file.txt|.csv|.tsv|.jsonl>")
+        paths = given_paths(self.train, self.validation, None, "task=text needs train=<file.txt|.csv|.tsv|.jsonl>")
         for split, files in paths.items():
             if None not in files:
-                raise InputError(f"text without labels has no classes: task.{split} must be a file", f"task.{split}")
+                raise InputError(f"{split} must be a file: text without labels has no classes", split)
         return paths
 
     def splits(self) -> Splits:
@@ -44,7 +44,7 @@ class TextFiles:
         Raises:
             InputError: if a file is missing, empty, not text, lacks the column, or has a broken line.
         """
-        splits: Splits = {split: self._read(files[None], f"task.{split}") for split, files in self._paths().items()}
+        splits: Splits = {split: self._read(files[None], split) for split, files in self._paths().items()}
         if "validation" not in splits:
             splits = split_by_hash(splits["train"], {"train": 1 - HELD_OUT, "validation": HELD_OUT})
             check_hash_split(splits, f"'{self.train}'")

@@ -159,7 +159,7 @@ class MaskedTokens:
         self.chunks = np.asarray(list(self._cut(sizes.max(axis=0), first.words, predictable)), dtype=np.int64).reshape(-1, 2)
         """Index of the first word of each chunk and of the word after its last, (chunks, 2)."""
         if not len(self.chunks):
-            raise InputError("no text has a token that could be predicted", "task.text")
+            raise InputError("no text has a token that could be predicted", "text")
         share = self.probability if len(self.vocabularies) > 1 else 0.0
         most = np.concatenate([[0], np.cumsum(np.minimum(sizes.max(axis=0), self.room))])
         cut = most[self.chunks[:, 1]] - most[self.chunks[:, 0]]
