@@ -473,20 +473,35 @@ def test_batches_of_the_pass_hold_every_example_once_and_are_bounded() -> None:
 
 KILLED = """
 import os, signal, sys
-from kd.teacher_cache import cache as caching
+from kd.teacher_cache import store as module
 from kd.teacher_cache.store import Share, TensorStore
-original, calls = TensorStore.commit, []
-if int(sys.argv[1]) < 0:
-    Share.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-def commit(self, name, entry, ranks):
-    if len(calls) == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
+
+moment, after = sys.argv[1], int(sys.argv[2])
+commit, replace, calls = TensorStore.commit, os.replace, []
+
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def rename(source, target):
+    if moment == "rename" and str(target).endswith(".npy"):
+        kill()
+    replace(source, target)
+
+def stopped(store, name, entry, ranks):
+    if len(calls) == after:  # at this tensor
+        if moment == "begin":
+            kill()
+        os.replace = rename
+        module.write_text = kill if moment == "describe" else module.write_text
     calls.append(name)
-    original(self, name, entry, ranks)
-TensorStore.commit = commit
+    commit(store, name, entry, ranks)
+
+TensorStore.commit = stopped
+if moment == "write":
+    Share.write = kill
 from whole_runs import planned
 from test_caching import built
-built(sys.argv[2:])
+built(sys.argv[3:])
 """
 
 
@@ -500,13 +515,15 @@ def undisturbed(small: Small, teacher: Path, tmp_path_factory: pytest.TempPathFa
     return result
 
 
-@pytest.mark.parametrize("after", [-1, 0, 1, 2])
-def test_a_kill_leaves_what_was_there_or_nothing(fresh, after: int, undisturbed: dict) -> None:
+@pytest.mark.parametrize(
+    ("moment", "after"), [("write", 0), ("begin", 0), ("begin", 1), ("begin", 2), ("rename", 1), ("describe", 1)]
+)
+def test_a_kill_leaves_what_was_there_or_nothing(fresh, moment: str, after: int, undisturbed: dict) -> None:
     words = fresh("method=pkd")
-    done = Command(["-c", KILLED, str(after), *words])
+    done = Command(["-c", KILLED, moment, str(after), *words])
     output, _ = done.communicate(timeout=240)
     assert done.returncode == -signal.SIGKILL, output
-    assert len(kept(words)["train"]) == max(after, 0)
+    assert len(kept(words)["train"]) == after
     _, result = made(words)
     assert result["metrics"] == undisturbed["metrics"]
 

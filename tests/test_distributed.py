@@ -36,6 +36,7 @@ from kd.training import fit
 from kd import train
 from kd.engines.distiller import Distiller
 from kd.errors import InputError
+from kd.system import watchdog
 
 kind, folder, rank = os.environ["TROUBLE"], Path(os.environ["FOLDER"]), int(os.environ["RANK"])
 (folder / f"rank{rank}").write_text(str(os.getpid()))
@@ -43,8 +44,12 @@ step = Distiller.training_step
 
 def troubled(engine, batch, batch_idx):
     loss = step(engine, batch, batch_idx)
+    if (rank, engine.current_epoch, batch_idx) == (0, 1, 4):
+        (folder / "waits").touch()  # soon: its next collective is after this batch, which rank 1 does not leave
     if kind == "preflight" or (rank, engine.current_epoch, batch_idx) != (1, 1, 4):
         return loss
+    while kind == "wait" and not (folder / "waits").exists():  # for the first rank, which may be late
+        time.sleep(0.05)
     (folder / "troubled").touch()
     if kind == "nan":
         from kd.engines.nonfinite import NonFiniteLoss
@@ -65,6 +70,8 @@ def refuse(*arguments):  # on the first rank only
 def unreadable(*arguments):
     raise InputError("a file that this machine lacks", "task.train")
 
+if kind != "unplug":  # the store can be reached, if late on a busy machine, so that one rank alone prints
+    watchdog.ANSWER = 20
 Distiller.training_step = troubled
 if kind == "preflight":
     fit.preflight = refuse
@@ -224,7 +231,7 @@ def test_killed_rank_ends_the_other_and_the_next_start_ends_with_the_same_weight
     process = start(overrides, trouble=("SIGKILL", tmp_path))
     output = output_of(process)
     assert process.returncode != 0
-    assert time.time() - (tmp_path / "troubled").stat().st_mtime < 35  # ranks give each other up after 40
+    assert time.time() - (tmp_path / "troubled").stat().st_mtime < 25  # torchrun kills after 30, whatever the ranks do
     assert output.count("resume from the last checkpoint") == 1, output
     assert "another rank has ended" in output or "stopped by SIGTERM" in output
     assert output.count("Traceback") == 1, output  # torchrun's own
@@ -254,7 +261,7 @@ def test_rank_that_does_not_answer_is_given_up(uneven: Callable[[Path], list[str
 @pytest.mark.ddp
 def test_sigterm_ends_a_rank_that_waits_in_a_collective(uneven: Callable[[Path], list[str]], tmp_path: Path) -> None:
     process = start(uneven(tmp_path), trouble=("wait", tmp_path))
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while process.poll() is None and not (tmp_path / "troubled").exists() and time.monotonic() < until:
         time.sleep(0.05)
     output = output_of(process, 25)  # torchrun kills after 30

@@ -364,11 +364,13 @@ def test_killed_process_goes_on(small: Small, tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert run.result is None
+    step = torch.load(run.checkpoints / "last.ckpt", weights_only=True)["global_step"]
     with command(overrides) as process:
         output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
-    assert "resuming from step" in output
+    assert f"resuming from step {step}\n" in output
     assert run.result is not None
+    assert run.result["resumed"] == {"starts": 2, "from_steps": [step]}
 
 
 @pytest.mark.slow
