@@ -20,7 +20,7 @@ from kd.engines.base import Engine
 from kd.errors import InputError
 from kd.runs.run import Run, write_record
 from kd.training import execute
-from kd.training.checkpoints import KINDS, STATE, AtomicCheckpointIO, read_checkpoint, seal
+from kd.training.checkpoints import ENTRY_TYPES, STATE, AtomicCheckpointIO, read_checkpoint, seal
 from kd.training.fit import count_fills
 from kd.training.trainer import last_step, select
 from whole_runs import broken_off, planned
@@ -156,7 +156,7 @@ CHANGES: dict[str, Callable[[dict], object]] = {
     "another optimiser": lambda found: found["optimizer_states"][0]["param_groups"].pop(),
     "no optimiser": lambda found: found.update(optimizer_states=[]),
     "an optimiser that is none": lambda found: found.update(optimizer_states=[3]),
-    **{f"{name} is a text": lambda found, name=name: found.update({name: "x"}) for name in KINDS},  # type: ignore[misc]
+    **{f"{name} is a text": lambda found, name=name: found.update({name: "x"}) for name in ENTRY_TYPES},  # type: ignore[misc]
     "a state that is none": lambda found: found.update(callbacks={"x": 3}),
     "a path that is none": lambda found: found.update(callbacks={"x": {"best_model_path": 3}}),
 }

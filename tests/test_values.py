@@ -32,7 +32,7 @@ from kd.train import main as train_command
 from kd.training.execute import check_all
 from whole_runs import Small, planned
 
-PATIENCE = 30
+TIME_LIMIT = 30
 """Seconds after which a value that is neither accepted nor refused is a fault. Ordinary ones take a tenth of a second."""
 
 
@@ -58,7 +58,7 @@ def composed(small: Small) -> DictConfig:
 
 def attempt(composed: DictConfig, key: str, value: Any, full: bool) -> None:
     """Lay a value over a configuration, and plan and check the run of it, models without weights."""
-    signal.alarm(PATIENCE)
+    signal.alarm(TIME_LIMIT)
     config = composed.copy()
     OmegaConf.set_struct(config, False)
     try:
@@ -140,7 +140,7 @@ def test_no_option_of_a_method_takes_just_anything(method: str, key: str, small:
     @settings(BOUNDED, max_examples=1)
     @given(WRONG)
     def run(value: Any) -> None:
-        signal.alarm(PATIENCE)
+        signal.alarm(TIME_LIMIT)
         changed = config.copy()
         OmegaConf.set_struct(changed, False)
         OmegaConf.update(changed, key, value, merge=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 from kd.bench.candidates import BASELINES, CACHED, CANDIDATES, FINETUNE, LIVE, Candidate
 from kd.bench.cost import product_rate
-from kd.bench.figures import figures, lines, markdown, tabulate
+from kd.bench.figures import figures, markdown, measurement_notes, tabulate
 from kd.bench.workers import Job, Turn, Worker
 from kd.config.compose import compose
 from kd.errors import InputError
@@ -39,7 +39,7 @@ def benchmark(
         WorkerDied: if a candidate's process ends early.
     """
     chosen = plan(compose(LIVE.overrides(overrides)), overrides)
-    check_run(chosen)
+    check_measurable(chosen)
     if peer:
         from kd.bench.textbrewer import check_textbrewer
 
@@ -93,7 +93,7 @@ def benchmark(
     }
 
 
-def check_run(run: Run) -> None:
+def check_measurable(run: Run) -> None:
     """Check that a run can be measured on this machine.
 
     Raises:
@@ -145,7 +145,7 @@ def report(found: Mapping[str, Any], as_json: Path | None, picture: Path | None,
     """Print the table, and write the requested files."""
     out = console(220)
     out.print(tabulate(found))
-    for line in lines(found):
+    for line in measurement_notes(found):
         out.print(line, soft_wrap=True)
     places = {"json": [as_json], "table": [], "picture": [picture]}
     if folder is not None:

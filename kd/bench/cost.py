@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 DTYPES = {"32-true": "float32", "bf16-mixed": "bfloat16", "16-mixed": "float16", "64-true": "float64"}
 """Trainer precision -> data type of its matrix products."""
 
-SIZES = {"cpu": (1024, 1536), "cuda": (4096, 8192)}
+MATRIX_SIZES = {"cpu": (1024, 1536), "cuda": (4096, 8192)}
 """Rows of the square matrices whose product is timed: large enough for a core, or a GPU, to reach its peak rate."""
 
 PRODUCTS = 3
@@ -73,7 +73,7 @@ def product_rate(dtype: str, accelerator: str = "cpu") -> float:
     import torch
 
     device, best = device_of(accelerator), 0.0
-    for size in SIZES[device]:
+    for size in MATRIX_SIZES[device]:
         left, right = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
         torch.mm(left, right)
         for _ in range(PRODUCTS):

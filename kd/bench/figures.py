@@ -133,7 +133,7 @@ def title(found: Mapping[str, Any]) -> str:
     return f"method={found['method']} student={found['student']} teacher={teacher} task={found['task']}"
 
 
-def lines(found: Mapping[str, Any]) -> list[str]:
+def measurement_notes(found: Mapping[str, Any]) -> list[str]:
     """Return sentences that describe how the figures were measured."""
     cpu, threads, gpus = (found["hardware"][name] for name in ("cpu", "threads", "gpus"))
     cuda = any(one["device"] == "cuda" for one in found["candidates"].values())
@@ -172,4 +172,4 @@ def markdown(found: Mapping[str, Any]) -> str:
     head, *rows = cells(found)
     rule = ["---", *["---:"] * (len(head) - 1)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
-    return f"{title(found)}\n\n{table}\n\n" + "\n\n".join(lines(found)) + "\n"
+    return f"{title(found)}\n\n{table}\n\n" + "\n\n".join(measurement_notes(found)) + "\n"

@@ -119,7 +119,7 @@ def distillation(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-class Padded:
+class TextBrewerCollate:
     """Collate function from rows of a turn's examples to the inputs of both models.
 
     Args:
@@ -224,7 +224,7 @@ def train_textbrewer(job: Job, gate: Gate) -> None:
     prepared = prepare(job)
     spec = prepared.run.spec
     distiller = build_distiller(prepared, str(prepared.run.directory), job.turns)
-    collate = Padded(prepared, spec.task.max_length if job.candidate.padded else None)
+    collate = TextBrewerCollate(prepared, spec.task.max_length if job.candidate.padded else None)
     torch.manual_seed(spec.seed)
     rows: Any = RowIndices(len(prepared.lengths))
     loader = DataLoader(rows, spec.trainer.batch_size, shuffle=True, collate_fn=collate, num_workers=spec.trainer.num_workers)

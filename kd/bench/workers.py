@@ -15,7 +15,7 @@ from kd.bench.candidates import Candidate
 from kd.errors import InputError
 
 WAITING, GO, STOP = "waiting", "go", "stop"
-PATIENCE = 10.0
+EXIT_TIMEOUT = 10.0
 """Seconds that a worker has to exit after a stop message."""
 
 
@@ -164,10 +164,10 @@ class Worker:
         with contextlib.suppress(OSError):  # the process has already ended
             self.channel.send(STOP)
         self.channel.close()
-        self.process.join(PATIENCE if self.facts else 0)
+        self.process.join(EXIT_TIMEOUT if self.facts else 0)
         if self.process.is_alive():
             self.process.terminate()
-            self.process.join(PATIENCE)
+            self.process.join(EXIT_TIMEOUT)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
@@ -182,5 +182,5 @@ class Worker:
         return message
 
     def _died(self) -> WorkerDied:
-        self.process.join(PATIENCE)
+        self.process.join(EXIT_TIMEOUT)
         return WorkerDied(self.name, self.process.exitcode)

@@ -25,7 +25,7 @@ from kd.schedules import Schedule, ScheduleNode, as_schedule, extremes
 BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 """Kinds of parameters that a node can set."""
 
-TRUTHS = ("<class 'bool'>", "bool", "bool | None", "typing.Optional[bool]")
+BOOLEAN_ANNOTATIONS = ("<class 'bool'>", "bool", "bool | None", "typing.Optional[bool]")
 """Annotations of boolean arguments, as text."""
 
 
@@ -70,7 +70,7 @@ def arguments_of(target: Callable[..., Any], node: Mapping[str, Any], key: str, 
         if name not in names and not any_name:
             accepted = f"it takes {', '.join(names)}" if names else "it takes none"
             raise InputError(f"{getattr(target, '__name__', target)} takes no argument '{name}'; {accepted}", where)
-        if value is not None and str(hints.get(name)) in TRUTHS:
+        if value is not None and str(hints.get(name)) in BOOLEAN_ANNOTATIONS:
             switch(value, where)
         arguments[name] = made_schedules(value, where)
     return arguments

@@ -43,7 +43,7 @@ class BuiltModels(Models):
 
 
 @dataclass(frozen=True, slots=True)
-class Learner:
+class LearnerPlan:
     """Plan of a model that is trained.
 
     Attributes:
@@ -87,8 +87,8 @@ class ModelPlan:
     method: Method
     weights: dict[str, Schedule]
     teachers: Sequence[TeacherPlan]
-    online: Learner | None
-    students: Mapping[str, Learner]
+    online: LearnerPlan | None
+    students: Mapping[str, LearnerPlan]
     shapes: Models
     complete: bool
 
@@ -175,7 +175,7 @@ def check_teacher_count(run: Run, method: Method) -> None:
         )
 
 
-def plan_online(run: Run, task: Task) -> Learner | None:
+def plan_online(run: Run, task: Task) -> LearnerPlan | None:
     """Plan the teacher that is trained together with the students; None if teachers are frozen.
 
     Raises:
@@ -193,7 +193,7 @@ def plan_online(run: Run, task: Task) -> Learner | None:
             student = plan_student(
                 spec.student, backbone, task.labels, initial, key=key, initial_key=key, pairs=pairs, start=task.start
             )
-    return Learner(student, spec.seed)
+    return LearnerPlan(student, spec.seed)
 
 
 def materialise_online(plan: ModelPlan) -> Encoder | None:
@@ -209,7 +209,7 @@ def materialise_online(plan: ModelPlan) -> Encoder | None:
         return plan.online.materialise()
 
 
-def plan_learner(run: Run, task: Task, spec: StudentSpec, index: int, inputs: InputModels) -> Learner:
+def plan_learner(run: Run, task: Task, spec: StudentSpec, index: int, inputs: InputModels) -> LearnerPlan:
     """Plan a student.
 
     Args:
@@ -245,7 +245,7 @@ def plan_learner(run: Run, task: Task, spec: StudentSpec, index: int, inputs: In
     depth = None if plan.copied is None else plan.copied.config.num_hidden_layers
     record = run.init_run.result if spec.init == "run" else None
     origin = "" if record is None else f", begun from {record['init']}"
-    return Learner(plan, own_seed, describe_init(spec, plan.config.num_hidden_layers, depth) + origin)
+    return LearnerPlan(plan, own_seed, describe_init(spec, plan.config.num_hidden_layers, depth) + origin)
 
 
 def bind(run: Run, task: Task, method: Method, student: Encoder, models: Models) -> Method:

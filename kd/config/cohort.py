@@ -52,7 +52,7 @@ def check_cohort(spec: RunSpec) -> None:
             )
         ((name, teacher),) = spec.teacher.items()
         begins = nested(teacher.run, "student.init") or "first"
-        if begins in WHOLE or teacher.run.get("surgery"):
+        if begins in WHOLE_MODEL_INITS or teacher.run.get("surgery"):
             raise InputError(
                 f"a teacher that is trained online starts from layers of its backbone or at random, not from a {begins}",
                 f"teacher.{name}.run.student.init",
@@ -115,7 +115,7 @@ def students_of(spec: RunSpec) -> dict[str, StudentSpec]:
     return students
 
 
-WHOLE = ("run", "checkpoint")
+WHOLE_MODEL_INITS = ("run", "checkpoint")
 """Initialisations that copy a whole model, so that the student must have its shape."""
 
 
@@ -137,21 +137,21 @@ def varied(student: StudentSpec, entry: object, changes: object) -> StudentSpec:
     except OmegaConfBaseException as error:
         raise InputError(f"cohort.students: '{entry}': {str(error).splitlines()[0]}", "cohort.students") from error
     assert isinstance(merged, StudentSpec)
-    check_sizes(merged, entry)
+    check_cohort_student(merged, entry)
     if not isinstance(merged.name, str) or not re.fullmatch(r"[\w-][\w.-]*", merged.name) or merged.name in RESERVED:
         raise InputError(
             f"cohort.students: the name '{merged.name}' becomes a folder's name: use letters, digits, '.', '_', '-', and not "
             f"{' or '.join(RESERVED)}",
             "cohort.students",
         )
-    if merged.init in WHOLE and merged.init != student.init:
+    if merged.init in WHOLE_MODEL_INITS and merged.init != student.init:
         raise InputError(f"cohort.students: init={merged.init} is set for all students, by student.init", "cohort.students")
-    if changes and student.init in WHOLE:
+    if changes and student.init in WHOLE_MODEL_INITS:
         raise InputError(f"students from one {student.init} have to be equal: use cohort.students=2", "cohort.students")
     return merged
 
 
-def check_sizes(student: StudentSpec, entry: object) -> None:
+def check_cohort_student(student: StudentSpec, entry: object) -> None:
     """Check the numeric settings of a student of a cohort.
 
     Raises:

@@ -468,7 +468,7 @@ def _check_type(value: object, hint: object, key: str) -> None:
         raise InputError(f"{key}={shown(value)} takes a list: {as_list(value, key)}", key)
     elif hint is str and isinstance(value, bool | float):
         raise InputError(f"{key}={shown(value)} is a {_kind(value)}, not a word; a word that looks like one needs quotes", key)
-    elif hint is bool and str(value).lower() not in TRUTHS and not isinstance(value, list | dict) and value is not None:
+    elif hint is bool and str(value).lower() not in BOOLEAN_TEXTS and not isinstance(value, list | dict) and value is not None:
         raise InputError(f"{key}={shown(value)} is neither true nor false", key)
 
 
@@ -492,7 +492,7 @@ def as_list(value: object, key: str) -> str:
     return f"'{key}=[{meant}]'"
 
 
-TRUTHS = ("true", "false", "yes", "no", "on", "off", "y", "n", "1", "0")
+BOOLEAN_TEXTS = ("true", "false", "yes", "no", "on", "off", "y", "n", "1", "0")
 """Texts that stand for a boolean; OmegaConf would also convert any other number to true."""
 
 

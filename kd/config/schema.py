@@ -200,7 +200,7 @@ MOST = {
 }
 """Keys whose values are whole numbers from 1, and the largest allowed value of each."""
 
-SIZES = {"layers": 256, "width": 65_536, "heads": 65_536, "intermediate": 1_048_576}
+LARGEST_SIZES = {"layers": 256, "width": 65_536, "heads": 65_536, "intermediate": 1_048_576}
 """Sizes of a student, whole numbers from 1, and the largest allowed value of each."""
 
 LONGEST_NAME = 64
@@ -274,7 +274,7 @@ def check_student(student: StudentSpec) -> None:
     Raises:
         InputError: for a value out of range.
     """
-    for name, most in SIZES.items():
+    for name, most in LARGEST_SIZES.items():
         if (value := getattr(student, name)) is not None:
             whole(value, f"student.{name}", 1, most)
     if student.dropout is not None:

@@ -52,7 +52,7 @@ def load_examples(spec: TaskSpec, source: Source) -> Examples:
         if limit is not None and limit < 1:
             raise InputError(f"limit_{split}={limit} must be at least 1", f"limit_{split}")
     raw = {split: Table.of(examples) for split, examples in source.splits().items()}
-    check_sizes(raw)
+    check_splits(raw)
     task = build_task(spec, raw["train"])
     raw["train"] = limited(raw["train"], spec.limit_train)
     if spec.holdout is not None:
@@ -71,7 +71,7 @@ def load_examples(spec: TaskSpec, source: Source) -> Examples:
     return Examples(task, {split: raw[split].texts for split in ordered}, {split: labels[split] for split in ordered})
 
 
-def check_sizes(raw: Mapping[str, Table]) -> None:
+def check_splits(raw: Mapping[str, Table]) -> None:
     """Check that every split has examples.
 
     Raises:

@@ -19,7 +19,7 @@ LISTED = 10
 SCORES = 3
 """Number of distinct numeric labels, not all integers, from which a column is taken for scores, not classes. Our choice."""
 
-WHOLE = re.compile(r"([+-]?\d+)\.0*")
+WHOLE_NUMBER = re.compile(r"([+-]?\d+)\.0*")
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 
 
@@ -32,7 +32,7 @@ def label_text(name: object) -> str:
     text = str(name).strip()
     if isinstance(name, float):
         return str(int(name)) if name.is_integer() else text
-    whole = WHOLE.fullmatch(text)
+    whole = WHOLE_NUMBER.fullmatch(text)
     return whole[1] if whole else text
 
 

@@ -190,7 +190,7 @@ def rows(
         if kind in ("csv", "tsv"):
             yield from _delimited(path, key, layout, kind, encoding, skip_broken=skip_broken)
         elif kind == "lines":
-            for number, line in lines(path, key, encoding):
+            for number, line in nonblank_lines(path, key, encoding):
                 yield number, {"text": line}
         else:
             yield from _json_rows(path, key, encoding)
@@ -200,7 +200,7 @@ def rows(
         raise InputError(f"the file '{path}' cannot be read ({error.strerror})", key) from error
 
 
-def lines(path: Path, key: str | None, encoding: str = "utf-8-sig") -> Iterator[tuple[int, str]]:
+def nonblank_lines(path: Path, key: str | None, encoding: str = "utf-8-sig") -> Iterator[tuple[int, str]]:
     """Yield the lines of a file that are not blank, with their numbers.
 
     Raises:

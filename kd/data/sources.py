@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kd.config.values import literal, number
-from kd.data.readers import Layout, Row, check_file, column_names, data_path, lines, rows
+from kd.data.readers import Layout, Row, check_file, column_names, data_path, nonblank_lines, rows
 from kd.data.texts import Example as Example
 from kd.data.texts import Table, TableWriter
 from kd.errors import InputError
@@ -295,7 +295,7 @@ class Files:
                 "format",
             )
         if layout.format == "lines" or (layout.format is None and path.suffix.lower() not in (".csv", ".tsv", *JSON)):
-            table = ((number, {"text": line}) for number, line in lines(path, key))
+            table = ((number, {"text": line}) for number, line in nonblank_lines(path, key))
             found = examples_of(table, path, ["text"], None, key, blank=False)
         else:
             found = examples_of(rows(path, key, layout=layout), path, text, None, key, blank=False)

@@ -24,7 +24,7 @@ SCORE = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 LARGEST = 1e18
 """Bound on the magnitude of scores: below it, the sum of a batch's squared errors is finite in float32."""
 
-SMALLEST = 1e-15
+SMALLEST_SPREAD = 1e-15
 """Smallest standard deviation of scores: the square of a hundredth of it is a normal number in float32."""
 
 CLOSEST = 0.01
@@ -286,7 +286,7 @@ class Regression(Labelled):
         if scores.min() == scores.max():  # can be trained on; the preflight warns of it
             return
         spread = float((scores / size).std()) * size
-        if spread < SMALLEST or float(np.spacing(np.float32(size))) > CLOSEST * spread:
+        if spread < SMALLEST_SPREAD or float(np.spacing(np.float32(size))) > CLOSEST * spread:
             raise InputError(
                 f"the scores lie within {spread:g} (their standard deviation) of {float(scores.mean()):g}, too close for "
                 "float32 arithmetic: subtract their mean and scale them",

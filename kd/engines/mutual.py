@@ -19,7 +19,7 @@ from kd.methods.base import Progress, Step
 from kd.models import Encoder, FrozenTeacher
 from kd.system import distributed
 
-UPDATES = ("simultaneous", "sequential")
+UPDATE_ORDERS = ("simultaneous", "sequential")
 TEACHER = "teacher"
 
 
@@ -54,8 +54,8 @@ class MutualDistiller(Engine):
         students, methods, online = models.students, models.methods, models.online
         if len(students) < 2:
             raise InputError(f"mutual learning needs two or more students, not {len(students)}", "cohort.students")
-        if update not in UPDATES:
-            raise one_of(update, UPDATES, "update")
+        if update not in UPDATE_ORDERS:
+            raise one_of(update, UPDATE_ORDERS, "update")
         for method in methods.values():
             check_terms(method.names, models.weights)
             if online is not None and any(needs.gradient for needs in method.needs()[1]):

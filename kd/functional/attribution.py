@@ -10,7 +10,7 @@ from kd.functional.hidden import at_least_float32, mean_over_real, unit
 
 DIFFERENTIATED = ("loss", "logit")
 DISTANCES = ("l2", "l1", "smooth_l1")
-REDUCTIONS = ("examples", "tokens", "norm")
+ATTRIBUTION_REDUCTIONS = ("examples", "tokens", "norm")
 
 
 def odds(logits: Tensor) -> list[Tensor]:
@@ -148,5 +148,5 @@ def map_error(
     if reduction == "tokens":
         return errors[mask].mean()
     if reduction != "examples":
-        raise ValueError(f"reduction '{reduction}' is not one of {', '.join(REDUCTIONS)}")
+        raise ValueError(f"reduction '{reduction}' is not one of {', '.join(ATTRIBUTION_REDUCTIONS)}")
     return mean_over_real(errors, mask, "strict")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-REDUCTIONS = ("elements", "vectors", "examples", "sum")
+HIDDEN_REDUCTIONS = ("elements", "vectors", "examples", "sum")
 PADDING = ("strict", "reference")
 """Means over tokens: `strict` over the real tokens of each example, then over examples; `reference` over all, with padding."""
 
@@ -42,7 +42,7 @@ def patience(student: Tensor, teacher: Tensor, *, normalize: bool = True, reduct
         return squares.sum(dim=(-2, -1)).mean()
     if reduction == "sum":
         return squares.sum()
-    raise ValueError(f"reduction '{reduction}' is not one of {', '.join(REDUCTIONS)}")
+    raise ValueError(f"reduction '{reduction}' is not one of {', '.join(HIDDEN_REDUCTIONS)}")
 
 
 def token_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "strict") -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-REDUCTIONS = ("batchmean", "elementmean", "sum", "none")
+LOGIT_REDUCTIONS = ("batchmean", "elementmean", "sum", "none")
 SOFT_LOSSES = ("kl", "ce", "mse")
 
 
@@ -23,7 +23,7 @@ def _reduce(values: Tensor, reduction: str) -> Tensor:
         return values.sum()
     if reduction == "none":
         return values.sum(dim=-1)
-    raise ValueError(f"reduction '{reduction}' is not one of {', '.join(REDUCTIONS)}")
+    raise ValueError(f"reduction '{reduction}' is not one of {', '.join(LOGIT_REDUCTIONS)}")
 
 
 def _check(student: Tensor, teacher: Tensor) -> None:

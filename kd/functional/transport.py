@@ -7,17 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-UPDATES = ("softmax2", "softmax", "sum")
+MASS_UPDATES = ("softmax2", "softmax", "sum")
 """Functions from inverse unit costs to masses: two softmaxes, one softmax, or division by their sum."""
 
-SMALLEST = 1e-8
+SMALLEST_SHARE = 1e-8
 """Smallest mass of a layer, and smallest unit cost as a share of the sum over all layers."""
 
 RESOLVED = 1e6
 """Largest ratio of the highest cost to the plan's at which the solver's tolerance, about 1e-13 of the former, is negligible."""
 
 
-def plan(cost: Tensor, source: Tensor, target: Tensor) -> Tensor:
+def transport_plan(cost: Tensor, source: Tensor, target: Tensor) -> Tensor:
     """Return the cheapest plan that moves one distribution of mass into another, solved exactly (earth mover's distance).
 
     :math:`F = argmin_{F >= 0} sum_ij F_ij D_ij` with row sums `source` and column sums `target`; solved on the CPU in float64
@@ -35,7 +35,7 @@ def plan(cost: Tensor, source: Tensor, target: Tensor) -> Tensor:
     Raises:
         ValueError: for shapes that do not match, a cost that is not finite, or masses that are negative or do not add up to 1.
 
-    >>> plan(torch.tensor([[1.0, 3.0]]), torch.tensor([1.0]), torch.tensor([0.5, 0.5]))
+    >>> transport_plan(torch.tensor([[1.0, 3.0]]), torch.tensor([1.0]), torch.tensor([0.5, 0.5]))
     tensor([[0.5000, 0.5000]])
     """
     if cost.shape != (len(source), len(target)):
@@ -86,14 +86,14 @@ def cost_attention(flow: Tensor, cost: Tensor, mass: Tensor, update: str = "soft
 
     As in the authors' code, :math:`v_i = 0` if :math:`u_i = 0`: a layer whose transport costs nothing gets the least mass,
     although one whose transport costs almost nothing gets the most. With `sum` their code divides by zero at the next step, or
-    at once if all costs are 0. Ours never does (our choice): a unit cost counts as at least `SMALLEST` of the sum of all,
-    masses are equal if all costs are 0, and every mass is at least `SMALLEST` before they are normalised to add up to 1.
+    at once if all costs are 0. Ours never does (our choice): a unit cost counts as at least `SMALLEST_SHARE` of the sum of all,
+    masses are equal if all costs are 0, and every mass is at least `SMALLEST_SHARE` before they are normalised to add up to 1.
 
     Args:
         flow: (layers, others), the plan F; transposed for the masses of its columns.
         cost: (layers, others), the costs D that the plan was solved for.
         mass: (layers,), the masses w that the plan was solved with.
-        update: one of `UPDATES`.
+        update: one of `MASS_UPDATES`.
         tau: temperature > 0; a large one makes the masses more equal. Not used by `sum`.
 
     Returns:
@@ -121,7 +121,7 @@ def shared_cost_attention(
 
     Args:
         transports: (flow, cost, mass) of each transport, as for `cost_attention`.
-        update: one of `UPDATES`.
+        update: one of `MASS_UPDATES`.
         tau: temperature > 0.
 
     Returns:
@@ -135,8 +135,8 @@ def shared_cost_attention(
     >>> shared_cost_attention([(flow, cost, equal) for cost in costs])
     tensor([0.6071, 0.3929])
     """
-    if update not in UPDATES:
-        raise ValueError(f"update '{update}' is not one of {', '.join(UPDATES)}")
+    if update not in MASS_UPDATES:
+        raise ValueError(f"update '{update}' is not one of {', '.join(MASS_UPDATES)}")
     masses = torch.stack([_first_masses(*transport, update, tau) for transport in transports]).mean(dim=0)
     if update == "softmax2":
         masses = masses.softmax(dim=0)
@@ -145,16 +145,16 @@ def shared_cost_attention(
 
 def _first_masses(flow: Tensor, cost: Tensor, mass: Tensor, update: str, tau: float) -> Tensor:
     """Return the masses of one transport after the first normalisation, in float64."""
-    unit = (flow.double() * cost.double()).sum(dim=1) / mass.double().clamp(min=SMALLEST)
+    unit = (flow.double() * cost.double()).sum(dim=1) / mass.double().clamp(min=SMALLEST_SHARE)
     total = unit.sum()
-    inverse = torch.where(unit > 0, total / unit.clamp(min=float(SMALLEST * total)), 0.0)
-    if update == "softmax2":  # the second softmax makes every mass much larger than SMALLEST
+    inverse = torch.where(unit > 0, total / unit.clamp(min=float(SMALLEST_SHARE * total)), 0.0)
+    if update == "softmax2":  # the second softmax makes every mass much larger than SMALLEST_SHARE
         return (inverse / tau).softmax(dim=0)
     if update == "softmax":
         masses = (inverse / tau).softmax(dim=0)
     else:
         masses = inverse / inverse.sum() if total > 0 else torch.ones_like(unit)
-    masses = masses.clamp(min=SMALLEST)
+    masses = masses.clamp(min=SMALLEST_SHARE)
     return masses / masses.sum()
 
 

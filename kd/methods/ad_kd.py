@@ -17,10 +17,12 @@ from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
 
 VIEWS = ("all", "gold")
-Run = Callable[[Mapping[str, Tensor], Needs], Outputs]
+ForwardPass = Callable[[Mapping[str, Tensor], Needs], Outputs]
 
 
-def passes(run: Run, inputs: Mapping[str, Tensor], outputs: Outputs, steps: int, layer: int) -> list[tuple[Tensor, Tensor]]:
+def passes(
+    run: ForwardPass, inputs: Mapping[str, Tensor], outputs: Outputs, steps: int, layer: int
+) -> list[tuple[Tensor, Tensor]]:
     """Return logits and states of forward passes with a layer's states scaled by 1/m, 2/m, ..., 1; only the last is given.
 
     Args:
@@ -62,7 +64,7 @@ class TeacherMaps:
         of = f"-class{self.first}" if self.first else ""
         return f"attributions-{self.target}-layer{self.layer}-m{self.steps}-k{self.keep or 'all'}{of}"
 
-    def __call__(self, model: Run, inputs: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, model: ForwardPass, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the maps of a batch of inputs."""
         with torch.enable_grad():
             outputs = model(inputs, Needs(hidden=[self.layer], gradient=True))
@@ -155,7 +157,7 @@ class ADKD(Method):
         self.distance = word(distance, attribution.DISTANCES, "distance")
         if attribution_reduction == "norm" and distance != "l2":
             raise InputError("attribution_reduction=norm is the Euclidean norm; with it, use distance=l2", "distance")
-        self.attribution_reduction = word(attribution_reduction, attribution.REDUCTIONS, "attribution_reduction")
+        self.attribution_reduction = word(attribution_reduction, attribution.ATTRIBUTION_REDUCTIONS, "attribution_reduction")
         self.columns: list[int] | None = None
 
     def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:

@@ -11,7 +11,7 @@ from kd.functional import layer_maps
 from kd.functional.attention import score_error
 from kd.functional.hidden import PADDING, token_error
 from kd.functional.logits import SOFT_LOSSES
-from kd.functional.transport import UPDATES, plan, shared_cost_attention
+from kd.functional.transport import MASS_UPDATES, shared_cost_attention, transport_plan
 from kd.methods.base import Method, Step, check_heads, projection
 from kd.methods.options import BATCH_MEANS, number, switch, temperature_schedule, word
 from kd.models import Encoder, FrozenTeacher
@@ -93,7 +93,7 @@ class BertEMD(Method):
         teacher_dropout: bool = False,
     ) -> None:
         super().__init__()
-        self.update = word(update, (*UPDATES, "none"), "update")
+        self.update = word(update, (*MASS_UPDATES, "none"), "update")
         self.tau = number(tau, "tau", 1e-6, 1e6)
         self.separate = switch(separate, "separate")
         self.share_projection = switch(share_projection, "share_projection")
@@ -202,7 +202,7 @@ class BertEMD(Method):
         if not all(cost.isfinite().all() for cost in costs.values()):
             # The terms are not finite either; the engine reports that with a clearer message than the solver would.
             return {kind: torch.outer(*masses[kind]) for kind in ERRORS}
-        self.solved = {kind: (costs[kind], plan(costs[kind], *masses[kind])) for kind in ERRORS}
+        self.solved = {kind: (costs[kind], transport_plan(costs[kind], *masses[kind])) for kind in ERRORS}
         return {kind: flow for kind, (_, flow) in self.solved.items()}
 
     @torch.no_grad()

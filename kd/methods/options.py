@@ -2,7 +2,7 @@
 
 from kd.config.values import LARGEST_SEED, number, shown, switch, whole, word
 from kd.errors import InputError
-from kd.functional.logits import REDUCTIONS
+from kd.functional.logits import LOGIT_REDUCTIONS
 from kd.schedules import Schedule, as_schedule, extremes
 
 __all__ = ["BATCH_MEANS", "LARGEST_SEED", "TEMPERATURES", "number", "switch", "temperature_schedule", "whole", "word"]
@@ -10,7 +10,7 @@ __all__ = ["BATCH_MEANS", "LARGEST_SEED", "TEMPERATURES", "number", "switch", "t
 TEMPERATURES = (1e-3, 1e4)
 """Lowest and highest temperature allowed."""
 
-BATCH_MEANS = tuple(name for name in REDUCTIONS if name not in ("sum", "none"))
+BATCH_MEANS = tuple(name for name in LOGIT_REDUCTIONS if name not in ("sum", "none"))
 """Reductions whose value does not depend on the batch size: a sum over the batch would change with ranks and accumulation."""
 
 

@@ -44,7 +44,14 @@ ROOM = 8
 SHOWN = 4
 """Number of names that a message lists before it says how many more there are."""
 
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "type_vocab_size")
+CONFIG_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
 """Names of sizes in a configuration, for the families that have them; `Family.intermediate` names one more."""
 
 NAMED_SIZES = {
@@ -136,7 +143,7 @@ def _check_config(config: "PretrainedConfig", source: str, key: str) -> None:
     from transformers.activations import ACT2FN
 
     where, family = f"config.json of '{source}'", family_of(config.model_type, key)
-    for name in (*SIZES, family.intermediate):
+    for name in (*CONFIG_SIZES, family.intermediate):
         value = getattr(config, name, None)
         most = DEEPEST if name == "num_hidden_layers" else MOST
         if hasattr(config, name) and not (type(value) is int and 1 <= value <= most):

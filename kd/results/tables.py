@@ -199,7 +199,7 @@ def _spread(values: Sequence[float | None], scale: float = 100.0) -> str:
     return f"{scale * mean:.{digits}f}{spread}"
 
 
-Scores = Mapping[str, Mapping[str, float | None]]
+SplitScores = Mapping[str, Mapping[str, float | None]]
 
 
 def report_table(results: Sequence[Mapping[str, Any]]) -> Table:
@@ -219,7 +219,7 @@ def report_table(results: Sequence[Mapping[str, Any]]) -> Table:
     for column in ("parameters", "MB", *(f"{split} {name}" for split, name in metrics), "agreement", "latency ms", "train s"):
         table.add_column(column, justify="right", overflow="fold")
 
-    def scores(by_seed: Sequence[Scores]) -> list[str]:
+    def scores(by_seed: Sequence[SplitScores]) -> list[str]:
         return [
             _spread([values[split][name] for values in by_seed], 1.0 if name in OWN_UNITS else 100.0)
             if name in by_seed[0].get(split, {})

@@ -32,7 +32,7 @@ NOT_IN_DIGEST = [
 MACHINE_KEYS = ("precision", "compile", "pad_multiple")
 """Trainer keys that change a result, but are chosen for the machine: runs that train teachers inherit them."""
 
-NAMES = ("text", "label", "columns")
+COLUMN_KEYS = ("text", "label", "columns")
 """Keys of a task's source that name columns; a number on the command line is taken for a name."""
 
 PATH_KEYS = ("root", "train", "validation", "test")
@@ -107,7 +107,7 @@ def digest_inputs(spec: RunSpec, inputs: RunInputs) -> dict[str, Any]:
     if spec.trainer.batch_tokens is not None:
         trainer["batch_size"] = None
     source = {key: value for key, value in task.pop("source").items() if key not in PATH_KEYS}
-    source.update({name: as_names(source[name]) for name in NAMES if name in source})
+    source.update({name: as_names(source[name]) for name in COLUMN_KEYS if name in source})
     data_source = source_of(spec)
     with prefix_task_errors():
         data = data_source.fingerprint()

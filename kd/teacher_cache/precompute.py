@@ -17,9 +17,9 @@ from kd.teacher_cache.store import Entry, Share, TensorStore, stored_as
 
 BATCH_TOKENS = 2048
 """Tokens of a batch, padding included. Our choice: enough to keep the kernels busy, little memory."""
-PROBE = 32
+PROBE_EXAMPLES = 32
 """Number of examples that are run to estimate sizes and speed."""
-PRECISIONS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+AUTOCAST_TYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def probe(
         The entries of the absent tensors, and the estimated seconds of a run over the split.
     """
     order = np.argsort(np.diff(split.store.offsets), kind="stable")
-    middle = max(len(order) // 2 - PROBE // 2, 0)
-    rows = order[middle : middle + PROBE].tolist()
+    middle = max(len(order) // 2 - PROBE_EXAMPLES // 2, 0)
+    rows = order[middle : middle + PROBE_EXAMPLES].tolist()
     with _on_device(teacher, split.precision, device):
         outputs = _outputs_of(teacher, split, rows, device)
         began = time.perf_counter()
@@ -133,7 +133,7 @@ def _on_device(teacher: FrozenTeacher, precision: str, device: torch.device) -> 
     """Put the teacher on a device and in a precision; move it back to the CPU at the end."""
     dtype = torch.float64 if precision == "64-true" else torch.float32
     teacher.encoder.to(device, dtype)
-    mixed = PRECISIONS.get(precision)
+    mixed = AUTOCAST_TYPES.get(precision)
     with uncompiled(teacher.shape), torch.no_grad(), torch.autocast(device.type, mixed, enabled=mixed is not None):
         try:
             yield

@@ -30,7 +30,7 @@ RAW: Mapping[torch.dtype, type] = {
     torch.float16: np.float16,
     torch.bfloat16: np.uint16,  # numpy has no such type; the bits are stored
 }
-NAMES = {np.dtype(raw): str(kind).removeprefix("torch.") for kind, raw in RAW.items()}
+DTYPE_NAMES = {np.dtype(raw): str(kind).removeprefix("torch.") for kind, raw in RAW.items()}
 """Type in a file -> name of the tensor's type."""
 RELEASE = 8
 """Number of reads after which memory-mapped pages are released."""
@@ -187,9 +187,9 @@ class TensorStore:
         shown = self._description(name)["shown"]
         array = np.lib.format.open_memmap(self._path(name, "npy"), mode="r")
         rows, width = array.shape
-        if shown not in NAMES.values():
+        if shown not in DTYPE_NAMES.values():
             raise ValueError(shown)
-        return array, Entry((rows, width), NAMES[array.dtype], shown)
+        return array, Entry((rows, width), DTYPE_NAMES[array.dtype], shown)
 
     def _description(self, name: str) -> Any:
         return json.loads(self._path(name, "json").read_text(encoding="utf-8"))

@@ -28,7 +28,7 @@ DIGITS = 64
 STATE = ("pytorch-lightning_version", "epoch", "global_step", "state_dict", "loops", "callbacks", "lr_schedulers", "kd")
 """Entries that a checkpoint must have for training to resume, besides `optimizer_states`."""
 
-KINDS: Mapping[str, type] = {
+ENTRY_TYPES: Mapping[str, type] = {
     **dict.fromkeys(("epoch", "global_step"), int),
     **dict.fromkeys(("loops", "callbacks", "kd"), dict),
     **dict.fromkeys(("lr_schedulers", "optimizer_states"), list),
@@ -234,7 +234,7 @@ def check_resumable(found: Mapping[str, Any], engine: Engine, path: Path) -> Non
     check_state(found, engine, path)
     if lacking := [name for name in (*STATE, "optimizer_states") if name not in found]:
         raise refused(path, f"it lacks {', '.join(lacking)}")
-    for name, kind in KINDS.items():
+    for name, kind in ENTRY_TYPES.items():
         if not isinstance(found[name], kind):
             raise refused(path, f"its {name} is a {type(found[name]).__name__}")
     states = found["callbacks"].values()

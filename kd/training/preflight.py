@@ -20,7 +20,7 @@ from kd.results.evaluate import baseline
 from kd.results.tables import score
 from kd.runs.run import Run
 
-PROBE = 8
+TRIAL_EXAMPLES = 8
 """Number of examples of the trial batch."""
 LOOK = 256
 """Number of validation examples on which a teacher without a run of its own is evaluated."""
@@ -186,7 +186,7 @@ def check_one_batch(report: Report, engine: Engine, data: KDDataModule) -> None:
             finite scalar.
     """
     lengths = data.tokens["train"][data.student_key].lengths
-    batch = data.collate("train")(lengths.argsort()[:PROBE].tolist())
+    batch = data.collate("train")(lengths.argsort()[:TRIAL_EXAMPLES].tolist())
     with uncounted(engine):
         engine.train()
         loss = engine.loss(batch)

@@ -46,7 +46,7 @@ def test_bench_prints_writes_and_draws(
     drawn = ["--out", str(tmp_path / "out")] if importlib.util.find_spec("matplotlib") else []
     command = [*small("method.weights.hidden=10"), "--steps=2", "--repeats=2", "--json", str(tmp_path / "bench.json")]
     monkeypatch.setattr(sys, "argv", ["kd-bench", *command, *peer, *drawn])
-    monkeypatch.setattr("kd.bench.cost.SIZES", {"cpu": (128,)})
+    monkeypatch.setattr("kd.bench.cost.MATRIX_SIZES", {"cpu": (128,)})
     bench.main()
     shown = capsys.readouterr().out
     found = json.loads((tmp_path / "bench.json").read_text())
@@ -126,7 +126,7 @@ def test_a_worker_that_is_killed_is_named_and_its_fellows_are_ended(
             return super().turn()
 
     monkeypatch.setattr(benchmarks, "Worker", Watched)
-    monkeypatch.setattr("kd.bench.cost.SIZES", {"cpu": (64,)})
+    monkeypatch.setattr("kd.bench.cost.MATRIX_SIZES", {"cpu": (64,)})
     monkeypatch.setattr(benchmarks, "benchmark", partial(benchmark, candidates=[FINETUNE, LIVE]))
     status, said = failing(monkeypatch, capsys, *small("method=kd"), "--steps=1", "--repeats=1")
     alive = [worker.process.is_alive() for worker in made]
@@ -141,14 +141,14 @@ def test_a_worker_that_is_killed_is_named_and_its_fellows_are_ended(
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked")
 def test_where_no_teacher_is_cached_there_is_no_row_of_it(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kd.bench.cost.SIZES", {"cpu": (64,)})
+    monkeypatch.setattr("kd.bench.cost.MATRIX_SIZES", {"cpu": (64,)})
     assert list(benchmark(small("method=finetune", "teacher=[]"), 1, 1)["candidates"]) == ["finetune", "live"]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked")
 def test_of_a_method_with_two_runs_the_first_is_measured(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kd.bench.cost.SIZES", {"cpu": (64,)})
+    monkeypatch.setattr("kd.bench.cost.MATRIX_SIZES", {"cpu": (64,)})
     asked = small("method=tinybert", "student.heads=4", "method.before.run.trainer.max_epochs=2")
     found = benchmark(asked, 1, 1, candidates=[FINETUNE, LIVE])
     assert found["method"] == "tinybert_layers"

@@ -55,7 +55,7 @@ def test_every_precision_has_a_data_type() -> None:
 
 
 def test_rate_of_matrix_products_is_that_of_a_product_timed_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kd.bench.cost.SIZES", {"cpu": (64,)})
+    monkeypatch.setattr("kd.bench.cost.MATRIX_SIZES", {"cpu": (64,)})
     clock = iter(range(100))
     monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
     assert product_rate("float32") == 2 * 64**3  # in one second

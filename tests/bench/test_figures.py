@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from kd.bench.figures import cells, figures, lines, markdown, relative, spread, tabulate
+from kd.bench.figures import cells, figures, markdown, measurement_notes, relative, spread, tabulate
 from kd.bench.workers import Turn
 
 LABELS = {"finetune": "fine-tuning", "live": "pkd, teacher live", "textbrewer": "TextBrewer, padded to 32"}
@@ -81,7 +81,7 @@ def test_tables_say_the_same() -> None:
     text = markdown(found())
     assert text.count("\n|") == 5
     assert "1.50 [1.00, 2.00]" in text
-    assert "Median [range] of 3 rounds" in lines(found())[0]
+    assert "Median [range] of 3 rounds" in measurement_notes(found())[0]
 
 
 def test_without_a_count_of_operations_there_is_no_share() -> None:

@@ -17,7 +17,7 @@ from kd.forward.needs import Needs
 
 pytest.importorskip("textbrewer")
 
-from kd.bench.textbrewer import Padded, build_distiller, check_textbrewer, train_textbrewer
+from kd.bench.textbrewer import TextBrewerCollate, build_distiller, check_textbrewer, train_textbrewer
 
 Small = Callable[..., list[str]]
 
@@ -51,7 +51,9 @@ def test_gradients_equal_the_methods(small: Small, tmp_path: Path, options: list
     assert all(float(term.detach()) > 1e-4 for term in loss.terms.values())
     ours = torch.autograd.grad(loss.total, parameters)
     distiller = build_distiller(prepared, str(tmp_path), 1)
-    theirs = torch.autograd.grad(distiller.train_on_batch(Padded(prepared, 32)(batch.index.tolist()), {})[0], parameters)
+    theirs = torch.autograd.grad(
+        distiller.train_on_batch(TextBrewerCollate(prepared, 32)(batch.index.tolist()), {})[0], parameters
+    )
     assert max(float(each.abs().max()) for each in ours) > 1e-3
     # Longer batches are added up in another order.
     assert all(torch.allclose(our, their, atol=1e-6, rtol=1e-4) for our, their in zip(ours, theirs, strict=True))
@@ -71,7 +73,7 @@ def test_widths_that_differ_get_a_map_for_each_pair(small: Small, tmp_path: Path
 def test_batches_are_padded_to_the_maximum_or_to_their_longest(small: Small, tmp_path: Path) -> None:
     prepared = prepare(job(TEXTBREWER, small(), tmp_path))
     rows = [0, 3, 5]
-    whole, cut = Padded(prepared, 32)(rows), Padded(prepared, None)(rows)
+    whole, cut = TextBrewerCollate(prepared, 32)(rows), TextBrewerCollate(prepared, None)(rows)
     longest = max(prepared.lengths[rows])
     assert whole["input_ids"].shape == (3, 32)
     assert cut["input_ids"].shape == (3, longest)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kd.functional.hidden import PADDING, REDUCTIONS, patience, token_error, unit
+from kd.functional.hidden import HIDDEN_REDUCTIONS, PADDING, patience, token_error, unit
 
 STUDENT, TEACHER = torch.tensor([[[3.0, 4.0]]]).double(), torch.tensor([[[4.0, 3.0]]]).double()
 BATCH, LAYERS, WIDTH = 3, 2, 5
@@ -60,7 +60,7 @@ def test_patience_ignores_scale_only_when_normalised(scales: tuple[float, float]
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", HIDDEN_REDUCTIONS)
 def test_patience_vanishes_at_identity(normalize: bool, reduction: str) -> None:
     _, teacher = states()
     student = teacher.clone().requires_grad_()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kd.functional.logits import REDUCTIONS, kl_divergence, soft_cross_entropy, squared_error
+from kd.functional.logits import LOGIT_REDUCTIONS, kl_divergence, soft_cross_entropy, squared_error
 
 LOSSES = (kl_divergence, soft_cross_entropy, squared_error)
 TEACHER, STUDENT = torch.tensor([[2.0, 0.0]]).double(), torch.zeros(1, 2).double()
@@ -52,7 +52,7 @@ def call(loss: object, student: torch.Tensor, teacher: torch.Tensor, temperature
     return loss(student, teacher, **({} if loss is squared_error else {"temperature": temperature}), **more)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", LOGIT_REDUCTIONS)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 7.0])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_loss_equals_the_formula_written_as_loops(loss, temperature: float, reduction: str) -> None:
@@ -127,7 +127,7 @@ def test_divergence_is_not_symmetric() -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_reductions_are_multiples_of_one_another(loss) -> None:
     student, teacher = logits(batch=5, classes=3)
-    values = {name: call(loss, student, teacher, 2.0, reduction=name) for name in REDUCTIONS}
+    values = {name: call(loss, student, teacher, 2.0, reduction=name) for name in LOGIT_REDUCTIONS}
     assert values["none"].shape == (5,)
     for name, factor in (("batchmean", 1 / 5), ("elementmean", 1 / 15), ("sum", 1)):
         torch.testing.assert_close(values[name], values["none"].sum() * factor)

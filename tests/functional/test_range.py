@@ -18,7 +18,7 @@ from kd.functional.hidden import PADDING
 Call = tuple[Callable[..., Tensor], list[Tensor]]
 """A function of tensors, and the tensors, in float64; gradients are taken with respect to the first."""
 HALF = (torch.float16, torch.bfloat16)
-PRECISIONS = [
+TYPES = [
     (torch.float32, None),
     *((kind, None) for kind in HALF),
     *((torch.float32, kind) for kind in HALF),
@@ -110,7 +110,7 @@ def means_of_distributions(s: Situation) -> Iterator[Call]:
 
 def soft_losses(function: Callable[..., Tensor], s: Situation) -> Iterator[Call]:
     for temperature in (1.0, 4.0):
-        for reduction in logits.REDUCTIONS:
+        for reduction in logits.LOGIT_REDUCTIONS:
             # T squared multiplies rounding too, so it is divided out again
             yield lambda *each, t=temperature, r=reduction: function(*each, t, r) / t**2, s.logits()
 
@@ -137,14 +137,14 @@ def attributions(s: Situation) -> Iterator[Call]:
 def map_errors(s: Situation) -> Iterator[Call]:
     inputs = [maps.abs() * s.mask[..., None] for maps in s.states(6, 3)]
     for distance in attribution.DISTANCES:
-        for reduction in attribution.REDUCTIONS:
+        for reduction in attribution.ATTRIBUTION_REDUCTIONS:
             if reduction != "norm" or distance == "l2":
                 yield lambda *m, d=distance, r=reduction: attribution.map_error(*m, s.mask, d, 2.0, r), inputs
 
 
 def patiences(s: Situation) -> Iterator[Call]:
     for normalize in (True, False):
-        for reduction in hidden.REDUCTIONS:
+        for reduction in hidden.HIDDEN_REDUCTIONS:
             yield lambda *states, n=normalize, r=reduction: hidden.patience(*states, normalize=n, reduction=r), s.states(2, 8)
 
 
@@ -161,7 +161,7 @@ def means(s: Situation) -> Iterator[Call]:
 def transports(s: Situation) -> tuple[Tensor, Tensor, Tensor]:
     cost = s.draw(4, size=s.size, certain=False)[0].abs()
     return (
-        transport.plan(cost, *(torch.full((n,), 1 / n).double() for n in cost.shape)),
+        transport.transport_plan(cost, *(torch.full((n,), 1 / n).double() for n in cost.shape)),
         cost,
         torch.full((len(cost),), 1 / len(cost)),
     )
@@ -169,7 +169,7 @@ def transports(s: Situation) -> tuple[Tensor, Tensor, Tensor]:
 
 def masses(s: Situation) -> Iterator[Call]:
     flow, cost, mass = transports(s)
-    for update in transport.UPDATES:
+    for update in transport.MASS_UPDATES:
         # the unit costs are rounded as the inputs are, and `softmax` takes exponentials of their inverses
         yield lambda f, c, m, u=update: transport.cost_attention(f, c, m, u, tau=10.0), [flow, cost, mass]
         yield lambda f, c, m, u=update: transport.shared_cost_attention([(f, c, m)] * 2, u, 10.0), [flow, cost, mass]
@@ -177,7 +177,7 @@ def masses(s: Situation) -> Iterator[Call]:
 
 def plans(s: Situation) -> Iterator[Call]:
     equal = [torch.full((n,), 1 / n).double() for n in (s.examples, 4)]
-    yield lambda cost: (transport.plan(cost, *equal).double() * cost.double()).sum(), [transports(s)[1]]
+    yield lambda cost: (transport.transport_plan(cost, *equal).double() * cost.double()).sum(), [transports(s)[1]]
 
 
 INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
@@ -200,9 +200,9 @@ INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
     "logits.kl_divergence": lambda s: soft_losses(logits.kl_divergence, s),
     "logits.soft_cross_entropy": lambda s: soft_losses(logits.soft_cross_entropy, s),
     "logits.squared_error": lambda s: iter(
-        [(lambda *z, r=r: logits.squared_error(*z, r), s.logits()) for r in logits.REDUCTIONS]
+        [(lambda *z, r=r: logits.squared_error(*z, r), s.logits()) for r in logits.LOGIT_REDUCTIONS]
     ),
-    "transport.plan": plans,
+    "transport.transport_plan": plans,
     "transport.cost_attention": masses,
     "transport.shared_cost_attention": masses,
 }
@@ -253,7 +253,7 @@ def test_every_function_of_tensors_has_inputs_here() -> None:
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_values_and_gradients_are_finite_and_near_those_of_float64(name: str, situation: str) -> None:
     for function, drawn in INPUTS[name](SITUATIONS[situation]):
-        for kind, mixed in PRECISIONS:
+        for kind, mixed in TYPES:
             tensors = [tensor.to(kind) for tensor in drawn]
             exact, slope = evaluated(function, [tensor.double() for tensor in tensors])
             with torch.autocast("cpu", dtype=mixed) if mixed else contextlib.nullcontext():

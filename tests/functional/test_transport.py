@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from kd.functional.transport import SMALLEST, UPDATES, cost_attention, plan, shared_cost_attention
+from kd.functional.transport import MASS_UPDATES, SMALLEST_SHARE, cost_attention, shared_cost_attention, transport_plan
 
 
 def tensor(values: object) -> Tensor:
@@ -35,7 +35,7 @@ def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("seed", range(25))
 def test_plan_is_as_cheap_as_another_solvers_and_moves_all_mass(seed: int) -> None:
     cost, source, target = drawn(seed)
-    flow, (rows, columns) = plan(cost, source, target), cost.shape
+    flow, (rows, columns) = transport_plan(cost, source, target), cost.shape
     sums = [np.kron(np.eye(rows), np.ones(columns)), np.kron(np.ones(rows), np.eye(columns))]
     scale = float(cost.max())
     other = linprog(
@@ -60,7 +60,7 @@ def test_plan_is_as_cheap_as_another_solvers_and_moves_all_mass(seed: int) -> No
 )
 def test_plans_and_distances_are_those_of_the_card(cost: list, flow: list, distance: float) -> None:
     costs = tensor(cost).double()
-    found = plan(costs, uniform(costs.shape[0]), uniform(costs.shape[1]))
+    found = transport_plan(costs, uniform(costs.shape[0]), uniform(costs.shape[1]))
     torch.testing.assert_close(found, tensor(flow).double(), rtol=0, atol=1e-9)
     assert (found * costs).sum().item() == pytest.approx(distance, abs=1e-9)
 
@@ -76,12 +76,12 @@ def test_plans_and_distances_are_those_of_the_card(cost: list, flow: list, dista
 )
 def test_masses_are_those_of_the_card(update: str, tau: float, masses: list[float]) -> None:
     cost, one = tensor([[1.0, 3.0]]), uniform(1)
-    flow = plan(cost, one, uniform(2))
+    flow = transport_plan(cost, one, uniform(2))
     found = cost_attention(flow.T, cost.T, uniform(2), update, tau)
     torch.testing.assert_close(found, tensor(masses), rtol=0, atol=5e-6)  # the card has five decimals
     torch.testing.assert_close(cost_attention(flow, cost, one, update, tau), one)
     if update == "sum":
-        assert (plan(cost, one, found) * cost).sum().item() == pytest.approx(1.5, abs=1e-9)
+        assert (transport_plan(cost, one, found) * cost).sum().item() == pytest.approx(1.5, abs=1e-9)
 
 
 def cheapest(cost: Tensor, counts: tuple[Sequence[int], Sequence[int]]) -> Fraction:
@@ -105,7 +105,7 @@ def test_no_other_plan_is_cheaper_whatever_the_size_of_the_costs(
         powers = numbers.uniform(*exponents, (len(source), len(target)))
         cost = torch.from_numpy(numbers.uniform(1, 2, powers.shape) * 10.0**powers)
         cost[numbers.random(powers.shape) < 0.1] = 0
-        flow, least = plan(cost, source, target), cheapest(cost, counts)
+        flow, least = transport_plan(cost, source, target), cheapest(cost, counts)
         price = sum(Fraction(f) * Fraction(c) for f, c in zip(flow.flatten().tolist(), cost.flatten().tolist(), strict=True))
         # the masses are rounded: of a plan as cheap as the cheapest every part is off by a few units in the last place
         assert least * (1 - Fraction(1e-12)) <= price <= least * (1 + Fraction(1e-12))
@@ -115,33 +115,33 @@ def test_no_other_plan_is_cheaper_whatever_the_size_of_the_costs(
 
 def test_masses_of_a_hundred_millionth_are_moved_whole() -> None:
     source, target = tensor([1e-8, 1 - 1e-8]), tensor([0.5, 1e-13, 0.5 - 1e-13])
-    flow = plan(tensor([[1e-13, 1e13, 1.0], [1.0, 1e-13, 1e13]]), source, target)
+    flow = transport_plan(tensor([[1e-13, 1e13, 1.0], [1.0, 1e-13, 1e13]]), source, target)
     torch.testing.assert_close(flow.sum(1), source, rtol=1e-7, atol=0)  # 1 has 16 digits, of which 8 are left for 1e-8
     torch.testing.assert_close(flow.sum(0), target, rtol=1e-3, atol=0)  # and 3 for 1e-13
 
 
 def test_costs_in_half_precision_are_planned_in_single() -> None:
     for kind in (torch.float16, torch.bfloat16):
-        flow = plan(torch.tensor([[1.0, 3.0]], dtype=kind), torch.ones(1), torch.tensor([0.3, 0.7]))
+        flow = transport_plan(torch.tensor([[1.0, 3.0]], dtype=kind), torch.ones(1), torch.tensor([0.3, 0.7]))
         assert flow.dtype == torch.float32
         torch.testing.assert_close(flow, torch.tensor([[0.3, 0.7]]))
 
 
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("update", MASS_UPDATES)
 def test_equal_costs_leave_equal_masses(update: str) -> None:
     cost = tensor([[1.0, 2.0], [3.0, 1.0]])
-    flow = plan(cost, uniform(2), uniform(2))
+    flow = transport_plan(cost, uniform(2), uniform(2))
     torch.testing.assert_close(cost_attention(flow, cost, uniform(2), update), uniform(2))
     torch.testing.assert_close(cost_attention(flow.T, cost.T, uniform(2), update), uniform(2))
 
 
 def test_layers_that_match_perfectly_lose_their_mass_by_sums_and_come_back() -> None:
     cost = tensor([[0.0, 1.0, 2.0, 3.0], [3.0, 2.0, 1.0, 0.0]])
-    flow = plan(cost, uniform(2), uniform(4))
+    flow = transport_plan(cost, uniform(2), uniform(4))
     masses = cost_attention(flow.T, cost.T, uniform(4), "sum")
     torch.testing.assert_close(masses, tensor([0.0, 0.5, 0.5, 0.0]), rtol=0, atol=1e-6)
     cost = cost + 1
-    again = cost_attention(plan(cost, uniform(2), masses).T, cost.T, masses, "sum")
+    again = cost_attention(transport_plan(cost, uniform(2), masses).T, cost.T, masses, "sum")
     assert again[0] == pytest.approx(float(again[3]))
     assert again[0] > again[1] > 0.1
 
@@ -173,14 +173,14 @@ def test_two_transports_share_the_second_softmax_of_the_mean_of_their_first() ->
         torch.testing.assert_close(shared_cost_attention([(flow, cost, half) for cost in costs], update), apart)
 
 
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("update", MASS_UPDATES)
 @pytest.mark.parametrize("tau", [1.0, 5.0])
 def test_masses_equal_the_equations_written_as_loops(update: str, tau: float) -> None:
     numbers = torch.Generator().manual_seed(0)
     cost = 1 + torch.rand(3, 5, generator=numbers, dtype=torch.float64)
     source, target = (torch.rand(n, generator=numbers, dtype=torch.float64).add(0.1) for n in (3, 5))
     source, target = source / source.sum(), target / target.sum()
-    flow = plan(cost, source, target)
+    flow = transport_plan(cost, source, target)
     for arguments in ((flow, cost, source), (flow.T, cost.T, target)):
         expected = naive(*arguments, update, tau)
         torch.testing.assert_close(cost_attention(*arguments, update, tau), tensor(expected), rtol=1e-6, atol=1e-7)
@@ -188,7 +188,7 @@ def test_masses_equal_the_equations_written_as_loops(update: str, tau: float) ->
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tau", [0.01, 1.0, 100.0])
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("update", MASS_UPDATES)
 @pytest.mark.parametrize(
     "costs",
     [
@@ -207,33 +207,33 @@ def test_masses_stay_positive_and_add_up_to_one_over_many_steps(
     source, target = uniform(2).to(kind), uniform(3).to(kind)
     for step in range(6):
         now = cost if step % 2 == 0 else cost.flip(0, 1)
-        flow = plan(now, source, target)
+        flow = transport_plan(now, source, target)
         source, target = cost_attention(flow, now, source, update, tau), cost_attention(flow.T, now.T, target, update, tau)
         for mass in (source, target):
             assert mass.isfinite().all()
-            assert (mass >= 0.9 * SMALLEST).all()
+            assert (mass >= 0.9 * SMALLEST_SHARE).all()
             assert float(mass.sum()) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("update", MASS_UPDATES)
 def test_costs_of_zero_give_equal_masses_and_a_mass_of_zero_is_survived(update: str) -> None:
     zeros, flow = torch.zeros(2, 2), torch.eye(2) / 2
     torch.testing.assert_close(cost_attention(flow, zeros, torch.tensor([0.9, 0.1]), update), torch.tensor([0.5, 0.5]))
     gone = torch.tensor([0.0, 1.0])
-    found = cost_attention(plan(1 - zeros, gone, torch.tensor([0.5, 0.5])), 1 - zeros, gone, update)
+    found = cost_attention(transport_plan(1 - zeros, gone, torch.tensor([0.5, 0.5])), 1 - zeros, gone, update)
     assert found.isfinite().all()
     assert float(found.sum()) == pytest.approx(1)
 
 
 def test_plan_has_the_type_of_the_costs_and_no_gradient() -> None:
     cost = torch.rand(2, 3, requires_grad=True)
-    flow = plan(cost, torch.tensor([0.5, 0.5]), torch.full((3,), 1 / 3))
+    flow = transport_plan(cost, torch.tensor([0.5, 0.5]), torch.full((3,), 1 / 3))
     assert flow.dtype == torch.float32
     assert not flow.requires_grad
 
 
 def test_masses_that_are_rounded_are_moved_whole() -> None:
-    flow = plan(tensor([[1.0, 2.0]]), tensor([1 + 8e-6]), tensor([0.5, 0.5 - 8e-6]))
+    flow = transport_plan(tensor([[1.0, 2.0]]), tensor([1 + 8e-6]), tensor([0.5, 0.5 - 8e-6]))
     assert float(flow.sum()) == pytest.approx(1, abs=1e-12)
 
 
@@ -250,7 +250,7 @@ def test_masses_that_are_rounded_are_moved_whole() -> None:
 )
 def test_what_no_plan_exists_for_is_refused(cost: list, source: list, target: list, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        plan(tensor(cost), tensor(source), tensor(target))
+        transport_plan(tensor(cost), tensor(source), tensor(target))
 
 
 def test_unknown_update_is_refused() -> None:
@@ -261,11 +261,11 @@ def test_unknown_update_is_refused() -> None:
 @pytest.mark.thorough
 def test_solver_is_imported_when_it_is_used_and_brings_no_other_array_library() -> None:
     code = (
-        "import sys, torch; from kd.functional.transport import plan; assert 'ot' not in sys.modules\n"
+        "import sys, torch; from kd.functional.transport import transport_plan; assert 'ot' not in sys.modules\n"
         "class Refuse:\n"
         "    def find_spec(self, name, *_):\n"
         "        assert name.split('.')[0] not in ('jax', 'cupy', 'tensorflow'), name\n"
         "sys.meta_path.insert(0, Refuse())\n"
-        "plan(torch.ones(1, 1), torch.ones(1), torch.ones(1)); assert 'ot' in sys.modules"
+        "transport_plan(torch.ones(1, 1), torch.ones(1), torch.ones(1)); assert 'ot' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,7 +17,7 @@ from kd.data.batch import Batch
 from kd.data.tasks import Classification, Regression
 from kd.errors import InputError
 from kd.forward import Forward, Needs
-from kd.functional.transport import SMALLEST, UPDATES, plan
+from kd.functional.transport import MASS_UPDATES, SMALLEST_SHARE, transport_plan
 from kd.methods import bert_emd
 from kd.methods.base import Progress, Step
 from kd.methods.bert_emd import BertEMD
@@ -130,7 +130,7 @@ def test_terms_equal_the_objective_written_as_loops(padding: str) -> None:
     for kind in KINDS:
         cost = torch.tensor(costs[kind], dtype=torch.float64)
         torch.testing.assert_close(method.solved[kind][0], cost)
-        flow = plan(cost, *(method.get_buffer(f"{side}_{kind}") for side in ("student", "teacher")))
+        flow = transport_plan(cost, *(method.get_buffer(f"{side}_{kind}") for side in ("student", "teacher")))
         expected = sum(float(flow[i, j]) * costs[kind][i][j] for i in range(M) for j in range(N))
         assert terms[kind].item() == pytest.approx(expected, rel=1e-9), kind
     embedding, soft, hard = 0.0, 0.0, 0.0
@@ -148,7 +148,7 @@ def test_terms_equal_the_objective_written_as_loops(padding: str) -> None:
 
 
 @pytest.mark.parametrize("separate", [False, True])
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("update", MASS_UPDATES)
 def test_masses_after_a_step_equal_cost_attention_written_as_loops(update: str, separate: bool) -> None:
     method, step = bound(update=update, tau=2.0, separate=separate)
     if separate:
@@ -159,7 +159,7 @@ def test_masses_after_a_step_equal_cost_attention_written_as_loops(update: str, 
     moved: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {"student": [], "teacher": []}
     for kind in KINDS:
         cost = torch.tensor(costs[kind], dtype=torch.float64)
-        flow = plan(cost, before[f"student_{kind}"], before[f"teacher_{kind}"])
+        flow = transport_plan(cost, before[f"student_{kind}"], before[f"teacher_{kind}"])
         torch.testing.assert_close(after[f"plan_{kind}"], flow)
         moved["student"].append((flow, cost, before[f"student_{kind}"]))
         moved["teacher"].append((flow.T, cost.T, before[f"teacher_{kind}"]))
@@ -241,7 +241,7 @@ def test_only_pairs_that_mass_moves_between_are_compared_with_gradients(monkeypa
 
 
 def test_copy_of_the_teacher_costs_nothing_and_its_masses_stay_finite() -> None:
-    for update in UPDATES:
+    for update in MASS_UPDATES:
         method, step = bound(encoder(3), encoder(3), update=update)
         for _ in range(3):
             terms = method.terms(step)
@@ -251,7 +251,7 @@ def test_copy_of_the_teacher_costs_nothing_and_its_masses_stay_finite() -> None:
             for name, buffer in method.plans().items():
                 assert buffer.isfinite().all(), (update, name)
                 assert buffer.sum() == pytest.approx(1)
-                assert name.startswith("plan") or (buffer >= 0.9 * SMALLEST).all()
+                assert name.startswith("plan") or (buffer >= 0.9 * SMALLEST_SHARE).all()
         p = (step.teacher.outputs.logits).softmax(-1)
         assert terms["logits"].item() == pytest.approx(float(-(p * p.log()).mean()))
         gradients = torch.autograd.grad(terms["logits"], list(step.student.model.parameters()), allow_unused=True)

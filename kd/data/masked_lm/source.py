@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd.data.readers import Layout
-from kd.data.readers import lines as text_lines
+from kd.data.readers import Layout, nonblank_lines
 from kd.data.readers import rows as table_rows
 from kd.data.sources import Splits, as_names, check_hash_split, examples_of, fingerprint_of, given_paths, split_by_hash
 from kd.data.texts import Table
@@ -52,7 +51,7 @@ class TextFiles:
 
     def _read(self, path: Path, key: str) -> Table:
         if self.format == "lines" or (self.format is None and path.suffix.lower() == ".txt" and self.delimiter is None):
-            lines = ((number, {"text": line}) for number, line in text_lines(path, key))
+            lines = ((number, {"text": line}) for number, line in nonblank_lines(path, key))
             return examples_of(lines, path, ["text"], None, key)
         layout = Layout(as_names(self.format), as_names(self.delimiter), as_names(self.columns), self.quoted)
         return examples_of(table_rows(path, key, layout=layout), path, as_names(self.text), None, key)
