@@ -85,8 +85,7 @@ def key_of_stage(config: DictConfig, where: str, key: str) -> str:
     for override in reversed(overrides if isinstance(overrides, list) else []):
         name, _, value = str(override).lstrip("+~").partition("=")
         if key == name or key.startswith(f"{name}."):
-            source = re.fullmatch(r"\$\{(?:oc\.select:)?([\w.]+)(?:,[^}]*)?\}", value)
-            return source[1] if source and key == name else where
+            return (interpolated_key(value) if key == name else None) or where
     return key
 
 
@@ -96,8 +95,17 @@ def key_of_inheriting_stage(stage: Mapping[str, Any], where: str, key: str) -> s
     if value is None:
         inherits = (*EVERY_RUN_INHERITS, *(stage.get("inherits") or []))
         return key if any(key == name or key.startswith(f"{name}.") for name in inherits) else where
-    source = re.fullmatch(r"\$\{(?:oc\.select:)?([\w.]+)(?:,[^}]*)?\}", str(value))
-    return source[1] if source else f"{where}.{key}"
+    return interpolated_key(value) or f"{where}.{key}"
+
+
+def interpolated_key(value: object) -> str | None:
+    """Return the key that a value interpolates, perhaps with a default; None if the value is not one interpolation.
+
+    >>> interpolated_key("${seed}"), interpolated_key("${oc.select:task.holdout,null}"), interpolated_key("${seed}1")
+    ('seed', 'task.holdout', None)
+    """
+    interpolation = re.fullmatch(r"\$\{(?:oc\.select:)?([\w.]+)(?:,[^}]*)?\}", str(value))
+    return None if interpolation is None else interpolation[1]
 
 
 def without(overrides: Sequence[str], starts: Sequence[str]) -> list[str]:
