@@ -112,11 +112,7 @@ NEARLY_CONSTANT = 0.05
 
 
 class Collapse(Metric):
-    """Metric for collapsed predictions: all of one class, or nearly one score, although the labels differ.
-
-    Its value is (4,): 1 if predictions have collapsed, else 0; the lowest prediction; the standard deviations of predictions
-    and of labels.
-    """
+    """Metric for collapsed predictions: all of one class, or nearly one score, although the labels differ."""
 
     full_state_update = False
 
@@ -141,7 +137,7 @@ class Collapse(Metric):
             setattr(self, f"{whose}_moments", getattr(self, f"{whose}_moments") + moments)
 
     def compute(self) -> Tensor:
-        """Return the value that the class describes, (4,)."""
+        """Return (4,): 1 for collapsed predictions, else 0; the lowest one; standard deviations of predictions and labels."""
         spreads = []
         for whose in ("predictions", "labels"):
             count, total, squares = getattr(self, f"{whose}_moments")

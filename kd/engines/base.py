@@ -39,7 +39,7 @@ def check_terms(names: Sequence[str], weights: Mapping[str, Any]) -> None:
 
 
 def in_words(collapse: Sequence[float], labels: Sequence[str] | None) -> str:
-    """Describe the value of a `kd.data.metrics.Collapse`.
+    """Describe the result of `kd.data.metrics.Collapse.compute`.
 
     >>> in_words([1, 1, 0, 0.5], ["bad", "good"])
     "every prediction is 'good'"
