@@ -1,6 +1,8 @@
-"""Sweeps: all points are planned before the first is run, and a point that fails does not stop the others.
+"""Sweeps over combinations of values, as `kd-train --multirun` makes them.
 
-A failure is printed when it happens. The last lines give the number of finished points and list those that failed.
+A point is the command with one of the combinations. All points are planned before the first is run, and a point that fails
+does not stop the others. A failure is printed when it happens. The last lines give the number of finished points and list
+those that failed.
 """
 
 import os

@@ -32,7 +32,7 @@ _begun = False
 
 
 def job(config: DictConfig) -> Failure | None:
-    """Run one configuration; Hydra calls this once per point of a sweep. Return the point's failure, or None."""
+    """Run one configuration; Hydra calls this for each point of a sweep (`kd.sweeps`). Return its failure, or None."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -61,7 +61,7 @@ def make_point(config: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def point(number: str, make: Callable[[], None]) -> Failure | None:
-    """Run a point of a sweep; return its failure, or None, so that the other points go on.
+    """Run a point of a sweep (`kd.sweeps`); return its failure, or None, so that the other points go on.
 
     If the ranks do not fail with the same error, they cannot go on together, and the job ends.
     """

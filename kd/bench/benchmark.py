@@ -1,4 +1,4 @@
-"""The benchmark: in every round, each candidate trains for one turn."""
+"""The benchmark: in every round, each candidate trains for one turn, an epoch over the same few examples."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def benchmark(
     """Time all candidates, turn by turn, and return every figure.
 
     Args:
-        overrides: as for `kd-train`.
+        overrides: overrides of a `kd-train` command.
         steps: optimiser steps of one turn.
         repeats: turns of each candidate, after one warm-up turn.
         peer: whether TextBrewer is compared too.

@@ -1,4 +1,4 @@
-"""Reference quantities for a turn's time: useful floating-point operations, the machine's matrix-product rate, memory."""
+"""Reference quantities for a benchmark's times: useful floating-point operations, rate of matrix products, memory."""
 
 import contextlib
 import resource

@@ -168,7 +168,7 @@ def tabulate(found: Mapping[str, Any]) -> "Table":
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """Format the title, the table and the description as Markdown."""
+    """Format the title, the table and the notes as Markdown."""
     head, *rows = cells(found)
     rule = ["---", *["---:"] * (len(head) - 1)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))

@@ -77,8 +77,8 @@ class Prepared:
 def prepare(job: Job) -> Prepared:
     """Plan and build a candidate's run over a turn's examples, without training anything or changing the runs' folder.
 
-    Teachers that the run would fine-tune are used untrained, with a new head. For the same reason a student that would start
-    from another run is initialised at random, with the backbone's vocabulary.
+    The runs that this one needs are not trained either: teachers that it would fine-tune are used untrained, with a new head,
+    and a student that would start from another run is initialised at random, with the backbone's vocabulary.
 
     Raises:
         InputError: for a run that cannot be built, or that needs another run which a benchmark does not train.

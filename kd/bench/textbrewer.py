@@ -1,11 +1,12 @@
 """TextBrewer 0.2.1.post1 on the same student, teacher, examples and batch size, set up as in TextBrewer's own examples.
 
 As in its SST-2 notebook: a shuffled `DataLoader`, AdamW with its defaults, a linear schedule with a tenth of warm-up, a
-teacher that runs at every step, hidden states of every layer from both models, no logging to tensorboard. It computes in
-float32, because its mixed precision needs apex. One thing favours it compared with its examples: texts are tokenised, and
-padded to the maximum length, before the timed turns. It clips gradients as the run does, although its default is not to clip
-(`trainer.clip=null` compares both without). `kd.system.hardware.keep_memory`, which `kd` calls for a run, is not called for
-TextBrewer; the variables MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ have the same effect for all candidates.
+teacher that runs at every step, hidden states of every layer from both models, no logging to tensorboard. TextBrewer
+computes in float32, because its mixed precision needs apex. One thing favours it compared with its examples: texts are
+tokenised, and padded to the maximum length, before the timed turns. It clips gradients as the run does, although its default
+is not to clip (`trainer.clip=null` compares both without). `kd.system.hardware.keep_memory`, which `kd` calls for a run, is
+not called for TextBrewer; the variables MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ have the same effect for all
+candidates.
 
 Yang et al., ACL 2020 demonstrations, arXiv:2002.12620; github.com/airaria/TextBrewer, `examples/notebook_examples/sst2.ipynb`.
 """
@@ -106,7 +107,10 @@ def check_textbrewer(run: Run) -> None:
 
 
 def distillation(prepared: Prepared) -> dict[str, Any]:
-    """Return the `DistillationConfig` arguments nearest to our method: equal gradients, except as the functions above say."""
+    """Return the `DistillationConfig` arguments nearest to our method.
+
+    Gradients are equal, except as `soft_terms` and `patience_matches` say.
+    """
     models, name = prepared.models, prepared.run.spec.method["name"]
     (method,), (teacher,) = models.methods.values(), models.teachers
     assert isinstance(method, KD | PKD)  # `check_textbrewer` refuses every other

@@ -40,7 +40,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Measurement of one turn.
+    """Measurement of one turn: an epoch over the few training examples of the benchmark.
 
     Attributes:
         seconds: wall-clock time.

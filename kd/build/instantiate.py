@@ -157,8 +157,8 @@ def bind_method(method: Method, node: Mapping[str, Any], student: Encoder, teach
     """Bind a method to its models.
 
     Args:
-        method: as `build_method` returns it, possibly in wrappers. They check their own options when they are built, so errors
-            of `bind` are about the method inside.
+        method: as `build_method` returns it, possibly in wrappers. Wrappers check their own options when they are built, so
+            errors of `bind` are about the method inside.
         node: configuration node of the method.
         student: the student.
         teachers: its teachers.

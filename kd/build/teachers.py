@@ -41,8 +41,8 @@ class TeacherPlan:
         tokenizer: the tokenizer of its inputs.
         head: a key of `kd.models.heads.HEADS`.
         columns: for each label of the task, its column in the teacher's logits; None keeps their order.
-        notes: remarks on its weights, as of `Encoder.notes`.
-        asides: remarks on its weights, as of `Encoder.asides`.
+        notes: remarks on its weights that affect results.
+        asides: remarks on its weights that do not affect results.
     """
 
     name: str
@@ -60,7 +60,7 @@ class TeacherPlan:
         return FrozenTeacher(self._encoder(), self.name, self.columns)
 
     def materialise(self) -> FrozenTeacher:
-        """Return the teacher; its weights are loaded when they are first needed, for they are not if its outputs are cached."""
+        """Return the teacher; its weights are loaded when first needed: never, if its outputs are cached already."""
         load = functools.partial(load_model, self.source, self.key, self.config, self.head, head_needed=True)
         return FrozenTeacher(self._encoder(), self.name, self.columns, load)
 
@@ -81,7 +81,7 @@ def plan_teachers(run: Run, task: Task, inputs: InputModels) -> list[TeacherPlan
 
 
 def plan_teacher(run: Run, task: Task, inputs: InputModels, name: str) -> TeacherPlan:
-    """Plan a frozen teacher: a ready classifier, or the student of a run that fine-tunes it.
+    """Plan a frozen teacher: a trained classifier (`teacher.<name>.model`), or the student of a run that fine-tunes it.
 
     Raises:
         InputError: for labels that do not match, or weights that cannot be read.
@@ -121,7 +121,7 @@ def ready_config(spec: TeacherSpec, task: Task, key: str) -> PretrainedConfig:
 
 
 def ready_columns(config: PretrainedConfig, spec: TeacherSpec, task: Task, name: str, key: str) -> list[int] | None:
-    """Return the columns of a ready classifier's logits in the order of the task's labels; None keeps their order.
+    """Return the columns of a trained classifier's logits in the order of the task's labels; None keeps their order.
 
     Raises:
         InputError: if the labels do not match, or it was trained for another problem type.
@@ -134,7 +134,7 @@ def ready_columns(config: PretrainedConfig, spec: TeacherSpec, task: Task, name:
 
 
 def teacher_labels(config: PretrainedConfig, spec: TeacherSpec, name: str) -> list[str]:
-    """Return the names of the outputs of a ready classifier, a teacher that no run of ours fine-tunes.
+    """Return the names of the outputs of a trained classifier (`teacher.<name>.model`).
 
     They are `teacher.<name>.labels` if set, else those of the teacher's own configuration.
 
@@ -151,7 +151,7 @@ def teacher_labels(config: PretrainedConfig, spec: TeacherSpec, name: str) -> li
 
 
 def check_outputs(config: PretrainedConfig, task: Task, model: str | None, key: str) -> None:
-    """Check that a ready classifier was trained for the problem type of the task, if its configuration states one.
+    """Check that a classifier was trained for the problem type of the task, if its configuration states one.
 
     Raises:
         InputError: if its `problem_type` is another.
@@ -162,7 +162,7 @@ def check_outputs(config: PretrainedConfig, task: Task, model: str | None, key: 
 
 
 def teacher_columns(task: Task, labels: list[str], key: str) -> list[int] | None:
-    """Return the columns of a ready classifier's logits in the order of the task's labels; None for regression.
+    """Return the columns of a trained classifier's logits in the order of the task's labels; None for regression.
 
     Raises:
         InputError: if the labels do not match, or the task is a regression and the teacher has several outputs.

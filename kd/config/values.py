@@ -132,7 +132,7 @@ def locate(node: Mapping[str, Any], key: str, fits: Callable[[Any], bool], expec
     Args:
         node: configuration node with `_target_`.
         key: configuration key of the node.
-        fits: returns whether an object is allowed for this key. It is called before the object itself is.
+        fits: predicate of the objects that are allowed for this key, called before the object itself is.
         expected: description of the allowed objects, for the message.
         partial: whether Hydra's key `_partial_` is allowed, as in configurations that were written for Hydra.
 

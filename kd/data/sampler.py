@@ -126,8 +126,8 @@ class TokenBatches(LengthBatches):
 
     The shuffle is not uniform: any two examples of a class are equally likely to share a batch, those of two neighbouring
     classes can share only the batch at their boundary, and all others never do. The order of the batches in an epoch is
-    uniform, as for `LengthBatches`. A batch of short texts has more examples than one of long texts, and a loss is a mean over
-    the batch, so an example with a short text has less weight in a step than one with a long text.
+    uniform. A batch of short texts has more examples than one of long texts, and a loss is a mean over the batch, so an
+    example with a short text has less weight in a step than one with a long text.
 
     Args:
         lengths: largest number of tokens of each example.

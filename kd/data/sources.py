@@ -248,7 +248,7 @@ class Files:
         label: label column.
         validation: as `train`.
         test: as `train`.
-        quoted: see `kd.data.readers.Layout`, as for the remaining arguments.
+        quoted: this and the remaining arguments describe the files, as in `kd.data.readers.Layout`.
     """
 
     train: Any

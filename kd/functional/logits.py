@@ -56,7 +56,7 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, re
 def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0, reduction: str = "batchmean") -> Tensor:
     """Return the cross entropy against the teacher's tempered distribution, in nats; *not* times temperature squared.
 
-    It differs from the divergence by the teacher's entropy, a constant. Shapes and arguments are those of `kl_divergence`.
+    The difference from `kl_divergence` is the teacher's entropy, a constant; shapes and arguments are the same.
     """
     _check(student, teacher)
     log_student = F.log_softmax(widened(student) / temperature, dim=-1)

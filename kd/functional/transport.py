@@ -120,7 +120,7 @@ def shared_cost_attention(
     Source: the authors' code, see `cost_attention`; there attention and hidden states share their masses.
 
     Args:
-        transports: (flow, cost, mass) of each transport, as for `cost_attention`.
+        transports: (flow, cost, mass) of each transport, the arguments of `cost_attention`.
         update: one of `MASS_UPDATES`.
         tau: temperature > 0.
 

@@ -84,7 +84,7 @@ class Method(nn.Module):
     """Names of the loss terms, in the order of logs and tables."""
 
     teachers: int | None = 1
-    """Number of teachers that it needs; None for any number, until `bind` sets the number that it was bound to."""
+    """Number of teachers that the method needs; None for any number, until `bind` sets that of the teachers given."""
 
     uses_teachers = True
     """True if the method reads its teachers' outputs; a teacher of plain fine-tuning is only evaluated for comparison."""
@@ -92,7 +92,7 @@ class Method(nn.Module):
     def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
         """Adapt the method to the models: build projections, resolve layer maps, freeze parameters that are not trained.
 
-        It is also called with models on the meta device, to check a configuration before anything is loaded or trained.
+        Also called with models on the meta device, to check a configuration before anything is loaded or trained.
 
         Raises:
             InputError: if the method cannot work with these models.

@@ -1,4 +1,4 @@
-"""Latency of models, measured in turns."""
+"""Latency of models, which are called alternately."""
 
 import copy
 import time

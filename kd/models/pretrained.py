@@ -365,7 +365,7 @@ def check_weights(
             are read, at almost no cost; `load_model` reads the numbers in any case.
 
     Raises:
-        InputError: as for `load_model`.
+        InputError: if a file is missing or damaged, the weights do not fit the configuration, or the family has no such head.
     """
     check_head(config, head, key)
     paths = weight_files(source, key)

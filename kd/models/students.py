@@ -125,7 +125,7 @@ def student_config(
 def with_labels(config: PretrainedConfig, labels: Sequence[str] | None, head: str = "classifier") -> PretrainedConfig:
     """Set the number and names of a configuration's labels, in this order, and return it; None for regression.
 
-    It is not changed for a head whose outputs are not labels.
+    For a head whose outputs are not labels the configuration is not changed.
     """
     if not HEADS[head].labelled:
         return config
@@ -226,8 +226,8 @@ class StudentPlan:
         head: a key of `kd.models.heads.HEADS`.
         copied: weights that it starts from; None if all are random.
         start: initial bias of a randomly initialised head; None for zero.
-        notes: remarks on the initial weights, as of `Encoder.notes`.
-        asides: remarks on the initial weights, as of `Encoder.asides`.
+        notes: remarks on the initial weights that affect results.
+        asides: remarks on the initial weights that do not affect results.
     """
 
     config: PretrainedConfig

@@ -380,8 +380,8 @@ def seconds_before(run: Run) -> float:
 def batch_of(run: Run, data: KDDataModule) -> dict[str, Any]:
     """Return the largest number of examples, or of padded tokens, of an optimiser step, and its batches, for the record.
 
-    They are fewer than configured if an epoch has fewer batches than `trainer.accumulate`, or train has fewer examples than a
-    batch.
+    The numbers are smaller than configured if an epoch has fewer batches than `trainer.accumulate`, or train has fewer
+    examples than a batch.
     """
     trainer = run.spec.trainer
     accumulate = min(trainer.accumulate, len(data.sampler("train", run.spec.seed)))

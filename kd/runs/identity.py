@@ -42,7 +42,7 @@ PATH_KEYS = ("root", "train", "validation", "test")
 def backbone_of(spec: RunSpec) -> tuple[str, str]:
     """Return the source of the student's shape and vocabulary, and the key that sets it.
 
-    It is the student's backbone, else the first teacher's, else the default `backbone`.
+    The source is the student's backbone, else the first teacher's, else the default `backbone`.
     """
     if spec.student.backbone is not None:
         return spec.student.backbone, "student.backbone"

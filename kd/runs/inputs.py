@@ -31,7 +31,7 @@ def needs_fine_tuning(name: str, teacher: TeacherSpec) -> bool:
 
 
 def teacher_source(run: Run, name: str) -> tuple[str, str]:
-    """Return the source of a frozen teacher's weights, its run's student or a ready classifier, and the key that sets it."""
+    """Return the source of a frozen teacher's weights, its run's student or a trained classifier, and the key that sets it."""
     teacher_run = run.inputs.teachers.get(name)
     if teacher_run is None:
         return str(run.spec.teacher[name].model), f"teacher.{name}.model"

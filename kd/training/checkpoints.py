@@ -33,7 +33,7 @@ ENTRY_TYPES: Mapping[str, type] = {
     **dict.fromkeys(("loops", "callbacks", "kd"), dict),
     **dict.fromkeys(("lr_schedulers", "optimizer_states"), list),
 }
-"""Types of these entries."""
+"""Types of entries of a checkpoint."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

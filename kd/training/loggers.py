@@ -124,7 +124,7 @@ def _whole_row(header: list[str], line: bytes) -> dict[str, str] | None:
 
 
 def close_wandb() -> None:
-    """Finish the open run of wandb, so that the next point of a sweep, in the same process, starts a new one."""
+    """Finish the open run of wandb, so that the next run of a sweep, in the same process, starts a new one."""
     finish = getattr(sys.modules.get("wandb"), "finish", None)  # a folder named wandb is importable too, and lacks it
     if finish is not None:
         finish()
