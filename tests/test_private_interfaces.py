@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -119,6 +118,9 @@ def test_hydra_applies_overrides_to_a_configuration_in_their_order() -> None:
 
 
 def test_hydras_sweeper_makes_the_product_of_the_choices() -> None:
+    # Hydra executes the modules of its plugins again when it looks for plugins, so a class that was imported before is stale.
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
     sweeper = BasicSweeper(max_batch_size=None, params={"seed": "0,1"})
     assert (sweeper.config, sweeper.hydra_context, sweeper.launcher) == (None, None, None)
     assert sweeper.params == {"seed": "0,1"}
