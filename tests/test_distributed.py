@@ -266,7 +266,7 @@ def test_sigterm_ends_a_rank_that_waits_in_a_collective(uneven: Callable[[Path],
         time.sleep(0.05)
     output = output_of(process, 25)  # torchrun kills after 30
     assert output.count("kd-train: stopped by SIGTERM") == 1, output
-    assert output.count("exitcode  : 143") == 2
+    assert output.count("exitcode  : 143") == 2, output
     assert output.count("Traceback") == 1, output
 
 
@@ -448,16 +448,27 @@ def test_batch_that_the_ranks_do_not_divide_is_refused(case: str, small: Small, 
     assert error.value.key == key
 
 
-def test_rank_ends_also_where_nobody_listens() -> None:
+@pytest.mark.parametrize(
+    ("trouble", "status"),
+    [
+        ("os.close(2)", 3),
+        (
+            "os.kill(os.getpid(), signal.SIGTERM)",
+            128 + signal.SIGTERM,
+        ),  # the status says so, although a collective failed first
+    ],
+    ids=["nobody listens", "SIGTERM"],
+)
+def test_rank_ends_with_the_status_of_its_reason(trouble: str, status: int) -> None:
     lines = (
-        "import os",
+        "import os, signal",
         "from kd.system.watchdog import Watchdog",
         "watchdog = Watchdog(0, 1)",
-        "os.close(2)",
+        trouble,
         "watchdog.end('rank 1 is gone', 3)",
     )
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "0", "WORLD_SIZE": "1"}
-    assert subprocess.run([sys.executable, "-c", "\n".join(lines)], env=environment, check=False).returncode == 3
+    assert subprocess.run([sys.executable, "-c", "\n".join(lines)], env=environment, check=False).returncode == status
 
 
 GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:4567. This is typical"

@@ -32,6 +32,7 @@ ANSWER = 2.0
 PEER_LOST = 3
 """Exit status of a rank that ends because it has lost another."""
 TERMINATED = 128 + signal.SIGTERM
+STOPPED = "stopped by SIGTERM: another rank has ended, or the job was told to"
 
 GOES_ON = "run the same command to resume from the last checkpoint"
 
@@ -65,7 +66,7 @@ class Watchdog:
         self.silent = {other: 0 for other in range(world) if other != rank}
         self.store_lost = False
         self.over = threading.Event()
-        self.signals = catch_signals()
+        self.signals, self.reading, self.terminated = catch_signals(), threading.Lock(), False
         for work in (self._talk, self._look):
             threading.Thread(target=work, name=f"kd{work.__name__}", daemon=True).start()
 
@@ -95,8 +96,8 @@ class Watchdog:
         while not self.over.is_set():
             ready, _, _ = select.select([self.signals], [], [], self.patience / LOOKS)
             if ready:
-                if signal.SIGTERM in os.read(self.signals, 4096):
-                    self.end("stopped by SIGTERM: another rank has ended, or the job was told to", TERMINATED)
+                if self.got_sigterm():
+                    self.end(STOPPED, TERMINATED)
                 continue
             for other in self.silent:
                 self.silent[other] += 1
@@ -105,9 +106,22 @@ class Watchdog:
                 who = "the job's store" if self.store_lost else ", ".join(lost)
                 self.end(f"no answer from {who} for {self.patience:g} s; this rank stops too", PEER_LOST)
 
+    def got_sigterm(self) -> bool:
+        """Return whether this process has received SIGTERM."""
+        with self.reading:
+            if select.select([self.signals], [], [], 0)[0]:
+                self.terminated |= signal.SIGTERM in os.read(self.signals, 4096)
+            return self.terminated
+
     def end(self, what: str, status: int) -> None:
-        """End this process because of another; print why, unless a rank of this machine has printed an error already."""
+        """End this process because of another; print why, unless a rank of this machine has printed an error already.
+
+        After SIGTERM, that is the reason, whatever else follows from it: a handler of Lightning starts a collective then, which
+        fails at once if another rank has ended already.
+        """
         if not self.over.is_set():
+            if self.got_sigterm():
+                what, status = STOPPED, TERMINATED
             try:
                 if self.first(self.spoken):
                     os.write(2, f"\nkd-train: {what}. {GOES_ON.capitalize()}\n".encode())
