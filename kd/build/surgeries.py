@@ -102,12 +102,13 @@ def check_vocabularies(run: Run, task: Task, method: Method, student: Encoder, t
             continue
         if not HEADS[task.head].labelled:
             raise InputError(OTHER_VOCABULARY, key or "student.backbone")
-        if needs.tokens:
+        if needs.tokens or method.same_vocabulary:
             cure = {"surgery": "use surgery=[]", "student.run": "begin from another run"}.get(
                 key or "", "give the student the teacher's backbone"
             )
+            why = f"compares the student and its teacher token by token ({needs})" if needs.tokens else "needs one vocabulary"
             raise InputError(
-                f"method={run.spec.method['name']} compares the student and its teacher token by token ({needs}), but "
+                f"method={run.spec.method['name']} {why}, but "
                 f"the student has a vocabulary of its own, so its tokens are others than the teacher's; {cure}, or take a "
                 "method that reads only logits or [CLS] states",
                 key or "student.backbone",

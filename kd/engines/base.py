@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from kd.data.batch import Batch
 from kd.data.metrics import finite_or_none
@@ -88,6 +89,27 @@ class Loss:
     terms: dict[str, Tensor]
     steps: list[tuple[Method, Step, dict[str, Tensor]]] = field(default_factory=list)
 
+    @classmethod
+    def sum(cls, losses: "Sequence[Loss]") -> "Loss":
+        """Return the sum of losses. Of a method that several are from, the last step counts, with all its terms."""
+        if len(losses) == 1:
+            return losses[0]
+        steps: dict[Method, tuple[Method, Step, dict[str, Tensor]]] = {}
+        for method, step, terms in (each for loss in losses for each in loss.steps):
+            steps[method] = (method, step, {**(steps[method][2] if method in steps else {}), **terms})
+        total = torch.stack([loss.total for loss in losses]).sum()
+        return cls(total, {name: term for loss in losses for name, term in loss.terms.items()}, list(steps.values()))
+
+    def detached(self) -> "Loss":
+        """Return the loss without its graph."""
+        steps = [(method, step, detach(terms)) for method, step, terms in self.steps]
+        return Loss(self.total.detach(), detach(self.terms), steps)
+
+
+def detach(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return loss terms without their graphs."""
+    return {name: term.detach() for name, term in terms.items()}
+
 
 class Engine(pl.LightningModule):
     """LightningModule that trains students on the weighted sums of their methods' terms.
@@ -152,8 +174,12 @@ class Engine(pl.LightningModule):
         return self.weights[name.rpartition("/")[2]](progress.fraction)
 
     def weighted(self, terms: Mapping[str, Tensor], progress: Progress) -> Tensor:
-        """Return the weighted sum of one method's terms."""
-        check_terms(list(terms), self.weights)
+        """Return the weighted sum of terms of one method.
+
+        Raises:
+            InputError: for a term that has no weight.
+        """
+        check_terms(list(terms), {name: weight for name, weight in self.weights.items() if name in terms})
         total = sum(self.weights[name](progress.fraction) * term for name, term in terms.items())
         assert isinstance(total, Tensor)
         return total
@@ -236,7 +262,7 @@ class Engine(pl.LightningModule):
     def after_step(self, loss: Loss) -> None:
         """Call `after_step` of the methods that a loss is from, after the optimiser step if any."""
         for method, step, terms in loss.steps:
-            method.after_step(step, {name: term.detach() for name, term in terms.items()})
+            method.after_step(step, detach(terms))
 
     def on_train_end(self) -> None:
         """Check the last losses and stop measuring the training time, which includes validation and checkpoints."""
@@ -297,9 +323,17 @@ class Engine(pl.LightningModule):
         collapses = {name.removeprefix("of-"): metric.compute().tolist() for name, metric in self.collapse.items()}  # type: ignore[operator]
         self.constant = {name: in_words(value, self.task.labels) for name, value in collapses.items() if value[0]}
 
+    def rates(self) -> Mapping[nn.Parameter, float]:
+        """Return the peak learning rates of parameters that do not have the run's."""
+        return {}
+
+    def optimizer(self) -> Optimizer:
+        """Create the factory's optimiser over all trained parameters."""
+        return self.optimizer_factory.optimizer(self, rates=self.rates())
+
     def configure_optimizers(self) -> Any:
         """Return the factory's optimiser over all trained parameters, and its schedule in optimiser steps."""
-        optimizer = self.optimizer_factory.optimizer(self)
+        optimizer = self.optimizer()
         total = int(self.trainer.estimated_stepping_batches)
         scheduler = self.optimizer_factory.scheduler(optimizer, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

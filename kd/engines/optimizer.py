@@ -1,7 +1,7 @@
 """Optimisers and learning-rate schedules."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,20 +37,28 @@ class OptimizerFactory:
         self.make, self.lr, self.weight_decay, self.warmup = make, lr, weight_decay, warmup
         self.decay = SCHEDULES[schedule]
 
-    def groups(self, modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
-        """Return trainable parameters in two groups, with and without weight decay; shared parameters occur once."""
+    def groups(self, modules: Iterable[nn.Module], rates: Mapping[nn.Parameter, float] | None = None) -> list[dict[str, Any]]:
+        """Return trainable parameters in groups: for each peak learning rate one with and one without weight decay.
+
+        Args:
+            modules: modules with the parameters; shared parameters occur once.
+            rates: peak learning rates of parameters that do not have `lr`.
+        """
         parameters = dict.fromkeys(p for module in modules for p in module.parameters() if p.requires_grad)
-        matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-        vectors = [parameter for parameter in parameters if parameter.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": self.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
+        rates = rates or {}
+        groups = []
+        for rate in dict.fromkeys([None, *rates.values()]):
+            own = {} if rate is None else {"lr": rate}
+            these = [parameter for parameter in parameters if rates.get(parameter) == rate]
+            groups += [
+                {"params": [p for p in these if p.ndim >= 2], "weight_decay": self.weight_decay, **own},
+                {"params": [p for p in these if p.ndim < 2], "weight_decay": 0.0, **own},
+            ]
         return [group for group in groups if group["params"]]
 
-    def optimizer(self, *modules: nn.Module) -> Optimizer:
-        """Create an optimiser over all trainable parameters of the modules."""
-        return self.make(self.groups(modules), lr=self.lr)
+    def optimizer(self, *modules: nn.Module, rates: Mapping[nn.Parameter, float] | None = None) -> Optimizer:
+        """Create an optimiser over all trainable parameters of the modules; `rates` as in `groups`."""
+        return self.make(self.groups(modules, rates), lr=self.lr)
 
     def factor(self, step: int, total: int) -> float:
         """Return the factor of the peak learning rate at an optimiser step, counted from 0, of `total`.

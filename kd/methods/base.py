@@ -1,6 +1,6 @@
 """Interface of a distillation method, and helpers that several methods share."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -72,6 +72,23 @@ class Step:
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class Turn:
+    """Part of an update in which some parameters move: a policy and then the student, or a generator and then the student.
+
+    Attributes:
+        name: name of the turn, different for each turn of a method.
+        terms: function of the step that returns the turn's unweighted loss terms. The step shows what earlier turns have moved.
+        parameters: parameters that move, submodules' of the method or the student's; None for all that no other turn moves.
+        lr: peak learning rate of the parameters; None for the run's.
+    """
+
+    name: str
+    terms: "Callable[[Step], dict[str, Tensor]]"
+    parameters: Sequence[nn.Parameter] | None = None
+    lr: float | None = None
+
+
 class Method(nn.Module):
     """A distillation method: the loss terms that one paper adds to fine-tuning, and the modules they need.
 
@@ -88,6 +105,14 @@ class Method(nn.Module):
 
     uses_teachers = True
     """True if the method reads its teachers' outputs; a teacher of plain fine-tuning is only evaluated for comparison."""
+
+    distances: Sequence[str] | None = None
+    """Terms that are smallest where the student equals its teachers; None for all but `task`, `()` if there are none, as in the
+    reward of a policy. The conformance suite tests each of them."""
+
+    same_vocabulary = False
+    """True if student and teachers must have one vocabulary although no token-level tensor of a teacher is declared, because
+    the method runs a model on another one's tokens. A run whose student has another vocabulary is then refused."""
 
     def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
         """Adapt the method to the models: build projections, resolve layer maps, freeze parameters that are not trained.
@@ -112,6 +137,14 @@ class Method(nn.Module):
     def terms(self, step: Step) -> dict[str, Tensor]:
         """Return the loss terms: name -> unweighted scalar, one for each of `names`."""
         raise NotImplementedError
+
+    def turns(self) -> Sequence[Turn]:
+        """Return the turns of an update, in their order; by default one, in which everything moves. Called after `bind`.
+
+        Together their terms are those of `names`. Gradients of a turn's loss are taken with respect to its parameters alone,
+        averaged over ranks and clipped separately.
+        """
+        return (Turn("student", self.terms),)
 
     def after_step(self, step: Step, terms: Mapping[str, Tensor]) -> None:
         """Update rewards or running statistics after a batch, and its optimiser step if any. `terms` are detached."""

@@ -73,7 +73,7 @@ class BertEMD(Method):
         state["method.plan_hidden"]  # [i - 1, j - 1]: weight of the pair of student layer i and teacher layer j
 
     The key is for one student without a pool; with a pool the methods are `method.each.0` and so on, in a cohort
-    `methods.student-<name>`. With `trainer.selection=last` the exported student is that of `last.ckpt`.
+    `method-<name>`. With `trainer.selection=last` the exported student is that of `last.ckpt`.
     """
 
     names = ("task", "logits", "embedding", "hidden", "attention")

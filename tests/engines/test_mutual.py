@@ -19,8 +19,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kd.data.batch import Batch
 from kd.data.tasks import Classification, Regression, headline
+from kd.engines.distiller import Distiller
 from kd.engines.models import Models
-from kd.engines.mutual import MutualDistiller
 from kd.engines.nonfinite import NonFiniteLoss
 from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError
@@ -295,14 +295,11 @@ def test_validation_scores_every_student_and_their_ensemble() -> None:
 # What cannot be
 
 
-def test_one_student_or_an_unknown_update_is_refused() -> None:
+def test_an_unknown_update_is_refused() -> None:
     bench = Bench("dml")
-    optimizer = bench.engine.optimizer_factory
-    with pytest.raises(InputError, match="two or more") as alone:
-        MutualDistiller(Models({"a": bench.students["s0"]}, {}, [], None, {}), TASK, optimizer)
     with pytest.raises(InputError, match="simultaneous, sequential") as update:
-        MutualDistiller(Models(bench.students, {}, [], None, {}), TASK, optimizer, update="random")
-    assert (alone.value.key, update.value.key) == ("cohort.students", "update")
+        Distiller(Models(bench.students, {}, [], None, {}), TASK, bench.engine.optimizer_factory, update="random")
+    assert update.value.key == "update"
 
 
 # Whole runs
@@ -396,7 +393,7 @@ def test_a_cohort_that_takes_turns_resumes_to_the_weights_of_an_unbroken_one(
 def test_the_first_student_of_a_cohort_without_exchange_ends_as_a_lone_student(small: Small) -> None:
     cohort, _ = made(small("method=dml", "teacher=[]", "method.weights.mutual=0", "seed=5"))
     alone, _ = made(small("method=finetune", "teacher=[]", "seed=5"))
-    first, lone = last_weights(cohort, "students.student-2l."), last_weights(alone, "student.")
+    first, lone = last_weights(cohort, "student-2l."), last_weights(alone, "student.")
     assert same_weights(first, lone)
 
 

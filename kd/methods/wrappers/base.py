@@ -1,12 +1,13 @@
 """Base class of the methods around methods, which passes every call on to the inner ones."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 from torch import Tensor
 
 from kd.forward import Needs
-from kd.methods.base import Method, Step
+from kd.methods.base import Method, Step, Turn
 from kd.models import Encoder, FrozenTeacher
 
 T = TypeVar("T")
@@ -25,6 +26,7 @@ class Wrapper(Method):
     def __init__(self, inner: Method) -> None:
         super().__init__()
         self.names, self.teachers, self.uses_teachers = inner.names, inner.teachers, inner.uses_teachers
+        self.distances, self.same_vocabulary = inner.distances, inner.same_vocabulary
 
     @property
     def inners(self) -> Sequence[Method]:
@@ -58,10 +60,27 @@ class Wrapper(Method):
         ((inner, own),) = self.parts(step)
         return inner.prepare(own)
 
+    def turns(self) -> Sequence[Turn]:
+        """Return the turns of the inner methods, which all have the same ones; each moves the parameters of all."""
+        each = [inner.turns() for inner in self.inners]
+        return [
+            Turn(
+                turns[0].name,
+                partial(self.turn_terms, index),
+                None if turns[0].parameters is None else [p for turn in turns for p in turn.parameters or ()],
+                turns[0].lr,
+            )
+            for index, turns in enumerate(zip(*each, strict=True))
+        ]
+
     def terms(self, step: Step) -> dict[str, Tensor]:
-        """Return the inner method's terms; a subclass whose steps use several overrides this."""
+        """Return the terms of all turns."""
+        return {name: term for turn in self.turns() for name, term in turn.terms(step).items()}
+
+    def turn_terms(self, index: int, step: Step) -> dict[str, Tensor]:
+        """Return the inner method's terms in the turn at this index; a subclass whose steps use several overrides this."""
         ((inner, own),) = self.parts(step)
-        return inner.terms(own)
+        return inner.turns()[index].terms(own)
 
     def after_step(self, step: Step, terms: Mapping[str, Tensor]) -> None:
         """Pass its own terms to each inner method that the step used."""

@@ -22,14 +22,14 @@ class Ensemble(PerTeacher):
     """
 
     def prepare(self, step: Step) -> Step:
-        """Return the step unchanged: `terms` calls `prepare` of the inner method's copy for each teacher."""
+        """Return the step unchanged: `turn_terms` calls `prepare` of the inner method's copy for each teacher."""
         return step
 
-    def terms(self, step: Step) -> dict[str, Tensor]:
-        """Return the weighted mean over teachers of each of the inner method's terms."""
+    def turn_terms(self, index: int, step: Step) -> dict[str, Tensor]:
+        """Return the weighted mean over teachers of each of the inner method's terms in a turn."""
         terms: dict[str, Tensor] = {}
         for weight, (inner, own) in zip(self.probabilities, self.parts(step), strict=True):
-            inner_terms = inner.terms(inner.prepare(own))
+            inner_terms = inner.turns()[index].terms(inner.prepare(own))
             terms = {name: weight * term + terms.get(name, 0.0) for name, term in inner_terms.items()}
         return terms
 

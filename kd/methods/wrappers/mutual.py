@@ -38,6 +38,7 @@ class Mutual(Wrapper):
         word(target, PEER_TARGETS, "target")
         self.inner = inner
         self.names = (*inner.names, "mutual")
+        self.distances = None if inner.distances is None else (*inner.distances, "mutual")
         self.temperature = temperature_schedule(temperature)
         self.target = target
 
@@ -46,12 +47,17 @@ class Mutual(Wrapper):
         """Inner method."""
         return [self.inner]
 
-    def terms(self, step: Step) -> dict[str, Tensor]:
-        """Return the inner method's terms and the term `mutual`."""
+    def turn_terms(self, index: int, step: Step) -> dict[str, Tensor]:
+        """Return the inner method's terms in a turn, and in the student's the term `mutual`."""
+        terms = super().turn_terms(index, step)
+        return terms if self.inner.turns()[index].parameters is not None else {**terms, "mutual": self.divergence(step)}
+
+    def divergence(self, step: Step) -> Tensor:
+        """Return the divergence from the peers' predictions."""
         own, temperature = step.student.outputs.logits, self.temperature(step.progress.fraction)
         peers = [peer.outputs.logits for peer in step.peers]
         if self.target == "mean":
             # The mean is taken of tempered probabilities; `soft` divides by the temperature again.
             peers = [step.task.ensemble([widened(logits) / temperature for logits in peers]) * temperature]
         terms = torch.stack([step.task.soft(own, logits, temperature, "kl", "batchmean") for logits in peers])
-        return {**super().terms(step), "mutual": terms.sum() if self.target == "sum" else terms.mean()}
+        return terms.sum() if self.target == "sum" else terms.mean()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd.methods.base import Method, Step
 from kd.methods.wrappers.per_teacher import PerTeacher
@@ -37,11 +37,11 @@ class Stochastic(PerTeacher):
         one = step if len(step.teachers) == 1 else step.replace(teachers=[step.teachers[index]])
         return [(self.inners[index], one)]
 
-    def terms(self, step: Step) -> dict[str, Tensor]:
-        """Return the inner method's terms for the drawn teacher."""
-        terms, drawn = super().terms(step), self.each[self.drawn(step)]
-        idle = [p for other in self.each if other is not drawn for p in other.parameters() if p.requires_grad]
-        first = self.names[0]
+    def turn_terms(self, index: int, step: Step) -> dict[str, Tensor]:
+        """Return the inner method's terms in a turn, for the drawn teacher."""
+        terms, drawn = super().turn_terms(index, step), self.inners[self.drawn(step)]
+        idle = [p for other in self.inners if other is not drawn for p in moved_by(other, index)]
+        first = next(iter(terms))
         for parameter in idle:
             terms[first] = terms[first] + 0.0 * parameter.sum()
         return terms
@@ -50,3 +50,12 @@ class Stochastic(PerTeacher):
         """Describe the distribution of teachers, and the inner method."""
         shown = " ".join(f"{p:.3f}" for p in self.probabilities)
         return {"teacher of a step, probabilities": shown, **super().describe()}
+
+
+def moved_by(method: Method, index: int) -> list[nn.Parameter]:
+    """Return the parameters of a method that move in the turn at this index."""
+    turns = method.turns()
+    given = {parameter for turn in turns for parameter in turn.parameters or ()}
+    parameters = turns[index].parameters
+    rest = [parameter for parameter in method.parameters() if parameter not in given]
+    return [parameter for parameter in (rest if parameters is None else parameters) if parameter.requires_grad]
