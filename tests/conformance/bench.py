@@ -1,8 +1,9 @@
 """A small student, a deeper and wider teacher, a batch: what every method is tried on."""
 
 import copy
+import functools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,25 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from conftest import tiny_config, tiny_model, tiny_tokenizer
+from conftest import BAD, FILLER, GOOD, tiny_config, tiny_model, tiny_tokenizer
 from kd.build.instantiate import build_method
+from kd.build.surgeries import check_vocabularies, surgeries
 from kd.config.cohort import students_of
 from kd.config.compose import compose, conf_folder, typed
+from kd.config.schema import RunSpec
 from kd.data.batch import Batch
 from kd.data.sampler import LengthBatches
-from kd.data.tasks import Classification
+from kd.data.tasks import Classification, Regression, Task
 from kd.engines.base import Engine
 from kd.engines.models import Models
 from kd.engines.optimizer import OptimizerFactory
+from kd.errors import InputError
 from kd.forward import Outputs
 from kd.forward.kinds import tensor_name
 from kd.methods.base import needs_of_teachers
 from kd.models import CachedTeacher, Encoder, FrozenTeacher
+from kd.models.surgery.embeddings import SurgeryInputs
+from kd.runs.run import RunInputs
 from kd.runs.stages import before_config
 from kd.teacher_cache.store import CachedOutputs, Entry, Share, TensorStore
 
@@ -45,7 +51,17 @@ COMPOSED = (
 )
 """Methods with parts of others: the contract holds for what is composed as well."""
 CASES = (*METHODS, *STAGED, *COMPOSED)
+AXES = (
+    "pool=stochastic teacher=[minilm,minilm_4l]",
+    "cohort=mutual",
+    "surgery=[cut_vocabulary]",
+    "task=stsb",
+)
+"""Further overrides of the generated compositions: a pool, a cohort, a student with another vocabulary, a regression."""
+GENERATED = tuple(f"{name} {axis}" for name in METHODS for axis in AXES if f"{name} {axis}" not in COMPOSED)
+"""Every method with every axis: what cannot be composed is refused while planning, with a reason."""
 TASK = Classification("toy", ["no", "maybe", "yes"], {}, ["accuracy"], "accuracy")
+SCORES = Regression("toy scores", ["mse"], "mse")
 VOCABULARY = tiny_config().vocab_size
 
 
@@ -56,9 +72,9 @@ def configured(case: str, more: Sequence[str] = ()) -> DictConfig:
     return before_config(config) if BEFORE in overrides else config
 
 
-def encoder(seed: int, **sizes: Any) -> Encoder:
-    """A random classifier for `TASK`, with weights large enough that its layers and classes differ."""
-    model = tiny_model(seed, num_labels=3, **sizes)
+def encoder(seed: int, outputs: int = 3, **sizes: Any) -> Encoder:
+    """A random model for `TASK` or `SCORES`, with weights large enough that its layers and classes differ."""
+    model = tiny_model(seed, num_labels=outputs, **sizes)
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
@@ -95,6 +111,12 @@ def more_padding(batch: Batch, tokens: int = 4) -> Batch:
 
     teachers, peers = (tuple(padded(inputs) for inputs in each) for each in (batch.teachers, batch.peers))
     return replace(batch, student=padded(batch.student), teachers=teachers, peers=peers)
+
+
+def shortest(batch: Batch) -> Batch:
+    """The same batch without padding that all its examples have."""
+    longest = int(batch.student["attention_mask"].sum(dim=1).max())
+    return batch.map(lambda tensor: tensor[:, :longest] if tensor.ndim == 2 else tensor)
 
 
 SHAPES = (
@@ -141,6 +163,8 @@ class Bench:
     ) -> None:
         spec = typed(configured(case, more))
         self.weights = spec.method["weights"]
+        self.task: Task = SCORES if spec.task.kind == "regression" else TASK
+        self.outputs = 1 if self.task is SCORES else len(TASK.names)
         names, online = list(spec.teacher), spec.cohort.teacher == "online"
         torch.manual_seed(seed)
         chances = [1 / len(names)] * len(names)
@@ -148,21 +172,27 @@ class Bench:
         shape = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
         count = len(students_of(spec))
         places = [f"s{place}" for place in range(count)]
-        first = encoder(seed + 1, **SHAPES[0], **shape)
-        others = [copy.deepcopy(first) if same else encoder(seed + 10 * n, **SHAPES[n], **shape) for n in range(1, count)]
-        self.students = dict(zip(places, (first, *others), strict=True))
+        first = encoder(seed + 1, self.outputs, **SHAPES[0], **shape)
+        others = [
+            copy.deepcopy(first) if same else encoder(seed + 10 * n, self.outputs, **SHAPES[n], **shape)
+            for n in range(1, count)
+        ]
         teaching = [
-            copy.deepcopy(first) if same else encoder(seed + 2 + n, layers=4 + n, width=32, heads=4, **shape if online else {})
+            copy.deepcopy(first)
+            if same
+            else encoder(seed + 2 + n, self.outputs, layers=4 + n, width=32, heads=4, **shape if online else {})
             for n in range(len(names))
         ]
+        self.students = {place: operated(student, spec) for place, student in zip(places, (first, *others), strict=True)}
         self.teachers = [] if online else [FrozenTeacher(one, name) for one, name in zip(teaching, names, strict=True)]
         self.methods = {place: copy.deepcopy(method) for place in places}
         for place, own in self.methods.items():
             own.bind(self.students[place], teaching if online else self.teachers)
+            check_vocabularies(Planned(spec), self.task, own, self.students[place], teaching)  # type: ignore[arg-type]
         optimizer = OptimizerFactory(torch.optim.SGD, lr=0.1, weight_decay=0.0, schedule="constant", warmup=0.0)
         self.engine: Engine = instantiate(dict(spec.engine), _partial_=True)(
             models=Models(self.students, self.methods, self.teachers, teaching[0] if online else None, weights),
-            task=TASK,
+            task=self.task,
             optimizer=optimizer,
         )
         if double:
@@ -172,7 +202,25 @@ class Bench:
 
     def batch(self, count: int = 8, seed: int = 0) -> Batch:
         """A batch for these models."""
-        return batch_of(count, seed=seed, **self.counts)
+        batch = batch_of(count, seed=seed, **self.counts)
+        if self.task is SCORES:
+            batch = replace(batch, labels=torch.rand(count, generator=torch.Generator().manual_seed(seed)).double())
+        tokenizer = next(iter(self.students.values())).tokenizer
+        if len(tokenizer) == VOCABULARY:
+            return batch
+        words, of_word = sorted(tiny_tokenizer().get_vocab(), key=tiny_tokenizer().get_vocab().get), tokenizer.get_vocab()
+        kept = torch.tensor([index for index, word in enumerate(words) if word in of_word])
+        ids = torch.tensor([of_word.get(word, -1) for word in words])
+
+        def shown(inputs: dict[str, torch.Tensor], cut: bool) -> dict[str, torch.Tensor]:
+            given = inputs["input_ids"]
+            known = torch.where(given < 5, given, kept[5 + given % (len(kept) - 5)])
+            return {**inputs, "input_ids": ids[known] if cut else known}
+
+        of_teachers, peers = (
+            tuple(shown(inputs, cut) for inputs in each) for each, cut in ((batch.teachers, False), (batch.peers, True))
+        )
+        return replace(batch, student=shown(batch.student, cut=True), teachers=of_teachers, peers=peers)
 
     def use_cached(self, batch: Batch, folder: Path) -> Batch:
         """Replace the frozen teachers by what they say of a batch, written to disk and read again; the batch that reads it."""
@@ -200,13 +248,45 @@ class Bench:
         self.engine.eval()
         return {name: term.detach() for name, term in self.engine.loss(batch).terms.items()}
 
+    def batch_dependence(self) -> str | None:
+        """The reason that a method declares why an example's loss depends on the others of its batch."""
+        return next((why for method in self.methods.values() if (why := method.batch_dependence()) is not None), None)
+
+    def gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Gradients that the optimiser saw in one update: parameter -> gradient of its turn."""
+        names, seen = {parameter: name for name, parameter in self.engine.named_parameters()}, {}
+        optimizer = self.engine.optimizer()
+
+        def record(*_: object) -> None:
+            for group in optimizer.param_groups:
+                seen.update({names[p]: p.grad.clone() for p in group["params"] if p.grad is not None})
+
+        optimizer.register_step_pre_hook(record)
+        self.engine.after_step(self.engine.update(batch, optimizer))
+        return seen
+
     def update(self, batch: Batch) -> None:
-        """One optimiser step."""
-        optimizer = self.engine.optimizer_factory.optimizer(self.engine)
-        loss = self.engine.loss(batch)
-        loss.total.backward()
-        optimizer.step()
-        self.engine.after_step(loss)
+        """One update, with the engine's own steps."""
+        self.engine.after_step(self.engine.update(batch, self.engine.optimizer()))
+
+
+KEPT = [*FILLER[::2], *GOOD[::2], *BAD[::2]]
+"""Words of the training text of a student whose vocabulary is cut."""
+
+
+@dataclass
+class Planned:
+    """The part of a run that the check of vocabularies reads."""
+
+    spec: RunSpec
+    inputs: RunInputs = field(default_factory=RunInputs)
+
+
+def operated(student: Encoder, spec: RunSpec) -> Encoder:
+    """A student after the surgeries of a configuration."""
+    for surgery in surgeries(spec).values():
+        student, _ = surgery(student, SurgeryInputs([" ".join(KEPT)]))
+    return student
 
 
 class Recorded:
@@ -230,20 +310,36 @@ class Recorded:
         return {name for owner, name in self.reads if owner is outputs}
 
 
-OPTIONS = {"reduction": ("batchmean", "elementmean"), "hidden_reduction": ("elements", "vectors", "examples")}
-"""Options that decide what a term is averaged over: two ranks must equal one with each of their values."""
+OPTIONS = {
+    "reduction": ("batchmean", "elementmean"),
+    "hidden_reduction": ("elements", "vectors", "examples"),
+    "padding": ("strict", "reference"),
+}
+"""Options that decide what a term is averaged over: two ranks must equal one with each of their values, or the method declares
+that its loss depends on the batch."""
+
+
+@functools.cache
+def refusal(case: str, *more: str) -> InputError | None:
+    """The error with which a composition, or an option, is refused; None if it can be built."""
+    try:
+        Bench(case, more=more)
+    except InputError as error:
+        return error
+    return None
 
 
 def two_rank_cases() -> list[tuple[str, tuple[str, ...], int]]:
-    """Every method, with every reduction it offers, on batches that two ranks share evenly and not."""
+    """Every method, with every reduction it offers, on batches that two ranks share evenly and not, and every composition."""
     cases: list[tuple[str, tuple[str, ...], int]] = []
     for name in CASES:
         offered = configured(name).method
         options = OPTIONS.items() if name in (*METHODS, *STAGED) else ()
         place = "method.before" if name in STAGED else "method"
         choices = [(f"{place}.{o}={value}",) for o, values in options if o in offered for value in values]
+        choices = [choice for choice in choices if refusal(name, *choice) is None]
         cases += [(name, more, count) for more in choices or [()] for count in (8, 7)]
-    return cases
+    return [*cases, *((name, (), 7) for name in GENERATED if refusal(name) is None)]
 
 
 def case_name(name: str, more: tuple[str, ...], count: int) -> str:
@@ -286,13 +382,17 @@ def save_two_rank_updates(rank: int, world: int, port: int, folder: Path) -> Non
     found = {}
     for name, more, count in two_rank_cases():
         bench = Bench(name, more=more, double=True)
-        optimizer = bench.engine.optimizer_factory.optimizer(bench.engine)
-        wrapped = DistributedDataParallel(Stepper(bench.engine))
+        optimizer = bench.engine.optimizer()
         whole, sampler = bench.batch(count), LengthBatches([9] * count, count, None, rank, world)
         mine = Collated(whole)(next(iter(sampler)))
-        (wrapped(mine) * mine.weight).backward()
-        optimizer.step()
-        bench.engine.after_step(wrapped.module.last)
+        if bench.engine.automatic_optimization:  # Lightning wraps the engine and steps the optimiser
+            wrapped = DistributedDataParallel(Stepper(bench.engine))
+            (wrapped(mine) * mine.weight).backward()
+            optimizer.step()
+            loss = wrapped.module.last
+        else:
+            loss = bench.engine.update(mine, optimizer)
+        bench.engine.after_step(loss)
         found[case_name(name, more, count)] = bench.engine.state_dict()
     torch.save(found, folder / f"rank{rank}.pt")
     torch.distributed.barrier()
