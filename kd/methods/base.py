@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from kd.data.batch import Batch
@@ -11,6 +12,7 @@ from kd.data.tasks import Task
 from kd.errors import InputError
 from kd.forward import Forward, Model, Needs
 from kd.models import Encoder, FrozenTeacher
+from kd.system import distributed
 
 ANY_TEACHERS = None
 
@@ -55,6 +57,44 @@ class Step:
             what: name of the random decision; generators with different names are independent.
         """
         return np.random.default_rng([self.seed, self.progress.step, *what.encode()])
+
+    def across(self, rows: Tensor) -> Tensor:
+        """Return the rows of all ranks, for a loss that compares the examples of a batch with each other.
+
+        The rule: every row of such a term comes through `across`, this rank's own ones too, so that the term is the loss of the
+        global batch, the same number on every rank. It is then a term like any other, and nothing has to be multiplied: the
+        gradient of a step is that of one process with the global batch. For this, gradient flows to this rank's rows only, and
+        is multiplied by the number of the batch's examples on all ranks relative to those on this one. That is what the loss is
+        divided by later, when it is multiplied by `Batch.weight` and gradients are averaged over ranks, also if the ranks have
+        different numbers of examples. Parameters that are applied to the result, like a projection, need no factor. A term in
+        which rows that did not come through `across` meet rows that did has another gradient than in one process.
+
+        With one process, inside `on_rank_zero`, and before there is a process group, the result is `rows` itself. Otherwise
+        it is a collective call: every rank has to make the same calls in the same order, so that none may depend on what the
+        examples of a rank are. Accumulated batches are not joined.
+
+        Args:
+            rows: (batch, ...), one row for each example of this rank, of any type; labels and indices as well as outputs.
+
+        Returns:
+            (global batch, ...), the ranks' rows in the order of ranks. One process has the same rows in another order. Rows of
+            two calls correspond; `torch.isin(step.across(step.batch.index), step.batch.index)` is True for this rank's.
+
+        Raises:
+            ValueError: if there is not one row for each example, or the ranks' rows differ in their further dimensions, such
+                as tokens, which each rank pads to a length of its own.
+        """
+        count = len(self.batch)
+        if rows.shape[:1] != (count,):
+            raise ValueError(f"there is one row for each of the {count} examples of the batch, not {tuple(rows.shape)}")
+        parts = distributed.gather_rows(rows)
+        if len(parts) == 1:
+            return rows
+        total = sum(len(part) for part in parts)
+        own = rows.view_as(rows)  # so that the gradient of other uses of the rows is not multiplied
+        if own.requires_grad:
+            own.register_hook(lambda gradient: gradient * (total / count))
+        return torch.cat([own if part is rows else part for part in parts])
 
     @property
     def teacher(self) -> Forward[Model]:
@@ -156,7 +196,8 @@ class Method(nn.Module):
     def batch_dependence(self) -> str | None:
         """Return the reason why the loss of an example depends on the others of its batch; None if it does not.
 
-        If it does, results depend on how a global batch is split over ranks or accumulated, and the preflight reports it.
+        If it does, results depend on how a global batch is split over ranks or accumulated, and the preflight reports it. With
+        `Step.across` they do not depend on the ranks, but still on the accumulation.
         """
         return None
 

@@ -1,5 +1,6 @@
 """Ranks that torchrun started: their numbers, collectives, and the end of a job."""
 
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -140,6 +141,38 @@ def gather(value: T) -> list[T]:
     box: list[Any] = [None] * world()
     torch.distributed.all_gather_object(box, value)
     return box
+
+
+def gather_rows(rows: Any) -> list[Any]:
+    """Return every rank's tensor on every rank, in the order of ranks; this rank's is the tensor itself, with its graph.
+
+    Inside `on_rank_zero`, and before there is a process group, return a list of the tensor alone. The others' tensors have no
+    gradient. Bytes are exchanged, so every type is, and no value is rounded.
+
+    Args:
+        rows: a tensor whose first dimension may differ between ranks.
+
+    Raises:
+        ValueError: on every rank, if the tensors differ in their further dimensions or in their type.
+    """
+    if world() == 1 or _alone:
+        return [rows]
+    import torch
+
+    if not torch.distributed.is_initialized():
+        return [rows]
+    kinds = gather((tuple(rows.shape), str(rows.dtype)))
+    if len({(shape[1:], kind) for shape, kind in kinds}) > 1:
+        shown = "; ".join(f"{shape} {kind}" for shape, kind in kinds)
+        raise ValueError(f"tensors that are gathered may differ in their first dimension alone, those of the ranks are {shown}")
+    own = rows.detach().contiguous().flatten().view(torch.uint8)
+    sizes = [math.prod(shape) * rows.element_size() for shape, _ in kinds]
+    padded = torch.cat([own, own.new_zeros(max(sizes) - len(own))])
+    boxes = [torch.empty_like(padded) for _ in kinds]
+    torch.distributed.all_gather(boxes, padded)
+    parts = [box[:size].view(rows.dtype).view(shape) for box, size, (shape, _) in zip(boxes, sizes, kinds, strict=True)]
+    parts[rank()] = rows
+    return parts
 
 
 def print_rank_zero(text: str) -> None:
