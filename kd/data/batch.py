@@ -17,7 +17,9 @@ class Batch:
             instead (`kd.teacher_cache.store.CachedOutputs`).
         labels: (batch,), class indices in the task's order, or float scores; for a masked language model (batch, tokens), the
             tokens to predict, and `kd.data.masked_lm.task.NOT_PREDICTED` elsewhere.
-        index: (batch,), position of each example in its split; the key of every cache.
+        index: (batch,), position of each example in its split; the key of every cache. For a masked language model an example
+            is a chunk of a text (`kd.data.masked_lm.tokenized.MaskedTokens.chunks`), whose index follows from the texts, the
+            tokenizers and `max_length`.
         weight: factor of this rank's loss; 1 if the global batch is divided evenly among the ranks and the optimiser step has
             `accumulate` batches of equal size (`kd.data.sampler.Rows`).
         peers: inputs of the further students, if several are trained together.

@@ -11,6 +11,7 @@ from kd.data.batch import Batch
 from kd.data.tasks import Task
 from kd.errors import InputError
 from kd.forward import Forward, Model, Needs
+from kd.methods.draws import uniform
 from kd.models import Encoder, FrozenTeacher
 from kd.system import distributed
 
@@ -57,6 +58,26 @@ class Step:
             what: name of the random decision; generators with different names are independent.
         """
         return np.random.default_rng([self.seed, self.progress.step, *what.encode()])
+
+    def draws(self, what: str, count: int) -> Tensor:
+        """Return random numbers of each example, independent between names, optimiser steps, examples and columns.
+
+        They are functions of the seed, the optimiser step, the name and `Batch.index` alone: the same whatever the rank, the
+        number of ranks, the other examples of the batch and their order, the accumulation, and in a resumed run. They are the
+        same on every device, and computed on the batch's without waiting for it. An example is what `Batch.index` counts: for
+        a masked language model a chunk of a text, so that another `task.max_length` or tokenizer gives other examples.
+
+        Args:
+            what: name of the random decision, as for `rng`, of which the numbers are independent.
+            count: numbers for each example.
+
+        Returns:
+            (batch, count), uniform in [0, 1), float64, so that no number is rounded to 1 and a comparison with a small
+            probability is exact.
+        """
+        # The spawn key sets it apart from `rng` of the same name.
+        key = np.random.SeedSequence([self.seed, self.progress.step, *what.encode()], spawn_key=(0,))
+        return uniform(key, self.batch.index, count)
 
     def across(self, rows: Tensor) -> Tensor:
         """Return the rows of all ranks, for a loss that compares the examples of a batch with each other.

@@ -133,6 +133,18 @@ def test_long_texts_become_chunks_and_no_token_is_lost() -> None:
     assert [len(ids) + 2 for ids in read] == found.lengths.tolist()
 
 
+def test_the_index_of_an_example_counts_chunks_not_texts() -> None:
+    texts = [("qqq",), (" ".join(FILLER * 2),), ("good film",)]
+    tokenizer = tiny_tokenizer()
+    for max_length, chunks in ((64, 2), (16, 4)):
+        examples = Examples(TASK, {"train": texts, "validation": texts}, {})
+        loaded = MaskedLMDataModule(examples, [tokenizer], [], 2, 2, max_length, seed=0)
+        batches = list(loaded.train_dataloader())
+        rows = {int(i): ids for batch in batches for i, ids in zip(batch.index, batch.student["input_ids"], strict=True)}
+        assert sorted(rows) == list(range(chunks))
+        assert int((rows[chunks - 1] > 0).sum()) == 4, "the last text is a chunk of its own"
+
+
 def test_every_example_has_a_predicted_position_and_text_without_a_known_word_is_left_out() -> None:
     found = MaskedTokens(tiny_tokenizer(), [("qqq zzz",), ("good",), ("qqq film",)], 16, seed=0)
     assert len(found.lengths) == 2

@@ -19,9 +19,9 @@ from kd.data.sampler import LengthBatches
 from kd.engines.distiller import Distiller
 from kd.engines.models import Models
 from kd.engines.optimizer import OptimizerFactory
-from kd.forward import Forward, Needs
+from kd.forward import Needs
 from kd.methods.base import Method, Progress, Step, Turn
-from kd.models import Encoder, FrozenTeacher
+from kd.models import FrozenTeacher
 from kd.schedules import Constant
 from kd.system import distributed
 
@@ -119,13 +119,11 @@ def trained(case: Case, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     batches = [Collated(whole)(rows) for rows in sampler]
     if world > 1:
         assert {len(batch) for batch in batches} <= {(case.size + 1 - rank) // 2, (case.examples - case.size + 1 - rank) // 2}
-    options: dict[str, Any] = (
-        {"accelerator": "cpu", "strategy": "ddp", "devices": world} if world > 1 else {"accelerator": "cpu"}
-    )
+    options: dict[str, Any] = {"accelerator": "cpu", "max_epochs": 1, "accumulate_grad_batches": case.accumulate}
+    if world > 1:
+        options |= {"strategy": "ddp", "devices": world, "use_distributed_sampler": False}
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = pl.Trainer(
-        max_epochs=1, accumulate_grad_batches=case.accumulate, use_distributed_sampler=False, **options, **quiet
-    )
+    trainer = pl.Trainer(**options, **quiet)
     trainer.fit(engine, DataLoader(batches, batch_size=None))
     assert trainer.global_step == len(batches) // case.accumulate
     return copy.deepcopy(engine.state_dict())
