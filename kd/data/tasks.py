@@ -17,6 +17,7 @@ from kd.data.metrics import CLASSIFICATION, REGRESSION, Collapse
 from kd.data.texts import Example
 from kd.errors import InputError, one_of
 from kd.functional import logits as soft_losses
+from kd.functional.hidden import OVER_EXAMPLES
 
 SCORE = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 """Pattern of a score as text. Python's `float` also accepts `1_000` and digits of other scripts."""
@@ -53,14 +54,29 @@ class Task(Protocol):
         """Check that training labels, as `encode` returns them, can be learned from, or raise an InputError."""
         ...
 
-    def hard(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss against the labels; logits (batch, classes), labels (batch,); mean over the batch."""
+    def hard(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """Return the loss against the labels; logits (batch, classes), labels (batch,).
+
+        Args:
+            logits: the student's.
+            labels: of the batch.
+            reduction: `mean` over the batch; `none` gives the loss of each example, (batch,), which has that mean.
+        """
         ...
 
     def soft(
         self, student: Tensor, teacher: Tensor, temperature: float, loss: str = "kl", reduction: str = "batchmean"
     ) -> Tensor:
-        """Return the loss against a teacher's logits, both (batch, classes)."""
+        """Return the loss against a teacher's logits, both (batch, classes); no gradient flows to the teacher's.
+
+        Args:
+            student: logits.
+            teacher: logits.
+            temperature: > 0.
+            loss: see the task.
+            reduction: see `kd.functional.logits`; `none` gives the loss of each example, (batch,), whose mean is that of
+                `batchmean`.
+        """
         ...
 
     def of(self, labels: Tensor) -> Self:
@@ -207,9 +223,10 @@ class Classification(Labelled):
         """Return class indices, (batch,), long."""
         return torch.tensor(values, dtype=torch.long)
 
-    def hard(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def hard(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
         """Return the cross entropy, in nats."""
-        return F.cross_entropy(soft_losses.widened(logits), labels)
+        check_reduction(reduction)
+        return F.cross_entropy(soft_losses.widened(logits), labels, reduction=reduction)
 
     def soft(
         self, student: Tensor, teacher: Tensor, temperature: float, loss: str = "kl", reduction: str = "batchmean"
@@ -297,16 +314,17 @@ class Regression(Labelled):
         """Return scores, (batch,), double, for exact metrics; losses are computed in the precision of the logits."""
         return torch.tensor(values, dtype=torch.double)
 
-    def hard(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean squared error of logits (batch, 1) against labels (batch,)."""
+    def hard(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """Return the squared error of logits (batch, 1) against labels (batch,)."""
+        check_reduction(reduction)
         scores = soft_losses.widened(self.predict(logits))
-        return F.mse_loss(scores, labels.to(scores.dtype))
+        return F.mse_loss(scores, labels.to(scores.dtype), reduction=reduction)
 
     def soft(
         self, student: Tensor, teacher: Tensor, temperature: float, loss: str = "kl", reduction: str = "batchmean"
     ) -> Tensor:
-        """Return the mean squared error of the two scores; the other arguments are ignored."""
-        return soft_losses.squared_error(student, teacher, "elementmean")
+        """Return the mean squared error of the two scores, or for `none` each; other reductions and arguments are ignored."""
+        return soft_losses.squared_error(student, teacher, "none" if reduction == "none" else "elementmean")
 
     def predict(self, logits: Tensor) -> Tensor:
         """Return scores: (batch, 1) -> (batch,)."""
@@ -329,6 +347,16 @@ class Regression(Labelled):
     def constant(self, labels: Sequence[float]) -> Tensor:
         """Return the mean score, (1, 1)."""
         return torch.tensor(labels, dtype=torch.double).mean().float().view(1, 1)
+
+
+def check_reduction(reduction: str) -> None:
+    """Check the reduction of a hard loss.
+
+    Raises:
+        ValueError: if it is neither `mean` nor `none`.
+    """
+    if reduction not in OVER_EXAMPLES:
+        raise ValueError(f"reduction '{reduction}' is not one of {', '.join(OVER_EXAMPLES)}")
 
 
 def score_of(raw: object) -> float:

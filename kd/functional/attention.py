@@ -15,7 +15,7 @@ DIRECTIONS = ("forward", "reverse")
 """Directions of a divergence: `forward` is KL(teacher || student), `reverse` is KL(student || teacher)."""
 
 
-def score_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "strict") -> Tensor:
+def score_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "strict", reduction: str = "mean") -> Tensor:
     """Return the mean squared error between attention scores before softmax; head i is compared with head i.
 
     Source: Jiao et al., TinyBERT, arXiv:1909.10351, eq. 7; authors' code `task_distill.py`.
@@ -27,9 +27,10 @@ def score_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "
         padding: `strict` averages over heads and pairs of real tokens of an example, then over the examples (our choice);
             `reference` averages over everything, rows of padded queries included, with the scores of padded keys, and those
             of -100 and less, set to 0 in both (authors' code).
+        reduction: `mean` over the examples; `none` gives (batch,), which has that mean.
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: if the shapes differ, or for an unknown padding or reduction.
 
     >>> ours = torch.tensor([[[[1.0, 5.0], [3.0, 5.0]]]])
     >>> theirs = torch.tensor([[[[0.0, 9.0], [1.0, 9.0]]]])
@@ -42,10 +43,12 @@ def score_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "
     if padding == "reference":
         student, teacher = (torch.where(keys & (scores > MASKED), scores, 0.0) for scores in (student, teacher))
     squares = ((student - teacher) ** 2).mean(dim=1)
-    return mean_over_real(squares, mask[:, :, None] & mask[:, None, :], padding)
+    return mean_over_real(squares, mask[:, :, None] & mask[:, None, :], padding, reduction)
 
 
-def probability_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "strict") -> Tensor:
+def probability_error(
+    student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "strict", reduction: str = "mean"
+) -> Tensor:
     """Return the mean squared error between attention probabilities; head i is compared with head i.
 
     TinyBERT's authors use scores instead (Jiao et al., arXiv:1909.10351, section 3.1: scores converge faster) and published
@@ -57,9 +60,10 @@ def probability_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: s
         mask: (batch, tokens), bool, False on padding.
         padding: `strict` averages over heads and pairs of real tokens of an example, then over the examples; `reference`
             averages over everything, rows of padded queries included; padded keys add nothing.
+        reduction: `mean` over the examples; `none` gives (batch,), which has that mean.
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: if the shapes differ, or for an unknown padding or reduction.
 
     >>> ours, theirs = torch.tensor([[[[0.5, 0.5], [0.5, 0.5]]]]), torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])
     >>> probability_error(ours, theirs, torch.ones(1, 2).bool()).item()
@@ -67,11 +71,16 @@ def probability_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: s
     """
     student, teacher = _alike(student, teacher)
     squares = ((student - teacher) ** 2).mean(dim=1)
-    return mean_over_real(squares, mask[:, :, None] & mask[:, None, :], padding)
+    return mean_over_real(squares, mask[:, :, None] & mask[:, None, :], padding, reduction)
 
 
 def attention_divergence(
-    student: Tensor, teacher: Tensor, mask: Tensor, direction: str = "forward", padding: str = "strict"
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    direction: str = "forward",
+    padding: str = "strict",
+    reduction: str = "mean",
 ) -> Tensor:
     r"""Return the Kullback-Leibler divergence between attention distributions, in nats; head i is compared with head i.
 
@@ -87,9 +96,10 @@ def attention_divergence(
         direction: `forward` is :math:`KL(p_t \| p_s)`, `reverse` is :math:`KL(p_s \| p_t)`.
         padding: `strict` averages over heads and rows of real queries of an example, then over the examples; `reference`
             averages over heads, all rows and examples.
+        reduction: `mean` over the examples; `none` gives (batch,), which has that mean.
 
     Raises:
-        ValueError: if the shapes differ, or for an unknown direction or padding.
+        ValueError: if the shapes differ, or for an unknown direction, padding or reduction.
 
     >>> ours, theirs = torch.zeros(1, 1, 2, 2), torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
     >>> round(attention_divergence(ours, theirs, torch.ones(1, 2).bool()).item(), 6)
@@ -101,7 +111,7 @@ def attention_divergence(
     left, right = (teacher, student) if direction == "forward" else (student, teacher)
     gap = (left - right).masked_fill(~mask[:, None, None, :], 0.0)
     rows = (left.exp() * gap).sum(dim=-1)
-    return mean_over_real(rows.mean(dim=1), mask, padding)
+    return mean_over_real(rows.mean(dim=1), mask, padding, reduction)
 
 
 def mean_distribution(scores: Sequence[Tensor], mask: Tensor) -> Tensor:

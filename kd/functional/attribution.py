@@ -10,7 +10,7 @@ from kd.functional.hidden import at_least_float32, mean_over_real, unit
 
 DIFFERENTIATED = ("loss", "logit")
 DISTANCES = ("l2", "l1", "smooth_l1")
-ATTRIBUTION_REDUCTIONS = ("examples", "tokens", "norm")
+ATTRIBUTION_REDUCTIONS = ("examples", "tokens", "norm", "none")
 
 
 def odds(logits: Tensor) -> list[Tensor]:
@@ -125,7 +125,8 @@ def map_error(
         reduction: `examples` averages over the real tokens of an example, then over the examples (our choice: no example
             depends on the others); `tokens` averages over the real tokens of the batch (authors' code, which counts the tokens
             whose map is not 0); `norm` is the Euclidean norm of an example's differences, all views together, averaged over
-            the examples (paper).
+            the examples (paper); `none` gives (batch,), whose mean is `examples`, and not `tokens`, which weights examples by
+            their lengths, or `norm`.
 
     Raises:
         ValueError: if the shapes differ, or for an unknown distance or reduction.
@@ -147,6 +148,6 @@ def map_error(
     errors = errors.sum(dim=-1)
     if reduction == "tokens":
         return errors[mask].mean()
-    if reduction != "examples":
+    if reduction not in ("examples", "none"):
         raise ValueError(f"reduction '{reduction}' is not one of {', '.join(ATTRIBUTION_REDUCTIONS)}")
-    return mean_over_real(errors, mask, "strict")
+    return mean_over_real(errors, mask, "strict", "mean" if reduction == "examples" else "none")

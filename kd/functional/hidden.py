@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-HIDDEN_REDUCTIONS = ("elements", "vectors", "examples", "sum")
+HIDDEN_REDUCTIONS = ("elements", "vectors", "examples", "sum", "none")
 PADDING = ("strict", "reference")
 """Means over tokens: `strict` over the real tokens of each example, then over examples; `reference` over all, with padding."""
+OVER_EXAMPLES = ("mean", "none")
+"""Reductions of losses of examples, (batch,): their mean, or `none`."""
 
 
 def patience(student: Tensor, teacher: Tensor, *, normalize: bool = True, reduction: str = "elements") -> Tensor:
@@ -20,7 +22,8 @@ def patience(student: Tensor, teacher: Tensor, *, normalize: bool = True, reduct
         normalize: scale every vector to unit length first. Eq. 7 does; the authors' code makes it a switch.
         reduction: `elements` averages over batch, layers and width (authors' code), `vectors` sums over width and
             averages over batch and layers (= `elements` times width), `examples` sums over layers and width and averages
-            over the batch, `sum` sums over all (eq. 7, = `examples` times batch).
+            over the batch, `sum` sums over all (eq. 7, = `examples` times batch); `none` sums over layers and width and gives
+            (batch,), whose mean is `examples`, and not `vectors` or `elements`, which divide it by layers, and by both.
 
     Padding has no effect: [CLS] is never padding.
 
@@ -42,10 +45,12 @@ def patience(student: Tensor, teacher: Tensor, *, normalize: bool = True, reduct
         return squares.sum(dim=(-2, -1)).mean()
     if reduction == "sum":
         return squares.sum()
+    if reduction == "none":
+        return squares.sum(dim=(-2, -1))
     raise ValueError(f"reduction '{reduction}' is not one of {', '.join(HIDDEN_REDUCTIONS)}")
 
 
-def token_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "strict") -> Tensor:
+def token_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "strict", reduction: str = "mean") -> Tensor:
     """Return the mean squared error between the states of every token.
 
     Source: Jiao et al., TinyBERT, arXiv:1909.10351, eq. 8 and 9; authors' code `task_distill.py`.
@@ -56,6 +61,7 @@ def token_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "
         mask: (batch, tokens), bool, False on padding.
         padding: `strict` averages over the real tokens of an example, then over the examples (our choice: neither padding nor
             the other examples of a batch enter); `reference` averages over all elements, padding included (authors' code).
+        reduction: `mean` over the examples; `none` gives (batch,), which has that mean.
 
     >>> states = torch.tensor([[[1.0], [3.0]]])
     >>> token_error(states, torch.zeros(1, 2, 1), torch.tensor([[True, False]])).item()
@@ -65,27 +71,44 @@ def token_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "
         raise ValueError(f"states of student and teacher differ in shape: {tuple(student.shape)}, {tuple(teacher.shape)}")
     student = at_least_float32(student)
     squares = (student - teacher.detach().to(student.dtype)) ** 2
-    return mean_over_real(squares.mean(dim=-1), mask, padding)
+    return mean_over_real(squares.mean(dim=-1), mask, padding, reduction)
 
 
-def mean_over_real(values: Tensor, real: Tensor, padding: str) -> Tensor:
+def mean_over_real(values: Tensor, real: Tensor, padding: str, reduction: str = "mean") -> Tensor:
     """Return the mean of values: over the real ones of each example, then over examples; or over all of them.
 
     Args:
-        values: (batch, ...).
+        values: (batch, ...), with at least one further axis.
         real: the same shape, bool, False on padding; at least one is True in every example.
         padding: `strict`, or `reference` for all values.
+        reduction: `mean` over the examples; `none` gives the mean of each, (batch,).
 
     Raises:
-        ValueError: for any other `padding`.
+        ValueError: for any other `padding` or `reduction`.
     """
     values = at_least_float32(values)
+    inner = tuple(range(1, values.ndim))
     if padding == "reference":
-        return values.mean()
+        return values.mean() if reduction == "mean" else over_examples(values.mean(dim=inner), reduction)
     if padding != "strict":
         raise ValueError(f"padding '{padding}' is not one of {', '.join(PADDING)}")
-    inner = tuple(range(1, values.ndim))
-    return (values.masked_fill(~real, 0).sum(dim=inner) / real.sum(dim=inner)).mean()
+    return over_examples(values.masked_fill(~real, 0).sum(dim=inner) / real.sum(dim=inner), reduction)
+
+
+def over_examples(losses: Tensor, reduction: str) -> Tensor:
+    """Return the mean of losses, or for `none` the losses themselves.
+
+    Args:
+        losses: (batch,), one for each example.
+        reduction: `mean` or `none`.
+
+    Raises:
+        ValueError: for any other reduction.
+    """
+    if reduction not in OVER_EXAMPLES:
+        raise ValueError(f"reduction '{reduction}' is not one of {', '.join(OVER_EXAMPLES)}")
+    losses = at_least_float32(losses)
+    return losses.mean() if reduction == "mean" else losses
 
 
 def unit(vectors: Tensor, dim: int = -1, norm: float = 2.0) -> Tensor:

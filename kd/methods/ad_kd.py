@@ -17,6 +17,7 @@ from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
 
 VIEWS = ("all", "gold")
+ATTRIBUTION_MEANS = tuple(name for name in attribution.ATTRIBUTION_REDUCTIONS if name != "none")
 ForwardPass = Callable[[Mapping[str, Tensor], Needs], Outputs]
 
 
@@ -157,7 +158,7 @@ class ADKD(Method):
         self.distance = word(distance, attribution.DISTANCES, "distance")
         if attribution_reduction == "norm" and distance != "l2":
             raise InputError("attribution_reduction=norm is the Euclidean norm; with it, use distance=l2", "distance")
-        self.attribution_reduction = word(attribution_reduction, attribution.ATTRIBUTION_REDUCTIONS, "attribution_reduction")
+        self.attribution_reduction = word(attribution_reduction, ATTRIBUTION_MEANS, "attribution_reduction")
         self.columns: list[int] | None = None
 
     def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:

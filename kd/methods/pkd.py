@@ -14,7 +14,7 @@ from kd.methods.options import BATCH_MEANS, switch, temperature_schedule, word
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
 
-HIDDEN_MEANS = tuple(name for name in hidden.HIDDEN_REDUCTIONS if name != "sum")
+HIDDEN_MEANS = tuple(name for name in hidden.HIDDEN_REDUCTIONS if name not in ("sum", "none"))
 
 
 class PKD(Method):

@@ -239,7 +239,9 @@ def test_the_hard_loss_of_classes_is_the_mean_negative_log_likelihood() -> None:
     naive = [
         -math.log(math.exp(row[n]) / sum(map(math.exp, row))) for row, n in zip(logits.tolist(), labels.tolist(), strict=True)
     ]
-    assert float(classes(["a", "b", "c"]).hard(logits, labels)) == pytest.approx(sum(naive) / 5, abs=1e-6)
+    task = classes(["a", "b", "c"])
+    assert float(task.hard(logits, labels)) == pytest.approx(sum(naive) / 5, abs=1e-6)
+    assert task.hard(logits, labels, reduction="none").tolist() == pytest.approx(naive, abs=1e-6)
 
 
 @pytest.mark.parametrize("loss", ["kl", "ce", "mse"])
@@ -254,14 +256,41 @@ def test_the_soft_loss_of_classes_is_the_one_that_is_named(loss: str) -> None:
     torch.testing.assert_close(classes(["a", "b", "c"]).soft(student, teacher, 3.0, loss), expected)
 
 
+@pytest.mark.parametrize(("task", "width"), [(classes(["a", "b", "c"]), 3), (scores(), 1)])
+@pytest.mark.parametrize("loss", ["hard", "kl", "ce", "mse"])
+def test_each_examples_loss_is_that_of_a_batch_of_it_alone_with_its_gradient(task: Task, width: int, loss: str) -> None:
+    student, teacher = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels, weights = task.label_tensor([0, 2, 1, 1, 0]), torch.tensor([2.0, 0.0, -1.0, 0.5, 1.0]).double()
+    student.requires_grad_()
+
+    def value(rows: slice, reduction: str | None = None) -> Tensor:
+        if loss == "hard":
+            return task.hard(student[rows], labels[rows], reduction or "mean")
+        return task.soft(student[rows], teacher[rows], 3.0, loss, reduction or "batchmean")
+
+    alone = [value(slice(row, row + 1)) for row in range(5)]
+    found = value(slice(None), "none")
+    torch.testing.assert_close(found, torch.stack(alone))
+    torch.testing.assert_close(found.mean(), value(slice(None)))
+    (gradient,) = torch.autograd.grad((weights * found).sum(), student, retain_graph=True)
+    slopes = [torch.autograd.grad(each, student)[0] for each in alone]
+    torch.testing.assert_close(gradient, sum(w * slope for w, slope in zip(weights, slopes, strict=True)))
+    if loss == "hard":
+        with pytest.raises(ValueError, match="'sum' is not one of mean, none"):
+            value(slice(None), "sum")
+
+
 def test_a_regressions_loss_does_not_broadcast_a_column_against_a_row() -> None:
     logits, labels = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([1.0, 2.0, 1.0])
     assert float(scores().hard(logits, labels)) == pytest.approx(3.0)
     assert scores().predict(logits).shape == (3,)
     with pytest.raises(ValueError, match="one output, not 2"):
         scores().hard(torch.zeros(3, 2), labels)
-    with pytest.raises(ValueError, match="shape"):
-        scores().soft(logits, labels, 1.0)
+    assert scores().hard(logits, labels, reduction="none").tolist() == [0.0, 0.0, 9.0]
+    assert scores().soft(logits, labels[:, None], 1.0, reduction="none").tolist() == [0.0, 0.0, 9.0]
+    for reduction in ("batchmean", "none"):
+        with pytest.raises(ValueError, match="shape"):
+            scores().soft(logits, labels, 1.0, reduction=reduction)
 
 
 def test_a_regressions_soft_loss_ignores_temperature_form_and_reduction() -> None:
@@ -279,6 +308,9 @@ def test_losses_of_bfloat16_logits_are_computed_in_float32(task: Task, width: in
     assert task.hard(logits, labels).dtype == torch.float
     torch.testing.assert_close(task.hard(logits, labels), task.hard(logits.float(), labels))
     assert task.soft(logits, logits + 1, 2.0).dtype == torch.float
+    assert torch.equal(task.hard(logits, labels, "none"), task.hard(logits.float(), labels, "none"))
+    each = task.soft(logits, logits + 1, 2.0, reduction="none")
+    assert torch.equal(each, task.soft(logits.float(), (logits + 1).float(), 2.0, reduction="none"))
 
 
 @pytest.mark.parametrize("classes", [2, 3])

@@ -221,6 +221,35 @@ def test_loss_is_the_mean_over_examples_of_the_mean_over_their_positions() -> No
     naive = (sum(losses[:2]) / 2 + losses[2] + sum(losses[3:]) / 3) / 3
     assert float(TASK.hard(logits, labels)) == pytest.approx(naive, abs=1e-6)
     assert float(TASK.hard(logits[:2], labels[:1])) == pytest.approx(sum(losses[:2]) / 2, abs=1e-6)
+    each = [sum(losses[:2]) / 2, losses[2], sum(losses[3:]) / 3]
+    assert TASK.hard(logits, labels, reduction="none").tolist() == pytest.approx(each, abs=1e-6)
+    with pytest.raises(ValueError, match="'sum' is not one of mean, none"):
+        TASK.hard(logits, labels, reduction="sum")
+    half = [TASK.hard(values, labels, reduction="none") for values in (logits.bfloat16(), logits.bfloat16().float())]
+    assert torch.equal(*half)
+
+
+def test_gradient_of_an_examples_loss_reaches_its_own_positions() -> None:
+    logits, teacher, labels = problem()
+    logits.requires_grad_()
+    for losses in (TASK.hard(logits, labels, "none"), TASK.of(labels).soft(logits, teacher, 2.0, "kl", "none")):
+        (gradient,) = torch.autograd.grad(losses[1], logits)
+        assert gradient.abs().sum(-1).nonzero().flatten().tolist() == [2]
+
+
+def test_an_example_without_predicted_positions_has_a_loss_of_zero_and_counts() -> None:
+    logits, teacher, labels = problem()
+    labels = torch.cat([labels[:1], torch.full((1, 6), NOT_PREDICTED), labels[1:]])
+    task = TASK.of(labels)
+    logits.requires_grad_()
+    for each, mean in (
+        (task.hard(logits, labels, "none"), task.hard(logits, labels)),
+        (task.soft(logits, teacher, 2.0, "kl", "none"), task.soft(logits, teacher, 2.0, "kl")),
+    ):
+        assert each[1] == 0
+        assert (each[[0, 2, 3]] > 0).all()
+        torch.testing.assert_close(mean, each.sum() / 4)
+        assert torch.autograd.grad(mean, logits)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("loss", ["kl", "ce", "mse"])

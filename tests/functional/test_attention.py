@@ -37,8 +37,8 @@ def probabilities(values: torch.Tensor) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def naive_squares(ours: torch.Tensor, theirs: torch.Tensor, padding: str) -> float:
-    """Mean squared error, by hand."""
+def naive_squares(ours: torch.Tensor, theirs: torch.Tensor, padding: str) -> list[float]:
+    """Mean squared error of each example, by hand."""
     found = []
     for item, length in enumerate(LENGTHS):
         tokens = length if padding == "strict" else TOKENS
@@ -49,11 +49,11 @@ def naive_squares(ours: torch.Tensor, theirs: torch.Tensor, padding: str) -> flo
             for k in range(tokens)
         ]
         found.append(sum(squares) / len(squares))
-    return sum(found) / len(found)
+    return found
 
 
-def naive_divergence(ours: torch.Tensor, theirs: torch.Tensor, direction: str, padding: str) -> float:
-    """Divergence of rows, by hand: summed over keys, mean over heads and rows, then over examples."""
+def naive_divergence(ours: torch.Tensor, theirs: torch.Tensor, direction: str, padding: str) -> list[float]:
+    """Divergence of the rows of each example, by hand: summed over keys, mean over heads and rows."""
     found = []
     for item, length in enumerate(LENGTHS):
         rows = []
@@ -64,7 +64,13 @@ def naive_divergence(ours: torch.Tensor, theirs: torch.Tensor, direction: str, p
                     p, q = q, p
                 rows.append(sum(a * math.log(a / b) for a, b in zip(p[:length], q[:length], strict=True)))
         found.append(sum(rows) / len(rows))
-    return sum(found) / len(found)
+    return found
+
+
+def equal_naive(loss: Loss, ours: torch.Tensor, theirs: torch.Tensor, expected: list[float], **options: str) -> None:
+    """The losses of examples, and their mean."""
+    assert loss(ours, theirs, MASK, **options, reduction="none").tolist() == pytest.approx(expected, rel=1e-10)
+    assert loss(ours, theirs, MASK, **options).item() == pytest.approx(sum(expected) / BATCH, rel=1e-10)
 
 
 def card(values: list[list[float]]) -> torch.Tensor:
@@ -102,9 +108,9 @@ def test_squared_errors_equal_the_formula_written_as_loops(padding: str) -> None
     ours, theirs = scores()
     real = MASK[:, None, None, :].expand_as(ours)
     shown = [torch.where(real, values, 0.0) for values in (ours, theirs)]
-    assert score_error(ours, theirs, MASK, padding).item() == pytest.approx(naive_squares(*shown, padding), rel=1e-10)
+    equal_naive(score_error, ours, theirs, naive_squares(*shown, padding), padding=padding)
     shown = [probabilities(values) for values in (ours, theirs)]
-    assert probability_error(*shown, MASK, padding).item() == pytest.approx(naive_squares(*shown, padding), rel=1e-10)
+    equal_naive(probability_error, *shown, naive_squares(*shown, padding), padding=padding)
 
 
 @pytest.mark.parametrize("padding", PADDING)
@@ -112,7 +118,7 @@ def test_squared_errors_equal_the_formula_written_as_loops(padding: str) -> None
 def test_divergence_equals_the_formula_written_as_loops(direction: str, padding: str) -> None:
     ours, theirs = scores()
     expected = naive_divergence(ours, theirs, direction, padding)
-    assert attention_divergence(ours, theirs, MASK, direction, padding).item() == pytest.approx(expected, rel=1e-10)
+    equal_naive(attention_divergence, ours, theirs, expected, direction=direction, padding=padding)
 
 
 def test_one_direction_is_the_other_with_the_sides_changed() -> None:
@@ -132,18 +138,18 @@ def test_a_constant_on_a_row_changes_the_error_of_scores_and_no_divergence() -> 
 
 
 def losses() -> list[tuple[str, Loss]]:
-    """Every loss as a function of scores, mask and padding."""
+    """Every loss as a function of scores, mask, padding and reduction."""
 
-    def of_probabilities(ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor, padding: str = "strict") -> torch.Tensor:
+    def of_probabilities(ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor, *reductions: str) -> torch.Tensor:
         lowest = torch.finfo(ours.dtype).min
         ours, theirs = (each.masked_fill(~mask[:, None, None, :], lowest).softmax(-1) for each in (ours, theirs))
-        return probability_error(ours, theirs, mask, padding)
+        return probability_error(ours, theirs, mask, *reductions)
 
-    def reverse(ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor, padding: str = "strict") -> torch.Tensor:
-        return attention_divergence(ours, theirs, mask, "reverse", padding)
+    def reverse(ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor, *reductions: str) -> torch.Tensor:
+        return attention_divergence(ours, theirs, mask, "reverse", *reductions)
 
-    def forward(ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor, padding: str = "strict") -> torch.Tensor:
-        return attention_divergence(ours, theirs, mask, "forward", padding)
+    def forward(ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor, *reductions: str) -> torch.Tensor:
+        return attention_divergence(ours, theirs, mask, "forward", *reductions)
 
     return [("scores", score_error), ("probabilities", of_probabilities), ("forward", forward), ("reverse", reverse)]
 
@@ -222,6 +228,31 @@ def test_gradient_is_the_slope(loss: Loss) -> None:
         assert torch.autograd.gradcheck(lambda values, padding=padding: loss(values, theirs, MASK, padding), (ours,))
 
 
+@each_loss
+@pytest.mark.parametrize("padding", PADDING)
+def test_gradient_of_each_examples_loss_is_its_own(loss: Loss, padding: str) -> None:
+    ours, theirs = scores(scale=1.0)
+    ours.requires_grad_()
+    weights = torch.tensor([2.0, 0.0, -1.0]).double()
+    (found,) = torch.autograd.grad((weights * loss(ours, theirs, MASK, padding, "none")).sum(), ours)
+    rows = [[row] for row in range(BATCH)]
+    losses = [loss(ours[row], theirs[row], MASK[row], padding, "none").sum() for row in rows]
+    alone = [torch.autograd.grad(value, ours)[0] for value in losses]
+    torch.testing.assert_close(found, sum(weight * gradient for weight, gradient in zip(weights, alone, strict=True)))
+    assert alone[0].abs().sum() > 0
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_each_examples_loss_in_half_precision_is_that_of_widened_scores(loss: Loss, dtype: torch.dtype) -> None:
+    ours, theirs = (values.to(dtype) for values in scores())
+    found = [loss(*each, MASK, "strict", "none") for each in ((ours, theirs), (ours.float(), theirs.float()))]
+    assert found[0].dtype == torch.float32
+    # Probabilities are rounded to half precision before the error sees them.
+    units = torch.finfo(dtype).eps if "of_probabilities" in loss.__name__ else 0.0
+    torch.testing.assert_close(*found, rtol=16 * units, atol=0)
+
+
 @pytest.mark.parametrize("function", [score_error, probability_error, attention_divergence])
 @pytest.mark.parametrize("shape", [(BATCH, 1, TOKENS, TOKENS), (BATCH, HEADS, TOKENS, 1), (1, HEADS, TOKENS, TOKENS)])
 def test_shapes_that_differ_are_refused_not_broadcast(function: Loss, shape: tuple[int, ...]) -> None:
@@ -233,6 +264,9 @@ def test_shapes_that_differ_are_refused_not_broadcast(function: Loss, shape: tup
 def test_unknown_words_are_named(function: Loss) -> None:
     with pytest.raises(ValueError, match="'ignore' is not one of strict, reference"):
         function(*scores(), MASK, padding="ignore")
+    for padding in PADDING:
+        with pytest.raises(ValueError, match="'sum' is not one of mean, none"):
+            function(*scores(), MASK, padding=padding, reduction="sum")
     with pytest.raises(ValueError, match="'both' is not one of forward, reverse"):
         attention_divergence(*scores(), MASK, "both")
 

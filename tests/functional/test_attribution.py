@@ -51,7 +51,7 @@ def test_map_errors_equal_loops(norm: float, distance: str, reduction: str) -> N
     lengths = [5, 2, 3]
     mask = torch.arange(5) < torch.tensor(lengths)[:, None]
     ours, theirs = (torch.rand(3, 5, 2, generator=generator).double() * mask[..., None] for _ in range(2))
-    total = 0.0
+    total, by_example = 0.0, [0.0] * 3
     for view in range(2):
         for example, length in enumerate(lengths):
             one, other = ours[example, :length, view].tolist(), theirs[example, :length, view].tolist()
@@ -60,8 +60,10 @@ def test_map_errors_equal_loops(norm: float, distance: str, reduction: str) -> N
                 gap = x / sizes[0] - y / sizes[1]
                 each = {"l2": gap**2, "l1": abs(gap), "smooth_l1": gap**2 / 2 if abs(gap) < 1 else abs(gap) - 0.5}[distance]
                 total += each / (3 * length if reduction == "examples" else sum(lengths))
+                by_example[example] += each / length
     found = map_error(ours, theirs, mask, distance, norm, reduction).item()
     assert found == pytest.approx(total, rel=1e-10)
+    assert map_error(ours, theirs, mask, distance, norm, "none").tolist() == pytest.approx(by_example, rel=1e-10)
 
 
 def test_only_the_largest_entries_of_a_token_count() -> None:

@@ -37,6 +37,17 @@ def test_patience_equals_the_formula_written_as_loops(normalize: bool, reduction
     assert patience(student, teacher, normalize=normalize, reduction=reduction).item() == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_patience_of_each_example_equals_the_formula_and_other_reductions_are_shares_of_its_mean(normalize: bool) -> None:
+    student, teacher = states()
+    found = patience(student, teacher, normalize=normalize, reduction="none")
+    expected = [naive(student[[row]], teacher[[row]], normalize) for row in range(BATCH)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-10)
+    for reduction, parts in {"examples": 1, "vectors": LAYERS, "elements": LAYERS * WIDTH}.items():
+        value = patience(student, teacher, normalize=normalize, reduction=reduction)
+        torch.testing.assert_close(value, found.mean() / parts)
+
+
 @pytest.mark.parametrize(
     ("normalize", "reduction", "expected"),
     [(True, "sum", 0.08), (True, "vectors", 0.08), (True, "elements", 0.04), (False, "elements", 1.0), (False, "sum", 2.0)],
@@ -64,7 +75,7 @@ def test_patience_ignores_scale_only_when_normalised(scales: tuple[float, float]
 def test_patience_vanishes_at_identity(normalize: bool, reduction: str) -> None:
     _, teacher = states()
     student = teacher.clone().requires_grad_()
-    loss = patience(student, teacher, normalize=normalize, reduction=reduction)
+    loss = patience(student, teacher, normalize=normalize, reduction=reduction).sum()
     loss.backward()
     assert loss.item() == 0
     assert student.grad.abs().max() == 0
@@ -124,10 +135,42 @@ def test_token_error_equals_equation_8_of_tinybert_written_as_loops(padding: str
         squares = [(ours[item, t, w] - theirs[item, t, w]).item() ** 2 for t in range(tokens) for w in range(WIDTH)]
         found.append(sum(squares) / len(squares))
     assert token_error(ours, theirs, mask, padding).item() == pytest.approx(sum(found) / BATCH, rel=1e-10)
+    assert token_error(ours, theirs, mask, padding, "none").tolist() == pytest.approx(found, rel=1e-10)
+    with pytest.raises(ValueError, match="'sum' is not one of mean, none"):
+        token_error(ours, theirs, mask, padding, "sum")
     with pytest.raises(ValueError, match="'ignore' is not one of strict, reference"):
         token_error(ours, theirs, mask, "ignore")
     with pytest.raises(ValueError, match="shape"):
         token_error(ours, theirs[:, :1], mask, padding)
+
+
+@pytest.mark.parametrize("padding", PADDING)
+def test_gradient_of_each_examples_loss_is_its_own(padding: str) -> None:
+    ours, theirs = torch.randn(2, BATCH, 4, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = torch.arange(4) < torch.tensor([4, 3, 1])[:, None]
+    ours.requires_grad_()
+    weights = torch.tensor([2.0, 0.0, -1.0]).double()
+    losses = {
+        "tokens": lambda rows: token_error(ours[rows], theirs[rows], mask[rows], padding, "none"),
+        "patience": lambda rows: patience(ours[rows], theirs[rows], reduction="none"),
+    }
+    for loss in losses.values():
+        (found,) = torch.autograd.grad((weights * loss(slice(None))).sum(), ours)
+        alone = [torch.autograd.grad(loss(slice(row, row + 1)).sum(), ours)[0] for row in range(BATCH)]
+        torch.testing.assert_close(found, sum(weight * gradient for weight, gradient in zip(weights, alone, strict=True)))
+        assert all(gradient.abs().sum() > 0 for gradient in alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_each_examples_loss_in_half_precision_is_that_of_widened_states(dtype: torch.dtype) -> None:
+    ours, theirs = (values.to(dtype) for values in states())
+    mask = torch.tensor([[True, True], [True, False], [True, True]])
+    for loss in (
+        lambda one, other: patience(one, other, reduction="none"),
+        lambda one, other: token_error(one, other, mask, reduction="none"),
+    ):
+        assert loss(ours, theirs).dtype == torch.float32
+        assert torch.equal(loss(ours, theirs), loss(ours.float(), theirs.float()))
 
 
 @pytest.mark.parametrize("size", [1e-42, 1e-20, 1e-6, 1.0, 300.0, 1e25, 3e38])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import kd.functional
 from kd.functional import attention, attribution, hidden, logits, transport
-from kd.functional.hidden import PADDING
+from kd.functional.hidden import OVER_EXAMPLES, PADDING
 
 Call = tuple[Callable[..., Tensor], list[Tensor]]
 """A function of tensors, and the tensors, in float64; gradients are taken with respect to the first."""
@@ -94,13 +94,16 @@ def attention_errors(function: Callable[..., Tensor], s: Situation, distribution
     if distributions:
         inputs = [scores.masked_fill(~s.mask[:, None, None], -1e9).softmax(dim=-1) for scores in inputs]
     for padding in PADDING:
-        yield lambda *maps, padding=padding: function(*maps, s.mask, padding=padding), inputs
+        for reduction in OVER_EXAMPLES:
+            yield lambda *maps, p=padding, r=reduction: function(*maps, s.mask, padding=p, reduction=r), inputs
 
 
 def divergences(s: Situation) -> Iterator[Call]:
     for direction in attention.DIRECTIONS:
         for padding in PADDING:
-            yield lambda *m, d=direction, p=padding: attention.attention_divergence(*m, s.mask, d, p), s.attention()
+            for reduction in OVER_EXAMPLES:
+                options = (direction, padding, reduction)
+                yield lambda *m, o=options: attention.attention_divergence(*m, s.mask, *o), s.attention()
 
 
 def means_of_distributions(s: Situation) -> Iterator[Call]:
@@ -150,12 +153,20 @@ def patiences(s: Situation) -> Iterator[Call]:
 
 def token_errors(s: Situation) -> Iterator[Call]:
     for padding in PADDING:
-        yield lambda *states, p=padding: hidden.token_error(*states, s.mask, p), s.states(6, 8)
+        for reduction in OVER_EXAMPLES:
+            yield lambda *states, p=padding, r=reduction: hidden.token_error(*states, s.mask, p, r), s.states(6, 8)
 
 
 def means(s: Situation) -> Iterator[Call]:
     for padding in PADDING:
-        yield lambda values, p=padding: hidden.mean_over_real(values, s.mask, p), s.draw(6, size=s.size, certain=False)[:1]
+        for reduction in OVER_EXAMPLES:
+            values = s.draw(6, size=s.size, certain=False)[:1]
+            yield lambda values, p=padding, r=reduction: hidden.mean_over_real(values, s.mask, p, r), values
+
+
+def examples(s: Situation) -> Iterator[Call]:
+    for reduction in OVER_EXAMPLES:
+        yield lambda values, r=reduction: hidden.over_examples(values[:, 0], r), s.states(1)[:1]
 
 
 def transports(s: Situation) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,6 +204,7 @@ INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
     "hidden.patience": patiences,
     "hidden.token_error": token_errors,
     "hidden.mean_over_real": means,
+    "hidden.over_examples": examples,
     "hidden.unit": lambda s: iter([(hidden.unit, s.states(8)[:1])]),
     "hidden.near_one": lambda s: iter([(hidden.near_one, s.states(8)[:1])]),
     "hidden.at_least_float32": lambda s: iter([(hidden.at_least_float32, s.states(8)[:1])]),

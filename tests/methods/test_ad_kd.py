@@ -259,6 +259,7 @@ def test_the_annealed_temperature_is_the_cards() -> None:
         ({"views": "one"}, "views"),
         ({"target": "gold"}, "target"),
         ({"attribution_reduction": "mean"}, "attribution_reduction"),
+        ({"attribution_reduction": "none"}, "attribution_reduction"),
         ({"temperature": 0}, "temperature"),
     ],
 )

@@ -198,6 +198,7 @@ def test_a_map_without_pairs_is_refused(layers: object) -> None:
         ({"loss": "l1"}, "loss"),
         ({"reduction": "none"}, "reduction"),
         ({"hidden_reduction": "mean"}, "hidden_reduction"),
+        ({"hidden_reduction": "none"}, "hidden_reduction"),
     ],
     ids=str,
 )

@@ -13,6 +13,7 @@ from kd.data.metrics import MASKED_LM
 from kd.data.tasks import known_metrics, log_mean_probability
 from kd.data.texts import Example
 from kd.functional import logits as soft_losses
+from kd.functional.hidden import over_examples
 
 NOT_PREDICTED = -100
 """Label of a position that a masked language model does not predict."""
@@ -24,7 +25,8 @@ class MaskedLM:
     Labels are (batch, tokens), `NOT_PREDICTED` at positions that are not predicted; logits are (predicted positions,
     vocabulary) in row-major order. A mean is over the predicted positions of each example, then over the examples (our choice;
     BERT's is over all positions of the batch): it then depends neither on the number of ranks nor on that of the batches in an
-    optimiser step.
+    optimiser step. An example without predicted positions, which `MaskedTokens` does not make, has a loss of 0, and counts as
+    one of the examples.
 
     Source: Devlin et al., NAACL 2019, arXiv:1810.04805, section 3.1.
 
@@ -62,10 +64,13 @@ class MaskedLM:
         task._labels = labels
         return task
 
-    def hard(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross entropy in nats; logits (predicted positions, vocabulary), labels (batch, tokens)."""
+    def hard(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """Return the cross entropy in nats; logits (predicted positions, vocabulary), labels (batch, tokens).
+
+        For `none` (batch,), the mean over the predicted positions of each example.
+        """
         losses = F.cross_entropy(soft_losses.widened(logits), labels[labels != NOT_PREDICTED], reduction="none")
-        return by_example(losses, labels).mean()
+        return over_examples(by_example(losses, labels), reduction)
 
     def soft(
         self, student: Tensor, teacher: Tensor, temperature: float, loss: str = "kl", reduction: str = "batchmean"
@@ -122,15 +127,15 @@ class MaskedLM:
 
 
 def by_example(values: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean over the predicted positions of each example, (batch,).
+    """Return the mean over the predicted positions of each example, (batch,); 0 for an example without any.
 
     Args:
         values: (predicted positions,), in row-major order.
-        labels: (batch, tokens); every row must have a predicted position.
+        labels: (batch, tokens).
 
     >>> by_example(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([[7, -100, 7], [-100, 7, -100]]))
     tensor([2., 5.])
     """
     predicted = labels != NOT_PREDICTED
     row = predicted.nonzero()[:, 0]
-    return values.new_zeros(len(labels)).index_add(0, row, values) / predicted.sum(dim=1)
+    return values.new_zeros(len(labels)).index_add(0, row, values) / predicted.sum(dim=1).clamp(min=1)
