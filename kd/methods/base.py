@@ -82,13 +82,15 @@ class Step:
     def across(self, rows: Tensor) -> Tensor:
         """Return the rows of all ranks, for a loss that compares the examples of a batch with each other.
 
-        The rule: every row of such a term comes through `across`, this rank's own ones too, so that the term is the loss of the
-        global batch, the same number on every rank. It is then a term like any other, and nothing has to be multiplied: the
-        gradient of a step is that of one process with the global batch. For this, gradient flows to this rank's rows only, and
-        is multiplied by the number of the batch's examples on all ranks relative to those on this one. That is what the loss is
-        divided by later, when it is multiplied by `Batch.weight` and gradients are averaged over ranks, also if the ranks have
-        different numbers of examples. Parameters that are applied to the result, like a projection, need no factor. A term in
-        which rows that did not come through `across` meet rows that did has another gradient than in one process.
+        The rule: every row of such a term comes through `across`, this rank's own ones too, so that every rank computes the
+        loss of the global batch. The term is then like any other and is multiplied by nothing: the gradient of a step is that
+        of one process with the global batch, also if the ranks have different numbers of examples. A term in which rows that
+        came through `across` meet rows that did not has another gradient than in one process.
+
+        Gradient flows to this rank's rows alone, multiplied by N / n, with n of the N examples of the global batch on this
+        rank: `Batch.weight`, which is proportional to n, and the mean over ranks multiply it by n / N. Parameters that are
+        applied to the result, such as a projection, have their whole gradient on every rank, and the mean over ranks of the
+        batches' weights is the weight in one process.
 
         With one process, inside `on_rank_zero`, and before there is a process group, the result is `rows` itself. Otherwise
         it is a collective call: every rank has to make the same calls in the same order, so that none may depend on what the

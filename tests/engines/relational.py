@@ -131,7 +131,7 @@ def trained(case: Case, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
 
 @dataclass
 class Trial:
-    """What `Bench.batch` reads."""
+    """Stand-in for the bench that `Bench.batch` is a method of."""
 
     engine: Distiller
 
@@ -160,7 +160,7 @@ def rows_of(rank: int, kind: torch.dtype) -> Tensor:
 
 
 def gathered(rank: int) -> dict[str, Any]:
-    """What `Step.across` returns on a rank, and what it refuses."""
+    """Call `Step.across` on a rank, and return its results and the messages of its errors."""
     count, found = 3 - rank, {}
     step = step_of(plain_batch(count, first=10 * rank))
     found["types"] = {str(kind): step.across(rows_of(rank, kind)) for kind in TYPES}

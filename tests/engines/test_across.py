@@ -15,7 +15,7 @@ SUMS = 1e-9
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two ranks has trained and gathered."""
+    """Return the parameters and gathered rows of each of two ranks."""
     folder, port, server = tmp_path_factory.mktemp("ranks"), free_port(), fork_server()
     ranks = [server.Process(target=save_rank, args=(rank, port, folder)) for rank in range(2)]
     for process in ranks:
