@@ -173,6 +173,10 @@ class Method(nn.Module):
     """Terms that are smallest where the student equals its teachers; None for all but `task`, `()` if there are none, as in the
     reward of a policy. The conformance suite tests each of them."""
 
+    across_ranks = False
+    """True if `Step.across` joins the examples of all ranks wherever a loss depends on the batch, so that ranks change nothing
+    and only accumulation does."""
+
     same_vocabulary = False
     """True if student and teachers must have one vocabulary although no token-level tensor of a teacher is declared, because
     the method runs a model on another one's tokens. A run whose student has another vocabulary is then refused."""

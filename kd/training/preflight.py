@@ -68,7 +68,8 @@ def preflight(run: Run, engine: Engine, data: KDDataModule, inits: Mapping[str, 
         for name, text in learner.method.describe().items():
             report.note(f"{name}: {text}")
         if (why := learner.method.batch_dependence()) is not None:
-            report.note(f"the result depends on how a batch is split over ranks and accumulated: {why}")
+            how = "accumulated" if learner.method.across_ranks else "split over ranks and accumulated"
+            report.note(f"the result depends on how a batch is {how}: {why}")
     check_students(report, engine)
     check_one_batch(report, engine, data)
     report.note(f"preflight took {time.perf_counter() - began:.1f} s; preflight=false skips it")

@@ -252,6 +252,10 @@ class Bench:
         """The reason that a method declares why an example's loss depends on the others of its batch."""
         return next((why for method in self.methods.values() if (why := method.batch_dependence()) is not None), None)
 
+    def split_matters(self) -> bool:
+        """Whether a method declares that a split of the batch over ranks changes its loss."""
+        return any(m.batch_dependence() is not None and not m.across_ranks for m in self.methods.values())
+
     def gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Gradients that the optimiser saw in one update: parameter -> gradient of its turn."""
         names, seen = {parameter: name for name, parameter in self.engine.named_parameters()}, {}

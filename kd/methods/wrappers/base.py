@@ -26,7 +26,8 @@ class Wrapper(Method):
     def __init__(self, inner: Method) -> None:
         super().__init__()
         self.names, self.teachers, self.uses_teachers = inner.names, inner.teachers, inner.uses_teachers
-        self.distances, self.same_vocabulary = inner.distances, inner.same_vocabulary
+        self.distances, self.across_ranks = inner.distances, inner.across_ranks
+        self.same_vocabulary = inner.same_vocabulary
 
     @property
     def inners(self) -> Sequence[Method]:
