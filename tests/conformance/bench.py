@@ -333,15 +333,22 @@ def refusal(case: str, *more: str) -> InputError | None:
     return None
 
 
+@functools.cache
+def option_cases() -> list[tuple[str, str]]:
+    """Every method and first run, with each value of `OPTIONS` that it offers and does not refuse: (case, override)."""
+    cases = []
+    for name in (*METHODS, *STAGED):
+        node, place = configured(name).method, "method.before" if name in STAGED else "method"
+        choices = [f"{place}.{option}={value}" for option, values in OPTIONS.items() if option in node for value in values]
+        cases += [(name, choice) for choice in choices if refusal(name, choice) is None]
+    return cases
+
+
 def two_rank_cases() -> list[tuple[str, tuple[str, ...], int]]:
     """Every method, with every reduction it offers, on batches that two ranks share evenly and not, and every composition."""
     cases: list[tuple[str, tuple[str, ...], int]] = []
     for name in CASES:
-        offered = configured(name).method
-        options = OPTIONS.items() if name in (*METHODS, *STAGED) else ()
-        place = "method.before" if name in STAGED else "method"
-        choices = [(f"{place}.{o}={value}",) for o, values in options if o in offered for value in values]
-        choices = [choice for choice in choices if refusal(name, *choice) is None]
+        choices = [(choice,) for case, choice in option_cases() if case == name]
         cases += [(name, more, count) for more in choices or [()] for count in (8, 7)]
     return [*cases, *((name, (), 7) for name in GENERATED if refusal(name) is None)]
 
