@@ -253,7 +253,7 @@ class Bench:
         return next((why for method in self.methods.values() if (why := method.batch_dependence()) is not None), None)
 
     def split_matters(self) -> bool:
-        """Whether a method declares that a split of the batch over ranks changes its loss."""
+        """True if a method declares that a split of the batch over ranks changes its loss."""
         return any(m.batch_dependence() is not None and not m.across_ranks for m in self.methods.values())
 
     def gradients(self, batch: Batch) -> dict[str, torch.Tensor]:
