@@ -51,8 +51,8 @@ class Prepared:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Number of tokens of each example of a turn, with the student's tokenizer."""
-        lengths: np.ndarray = self.data.tokens["train"][self.data.student_key].lengths
+        """Number of tokens of each example that a turn trains on, with the student's tokenizer."""
+        lengths: np.ndarray = self.data.tokens["train"][self.data.student_key].lengths[self.data.trained]
         return lengths
 
     def facts(self, precision: str) -> dict[str, Any]:

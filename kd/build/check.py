@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from kd.build.data import build_examples, checked_length
+from kd.build.data import build_examples, check_held, checked_length
 from kd.build.engine import build_engine
 from kd.build.instantiate import build_method, build_optimizer, logger_maker
 from kd.build.models import flat, plan_models
@@ -120,6 +120,7 @@ def check_run(run: Run, examples: Examples) -> None:
             break
     models = plan_models(run, examples.task).shapes
     checked_length(run.spec, models)
+    check_held(run, examples, models)
     for name, surgery in surgeries(run.spec).items():
         if hasattr(surgery, "dry_run"):
             with prefix_surgery_errors(run.spec, name):

@@ -1,7 +1,8 @@
 """Examples, data module and teacher caches of a run."""
 
+import contextlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from kd.build.models import BuiltModels
 from kd.config.schema import RunSpec, cache_limit
 from kd.data.datamodule import KDDataModule
 from kd.data.examples import Examples, load_examples
+from kd.data.held import held_mask
 from kd.data.masked_lm.datamodule import MaskedLMDataModule
 from kd.engines.models import Models
-from kd.errors import InputError
+from kd.errors import InputError, prefix_error_keys
 from kd.methods.base import needs_of_teachers
 from kd.runs.digest import digest_of
 from kd.runs.identity import prefix_task_errors, source_of
@@ -50,22 +52,24 @@ def build_data(run: Run, examples: Examples, models: BuiltModels) -> tuple[KDDat
         InputError: if a model has too few positions, a teacher cannot be loaded, or the disk has no room for its cache.
     """
     spec = run.spec
-    data = DATA[examples.task.head](
-        examples,
-        [student.tokenizer for student in models.students.values()],
-        [teacher.tokenizer for teacher in models.teaching],
-        batch_size=spec.trainer.batch_size,
-        eval_batch_size=spec.trainer.eval_batch_size,
-        max_length=checked_length(spec, models),
-        seed=spec.seed,
-        workers=spec.trainer.num_workers,
-        rank=distributed.rank(),
-        world=distributed.world(),
-        pad_multiple=spec.trainer.pad_multiple,
-        batch_tokens=spec.trainer.batch_tokens,
-        store=Path(spec.paths.runs).expanduser() / ".tokens",
-        accumulate=spec.trainer.accumulate,
-    )
+    with prefix_held_errors(spec):
+        data = DATA[examples.task.head](
+            examples,
+            [student.tokenizer for student in models.students.values()],
+            [teacher.tokenizer for teacher in models.teaching],
+            batch_size=spec.trainer.batch_size,
+            eval_batch_size=spec.trainer.eval_batch_size,
+            max_length=checked_length(spec, models),
+            seed=spec.seed,
+            workers=spec.trainer.num_workers,
+            rank=distributed.rank(),
+            world=distributed.world(),
+            pad_multiple=spec.trainer.pad_multiple,
+            batch_tokens=spec.trainer.batch_tokens,
+            store=Path(spec.paths.runs).expanduser() / ".tokens",
+            accumulate=spec.trainer.accumulate,
+            holds=share_held(models),
+        )
     taught = [method for method in models.methods.values() if method.uses_teachers]
     wanted = needs_of_teachers(taught, len(models.teachers))
     teachers, caches = [], {}
@@ -76,6 +80,50 @@ def build_data(run: Run, examples: Examples, models: BuiltModels) -> tuple[KDDat
         teachers.append(result.teacher)
         caches[teacher.name] = result.record
     return data, replace(models, teachers=teachers, caches=caches)
+
+
+def share_held(models: Models) -> float:
+    """Return the share of train that the methods of a run hold (`Method.holds`).
+
+    Raises:
+        InputError: if the students of a cohort hold different shares: they are trained on the same batches.
+    """
+    shares = {name: method.holds for name, method in models.methods.items()}
+    if len(set(shares.values())) > 1:
+        shown = ", ".join(f"{name} {share}" for name, share in shares.items())
+        raise InputError(f"students that are trained together hold one part of train, these hold {shown}", "cohort.students")
+    return next(iter(shares.values()))
+
+
+@contextlib.contextmanager
+def prefix_held_errors(spec: RunSpec) -> Iterator[None]:
+    """Let errors about the held part of train name the method's option `holds`; the method itself if it has no such option."""
+    try:
+        yield
+    except InputError as error:
+        if error.key == "holds" and "holds" not in spec.method:
+            raise InputError(error.message, "method") from error
+        if error.key == "holds":
+            with prefix_error_keys("method", {"holds"}):
+                raise
+        raise
+
+
+def check_held(run: Run, examples: Examples, models: Models) -> None:
+    """Check that a method which holds a part of train leaves examples, and classes, on the other side.
+
+    Raises:
+        InputError: if it does not, if the share is out of range, or if the students of a cohort hold different shares.
+    """
+    share = share_held(models)
+    if share == 0:
+        return
+    with prefix_held_errors(run.spec):
+        mask = held_mask(examples.texts["train"], share, ranks=distributed.world())
+        try:
+            examples.task.check_labels([label for label, held in zip(examples.labels["train"], mask, strict=True) if not held])
+        except InputError as error:
+            raise InputError(f"without the held part of train, {error.message}", "holds") from error
 
 
 def teacher_cache(run: Run, name: str) -> TeacherCache:

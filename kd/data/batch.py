@@ -23,6 +23,9 @@ class Batch:
         weight: factor of this rank's loss; 1 if the global batch is divided evenly among the ranks and the optimiser step has
             `accumulate` batches of equal size (`kd.data.sampler.Rows`).
         peers: inputs of the further students, if several are trained together.
+        held: batch of examples that the student is not trained on, if the method holds a part of train (`Method.holds`). Its
+            weight is the number of this rank's held examples relative to an equal share: the mean over ranks of weighted means
+            is the mean over the global held batch.
     """
 
     student: dict[str, Tensor]
@@ -31,6 +34,7 @@ class Batch:
     index: Tensor
     weight: float = 1.0
     peers: tuple[dict[str, Tensor], ...] = ()
+    held: "Batch | None" = None
 
     @property
     def students(self) -> tuple[dict[str, Tensor], ...]:
@@ -40,7 +44,8 @@ class Batch:
     def seen_by(self, index: int) -> "Batch":
         """Return the batch for the student at this index: its inputs as `student`, the other students' as `peers`."""
         others = self.students[:index] + self.students[index + 1 :]
-        return replace(self, student=self.students[index], peers=others)
+        held = None if self.held is None else self.held.seen_by(index)
+        return replace(self, student=self.students[index], peers=others, held=held)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,4 +71,5 @@ class Batch:
             function(self.index),
             self.weight,
             tuple(done[id(inputs)] for inputs in self.peers),
+            None if self.held is None else self.held.map(function),
         )

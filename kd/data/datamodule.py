@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from kd.data.batch import Batch
 from kd.data.examples import Examples
+from kd.data.held import WithHeld, held_mask
 from kd.data.sampler import LengthBatches, Rows, TokenBatches
 from kd.data.tasks import Task
-from kd.data.tokenized import AnyTokenizer, Tokens, TokenStore, tokenizer_fingerprint
+from kd.data.tokenized import AnyTokenizer, Tokens, TokenStore, padded_length, tokenizer_fingerprint
 from kd.errors import InputError
 
 
@@ -61,6 +63,7 @@ class Collate:
             torch.tensor(list(rows), dtype=torch.long),
             rows.weight if isinstance(rows, Rows) else 1.0,
             tuple(inputs[key] for key in self.students[1:]),
+            self(rows.held) if isinstance(rows, Rows) and rows.held is not None else None,
         )
 
 
@@ -84,9 +87,10 @@ class KDDataModule(pl.LightningDataModule):
         batch_tokens: largest number of padded tokens of a global training batch; replaces `batch_size`.
         store: folder for tokenised texts; None stores none.
         accumulate: training batches of an optimiser step.
+        holds: share of train that is held (`kd.data.held`): not trained on, and beside each training batch as `Batch.held`.
 
     Raises:
-        InputError: if a split has fewer examples than there are ranks.
+        InputError: if a split, or a part of train, has fewer examples than there are ranks.
     """
 
     changes: str | None = None
@@ -108,6 +112,7 @@ class KDDataModule(pl.LightningDataModule):
         batch_tokens: int | None = None,
         store: Path | None = None,
         accumulate: int = 1,
+        holds: float = 0.0,
     ) -> None:
         super().__init__()
         self.examples = examples
@@ -128,7 +133,18 @@ class KDDataModule(pl.LightningDataModule):
                 raise InputError(f"'{split}' has {count} examples for {world} ranks", split.partition("_")[0])
         self.shared_tokenizer = len(tokenizers) == 1
         """True if all students and teachers have the same tokenizer."""
-        self._train_sampler: LengthBatches | None = None
+        held = held_mask(examples.texts["train"], holds, ranks=world) if holds else np.zeros(len(examples.texts["train"]), bool)
+        self.held_count = int(held.sum())
+        """Number of examples of train that are held, as texts."""
+        held = held[self.text_of_rows("train")]
+        self.trained, self.held = np.flatnonzero(~held), np.flatnonzero(held)
+        """Indices in train of the examples that are trained on, and of the held ones."""
+        if holds and min(len(self.trained), len(self.held)) < world:  # a text without tokens to predict is no example
+            raise InputError(
+                f"holds={holds} holds {len(self.held)} examples and leaves {len(self.trained)} to train on, for {world} ranks",
+                "holds",
+            )
+        self._train_sampler: LengthBatches | WithHeld | None = None
         self._skip = 0
 
     def use_cached(self, index: int, splits: Mapping[str, Padded]) -> None:
@@ -139,6 +155,15 @@ class KDDataModule(pl.LightningDataModule):
     def read(self, tokenizer: AnyTokenizer, texts: Sequence[tuple[str, ...]], max_length: int) -> Any:
         """Tokenise the texts of one split."""
         return Tokens(tokenizer, texts, max_length, self.pad_multiple, self.store)  # type: ignore[arg-type]
+
+    def text_of_rows(self, split: str) -> np.ndarray:
+        """Return the index of each example's text in the split, (examples,)."""
+        return np.arange(len(self.examples.texts[split]))
+
+    @property
+    def trained_count(self) -> int:
+        """Number of examples of train that are trained on, as texts."""
+        return len(self.examples.texts["train"]) - self.held_count
 
     @property
     def student_key(self) -> str:
@@ -152,6 +177,12 @@ class KDDataModule(pl.LightningDataModule):
     def probe(self, split: str, count: int) -> Batch:
         """Return a batch of at most `count` examples of a split, tokenised as for the exported model."""
         return self.collate(split)(self.rows(split, count))
+
+    def trial(self, count: int) -> Batch:
+        """Return a batch of at most `count` of the shortest training examples, with the shortest held ones beside it."""
+        lengths = self.tokens["train"][self.student_key].lengths
+        rows, held = (part[lengths[part].argsort()[:count]].tolist() for part in (self.trained, self.held))
+        return self.collate("train")(Rows(rows, held=Rows(held) if held else None))
 
     def collate(self, split: str) -> Callable[[Sequence[int]], Batch]:
         """Return the collate function of a split."""
@@ -177,13 +208,15 @@ class KDDataModule(pl.LightningDataModule):
             persistent_workers=self.workers > 0,
         )
 
-    def sampler(self, split: str, seed: int | None) -> LengthBatches:
+    def sampler(self, split: str, seed: int | None) -> LengthBatches | WithHeld:
         """Return the batch sampler of a split; for training with `batch_tokens`, one with a token budget.
 
         Raises:
             InputError: for a batch with fewer examples than ranks, or a text that is longer than the budget.
         """
         tokens = self.tokens[split][self.student_key]
+        holds = seed is not None and len(self.held) > 0
+        lengths, longest = (one[self.trained] if holds else one for one in (tokens.lengths, tokens.longest))
         key, size, accumulate = "trainer.eval_batch_size", self.eval_batch_size, 1
         if seed is not None:
             key, size, accumulate = "trainer.batch_size", self.batch_size, self.accumulate
@@ -191,16 +224,36 @@ class KDDataModule(pl.LightningDataModule):
         if seed is not None and self.batch_tokens is not None:
             key, size = "trainer.batch_tokens", self.batch_tokens
             padding = (self.pad_multiple, self.max_length)
-            sampler = TokenBatches(tokens.longest, size, padding, seed, self.rank, self.world, accumulate)
+            sampler = TokenBatches(longest, size, padding, seed, self.rank, self.world, accumulate)
         else:
-            sampler = LengthBatches(tokens.lengths, size, seed, self.rank, self.world, accumulate)
+            sampler = LengthBatches(lengths, size, seed, self.rank, self.world, accumulate)
         if sampler.smallest() < self.world:
             raise InputError(
                 f"{key}={size} cuts '{split}' into batches of which one has {sampler.smallest()} examples for {self.world} "
                 "ranks to share; it should be larger, so that each has two or more",
                 key,
             )
-        return sampler
+        return WithHeld(sampler, self.trained, self.held, self.held_size()) if holds else sampler
+
+    def held_size(self) -> int:
+        """Return the number of examples of a global held batch, our choice: as many as a training batch has, at most all.
+
+        With `batch_tokens` as many as are within it if each is as long as the longest held one.
+
+        Raises:
+            InputError: if these are fewer than there are ranks.
+        """
+        if self.batch_tokens is None:
+            return min(self.batch_size, len(self.held))
+        longest = int(self.tokens["train"][self.student_key].longest[self.held].max())
+        room = self.batch_tokens // padded_length(longest, self.pad_multiple, self.max_length)
+        if room < self.world:
+            raise InputError(
+                f"trainer.batch_tokens={self.batch_tokens} has room for {room} of the longest held examples, which have "
+                f"{longest} tokens, for {self.world} ranks; it should be larger",
+                "trainer.batch_tokens",
+            )
+        return min(room, len(self.held))
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of training batches."""

@@ -26,12 +26,14 @@ class Rows(list[int]):
             over `accumulate` batches of weighted means is then the mean over the step's examples, also if the ranks do not
             divide a batch, its batches differ in size, or an epoch ends before there are `accumulate` of them.
         epoch: epoch of the batch, passed along so that loader workers have it; None outside training.
+        held: indices of the held examples beside the batch (`kd.data.held.WithHeld`); None if nothing is held.
     """
 
-    def __init__(self, rows: Sequence[int], weight: float = 1.0, epoch: int | None = None) -> None:
+    def __init__(self, rows: Sequence[int], weight: float = 1.0, epoch: int | None = None, held: "Rows | None" = None) -> None:
         super().__init__(rows)
         self.weight = weight
         self.epoch = epoch
+        self.held = held
 
 
 class LengthBatches(Sampler[list[int]]):

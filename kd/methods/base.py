@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from kd.data.batch import Batch
 from kd.data.tasks import Task
 from kd.errors import InputError
 from kd.forward import Forward, Model, Needs
+from kd.forward.lazy import Detached
 from kd.methods.draws import uniform
 from kd.models import Encoder, FrozenTeacher
 from kd.system import distributed
@@ -50,6 +52,50 @@ class Step:
     peers: Sequence[Forward[Encoder]] = ()
     """Forward passes of the other students over the same examples, detached; empty unless several students train together."""
     seed: int = 0
+    training: Batch | None = None
+    """Training batch beside the held one that this step is over, as `on_held` returns it; None for the training step itself."""
+
+    @property
+    def held(self) -> Batch | None:
+        """Batch of examples of train that the student is not trained on; None unless the method holds some (`Method.holds`)."""
+        return self.batch.held
+
+    def on_held(self) -> "Step":
+        """Return a step over the held batch, with new forward passes of this step's models as they are now.
+
+        No pass has run yet, and each call returns new ones, so that a reward of before a turn and one of after it are of two
+        calls. `Method.prepare` is not called on the step. A student's pass has a graph, and dropout, like those of the training
+        batch; whoever reads it for a reward does so in `torch.no_grad`.
+
+        Ranks have disjoint shares of the global held batch. The rule is that of `across`: what is averaged over the held
+        examples is averaged over the rows that come through the returned step's `across`, `held.across(correct).mean()`. All
+        ranks then have the value of one process, for a reward as for a term with a gradient.
+
+        Raises:
+            ValueError: if no examples are held, or `Method.prepare` has given a teacher other inputs than the batch's.
+        """
+        held = self.batch.held
+        if held is None:
+            raise ValueError("no examples are held; `Method.holds` is the share of train to hold")
+
+        def over(forward: Forward[Any], inputs: Mapping[str, Tensor]) -> Forward[Any]:
+            new = Forward(forward.model, inputs, forward.needs)
+            return Detached(new) if isinstance(forward, Detached) else new
+
+        teachers = []
+        for teacher in self.teachers:  # a pool may show one of those that the batch has inputs of
+            index = next((n for n, inputs in enumerate(self.batch.teachers) if inputs is teacher.inputs), None)
+            if index is None:
+                raise ValueError("a teacher's inputs are not the batch's; pass it those of `step.held` that it should read")
+            teachers.append(over(teacher, held.teachers[index]))
+        return self.replace(
+            student=over(self.student, held.student),
+            teachers=teachers,
+            batch=held,
+            task=self.task.of(held.labels),
+            peers=[over(*both) for both in zip(self.peers, held.peers, strict=True)],
+            training=self.batch,
+        )
 
     def rng(self, what: str) -> np.random.Generator:
         """Return a generator with the same state on all ranks, in all batches of an optimiser step, and in a resumed run.
@@ -92,6 +138,9 @@ class Step:
         applied to the result, such as a projection, have their whole gradient on every rank, and the mean over ranks of the
         batches' weights is the weight in one process.
 
+        In a step over held examples (`on_held`) rows are one for each held example of this rank, and the gradient of this
+        rank's is multiplied by the N / n of the training batch, whose weight multiplies the loss; the rule is the same.
+
         With one process, inside `on_rank_zero`, and before there is a process group, the result is `rows` itself. Otherwise
         it is a collective call: every rank has to make the same calls in the same order, so that none may depend on what the
         examples of a rank are. Accumulated batches are not joined.
@@ -107,16 +156,17 @@ class Step:
             ValueError: if there is not one row for each example, or the ranks' rows differ in their further dimensions, such
                 as tokens, which each rank pads to a length of its own.
         """
-        count = len(self.batch)
+        count, weighted = len(self.batch), self.batch if self.training is None else self.training
         if rows.shape[:1] != (count,):
             raise ValueError(f"there is one row for each of the {count} examples of the batch, not {tuple(rows.shape)}")
         parts = distributed.gather_rows(rows)
         if len(parts) == 1:
             return rows
-        total = sum(len(part) for part in parts)
+        # The engine multiplies the loss by the weight of the training batch, also a loss of held examples.
+        factor = sum(map(len, parts)) / count if weighted is self.batch else distributed.total(len(weighted)) / len(weighted)
         own = rows.view_as(rows)  # so that the gradient of other uses of the rows is not multiplied
         if own.requires_grad:
-            own.register_hook(lambda gradient: gradient * (total / count))
+            own.register_hook(lambda gradient: gradient * factor)
         return torch.cat([own if part is rows else part for part in parts])
 
     @property
@@ -176,6 +226,11 @@ class Method(nn.Module):
     across_ranks = False
     """True if `Step.across` joins the examples of all ranks wherever a loss depends on the batch, so that ranks change nothing
     and only accumulation does."""
+
+    holds: float = 0.0
+    """Share of train, in [0, 1), that the student is not trained on, for rewards: its examples are in no training batch, and
+    `Step.held` shows a batch of them in each step. A method sets it in its constructor from an option `holds`, checked by
+    `kd.methods.options.holds`, so that it enters the run's digest. The students of a cohort hold the same part."""
 
     same_vocabulary = False
     """True if student and teachers must have one vocabulary although no token-level tensor of a teacher is declared, because

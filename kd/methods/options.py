@@ -1,11 +1,12 @@
 """Checks of the options of methods. An error names the option; the builder adds the key of the method."""
 
 from kd.config.values import LARGEST_SEED, number, shown, switch, whole, word
+from kd.data.held import checked_share as holds
 from kd.errors import InputError
 from kd.functional.logits import LOGIT_REDUCTIONS
 from kd.schedules import Schedule, as_schedule, extremes
 
-__all__ = ["BATCH_MEANS", "LARGEST_SEED", "TEMPERATURES", "number", "switch", "temperature_schedule", "whole", "word"]
+__all__ = ["BATCH_MEANS", "LARGEST_SEED", "TEMPERATURES", "holds", "number", "switch", "temperature_schedule", "whole", "word"]
 
 TEMPERATURES = (1e-3, 1e4)
 """Lowest and highest temperature allowed."""

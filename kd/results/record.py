@@ -196,7 +196,7 @@ class SettingsEntry:
             origin=origin(run),
             max_length=spec.task.max_length,
             limit_train=spec.task.limit_train,
-            examples={split: len(texts) for split, texts in data.examples.texts.items()},
+            examples=counts_of(data),
             epochs=spec.trainer.max_epochs,
             **batch_of(run, data),
             steps=steps,
@@ -377,6 +377,12 @@ def seconds_before(run: Run) -> float:
     return float(first.result["seconds"]["train"]) + float(first.result["seconds"].get("before", 0.0))
 
 
+def counts_of(data: KDDataModule) -> dict[str, int]:
+    """Return the number of examples of each split; where a part of train is held, `train` is the rest and `held` that part."""
+    counts = {split: len(texts) for split, texts in data.examples.texts.items()}
+    return counts if not data.held_count else {**counts, "train": data.trained_count, "held": data.held_count}
+
+
 def batch_of(run: Run, data: KDDataModule) -> dict[str, Any]:
     """Return the largest number of examples, or of padded tokens, of an optimiser step, and its batches, for the record.
 
@@ -386,7 +392,7 @@ def batch_of(run: Run, data: KDDataModule) -> dict[str, Any]:
     trainer = run.spec.trainer
     accumulate = min(trainer.accumulate, len(data.sampler("train", run.spec.seed)))
     if trainer.batch_tokens is None:
-        examples = len(data.examples.texts["train"])
+        examples = data.trained_count
         return {"batch_size": min(trainer.batch_size * accumulate, examples), "batch_tokens": None, "accumulate": accumulate}
     return {"batch_size": None, "batch_tokens": trainer.batch_tokens * accumulate, "accumulate": accumulate}
 

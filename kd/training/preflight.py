@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kd.build.instantiate import build_method
 from kd.data.datamodule import KDDataModule
 from kd.data.tasks import Regression, higher_is_better
 from kd.data.texts import count_shared
@@ -58,6 +59,7 @@ def preflight(run: Run, engine: Engine, data: KDDataModule, inits: Mapping[str, 
     began = time.perf_counter()
     report = Report()
     check_data(report, data)
+    check_held_part(report, run, engine, data)
     check_steps(report, run, data)
     check_teachers(report, run, engine, data)
     for student, learner in engine.learners.items():
@@ -90,6 +92,22 @@ def check_data(report: Report, data: KDDataModule) -> None:
         report.ok("student and teachers read the same tokens" if data.teacher_keys else "one tokenizer")
     else:
         report.ok("tokenizers differ: each batch carries the text tokenised for each model")
+
+
+def check_held_part(report: Report, run: Run, engine: Engine, data: KDDataModule) -> None:
+    """Report the part of train that is held, and where the student may have learnt from it nevertheless."""
+    if not data.held_count:
+        return
+    counts = f"{data.held_count} of {data.held_count + data.trained_count}"
+    report.ok(f"held part of train: {counts} examples are not trained on, {data.held_size()} of them beside each batch")
+    share = max(learner.method.holds for learner in engine.learners.values())
+    before, student = run.inputs.before, run.spec.student
+    if before is not None and build_method(before.spec.method)[0].holds < share:
+        report.warn("the method's first run, from whose student this one starts, trained on the held part of train too")
+    elif student.init in ("run", "checkpoint") and before is None:
+        report.note("the weights that the student starts from may have been trained on the held part of train")
+    elif student.init not in ("random", "run", "checkpoint") and student.init_from == "teacher":
+        report.note("the student starts from layers of its teacher, which was trained on the held part of train too")
 
 
 def check_steps(report: Report, run: Run, data: KDDataModule) -> None:
@@ -186,8 +204,7 @@ def check_one_batch(report: Report, engine: Engine, data: KDDataModule) -> None:
         InputError: if a trainable parameter gets no gradient, a teacher gets one or is not in eval mode, or a term is not a
             finite scalar.
     """
-    lengths = data.tokens["train"][data.student_key].lengths
-    batch = data.collate("train")(lengths.argsort()[:TRIAL_EXAMPLES].tolist())
+    batch = data.trial(TRIAL_EXAMPLES)
     with uncounted(engine):
         engine.train()
         loss = engine.loss(batch)

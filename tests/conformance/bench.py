@@ -63,6 +63,8 @@ GENERATED = tuple(f"{name} {axis}" for name in METHODS for axis in AXES if f"{na
 TASK = Classification("toy", ["no", "maybe", "yes"], {}, ["accuracy"], "accuracy")
 SCORES = Regression("toy scores", ["mse"], "mse")
 VOCABULARY = tiny_config().vocab_size
+HELD = 5
+"""Examples of a held batch, which two ranks share 3 and 2."""
 
 
 def configured(case: str, more: Sequence[str] = ()) -> DictConfig:
@@ -99,7 +101,7 @@ def batch_of(count: int = 8, tokens: int = 9, seed: int = 0, teachers: int = 1, 
 
 def take(batch: Batch, rows: torch.Tensor) -> Batch:
     """Some examples of a batch, in this order."""
-    return batch.map(lambda tensor: tensor[rows])
+    return replace(replace(batch, held=None).map(lambda tensor: tensor[rows]), held=batch.held)
 
 
 def more_padding(batch: Batch, tokens: int = 4) -> Batch:
@@ -110,13 +112,15 @@ def more_padding(batch: Batch, tokens: int = 4) -> Batch:
         return {n: torch.nn.functional.pad(t, (0, tokens), value=fill[n]) for n, t in inputs.items()}
 
     teachers, peers = (tuple(padded(inputs) for inputs in each) for each in (batch.teachers, batch.peers))
-    return replace(batch, student=padded(batch.student), teachers=teachers, peers=peers)
+    held = None if batch.held is None else more_padding(batch.held, tokens)
+    return replace(batch, student=padded(batch.student), teachers=teachers, peers=peers, held=held)
 
 
 def shortest(batch: Batch) -> Batch:
     """The same batch without padding that all its examples have."""
     longest = int(batch.student["attention_mask"].sum(dim=1).max())
-    return batch.map(lambda tensor: tensor[:, :longest] if tensor.ndim == 2 else tensor)
+    cut = replace(batch, held=None).map(lambda tensor: tensor[:, :longest] if tensor.ndim == 2 else tensor)
+    return replace(cut, held=batch.held)
 
 
 SHAPES = (
@@ -201,7 +205,15 @@ class Bench:
         self.counts = {"teachers": len(names), "students": count}
 
     def batch(self, count: int = 8, seed: int = 0) -> Batch:
-        """A batch for these models."""
+        """A batch for these models, with a held one if a method holds a part of train."""
+        batch = Bench.plain_batch(self, count, seed)
+        if any(learner.method.holds for learner in self.engine.learners.values()):
+            held = Bench.plain_batch(self, HELD, seed + 100)
+            batch = replace(batch, held=replace(held, index=held.index + count))
+        return batch
+
+    def plain_batch(self, count: int, seed: int) -> Batch:
+        """A batch for these models without a held one."""
         batch = batch_of(count, seed=seed, **self.counts)
         if self.task is SCORES:
             batch = replace(batch, labels=torch.rand(count, generator=torch.Generator().manual_seed(seed)).double())
@@ -224,24 +236,31 @@ class Bench:
 
     def use_cached(self, batch: Batch, folder: Path) -> Batch:
         """Replace the frozen teachers by what they say of a batch, written to disk and read again; the batch that reads it."""
-        needs = needs_of_teachers(self.methods.values(), len(self.teachers))
-        found = []
-        for place, teacher in enumerate(self.teachers):  # one that is trained with the students is not among them
-            inputs = batch.teachers[place]
-            lengths = inputs["attention_mask"].sum(dim=1)
-            offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).numpy()
-            store, said = TensorStore(folder / str(place), offsets), teacher.run(inputs, needs[place]).named()
-            store.folder.mkdir(parents=True)
-            for name in needs[place].tensors:
-                kind = str(said[name].dtype).removeprefix("torch.")
-                entry = Entry((store.rows(name), said[name].shape[-1]), kind, kind)
-                share = Share(store, name, entry, (0, len(batch)), 0)
-                assert share.write(range(len(batch)), said[name])
-                share.close()
-                store.commit(name, entry, 1)
-            found.append(CachedOutputs(store, tuple(needs[place].tensors), PlainTokens(lengths)).pad(range(len(batch))))
+        needs, teachers = needs_of_teachers(self.methods.values(), len(self.teachers)), list(self.teachers)
+
+        def cached(batch: Batch, folder: Path) -> Batch:
+            found = []
+            for place, teacher in enumerate(teachers):  # one that is trained with the students is not among them
+                inputs = batch.teachers[place]
+                lengths = inputs["attention_mask"].sum(dim=1)
+                offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).numpy()
+                store, said = TensorStore(folder / str(place), offsets), teacher.run(inputs, needs[place]).named()
+                store.folder.mkdir(parents=True)
+                for name in needs[place].tensors:
+                    kind = str(said[name].dtype).removeprefix("torch.")
+                    entry = Entry((store.rows(name), said[name].shape[-1]), kind, kind)
+                    share = Share(store, name, entry, (0, len(batch)), 0)
+                    assert share.write(range(len(batch)), said[name])
+                    share.close()
+                    store.commit(name, entry, 1)
+                found.append(CachedOutputs(store, tuple(needs[place].tensors), PlainTokens(lengths)).pad(range(len(batch))))
+            return replace(batch, teachers=tuple(found) or batch.teachers)
+
+        held = None if batch.held is None else cached(batch.held, folder / "held")
+        batch = replace(cached(batch, folder), held=held)
+        for place, teacher in enumerate(teachers):
             self.engine.teachers[place] = CachedTeacher(teacher)
-        return replace(batch, teachers=tuple(found) or batch.teachers)
+        return batch
 
     def terms(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Unweighted terms, dropout off."""
@@ -359,14 +378,17 @@ def case_name(name: str, more: tuple[str, ...], count: int) -> str:
 
 
 class Collated:
-    """Rows of a batch, weighted as the loader weighs them."""
+    """Rows of a batch, weighted as the loader weighs them, with a rank's share of the held batch if there is one."""
 
-    def __init__(self, whole: Batch) -> None:
-        self.whole = whole
+    def __init__(self, whole: Batch, rank: int = 0, world: int = 1) -> None:
+        self.whole, self.rank, self.world = whole, rank, world
 
     def __call__(self, rows: Any) -> Batch:
         part = take(self.whole, torch.tensor(rows))
         part.weight = rows.weight
+        if (held := self.whole.held) is not None:
+            mine = torch.arange(self.rank, len(held), self.world)
+            part.held = replace(take(held, mine), weight=len(mine) * self.world / len(held))
         return part
 
 
@@ -395,7 +417,7 @@ def save_two_rank_updates(rank: int, world: int, port: int, folder: Path) -> Non
         bench = Bench(name, more=more, double=True)
         optimizer = bench.engine.optimizer()
         whole, sampler = bench.batch(count), LengthBatches([9] * count, count, None, rank, world)
-        mine = Collated(whole)(next(iter(sampler)))
+        mine = Collated(whole, rank, world)(next(iter(sampler)))
         if bench.engine.automatic_optimization:  # Lightning wraps the engine and steps the optimiser
             wrapped = DistributedDataParallel(Stepper(bench.engine))
             (wrapped(mine) * mine.weight).backward()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from kd.data.batch import Batch
@@ -28,7 +29,8 @@ class MaskedCollate:
         inputs, labels = self.tokens.pad(rows, rows.epoch if isinstance(rows, Rows) else None)
         weight = rows.weight if isinstance(rows, Rows) else 1.0
         index, peers = torch.tensor(list(rows), dtype=torch.long), (inputs,) * (self.students - 1)
-        return Batch(inputs, (inputs,) * self.teachers, labels, index, weight, peers)
+        held = self(rows.held) if isinstance(rows, Rows) and rows.held is not None else None
+        return Batch(inputs, (inputs,) * self.teachers, labels, index, weight, peers, held)
 
 
 class MaskedLMDataModule(KDDataModule):
@@ -55,6 +57,13 @@ class MaskedLMDataModule(KDDataModule):
     def read(self, tokenizer: AnyTokenizer, texts: Sequence[tuple[str, ...]], max_length: int) -> Any:
         """Tokenise the texts of one split, for masking in each batch."""
         return MaskedTokens(tokenizer, texts, max_length, self.seed, self.pad_multiple, self.store)
+
+    def text_of_rows(self, split: str) -> np.ndarray:
+        """Return the index of each chunk's text in the split, (chunks,)."""
+        tokens = self.tokens[split][self.student_key]
+        ends = np.cumsum(tokens.vocabularies[0].words)
+        index: np.ndarray = np.searchsorted(ends, tokens.chunks[:, 0], side="right")
+        return index
 
     def collate(self, split: str) -> MaskedCollate:
         """Return the collate function of a split."""

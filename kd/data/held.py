@@ -1,0 +1,120 @@
+"""A held part of train: examples that a student is not trained on, and a batch of them beside each training batch."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from kd.config.values import shown
+from kd.data.sampler import LengthBatches, Rows
+from kd.data.sources import hash_fraction
+from kd.errors import InputError
+
+SALT = "held by the method"
+"""Put before a text whose hash decides whether it is held, so that the cut is independent of that of `task.holdout`, and of
+the hash by which a task's own splits may have been cut."""
+
+
+def checked_share(share: object, key: str = "holds") -> float:
+    """Return a share of train after a check.
+
+    Raises:
+        InputError: if it is not a number in [0, 1); the error names `key`.
+    """
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+        raise InputError(f"{key}={shown(share)} is a share of train, at least 0 and less than 1", key)
+    return float(share)
+
+
+def held_mask(texts: Sequence[tuple[str, ...]], share: float, key: str = "holds", ranks: int = 1) -> np.ndarray:
+    """Return for each training example whether it is held, (examples,), bool.
+
+    A hash of the text decides, as for `task.holdout`: equal texts are on one side, whatever the seed, the order and the other
+    examples, and a larger share holds the examples of a smaller one and more.
+
+    Args:
+        texts: texts of train.
+        share: share of train that is held, in [0, 1).
+        key: key that an error names.
+        ranks: number of processes that share each batch.
+
+    Raises:
+        InputError: if the share is out of range, or fewer examples than there are ranks are held or left to train on.
+    """
+    share = checked_share(share, key)
+    mask = np.fromiter((hash_fraction((SALT, *text)) < share for text in texts), bool, len(texts))
+    held = int(mask.sum())
+    if share and min(held, len(mask) - held) < ranks:
+        needed = "one example" if ranks == 1 else f"an example for each of {ranks} ranks"
+        raise InputError(
+            f"{key}={shown(share)} of {len(mask)} training examples holds {held} and leaves {len(mask) - held} to train on; "
+            f"either part needs {needed}",
+            key,
+        )
+    return mask
+
+
+class WithHeld(Sampler[list[int]]):
+    """Batches of the examples that are trained on, each with a batch of the held ones in `Rows.held`.
+
+    The held examples are in one order, a permutation that follows from the seed, and are taken in turn, over and over. All
+    global held batches have the same size, and none has an example twice. A batch follows from the seed, the epoch and the
+    number of the training batch alone, so that a resumed run has those of an unbroken one. The accumulated batches of an
+    optimiser step have consecutive parts of the order, together those that a step of one batch, `accumulate` times as large,
+    has; the last step of an epoch, which may have fewer batches, has the first ones of them.
+
+    Rank *r* of *n* takes every *n*-th example of a held batch, starting with the *r*-th. The `weight` of its rows is their
+    number relative to an equal share: the mean over ranks of weighted means is the mean over the global held batch.
+
+    Args:
+        batches: sampler over the examples that are trained on, numbered from 0.
+        trained: indices of these examples in train.
+        held: indices of the held examples in train.
+        size: examples of a global held batch; all if there are fewer.
+    """
+
+    def __init__(self, batches: LengthBatches, trained: np.ndarray, held: np.ndarray, size: int) -> None:
+        assert batches.seed is not None
+        self.inner = batches
+        self.trained = trained
+        # The spawn key sets it apart from the shuffle of the training examples.
+        generator = np.random.default_rng(np.random.SeedSequence(batches.seed, spawn_key=(1,)))
+        self.order = held[generator.permutation(len(held))]
+        self.size = min(size, len(held))
+
+    @property
+    def sampler(self) -> "WithHeld":
+        """The sampler itself: Lightning sets the epoch of `batch_sampler.sampler`."""
+        return self
+
+    @property
+    def skip(self) -> int:
+        """Number of batches already trained on in an interrupted epoch, which the next iteration leaves out."""
+        return self.inner.skip
+
+    @skip.setter
+    def skip(self, count: int) -> None:
+        self.inner.skip = count
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch; Lightning calls this before each epoch."""
+        self.inner.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def held_batch(self, index: int) -> np.ndarray:
+        """Return the global held batch of the training batch at this index in the current epoch, as indices in train."""
+        accumulate = self.inner.accumulate
+        steps = -(-len(self) // accumulate)
+        number = (self.inner.epoch * steps + index // accumulate) * accumulate + index % accumulate
+        return self.order[(number * self.size + np.arange(self.size)) % len(self.order)]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rank, world = self.inner.rank, self.inner.world
+        for index, rows in enumerate(self.inner, start=self.inner.skip):
+            assert isinstance(rows, Rows)
+            batch = self.held_batch(index)
+            mine = batch[rank::world]
+            held = Rows(mine.tolist(), len(mine) * world / len(batch), rows.epoch)
+            yield Rows(self.trained[rows].tolist(), rows.weight, rows.epoch, held)
