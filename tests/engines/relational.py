@@ -21,7 +21,7 @@ from kd.engines.models import Models
 from kd.engines.optimizer import OptimizerFactory
 from kd.forward import Needs
 from kd.methods.base import Method, Progress, Step, Turn
-from kd.models import FrozenTeacher
+from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Constant
 from kd.system import distributed
 
@@ -135,9 +135,15 @@ class Trial:
 
     engine: Distiller
 
+    task = TASK
+
     @property
     def counts(self) -> dict[str, int]:
         return {"teachers": 1, "students": 1}
+
+    @property
+    def students(self) -> dict[str, Encoder]:
+        return {name: learner.student for name, learner in self.engine.learners.items()}
 
 
 def step_of(batch: Batch) -> Step:

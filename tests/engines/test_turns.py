@@ -87,6 +87,7 @@ class Trial:
         self.engine.double().train()
         self.counts = {"teachers": teachers, "students": count}
 
+    task = TASK
     batch = Bench.batch
 
 
