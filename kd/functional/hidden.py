@@ -74,6 +74,28 @@ def token_error(student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "
     return mean_over_real(squares.mean(dim=-1), mask, padding, reduction)
 
 
+def cosine_distance(student: Tensor, teacher: Tensor, mask: Tensor, padding: str = "strict", reduction: str = "mean") -> Tensor:
+    r"""Return the mean of 1 - cosine between the states of every token, in [0, 2]; a vector of zeros has the distance 1.
+
+    Source: Sanh et al., DistilBERT, arXiv:1910.01108, section 3, L_cos.
+
+    Args:
+        student: (batch, tokens, width).
+        teacher: (batch, tokens, width); the target, no gradient flows to it.
+        mask: (batch, tokens), bool, False on padding.
+        padding: `strict` or `reference`, as in `token_error`.
+        reduction: `mean` over the examples; `none` gives (batch,), which has that mean.
+
+    >>> student, teacher = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]]), torch.tensor([[[2.0, 0.0], [1.0, -1.0]]])
+    >>> cosine_distance(student, teacher, torch.tensor([[True, True]]))
+    tensor(0.5000)
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"states of student and teacher differ in shape: {tuple(student.shape)}, {tuple(teacher.shape)}")
+    cosines = (unit(student) * unit(teacher.detach())).sum(dim=-1)
+    return mean_over_real(1 - cosines, mask, padding, reduction)
+
+
 def mean_over_real(values: Tensor, real: Tensor, padding: str, reduction: str = "mean") -> Tensor:
     """Return the mean of values: over the real ones of each example, then over examples; or over all of them.
 

@@ -157,6 +157,12 @@ def token_errors(s: Situation) -> Iterator[Call]:
             yield lambda *states, p=padding, r=reduction: hidden.token_error(*states, s.mask, p, r), s.states(6, 8)
 
 
+def cosine_distances(s: Situation) -> Iterator[Call]:
+    for padding in PADDING:
+        for reduction in OVER_EXAMPLES:
+            yield lambda *states, p=padding, r=reduction: hidden.cosine_distance(*states, s.mask, p, r), s.states(6, 8)
+
+
 def means(s: Situation) -> Iterator[Call]:
     for padding in PADDING:
         for reduction in OVER_EXAMPLES:
@@ -202,6 +208,7 @@ INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
     "attribution.token_maps": lambda s: iter([(lambda a: attribution.token_maps(a, 3), s.states(6, 4, 2)[:1])]),
     "attribution.map_error": map_errors,
     "hidden.patience": patiences,
+    "hidden.cosine_distance": cosine_distances,
     "hidden.token_error": token_errors,
     "hidden.mean_over_real": means,
     "hidden.over_examples": examples,
