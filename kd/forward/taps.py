@@ -120,13 +120,20 @@ def _first(output: Any) -> Tensor:
     return tensor
 
 
+def differentiable(states: Tensor) -> Tensor:
+    """Return a tensor that requires a gradient: the one given if it does, otherwise a leaf with the same values."""
+    return states if states.requires_grad else states.detach().requires_grad_()
+
+
 @contextmanager
 def record(
     base: nn.Module, family: Family, needs: Needs, embedded: Tensor | None = None
 ) -> Iterator[dict[str, dict[Layer, Tensor]]]:
     """Record the tensors that `needs` declares while the base model runs once inside this context.
 
-    Layers are counted by calls, not by modules, so that a block shared by several layers is recorded at the right one.
+    Layers are counted by calls of blocks, not by modules, so that a block that several layers share is recorded at the right
+    one. A projection that several blocks share is recorded as what the block that is running uses it for: the query
+    projection of one block may be the key projection of another.
 
     Args:
         base: the model without its head.
@@ -140,7 +147,9 @@ def record(
     layered = {name: kind for name, kind in KINDS.items() if kind.lowest is not None}
     declared = {name: needs.layers(name) for name in layered}
     seen: dict[str, dict[Layer, Tensor]] = {tensor: {} for kind in layered.values() for tensor in kind.tensors}
+    inside = {tensor: declared[name] for name, kind in layered.items() if kind.inside_blocks for tensor in kind.tensors}
     layer = 0
+    pending: dict[nn.Module, list[str]] = {}  # projection -> tensors of the running block that are its outputs
 
     def keep_states(states: Tensor) -> None:
         for name, kind in layered.items():
@@ -151,25 +160,30 @@ def record(
     def keep_embeddings(_: nn.Module, __: Any, output: Any) -> Any:
         nonlocal layer
         layer = 0
-        states = _first(output) if embedded is None else embedded
+        given = _first(output) if embedded is None else embedded
         # No parameter of a frozen model requires a gradient, so its graph has to start at the output of the embeddings.
-        fresh = needs.gradient and not states.requires_grad
-        if fresh:
-            states = states.detach().requires_grad_()
+        states = differentiable(given) if needs.gradient else given
         keep_states(states)
-        return states if fresh or embedded is not None else None
+        return states if states is not given or embedded is not None else None
+
+    def enter_block(block: nn.Module, _: Any) -> None:
+        pending.clear()
+        for tensor in inside:
+            pending.setdefault(block.get_submodule(getattr(family, tensor)), []).append(tensor)
 
     def keep_block(_: nn.Module, __: Any, output: Any) -> None:
         nonlocal layer
         layer += 1
         keep_states(_first(output))
 
-    def keep_projection(tensor: str, layers: frozenset[int]) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(_: nn.Module, __: Any, output: Any) -> None:
-            if layer + 1 in layers:
+    def keep_projection(module: nn.Module, _: Any, output: Any) -> None:
+        tensors = pending.get(module, [])
+        for tensor in tensors:
+            if layer + 1 in inside[tensor]:
                 seen[tensor][layer + 1] = _first(output)
-
-        return keep
+        # A module that is two projections of one block is called once for each, in the order of the table.
+        if len(tensors) > 1:
+            del tensors[0]
 
     if embedded is None and not any(declared.values()):
         yield seen
@@ -180,10 +194,12 @@ def record(
             stack.callback(module.register_forward_hook(function).remove)
 
         hook(base.get_submodule(family.embeddings), keep_embeddings)
-        for block in dict.fromkeys(base.get_submodule(family.blocks).children()):
+        blocks = list(base.get_submodule(family.blocks).children())  # each module once
+        paths = [getattr(family, tensor) for tensor, layers in inside.items() if layers]
+        for block in blocks:
             hook(block, keep_block)
-            for name, kind in layered.items():
-                if kind.inside_blocks and declared[name]:
-                    for tensor in kind.tensors:
-                        hook(block.get_submodule(getattr(family, tensor)), keep_projection(tensor, declared[name]))
+            if paths:
+                stack.callback(block.register_forward_pre_hook(enter_block).remove)
+        for projection in dict.fromkeys(block.get_submodule(path) for block in blocks for path in paths):
+            hook(projection, keep_projection)
         yield seen

@@ -1,21 +1,19 @@
 """Taps: what a forward shows equals what transformers shows, for every family."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
+from encoders import ALL, HEADS, LAYERS, TOKENS, WIDTH, eager, encoder, families, hooks, inputs
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
 
-from conftest import tiny_model
 from kd.errors import InputError
 from kd.forward import Needs, Outputs, Tap, UndeclaredRead
 from kd.forward.kinds import KIND_OF, KINDS, Kind, by_token
-from kd.forward.taps import FAMILIES, family_of
+from kd.forward.taps import family_of
 from kd.models import Encoder
 
-LAYERS, WIDTH, HEADS, TOKENS = 3, 24, 3, 9
-ALL = Needs(hidden=range(LAYERS + 1), cls=range(LAYERS + 1), attention=range(1, LAYERS + 1), value=range(1, LAYERS + 1))
 CONTEXT = {  # the projection that takes attention times values
     "bert": "attention.output.dense",
     "roberta": "attention.output.dense",
@@ -23,41 +21,7 @@ CONTEXT = {  # the projection that takes attention times values
     "mpnet": "attention.attn.o",
 }
 
-families = pytest.mark.parametrize("family", FAMILIES)
 paddings = pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
-
-
-def inputs(padded: bool = True) -> dict[str, Tensor]:
-    """Three sentences, two of them shorter; of two segments."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, 30, (3, TOKENS), generator=generator)
-    lengths = torch.tensor([TOKENS, 6, 4] if padded else [TOKENS] * 3)
-    mask = (torch.arange(TOKENS) < lengths[:, None]).long()
-    segments = (torch.arange(TOKENS) >= 3).long().expand(3, TOKENS)
-    return {"input_ids": ids * mask, "attention_mask": mask, "token_type_ids": segments * mask}
-
-
-def encoder(family: str = "bert", seed: int = 0, **more: object) -> Encoder:
-    """In float64, with weights large enough that attention is far from uniform."""
-    model = tiny_model(seed, model_type=family, layers=LAYERS, width=WIDTH, heads=HEADS, **more).double()
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return Encoder(model)
-
-
-def eager(tapped: Encoder, batch: dict[str, Tensor]) -> object:
-    """Return the outputs of Transformers' own eager attention with the same weights."""
-    config = copy.deepcopy(tapped.config)
-    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").double().eval()
-    model.load_state_dict(tapped.model.state_dict())
-    segments = {} if config.model_type == "bert" else {"token_type_ids"}  # the other families have none
-    taken = {name: value for name, value in batch.items() if name not in segments}
-    return model(**taken, output_hidden_states=True, output_attentions=True)
-
-
-def hooks(model: torch.nn.Module) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
 @families
@@ -164,6 +128,110 @@ def test_shared_block_is_read_at_each_of_its_layers(family: str) -> None:
         torch.testing.assert_close(attention, theirs.attentions[layer - 1].transpose(1, 2)[real], rtol=0, atol=1e-9)
     projection = blocks[0].get_submodule(tapped.family.value)
     torch.testing.assert_close(ours.value(3), projection(ours.hidden(2)))
+
+
+def projection(tapped: Encoder, layer: int, tensor: str) -> torch.nn.Module:
+    """The projection of a layer, 1 and up, whose outputs are `query`, `key` or `value`."""
+    block = tapped.base.get_submodule(tapped.family.blocks)[layer - 1]
+    return block.get_submodule(getattr(tapped.family, tensor))
+
+
+def share(tapped: Encoder, layer: int, tensor: str, module: torch.nn.Module) -> None:
+    """Replace one projection of one block; blocks that are one module would both change."""
+    path = f"{tapped.family.base}.{tapped.family.blocks}.{layer - 1}.{getattr(tapped.family, tensor)}"
+    tapped.replace_submodule(path, module)
+
+
+def exchanged(tapped: Encoder, source: int, layer: int) -> None:
+    """Queries of a layer come from the key projection of another, its keys from that one's query projection."""
+    query, key = (projection(tapped, source, tensor) for tensor in ("query", "key"))
+    share(tapped, layer, "query", key)
+    share(tapped, layer, "key", query)
+
+
+def between_blocks(tapped: Encoder) -> None:
+    exchanged(tapped, 1, 3)
+
+
+def adjacent(tapped: Encoder) -> None:
+    exchanged(tapped, 1, 2)
+    exchanged(tapped, 2, 3)
+
+
+def one_attention(tapped: Encoder) -> None:
+    blocks = tapped.base.get_submodule(tapped.family.blocks)
+    blocks[2].attention = blocks[0].attention
+
+
+def one_block(tapped: Encoder) -> None:
+    blocks = tapped.base.get_submodule(tapped.family.blocks)
+    blocks[1] = blocks[2] = blocks[0]
+
+
+def inside_a_block(tapped: Encoder) -> None:
+    """Queries and keys of a block are one projection, which is the value projection of the next."""
+    share(tapped, 2, "key", projection(tapped, 2, "query"))
+    share(tapped, 3, "value", projection(tapped, 2, "query"))
+
+
+def everything(tapped: Encoder) -> None:
+    """One projection for the queries, keys and values of the last two blocks."""
+    for layer in (2, 3):
+        for tensor in ("query", "key", "value"):
+            share(tapped, layer, tensor, projection(tapped, 1, "query"))
+
+
+def unshared(tapped: Encoder) -> Encoder:
+    """A copy in which no two layers, and no two projections of a layer, are one module."""
+    plain = copy.deepcopy(tapped)
+    blocks = plain.base.get_submodule(plain.family.blocks)
+    for layer in range(1, LAYERS + 1):
+        blocks[layer - 1] = copy.deepcopy(blocks[layer - 1])
+        for tensor in ("query", "key", "value"):
+            share(plain, layer, tensor, copy.deepcopy(projection(plain, layer, tensor)))
+    return plain
+
+
+@families
+@pytest.mark.parametrize("sharing", [between_blocks, adjacent, one_attention, one_block, inside_a_block, everything])
+def test_shared_projections_are_read_as_those_of_an_unshared_copy(family: str, sharing: Callable[[Encoder], None]) -> None:
+    tapped = encoder(family).train()
+    for module in tapped.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    before = unshared(tapped)(inputs(), ALL)
+    sharing(tapped)
+    plain, batch = unshared(tapped), inputs()
+    assert len(list(plain.parameters())) > len(list(tapped.parameters()))
+    ours, theirs = tapped(batch, ALL), plain(batch, ALL)
+    assert not torch.equal(before.logits, ours.logits)
+    for name, tensor in theirs.named().items():
+        assert torch.equal(ours.named()[name], tensor), name
+    real = batch["attention_mask"].bool()
+    reference = eager(plain, batch).attentions
+    for layer in range(1, LAYERS + 1):
+        for tensor in ("query", "key", "value"):
+            expected = projection(plain, layer, tensor)(ours.hidden(layer - 1))
+            assert torch.equal(ours.read(tensor, layer), expected), f"{tensor} of layer {layer}"
+        found = ours.attention(layer).transpose(1, 2)[real]
+        torch.testing.assert_close(found, reference[layer - 1].transpose(1, 2)[real], rtol=0, atol=1e-9)
+
+
+@families
+@pytest.mark.parametrize("sharing", [between_blocks, inside_a_block, everything])
+@pytest.mark.parametrize("tensor", ["query", "key", "value"])
+def test_gradients_of_shared_projections_are_those_of_the_declared_role(
+    family: str, sharing: Callable[[Encoder], None], tensor: str
+) -> None:
+    tapped = encoder(family)
+    sharing(tapped)
+    kind, gradients = KIND_OF[tensor], []
+    for model in (tapped, unshared(tapped)):
+        outputs = model(inputs(), Needs(taps=[Tap(kind, layer) for layer in range(1, LAYERS + 1)]))
+        taps = [outputs.read(tensor, layer) for layer in range(1, LAYERS + 1)]
+        gradients.append(torch.autograd.grad(outputs.logits.square().sum(), taps))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
