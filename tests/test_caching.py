@@ -439,6 +439,7 @@ def test_no_room_is_said_before_the_pass(fresh, monkeypatch: pytest.MonkeyPatch)
     [
         (Needs(uncacheable_reason="it smooths the text"), None, "it smooths the text"),
         (Needs(gradient=True), None, "the method takes gradients"),
+        (Needs(words=True), None, "word embeddings are not stored"),
         (Needs(), "masked anew", "masked anew"),
         (Needs() | Needs(uncacheable_reason="a") | Needs(uncacheable_reason="b"), None, "a; b"),
     ],

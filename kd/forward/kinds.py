@@ -28,17 +28,30 @@ class Kind:
         of_states: function that takes the tensor from a layer's hidden states, (batch, tokens, width). None for tensors that
             do not follow from them: those with layers are the outputs of the submodules whose paths
             `kd.forward.taps.Family` lists under their names.
+        of_text: True for tensors that follow from the text and not from the states of a layer, so that a pass that starts at a
+            layer (`kd.forward.inputs.Inputs`) has none.
     """
 
     tensors: tuple[str, ...]
     lowest: int | None = None
     by_token: bool = True
     of_states: Callable[[Tensor], Tensor] | None = None
+    of_text: bool = False
 
     @property
     def inside_blocks(self) -> bool:
         """True if the tensors are outputs of submodules of a block, not of the block."""
         return self.lowest is not None and self.of_states is None
+
+    def exists(self, layer: Layer, start: int) -> bool:
+        """Return whether a pass that starts at the states of layer `start` has the tensors of a layer.
+
+        >>> KINDS["hidden"].exists(2, start=2), KINDS["attention"].exists(2, start=2)
+        (True, False)
+        """
+        if self.lowest is None:
+            return not self.of_text
+        return isinstance(layer, int) and layer >= start + self.lowest
 
 
 KINDS: Mapping[str, Kind] = {
@@ -47,7 +60,8 @@ KINDS: Mapping[str, Kind] = {
     "cls": Kind(("cls",), lowest=0, by_token=False, of_states=_first_token),
     "attention": Kind(("query", "key"), lowest=1),
     "value": Kind(("value",), lowest=1),
-    "derived": Kind(("derived",)),
+    "words": Kind(("words",), of_text=True),
+    "derived": Kind(("derived",), of_text=True),
 }
 """Kinds by the name under which `Needs` declares them."""
 

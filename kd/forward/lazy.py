@@ -6,11 +6,9 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from kd.forward.inputs import Inputs, start_of
 from kd.forward.needs import Needs
 from kd.forward.outputs import Outputs
-
-Inputs = Mapping[str, Tensor]
-"""Output of a tokenizer: `input_ids`, `attention_mask` and, for some, `token_type_ids`, each (batch, tokens)."""
 
 
 class Model(Protocol):
@@ -30,7 +28,7 @@ class Forward(Generic[ModelT]):
     A teacher that no loss term reads is not run, which is how a stochastic choice among teachers stays cheap.
     """
 
-    def __init__(self, model: ModelT, inputs: Inputs, needs: Needs) -> None:
+    def __init__(self, model: ModelT, inputs: Mapping[str, Tensor], needs: Needs) -> None:
         self.model = model
         self.inputs = inputs
         self.needs = needs
@@ -49,8 +47,13 @@ class Forward(Generic[ModelT]):
         return self._outputs is not None
 
     def run(self, inputs: Inputs | None = None, needs: Needs | None = None) -> Outputs:
-        """Run a further forward pass, by default with the same inputs and needs; its outputs are not cached."""
-        return self.model(self.inputs if inputs is None else inputs, self.needs if needs is None else needs)
+        """Run a further forward pass, by default with the same inputs and needs; its outputs are not cached.
+
+        Of the same needs, a pass that starts at the states of a layer returns what it has.
+        """
+        if inputs is None:
+            return self.model(self.inputs, self.needs if needs is None else needs)
+        return self.model(inputs, self.needs.available_from(start_of(inputs)) if needs is None else needs)
 
 
 class Detached(Forward[ModelT]):

@@ -1,7 +1,7 @@
 """Declaration of the tensors that a forward pass must return."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -50,6 +50,7 @@ class Needs:
             has, so models with different tokenizers can be compared, and a cache needs about a hundredth of the space.
         attention: layers whose queries and keys are returned; scores, probabilities and relations follow from them.
         value: layers whose values are returned.
+        words: whether the word embeddings are returned, (batch, tokens, width): those that the pass was given, or looked up.
         pooled: whether the input of the last linear layer is returned, (batch, width), after its dropout in training.
         derived: name -> function that computes a tensor from further passes of a frozen model, with gradients if it needs
             them. The tensor is cached like any other, so its name must encode everything that it depends on but the text.
@@ -85,6 +86,7 @@ class Needs:
         cls: Iterable[int] = (),
         uncacheable_reason: str | None = None,
         pooled: bool = False,
+        words: bool = False,
         derived: Mapping[str, Derived] | None = None,
         dropout: bool = False,
         taps: Iterable[Tap] = (),
@@ -92,6 +94,7 @@ class Needs:
         layers = {"hidden": hidden, "cls": cls, "attention": attention, "value": value}
         declared = {Tap(kind, int(layer)) for kind, given in layers.items() for layer in sorted(given)}
         declared |= {Tap("pooled")} if pooled else set()
+        declared |= {Tap("words")} if words else set()
         declared |= {Tap("derived", name, compute) for name, compute in (derived or {}).items()}
         object.__setattr__(self, "taps", frozenset(taps) | declared)
         object.__setattr__(self, "gradient", bool(gradient))
@@ -106,6 +109,19 @@ class Needs:
             dropout=self.dropout or other.dropout,
             uncacheable_reason="; ".join(reasons) or None,
         )
+
+    def available_from(self, start: int | None) -> "Needs":
+        """Return the needs without the tensors that a pass does not have which starts at the states of a layer.
+
+        Args:
+            start: the layer; None for a pass that starts at the text, which has all tensors.
+
+        >>> Needs(hidden=[0, 2], attention=[2, 3], words=True).available_from(2) == Needs(hidden=[2], attention=[3])
+        True
+        """
+        if start is None:
+            return self
+        return replace(self, taps=frozenset(tap for tap in self.taps if KINDS[tap.kind].exists(tap.layer, start)))
 
     def layers(self, kind: str) -> frozenset[Any]:
         """Return the declared layers of a kind; names for derived tensors, None for a declared kind without layers."""
@@ -135,6 +151,11 @@ class Needs:
     def pooled(self) -> bool:
         """True if the input of the last linear layer is declared."""
         return bool(self.layers("pooled"))
+
+    @property
+    def words(self) -> bool:
+        """True if the word embeddings are declared."""
+        return bool(self.layers("words"))
 
     @property
     def derived(self) -> dict[str, Derived]:

@@ -39,10 +39,11 @@ class Outputs:
         mask: (batch, tokens), bool, False on padding.
         needs: the declaration that the pass ran with.
         heads: attention heads of the model.
-        tensors: `tensor -> layer -> (batch, tokens, width)` for hidden, query, key and value; (batch, width) for cls and
-            pooled, whose layer is None; (batch, tokens, any number) for derived, with names in place of layers. The tensors
-            of each kind are those of `kd.forward.kinds.KINDS`.
+        tensors: `tensor -> layer -> (batch, tokens, width)` for hidden, query, key, value and words, whose layer is None;
+            (batch, width) for cls and pooled, whose layer is None; (batch, tokens, any number) for derived, with names in place
+            of layers. The tensors of each kind are those of `kd.forward.kinds.KINDS`.
         score_bias: (1 or batch, heads, tokens, tokens) added to the attention scores, for relative positions; or None.
+        start: layer at whose states the pass started; None for a pass that started at text or word embeddings.
     """
 
     logits: Tensor
@@ -51,6 +52,7 @@ class Outputs:
     heads: int = 1
     tensors: Mapping[str, Mapping[Layer, Tensor]] = field(default_factory=dict)
     score_bias: Callable[[], Tensor] | None = None
+    start: int | None = None
 
     def read(self, tensor: str, layer: Layer = None) -> Tensor:
         """Return a tensor of a layer.
@@ -64,7 +66,8 @@ class Outputs:
         """
         if layer not in self.needs.layers(KIND_OF[tensor]):
             what = tensor if layer is None else f"{tensor} of layer {layer}"
-            raise UndeclaredRead(f"{what} was read, but needs() declares only: {self.needs}")
+            started = "" if self.start is None else f"; this pass started at the states of layer {self.start}"
+            raise UndeclaredRead(f"{what} was read, but needs() declares only: {self.needs}{started}")
         return self.tensors[tensor][layer]
 
     def hidden(self, layer: int) -> Tensor:
@@ -79,6 +82,11 @@ class Outputs:
     def pooled(self) -> Tensor:
         """Input of the last linear layer, (batch, width); `Needs.pooled` declares it."""
         return self.read("pooled")
+
+    @property
+    def words(self) -> Tensor:
+        """Word embeddings, (batch, tokens, width), before positions and LayerNorm; `Needs.words` declares them."""
+        return self.read("words")
 
     def derived(self, name: str) -> Tensor:
         """Return the tensor that `Needs.derived` computes under this name, (batch, tokens, any number), without a gradient."""

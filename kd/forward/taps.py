@@ -127,7 +127,7 @@ def differentiable(states: Tensor) -> Tensor:
 
 @contextmanager
 def record(
-    base: nn.Module, family: Family, needs: Needs, embedded: Tensor | None = None
+    base: nn.Module, family: Family, needs: Needs, embedded: Tensor | None = None, from_layer: int = 0
 ) -> Iterator[dict[str, dict[Layer, Tensor]]]:
     """Record the tensors that `needs` declares while the base model runs once inside this context.
 
@@ -140,6 +140,7 @@ def record(
         family: the module paths of its family.
         needs: the tensors to record.
         embedded: (batch, tokens, width), replaces the output of the embeddings.
+        from_layer: layer of which `embedded` are the states; the model runs the blocks above it (`blocks_above`).
 
     Yields:
         `tensor -> layer -> (batch, tokens, width)`, or (batch, width) for `cls`, filled as the model runs.
@@ -148,7 +149,7 @@ def record(
     declared = {name: needs.layers(name) for name in layered}
     seen: dict[str, dict[Layer, Tensor]] = {tensor: {} for kind in layered.values() for tensor in kind.tensors}
     inside = {tensor: declared[name] for name, kind in layered.items() if kind.inside_blocks for tensor in kind.tensors}
-    layer = 0
+    layer = from_layer
     pending: dict[nn.Module, list[str]] = {}  # projection -> tensors of the running block that are its outputs
 
     def keep_states(states: Tensor) -> None:
@@ -159,7 +160,7 @@ def record(
 
     def keep_embeddings(_: nn.Module, __: Any, output: Any) -> Any:
         nonlocal layer
-        layer = 0
+        layer = from_layer
         given = _first(output) if embedded is None else embedded
         # No parameter of a frozen model requires a gradient, so its graph has to start at the output of the embeddings.
         states = differentiable(given) if needs.gradient else given
@@ -203,3 +204,19 @@ def record(
         for projection in dict.fromkeys(block.get_submodule(path) for block in blocks for path in paths):
             hook(projection, keep_projection)
         yield seen
+
+
+@contextmanager
+def blocks_above(base: nn.Module, family: Family, layer: int) -> Iterator[None]:
+    """Let a base model have only its blocks above a layer inside this context; with layer 0 it has all of them."""
+    if layer == 0:
+        yield
+        return
+    path, _, name = family.blocks.rpartition(".")
+    owner = base.get_submodule(path)
+    blocks = owner.get_submodule(name)
+    setattr(owner, name, blocks[layer:])  # type: ignore[index]
+    try:
+        yield
+    finally:
+        setattr(owner, name, blocks)

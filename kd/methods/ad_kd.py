@@ -36,7 +36,7 @@ def passes(
     whole = outputs.hidden(layer)
     results = []
     for step in range(1, steps):
-        scaled = run({**inputs, "embedded": whole * (step / steps)}, outputs.needs)
+        scaled = run({**inputs, "embedded": whole * (step / steps)}, outputs.needs.available_from(0))
         results.append((scaled.logits, scaled.hidden(layer)))
     return [*results, (outputs.logits, whole)]
 

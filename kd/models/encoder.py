@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kd.data.tokenized import AnyTokenizer, save_tokenizer
+from kd.forward.inputs import Inputs, start_of, tensors_of
 from kd.forward.kinds import Layer
-from kd.forward.lazy import Inputs
 from kd.forward.needs import Needs
 from kd.forward.outputs import Outputs
-from kd.forward.taps import family_of, record
+from kd.forward.taps import blocks_above, differentiable, family_of, record
 from kd.models.compiled import compiled_blocks
 
 if TYPE_CHECKING:
@@ -68,48 +68,78 @@ class Encoder(nn.Module):
         """Number of attention heads in a block."""
         return int(self.config.num_attention_heads)
 
+    @property
+    def word_embeddings(self) -> nn.Module:
+        """Module that looks up word embeddings: (batch, tokens) -> (batch, tokens, width)."""
+        return self.model.get_input_embeddings()  # type: ignore[no-any-return]
+
     def forward(self, inputs: Inputs, needs: Needs) -> Outputs:
         """Run one forward pass and return the outputs that `needs` declares.
 
         Args:
-            inputs: output of a tokenizer. Names that the family does not accept are ignored; names that it accepts and
-                `inputs` lacks get the model's defaults. With `predicted`, (batch, tokens), bool, a masked language
-                model computes logits at these positions only, (predicted positions, vocabulary) in row-major order: the
-                logits of every token would not fit into memory. With `embedded`, (batch, tokens, width), these
-                states replace the output of the embeddings, layer 0, whatever `input_ids` are.
+            inputs: text, word embeddings or states to start at (`kd.forward.inputs.Inputs`). Names that the family does not
+                accept are ignored; names that it accepts and `inputs` lacks get the model's defaults. With `predicted`, a
+                masked language model computes logits at these positions only, (predicted positions, vocabulary) in row-major
+                order: the logits of every token would not fit into memory.
             needs: the tensors to return.
 
         Raises:
-            ValueError: if `needs` asks for a layer deeper than the model.
+            ValueError: if `needs` asks for a layer deeper than the model, or below the one that the pass starts at, or if
+                `words` or `embedded` do not have the shape of hidden states.
         """
         self.forwards += 1
-        if needs.deepest() > self.depth:
-            raise ValueError(f"needs declare layer {needs.deepest()} of a model with {self.depth} layers: {needs}")
-        arguments = {name: inputs[name] for name in self.family.inputs if name in inputs}
-        embedded = inputs.get("embedded")
+        start, given = self._check(inputs, needs), tensors_of(inputs)
+        layer, embedded = start or 0, given.get("embedded")
         more: dict[str, dict[Layer, Tensor]] = {}
-        with record(self.base, self.family, needs, embedded) as recorded, self._pooled_in(more, needs):
-            if self.compiled and embedded is None and not (needs.gradient or needs.inside_blocks):
+        if needs.words:
+            words = given["words"] if "words" in given else self.word_embeddings(given["input_ids"])
+            given["words"] = differentiable(words) if needs.gradient else words
+            more["words"] = {None: given["words"]}
+        with (
+            blocks_above(self.base, self.family, layer),
+            record(self.base, self.family, needs, embedded, layer) as recorded,
+            self._pooled_in(more, needs),
+        ):
+            if self.compiled and not (needs.gradient or needs.inside_blocks):
                 with compiled_blocks(self.base.get_submodule(self.family.blocks).children()):
-                    logits = self._logits(arguments, inputs.get("predicted"))
+                    logits = self._logits(given)
             elif needs.gradient:
                 # The fused attention kernels have no second derivative; the plain one has, and its outputs are the same.
                 with sdpa_kernel(SDPBackend.MATH):
-                    logits = self._logits(arguments, inputs.get("predicted"))
+                    logits = self._logits(given)
             else:
-                logits = self._logits(arguments, inputs.get("predicted"))
+                logits = self._logits(given)
         if needs.derived:
-            more["derived"] = {name: compute(self, inputs).detach() for name, compute in needs.derived.items()}
+            more["derived"] = {name: compute(self, tensors_of(inputs)).detach() for name, compute in needs.derived.items()}
         score_bias = self.family.score_bias
-        states = inputs["input_ids"]
+        mask = given["attention_mask"]
         return Outputs(
             logits=logits,
-            mask=inputs["attention_mask"].bool(),
+            mask=mask.bool(),
             needs=needs,
             heads=self.heads,
             tensors={**recorded, **more},
-            score_bias=None if score_bias is None else lambda: score_bias(self.base, states),
+            score_bias=None if score_bias is None else lambda: score_bias(self.base, mask),
+            start=start,
         )
+
+    def _check(self, inputs: Inputs, needs: Needs) -> int | None:
+        """Return the layer at whose states a pass starts; None if it starts at text or word embeddings."""
+        start = start_of(inputs)
+        for what, layer in (("needs declare", needs.deepest()), ("the pass starts at", start or 0)):
+            if layer > self.depth:
+                raise ValueError(f"{what} layer {layer} of a model with {self.depth} layers: {needs}")
+        if needs.available_from(start) != needs:
+            raise ValueError(
+                f"a pass that starts at the states of layer {start} does not have all of the needs {needs}; it has "
+                f"{needs.available_from(start)}"
+            )
+        tensors = tensors_of(inputs)
+        expected = (*tensors["attention_mask"].shape, self.width)
+        for name in ("words", "embedded"):
+            if name in tensors and tensors[name].shape != expected:
+                raise ValueError(f"'{name}' is {tuple(tensors[name].shape)}, not (batch, tokens, width), which is {expected}")
+        return start
 
     @property
     def outputs(self) -> nn.Module:
@@ -143,18 +173,40 @@ class Encoder(nn.Module):
         finally:
             hook.remove()
 
-    def _logits(self, taken: Inputs, predicted: Tensor | None) -> Tensor:
-        if predicted is None:
-            logits: Tensor = self.model(**taken).logits
+    def _logits(self, given: Mapping[str, Tensor]) -> Tensor:
+        arguments = self._arguments(given)
+        if "predicted" not in given:
+            logits: Tensor = self.model(**arguments).logits
             return logits
-        return self.logits_of(self.base(**taken)[0][predicted], taken["input_ids"][predicted])
+        predicted, ids = given["predicted"], given.get("input_ids")
+        return self.logits_of(self.base(**arguments)[0][predicted], None if ids is None else ids[predicted])
 
-    def logits_of(self, states: Tensor, ids: Tensor) -> Tensor:
+    def _arguments(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the arguments of the transformers model."""
+        arguments = {name: given[name] for name in self.family.inputs if name in given}
+        words = given.get("words")
+        if words is None and "input_ids" not in given:
+            words = given.get("embedded")  # the embeddings run on something of this shape, and a hook replaces their output
+        if words is not None:
+            arguments.pop("input_ids", None)
+            arguments["inputs_embeds"] = words
+            if self.family.positions_skip_padding:
+                arguments["position_ids"] = self._positions(given)
+        return arguments
+
+    def _positions(self, given: Mapping[str, Tensor]) -> Tensor:
+        """Return the positions that a family whose positions skip padding counts for ids, (batch, tokens)."""
+        padding: Any = self.base.get_submodule(self.family.embeddings).padding_idx
+        real = given["input_ids"] != padding if "input_ids" in given else given["attention_mask"].bool()
+        positions: Tensor = real.long().cumsum(dim=1) * real + padding
+        return positions
+
+    def logits_of(self, states: Tensor, ids: Tensor | None) -> Tensor:
         """Return masked-LM logits at some positions.
 
         Args:
             states: (positions, width), of the last layer.
-            ids: (positions,), the input tokens at these positions.
+            ids: (positions,), the input tokens at these positions; None if the pass was not given any.
 
         Returns:
             (positions, vocabulary).

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kd.errors import InputError
-from kd.forward.lazy import Inputs
+from kd.forward.inputs import Inputs, tensors_of
 from kd.forward.needs import Needs
 from kd.forward.outputs import Outputs, UndeclaredRead
 from kd.models.encoder import Encoder
@@ -124,7 +124,7 @@ class FrozenTeacher:
         outputs = self.run(inputs, needs)
         passes = self.encoder.forwards - before  # more than one if `needs.derived` runs further passes
         self.passes += passes
-        self.examples += passes * len(inputs["input_ids"])
+        self.examples += passes * len(tensors_of(inputs)["attention_mask"])
         return self.in_order(outputs)
 
     def run(self, inputs: Inputs, needs: Needs) -> Outputs:
@@ -167,13 +167,14 @@ class CachedTeacher(FrozenTeacher):
         Raises:
             UndeclaredRead: for inputs that are not cached outputs, or needs that were not declared when the cache was filled.
         """
-        if "logits" not in inputs:
+        cached = tensors_of(inputs)
+        if "logits" not in cached or not cached.keys().isdisjoint(("words", "embedded")):
             raise UndeclaredRead(
-                f"the teacher '{self.name}' is cached and cannot read other text; a method whose teachers have to run "
-                "declares Needs(uncacheable_reason='the reason') for them"
+                f"the teacher '{self.name}' is cached and cannot read other text, words or states; a method whose teachers "
+                "have to run declares Needs(uncacheable_reason='the reason') for them"
             )
         self.batches_used += 1
-        return self.in_order(Outputs.from_named(inputs, inputs["attention_mask"].bool(), needs, self.heads))
+        return self.in_order(Outputs.from_named(cached, cached["attention_mask"].bool(), needs, self.heads))
 
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Do nothing: the cached outputs are moved with the batch."""

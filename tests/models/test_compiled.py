@@ -94,6 +94,54 @@ def test_without_a_compiler_the_key_is_named() -> None:
     assert caught.value.key == "trainer.compile"
 
 
+def test_a_pass_from_a_layer_compiles_the_blocks_that_run_and_leaves_none_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def compiled_forward(kind: type) -> Callable[..., object]:
+        return lambda block, *given, **more: (calls.append(block), kind.forward(block, *given, **more))[1]
+
+    monkeypatch.setattr(compilation, "compiled_forward", compiled_forward)
+    encoder = Encoder(tiny_model())
+    given = inputs(2, 6)
+    expected = encoder(given, Needs(hidden=[3]))
+    encoder.compiled = True
+    blocks = list(encoder.base.encoder.layer)
+    for start in ({"embedded": expected.hidden(3), "from_layer": 3}, {"words": encoder.word_embeddings(given["input_ids"])}):
+        calls.clear()
+        outputs = encoder({**given, **start}, Needs(hidden=[3]))
+        assert torch.equal(outputs.logits, expected.logits)
+        assert torch.equal(outputs.hidden(3), expected.hidden(3))
+        assert calls == (blocks[3:] if "from_layer" in start else blocks)
+        assert not any("forward" in module.__dict__ for module in encoder.modules())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["roberta", "mpnet"])
+def test_compiled_passes_from_words_and_layers_give_what_plain_ones_give(family: str) -> None:
+    plain = Encoder(tiny_model(model_type=family))
+    compiled = copy.deepcopy(plain)
+    compiled.compiled = True
+    given = inputs(3, 8)
+    states = plain(given, Needs(hidden=[2])).hidden(2).detach()
+    words = plain.word_embeddings(given["input_ids"]).detach()
+    for start in ({}, {"words": words}, {"embedded": states, "from_layer": 2}):
+        found = []
+        for encoder in (plain, compiled):
+            leaves = {name: tensor.clone().requires_grad_() for name, tensor in start.items() if name != "from_layer"}
+            outputs = encoder({**given, **start, **leaves}, Needs(hidden=[3], cls=[2]))
+            loss = outputs.logits.square().sum() + outputs.hidden(3).square().mean()
+            gradients = torch.autograd.grad(loss, [*leaves.values(), plain_parameter(encoder)])
+            found.append([outputs.logits, outputs.hidden(3), outputs.cls(2), *gradients])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)  # other kernels, summed in another order
+
+
+def plain_parameter(encoder: Encoder) -> torch.nn.Parameter:
+    """A weight of the last block."""
+    block = encoder.base.get_submodule(encoder.family.blocks)[-1]
+    return block.get_submodule(encoder.family.value).weight
+
+
 @pytest.mark.slow
 def test_a_compiled_run_gives_what_the_plain_one_gives_up_to_rounding(small: Small, tmp_path: Path) -> None:
     words = ("method=pkd", "teacher=[hub]", "student.dropout=0", "trainer.max_epochs=1", f"paths.runs={tmp_path}")

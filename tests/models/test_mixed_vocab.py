@@ -116,6 +116,31 @@ def test_published_students_have_the_published_number_of_parameters(layers: int,
         assert sum(parameter.numel() for parameter in BertModel(config).parameters()) == parameters
 
 
+def test_words_and_states_replace_both_vocabularies_where_the_ids_tell_them_apart() -> None:
+    mixed = staged()
+    given, needs = batch_of(mixed).student, Needs(words=True, hidden=[0, 2])
+    expected = mixed(given, needs)
+    assert torch.equal(expected.words, mixed.word_embeddings(given["input_ids"]))
+    again = mixed({**given, "words": expected.words}, needs)
+    for name in needs.tensors:
+        assert torch.equal(again.named()[name], expected.named()[name]), name
+    start = {"embedded": expected.hidden(2), "from_layer": 2}
+    assert torch.equal(mixed({**given, **start}, Needs()).logits, expected.logits)
+    blind = {name: tensor for name, tensor in given.items() if name != "input_ids"}
+    for replacement in ({"words": expected.words}, start):
+        with pytest.raises(ValueError, match="a model with two vocabularies needs 'input_ids' beside 'words' or 'embedded'"):
+            mixed({**blind, **replacement}, Needs())
+
+
+def test_predicted_positions_of_one_vocabulary_need_no_ids() -> None:
+    ordinary = plain()
+    given = batch_of(ordinary).student
+    expected = ordinary(given, Needs(words=True, hidden=[2]))
+    blind = {name: tensor for name, tensor in given.items() if name != "input_ids"}
+    for replacement in ({"words": expected.words}, {"embedded": expected.hidden(2), "from_layer": 2}):
+        assert torch.equal(ordinary({**blind, **replacement}, Needs()).logits, expected.logits)
+
+
 # -- modules -----------------------------------------------------------------------------------------------------------------
 
 

@@ -200,6 +200,23 @@ def test_factorised_model_counts_its_factors_trains_and_is_exported_multiplied_o
     assert after.parameter_count() < whole, "the model in training is left as it is"
 
 
+@pytest.mark.parametrize("head", ["classifier", "masked_lm"])
+def test_words_replace_the_product_of_factorised_embeddings(head: str) -> None:
+    made = operated(Factorized(rank=5), student(head)).train()
+    batch, needs = inputs(made, TEXTS), Needs(words=True, hidden=[0, 4])
+    for module in made.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    words = made.word_embeddings.weight[batch["input_ids"]]
+    outputs = made(batch, needs)
+    torch.testing.assert_close(outputs.words, words)
+    again = made({**batch, "words": outputs.words}, needs)
+    for name in needs.tensors:
+        assert torch.equal(again.named()[name], outputs.named()[name]), name
+    gradients = torch.autograd.grad(again.logits.square().sum(), list(made.word_embeddings.parameters()))
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
 def test_surgeries_follow_each_other_in_their_order() -> None:
     after = operated(Factorized(4), operated(CutVocabulary(), student()))
     assert after.model.get_input_embeddings().rows.num_embeddings == len(after.tokenizer)

@@ -10,9 +10,9 @@ from kd.engines.distiller import Distiller
 from kd.engines.models import Models
 from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError
-from kd.forward import Needs
+from kd.forward import Forward, Needs, UndeclaredRead
 from kd.methods.kd import KD
-from kd.models import Encoder, FrozenTeacher
+from kd.models import CachedTeacher, Encoder, FrozenTeacher
 from kd.models.teachers import match_labels
 from kd.schedules import Constant
 
@@ -126,6 +126,40 @@ def test_examples_are_counted_forward_by_forward() -> None:
     teacher(batch(2), Needs())
     teacher(batch(5), Needs())
     assert teacher.examples == 7
+
+
+def test_passes_from_words_and_layers_are_counted_and_continue_the_teachers_own() -> None:
+    teacher = FrozenTeacher(encoder(), columns=[1, 2, 0])
+    forward = Forward(teacher, batch(3), Needs(hidden=[1]))
+    mask, states = forward.inputs["attention_mask"], forward.outputs.hidden(1)
+    words = teacher.encoder.word_embeddings(forward.inputs["input_ids"])
+    for given in ({"words": words}, {"embedded": states, "from_layer": 1}):
+        outputs = forward.run({**given, "attention_mask": mask})
+        assert torch.equal(outputs.logits, forward.outputs.logits)
+        assert torch.equal(outputs.hidden(1), states)
+        assert not outputs.logits.requires_grad
+    assert teacher.work == {"passes": 3, "examples": 9, "batches_used": 3}
+    moved = states.clone().requires_grad_()
+    logits = forward.run({"embedded": moved, "from_layer": 1, "attention_mask": mask}, Needs(gradient=True)).logits
+    (gradient,) = torch.autograd.grad(logits[:, 0].sum(), moved)
+    assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("given", ["input_ids", "words", "embedded"])
+def test_a_cached_teacher_refuses_other_text_words_and_states(given: str) -> None:
+    teacher, needs = FrozenTeacher(encoder()), Needs(hidden=[1])
+    mask = batch()["attention_mask"]
+    cached = {**teacher(batch(), needs).named(), "attention_mask": mask}
+    forward = Forward(CachedTeacher(teacher), cached, needs)
+    other = {**cached, given: cached["hidden-1"]}
+    if given == "input_ids":
+        other = batch()
+    assert torch.equal(forward.run().logits, cached["logits"])
+    for needed in (None, needs):
+        with pytest.raises(
+            UndeclaredRead, match=r"is cached and cannot read other text, words or states; .*uncacheable_reason="
+        ):
+            forward.run(other, needed)
 
 
 def test_teacher_shows_its_sizes() -> None:

@@ -140,12 +140,17 @@ def separate(logits: Tensor, large: int, second: Tensor) -> Tensor:
 class MixedEncoder(Encoder):
     """A masked language model over two vocabularies."""
 
-    def logits_of(self, states: Tensor, ids: Tensor) -> Tensor:
+    def logits_of(self, states: Tensor, ids: Tensor | None) -> Tensor:
         """Return logits at some positions, each over the vocabulary of its input token.
 
         The input token identifies the vocabulary: mask tokens and random replacements come from the
         vocabulary that segmented the word.
+
+        Raises:
+            ValueError: if the pass was given word embeddings or states without `input_ids`.
         """
+        if ids is None:
+            raise ValueError("a model with two vocabularies needs 'input_ids' beside 'words' or 'embedded' to tell them apart")
         large = self.config.vocab_size
         return separate(super().logits_of(states, ids), large, ids >= large)
 
