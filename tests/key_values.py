@@ -160,6 +160,8 @@ def layer_map(*names: str) -> Values:
     return Values(st.sampled_from([*names, [[1, 2], [2, 4]]]), union(st.sampled_from(bad), WORDS, NEVER))
 
 
+NOISE = {"_target_": "kd.data.edits.LabelNoise", "rate": 0.2}
+IMBALANCE = {"_target_": "kd.data.edits.Imbalance", "ratio": 2}
 COUNT = 1_000_000
 SEED = 2**63 - 1
 
@@ -265,6 +267,25 @@ def every_value(backbone: str, data: str) -> dict[str, Values]:
             st.sampled_from(["comma", ",", None]), union(st.sampled_from(["::", "", '"', "\n", True, 1.5]), NESTED, NEVER)
         ),
         "task.columns": Values(st.none(), union(st.sampled_from([[], ["a", "a"], ["text", "label"], [""]]), NEVER)),
+        "task.extra": Values(
+            st.sampled_from([None, {}, {"label": "classes"}]),
+            union(
+                st.sampled_from([3, "a", [1], {"": "classes"}, *({name: "number"} for name in ("no such", "text", "label"))]),
+                NEVER,
+            ),
+        ),
+        "task.edits": Values(
+            st.sampled_from([None, [], {}, [NOISE], {"noise": NOISE, "few": {**IMBALANCE, "order": ["positive", "negative"]}}]),
+            union(
+                st.sampled_from(
+                    [3, "a", True, [1], {"a": 3}, [{}], [{"_target_": "os.system"}], [{**NOISE, "rates": 1}]]
+                    + [[{**NOISE, "rate": value}] for value in (-0.1, 1.1, "a", None, True)]
+                    + [{"few": {**IMBALANCE, "ratio": value}} for value in (0.99, 1e5, 1e30, "a", None)]
+                    + [[{**IMBALANCE, name: value}] for name in ("profile", "order", "seed") for value in (-1, "a", ["a"])]
+                ),
+                NEVER,
+            ),
+        ),
         "task.holdout": Values(
             st.one_of(st.floats(0.2, 0.8), st.none()), union(st.sampled_from([0, 1, -0.5, 2, 1e300, True]), NESTED, NEVER)
         ),

@@ -13,12 +13,12 @@ from kd.config.schema import RunSpec, TeacherSpec
 from kd.errors import InputError
 
 GROUPS = ("method", "student", "teacher", "surgery", "task", "pretrain", "optimizer", "trainer", "logger", "paths", "sweep")
-GROUPS = (*GROUPS, "experiment", "tuned", "pool", "cohort", "engine")
+GROUPS = (*GROUPS, "experiment", "tuned", "pool", "cohort", "engine", "edit")
 FILES = [(group, file.stem) for group in GROUPS for file in sorted((conf_folder() / group).glob("*.yaml"))]
 
 
 def chosen(group: str, name: str) -> str:
-    return f"{group}=[{name}]" if group in ("teacher", "surgery") else f"{group}={name}"
+    return f"{group}=[{name}]" if group in ("teacher", "surgery", "edit") else f"{group}={name}"
 
 
 def spec(*overrides: str) -> RunSpec:

@@ -120,7 +120,8 @@ def some(examples: Examples, count: int) -> Examples:
     order = np.random.default_rng(LIMIT_SEED).permutation(len(examples.texts["train"]))[:count]
     texts = {**examples.texts, "train": [examples.texts["train"][index] for index in order]}
     labels = {**examples.labels, "train": [examples.labels["train"][index] for index in order]}
-    return Examples(examples.task, texts, labels)
+    of_train = {name: values[order] for name, values in examples.columns.get("train", {}).items()}
+    return replace(examples, texts=texts, labels=labels, columns={**examples.columns, "train": of_train})
 
 
 def save_untrained(needed: Run, examples: Examples, seed: int) -> None:

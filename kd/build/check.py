@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from kd.build.data import build_examples, check_held, checked_length
+from kd.build.data import build_edits, build_examples, check_held, checked_length
 from kd.build.engine import build_engine
 from kd.build.instantiate import build_method, build_optimizer, logger_maker
 from kd.build.models import flat, plan_models
@@ -86,7 +86,7 @@ def check_machine(spec: RunSpec) -> None:
 
 
 def check_arguments(run: Run) -> None:
-    """Check all that needs neither data nor models: methods, schedules, surgeries, optimisers, loggers of a run and its inputs.
+    """Check all that needs neither data nor models: methods, schedules, surgeries, edits, optimisers, loggers.
 
     Raises:
         InputError: for an invalid argument; its key is named.
@@ -96,6 +96,7 @@ def check_arguments(run: Run) -> None:
     probabilities = [1 / max(len(spec.teacher), 1)] * len(spec.teacher)
     build_method(spec.method, spec.pool, spec.cohort, probabilities)
     surgeries(spec)
+    build_edits(spec.task)
     locate(spec.engine, "engine", subclass_of(Engine), "an engine: a class of kd.engines.base.Engine")
     check_optimizer_steps(spec)
     if spec.logger.extra:

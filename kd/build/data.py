@@ -9,12 +9,17 @@ from typing import Any
 
 import torch
 
+from kd.build.instantiate import instantiate, option_names
 from kd.build.models import BuiltModels
-from kd.config.schema import RunSpec, cache_limit
+from kd.config.edits import edit_nodes
+from kd.config.schema import RunSpec, TaskSpec, cache_limit
+from kd.config.values import locate, subclass_of
 from kd.data.datamodule import KDDataModule
-from kd.data.examples import Examples, load_examples
+from kd.data.edits import Edit, Split, described, edited
+from kd.data.examples import Edited, Examples, load_examples
 from kd.data.held import held_mask
 from kd.data.masked_lm.datamodule import MaskedLMDataModule
+from kd.data.tasks import Task
 from kd.engines.models import Models
 from kd.errors import InputError, prefix_error_keys
 from kd.methods.base import needs_of_teachers
@@ -40,9 +45,40 @@ def build_examples(run: Run) -> Examples:
     examples = _examples.get(digest)
     if examples is None:
         source = source_of(run.spec)
+        edits = build_edits(run.spec.task)
         with prefix_task_errors():
-            examples = _examples[digest] = load_examples(run.spec.task, source)
+            examples = _examples[digest] = load_examples(run.spec.task, source, edits)
     return examples
+
+
+def build_edits(task: TaskSpec) -> list[Edited]:
+    """Return the edits of a task's training split, in the order in which they are applied.
+
+    Raises:
+        InputError: for something that is no edit, or an argument that it does not accept.
+    """
+    return [build_edit(node, key) for key, node in edit_nodes(task).items()]
+
+
+def build_edit(node: Mapping[str, Any], key: str) -> Edited:
+    """Return a function that applies an edit; its errors name the keys below the edit's.
+
+    Args:
+        node: configuration node of the edit.
+        key: configuration key of the node.
+
+    Raises:
+        InputError: for something that is no edit, or an argument that it does not accept.
+    """
+    target = locate(node, key, subclass_of(Edit), "an edit: a class that inherits from kd.data.edits.Edit")
+    edit: Edit = instantiate(target, node, key)
+
+    def apply(train: Split, task: Task) -> tuple[Split, str]:
+        with prefix_error_keys(key, option_names(target, node)):
+            after = edited(edit, train, task)
+        return after, described(edit, train, after, task)
+
+    return apply
 
 
 def build_data(run: Run, examples: Examples, models: BuiltModels) -> tuple[KDDataModule, BuiltModels]:

@@ -111,7 +111,7 @@ def _composed(search_path: str, overrides: tuple[str, ...]) -> bytes:
 FROM_HYDRA = (ValueError, TypeError, LookupError, AttributeError, RecursionError, OSError)
 """Exceptions that Hydra raises for invalid overrides without a message of its own."""
 
-LISTS = ("teacher", "surgery")
+LISTS = ("teacher", "surgery", "edit")
 """Groups from which a run may choose several entries, or none."""
 
 
@@ -312,7 +312,7 @@ def _all_keys() -> list[str]:
     keys: list[str] = list(PARTS)
     for file in conf_folder().glob("*/*.yaml"):
         group = {"base": file.stem}.get(file.parent.name, file.parent.name)
-        group = {"classification": "task", "regression": "task", "masked_lm": "task"}.get(group, group)
+        group = {"classification": "task", "regression": "task", "masked_lm": "task", "edit": "task.edits"}.get(group, group)
         content = OmegaConf.to_container(OmegaConf.load(file))
         if isinstance(content, dict):
             keys += [f"{group}.{path}" for path in _paths(content)]

@@ -87,6 +87,8 @@ class TaskSpec:
     format: str | None = None
     delimiter: str | None = None
     columns: list[str] | None = None
+    extra: dict[str, str] | None = None
+    edits: Any = None
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,9 @@ LARGEST_SIZES = {"layers": 256, "width": 65_536, "heads": 65_536, "intermediate"
 LONGEST_NAME = 64
 """Most bytes of the name of a method, student or task: folder names join all three, and file systems allow 255 bytes."""
 
+COLUMN_KINDS = ("classes", "number")
+"""Kinds of further columns of a task: names of classes, or numbers."""
+
 DECAYS = ("linear", "cosine", "constant")
 """Learning-rate schedules after the warm-up."""
 
@@ -306,13 +311,17 @@ def check_share(value: float, key: str) -> None:
 
 
 def check_columns(task: TaskSpec) -> None:
-    """Check that a task has one or two text columns, and that its lists have no empty or repeated entry.
+    """Check that a task has one or two text columns, that its lists have no empty or repeated entry, and its further columns.
 
     Raises:
         InputError: if not.
     """
     if len(task.text) not in (1, 2):
         raise InputError(f"task.text={shown(task.text)} must name one column, or two for a pair", "task.text")
+    for name, kind in (task.extra or {}).items():
+        if not str(name).strip():
+            raise InputError(f"task.extra={shown(task.extra)} has a column without a name", "task.extra")
+        word(kind, COLUMN_KINDS, f"task.extra.{name}")
     for key, entries in {"text": task.text, "labels": task.labels, "metrics": task.metrics}.items():
         for index, entry in enumerate(entries or []):
             if not str(entry).strip():

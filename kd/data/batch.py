@@ -1,7 +1,7 @@
 """The batch that a training step receives."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Batch:
         held: batch of examples that the student is not trained on, if the method holds a part of train (`Method.holds`). Its
             weight is the number of this rank's held examples relative to an equal share: the mean over ranks of weighted means
             is the mean over the global held batch.
+        columns: further column that the task reads (`task.extra`) -> values, (batch,): class indices, long, whose names are
+            in `Task.column_classes`; or numbers, float.
     """
 
     student: dict[str, Tensor]
@@ -35,6 +37,7 @@ class Batch:
     weight: float = 1.0
     peers: tuple[dict[str, Tensor], ...] = ()
     held: "Batch | None" = None
+    columns: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def students(self) -> tuple[dict[str, Tensor], ...]:
@@ -72,4 +75,5 @@ class Batch:
             self.weight,
             tuple(done[id(inputs)] for inputs in self.peers),
             None if self.held is None else self.held.map(function),
+            {name: function(values) for name, values in self.columns.items()},
         )

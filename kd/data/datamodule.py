@@ -1,7 +1,7 @@
 """Examples, tokenised once, and the loaders over them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,6 +52,7 @@ class Collate:
     teachers: Sequence[str]
     labels: Sequence[float]
     task: Task
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __call__(self, rows: Sequence[int]) -> Batch:
         """Return the batch of these examples."""
@@ -64,6 +65,7 @@ class Collate:
             rows.weight if isinstance(rows, Rows) else 1.0,
             tuple(inputs[key] for key in self.students[1:]),
             self(rows.held) if isinstance(rows, Rows) and rows.held is not None else None,
+            {name: torch.from_numpy(values[list(rows)]) for name, values in self.columns.items()},
         )
 
 
@@ -190,7 +192,8 @@ class KDDataModule(pl.LightningDataModule):
         teachers = [f"teacher {index}" for index in range(len(self.teacher_keys))]
         teachers = [own if own in tokens else key for own, key in zip(teachers, self.teacher_keys, strict=True)]
         read = {key: tokens[key] for key in (*self.student_keys, *teachers)}
-        return Collate(read, self.student_keys, teachers, examples.labels[split], examples.task)
+        columns = examples.columns.get(split, {})
+        return Collate(read, self.student_keys, teachers, examples.labels[split], examples.task, columns)
 
     def loader(self, split: str, seed: int | None = None) -> DataLoader[Batch]:
         """Return a loader over a split: shuffled with a seed, sorted by length without one."""

@@ -1,12 +1,14 @@
 """Examples of a task before tokenisation: read, checked, limited and encoded."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 
 from kd.config.schema import TaskSpec
+from kd.data.columns import classes_of_columns, values_of_columns
+from kd.data.edits import Split
 from kd.data.labels import class_names
 from kd.data.masked_lm.task import MaskedLM
 from kd.data.sources import Source, hash_fraction
@@ -27,11 +29,16 @@ class Examples:
         task: labels, losses and metrics.
         texts: split -> one tuple of one or two texts for each example.
         labels: split -> encoded labels.
+        columns: split -> further column -> value of each example, (examples,): class indices, whose names are in
+            `task.column_classes`, or numbers.
+        edits: descriptions of what edits changed in train, in the order in which they were applied.
     """
 
     task: Task
     texts: Mapping[str, Sequence[tuple[str, ...]]]
     labels: Mapping[str, Sequence[float]]
+    columns: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    edits: Sequence[str] = ()
 
     @property
     def evaluated(self) -> list[str]:
@@ -39,8 +46,20 @@ class Examples:
         return [split for split in self.texts if split != "train"]
 
 
-def load_examples(spec: TaskSpec, source: Source) -> Examples:
-    """Read a task's examples, encode their labels, and check both.
+Edited = Callable[[Split, Task], tuple[Split, str]]
+"""Function that edits the training examples and describes the change."""
+
+
+def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) -> Examples:
+    """Read a task's examples, encode their labels, edit those of train, and check all.
+
+    Edits are applied to all of train, before `limit_train`; a larger limit then adds examples and changes none. What
+    `holdout` cuts from train is cut before: no example that is edited is evaluated on. Classes are those of train before.
+
+    Args:
+        spec: the task.
+        source: its data source.
+        edits: applied in this order.
 
     Raises:
         InputError: for an error in the files or in the configuration of the task.
@@ -54,21 +73,31 @@ def load_examples(spec: TaskSpec, source: Source) -> Examples:
     raw = {split: Table.of(examples) for split, examples in source.splits().items()}
     check_splits(raw)
     task = build_task(spec, raw["train"])
-    raw["train"] = limited(raw["train"], spec.limit_train)
+    task.column_classes = classes_of_columns(spec.extra or {}, raw["train"])
+    if not edits:
+        raw["train"] = limited(raw["train"], spec.limit_train)
     if spec.holdout is not None:
         raw = held_out(raw, spec.holdout)
     for split in raw:
         if split != "train":  # `validation_mismatched` is limited as `validation` is; a split of another name is whole
             raw[split] = limited(raw[split], limits.get(split.partition("_")[0]))
-    labels = {split: encoded(task, table, spec) for split, table in raw.items()}
+    splits = {split: encoded_split(task, table, spec) for split, table in raw.items()}
+    changes = []
+    for edit in edits:
+        splits["train"], change = edit(splits["train"], task)
+        changes.append(change)
+    if edits:
+        splits["train"] = limited(splits["train"], spec.limit_train)
+    labels = {split: examples.labels for split, examples in splits.items()}
     try:
         task.check_labels(labels["train"])
     except InputError as error:
         raise InputError(error.message, error.key if spec.limit_train is None else "limit_train") from error
     if isinstance(task, Regression):
         task.start = float(np.mean(labels["train"]))  # otherwise the first steps only learn the mean
-    ordered = {"train": None, "validation": None, **dict.fromkeys(raw)}
-    return Examples(task, {split: raw[split].texts for split in ordered}, {split: labels[split] for split in ordered})
+    ordered = list({"train": None, "validation": None, **dict.fromkeys(raw)})
+    texts, columns = ({split: getattr(splits[split], part) for split in ordered} for part in ("texts", "columns"))
+    return Examples(task, texts, {split: labels[split] for split in ordered}, columns, changes)
 
 
 def check_splits(raw: Mapping[str, Table]) -> None:
@@ -82,11 +111,24 @@ def check_splits(raw: Mapping[str, Table]) -> None:
             raise InputError(f"the split '{split}' has no examples; the file is too small to be split", split.partition("_")[0])
 
 
-def limited(table: Table, count: int | None) -> Table:
+Rows = TypeVar("Rows", Table, Split)
+
+
+def limited(table: Rows, count: int | None) -> Rows:
     """Return at most `count` examples, drawn with a fixed seed; without a limit, all of them in their order."""
     if count is None:
         return table
     return table.take(np.random.default_rng(LIMIT_SEED).permutation(len(table))[:count])
+
+
+def encoded_split(task: Task, table: Table, spec: TaskSpec) -> Split:
+    """Return a split with labels and further columns as numbers.
+
+    Raises:
+        InputError: for a label that is not one of the task's, or a value that a column cannot have.
+    """
+    columns = values_of_columns(spec.extra or {}, task.column_classes, table)
+    return Split(table.texts, encoded(task, table, spec), columns)
 
 
 def encoded(task: Task, table: Table, spec: TaskSpec) -> list[float]:
@@ -140,6 +182,8 @@ def build_task(spec: TaskSpec, train: Table) -> Task:
     if spec.kind not in kinds:
         raise one_of(spec.kind, kinds, "kind")
     if spec.kind == "masked_lm":
+        if spec.extra:
+            raise InputError("a masked language model reads chunks of text, which have no further columns", "extra")
         return MaskedLM(spec.name, spec.metrics, spec.monitor)
     if spec.label is None:
         raise InputError(f"label is null: a {spec.kind} needs the column of its labels", "label")

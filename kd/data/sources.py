@@ -27,7 +27,11 @@ SAY_AFTER = 10.0
 
 
 class Source(Protocol):
-    """Interface of a source of examples. Splits are `train`, `validation`, `test`, and any further ones to evaluate on."""
+    """Interface of a source of examples. Splits are `train`, `validation`, `test`, and any further ones to evaluate on.
+
+    A source with an argument `extra`, names of further columns, can serve tasks that read some (`task.extra`); their values
+    are in `Example.columns`.
+    """
 
     def splits(self) -> Splits:
         """Return the examples of each split."""
@@ -106,7 +110,14 @@ def half_character(where: str, error: UnicodeEncodeError) -> InputError:
 
 
 def examples_of(
-    table: Iterable[tuple[int, Row]], path: Path, text: Sequence[str], label: str | None, key: str | None, *, blank: bool = True
+    table: Iterable[tuple[int, Row]],
+    path: Path,
+    text: Sequence[str],
+    label: str | None,
+    key: str | None,
+    *,
+    blank: bool = True,
+    extra: Sequence[str] = (),
 ) -> Table:
     """Convert the rows of a table to examples, whose labels are None without a label column.
 
@@ -117,15 +128,18 @@ def examples_of(
         label: label column.
         key: the configuration key that an error about the file names.
         blank: whether a blank text is allowed.
+        extra: further columns.
 
     Raises:
         InputError: if a column is missing, a value is not text (see `check_text`), or there is no row.
     """
-    writer, place, columns = TableWriter(), f"'{path}', line ", [*text, *([] if label is None else [label])]
+    writer, place = TableWriter(extra), f"'{path}', line "
+    columns = dict.fromkeys(text, "text") | ({} if label is None else {label: "label"})
+    columns |= {name: "extra" for name in extra if name not in columns}
     for line, row in reported(table, path):
-        for name in columns:
+        for name, argument in columns.items():
             if name not in row:
-                raise no_column(name, row, f"{place}{line}", "label" if name == label else "text")
+                raise no_column(name, row, f"{place}{line}", argument)
         texts = [row[name] for name in text]
         for name, value in zip(text, texts, strict=True):
             # A quick test of the first letter passes nearly every text; `check_text` is slow for a million of them.
@@ -133,7 +147,7 @@ def examples_of(
                 check_text(value, name, f"{place}{line}", blank=blank)
         value = None if label is None else row[label]
         try:
-            writer.add(texts, value, place, line)
+            writer.add(texts, value, place, line, [row[name] for name in extra])
         except UnicodeEncodeError as error:
             raise half_character(f"{place}{line}", error) from error
     if not writer.labels:
@@ -248,7 +262,11 @@ class Files:
         label: label column.
         validation: as `train`.
         test: as `train`.
-        quoted: this and the remaining arguments describe the files, as in `kd.data.readers.Layout`.
+        quoted: this and the next three arguments describe the files, as in `kd.data.readers.Layout`.
+        format: see `quoted`.
+        delimiter: see `quoted`.
+        columns: see `quoted`.
+        extra: further columns.
     """
 
     train: Any
@@ -260,6 +278,7 @@ class Files:
     format: str | None = None
     delimiter: str | None = None
     columns: Sequence[str] | None = None
+    extra: Sequence[str] = ()
 
     def _paths(self) -> dict[str, dict[str | None, Path]]:
         return given_paths(self.train, self.validation, self.test, "task=file needs train=<file.csv|.tsv|.jsonl>")
@@ -288,7 +307,7 @@ class Files:
         if name is None and layout.format != "lines":
             if label in text:
                 raise InputError(f"label={label} is among text={text}: the label would be read as text", "label")
-            return examples_of(rows(path, key, layout=layout), path, text, label, key, blank=False)
+            return examples_of(rows(path, key, layout=layout), path, text, label, key, blank=False, extra=self.extra)
         if name is None:
             raise InputError(
                 f"format=lines has no labels: give a file for each class, '{key}={{pos: pos.txt, neg: neg.txt}}'",
@@ -296,9 +315,9 @@ class Files:
             )
         if layout.format == "lines" or (layout.format is None and path.suffix.lower() not in (".csv", ".tsv", *JSON)):
             table = ((number, {"text": line}) for number, line in nonblank_lines(path, key))
-            found = examples_of(table, path, ["text"], None, key, blank=False)
+            found = examples_of(table, path, ["text"], None, key, blank=False, extra=self.extra)
         else:
-            found = examples_of(rows(path, key, layout=layout), path, text, None, key, blank=False)
+            found = examples_of(rows(path, key, layout=layout), path, text, None, key, blank=False, extra=self.extra)
         found.labels = [name] * len(found)
         return found
 
@@ -321,6 +340,7 @@ class PackageFile:
         label: label column; None for text without labels.
         where: column -> value; rows with another value are left out.
         shares: split -> share of the text, 80/10/10 by default.
+        extra: further columns.
     """
 
     package: str
@@ -329,6 +349,7 @@ class PackageFile:
     label: str | None
     where: Mapping[str, str]
     shares: Mapping[str, float] | None = None
+    extra: Sequence[str] = ()
 
     def splits(self) -> Splits:
         """Return the examples of each split.
@@ -342,7 +363,7 @@ class PackageFile:
             for line, row in rows(path, None)
             if all(row.get(column) == value for column, value in self.where.items())
         )
-        examples = examples_of(table, path, as_names(self.text), as_names(self.label), None)
+        examples = examples_of(table, path, as_names(self.text), as_names(self.label), None, extra=self.extra)
         return split_by_hash(examples, self.shares or {"train": 0.8, "validation": 0.1, "test": 0.1})
 
     def fingerprint(self) -> dict[str, str]:
@@ -375,6 +396,7 @@ class Glue:
         repository: data set on the hub.
         skip_broken: leave out lines of the TSV with a wrong number of fields, with a warning that counts them. GLUE's own QQP
             has some.
+        extra: further columns, named alike on the hub and in the TSV.
     """
 
     subset: str
@@ -388,6 +410,7 @@ class Glue:
     validation: Mapping[str, Sequence[str]] | None = None
     repository: str = "nyu-mll/glue"
     skip_broken: bool = False
+    extra: Sequence[str] = ()
 
     def _names(self) -> dict[str, Sequence[str]]:
         """Return split -> [name on the hub, file name without `.tsv`]."""
@@ -419,9 +442,8 @@ class Glue:
         for split, path in self._files().items():
             if split == "test" and not self._labelled(path, label):
                 continue
-            found[split] = examples_of(
-                rows(path, FOLDER_KEY, self.local_columns, skip_broken=self.skip_broken), path, text, label, FOLDER_KEY
-            )
+            table = rows(path, FOLDER_KEY, self.local_columns, skip_broken=self.skip_broken)
+            found[split] = examples_of(table, path, text, label, FOLDER_KEY, extra=self.extra)
         return found
 
     def _labelled(self, path: Path, label: str) -> bool:
@@ -461,13 +483,15 @@ class Glue:
         return found
 
     def _rows_of_hub(self, table: Sequence[tuple[int, Row]], place: str) -> Table:
-        writer = TableWriter()
+        writer = TableWriter(self.extra)
         for row_number, row in table:
+            if missing := [name for name in self.extra if name not in row]:
+                raise no_column(missing[0], row, f"{place}{row_number}", "extra")
             texts = [row[column] for column in self.text]
             for name, text in zip(self.text, texts, strict=True):
                 check_text(text, name, f"{place}{row_number}", blank=True)
             try:
-                writer.add(texts, row[self.label], place, row_number)
+                writer.add(texts, row[self.label], place, row_number, [row[name] for name in self.extra])
             except UnicodeEncodeError as error:
                 raise half_character(f"{place}{row_number}", error) from error
         return writer.table()

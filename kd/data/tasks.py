@@ -45,6 +45,8 @@ class Task(Protocol):
     """Initial bias of a newly initialised head; None is zero."""
     agreement: str
     """Name of the metric that measures a student's agreement with a teacher, whose predictions replace the labels."""
+    column_classes: Mapping[str, list[str]]
+    """Further column of classes (`task.extra`) -> its names, in the order of the indices in `Batch.columns`."""
 
     def encode(self, example: Example) -> float:
         """Return a raw label as a number."""
@@ -121,6 +123,7 @@ class Labelled:
 
     head = "classifier"
     start: float | None = None
+    column_classes: Mapping[str, list[str]] = {}
 
     def of(self, labels: Tensor) -> Self:
         """Return the task itself, because a mean over the batch is a mean over its rows."""

@@ -3,8 +3,8 @@
 import hashlib
 import itertools
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import numpy as np
@@ -15,11 +15,15 @@ INTERNED = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Raw example: one or two texts, the label as in the file, and its position in the file for messages."""
+    """Raw example: one or two texts, the label as in the file, and its position in the file for messages.
+
+    `columns` has the values of the further columns that the task reads (`task.extra`), as in the file.
+    """
 
     texts: tuple[str, ...]
     label: Any
     where: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Texts(Sequence[tuple[str, ...]]):
@@ -154,29 +158,41 @@ class Table(Sequence[Example]):
         places: prefixes of positions, such as `'a.csv', line `, which a line's number follows.
         place: (examples,), index of each example's prefix in `places`.
         numbers: (examples,), line number of each example; -1 for none.
+        columns: further column -> value of each example, as in the file.
     """
 
-    def __init__(self, texts: Texts, labels: list[Any], places: Sequence[str], place: np.ndarray, numbers: np.ndarray) -> None:
+    def __init__(
+        self,
+        texts: Texts,
+        labels: list[Any],
+        places: Sequence[str],
+        place: np.ndarray,
+        numbers: np.ndarray,
+        columns: Mapping[str, list[Any]] | None = None,
+    ) -> None:
         self.texts, self.labels = texts, labels
         self.places, self.place, self.numbers = places, place, numbers
+        self.columns = columns or {}
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> "Table":
         """Convert examples to compact form."""
         if isinstance(examples, Table):
             return examples
-        writer = TableWriter()
+        writer = TableWriter(list(examples[0].columns) if len(examples) else [])
         for example in examples:
-            writer.add(example.texts, example.label, example.where, -1)
+            further = [example.columns.get(name) for name in writer.columns]
+            writer.add(example.texts, example.label, example.where, -1, further)
         return writer.table()
 
     @classmethod
     def joined(cls, parts: Sequence["Table"]) -> "Table":
         """Concatenate tables."""
-        writer = TableWriter()
+        writer = TableWriter(list(parts[0].columns) if parts else [])
         for part in parts:
             for row, texts in enumerate(part.texts):
-                writer.add(texts, part.labels[row], part.places[part.place[row]], int(part.numbers[row]))
+                further = [part.columns[name][row] for name in writer.columns]
+                writer.add(texts, part.labels[row], part.places[part.place[row]], int(part.numbers[row]), further)
         return writer.table()
 
     def __len__(self) -> int:
@@ -194,11 +210,14 @@ class Table(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[row] for row in range(*index.indices(len(self)))]
-        return Example(self.texts[index], self.labels[index], self.where(index))
+        return self._example(index, self.texts[index])
 
     def __iter__(self) -> Iterator[Example]:
         for row, texts in enumerate(self.texts):
-            yield Example(texts, self.labels[row], self.where(row))
+            yield self._example(row, texts)
+
+    def _example(self, row: int, texts: tuple[str, ...]) -> Example:
+        return Example(texts, self.labels[row], self.where(row), {name: values[row] for name, values in self.columns.items()})
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):
@@ -211,36 +230,46 @@ class Table(Sequence[Example]):
         """Return these examples, in this order."""
         rows = np.asarray(rows, dtype=np.int64)
         labels = [self.labels[row] for row in rows.tolist()]
-        return Table(self.texts.take(rows), labels, self.places, self.place[rows], self.numbers[rows])
+        columns = {name: [values[row] for row in rows.tolist()] for name, values in self.columns.items()}
+        return Table(self.texts.take(rows), labels, self.places, self.place[rows], self.numbers[rows], columns)
 
 
 class TableWriter:
-    """Builder of a `Table`, one raw example at a time."""
+    """Builder of a `Table`, one raw example at a time.
 
-    def __init__(self) -> None:
+    Args:
+        columns: names of the further columns, whose values `add` takes.
+    """
+
+    def __init__(self, columns: Sequence[str] = ()) -> None:
         self.writer = Writer()
         self.labels: list[Any] = []
+        self.columns: dict[str, list[Any]] = {name: [] for name in columns}
         self.places: dict[str, int] = {}
         self.place = array("q")
         self.numbers = array("q")
         self._known: dict[tuple[type, Any], Any] = {}
 
-    def add(self, texts: Sequence[str], label: object, place: str, number: int) -> None:
-        """Add an example; `place` is its prefix and `number` its line, as in `Table`.
+    def add(self, texts: Sequence[str], label: object, place: str, number: int, further: Sequence[object] = ()) -> None:
+        """Add an example; `place` is its prefix and `number` its line, as in `Table`; `further` are the values of `columns`.
 
         Raises:
             UnicodeEncodeError: for half of a character (a lone surrogate), which is no text.
         """
         self.writer.add(texts)
-        if isinstance(label, str | int | float):
-            key = (type(label), label)
-            interned = self._known
-            label = interned.setdefault(key, label) if len(interned) < INTERNED else interned.get(key, label)
-        self.labels.append(label)
+        self.labels.append(self._interned(label))
+        for values, value in zip(self.columns.values(), further, strict=True):
+            values.append(self._interned(value))
         self.place.append(self.places.setdefault(place, len(self.places)))
         self.numbers.append(number)
+
+    def _interned(self, value: object) -> object:
+        if not isinstance(value, str | int | float):
+            return value
+        key, interned = (type(value), value), self._known
+        return interned.setdefault(key, value) if len(interned) < INTERNED else interned.get(key, value)
 
     def table(self) -> Table:
         """Return the examples that were added."""
         place, numbers = (np.frombuffer(values, dtype=np.int64) for values in (self.place, self.numbers))
-        return Table(self.writer.texts(), self.labels, list(self.places), place, numbers)
+        return Table(self.writer.texts(), self.labels, list(self.places), place, numbers, self.columns)

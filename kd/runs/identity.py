@@ -1,5 +1,6 @@
 """Everything that changes a run's result: the inputs of its digest."""
 
+import inspect
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -7,6 +8,7 @@ from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 from kd.config.cohort import cohort_identity
+from kd.config.edits import edit_nodes
 from kd.config.pool import pool_identity
 from kd.config.schema import RunSpec, TaskSpec
 from kd.config.values import has, locate, one_line, shown
@@ -35,6 +37,9 @@ MACHINE_KEYS = ("precision", "compile", "pad_multiple")
 COLUMN_KEYS = ("text", "label", "columns")
 """Keys of a task's source that name columns; a number on the command line is taken for a name."""
 
+OMIT_IF_EMPTY = ("extra", "edits")
+"""Keys of a task that enter the digest only if they are set, so that runs without them have the digests of before."""
+
 PATH_KEYS = ("root", "train", "validation", "test")
 """Keys with paths of data files; the content of the files enters the digest instead."""
 
@@ -61,9 +66,16 @@ def source_of(spec: RunSpec) -> Source:
     node = dict(spec.task.source)
     try:
         target = locate(node, "task.source", has("splits", "fingerprint"), "a source: a class with `splits` and `fingerprint`")
+        if "extra" in node:
+            raise InputError("task.source.extra follows from task.extra", "task.source.extra")
+        if spec.task.extra:
+            if "extra" not in inspect.signature(target).parameters:
+                raise InputError(f"task.extra is set, but {target.__name__} reads no further columns", "task.extra")
+            node["extra"] = list(spec.task.extra)
         source = target(**{key: value for key, value in node.items() if key != "_target_"})
     except InputError as error:
-        raise InputError(error.message, "task.source") from error
+        of_extra = error.key is not None and error.key.endswith(".extra")
+        raise InputError(error.message, error.key if of_extra else "task.source") from error
     except (TypeError, ValueError) as error:
         raise InputError(f"the task's source cannot be instantiated: {one_line(error)}", "task.source") from error
     for field in fields(source) if is_dataclass(source) else ():
@@ -106,6 +118,10 @@ def digest_inputs(spec: RunSpec, inputs: RunInputs) -> dict[str, Any]:
     ]
     if spec.trainer.batch_tokens is not None:
         trainer["batch_size"] = None
+    task["edits"] = list(edit_nodes(spec.task).values())
+    for key in OMIT_IF_EMPTY:
+        if not task[key]:
+            task.pop(key)
     source = {key: value for key, value in task.pop("source").items() if key not in PATH_KEYS}
     source.update({name: as_names(source[name]) for name in COLUMN_KEYS if name in source})
     data_source = source_of(spec)

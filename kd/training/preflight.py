@@ -82,6 +82,8 @@ def check_data(report: Report, data: KDDataModule) -> None:
     """Check the data: sizes, text shared between splits, constant scores, tokenizers."""
     texts = data.examples.texts
     report.ok("examples: " + ", ".join(f"{split} {len(examples)}" for split, examples in texts.items()))
+    for text in data.examples.edits:
+        report.note(f"train was edited by {text}")
     for split in data.examples.evaluated:
         if shared := count_shared(texts[split], texts["train"]):
             report.warn(f"{shared} of {len(texts[split])} texts of '{split}' are also in train")

@@ -39,6 +39,7 @@ class MaskedLM:
     head = "masked_lm"
     agreement = "accuracy"
     start: float | None = None
+    column_classes: Mapping[str, list[str]] = {}
 
     def __init__(self, name: str, metrics: Sequence[str], monitor: str) -> None:
         self.name = name

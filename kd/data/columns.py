@@ -1,0 +1,102 @@
+"""Further columns of the data, which methods read: their values as numbers."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from kd.config.values import literal
+from kd.data.labels import is_missing, label_name, listed
+from kd.data.tasks import score_of
+from kd.data.texts import Table
+from kd.errors import InputError
+
+
+def classes_of_columns(kinds: Mapping[str, str], train: Table) -> dict[str, list[str]]:
+    """Return the classes of each column of classes: the sorted names of the training split.
+
+    Raises:
+        InputError: if the table lacks a column, or a name is missing.
+    """
+    return {
+        name: sorted({class_name(name, train, row) for row in range(len(train))})
+        for name, kind in kinds.items()
+        if kind == "classes"
+    }
+
+
+def values_of_columns(kinds: Mapping[str, str], classes: Mapping[str, list[str]], table: Table) -> dict[str, np.ndarray]:
+    """Return the values of each column of a split, (examples,): class indices as int64, or numbers as float32.
+
+    Args:
+        kinds: column -> one of `kd.config.schema.COLUMN_KINDS`.
+        classes: as `classes_of_columns` returns them.
+        table: the split.
+
+    Raises:
+        InputError: if the table lacks a column, or for a value that is not one of its classes, or not a finite number.
+    """
+    values = {}
+    for name, kind in kinds.items():
+        rows = range(len(table))
+        if kind == "number":
+            values[name] = np.fromiter((finite_number(name, table, row) for row in rows), np.float32, len(table))
+        else:
+            indices = {known: index for index, known in enumerate(classes[name])}
+            values[name] = np.fromiter((class_index(name, indices, table, row) for row in rows), np.int64, len(table))
+    return values
+
+
+def raw_value(name: str, table: Table, row: int) -> object:
+    """Return a value as in the file.
+
+    Raises:
+        InputError: if the table lacks the column.
+    """
+    if name not in table.columns:
+        raise InputError(f"{table.where(row)}: no column '{name}'", "extra")
+    return table.columns[name][row]
+
+
+def class_name(name: str, table: Table, row: int) -> str:
+    """Return the class of an example in a column, written as labels are.
+
+    Raises:
+        InputError: if it is missing, or neither text nor a number.
+    """
+    value = raw_value(name, table, row)
+    try:
+        text = label_name(value, table.where(row))
+    except InputError as error:
+        raise InputError(f"the column '{name}': {error.message}", "extra") from error
+    if is_missing(text):
+        raise InputError(f"{table.where(row)}: the column '{name}' has no value ({literal(value)})", "extra")
+    return text
+
+
+def class_index(name: str, indices: Mapping[str, int], table: Table, row: int) -> int:
+    """Return the index of the class of an example in a column.
+
+    Raises:
+        InputError: for a class that the training split does not have.
+    """
+    text = class_name(name, table, row)
+    if text not in indices:
+        raise InputError(
+            f"{table.where(row)}: the column '{name}' is {literal(text)}, which train lacks; it has {listed(list(indices))}",
+            "extra",
+        )
+    return indices[text]
+
+
+def finite_number(name: str, table: Table, row: int) -> float:
+    """Return the number of an example in a column.
+
+    Raises:
+        InputError: if it is not a finite number in float32.
+    """
+    value = raw_value(name, table, row)
+    number = score_of(value)
+    if math.isnan(number) or abs(number) > np.finfo(np.float32).max:
+        raise InputError(f"{table.where(row)}: the column '{name}' is {literal(value)}, not a finite number", "extra")
+    return number

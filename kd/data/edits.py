@@ -1,0 +1,242 @@
+"""Edits of the training split: label noise, and class sizes that are out of balance.
+
+The validation and test splits are never edited. A teacher that is fine-tuned by a run of its own inherits the task, and so
+learns from the same edited examples.
+"""
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from kd.config.values import LARGEST_SEED, literal, number, shown, whole, word
+from kd.data.labels import listed
+from kd.data.tasks import Task
+from kd.data.texts import Texts
+from kd.errors import InputError
+
+PROFILES = ("exponential", "power")
+"""Shapes of class sizes between the largest and the smallest."""
+
+LARGEST_RATIO = 1e6
+"""Largest ratio of the sizes of two classes."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Encoded examples of one split.
+
+    Attributes:
+        texts: one tuple of one or two texts for each example.
+        labels: as the task encodes them: class indices, or scores.
+        columns: further column -> value of each example, (examples,), as `kd.data.columns.values_of_columns` returns them.
+    """
+
+    texts: Texts
+    labels: Sequence[float]
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> "Split":
+        """Return these examples, in this order."""
+        rows = np.asarray(rows, dtype=np.int64)
+        columns = {name: values[rows] for name, values in self.columns.items()}
+        return Split(self.texts.take(rows), [self.labels[row] for row in rows.tolist()], columns)
+
+
+class Edit(ABC):
+    """A change of the training examples, a function of these and its own arguments alone: every rank computes the same.
+
+    A subclass has its seed, if it draws anything, as an argument of its own, so that students of every seed and their teacher
+    use the same examples.
+    """
+
+    @abstractmethod
+    def __call__(self, train: Split, task: Task) -> Split:
+        """Return the edited training examples.
+
+        Raises:
+            InputError: if the edit cannot be applied to this task; it names the argument.
+        """
+
+
+class LabelNoise(Edit):
+    """Symmetric label noise: with probability `rate` the label is another class, each of the others equally likely.
+
+    Source: Sarfraz, Arani and Zonooz, ICPR 2020, arXiv:2007.01922, of which only the abstract was available to us. That the
+    noise is symmetric, drawn once, and seen by the teachers too follows secondary accounts of the paper; its rates are not
+    known to us.
+
+    An example is drawn by a hash of its text and the seed (our choice), so noise does not depend on the order of the file, on
+    `task.limit_train` or on what is held out. Equal texts with equal labels get equal labels. The examples that a rate
+    changes are also changed by every higher rate, to the same classes.
+
+    Args:
+        rate: probability that a label changes, in [0, 1]; at 0 the examples stay as they are.
+        seed: seed of the draws.
+
+    >>> from kd.data.tasks import Classification
+    >>> task = Classification("t", ["no", "yes"], {}, ["accuracy"], "accuracy")
+    >>> LabelNoise(1.0)(Split(Texts.of([("a",), ("b",)]), [0, 1]), task).labels
+    [1, 0]
+    """
+
+    def __init__(self, rate: float, seed: int = 0) -> None:
+        self.rate = number(rate, "rate", 0, 1)
+        self.seed = whole(seed, "seed", 0, LARGEST_SEED)
+
+    def __call__(self, train: Split, task: Task) -> Split:
+        """Return the examples with noisy labels.
+
+        Raises:
+            InputError: for a task without classes.
+        """
+        count = len(classes_of(task, "label noise"))
+        labels = list(train.labels)
+        for row, (chance, other) in enumerate(draws(train.texts, f"LabelNoise {self.seed}")):
+            if chance < self.rate:
+                labels[row] = (int(labels[row]) + 1 + int(other * (count - 1))) % count
+        return replace(train, labels=labels)
+
+
+class Imbalance(Edit):
+    """Class sizes that fall from the largest class to the smallest; examples of the larger classes are left out.
+
+    With n the size of the largest class before, C classes and γ the ratio, the class of rank c = 0 ... C - 1 keeps at most
+    n γ^(-c / (C - 1)) examples (`exponential`), or n (c + 1)^(-ln γ / ln C) (`power`: a power law of the rank). A class that
+    has fewer keeps them all, so the result is at least as unbalanced as the ratio says, and is the given data at a ratio of 1.
+
+    Source: Sarfraz, Arani and Zonooz, ICPR 2020, arXiv:2007.01922, of which only the abstract was available to us. Its ratios
+    and the exact shape of its class sizes are not known to us; the exponential profile as the default is our choice.
+
+    Which examples stay is decided by a hash of the text and the seed (our choice): they do not depend on the order of the
+    file, and those of a larger ratio are among those of a smaller one, if both rank the classes alike.
+
+    Args:
+        ratio: size of the largest class over that of the smallest, from 1.
+        profile: `exponential` or `power`.
+        order: all classes from the largest to the smallest; None ranks them by their sizes in the training split, and equal
+            ones in the task's order. Sizes that are nearly equal may be ranked otherwise after an edit before this one, or
+            in the part that remains after `task.holdout`: an order that is given prevents that.
+        seed: seed of the draws.
+    """
+
+    def __init__(self, ratio: float, profile: str = "exponential", order: Sequence[str] | None = None, seed: int = 0) -> None:
+        self.ratio = number(ratio, "ratio", 1, LARGEST_RATIO)
+        self.profile = word(profile, PROFILES, "profile")
+        if order is not None and not (isinstance(order, list | tuple) and all(isinstance(name, str) for name in order)):
+            raise InputError(f"order={shown(order)} is not a list of classes, from the largest to the smallest", "order")
+        self.order = order
+        self.seed = whole(seed, "seed", 0, LARGEST_SEED)
+
+    def __call__(self, train: Split, task: Task) -> Split:
+        """Return the examples that stay, in their order.
+
+        Raises:
+            InputError: for a task without classes, an order that does not name each class once, or a ratio that leaves a class
+                without examples.
+        """
+        names = classes_of(task, "class imbalance")
+        labels = np.asarray(train.labels, dtype=np.int64)
+        sizes = np.bincount(labels, minlength=len(names))
+        ranked = [index for index in self.ranked(names, sizes) if sizes[index]]
+        chances = np.fromiter((chance for chance, _ in draws(train.texts, f"Imbalance {self.seed}")), np.float64, len(train))
+        stays = np.ones(len(train), dtype=bool)
+        for rank, index in enumerate(ranked):
+            most = round(sizes.max() * self.share(rank, len(ranked)))
+            if not most:
+                raise InputError(
+                    f"ratio={shown(self.ratio)} leaves the class {literal(names[index])} without examples: the largest has "
+                    f"{sizes.max()}",
+                    "ratio",
+                )
+            rows = np.flatnonzero(labels == index)
+            stays[rows[np.argsort(chances[rows], kind="stable")[most:]]] = False
+        return train.take(np.flatnonzero(stays))
+
+    def ranked(self, names: Sequence[str], sizes: np.ndarray) -> list[int]:
+        """Return the indices of the classes from the largest to the smallest.
+
+        Raises:
+            InputError: if `order` does not name each class once.
+        """
+        if self.order is None:
+            return sorted(range(len(names)), key=lambda index: (-sizes[index], index))
+        if sorted(self.order) != sorted(names):
+            raise InputError(f"order={shown(list(self.order))} does not name each class once: {', '.join(names)}", "order")
+        return [names.index(name) for name in self.order]
+
+    def share(self, rank: int, classes: int) -> float:
+        """Return the size of a class over that of the largest."""
+        if rank == 0:
+            return 1.0
+        exponent = rank / (classes - 1) if self.profile == "exponential" else math.log(rank + 1) / math.log(classes)
+        return float(self.ratio**-exponent)
+
+
+def classes_of(task: Task, what: str) -> list[str]:
+    """Return the classes of a task.
+
+    Raises:
+        InputError: if it has none.
+    """
+    if task.labels is None:
+        raise InputError(f"{what} is for classes, and the task '{task.name}' has none")
+    return task.labels
+
+
+def draws(texts: Texts, salt: str) -> Iterator[tuple[float, float]]:
+    """Yield two numbers in [0, 1) for each example, of its text and the salt alone: equal on every rank and machine."""
+    for row in texts:
+        digest = hashlib.blake2b("\0".join((salt, *row)).encode(), digest_size=16).digest()
+        first, second = (int.from_bytes(half) >> 11 for half in (digest[:8], digest[8:]))
+        yield first / 2**53, second / 2**53  # of 53 bits, the precision of a float: 64 bits might round to 1
+
+
+def edited(edit: Edit, train: Split, task: Task) -> Split:
+    """Return the training examples after an edit.
+
+    Raises:
+        InputError: for an edit that leaves no example, or a class that had examples without any.
+    """
+    result = edit(train, task)
+    name = type(edit).__name__
+    if not len(result):
+        raise InputError(f"{name} leaves no training example")
+    before, after = class_sizes(train, task), class_sizes(result, task)
+    if lost := [label for label, size in before.items() if size and not after[label]]:
+        raise InputError(f"{name} leaves the class {literal(lost[0])} without examples")
+    return result
+
+
+def class_sizes(split: Split, task: Task) -> dict[str, int]:
+    """Return the number of examples of each class; an empty dict for a task without classes."""
+    if task.labels is None:
+        return {}
+    counts = np.bincount(np.asarray(split.labels, dtype=np.int64), minlength=len(task.labels))
+    return dict(zip(task.labels, counts.tolist(), strict=True))
+
+
+def described(edit: Edit, before: Split, after: Split, task: Task) -> str:
+    """Describe what an edit did to the training examples.
+
+    >>> from kd.data.tasks import Classification
+    >>> task = Classification("t", ["no", "yes"], {}, ["accuracy"], "accuracy")
+    >>> before, noise = Split(Texts.of([("a",), ("b",), ("c",)]), [0, 1, 1]), LabelNoise(1.0)
+    >>> described(noise, before, noise(before, task), task)
+    'LabelNoise: 3 of 3 labels changed; class sizes no 1 -> 2, yes 2 -> 1'
+    """
+    if before.texts == after.texts:
+        changed = sum(one != other for one, other in zip(before.labels, after.labels, strict=True))
+        words = [f"{changed} of {len(before)} labels changed"]
+    else:
+        words = [f"{len(before)} -> {len(after)} examples"]
+    sizes = zip(class_sizes(before, task).items(), class_sizes(after, task).values(), strict=True)
+    if of_classes := [f"{name} {size} -> {other}" for (name, size), other in sizes]:
+        words.append(f"class sizes {listed(of_classes)}")
+    return f"{type(edit).__name__}: {'; '.join(words)}"
