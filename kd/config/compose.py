@@ -459,6 +459,8 @@ def _check_type(value: object, hint: object, key: str) -> None:
     elif typing.get_origin(hint) is dict and isinstance(value, dict):
         for name, inner in value.items():
             _check_type(inner, typing.get_args(hint)[1], f"{key}.{name}")
+    elif typing.get_origin(hint) is dict and isinstance(value, list):
+        raise InputError(f"{key}={shown(value)} takes a mapping, {{name: value}}, and no list", key)
     elif typing.get_origin(hint) is list and isinstance(value, list):
         for inner in value:
             if inner is None or isinstance(inner, dict | list):
