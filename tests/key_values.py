@@ -292,6 +292,7 @@ def every_value(backbone: str, data: str) -> dict[str, Values]:
         "task.train": path(f"{data}/train.csv", null=False),
         "task.validation": path(f"{data}/validation.csv", null=True),
         "task.test": path(f"{data}/test.csv", null=True),
+        "task.unlabelled": path(f"{data}/train.csv", null=True),
         "task.quoted": switch(null=True),
         "task.source._target_": Values(
             st.just("kd.data.sources.Files"), target("kd.data.sources.Files").illegal, ("task.source",)

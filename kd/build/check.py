@@ -1,6 +1,7 @@
 """Checks of a planned run before anything is trained."""
 
 import os
+from collections.abc import Mapping
 
 import torch
 
@@ -15,9 +16,11 @@ from kd.data.examples import Examples
 from kd.engines.base import Engine
 from kd.engines.models import Models
 from kd.errors import InputError
+from kd.methods.base import Method
 from kd.models.compiled import check_compiler
 from kd.runs.error_keys import rename_error_keys
 from kd.runs.run import Run
+from kd.schedules import Schedule, extremes
 from kd.system import distributed
 
 
@@ -94,7 +97,7 @@ def check_arguments(run: Run) -> None:
     spec = run.spec
     check_machine(spec)  # first, because other errors do not matter on a machine that cannot run this
     probabilities = [1 / max(len(spec.teacher), 1)] * len(spec.teacher)
-    build_method(spec.method, spec.pool, spec.cohort, probabilities)
+    check_unlabelled(spec, *build_method(spec.method, spec.pool, spec.cohort, probabilities))
     surgeries(spec)
     build_edits(spec.task)
     locate(spec.engine, "engine", subclass_of(Engine), "an engine: a class of kd.engines.base.Engine")
@@ -105,6 +108,25 @@ def check_arguments(run: Run) -> None:
         if needed.result is None:
             with rename_error_keys(role, run.spec, run.config):
                 check_arguments(needed)
+
+
+def check_unlabelled(spec: RunSpec, method: Method, weights: Mapping[str, Schedule]) -> None:
+    """Check that a method learns something from training text without labels, if the task has some.
+
+    Raises:
+        InputError: for a method whose only term is the loss against the labels, or that needs labels elsewhere.
+    """
+    if spec.task.unlabelled is None:
+        return
+    name = spec.method["name"]
+    if not any(any(extremes(weight)) for term, weight in weights.items() if term != "task"):
+        raise InputError(
+            f"method={name} learns from labels alone, and has no term for text without them; use task.unlabelled=null, or a "
+            "method with a teacher",
+            "task.unlabelled",
+        )
+    if (why := method.label_dependence()) is not None:
+        raise InputError(f"method={name} needs the label of every example: {why}; use task.unlabelled=null", "task.unlabelled")
 
 
 def check_run(run: Run, examples: Examples) -> None:

@@ -89,6 +89,7 @@ class TaskSpec:
     columns: list[str] | None = None
     extra: dict[str, str] | None = None
     edits: Any = None
+    unlabelled: str | None = None
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,12 @@ def check_values(spec: RunSpec) -> None:
         raise InputError("paths.runs is empty; it is the folder where runs live", "paths.runs")
     task = spec.task
     paths: dict[str, Any] = {"paths.runs": spec.paths.runs, "paths.glue": spec.paths.glue, "backbone": spec.backbone}
-    paths |= {"task.train": task.train, "task.validation": task.validation, "task.test": task.test}
+    paths |= {
+        "task.train": task.train,
+        "task.validation": task.validation,
+        "task.test": task.test,
+        "task.unlabelled": task.unlabelled,
+    }
     paths |= {"student.backbone": student.backbone, "student.checkpoint": student.checkpoint}
     for name, teacher in spec.teacher.items():
         paths |= {f"teacher.{name}.model": teacher.model, f"teacher.{name}.backbone": teacher.backbone}

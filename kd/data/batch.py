@@ -15,7 +15,8 @@ class Batch:
         student: tokenizer output, each (batch, tokens); for a masked language model also `predicted`, bool.
         teachers: the same for each teacher; the same object where tokenizers are equal. For a cached teacher, its outputs
             instead (`kd.teacher_cache.store.CachedOutputs`).
-        labels: (batch,), class indices in the task's order, or float scores; for a masked language model (batch, tokens), the
+        labels: (batch,), class indices in the task's order, or float scores; -100 and NaN for an example without a label
+            (`task.unlabelled`); for a masked language model (batch, tokens), the
             tokens to predict, and `kd.data.masked_lm.task.NOT_PREDICTED` elsewhere.
         index: (batch,), position of each example in its split; the key of every cache. For a masked language model an example
             is a chunk of a text (`kd.data.masked_lm.tokenized.MaskedTokens.chunks`), whose index follows from the texts, the
@@ -28,6 +29,8 @@ class Batch:
             is the mean over the global held batch.
         columns: further column that the task reads (`task.extra`) -> values, (batch,): class indices, long, whose names are
             in `Task.column_classes`; or numbers, float.
+        label_weight: factor of a mean over this batch's labelled examples, if some have no label (`kd.data.sampler.Rows`);
+            `Task.of` takes it.
     """
 
     student: dict[str, Tensor]
@@ -38,6 +41,7 @@ class Batch:
     peers: tuple[dict[str, Tensor], ...] = ()
     held: "Batch | None" = None
     columns: dict[str, Tensor] = field(default_factory=dict)
+    label_weight: float = 1.0
 
     @property
     def students(self) -> tuple[dict[str, Tensor], ...]:
@@ -76,4 +80,5 @@ class Batch:
             tuple(done[id(inputs)] for inputs in self.peers),
             None if self.held is None else self.held.map(function),
             {name: function(values) for name, values in self.columns.items()},
+            self.label_weight,
         )

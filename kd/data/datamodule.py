@@ -66,6 +66,7 @@ class Collate:
             tuple(inputs[key] for key in self.students[1:]),
             self(rows.held) if isinstance(rows, Rows) and rows.held is not None else None,
             {name: torch.from_numpy(values[list(rows)]) for name, values in self.columns.items()},
+            rows.label_weight if isinstance(rows, Rows) else 1.0,
         )
 
 
@@ -230,6 +231,9 @@ class KDDataModule(pl.LightningDataModule):
             sampler = TokenBatches(longest, size, padding, seed, self.rank, self.world, accumulate)
         else:
             sampler = LengthBatches(lengths, size, seed, self.rank, self.world, accumulate)
+        if split == "train" and self.examples.task.partly_labelled:
+            labelled = ~np.isnan(self.examples.labels["train"])
+            sampler.labelled = labelled[self.trained] if holds else labelled
         if sampler.smallest() < self.world:
             raise InputError(
                 f"{key}={size} cuts '{split}' into batches of which one has {sampler.smallest()} examples for {self.world} "

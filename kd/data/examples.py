@@ -1,5 +1,7 @@
 """Examples of a task before tokenisation: read, checked, limited and encoded."""
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -11,9 +13,10 @@ from kd.data.columns import classes_of_columns, values_of_columns
 from kd.data.edits import Split
 from kd.data.labels import class_names
 from kd.data.masked_lm.task import MaskedLM
-from kd.data.sources import Source, hash_fraction
+from kd.data.readers import data_path, nonblank_lines, rows
+from kd.data.sources import Source, as_names, examples_of, hash_fraction
 from kd.data.tasks import Classification, Regression, Task
-from kd.data.texts import INTERNED, Table
+from kd.data.texts import INTERNED, Table, Texts
 from kd.errors import InputError, one_of
 
 LIMIT_SEED = 0
@@ -28,7 +31,7 @@ class Examples:
     Attributes:
         task: labels, losses and metrics.
         texts: split -> one tuple of one or two texts for each example.
-        labels: split -> encoded labels.
+        labels: split -> encoded labels; NaN for a training example without one.
         columns: split -> further column -> value of each example, (examples,): class indices, whose names are in
             `task.column_classes`, or numbers.
         edits: descriptions of what edits changed in train, in the order in which they were applied.
@@ -52,6 +55,8 @@ Edited = Callable[[Split, Task], tuple[Split, str]]
 
 def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) -> Examples:
     """Read a task's examples, encode their labels, edit those of train, and check all.
+
+    Text without labels (`unlabelled`) follows the examples of train; neither limit, edits nor holdout apply to it.
 
     Edits are applied to all of train, before `limit_train`; a larger limit then adds examples and changes none. What
     `holdout` cuts from train is cut before: no example that is edited is evaluated on. Classes are those of train before.
@@ -95,9 +100,40 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) 
         raise InputError(error.message, error.key if spec.limit_train is None else "limit_train") from error
     if isinstance(task, Regression):
         task.start = float(np.mean(labels["train"]))  # otherwise the first steps only learn the mean
+    if spec.unlabelled is not None:
+        task.partly_labelled = True
+        splits["train"] = joined(splits["train"], read_unlabelled(spec, task))
+        labels["train"] = splits["train"].labels
     ordered = list({"train": None, "validation": None, **dict.fromkeys(raw)})
     texts, columns = ({split: getattr(splits[split], part) for split in ordered} for part in ("texts", "columns"))
     return Examples(task, texts, {split: labels[split] for split in ordered}, columns, changes)
+
+
+def read_unlabelled(spec: TaskSpec, task: Task) -> Split:
+    """Return the training text that has no labels; these are NaN.
+
+    The file is CSV, TSV or JSON Lines with the task's text columns, by its suffix, or a `.txt` with a text on each line.
+
+    Raises:
+        InputError: if the file cannot be read, or lacks a column.
+    """
+    key, text, extra = "unlabelled", as_names(spec.text), list(spec.extra or {})
+    path = data_path(str(spec.unlabelled), key)
+    if path.suffix.lower() == ".txt":
+        if len(text) != 1:
+            raise InputError(f"'{path}' has one text on each line, and the task has pairs: give a table", key)
+        lines = ((number, {text[0]: line}) for number, line in nonblank_lines(path, key))
+        table = examples_of(lines, path, text, None, key, blank=False, extra=extra)
+    else:
+        table = examples_of(rows(path, key), path, text, None, key, blank=False, extra=extra)
+    return Split(table.texts, [math.nan] * len(table), values_of_columns(spec.extra or {}, task.column_classes, table))
+
+
+def joined(first: Split, second: Split) -> Split:
+    """Return the examples of both splits."""
+    texts = Texts.of(itertools.chain(first.texts, second.texts))
+    columns = {name: np.concatenate([values, second.columns[name]]) for name, values in first.columns.items()}
+    return Split(texts, [*first.labels, *second.labels], columns)
 
 
 def check_splits(raw: Mapping[str, Table]) -> None:
@@ -184,6 +220,8 @@ def build_task(spec: TaskSpec, train: Table) -> Task:
     if spec.kind == "masked_lm":
         if spec.extra:
             raise InputError("a masked language model reads chunks of text, which have no further columns", "extra")
+        if spec.unlabelled is not None:
+            raise InputError("a masked language model needs no labels: all of its text is in train", "unlabelled")
         return MaskedLM(spec.name, spec.metrics, spec.monitor)
     if spec.label is None:
         raise InputError(f"label is null: a {spec.kind} needs the column of its labels", "label")

@@ -117,4 +117,4 @@ class WithHeld(Sampler[list[int]]):
             batch = self.held_batch(index)
             mine = batch[rank::world]
             held = Rows(mine.tolist(), len(mine) * world / len(batch), rows.epoch)
-            yield Rows(self.trained[rows].tolist(), rows.weight, rows.epoch, held)
+            yield Rows(self.trained[rows].tolist(), rows.weight, rows.epoch, held, rows.label_weight)

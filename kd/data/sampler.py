@@ -27,13 +27,23 @@ class Rows(list[int]):
             divide a batch, its batches differ in size, or an epoch ends before there are `accumulate` of them.
         epoch: epoch of the batch, passed along so that loader workers have it; None outside training.
         held: indices of the held examples beside the batch (`kd.data.held.WithHeld`); None if nothing is held.
+        label_weight: factor of a mean over the labelled ones of these examples, besides `weight`. With both, the same mean over
+            ranks and batches is the mean over the labelled examples of the step. 0 if none of these examples has a label.
     """
 
-    def __init__(self, rows: Sequence[int], weight: float = 1.0, epoch: int | None = None, held: "Rows | None" = None) -> None:
+    def __init__(
+        self,
+        rows: Sequence[int],
+        weight: float = 1.0,
+        epoch: int | None = None,
+        held: "Rows | None" = None,
+        label_weight: float = 1.0,
+    ) -> None:
         super().__init__(rows)
         self.weight = weight
         self.epoch = epoch
         self.held = held
+        self.label_weight = label_weight
 
 
 class LengthBatches(Sampler[list[int]]):
@@ -69,6 +79,8 @@ class LengthBatches(Sampler[list[int]]):
         self.epoch = 0
         self.skip = 0
         """Number of batches already trained on in an interrupted epoch, which the next iteration leaves out."""
+        self.labelled: np.ndarray | None = None
+        """(examples,), True for each that has a label; None if all have one."""
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch; Lightning calls this before each epoch."""
@@ -116,7 +128,13 @@ class LengthBatches(Sampler[list[int]]):
             # Examples of the optimiser step; the trainer divides by `accumulate` whatever the number of its batches.
             count = sum(sizes[begin : begin + self.accumulate])
             mine = batch[self.rank :: self.world]
-            yield Rows(mine.tolist(), len(mine) * self.world / len(batch) * (self.accumulate * len(batch) / count), epoch)
+            weight = len(mine) * self.world / len(batch) * (self.accumulate * len(batch) / count)
+            label_weight = 1.0
+            if self.labelled is not None:
+                labelled = int(self.labelled[np.concatenate(batches[begin : begin + self.accumulate])].sum())
+                share = int(self.labelled[mine].sum()) / max(labelled, 1)
+                label_weight = share * self.world * self.accumulate / weight
+            yield Rows(mine.tolist(), weight, epoch, label_weight=label_weight)
 
 
 class TokenBatches(LengthBatches):

@@ -1,5 +1,6 @@
 """Tasks: label names, hard and soft losses, and metrics, so that methods do not depend on the kind of task."""
 
+import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,9 @@ from kd.data.texts import Example
 from kd.errors import InputError, one_of
 from kd.functional import logits as soft_losses
 from kd.functional.hidden import OVER_EXAMPLES
+
+NO_CLASS = -100
+"""Class index of an example without a label; PyTorch's cross entropy ignores it."""
 
 SCORE = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 """Pattern of a score as text. Python's `float` also accepts `1_000` and digits of other scripts."""
@@ -45,6 +49,8 @@ class Task(Protocol):
     """Initial bias of a newly initialised head; None is zero."""
     agreement: str
     """Name of the metric that measures a student's agreement with a teacher, whose predictions replace the labels."""
+    partly_labelled: bool
+    """True if training examples may have no label (`task.unlabelled`)."""
     column_classes: Mapping[str, list[str]]
     """Further column of classes (`task.extra`) -> its names, in the order of the indices in `Batch.columns`."""
 
@@ -58,6 +64,8 @@ class Task(Protocol):
 
     def hard(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
         """Return the loss against the labels; logits (batch, classes), labels (batch,).
+
+        With examples that have no label it is the mean over the others times the batch's `label_weight`, or 0 if none has one.
 
         Args:
             logits: the student's.
@@ -81,8 +89,11 @@ class Task(Protocol):
         """
         ...
 
-    def of(self, labels: Tensor) -> Self:
-        """Return the task for one batch, whose labels may determine over which positions a mean is taken."""
+    def of(self, labels: Tensor, label_weight: float = 1.0) -> Self:
+        """Return the task for one batch, whose labels may determine over which positions a mean is taken.
+
+        `label_weight` is that of the batch, a factor of the loss against the labels.
+        """
         ...
 
     def predict(self, logits: Tensor) -> Tensor:
@@ -124,10 +135,25 @@ class Labelled:
     head = "classifier"
     start: float | None = None
     column_classes: Mapping[str, list[str]] = {}
+    partly_labelled = False
+    label_weight = 1.0
 
-    def of(self, labels: Tensor) -> Self:
-        """Return the task itself, because a mean over the batch is a mean over its rows."""
-        return self
+    def of(self, labels: Tensor, label_weight: float = 1.0) -> Self:
+        """Return the task itself, or, if examples may have no label, a copy with the batch's factor of `hard`."""
+        if not self.partly_labelled:
+            return self
+        task = copy.copy(self)
+        task.label_weight = label_weight
+        return task
+
+    def of_labelled(self, losses: Tensor, labelled: Tensor, reduction: str) -> Tensor:
+        """Return the mean of the losses of labelled examples times the batch's factor; both arguments are (batch,).
+
+        For `none` (batch,), which has that mean. An example without a label gets no gradient, but stays in the graph, so that
+        every parameter has one.
+        """
+        factor = self.label_weight / labelled.sum().clamp(min=1)
+        return (losses * labelled).sum() * factor if reduction == "mean" else losses * labelled * factor * len(losses)
 
     def predict(self, logits: Tensor) -> Tensor:
         """Return predictions, (batch,)."""
@@ -223,13 +249,19 @@ class Classification(Labelled):
             raise InputError(f"every training example has the label '{only}'; a classifier needs two or more", "label")
 
     def label_tensor(self, values: Sequence[float]) -> Tensor:
-        """Return class indices, (batch,), long."""
+        """Return class indices, (batch,), long; `NO_CLASS` for a missing one, which is NaN."""
+        if self.partly_labelled:
+            values = [NO_CLASS if value != value else value for value in values]
         return torch.tensor(values, dtype=torch.long)
 
     def hard(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
         """Return the cross entropy, in nats."""
         check_reduction(reduction)
-        return F.cross_entropy(soft_losses.widened(logits), labels, reduction=reduction)
+        logits = soft_losses.widened(logits)
+        if self.partly_labelled:
+            losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=NO_CLASS)
+            return self.of_labelled(losses, labels != NO_CLASS, reduction)
+        return F.cross_entropy(logits, labels, reduction=reduction)
 
     def soft(
         self, student: Tensor, teacher: Tensor, temperature: float, loss: str = "kl", reduction: str = "batchmean"
@@ -321,6 +353,10 @@ class Regression(Labelled):
         """Return the squared error of logits (batch, 1) against labels (batch,)."""
         check_reduction(reduction)
         scores = soft_losses.widened(self.predict(logits))
+        if self.partly_labelled:
+            labelled = ~labels.isnan()
+            targets = torch.where(labelled, labels.to(scores.dtype), scores.detach())  # NaN times 0 would be NaN
+            return self.of_labelled((scores - targets) ** 2, labelled, reduction)
         return F.mse_loss(scores, labels.to(scores.dtype), reduction=reduction)
 
     def soft(

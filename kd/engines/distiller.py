@@ -206,6 +206,7 @@ class Passes:
 
     def __init__(self, engine: Distiller, batch: Batch, progress: Progress) -> None:
         self.engine, self.batch, self.progress = engine, batch, progress
+        self.task = engine.task.of(batch.labels, batch.label_weight)
         self.learners = engine.learners
         self.methods = [learner.method for learner in self.learners.values()]
         self.trained = {name: self._trained(name) for name in ([] if engine.online is None else [TEACHER]) + engine.names}
@@ -232,7 +233,7 @@ class Passes:
             self.trained[name],
             self.frozen if online is None else [Detached(online)],
             self.batch.seen_by(self.engine.names.index(name)),
-            self.engine.task.of(self.batch.labels),
+            self.task,
             self.progress,
             [Detached(self.trained[other]) for other in self.engine.names if other != name],
             self.engine.seed,
@@ -241,7 +242,7 @@ class Passes:
     def loss(self, turn: LearnerTurn) -> Loss:
         """Compute the loss of one turn."""
         if turn.turn is None:
-            term = self.engine.task.hard(self.trained[TEACHER].outputs.logits, self.batch.labels)
+            term = self.task.hard(self.trained[TEACHER].outputs.logits, self.batch.labels)
             return Loss(term, {f"{TEACHER}/task": term})
         name, method = turn.learner, self.learners[turn.learner].method
         given = self.step(name)

@@ -216,6 +216,10 @@ class ADKD(Method):
         counted = self.attribution_reduction == "tokens"
         return "method.attribution_reduction=tokens is a mean over the tokens of a batch" if counted else None
 
+    def label_dependence(self) -> str | None:
+        """Return that `views=gold` compares the maps of the labels."""
+        return "method.views=gold compares attribution maps of the labels" if self.views == "gold" else None
+
 
 def view_of(maps: Tensor, labels: Tensor) -> Tensor:
     """Select the maps of the labels: (batch, tokens, classes) -> (batch, tokens, 1)."""

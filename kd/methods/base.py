@@ -283,6 +283,13 @@ class Method(nn.Module):
         """
         return None
 
+    def label_dependence(self) -> str | None:
+        """Return the reason why the method needs every example's label besides for `Task.hard`; None if it does not.
+
+        If it does, training text without labels (`task.unlabelled`) is refused.
+        """
+        return None
+
 
 def needs_of_teachers(methods: Iterable[Method], count: int) -> list[Needs]:
     """Return, for each frozen teacher, the union of the needs that the methods declare for it."""

@@ -1,5 +1,6 @@
 """Evaluation of models: metrics, agreement with teachers, size and latency."""
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,7 +90,7 @@ def baseline(task: Task, labels: Mapping[str, Sequence[float]]) -> dict[str, Sco
         task: defines the constant prediction; for a task without one the result is empty.
         labels: labels by split, as numbers.
     """
-    constant = task.constant(labels["train"])
+    constant = task.constant([label for label in labels["train"] if not math.isnan(label)])
     scores: dict[str, Scores] = {}
     if constant is None:
         return scores

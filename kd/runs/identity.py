@@ -12,7 +12,8 @@ from kd.config.edits import edit_nodes
 from kd.config.pool import pool_identity
 from kd.config.schema import RunSpec, TaskSpec
 from kd.config.values import has, locate, one_line, shown
-from kd.data.sources import Source, as_names
+from kd.data.readers import data_path
+from kd.data.sources import Source, as_names, fingerprint_of
 from kd.errors import InputError, prefix_error_keys
 from kd.runs.run import RunInputs
 from kd.system.model_sources import fingerprint
@@ -40,7 +41,7 @@ COLUMN_KEYS = ("text", "label", "columns")
 OMIT_IF_EMPTY = ("extra", "edits")
 """Keys of a task that enter the digest only if they are set, so that runs without them have the digests of before."""
 
-PATH_KEYS = ("root", "train", "validation", "test")
+PATH_KEYS = ("root", "train", "validation", "test", "unlabelled")
 """Keys with paths of data files; the content of the files enters the digest instead."""
 
 
@@ -127,6 +128,8 @@ def digest_inputs(spec: RunSpec, inputs: RunInputs) -> dict[str, Any]:
     data_source = source_of(spec)
     with prefix_task_errors():
         data = data_source.fingerprint()
+        if spec.task.unlabelled is not None:
+            data = {**data, **fingerprint_of({"unlabelled": {None: data_path(spec.task.unlabelled, "unlabelled")}})}
     identity = {
         "format": DIGEST_FORMAT,
         "method": {key: value for key, value in spec.method.items() if key != "before"},  # an input, with its own digest

@@ -114,5 +114,8 @@ def teacher_config(parent: DictConfig, spec: RunSpec, name: str, teacher: Teache
             f"teacher.{name}.run.student.init",
         )
     choose: dict[str, str | list[str]] = {"method": "finetune", "teacher": [], "student": "full"}
-    config = inherit(parent, choose, ["task"], {"student": {"backbone": teacher.backbone}}, f"teacher.{name}")
+    own: dict[str, object] = {"student": {"backbone": teacher.backbone}}
+    if spec.task.unlabelled is not None:  # fine-tuning learns from labels alone
+        own["task"] = {"unlabelled": None}
+    config = inherit(parent, choose, ["task"], own, f"teacher.{name}")
     return laid_over(config, teacher.run, f"teacher.{name}.run")

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -87,7 +88,9 @@ def check_data(report: Report, data: KDDataModule) -> None:
     for split in data.examples.evaluated:
         if shared := count_shared(texts[split], texts["train"]):
             report.warn(f"{shared} of {len(texts[split])} texts of '{split}' are also in train")
-    task, scores = data.examples.task, data.examples.labels["train"]
+    task, scores = data.examples.task, [label for label in data.examples.labels["train"] if not math.isnan(label)]
+    if task.partly_labelled:
+        report.ok(f"{len(scores)} examples of train have labels, {len(data.examples.labels['train']) - len(scores)} have none")
     if isinstance(task, Regression) and min(scores) == max(scores):
         report.warn(f"every training example has the score {scores[0]:g}: there is nothing to learn")
     if data.shared_tokenizer:

@@ -40,6 +40,7 @@ class MaskedLM:
     agreement = "accuracy"
     start: float | None = None
     column_classes: Mapping[str, list[str]] = {}
+    partly_labelled = False
 
     def __init__(self, name: str, metrics: Sequence[str], monitor: str) -> None:
         self.name = name
@@ -59,7 +60,7 @@ class MaskedLM:
         """Return placeholder labels, (batch,); `MaskedCollate` gives the labels that are used."""
         return torch.tensor(values)
 
-    def of(self, labels: Tensor) -> Self:
+    def of(self, labels: Tensor, label_weight: float = 1.0) -> Self:
         """Return a copy of the task for a batch with these labels, which assign predicted positions to examples."""
         task = copy.copy(self)
         task._labels = labels

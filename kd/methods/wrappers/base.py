@@ -92,6 +92,10 @@ class Wrapper(Method):
         """Return the inner method's reason."""
         return self.inners[0].batch_dependence()
 
+    def label_dependence(self) -> str | None:
+        """Return the reason of the inner method."""
+        return self.inners[0].label_dependence()
+
     def describe(self) -> dict[str, str]:
         """Return the inner method's description."""
         return self.inners[0].describe()
