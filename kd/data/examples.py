@@ -147,10 +147,10 @@ def check_splits(raw: Mapping[str, Table]) -> None:
             raise InputError(f"the split '{split}' has no examples; the file is too small to be split", split.partition("_")[0])
 
 
-Rows = TypeVar("Rows", Table, Split)
+T = TypeVar("T", Table, Split)
 
 
-def limited(table: Rows, count: int | None) -> Rows:
+def limited(table: T, count: int | None) -> T:
     """Return at most `count` examples, drawn with a fixed seed; without a limit, all of them in their order."""
     if count is None:
         return table

@@ -16,7 +16,8 @@ from kd.config.compose import compose, typed
 from kd.data.batch import Batch
 from kd.data.datamodule import KDDataModule
 from kd.data.examples import Examples, load_examples
-from kd.data.sources import Example, Splits
+from kd.data.sources import Example, Files, Splits
+from kd.data.texts import Table
 from kd.errors import InputError
 from kd.runs.identity import prefix_task_errors, source_of
 from kd.runs.plan import plan
@@ -131,6 +132,19 @@ def test_every_format_gives_the_same_columns(tmp_path: Path) -> None:
         assert examples.task.column_classes == {"d": ["1", "2"]}
         for columns in examples.columns.values():
             assert {name: values.tolist() for name, values in columns.items()} == {"d": [0, 1], "n": [2.5, 3.0]}
+
+
+def test_a_table_is_a_list_of_examples_with_their_columns(train: Path) -> None:
+    found = Files(str(train), ["text"], "label", extra=["domain", "stars"]).splits()["train"]
+    assert [example.columns for example in found] == [found[row].columns for row in range(len(found))]
+    assert found[0].columns == {name: str(value) for name, value in rows_of(found[0].texts).items()}
+    assert Table.of(list(found)).columns == found.columns
+
+
+def rows_of(texts: tuple[str, ...]) -> dict[str, object]:
+    """Columns that `table` wrote beside a text."""
+    number = int(texts[0].split()[-1])
+    return {"domain": DOMAINS[number % 3], "stars": number / 4}
 
 
 def test_glue_and_packages_have_columns_too(tmp_path: Path) -> None:
