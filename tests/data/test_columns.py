@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
 from kd.bench.harness import some
@@ -251,6 +252,14 @@ def test_columns_that_a_task_cannot_have_are_refused(overrides: list[str], key: 
         plan(compose([*overrides, f"paths.runs={tmp_path}", "method=finetune", "teacher=[]"]))
     assert caught.value.key == key
     assert words in caught.value.message
+
+
+def test_a_list_in_the_place_of_the_mapping_names_its_key() -> None:
+    config = compose([])
+    OmegaConf.update(config, "task.extra", ["domain"], merge=False)
+    with pytest.raises(InputError, match="takes a mapping") as caught:
+        typed(config)
+    assert caught.value.key == "task.extra"
 
 
 def test_masked_language_modelling_has_no_columns() -> None:
