@@ -1,6 +1,7 @@
 """DistilBERT: soft targets, masked language modelling and the direction of the last states."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ class DistilBERT(Method):
         if self.only_predicted or "predicted" not in step.student.inputs:
             return step
 
-        def every_token(forward: Forward) -> Forward:
+        def every_token(forward: Forward[Any]) -> Forward[Any]:
             inputs = {**forward.inputs, "predicted": forward.inputs["attention_mask"].bool()}
             return Forward(forward.model, inputs, forward.needs)
 
