@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import kd.functional
-from kd.functional import attention, attribution, hidden, logits, transport
+from kd.functional import attention, attribution, combination, hidden, logits, transport
 from kd.functional.hidden import OVER_EXAMPLES, PADDING
 
 Call = tuple[Callable[..., Tensor], list[Tensor]]
@@ -175,6 +175,30 @@ def examples(s: Situation) -> Iterator[Call]:
         yield lambda values, r=reduction: hidden.over_examples(values[:, 0], r), s.states(1)[:1]
 
 
+def combinations(s: Situation) -> Iterator[Call]:
+    for normalize in combination.NORMALIZATIONS:
+        yield lambda *states, n=normalize: combination.combination_squares(*states, n, 2), s.states(6, 8)
+
+
+def attended_layers(s: Situation) -> Iterator[Call]:
+    teacher = s.states(4, 8)[1]
+    weights = s.draw(4, size=1.0, certain=False)[0].abs()
+    yield combination.attended, [weights, teacher]
+
+
+def layer_attentions(s: Situation) -> Iterator[Call]:
+    teacher, student = s.states(4, 8)[1], s.states(8)[0]
+    for scaled in (True, False):
+        # The exponents are products: as exact as the largest of them, which counts as an input.
+        yield lambda *states, c=scaled: combination.layer_attention(*states, scaled=c), [student, teacher]
+
+
+def layer_reductions(s: Situation) -> Iterator[Call]:
+    squares = [states**2 / 300 for states in s.states(6, 8)]
+    for reduction in combination.REDUCTIONS:
+        yield lambda *rows, r=reduction: combination.reduce_layers(rows, s.mask, r), squares
+
+
 def transports(s: Situation) -> tuple[Tensor, Tensor, Tensor]:
     cost = s.draw(4, size=s.size, certain=False)[0].abs()
     return (
@@ -207,6 +231,13 @@ INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
     "attribution.attributions": attributions,
     "attribution.token_maps": lambda s: iter([(lambda a: attribution.token_maps(a, 3), s.states(6, 4, 2)[:1])]),
     "attribution.map_error": map_errors,
+    "combination.concatenate": lambda s: iter(
+        [(lambda *z, n=n: combination.concatenate(z, normalize=n), s.states(6, 8)) for n in (True, False)]
+    ),
+    "combination.combination_squares": combinations,
+    "combination.layer_attention": layer_attentions,
+    "combination.attended": attended_layers,
+    "combination.reduce_layers": layer_reductions,
     "hidden.patience": patiences,
     "hidden.cosine_distance": cosine_distances,
     "hidden.token_error": token_errors,

@@ -1,0 +1,139 @@
+"""Attention-based layer projection for knowledge distillation."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kd.forward import Needs
+from kd.forward.needs import Tap
+from kd.functional import combination, layer_maps
+from kd.functional.logits import SOFT_LOSSES
+from kd.methods.base import Method, Step, match_width
+from kd.methods.options import BATCH_MEANS, switch, temperature_schedule, word
+from kd.models import Encoder, FrozenTeacher
+from kd.schedules import Schedule
+
+MAPS = {
+    "all": combination.every,
+    "no_overlap": combination.regular,
+    "partial_overlap": combination.overlap,
+}
+STATES = ("cls", "tokens")
+HIDDEN_MEANS = tuple(name for name in combination.REDUCTIONS if name not in ("sum", "none"))
+
+
+class ALPKD(Method):
+    r"""ALP-KD (Passban, Wu, Rezagholizadeh, Liu, AAAI 2021, arXiv:2012.14022): attention over the teacher's layers.
+
+    :math:`L = \beta L_{ce} + \eta L_{KD} + \lambda L_{ALP}`, with
+    :math:`L_{ALP} = \sum_i \sum_j MSE(c_{S,i}^j, \sum_{k \in A(j)} \alpha_{jk} c_{T,i}^k)` over examples i and all student
+    layers j, and :math:`\alpha_{jk}` the softmax over A(j) of :math:`c_S^j \cdot c_T^k`. Nothing is learned but the student.
+
+    Terms:
+        `task`: :math:`L_{ce}`. Weight beta.
+        `logits`: :math:`L_{KD}`, eq. 2. Weight eta.
+        `hidden`: :math:`L_{ALP}`. Weight lambda.
+
+    Args:
+        layers: A. `all` teacher layers without the embeddings (ALP-KD); `no_overlap`, consecutive buckets (ALP-NO);
+            `partial_overlap`, buckets with one more layer of each neighbouring one (ALP-PO; how many is our choice); or a list of
+            [student layer, [teacher layer, ...]] with 0 the embeddings. If depths do not divide we round down (our choice).
+        states: `cls`, the first token's states, as in patient distillation (our choice: we have not seen which the paper takes), or
+            `tokens`, every token's, each with an attention of its own.
+        scaled: divide dot products by the root of the width. The paper does not; those of [CLS] states are large, and the
+            weights near 0 and 1.
+        detach_attention: whether no gradient flows through the weights. Otherwise (the default: the paper trains end to end)
+            the student may also lower the loss by the choice of the layers it attends to.
+        hidden_reduction: `layers` averages over width and sums over layers, then averages over tokens and examples: the paper's
+            loss divided by the batch. `elements` averages over layers too; `examples` sums over width and layers, `vectors` over width
+            alone; `tokens` sums as `examples` does and averages over the tokens of a batch.
+        temperature: T > 0, a number or a schedule. The default is our choice: T is unknown to us.
+        loss: loss of the soft labels: `ce`, the cross entropy of eq. 2, without temperature squared; `kl`, with it (ours to choose:
+            the factor is unknown to us); or `mse`.
+        reduction: reduction of the soft loss: `batchmean` or `elementmean`.
+
+    The paper sums over the batch. We offer means over it, because a sum changes with ranks and accumulation.
+
+    Dot products need one width. Where widths differ we learn one linear map for all layers from the student's width to the
+    teacher's (our choice), and its result is what attends and what is compared.
+    """
+
+    names = ("task", "logits", "hidden")
+    # A student that equals its teacher has one layer where the target is a mean of several.
+    distances = ("logits",)
+
+    def __init__(
+        self,
+        layers: str | Sequence[Sequence[object]] = "all",
+        states: str = "cls",
+        hidden_reduction: str = "layers",
+        temperature: "float | Schedule" = 1.0,
+        loss: str = "ce",
+        reduction: str = "batchmean",
+        *,
+        scaled: bool = False,
+        detach_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        if isinstance(layers, str):
+            word(layers, tuple(MAPS), "layers")
+        self.layers = layers
+        self.states = word(states, STATES, "states")
+        self.hidden_reduction = word(hidden_reduction, HIDDEN_MEANS, "hidden_reduction")
+        self.temperature = temperature_schedule(temperature)
+        self.loss = word(loss, SOFT_LOSSES, "loss")
+        self.reduction = word(reduction, BATCH_MEANS, "reduction")
+        self.scaled = switch(scaled, "scaled")
+        self.detach_attention = switch(detach_attention, "detach_attention")
+        self.groups: layer_maps.Blocks = ()
+        self.project: nn.Module = nn.Identity()
+
+    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+        """Resolve the buckets, and create the map between widths.
+
+        Raises:
+            InputError: for buckets that do not suit the depths.
+        """
+        (teacher,) = teachers
+        self.groups = combination.resolve_groups(self.layers, MAPS, student.depth, teacher.depth)
+        self.project = match_width(student.width, teacher.width)
+
+    def needs(self) -> tuple[Needs, Sequence[Needs]]:
+        """Declare the states of the student's layers, and of all layers in their buckets."""
+        ours, theirs = {layer for layer, _ in self.groups}, {layer for _, group in self.groups for layer in group}
+        kind = "cls" if self.states == "cls" else "hidden"
+        return Needs(taps=[Tap(kind, layer) for layer in ours]), [Needs(taps=[Tap(kind, layer) for layer in theirs])]
+
+    def terms(self, step: Step) -> dict[str, Tensor]:
+        """Return the loss terms listed in the class docstring."""
+        student, teacher = step.student.outputs, step.teacher.outputs
+        temperature = self.temperature(step.progress.fraction)
+        mask = student.mask if self.states == "tokens" else torch.ones_like(student.mask[:, :1])
+        squares = []
+        for layer, group in self.groups:
+            if self.states == "cls":
+                ours, theirs = student.cls(layer)[:, None], [teacher.cls(other)[:, None] for other in group]
+            else:
+                ours, theirs = student.hidden(layer), [teacher.hidden(other) for other in group]
+            squares.append(self._squares(self.project(ours), torch.stack(theirs, dim=-2)))
+        return {
+            "task": step.task.hard(student.logits, step.batch.labels),
+            "logits": step.task.soft(student.logits, teacher.logits, temperature, self.loss, self.reduction),
+            "hidden": combination.reduce_layers(squares, mask, self.hidden_reduction),
+        }
+
+    def _squares(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        """Return squared differences from the attended layers, (batch, tokens, width)."""
+        weights = combination.layer_attention(ours, theirs, scaled=self.scaled)
+        target = combination.attended(weights.detach() if self.detach_attention else weights, theirs)
+        return combination.combination_squares(ours, target, "none")
+
+    def describe(self) -> dict[str, str]:
+        """Describe the buckets."""
+        return {"layer map (student<-teacher)": layer_maps.describe_blocks(self.groups)}
+
+    def batch_dependence(self) -> str | None:
+        """Return that `hidden_reduction=tokens` averages over the tokens of a batch."""
+        counted = self.hidden_reduction == "tokens" and self.states == "tokens"
+        return "method.hidden_reduction=tokens is a mean over the tokens of a batch" if counted else None
