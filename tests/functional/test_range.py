@@ -189,7 +189,6 @@ def attended_layers(s: Situation) -> Iterator[Call]:
 def layer_attentions(s: Situation) -> Iterator[Call]:
     teacher, student = s.states(4, 8)[1], s.states(8)[0]
     for scaled in (True, False):
-        # The exponents are products: as exact as the largest of them, which counts as an input.
         yield lambda *states, c=scaled: combination.layer_attention(*states, scaled=c), [student, teacher]
 
 
