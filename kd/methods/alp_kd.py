@@ -37,20 +37,20 @@ class ALPKD(Method):
 
     Args:
         layers: A. `all` teacher layers without the embeddings (ALP-KD); `no_overlap`, consecutive buckets (ALP-NO);
-            `partial_overlap`, buckets with one more layer of each neighbouring one (ALP-PO; how many is our choice); or a list of
-            [student layer, [teacher layer, ...]] with 0 the embeddings. If depths do not divide we round down (our choice).
-        states: `cls`, the first token's states, as in patient distillation (our choice: we have not seen which the paper takes), or
-            `tokens`, every token's, each with an attention of its own.
+            `partial_overlap`, buckets with one more layer of each neighbouring one (ALP-PO; how many is our choice); or a list
+            of [student layer, [teacher layer, ...]] with 0 the embeddings. If depths do not divide we round down (our choice).
+        states: `cls`, the first token's states, as in patient distillation (our choice: which the paper takes is unknown to
+            us), or `tokens`, every token's, each with an attention of its own.
         scaled: divide dot products by the root of the width. The paper does not; those of [CLS] states are large, and the
             weights near 0 and 1.
         detach_attention: whether no gradient flows through the weights. Otherwise (the default: the paper trains end to end)
             the student may also lower the loss by the choice of the layers it attends to.
         hidden_reduction: `layers` averages over width and sums over layers, then averages over tokens and examples: the paper's
-            loss divided by the batch. `elements` averages over layers too; `examples` sums over width and layers, `vectors` over width
-            alone; `tokens` sums as `examples` does and averages over the tokens of a batch.
-        temperature: T > 0, a number or a schedule. The default is our choice: T is unknown to us.
-        loss: loss of the soft labels: `ce`, the cross entropy of eq. 2, without temperature squared; `kl`, with it (ours to choose:
-            the factor is unknown to us); or `mse`.
+            loss divided by the batch. `elements` averages over width and layers, `vectors` over layers only, `examples` over
+            neither; `tokens` sums as `examples` does and averages over the tokens of a batch.
+        temperature: T > 0, a number or a schedule. The default is our choice: the paper's is unknown to us.
+        loss: loss of the soft labels: `ce`, the cross entropy of eq. 2, without temperature squared (our choice: the paper's
+            factor is unknown to us); `kl`, the divergence with it; or `mse`.
         reduction: reduction of the soft loss: `batchmean` or `elementmean`.
 
     The paper sums over the batch. We offer means over it, because a sum changes with ranks and accumulation.

@@ -35,33 +35,34 @@ class CKD(Method):
     :math:`L = (1 - \alpha - \beta) L_{hard} + \alpha L_{soft} + \beta L_{inter}`: each student layer j learns from the
     concatenation of a set M(j) of teacher layers,
     :math:`L_{inter} = \sum_i \sum_j \| n(P_j h_S^j) - n([h_T^k]_{k \in M(j)}) \|^2` over the tokens i, where n scales to unit
-    length. The paper is about machine translation, and has no result for classifiers: the sentence classifier is our adaptation.
+    length. The paper is about machine translation, and has no result for classifiers: the use for these is our adaptation.
     Authors' code consulted for facts: its `onmt/utils/loss.py` and `train_single.py`.
 
     Terms:
-        `task`: hard loss of the task, without the authors' label smoothing. Weight 1 - alpha - beta, which must not be negative.
+        `task`: the task's hard loss, without the authors' label smoothing. Weight 1 - alpha - beta, at least 0.
         `logits`: :math:`L_{soft}`, temperature squared times the divergence. Weight alpha.
         `hidden`: :math:`L_{inter}`. Weight beta.
-        `attention`: of `attention=true` alone. Weight theta, `+method.weights.attention=...`.
+        `attention`: only with `attention=true`. Weight theta, `+method.weights.attention=...`.
 
     Args:
-        layers: M. `rc`, regular: consecutive groups; `oc`, overlap: one more layer of each neighbouring group; `sc`, skip: without
-            the layer of a group that is nearest to the teacher's middle; `cc`, cross: first and last layer of a group;
+        layers: M. `rc`, regular: consecutive groups; `oc`, overlap: each with one more layer of each neighbouring group; `sc`,
+            skip: each without its layer that is nearest to the teacher's middle; `cc`, cross: first and last layer of a group;
             `skip_comb` (authors' code): every N-th layer; `skip`: the last layer of a group; or a list of
-            [student layer, [teacher layer, ...]] with 0 the embeddings. The authors' code has them for 2 of 6 layers only; other
-            depths are our choice (`kd.functional.combination`). The default `rc` is our choice.
+            [student layer, [teacher layer, ...]] with 0 the embeddings. The authors' code has them for 2 of 6 layers; what
+            they are for other depths is our choice (`kd.functional.combination`), and so is the default.
         project: side with a learned linear map. `student` maps its state to the concatenation's width (authors' code);
-            `teacher` fuses the concatenation, :math:`W [h_T^k] + b` (paper), to the student's width. A map on the teacher's side is
-            trained to make the loss small too, so student and map may agree on a constant, which normalisation does not prevent.
+            `teacher` fuses the concatenation, :math:`W [h_T^k] + b` (paper), to the student's width (our choice). A map on
+            the teacher's side is trained to make the loss small too, so student and map may agree on a constant, which
+            normalisation does not prevent; so `student` is the default.
         normalize: `concatenation` scales both sides' whole vectors (authors' code); `layers` scales each layer's part: for
             `project=teacher` each layer before the map, and both sides after it; `none` scales nothing.
         states: `tokens` (paper), every token's, or `cls`, the first token's, for models with different tokenizers.
-        attention: whether attention maps are compared too: the mean over heads of student layer j with that of the layers in
-            M(j), averaged over them, as a mean over pairs of real tokens (average over M(j) and reduction are our choice).
+        attention: whether attention maps are compared too: the mean over heads of student layer j with the mean over heads
+            and layers of M(j), as a mean over pairs of real tokens (mean over M(j) and reduction are our choice).
         hidden_reduction: `examples` sums over width and layers and averages over an example's tokens, then over the examples
             (our choice: neither padding nor ranks matter); `tokens` averages over the tokens of the batch (authors' code, whose
-            normaliser counts tokens of the translation); `vectors` averages over layers as well, `layers` over width, `elements`
-            over both, the mean squared error of the authors' README.
+            normaliser counts tokens of the translation). Otherwise as `examples`, `vectors` averages over layers, `layers` over
+            width, `elements` over both, which is the mean squared error that the authors' README names.
         temperature: T > 0, a number or a schedule.
         loss: loss of the soft labels: `kl` (authors' code), `ce` or `mse`.
         reduction: reduction of the soft loss: `batchmean` or `elementmean`.

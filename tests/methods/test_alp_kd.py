@@ -74,9 +74,7 @@ def naive(method: ALPKD, step: Step, buckets: dict[int, list[int]]) -> list[list
         if method.scaled:
             products = [product / math.sqrt(len(c)) for product in products]
         weights = [math.exp(product - max(products)) for product in products]
-        target = [
-            sum(w * other[k] for w, other in zip(weights, layers, strict=True)) / sum(weights) for k in range(len(c))
-        ]
+        target = [sum(w * other[k] for w, other in zip(weights, layers, strict=True)) / sum(weights) for k in range(len(c))]
         return sum((x - y) ** 2 for x, y in zip(c, target, strict=True)) / len(c)
 
     tokens = [range(length if method.states == "tokens" else 1) for length in LENGTHS]
@@ -166,9 +164,7 @@ def test_buckets_of_any_depths(layers: str, depths: tuple[int, int], groups: str
 @pytest.mark.parametrize("states", ["cls", "tokens"])
 def test_padding_changes_no_term(states: str) -> None:
     models = encoder(2, 16, seed=1).eval(), encoder(6)
-    one, other = (
-        method.terms(step) for method, step in (bound(*models, padding, states=states) for padding in (0, 5))
-    )
+    one, other = (method.terms(step) for method, step in (bound(*models, padding, states=states) for padding in (0, 5)))
     for term in one:
         torch.testing.assert_close(one[term], other[term], rtol=0, atol=1e-12)
 
