@@ -1,6 +1,6 @@
 """Distillation from several teacher layers at once: maps from student layers to sets of them, concatenation, attention."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ def every(student: int, teacher: int) -> Blocks:
 
 def resolve_groups(
     spec: str | Sequence[Sequence[object]],
-    named: "dict[str, Callable[[int, int], Blocks]]",
+    named: Mapping[str, Callable[[int, int], Blocks]],
     student: int,
     teacher: int,
     key: str = "layers",
