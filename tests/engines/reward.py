@@ -27,7 +27,7 @@ from kd.system import distributed
 
 WEIGHTS = {"task": 1.0, "logits": 0.5, "policy": 1.0, "held": 1.0}
 SEEN: list[dict[str, Any]] = []
-"""What each batch of `Rewarded` saw, in this process."""
+"""Records of the batches of `Rewarded`, in this process."""
 
 
 class Rewarded(Method):
