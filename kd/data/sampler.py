@@ -82,6 +82,11 @@ class LengthBatches(Sampler[list[int]]):
         self.labelled: np.ndarray | None = None
         """(examples,), True for each that has a label; None if all have one."""
 
+    @property
+    def sampler(self) -> "LengthBatches":
+        """The sampler itself: Lightning sets the epoch of `batch_sampler.sampler`, not of a batch sampler."""
+        return self
+
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch; Lightning calls this before each epoch."""
         self.epoch = epoch

@@ -18,7 +18,7 @@ from kd.errors import InputError, prefix_error_keys
 from kd.runs.run import RunInputs
 from kd.system.model_sources import fingerprint
 
-DIGEST_FORMAT = 2
+DIGEST_FORMAT = 3
 """Part of every digest; raised when a change of code makes old results incomparable."""
 
 NOT_IN_DIGEST = [
