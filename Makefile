@@ -42,8 +42,8 @@ demo:: .venv/installed
 	$(BIN)/kd-train --multirun experiment=demo_quick method=finetune,kd,pkd
 	$(BIN)/kd-report runs --task rotten_tomatoes
 
-test: .venv/developing ## all tests that need no accelerator (about 8 minutes on two cores)
-	@echo "make test: about 8 minutes on two cores; make test-fast takes under 2."
+test: .venv/developing ## all tests that need no accelerator (about 9 minutes on two cores)
+	@echo "make test: about 9 minutes on two cores; make test-fast takes under 2."
 	$(BIN)/python -m pytest $(WORKERS) --verbosity 0 --durations 15 -m "not gpu"
 
 test-fast: .venv/developing ## formulas, contracts, data, configurations; no whole runs (under 2 minutes)

@@ -184,7 +184,6 @@ BAD = {
         "trainer.precision",
         "bf16-mixed",
     ),
-    "an engine of one student": (["engine=distiller"], "engine", "one student and no teacher"),
     "an unknown target": (["cohort.peers.target=all"], "cohort.peers.target", "each, sum, mean"),
     "no temperature": (["cohort.peers.temperature=0"], "cohort.peers.temperature", "positive"),
     "an unknown option of peers": (["+cohort.peers.gain=2"], "cohort.peers.gain", "gain"),
