@@ -13,7 +13,7 @@ from kd.build.instantiate import bind_method, instantiate, option_names
 from kd.build.surgeries import prefix_surgery_errors
 from kd.config.schema import RunSpec
 from kd.errors import InputError, prefix_error_keys
-from kd.methods.base import Method
+from kd.methods.base import Bound, Method
 from kd.methods.finetune import Finetune
 from kd.methods.options import word
 from kd.methods.pkd import PKD
@@ -145,7 +145,7 @@ class Base(Method):
         self.kind = word(kind, ("a", "b"), "kind")
         self.size = size
 
-    def bind(self, student: object, teachers: object) -> None:
+    def bind(self, bound: Bound) -> None:
         raise InputError(f"size={self.size} is too large", "size")
 
 

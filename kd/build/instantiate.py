@@ -18,8 +18,7 @@ from kd.config.values import TINY, locate, number, one_line, returns, shown, sub
 from kd.engines.base import check_terms
 from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError, prefix_error_keys
-from kd.methods.base import Method
-from kd.models import Encoder, FrozenTeacher
+from kd.methods.base import Bound, Method
 from kd.schedules import Schedule, ScheduleNode, as_schedule, extremes
 
 BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -153,22 +152,21 @@ def build_method(
     return method, schedules
 
 
-def bind_method(method: Method, node: Mapping[str, Any], student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+def bind_method(method: Method, node: Mapping[str, Any], bound: Bound) -> None:
     """Bind a method to its models.
 
     Args:
         method: as `build_method` returns it, possibly in wrappers. Wrappers check their own options when they are built, so
             errors of `bind` are about the method inside.
         node: configuration node of the method.
-        student: the student.
-        teachers: its teachers.
+        bound: the models and the task.
 
     Raises:
         InputError: for a method that cannot work with these models.
     """
     target = locate(node, "method", subclass_of(Method), "a Method")
     with prefix_error_keys("method", option_names(target, node)):
-        method.bind(student, teachers)
+        method.bind(bound)
 
 
 LARGEST_WEIGHT = 1e9

@@ -18,7 +18,7 @@ from kd.config.schema import StudentSpec
 from kd.data.tasks import Task
 from kd.engines.models import Models
 from kd.errors import InputError, one_of
-from kd.methods.base import Method
+from kd.methods.base import Bound, Method
 from kd.models import Encoder
 from kd.models.students import INIT_FROM, StudentPlan, describe_init, plan_student
 from kd.runs.error_keys import rename_error_keys
@@ -256,7 +256,7 @@ def bind(run: Run, task: Task, method: Method, student: Encoder, models: Models)
     """
     own = copy.deepcopy(method)
     teachers = models.teachers if models.online is None else [models.online]
-    bind_method(own, run.spec.method, student, teachers)  # type: ignore[arg-type]
+    bind_method(own, run.spec.method, Bound(student, teachers, task))  # type: ignore[arg-type]
     check_vocabularies(run, task, own, student, models.teaching)
     return own
 

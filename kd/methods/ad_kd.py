@@ -11,9 +11,8 @@ from kd.forward import Needs, Outputs
 from kd.functional import attribution
 from kd.functional.hidden import near_one
 from kd.functional.logits import SOFT_LOSSES
-from kd.methods.base import Method, Step
+from kd.methods.base import Bound, Method, Step
 from kd.methods.options import BATCH_MEANS, temperature_schedule, whole, word
-from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
 
 VIEWS = ("all", "gold")
@@ -161,13 +160,13 @@ class ADKD(Method):
         self.attribution_reduction = word(attribution_reduction, ATTRIBUTION_MEANS, "attribution_reduction")
         self.columns: list[int] | None = None
 
-    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+    def bind(self, bound: Bound) -> None:
         """Check K and the layers, and read the order of the teacher's classes.
 
         Raises:
             InputError: if K exceeds the teacher's width, a model lacks a layer, or the student is not a classifier.
         """
-        (teacher,) = teachers
+        student, teacher = bound.student, bound.teacher
         if self.topk is not None and self.topk > teacher.width:
             raise InputError(f"topk={self.topk} is more than the teacher's width of {teacher.width}; null keeps all", "topk")
         for layer, depth, whose in ((self.layers[0], student.depth, "student"), (self.layers[1], teacher.depth, "teacher")):

@@ -9,9 +9,8 @@ from kd.forward import Needs
 from kd.forward.needs import Tap
 from kd.functional import combination, layer_maps
 from kd.functional.logits import SOFT_LOSSES
-from kd.methods.base import Method, Step, match_width
+from kd.methods.base import Bound, Method, Step, match_width
 from kd.methods.options import BATCH_MEANS, switch, temperature_schedule, word
-from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
 
 MAPS = {
@@ -89,13 +88,13 @@ class ALPKD(Method):
         self.groups: layer_maps.Blocks = ()
         self.project: nn.Module = nn.Identity()
 
-    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+    def bind(self, bound: Bound) -> None:
         """Resolve the buckets, and create the map between widths.
 
         Raises:
             InputError: for buckets that do not suit the depths.
         """
-        (teacher,) = teachers
+        student, teacher = bound.student, bound.teacher
         self.groups = combination.resolve_groups(self.layers, MAPS, student.depth, teacher.depth)
         self.project = match_width(student.width, teacher.width)
 

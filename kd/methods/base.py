@@ -186,6 +186,31 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """The models that a method is bound to, and the task; see `Method.bind`.
+
+    Attributes:
+        student: the student.
+        teachers: its teachers, in the order of `Step.teachers`.
+        task: the task, whose labels name the outputs.
+    """
+
+    student: Encoder
+    teachers: Sequence[FrozenTeacher]
+    task: Task
+
+    @property
+    def teacher(self) -> FrozenTeacher:
+        """The only teacher.
+
+        Raises:
+            ValueError: if there is none or more than one.
+        """
+        (teacher,) = self.teachers
+        return teacher
+
+
+@dataclass(frozen=True)
 class Turn:
     """Part of an update in which some parameters move: a policy and then the student, or a generator and then the student.
 
@@ -236,7 +261,7 @@ class Method(nn.Module):
     """True if student and teachers must have one vocabulary although no token-level tensor of a teacher is declared, because
     the method runs a model on another one's tokens. A run whose student has another vocabulary is then refused."""
 
-    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+    def bind(self, bound: Bound) -> None:
         """Adapt the method to the models: build projections, resolve layer maps, freeze parameters that are not trained.
 
         Also called with models on the meta device, to check a configuration before anything is loaded or trained.

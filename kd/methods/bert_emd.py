@@ -12,9 +12,8 @@ from kd.functional.attention import score_error
 from kd.functional.hidden import PADDING, token_error
 from kd.functional.logits import SOFT_LOSSES
 from kd.functional.transport import MASS_UPDATES, shared_cost_attention, transport_plan
-from kd.methods.base import Method, Step, check_heads, projection
+from kd.methods.base import Bound, Method, Step, check_heads, projection
 from kd.methods.options import BATCH_MEANS, number, switch, temperature_schedule, word
-from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
 from kd.system import distributed
 
@@ -115,14 +114,14 @@ class BertEMD(Method):
         """True if the plan is solved for; False for a fixed layer map."""
         return self.mapping == "emd"
 
-    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+    def bind(self, bound: Bound) -> None:
         """Check the heads, list the pairs of layers, create projections and masses.
 
         Raises:
             InputError: if student and teacher differ in their number of heads, which are matched one by one, or a fixed map
                 does not suit their depths.
         """
-        (teacher,) = teachers
+        student, teacher = bound.student, bound.teacher
         check_heads(student, teacher)
         self.pairs = self._pairs(student.depth, teacher.depth)
         layers = sorted({0, *(ours for ours, _ in self.pairs)})

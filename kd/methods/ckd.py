@@ -11,9 +11,8 @@ from kd.functional import combination, layer_maps
 from kd.functional.attention import probability_error
 from kd.functional.hidden import at_least_float32
 from kd.functional.logits import SOFT_LOSSES
-from kd.methods.base import Method, Step
+from kd.methods.base import Bound, Method, Step
 from kd.methods.options import BATCH_MEANS, switch, temperature_schedule, word
-from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
 
 MAPS = {
@@ -106,13 +105,13 @@ class CKD(Method):
         self.groups: layer_maps.Blocks = ()
         self.projections = nn.ModuleList()
 
-    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+    def bind(self, bound: Bound) -> None:
         """Resolve the layer map, and create a linear map for each of its entries.
 
         Raises:
             InputError: for a layer map that does not suit the depths, or embeddings in it with `attention=true`.
         """
-        (teacher,) = teachers
+        student, teacher = bound.student, bound.teacher
         lowest = 1 if self.attention else 0
         self.groups = combination.resolve_groups(self.layers, MAPS, student.depth, teacher.depth, lowest=lowest)
         build = widening if self.project == "student" else fusion

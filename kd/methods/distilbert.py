@@ -10,9 +10,8 @@ from kd.data.masked_lm.task import NOT_PREDICTED
 from kd.forward import Forward, Needs
 from kd.functional.hidden import cosine_distance
 from kd.functional.logits import SOFT_LOSSES
-from kd.methods.base import Method, Step, match_width
+from kd.methods.base import Bound, Method, Step, match_width
 from kd.methods.options import switch, temperature_schedule, word
-from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
 
 TOKEN_MEANS = ("examples", "batch")
@@ -63,9 +62,9 @@ class DistilBERT(Method):
         self.token_mean = word(token_mean, TOKEN_MEANS, "token_mean")
         self.depths = (0, 0)
 
-    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+    def bind(self, bound: Bound) -> None:
         """Build the map between widths, if they differ."""
-        (teacher,) = teachers
+        student, teacher = bound.student, bound.teacher
         self.depths = (student.depth, teacher.depth)
         self.project = match_width(student.width, teacher.width)
 

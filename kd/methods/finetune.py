@@ -1,11 +1,8 @@
 """Fine-tuning without a teacher, the baseline of every comparison."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from kd.methods.base import ANY_TEACHERS, Method, Step
-from kd.models import Encoder, FrozenTeacher
+from kd.methods.base import ANY_TEACHERS, Bound, Method, Step
 
 
 class Finetune(Method):
@@ -21,9 +18,9 @@ class Finetune(Method):
     teachers = ANY_TEACHERS
     uses_teachers = False
 
-    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+    def bind(self, bound: Bound) -> None:
         """Store the number of teachers, because `needs` declares outputs for each of them."""
-        self.teachers = len(teachers)
+        self.teachers = len(bound.teachers)
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         """Return the hard loss."""

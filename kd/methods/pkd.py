@@ -9,9 +9,8 @@ from kd.errors import InputError
 from kd.forward import Needs
 from kd.functional import hidden, layer_maps
 from kd.functional.logits import SOFT_LOSSES
-from kd.methods.base import Method, Step, match_width
+from kd.methods.base import Bound, Method, Step, match_width
 from kd.methods.options import BATCH_MEANS, switch, temperature_schedule, word
-from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
 
 HIDDEN_MEANS = tuple(name for name in hidden.HIDDEN_REDUCTIONS if name not in ("sum", "none"))
@@ -72,13 +71,13 @@ class PKD(Method):
         self.pairs: layer_maps.Pairs = ()
         self.project: nn.Module = nn.Identity()
 
-    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+    def bind(self, bound: Bound) -> None:
         """Resolve the layer map, and create the map between widths.
 
         Raises:
             InputError: for a layer map that does not suit the depths, or that has no pairs.
         """
-        (teacher,) = teachers
+        student, teacher = bound.student, bound.teacher
         self.pairs = layer_maps.resolve(self.layers, student.depth, teacher.depth)
         if not self.pairs:
             raise InputError(

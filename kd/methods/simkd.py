@@ -9,9 +9,9 @@ from kd.errors import InputError
 from kd.forward import Needs
 from kd.functional.hidden import PADDING, at_least_float32, token_error
 from kd.functional.logits import SOFT_LOSSES
-from kd.methods.base import Method, Step, projection
+from kd.methods.base import Bound, Method, Step, projection
 from kd.methods.options import BATCH_MEANS, temperature_schedule, whole, word
-from kd.models import Encoder, FrozenTeacher
+from kd.models import FrozenTeacher
 from kd.schedules import Schedule
 
 FEATURES = ("pooled", "cls", "tokens")
@@ -112,14 +112,14 @@ class SimKD(Method):
         self.reduction = word(reduction, BATCH_MEANS, "reduction")
         self.depths = (0, 0)
 
-    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+    def bind(self, bound: Bound) -> None:
         """Replace the student's last layers by the projector and the teacher's frozen layers.
 
         Raises:
             InputError: for models without a classifier, a teacher that is trained, several teachers, or widths or families that
                 cannot be exported.
         """
-        (teacher,) = teachers
+        student, teacher = bound.student, bound.teacher
         if self.feature != "pooled" and student.width != teacher.width:
             raise InputError(
                 f"feature={self.feature} reuses the teacher's pooler, which a plain model has at its own width only: "

@@ -11,9 +11,8 @@ from kd.forward import Needs, Outputs
 from kd.functional import layer_maps
 from kd.functional.attention import DIRECTIONS, attention_divergence, mean_distribution, probability_error, score_error
 from kd.functional.hidden import PADDING, at_least_float32, token_error
-from kd.methods.base import Method, Progress, Step, check_heads, freeze_above, projection
+from kd.methods.base import Bound, Method, Progress, Step, check_heads, freeze_above, projection
 from kd.methods.options import LARGEST_SEED, switch, whole, word
-from kd.models import Encoder, FrozenTeacher
 
 MAPS = ("uniform", "top", "last", "bottom", "mean", "random")
 ATTENTION_TARGETS = ("scores", "probabilities", "kl")
@@ -91,13 +90,13 @@ class TinyBERT(Method):
         self.depths = (0, 0)
         self.projections = nn.ModuleDict()
 
-    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+    def bind(self, bound: Bound) -> None:
         """Check the heads, resolve the layer map, build the projections, and freeze everything above the layers of the map.
 
         Raises:
             InputError: if the numbers of heads differ, or the depths do not suit the map.
         """
-        (teacher,) = teachers
+        student, teacher = bound.student, bound.teacher
         check_heads(student, teacher)
         self.depths = (student.depth, teacher.depth)
         if isinstance(self.layers, str) and student.depth > teacher.depth:

@@ -27,7 +27,7 @@ from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError
 from kd.forward import Outputs
 from kd.forward.kinds import tensor_name
-from kd.methods.base import needs_of_teachers
+from kd.methods.base import Bound, needs_of_teachers
 from kd.models import CachedTeacher, Encoder, FrozenTeacher
 from kd.models.surgery.embeddings import SurgeryInputs
 from kd.runs.run import RunInputs
@@ -191,7 +191,7 @@ class Bench:
         self.teachers = [] if online else [FrozenTeacher(one, name) for one, name in zip(teaching, names, strict=True)]
         self.methods = {place: copy.deepcopy(method) for place in places}
         for place, own in self.methods.items():
-            own.bind(self.students[place], teaching if online else self.teachers)
+            own.bind(Bound(self.students[place], teaching if online else self.teachers, self.task))
             check_vocabularies(Planned(spec), self.task, own, self.students[place], teaching)  # type: ignore[arg-type]
         optimizer = OptimizerFactory(torch.optim.SGD, lr=0.1, weight_decay=0.0, schedule="constant", warmup=0.0)
         self.engine: Engine = instantiate(dict(spec.engine), _partial_=True)(

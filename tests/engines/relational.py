@@ -20,7 +20,7 @@ from kd.engines.distiller import Distiller
 from kd.engines.models import Models
 from kd.engines.optimizer import OptimizerFactory
 from kd.forward import Needs
-from kd.methods.base import Method, Progress, Step, Turn
+from kd.methods.base import Bound, Method, Progress, Step, Turn
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Constant
 from kd.system import distributed
@@ -107,7 +107,7 @@ def trained(case: Case, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
     student, teacher = encoder(1, layers=2, width=16, heads=4, **off), encoder(9, layers=3, width=16, heads=4)
     torch.manual_seed(0)
     method, frozen = Relational(case.across, case.turns), [FrozenTeacher(teacher, "t")]
-    method.bind(student, frozen)
+    method.bind(Bound(student, frozen, TASK))
     factory = OptimizerFactory(torch.optim.SGD, lr=0.1, weight_decay=0.0, schedule="constant", warmup=0.0)
     weights: Any = {name: Constant(weight) for name, weight in WEIGHTS.items()}
     engine = Distiller(Models({"student": student}, {"student": method}, frozen, None, weights), TASK, factory)

@@ -20,7 +20,7 @@ from kd.engines.distiller import Distiller
 from kd.engines.models import Models
 from kd.engines.optimizer import OptimizerFactory
 from kd.methods import options
-from kd.methods.base import Method, Step, Turn
+from kd.methods.base import Bound, Method, Step, Turn
 from kd.models import FrozenTeacher
 from kd.schedules import Constant
 from kd.system import distributed
@@ -50,8 +50,8 @@ class Rewarded(Method):
         self.holds, self.count = options.holds(holds), turns
         self.logit = nn.Parameter(torch.zeros(()))
 
-    def bind(self, student: Any, teachers: Sequence[Any]) -> None:
-        classes = student.config.num_labels
+    def bind(self, bound: Bound) -> None:
+        classes = bound.student.config.num_labels
         self.before, self.after = nn.Linear(classes, classes), nn.Linear(classes, classes)
 
     def batch_dependence(self) -> str:
@@ -115,7 +115,7 @@ def trained(examples: int, size: int, turns: int, rank: int = 0, world: int = 1)
     student, teacher = encoder(1, layers=2, width=16, heads=4, **off), encoder(9, layers=3, width=16, heads=4)
     torch.manual_seed(0)
     method, frozen = Rewarded(0.3, turns), [FrozenTeacher(teacher, "t")]
-    method.bind(student, frozen)
+    method.bind(Bound(student, frozen, TASK))
     factory = OptimizerFactory(torch.optim.SGD, lr=0.05, weight_decay=0.0, schedule="constant", warmup=0.0)
     weights: Any = {name: Constant(weight) for name, weight in WEIGHTS.items()}
     engine = Distiller(Models({"student": student}, {"student": method}, frozen, None, weights), TASK, factory)

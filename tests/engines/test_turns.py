@@ -17,11 +17,11 @@ from kd.engines.distiller import Distiller, turns_of
 from kd.engines.models import Models
 from kd.engines.optimizer import OptimizerFactory
 from kd.forward import Needs
-from kd.methods.base import Method, Step, Turn
+from kd.methods.base import Bound, Method, Step, Turn
 from kd.methods.wrappers.ensemble import Ensemble
 from kd.methods.wrappers.mutual import Mutual
 from kd.methods.wrappers.stochastic import Stochastic
-from kd.models import Encoder, FrozenTeacher
+from kd.models import FrozenTeacher
 from kd.schedules import Constant
 
 
@@ -41,7 +41,7 @@ class Judge(Method):
         self.first, self.lr = first, lr
         self.batches = 0
 
-    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+    def bind(self, bound: Bound) -> None:
         nn.init.eye_(self.scale.weight)
 
     def turns(self) -> Sequence[Turn]:
@@ -79,7 +79,7 @@ class Trial:
         self.teachers = [FrozenTeacher(encoder(9 + n, layers=3, width=16, heads=4), f"t{n}") for n in range(teachers)]
         self.methods = {name: copy.deepcopy(method) for name in names}
         for name, own in self.methods.items():
-            own.bind(self.students[name], self.teachers)
+            own.bind(Bound(self.students[name], self.teachers, TASK))
         weights: Any = {name: Constant(weight) for name, weight in WEIGHTS.items() if name in method.names}
         factory = OptimizerFactory(torch.optim.SGD, lr=0.05, weight_decay=0.0, schedule="constant", warmup=0.0)
         models = Models(self.students, self.methods, self.teachers, None, weights)

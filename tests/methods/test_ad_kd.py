@@ -10,7 +10,7 @@ from kd.data.tasks import Classification, Regression
 from kd.errors import InputError
 from kd.forward import Forward, Needs
 from kd.methods.ad_kd import ADKD, TeacherMaps
-from kd.methods.base import Progress, Step
+from kd.methods.base import Bound, Progress, Step
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Staircase
 
@@ -38,7 +38,7 @@ def bound(
     student: Encoder, teacher: Encoder, classes: int = 3, columns: list[int] | None = None, **arguments: object
 ) -> tuple[ADKD, Step]:
     method, frozen = ADKD(**arguments), FrozenTeacher(teacher, columns=columns)
-    method.bind(student, [frozen])
+    method.bind(Bound(student, [frozen], task_of(classes)))
     ours, (theirs,) = method.needs()
     labels = torch.tensor([0, 1, 1]) if classes > 1 else torch.tensor([0.5, 2.0, 1.0]).double()
     batch = Batch(INPUTS, (INPUTS,), labels, torch.arange(3))

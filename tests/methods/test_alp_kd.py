@@ -14,7 +14,7 @@ from kd.forward import Forward, Needs
 from kd.functional.combination import attended, combination_squares, layer_attention
 from kd.functional.logits import soft_cross_entropy
 from kd.methods.alp_kd import ALPKD
-from kd.methods.base import Progress, Step
+from kd.methods.base import Bound, Progress, Step
 from kd.models import Encoder, FrozenTeacher
 
 TASK = Classification("toy", ["no", "yes"], {}, ["accuracy"], "accuracy")
@@ -41,7 +41,7 @@ def bound(student: Encoder, teacher: Encoder, padding: int = 0, **arguments: obj
     """A method bound to two models, and a step over three sentences of which two are padded."""
     torch.manual_seed(5)
     method, frozen = ALPKD(**arguments), FrozenTeacher(teacher)
-    method.bind(student, [frozen])
+    method.bind(Bound(student, [frozen], TASK))
     method.double()
     ids = torch.randint(5, 30, (3, 6), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(6) < torch.tensor(LENGTHS)[:, None]).long()
@@ -256,5 +256,5 @@ def test_buckets_that_do_not_suit_the_depths_are_refused_while_binding(
     layers: object, depths: tuple[int, int], message: str
 ) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        ALPKD(layers).bind(encoder(depths[0]), [FrozenTeacher(encoder(depths[1]))])
+        ALPKD(layers).bind(Bound(encoder(depths[0]), [FrozenTeacher(encoder(depths[1]))], TASK))
     assert caught.value.key == "layers"

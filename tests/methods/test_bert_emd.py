@@ -19,7 +19,7 @@ from kd.errors import InputError
 from kd.forward import Forward, Needs
 from kd.functional.transport import MASS_UPDATES, SMALLEST_SHARE, transport_plan
 from kd.methods import bert_emd
-from kd.methods.base import Progress, Step
+from kd.methods.base import Bound, Progress, Step
 from kd.methods.bert_emd import BertEMD
 from kd.models import Encoder, FrozenTeacher
 from kd.system import distributed
@@ -56,7 +56,7 @@ def bound(student: Encoder | None = None, teacher: Encoder | None = None, **argu
     """A method bound to a student of M and a teacher of N layers, whose projections are not the identity."""
     student, frozen = student or encoder(M, width=16, seed=1), FrozenTeacher(teacher or encoder(N))
     method = BertEMD(**arguments)
-    method.bind(student, [frozen])
+    method.bind(Bound(student, [frozen], TASK))
     return method.double(), step_of(method, student, frozen)
 
 
@@ -375,14 +375,14 @@ def test_needs_are_every_layer() -> None:
 
 def test_other_heads_than_the_teachers_are_refused() -> None:
     with pytest.raises(InputError, match=r"set student.heads=4") as caught:
-        BertEMD().bind(encoder(M, width=16, heads=2), [FrozenTeacher(encoder(N))])
+        BertEMD().bind(Bound(encoder(M, width=16, heads=2), [FrozenTeacher(encoder(N))], TASK))
     assert caught.value.key == "student.heads"
 
 
 @pytest.mark.parametrize("mapping", [[[0, 1], [1, 2]], [], [[1, 9]], "skip"], ids=str)
 def test_fixed_map_without_pairs_of_layers_is_refused(mapping: object) -> None:
     with pytest.raises(InputError) as caught:
-        BertEMD(mapping=mapping).bind(encoder(1), [FrozenTeacher(encoder(N))])
+        BertEMD(mapping=mapping).bind(Bound(encoder(1), [FrozenTeacher(encoder(N))], TASK))
     assert caught.value.key == "mapping"
 
 

@@ -15,7 +15,7 @@ from kd.forward import Forward
 from kd.functional.combination import REDUCTIONS, combination_squares, concatenate, reduce_layers, resolve_groups
 from kd.functional.hidden import patience
 from kd.functional.logits import kl_divergence
-from kd.methods.base import Progress, Step
+from kd.methods.base import Bound, Progress, Step
 from kd.methods.ckd import CKD, MAPS
 from kd.models import Encoder, FrozenTeacher
 
@@ -43,7 +43,7 @@ def encoder(layers: int, width: int = 32, seed: int = 0) -> Encoder:
 def bound(student: Encoder, teacher: Encoder, padding: int = 0, **arguments: object) -> tuple[CKD, Step]:
     """A method bound to two models, with projections that are not the identity, and a step over three sentences."""
     method, frozen = CKD(**arguments), FrozenTeacher(teacher)
-    method.bind(student, [frozen])
+    method.bind(Bound(student, [frozen], TASK))
     method.double()
     torch.manual_seed(5)
     for parameter in method.parameters():
@@ -226,7 +226,7 @@ def test_maps_have_the_widths_of_their_groups(project: str, shapes: list[tuple[i
 @pytest.mark.parametrize("project", ["student", "teacher"])
 def test_maps_of_equal_widths_begin_as_copies_or_means(project: str) -> None:
     method = CKD(layers="rc", project=project)
-    method.bind(encoder(2), [FrozenTeacher(encoder(6))])
+    method.bind(Bound(encoder(2), [FrozenTeacher(encoder(6))], TASK))
     states = torch.randn(4, 32)
     given, expected = (states, states.repeat(1, 3)) if project == "student" else (states.repeat(1, 3), states)
     torch.testing.assert_close(method.projections[0](given), expected)
@@ -316,14 +316,14 @@ def test_maps_that_do_not_suit_the_depths_are_refused_while_binding(
     layers: object, depths: tuple[int, int], message: str
 ) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        CKD(layers).bind(encoder(depths[0]), [FrozenTeacher(encoder(depths[1]))])
+        CKD(layers).bind(Bound(encoder(depths[0]), [FrozenTeacher(encoder(depths[1]))], TASK))
     assert caught.value.key == "layers"
 
 
 def test_embeddings_have_no_attention_to_compare() -> None:
-    CKD([[0, [0]]]).bind(encoder(2), [FrozenTeacher(encoder(4))])
+    CKD([[0, [0]]]).bind(Bound(encoder(2), [FrozenTeacher(encoder(4))], TASK))
     with pytest.raises(InputError, match="it may be 1 to 4") as caught:
-        CKD([[1, [0, 1]]], attention=True).bind(encoder(2), [FrozenTeacher(encoder(4))])
+        CKD([[1, [0, 1]]], attention=True).bind(Bound(encoder(2), [FrozenTeacher(encoder(4))], TASK))
     assert caught.value.key == "layers"
 
 

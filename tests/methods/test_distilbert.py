@@ -17,6 +17,7 @@ from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.functional.hidden import cosine_distance
+from kd.methods.base import Bound
 from kd.methods.distilbert import DistilBERT
 from kd.models import FrozenTeacher
 from kd.schedules import Constant
@@ -28,7 +29,7 @@ def engine(**options: Any) -> Distiller:
     """A student of two layers and a teacher of four, both masked language models, in float64."""
     student, teacher = masked_lm(seed=1, layers=2), FrozenTeacher(masked_lm(seed=2))
     method = DistilBERT(**options)
-    method.bind(student, [teacher])
+    method.bind(Bound(student, [teacher], TASK))
     optimizer = OptimizerFactory(torch.optim.SGD, lr=0.1, weight_decay=0.0, schedule="constant", warmup=0.0)
     made = Distiller(Models({"student": student}, {"student": method}, [teacher], None, WEIGHTS), TASK, optimizer)
     return made.double().eval()
@@ -83,7 +84,7 @@ def test_a_student_that_is_its_teacher_has_no_loss_but_that_of_the_task() -> Non
     student = masked_lm(seed=1)
     teacher = FrozenTeacher(masked_lm(seed=1))
     method = DistilBERT()
-    method.bind(student, [teacher])
+    method.bind(Bound(student, [teacher], TASK))
     made = Distiller(Models({"student": student}, {"student": method}, [teacher], None, WEIGHTS), TASK, None)  # type: ignore[arg-type]
     terms = made.double().eval().loss(batch()).terms
     assert float(terms["task"]) > 0.1

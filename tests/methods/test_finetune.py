@@ -10,6 +10,7 @@ from kd.data.tasks import Classification, Regression, Task
 from kd.engines.distiller import Distiller
 from kd.engines.models import Models
 from kd.engines.optimizer import OptimizerFactory
+from kd.methods.base import Bound
 from kd.methods.finetune import Finetune
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Constant
@@ -28,7 +29,7 @@ def engine(task: Task, teachers: int = 0, weight: float = 1.0) -> tuple[Distille
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     batch = Batch(inputs, (inputs,) * teachers, task.label_tensor([2, 1]), torch.arange(2))
     students, methods = {"student": models[0]}, {"student": Finetune()}
-    methods["student"].bind(models[0], frozen)
+    methods["student"].bind(Bound(models[0], frozen, task))
     return Distiller(Models(students, methods, frozen, None, {"task": Constant(weight)}), task, factory).eval(), batch
 
 

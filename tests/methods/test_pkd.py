@@ -12,7 +12,7 @@ from kd.errors import InputError
 from kd.forward import Forward, Needs, Outputs
 from kd.functional.hidden import patience
 from kd.functional.logits import kl_divergence, soft_cross_entropy
-from kd.methods.base import Progress, Step
+from kd.methods.base import Bound, Progress, Step
 from kd.methods.pkd import PKD
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Linear
@@ -32,7 +32,7 @@ def encoder(layers: int, width: int = 32, seed: int = 0) -> Encoder:
 def bound(student: Encoder, teacher: Encoder, **arguments: object) -> tuple[PKD, Step]:
     """A method bound to two models, and a step over three sentences of which two are padded."""
     method, frozen = PKD(**arguments), FrozenTeacher(teacher)
-    method.bind(student, [frozen])
+    method.bind(Bound(student, [frozen], TASK))
     method.double()
     ids = torch.randint(5, 30, (3, 6), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(6) < torch.tensor([6, 4, 3])[:, None]).long()
@@ -187,7 +187,7 @@ def test_unequal_widths_learn_one_map_to_the_teachers_width() -> None:
 @pytest.mark.parametrize("layers", ["skip", "last", []], ids=str)
 def test_a_map_without_pairs_is_refused(layers: object) -> None:
     with pytest.raises(InputError, match="nothing to match") as caught:
-        PKD(layers).bind(encoder(1), [FrozenTeacher(encoder(4))])
+        PKD(layers).bind(Bound(encoder(1), [FrozenTeacher(encoder(4))], TASK))
     assert caught.value.key == "layers"
 
 

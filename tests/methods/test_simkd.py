@@ -12,7 +12,7 @@ from kd.data.batch import Batch
 from kd.data.tasks import Classification
 from kd.errors import InputError
 from kd.forward import Forward, Needs
-from kd.methods.base import Progress, Step
+from kd.methods.base import Bound, Progress, Step
 from kd.methods.simkd import FEATURES, Reused, SimKD, projector
 from kd.models import Encoder, FrozenTeacher
 
@@ -34,7 +34,7 @@ def bound(
     """A method bound to two models, and a step over three sentences of which two are padded."""
     method, frozen = SimKD(**arguments), FrozenTeacher(teacher, columns=columns)
     torch.manual_seed(5)
-    method.bind(student, [frozen])
+    method.bind(Bound(student, [frozen], TASK))
     student.double()
     ids = torch.randint(5, 30, (3, 6), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(6) < torch.tensor([6, 4, 3])[:, None]).long()
@@ -181,9 +181,9 @@ def test_what_cannot_work_names_the_key(arguments: dict, key: str) -> None:
 
 def test_a_pool_of_teachers_is_refused() -> None:
     student, teachers = encoder(), [FrozenTeacher(encoder(3, seed=seed)) for seed in (1, 2)]
-    SimKD().bind(student, teachers[:1])
+    SimKD().bind(Bound(student, teachers[:1], TASK))
     with pytest.raises(InputError) as error:
-        SimKD().bind(student, teachers[1:])
+        SimKD().bind(Bound(student, teachers[1:], TASK))
     assert error.value.key == "pool"
 
 

@@ -14,7 +14,7 @@ from kd.data.batch import Batch
 from kd.data.tasks import Classification
 from kd.errors import InputError
 from kd.forward import Forward, Needs, Outputs
-from kd.methods.base import Progress, Step
+from kd.methods.base import Bound, Progress, Step
 from kd.methods.kd import KD
 from kd.methods.pkd import PKD
 from kd.methods.wrappers.stochastic import Stochastic
@@ -157,7 +157,7 @@ def test_every_teacher_has_its_own_layer_map_and_projection() -> None:
     student = encoder(1, layers=2, width=24, heads=2)
     teachers = [FrozenTeacher(encoder(2, layers=4)), FrozenTeacher(encoder(3, layers=6, width=16, heads=2))]
     method = Stochastic(PKD(), [0.5, 0.5])
-    method.bind(student, teachers)
+    method.bind(Bound(student, teachers, TASK))
     assert [own.pairs for own in method.each] == [((1, 2),), ((1, 3),)]
     assert [own.project.weight.shape for own in method.each] == [(32, 24), (16, 24)]
     ours, theirs = method.needs()

@@ -15,7 +15,7 @@ from kd.data.tasks import Classification
 from kd.errors import InputError
 from kd.forward import Forward, Needs, Outputs
 from kd.functional.logits import soft_cross_entropy
-from kd.methods.base import Progress, Step, freeze_above
+from kd.methods.base import Bound, Progress, Step, freeze_above
 from kd.methods.tinybert import TinyBERT
 from kd.models import Encoder, FrozenTeacher
 
@@ -58,7 +58,7 @@ def narrow() -> Encoder:
 def bound(student: Encoder, teacher: FrozenTeacher, **arguments: Any) -> tuple[TinyBERT, Step]:
     """A method bound to two models, and a step over two sentences of which one is padded."""
     method = TinyBERT(**arguments)
-    method.bind(student, [teacher])
+    method.bind(Bound(student, [teacher], TASK))
     method.double()
     ids = torch.randint(5, 30, (2, TOKENS), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": torch.where(MASK, ids, 0), "attention_mask": MASK.long()}
@@ -219,7 +219,7 @@ def shown(method: TinyBERT, student: Tensor, teacher: Tensor, mask: Tensor) -> S
 def single(**arguments: Any) -> TinyBERT:
     """Bound to one layer and one of one head."""
     method = TinyBERT(**arguments)
-    method.bind(encoder(1, width=1, heads=1), [FrozenTeacher(encoder(1, width=1, heads=1))])
+    method.bind(Bound(encoder(1, width=1, heads=1), [FrozenTeacher(encoder(1, width=1, heads=1))], TASK))
     return method.double()
 
 
@@ -499,7 +499,7 @@ def test_impossible_arguments_are_refused_by_their_key(arguments: dict[str, Any]
 def test_maps_that_the_depths_do_not_allow_are_refused(layers: Any, depths: tuple[int, int], message: str) -> None:
     student, teacher = (encoder(depth, width=4) for depth in depths)
     with pytest.raises(InputError, match=message) as caught:
-        TinyBERT(layers=layers).bind(student, [FrozenTeacher(teacher)])
+        TinyBERT(layers=layers).bind(Bound(student, [FrozenTeacher(teacher)], TASK))
     assert caught.value.key == "layers"
 
 
@@ -507,6 +507,6 @@ def test_maps_that_the_depths_do_not_allow_are_refused(layers: Any, depths: tupl
 def test_heads_that_differ_are_refused_with_the_number_to_set(width: int, cure: str) -> None:
     student, teacher = encoder(1, width=width, heads=2), FrozenTeacher(encoder(2, width=8, heads=4), "big")
     with pytest.raises(InputError, match=f"the student has 2 heads, the teacher 4; {cure}") as caught:
-        TinyBERT().bind(student, [teacher])
+        TinyBERT().bind(Bound(student, [teacher], TASK))
     assert caught.value.key == "student.heads"
     assert ("multiple" in caught.value.message) is (width == 6)

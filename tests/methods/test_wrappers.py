@@ -10,7 +10,7 @@ from torch import Tensor
 from kd.data.batch import Batch
 from kd.data.tasks import Classification
 from kd.forward import Forward, Needs, Outputs
-from kd.methods.base import Method, Progress, Step
+from kd.methods.base import Bound, Method, Progress, Step
 from kd.methods.finetune import Finetune
 from kd.methods.wrappers.ensemble import Ensemble
 from kd.methods.wrappers.mutual import Mutual
@@ -30,9 +30,9 @@ class Recorder(Method):
         super().__init__()
         self.calls: list[tuple[str, Any]] = []
 
-    def bind(self, student: Any, teachers: Sequence[Any]) -> None:
-        self.calls.append(("bind", list(teachers)))
-        self.layer = len(teachers[0])
+    def bind(self, bound: Bound) -> None:
+        self.calls.append(("bind", list(bound.teachers)))
+        self.layer = len(bound.teacher)  # type: ignore[arg-type]
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
         return Needs(hidden=[self.layer]), [Needs(cls=[self.layer])]
@@ -83,7 +83,7 @@ def recorders(method: Method) -> list[Recorder]:
 def test_every_call_reaches_the_inner_methods_with_their_own_teacher(name: str) -> None:
     make, teachers = WRAPPERS[name]
     method, at = make(), step(teachers)
-    method.bind(None, ["a", "bb"][:teachers])
+    method.bind(Bound(None, ["a", "bb"][:teachers], TASK))  # type: ignore[arg-type]
     prepared = method.prepare(at)
     terms = method.terms(prepared)
     method.after_step(prepared, terms)
@@ -103,7 +103,7 @@ def test_declarations_are_those_of_the_inner_methods(name: str) -> None:
     method = make()
     assert method.teachers == teachers
     assert method.uses_teachers
-    method.bind(None, ["a", "bb"][:teachers])
+    method.bind(Bound(None, ["a", "bb"][:teachers], TASK))  # type: ignore[arg-type]
     layers = [1, 2][:teachers]
     assert method.needs() == (Needs(hidden=layers), [Needs(cls=[layer]) for layer in layers])
     assert method.batch_dependence() == "a reason"
@@ -114,12 +114,12 @@ def test_every_wrapper_of_a_pool_refuses_a_number_of_teachers_that_is_not_its_ow
     for wrapper in (Stochastic, Ensemble):
         method: PerTeacher = wrapper(Recorder(), [0.5, 0.5])
         with pytest.raises(ValueError, match="zip"):
-            method.bind(None, ["a"])
+            method.bind(Bound(None, ["a"], TASK))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("teachers", [0, 1, 3])
 def test_a_method_of_any_number_of_teachers_declares_needs_for_each(teachers: int) -> None:
     method = Mutual(Finetune())
     assert method.teachers is None
-    method.bind(None, [None] * teachers)
+    method.bind(Bound(None, [None] * teachers, TASK))  # type: ignore[arg-type]
     assert method.needs() == (Needs(), [Needs()] * teachers)

@@ -18,7 +18,7 @@ from kd.engines.models import Models
 from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError
 from kd.forward import Needs
-from kd.methods.base import Method
+from kd.methods.base import Bound, Method
 from kd.methods.finetune import Finetune
 from kd.methods.kd import KD
 from kd.models import Encoder, FrozenTeacher
@@ -74,7 +74,7 @@ def test_two_ranks_with_their_shares_have_the_gradient_of_one_with_the_whole(met
         optimizer = OptimizerFactory(torch.optim.SGD, lr=0.1, weight_decay=0.0, schedule="constant", warmup=0.0)
         frozen = [FrozenTeacher(masked_lm(seed=2)) for _ in range(teachers)]
         own = copy.deepcopy(method)
-        own.bind(student, frozen)
+        own.bind(Bound(student, frozen, TASK))
         engine = Distiller(Models({"student": student}, {"student": own}, frozen, None, weights), TASK, optimizer)
         batch = batches(count, count, rank, world, teachers)[0]
         (engine.loss(batch).total * batch.weight).backward()

@@ -1,14 +1,14 @@
 """Base class of the methods around methods, which passes every call on to the inner ones."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 from torch import Tensor
 
 from kd.forward import Needs
-from kd.methods.base import Method, Step, Turn
-from kd.models import Encoder, FrozenTeacher
+from kd.methods.base import Bound, Method, Step, Turn
 
 T = TypeVar("T")
 
@@ -43,10 +43,10 @@ class Wrapper(Method):
         steps = [step.replace(teachers=teachers) for teachers in self.split(step.teachers)]
         return list(zip(self.inners, steps, strict=True))
 
-    def bind(self, student: Encoder, teachers: Sequence[FrozenTeacher]) -> None:
+    def bind(self, bound: Bound) -> None:
         """Bind each inner method to the student and its teachers."""
-        for inner, own in zip(self.inners, self.split(teachers), strict=True):
-            inner.bind(student, own)
+        for inner, own in zip(self.inners, self.split(bound.teachers), strict=True):
+            inner.bind(replace(bound, teachers=own))
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
         """Declare the union of what the inner methods read from the student, and what each reads from its teachers."""
