@@ -18,6 +18,9 @@ BAD = "poor bad awful dull cold bleak stupid tired boring thin".split()
 FILLER = "a the film story actor scene plot and but with is was it this that of".split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
+ONLY_METHOD = "KD_CONFORMANCE_METHOD"
+"""Environment variable with the method that the conformance suite is for, as the option `--method` sets it; unset for all."""
+
 
 def tiny_tokenizer(words: list[str] | None = None) -> PreTrainedTokenizerFast:
     """A WordPiece tokenizer over a few dozen words."""
@@ -82,11 +85,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--method", help="of the conformance suite, this method alone and what is composed with it")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tell the conformance suite, and the processes that it starts, which method it is for."""
+    if method := config.getoption("--method"):
+        os.environ[ONLY_METHOD] = method
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark as `fast` what is in these places, and in docstrings, and makes no whole run and starts no second process."""
     here = Path(__file__).parent
-    if method := config.getoption("--method"):
-        items[:] = [item for item in items if not _of_another_method(item, method)]
     for item in items:
         place = item.path.relative_to(here).parts[0] if item.path.is_relative_to(here) else ""
         # Overrides of a run are what a whole run is made from.
@@ -105,12 +112,6 @@ def _most_work_first(items: list[pytest.Item]) -> None:
         if not item.get_closest_marker("fast"):
             work[item.path] += 5 if item.get_closest_marker("slow") or item.get_closest_marker("ddp") else 1
     items.sort(key=lambda item: -work[item.path])
-
-
-def _of_another_method(item: pytest.Item, method: str) -> bool:
-    case = getattr(item, "callspec", None)
-    name = case.params.get("name") if case is not None and "conformance" in item.path.parts else None
-    return name is not None and name.split()[0] != method
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,6 +1,7 @@
 """A candidate that trains as `kd-train` does: the same models, data, engine, trainer and loop."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from kd.build.models import BuiltModels, build_models
 from kd.config.compose import compose
 from kd.data.batch import Batch
 from kd.data.datamodule import KDDataModule
-from kd.data.examples import LIMIT_SEED, Examples
+from kd.data.examples import HEAD_OF_KIND, LIMIT_SEED, Examples
 from kd.errors import InputError
 from kd.models.pretrained import load_config, load_model, load_tokenizer
 from kd.models.students import with_labels
@@ -78,7 +79,7 @@ def prepare(job: Job) -> Prepared:
     """Plan and build a candidate's run over a turn's examples, without training anything or changing the runs' folder.
 
     The runs that this one needs are not trained either: teachers that it would fine-tune are used untrained, with a new head,
-    and a student that would start from another run is initialised at random, with the backbone's vocabulary.
+    as are aids, and a student that would start from another run is initialised at random, with the backbone's vocabulary.
 
     Raises:
         InputError: for a run that cannot be built, or that needs another run which a benchmark does not train.
@@ -98,16 +99,21 @@ def prepare(job: Job) -> Prepared:
         student=replace(run.spec.student, init="random") if run.inputs.stage else run.spec.student,
     )
     for role, _ in run.inputs:
-        if role.kind not in ("teacher", "stage"):
+        if role.kind not in ("teacher", "stage", "aid"):
             raise InputError(f"the {role} needs a run that kd-bench does not train", "surgery")
-    teachers = {name: replace(needed, directory=folder / f"teacher_{name}") for name, needed in run.inputs.teachers.items()}
-    run = replace(run, spec=spec, directory=folder / run.name, inputs=RunInputs(teachers))
+    teachers, aids = (
+        {name: replace(needed, directory=folder / f"{kind}_{name}") for name, needed in runs.items()}
+        for kind, runs in (("teacher", run.inputs.teachers), ("aid", run.inputs.aids))
+    )
+    run = replace(run, spec=spec, directory=folder / run.name, inputs=RunInputs(teachers, aids=aids))
     run.directory.mkdir(parents=True)
     examples = build_examples(run)
     whole = len(examples.texts["train"])
     examples = some(examples, job.steps * spec.trainer.accumulate * spec.trainer.batch_size)
     for needed in teachers.values():
-        save_untrained(needed, examples, spec.seed)
+        save_untrained(needed, examples.task.labels, examples.task.head, spec.seed)
+    for needed in aids.values():
+        save_untrained(needed, None, HEAD_OF_KIND[needed.spec.task.kind], spec.seed)
     models = build_models(run, examples.task, texts=examples.texts["train"])
     if job.candidate.bare:
         models = replace(models, teachers=[])
@@ -124,16 +130,16 @@ def some(examples: Examples, count: int) -> Examples:
     return replace(examples, texts=texts, labels=labels, columns={**examples.columns, "train": of_train})
 
 
-def save_untrained(needed: Run, examples: Examples, seed: int) -> None:
-    """Save an untrained teacher in place of a finished run: its backbone with a newly initialised head.
+def save_untrained(needed: Run, labels: Sequence[str] | None, head: str, seed: int) -> None:
+    """Save an untrained teacher or aid in place of a finished run: its backbone with a newly initialised head.
 
     Raises:
         InputError: if the backbone cannot be loaded.
     """
     source, key = backbone_of(needed.spec)
-    config = with_labels(load_config(source, key), examples.task.labels, examples.task.head)
+    config = with_labels(load_config(source, key), labels, head)
     torch.manual_seed(seed)
-    load_model(source, key, config, examples.task.head).save_pretrained(needed.student)  # type: ignore[operator]
+    load_model(source, key, config, head).save_pretrained(needed.student)  # type: ignore[operator]
     load_tokenizer(source, key).save_pretrained(needed.student)
 
 

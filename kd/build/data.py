@@ -193,7 +193,7 @@ def checked_length(spec: RunSpec, models: Models) -> int:
     Raises:
         InputError: if a model has fewer, or the length is less than 3.
     """
-    for encoder in (*models.students.values(), *models.teaching):
+    for encoder in (*models.students.values(), *models.teaching, *(aid.shape for aid in models.aids.values())):
         # RoBERTa and MPNet number positions from the padding index plus one.
         table: Any = encoder.base.get_submodule("embeddings.position_embeddings")
         room = encoder.config.max_position_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)

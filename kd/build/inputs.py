@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 from transformers import PretrainedConfig
 
 from kd.config.schema import RunSpec, StudentSpec
+from kd.data.examples import HEAD_OF_KIND
 from kd.data.tasks import Task, higher_is_better
 from kd.errors import prefix_error_keys
 from kd.functional.policy import best, rank_probabilities
@@ -34,6 +35,14 @@ class InputModels(Protocol):
 
     def teacher(self, name: str, task: Task) -> tuple[PretrainedConfig, str]:
         """Return the configuration of a fine-tuned teacher, and the source of its tokenizer.
+
+        Raises:
+            InputError: for a configuration that cannot be built or read.
+        """
+        ...
+
+    def aid(self, name: str) -> tuple[PretrainedConfig, str]:
+        """Return the configuration of an aid that a run trains, and the source of its tokenizer.
 
         Raises:
             InputError: for a configuration that cannot be built or read.
@@ -78,6 +87,13 @@ class ExpectedModels:
         source, _ = backbone_of(spec)
         with rename_error_keys(Role("teacher", name), self.run.spec, self.run.config), prefix_student_errors():
             return student_config(spec.student, source, task.labels, "student.backbone", task.head), source
+
+    def aid(self, name: str) -> tuple[PretrainedConfig, str]:
+        """Return the configuration that an aid will have, and its backbone."""
+        role, needed = Role("aid", name), self.run.inputs.aids[name].spec
+        source, _ = backbone_of(needed)
+        with rename_error_keys(role, self.run.spec, self.run.config), prefix_student_errors():
+            return student_config(needed.student, source, None, "student.backbone", HEAD_OF_KIND[needed.task.kind]), source
 
     def teacher_weights(self, name: str) -> str:
         """Return the backbone of a teacher."""
@@ -126,6 +142,11 @@ class TrainedModels:
         """Return the configuration of an exported teacher, and the folder that it was exported to."""
         source, key = teacher_source(self.run, name)
         return with_labels(load_config(source, key), task.labels, task.head), source
+
+    def aid(self, name: str) -> tuple[PretrainedConfig, str]:
+        """Return the configuration of an aid, and the folder that it was exported to."""
+        source = str(self.run.inputs.aids[name].student)
+        return load_config(source, f"method.aids.{name}.run"), source
 
     def teacher_weights(self, name: str) -> str:
         """Return the folder of an exported teacher."""

@@ -134,7 +134,7 @@ def build_method(
         InputError: for an unknown argument, or weights and terms that do not match.
     """
     is_method = subclass_of(Method)
-    arguments = {name: value for name, value in node.items() if name not in ("name", "weights", "before")}
+    arguments = {name: value for name, value in node.items() if name not in ("name", "weights", "before", "aids")}
     method: Method = instantiate(locate(node, "method", is_method, "a Method"), arguments, "method")
     if pool is not None and pool.wrapper is not None:
         wrapper = locate(pool.wrapper, "pool.wrapper", is_method, "a Method")

@@ -9,8 +9,8 @@ import torch
 
 from kd.build.inputs import ExpectedModels, InputModels, TrainedModels, prefix_student_errors
 from kd.build.instantiate import bind_method, build_method
-from kd.build.surgeries import apply_surgeries, check_vocabularies, surgery_shapes
-from kd.build.teachers import TeacherPlan, plan_teachers
+from kd.build.surgeries import apply_surgeries, check_aid_vocabularies, check_vocabularies, surgery_shapes
+from kd.build.teachers import TeacherPlan, plan_aids, plan_teachers
 from kd.config.cohort import students_of
 from kd.config.compose import typed
 from kd.config.pool import teachers_of
@@ -38,7 +38,7 @@ class BuiltModels(Models):
         caches: name of the teacher -> the entry of the record about its cache, once the data is built.
     """
 
-    inits: dict[str, str]
+    inits: dict[str, str] = field(default_factory=dict)
     caches: dict[str, CacheUsed | CacheUnused] = field(default_factory=dict)
 
 
@@ -78,6 +78,7 @@ class ModelPlan:
         teachers: the frozen teachers.
         online: the teacher that is trained together with the students; None if there is none.
         students: name -> student; a single student is named `student`.
+        aids: name -> frozen model of the method that is no teacher.
         shapes: the models on the meta device, with surgeries applied and methods bound, for checks.
         complete: whether the models of other runs are those that were trained. Only a complete plan can be materialised.
     """
@@ -89,6 +90,7 @@ class ModelPlan:
     teachers: Sequence[TeacherPlan]
     online: LearnerPlan | None
     students: Mapping[str, LearnerPlan]
+    aids: Mapping[str, TeacherPlan]
     shapes: Models
     complete: bool
 
@@ -110,8 +112,10 @@ def plan_models(run: Run, task: Task, inputs: Callable[[Run], InputModels] = Exp
     method, weights = build_method(spec.method, spec.pool, spec.cohort, probabilities)
     check_teacher_count(run, method)
     teachers, online = plan_teachers(run, task, models_of_inputs), plan_online(run, task)
+    aids = plan_aids(run, task, method, models_of_inputs)
     online_shape = None if online is None else online.plan.shape()
-    shapes = Models({}, {}, [teacher.shape() for teacher in teachers], online_shape, weights)
+    aid_shapes = {name: aid.shape() for name, aid in aids.items()}
+    shapes = Models({}, {}, [teacher.shape() for teacher in teachers], online_shape, weights, aid_shapes)
     cohort, students = students_of(spec), {}
     for index, (name, student) in enumerate(cohort.items()):
         label = name if len(cohort) > 1 else "student"
@@ -119,7 +123,7 @@ def plan_models(run: Run, task: Task, inputs: Callable[[Run], InputModels] = Exp
         shapes.students[label] = surgery_shapes(run, learner.plan.shape())
         shapes.methods[label] = bind(run, task, method, shapes.students[label], shapes)
     complete = models_of_inputs.trained or len(run.inputs) == 0
-    return ModelPlan(run, task, method, weights, teachers, online, students, shapes, complete)
+    return ModelPlan(run, task, method, weights, teachers, online, students, aids, shapes, complete)
 
 
 def materialise(plan: ModelPlan, texts: Sequence[tuple[str, ...]] = ()) -> BuiltModels:
@@ -137,7 +141,8 @@ def materialise(plan: ModelPlan, texts: Sequence[tuple[str, ...]] = ()) -> Built
         raise ValueError("the plan describes models that are not trained yet: plan again with TrainedModels once they are")
     run = plan.run
     teachers = [teacher.materialise() for teacher in plan.teachers]
-    models = BuiltModels({}, {}, teachers, materialise_online(plan), plan.weights, {})
+    aids = {name: aid.materialise() for name, aid in plan.aids.items()}
+    models = BuiltModels({}, {}, teachers, materialise_online(plan), plan.weights, aids)
     words = flat(texts) if run.spec.surgery else []
     for name, learner in plan.students.items():
         student, changes = apply_surgeries(run, learner.materialise(), words)
@@ -146,7 +151,7 @@ def materialise(plan: ModelPlan, texts: Sequence[tuple[str, ...]] = ()) -> Built
         student.notes, student.asides = list(learner.plan.notes), list(learner.plan.asides)
         models.students[name] = student
         models.inits[name] = "; ".join([learner.init, *student.notes, *changes])
-    for encoder in (*models.students.values(), *models.teaching):
+    for encoder in (*models.students.values(), *models.teaching, *(aid.shape for aid in aids.values())):
         encoder.compiled = run.spec.trainer.compile
     return models
 
@@ -256,8 +261,9 @@ def bind(run: Run, task: Task, method: Method, student: Encoder, models: Models)
     """
     own = copy.deepcopy(method)
     teachers = models.teachers if models.online is None else [models.online]
-    bind_method(own, run.spec.method, Bound(student, teachers, task))  # type: ignore[arg-type]
+    bind_method(own, run.spec.method, Bound(student, teachers, task, models.aids))  # type: ignore[arg-type]
     check_vocabularies(run, task, own, student, models.teaching)
+    check_aid_vocabularies(run, student, models.aids)
     return own
 
 

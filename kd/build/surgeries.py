@@ -12,7 +12,7 @@ from kd.data.tasks import Task
 from kd.data.tokenized import tokenizer_fingerprint
 from kd.errors import InputError, prefix_error_keys
 from kd.methods.base import Method
-from kd.models import Encoder
+from kd.models import Encoder, FrozenTeacher
 from kd.models.heads import HEADS
 from kd.models.surgery.embeddings import Surgery, SurgeryInputs
 from kd.runs.run import Run
@@ -87,6 +87,26 @@ def vocabulary_key(run: Run) -> str | None:
             return "surgery"
     stage = run.inputs.init
     return "student.run" if stage is not None and vocabulary_key(stage) is not None else None
+
+
+def check_aid_vocabularies(run: Run, student: Encoder, aids: Mapping[str, FrozenTeacher]) -> None:
+    """Check that the aids of a method read the student's tokens.
+
+    Raises:
+        InputError: for an aid with another vocabulary than the student's.
+    """
+    own, key = tokenizer_fingerprint(student.tokenizer), vocabulary_key(run)
+    for name, aid in aids.items():
+        if key is None and tokenizer_fingerprint(aid.tokenizer) == own:
+            continue
+        cure = {"surgery": "use surgery=[]", "student.run": "begin from another run"}.get(
+            key or "", f"give the student and method.aids.{name} one backbone"
+        )
+        raise InputError(
+            f"method={run.spec.method['name']} runs the aid '{name}' on the student's tokens, but the student has another "
+            f"vocabulary; {cure}",
+            key or f"method.aids.{name}",
+        )
 
 
 def check_vocabularies(run: Run, task: Task, method: Method, student: Encoder, teachers: Sequence[Encoder]) -> None:

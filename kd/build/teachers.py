@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from kd.build.inputs import InputModels
+from kd.config.aids import AidSpec, aids_of
 from kd.config.pool import teachers_of
 from kd.config.schema import TeacherSpec
+from kd.config.values import shown
+from kd.data.examples import HEAD_OF_KIND
 from kd.data.labels import label_text
 from kd.data.tasks import Task
 from kd.errors import InputError
+from kd.methods.base import Method
 from kd.models import Encoder, FrozenTeacher
 from kd.models.heads import HEADS
 from kd.models.pretrained import (
@@ -43,6 +47,7 @@ class TeacherPlan:
         columns: for each label of the task, its column in the teacher's logits; None keeps their order.
         notes: remarks on its weights that affect results.
         asides: remarks on its weights that do not affect results.
+        headless: whether only its states are read, so that its source may have no head; a random one stands for it.
     """
 
     name: str
@@ -54,6 +59,7 @@ class TeacherPlan:
     columns: Sequence[int] | None = None
     notes: Sequence[str] = ()
     asides: Sequence[str] = ()
+    headless: bool = False
 
     def shape(self) -> FrozenTeacher:
         """Return the teacher on the meta device: shapes without weights."""
@@ -61,7 +67,7 @@ class TeacherPlan:
 
     def materialise(self) -> FrozenTeacher:
         """Return the teacher; its weights are loaded when first needed: never, if its outputs are cached already."""
-        load = functools.partial(load_model, self.source, self.key, self.config, self.head, head_needed=True)
+        load = functools.partial(load_model, self.source, self.key, self.config, self.head, head_needed=not self.headless)
         return FrozenTeacher(self._encoder(), self.name, self.columns, load)
 
     def _encoder(self) -> Encoder:
@@ -103,6 +109,60 @@ def plan_teacher(run: Run, task: Task, inputs: InputModels, name: str) -> Teache
     values = any(needed.result is None for _, needed in run.inputs)
     weights = check_weights(source, key, config, task.head, head_needed=True, values=values)
     return TeacherPlan(name, source, key, config, tokenizer, task.head, columns, weights.notes, weights.asides)
+
+
+def plan_aids(run: Run, task: Task, method: Method, inputs: InputModels) -> dict[str, TeacherPlan]:
+    """Plan the frozen models of a method that are no teachers: trained models, or those that runs train.
+
+    Raises:
+        InputError: for an aid that the method does not have, one that is missing, or one without the head that is read.
+    """
+    given, name = aids_of(run.spec), run.spec.method["name"]
+    if spare := [aid for aid in given if aid not in method.aids]:
+        has = f"its aids are {', '.join(method.aids)}" if method.aids else "it has none"
+        raise InputError(f"method={name} has no aid '{shown(spare[0])}'; {has}", f"method.aids.{spare[0]}")
+    if lacking := [aid for aid in method.aids if aid not in given]:
+        key = f"method.aids.{lacking[0]}"
+        kind = f"with a head of {method.aids[lacking[0]]}" if method.aids[lacking[0]] else "whose states it reads"
+        raise InputError(f"method={name} needs {key}.model or {key}.run, a model {kind}", key)
+    return {aid: plan_aid(run, aid, head, given[aid], inputs) for aid, head in method.aids.items()}
+
+
+def plan_aid(run: Run, name: str, head: str | None, spec: AidSpec, inputs: InputModels) -> TeacherPlan:
+    """Plan one aid; arguments as for `plan_aids`.
+
+    Args:
+        run: the run.
+        name: name of the aid.
+        head: a key of `kd.models.heads.HEADS`; None if only states are read.
+        spec: its configuration.
+        inputs: models of the runs that the run needs.
+
+    Raises:
+        InputError: for a model without that head, or weights that cannot be read.
+    """
+    key = f"method.aids.{name}.{'model' if spec.model else 'run'}"
+    if spec.model is not None:
+        config, origin = load_config(spec.model, key), spec.model
+    else:
+        config, origin = inputs.aid(name)
+        head_of_run = HEAD_OF_KIND[run.inputs.aids[name].spec.task.kind]
+        if head is not None and head_of_run != head:
+            raise InputError(f"the aid '{name}' needs a head of {head}, its run trains one of {head_of_run}", key)
+    if spec.model is not None and head is not None and not HEADS[head].is_in(config):
+        raise InputError(
+            f"the aid '{name}' needs a model whose architecture ends in {HEADS[head].suffix}; "
+            f"'{spec.model}' is {', '.join(config.architectures or ())}",
+            key,
+        )
+    built = head or "classifier"
+    check_head(config, built, key)
+    tokenizer = load_tokenizer(origin, key)
+    check_tokenizer(tokenizer, config, key, built, pairs=len(run.spec.task.text) > 1)
+    source = spec.model or str(run.inputs.aids[name].student)
+    weights = None if spec.model is None else check_weights(source, key, config, built, head_needed=head is not None)
+    remarks = () if weights is None else (*weights.notes, *weights.asides)
+    return TeacherPlan(f"aid {name}", source, key, config, tokenizer, built, None, remarks, (), head is None)
 
 
 def ready_config(spec: TeacherSpec, task: Task, key: str) -> PretrainedConfig:

@@ -23,6 +23,9 @@ LIMIT_SEED = 0
 """Seed of the shuffle behind `task.limit_train`, `limit_validation` and `limit_test`: fixed, so that students of every seed and
 their teacher use the same examples."""
 
+HEAD_OF_KIND: Mapping[str, str] = {"classification": "classifier", "regression": "classifier", "masked_lm": "masked_lm"}
+"""Allowed values of `task.kind`, and the head of `kd.models.heads.HEADS` of the models that are trained on it."""
+
 
 @dataclass
 class Examples:
@@ -214,9 +217,8 @@ def held_out(raw: Mapping[str, Table], share: float) -> dict[str, Table]:
 
 def build_task(spec: TaskSpec, train: Table) -> Task:
     """Build a task from its configuration; without `labels`, its classes are the sorted labels of the training split."""
-    kinds = ("classification", "regression", "masked_lm")
-    if spec.kind not in kinds:
-        raise one_of(spec.kind, kinds, "kind")
+    if spec.kind not in HEAD_OF_KIND:
+        raise one_of(spec.kind, tuple(HEAD_OF_KIND), "kind")
     if spec.kind == "masked_lm":
         if spec.extra:
             raise InputError("a masked language model reads chunks of text, which have no further columns", "extra")

@@ -135,6 +135,7 @@ class Engine(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.teachers = list(models.teachers)  # a plain list, so that they are not registered as submodules
+        self.aids = dict(models.aids)  # a plain mapping, for the same reason
         self.task = task
         self.weights = dict(models.weights)
         self.optimizer_factory = optimizer
@@ -390,8 +391,8 @@ class Engine(pl.LightningModule):
         self.teacher_work = self.work_of_teachers()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Engine":
-        for teacher in self.teachers:
-            teacher.apply(fn)
+        for frozen in (*self.teachers, *self.aids.values()):
+            frozen.apply(fn)
         super()._apply(fn, recurse)
         return self
 

@@ -229,14 +229,16 @@ class Passes:
     def step(self, name: str) -> Step:
         """Return the inputs of a student's method; all other models are constants in it."""
         online = self.trained.get(TEACHER)
+        batch = self.batch.seen_by(self.engine.names.index(name))
         return Step(
             self.trained[name],
             self.frozen if online is None else [Detached(online)],
-            self.batch.seen_by(self.engine.names.index(name)),
+            batch,
             self.task,
             self.progress,
             [Detached(self.trained[other]) for other in self.engine.names if other != name],
             self.engine.seed,
+            {name: Forward(aid, batch.student, Needs()) for name, aid in self.engine.aids.items()},
         )
 
     def loss(self, turn: LearnerTurn) -> Loss:

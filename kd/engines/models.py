@@ -1,6 +1,6 @@
 """Models that an engine trains, with their methods and teachers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kd.methods.base import Method
 from kd.models import Encoder, FrozenTeacher
@@ -17,6 +17,7 @@ class Models:
         teachers: the frozen teachers.
         online: a teacher that is trained together with the students; None if there is none.
         weights: term -> schedule of its weight, the same for every student.
+        aids: name -> frozen model that is no teacher (`Method.aids`), the same for every student.
     """
 
     students: dict[str, Encoder]
@@ -24,6 +25,7 @@ class Models:
     teachers: list[FrozenTeacher]
     online: Encoder | None
     weights: dict[str, Schedule]
+    aids: dict[str, FrozenTeacher] = field(default_factory=dict)
 
     @property
     def student(self) -> Encoder:

@@ -1,7 +1,8 @@
 """Interface of a distillation method, and helpers that several methods share."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,9 @@ class Step:
     peers: Sequence[Forward[Encoder]] = ()
     """Forward passes of the other students over the same examples, detached; empty unless several students train together."""
     seed: int = 0
+    aids: Mapping[str, Forward[Model]] = field(default_factory=dict)
+    """Frozen models that are no teachers (`Method.aids`), over the student's inputs. They run at every step, with the inputs
+    and needs that the method gives, `step.aids["mlm"].run(inputs, needs)`."""
     training: Batch | None = None
     """Training batch beside the held one that this step is over, as `on_held` returns it; None for the training step itself."""
 
@@ -94,6 +98,7 @@ class Step:
             batch=held,
             task=self.task.of(held.labels),
             peers=[over(*both) for both in zip(self.peers, held.peers, strict=True)],
+            aids={name: over(aid, held.student) for name, aid in self.aids.items()},
             training=self.batch,
         )
 
@@ -193,11 +198,13 @@ class Bound:
         student: the student.
         teachers: its teachers, in the order of `Step.teachers`.
         task: the task, whose labels name the outputs.
+        aids: name -> frozen model that is no teacher; see `Method.aids`.
     """
 
     student: Encoder
     teachers: Sequence[FrozenTeacher]
     task: Task
+    aids: Mapping[str, FrozenTeacher] = field(default_factory=dict)
 
     @property
     def teacher(self) -> FrozenTeacher:
@@ -251,6 +258,11 @@ class Method(nn.Module):
     across_ranks = False
     """True if `Step.across` joins the examples of all ranks wherever a loss depends on the batch, so that ranks change nothing
     and only accumulation does."""
+
+    aids: Mapping[str, str | None] = MappingProxyType({})
+    """Frozen models that the method runs and that are no teachers: name -> head, a key of `kd.models.heads.HEADS`, or None if
+    only states are read. Their models are configured by these names in `aids` of the method's file. They read the student's
+    tokens, so that a student with another vocabulary is refused."""
 
     holds: float = 0.0
     """Share of train, in [0, 1), that the student is not trained on, for rewards: its examples are in no training batch, and

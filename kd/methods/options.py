@@ -6,7 +6,18 @@ from kd.errors import InputError
 from kd.functional.logits import LOGIT_REDUCTIONS
 from kd.schedules import Schedule, as_schedule, extremes
 
-__all__ = ["BATCH_MEANS", "LARGEST_SEED", "TEMPERATURES", "holds", "number", "switch", "temperature_schedule", "whole", "word"]
+__all__ = [
+    "BATCH_MEANS",
+    "LARGEST_SEED",
+    "TEMPERATURES",
+    "holds",
+    "number",
+    "schedule",
+    "switch",
+    "temperature_schedule",
+    "whole",
+    "word",
+]
 
 TEMPERATURES = (1e-3, 1e4)
 """Lowest and highest temperature allowed."""
@@ -15,8 +26,23 @@ BATCH_MEANS = tuple(name for name in LOGIT_REDUCTIONS if name not in ("sum", "no
 """Reductions whose value does not depend on the batch size: a sum over the batch would change with ranks and accumulation."""
 
 
-def temperature_schedule(value: "float | Schedule") -> Schedule:
-    """Convert the option `temperature` to a schedule and check that it stays in [0.001, 10000].
+def schedule(value: "float | Schedule", key: str, least: float, most: float) -> Schedule:
+    """Convert an option to a schedule and check that it stays in a range.
+
+    Raises:
+        InputError: for a value that is not a number, or is outside the range.
+    """
+    try:
+        converted = as_schedule(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{key}={shown(value)} is not a number", key) from error
+    for extreme in extremes(converted):
+        number(extreme, key, least, most)
+    return converted
+
+
+def temperature_schedule(value: "float | Schedule", key: str = "temperature") -> Schedule:
+    """Convert a temperature to a schedule and check that it stays in [0.001, 10000].
 
     At lower temperatures logits of ordinary size would overflow float32; at higher ones their differences vanish.
 
@@ -24,11 +50,9 @@ def temperature_schedule(value: "float | Schedule") -> Schedule:
         InputError: for a value that is not a number, or is outside that range.
     """
     try:
-        schedule = as_schedule(value)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"temperature={shown(value)} is not a number", "temperature") from error
-    for extreme in extremes(schedule):
-        if not extreme > 0:
-            raise InputError(f"temperature is {extreme}, it must be positive", "temperature")
-        number(extreme, "temperature", *TEMPERATURES)
-    return schedule
+        lowest = min(extremes(as_schedule(value)))
+    except (TypeError, ValueError):
+        lowest = TEMPERATURES[0]
+    if not lowest > 0:
+        raise InputError(f"{key} is {lowest}, it must be positive", key)
+    return schedule(value, key, *TEMPERATURES)

@@ -113,6 +113,11 @@ class FrozenTeacher:
         return self.shape.heads
 
     @property
+    def word_embeddings(self) -> nn.Module:
+        """Module that looks up word embeddings: (batch, tokens) -> (batch, tokens, width)."""
+        return self.encoder.word_embeddings
+
+    @property
     def tokenizer(self) -> "AnyTokenizer":
         """Tokenizer of its inputs."""
         return self.shape.tokenizer  # type: ignore[no-any-return]
@@ -134,6 +139,11 @@ class FrozenTeacher:
             outputs: Outputs = encoder(inputs, needs)
         encoder.eval()
         return outputs
+
+    @torch.no_grad()
+    def logits_of(self, states: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Return masked-LM logits at some positions, (positions, vocabulary); arguments as for `Encoder.logits_of`."""
+        return self.encoder.logits_of(states, ids)
 
     def in_order(self, outputs: Outputs) -> Outputs:
         """Return outputs with the logits reordered to the task's label order."""

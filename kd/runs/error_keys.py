@@ -13,6 +13,18 @@ from kd.runs.inputs import is_student
 from kd.runs.run import Role
 from kd.runs.stages import key_of_stage
 
+STAGES = {"stage": "student.run", "surgery": "surgery.{}.run", "aid": "method.aids.{}.run"}
+"""Kind of a run that is configured as a stage -> the key of its configuration, with the place of its name."""
+
+
+def stage_key(role: Role) -> str:
+    """Return the key of the configuration of a run that is configured as a stage.
+
+    >>> stage_key(Role("aid", "mlm")), stage_key(Role("stage"))
+    ('method.aids.mlm.run', 'student.run')
+    """
+    return STAGES[role.kind].format(role.name)
+
 
 @contextmanager
 def rename_error_keys(role: Role, spec: RunSpec, config: DictConfig) -> Iterator[None]:
@@ -30,7 +42,7 @@ def rename_error_keys(role: Role, spec: RunSpec, config: DictConfig) -> Iterator
         yield
     except InputError as error:
         key = key_for(role, spec, error.key, config)
-        if error.key and key in ("student.run", f"surgery.{role.name}.run") and key != error.key:
+        if error.key and role.kind in STAGES and key == stage_key(role) and key != error.key:
             raise InputError(f"the run of {key}: {error.message} ({error.key})", key) from error
         raise InputError(error.message.replace(f"{error.key}=", f"{key}="), key) from error
 
@@ -43,8 +55,8 @@ def key_for(role: Role, spec: RunSpec, key: str | None, config: DictConfig | Non
     'teacher.minilm.run.optimizer.lr'
     """
     kind, name = role.kind, str(role.name)
-    if key is not None and kind in ("stage", "surgery") and config is not None:
-        return key_of_stage(config, "student.run" if kind == "stage" else f"surgery.{name}.run", key)
+    if key is not None and kind in STAGES and config is not None:
+        return key_of_stage(config, stage_key(role), key)
     if key is None or kind not in ("teacher", "pilot", "before"):
         return key
     if kind == "before":

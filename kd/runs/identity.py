@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
+from kd.config.aids import aids_of
 from kd.config.cohort import cohort_identity
 from kd.config.edits import edit_nodes
 from kd.config.pool import pool_identity
@@ -132,7 +133,7 @@ def digest_inputs(spec: RunSpec, inputs: RunInputs) -> dict[str, Any]:
             data = {**data, **fingerprint_of({"unlabelled": {None: data_path(spec.task.unlabelled, "unlabelled")}})}
     identity = {
         "format": DIGEST_FORMAT,
-        "method": {key: value for key, value in spec.method.items() if key != "before"},  # an input, with its own digest
+        "method": method_identity(spec),
         "engine": spec.engine,
         "student": student,
         "teachers": [  # a list, because a student may start from the weights of the first
@@ -155,6 +156,16 @@ def digest_inputs(spec: RunSpec, inputs: RunInputs) -> dict[str, Any]:
     }
     named: dict[str, Any] = with_class_names(identity)
     return named
+
+
+def method_identity(spec: RunSpec) -> dict[str, Any]:
+    """Return the values of a method that enter the digest; its first run and its aids' runs are inputs, with their own."""
+    method = {key: value for key, value in spec.method.items() if key not in ("before", "aids")}
+    aids = {
+        name: None if aid.model is None else fingerprint(aid.model, f"method.aids.{name}.model")
+        for name, aid in aids_of(spec).items()
+    }
+    return {**method, "aids": aids} if aids else method
 
 
 def with_class_names(value: Any) -> Any:

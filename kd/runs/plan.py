@@ -1,17 +1,19 @@
 """A run from its configuration, with the runs that it needs first. Nothing is trained, loaded or written."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from kd.config import compose as composition
+from kd.config.aids import aids_of
 from kd.config.cohort import check_cohort
 from kd.config.pool import check_pool
 from kd.config.schema import RunSpec, check_values
 from kd.runs.digest import digest_of
-from kd.runs.error_keys import rename_error_keys
+from kd.runs.error_keys import rename_error_keys, stage_key
 from kd.runs.identity import digest_inputs
 from kd.runs.inputs import pilot_overrides, teacher_config, teacher_configs
 from kd.runs.run import Role, Run, RunInputs
@@ -48,13 +50,12 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teac
         stage = stage_config(spec.student.run, "student.run", overrides, depth, config)
         with rename_error_keys(Role("stage"), spec, config):
             inputs = replace(inputs, stage=plan(*stage, depth + 1))
-    surgeries = {}
-    for name, surgery in spec.surgery.items():
-        if surgery.get("run") is not None:
-            stage = stage_config(surgery["run"], f"surgery.{name}.run", overrides, depth, config)
-            with rename_error_keys(Role("surgery", name), spec, config):
-                surgeries[name] = plan(*stage, depth + 1)
-    inputs = replace(inputs, surgeries=surgeries)
+    staged: dict[str, dict[str, Run]] = {"surgery": {}, "aid": {}}
+    for role, given in further_stages(spec):
+        stage = stage_config(given, stage_key(role), overrides, depth, config)
+        with rename_error_keys(role, spec, config):
+            staged[role.kind][str(role.name)] = plan(*stage, depth + 1)
+    inputs = replace(inputs, surgeries=staged["surgery"], aids=staged["aid"])
     identified = digest_inputs(spec, inputs)
     if spec.cohort.teacher == "online":  # it has no run of its own: its shape and initial weights enter this digest
         ((name, teacher),) = spec.teacher.items()
@@ -66,6 +67,16 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teac
     digest = digest_of(identified)
     name = f"{spec.method['name']}-{spec.student.name}-{spec.task.name}-s{spec.seed}-{digest}"
     return Run(config, spec, digest, Path(spec.paths.runs).expanduser() / name, inputs, identified)
+
+
+def further_stages(spec: RunSpec) -> Iterator[tuple[Role, Any]]:
+    """Yield the role and the configuration of every run that trains the model of a surgery or of an aid."""
+    for name, surgery in spec.surgery.items():
+        if surgery.get("run") is not None:
+            yield Role("surgery", name), surgery["run"]
+    for name, aid in aids_of(spec).items():
+        if aid.run is not None:
+            yield Role("aid", name), aid.run
 
 
 def teachers_of_run(config: DictConfig, spec: RunSpec, overrides: Sequence[str], depth: int) -> RunInputs:

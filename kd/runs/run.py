@@ -29,11 +29,12 @@ class Role:
 
     Attributes:
         kind: `teacher`: trains a teacher; `pilot`: ranks a teacher; `before`: is the first run of a method; `stage`: trains the
-            model that the student starts from; `surgery`: trains the model that a surgery reads.
-        name: name of the teacher or of the surgery; None for the other kinds.
+            model that the student starts from; `surgery`: trains the model that a surgery reads; `aid`: trains an aid of the
+            method.
+        name: name of the teacher, the surgery or the aid; None for the other kinds.
     """
 
-    kind: Literal["teacher", "pilot", "before", "stage", "surgery"]
+    kind: Literal["teacher", "pilot", "before", "stage", "surgery", "aid"]
     name: str | None = None
 
     def __str__(self) -> str:
@@ -50,6 +51,7 @@ class RunInputs:
         before: the first run of the method.
         stage: the run whose student this run's student starts from.
         surgeries: name of a surgery -> the run whose model it reads.
+        aids: name of an aid of the method -> the run that trains it.
     """
 
     teachers: Mapping[str, "Run"] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class RunInputs:
     before: "Run | None" = None
     stage: "Run | None" = None
     surgeries: Mapping[str, "Run"] = field(default_factory=dict)
+    aids: Mapping[str, "Run"] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[tuple[Role, "Run"]]:
         """Yield each needed run with its role, in the order in which they are executed."""
@@ -67,6 +70,7 @@ class RunInputs:
         if self.stage is not None:
             yield Role("stage"), self.stage
         yield from ((Role("surgery", name), run) for name, run in self.surgeries.items())
+        yield from ((Role("aid", name), run) for name, run in self.aids.items())
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

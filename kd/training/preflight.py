@@ -179,7 +179,10 @@ def uncounted(engine: Engine) -> Iterator[None]:
     methods = [learner.method for learner in engine.learners.values()]
     states = [{name: tensor.clone() for name, tensor in method.state_dict().items()} for method in methods]
     counts, training = [teacher.work for teacher in engine.teachers], engine.training
-    models = [*(learner.student for learner in engine.learners.values()), *(teacher.shape for teacher in engine.teachers)]
+    models = [
+        *(learner.student for learner in engine.learners.values()),
+        *(frozen.shape for frozen in (*engine.teachers, *engine.aids.values())),
+    ]
     with torch.random.fork_rng(), uncompiled(*models):
         try:
             yield

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from conftest import BAD, FILLER, GOOD, tiny_config, tiny_model, tiny_tokenizer
+from conftest import BAD, FILLER, GOOD, ONLY_METHOD, tiny_config, tiny_model, tiny_tokenizer
 from kd.build.instantiate import build_method
-from kd.build.surgeries import check_vocabularies, surgeries
+from kd.build.surgeries import check_aid_vocabularies, check_vocabularies, surgeries
 from kd.config.cohort import students_of
 from kd.config.compose import compose, conf_folder, typed
 from kd.config.schema import RunSpec
@@ -29,13 +30,14 @@ from kd.forward import Outputs
 from kd.forward.kinds import tensor_name
 from kd.methods.base import Bound, needs_of_teachers
 from kd.models import CachedTeacher, Encoder, FrozenTeacher
+from kd.models.heads import HEADS
 from kd.models.surgery.embeddings import SurgeryInputs
 from kd.runs.run import RunInputs
 from kd.runs.stages import before_config
 from kd.teacher_cache.store import CachedOutputs, Entry, Share, TensorStore
 
 BEFORE = "before"
-METHODS = sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))
+METHODS = sorted(path.stem for path in (conf_folder() / "method").glob(f"{os.environ.get(ONLY_METHOD, '*')}.yaml"))
 STAGED = [f"{name} {BEFORE}" for name in METHODS if compose([f"method={name}"]).method.get("before")]
 """The method that a method's first run has."""
 COMPOSED = (
@@ -50,7 +52,7 @@ COMPOSED = (
     "simkd cohort=mutual",
 )
 """Methods with parts of others: the contract holds for what is composed as well."""
-CASES = (*METHODS, *STAGED, *COMPOSED)
+CASES = (*METHODS, *STAGED, *(case for case in COMPOSED if case.split()[0] in METHODS))
 AXES = (
     "pool=stochastic teacher=[minilm,minilm_4l]",
     "cohort=mutual",
@@ -84,6 +86,13 @@ def encoder(seed: int, outputs: int = 3, **sizes: Any) -> Encoder:
             if "word_embeddings" in name:
                 parameter.data[0] = 0
     return Encoder(model, tiny_tokenizer())
+
+
+def aid(seed: int, head: str | None) -> Encoder:
+    """A random model that is no teacher, with one of the heads."""
+    torch.manual_seed(90 + seed)
+    config = tiny_config(initializer_range=0.2)
+    return Encoder(HEADS[head or "classifier"].auto.from_config(config).eval(), tiny_tokenizer())
 
 
 def batch_of(count: int = 8, tokens: int = 9, seed: int = 0, teachers: int = 1, students: int = 1) -> Batch:
@@ -190,12 +199,14 @@ class Bench:
         self.students = {place: operated(student, spec) for place, student in zip(places, (first, *others), strict=True)}
         self.teachers = [] if online else [FrozenTeacher(one, name) for one, name in zip(teaching, names, strict=True)]
         self.methods = {place: copy.deepcopy(method) for place in places}
+        self.aids = {name: FrozenTeacher(aid(n, head), name) for n, (name, head) in enumerate(method.aids.items())}
         for place, own in self.methods.items():
-            own.bind(Bound(self.students[place], teaching if online else self.teachers, self.task))
+            own.bind(Bound(self.students[place], teaching if online else self.teachers, self.task, self.aids))
+            check_aid_vocabularies(Planned(spec), self.students[place], self.aids)  # type: ignore[arg-type]
             check_vocabularies(Planned(spec), self.task, own, self.students[place], teaching)  # type: ignore[arg-type]
         optimizer = OptimizerFactory(torch.optim.SGD, lr=0.1, weight_decay=0.0, schedule="constant", warmup=0.0)
         self.engine: Engine = instantiate(dict(spec.engine), _partial_=True)(
-            models=Models(self.students, self.methods, self.teachers, teaching[0] if online else None, weights),
+            models=Models(self.students, self.methods, self.teachers, teaching[0] if online else None, weights, self.aids),
             task=self.task,
             optimizer=optimizer,
         )
@@ -394,8 +405,6 @@ class Collated:
 
 def save_two_rank_updates(rank: int, world: int, port: int, folder: Path) -> None:
     """One rank of a two-rank step of every method; the first writes what the parameters became."""
-    import os
-
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
 

@@ -193,7 +193,7 @@ def test_dropout_is_on_in_every_pass_of_a_student_and_off_in_every_other(name: s
     finally:
         hook.remove()
     students = {part for student in bench.students.values() for part in student.modules()}
-    frozen = {part for teacher in bench.teachers for part in teacher.encoder.modules()}
+    frozen = {part for model in (*bench.teachers, *bench.aids.values()) for part in model.encoder.modules()}
     for method in bench.methods.values():
         for module in method.modules():
             parameters = list(module.parameters())

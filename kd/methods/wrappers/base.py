@@ -27,7 +27,7 @@ class Wrapper(Method):
         super().__init__()
         self.names, self.teachers, self.uses_teachers = inner.names, inner.teachers, inner.uses_teachers
         self.distances, self.across_ranks = inner.distances, inner.across_ranks
-        self.same_vocabulary, self.holds = inner.same_vocabulary, inner.holds
+        self.same_vocabulary, self.holds, self.aids = inner.same_vocabulary, inner.holds, dict(inner.aids)
 
     @property
     def inners(self) -> Sequence[Method]:
