@@ -24,6 +24,7 @@ from kd.models.students import INIT_FROM, StudentPlan, describe_init, plan_stude
 from kd.runs.error_keys import rename_error_keys
 from kd.runs.identity import backbone_of
 from kd.runs.inputs import teacher_config
+from kd.runs.kept import read_kept
 from kd.runs.run import Role, Run
 from kd.schedules import Schedule
 from kd.teacher_cache.cache import CacheUnused, CacheUsed
@@ -147,6 +148,7 @@ def materialise(plan: ModelPlan, texts: Sequence[tuple[str, ...]] = ()) -> Built
     for name, learner in plan.students.items():
         student, changes = apply_surgeries(run, learner.materialise(), words)
         models.methods[name] = bind(run, plan.task, plan.method, student, models)
+        inherit(run, models.methods[name])
         # A surgery may have replaced the encoder.
         student.notes, student.asides = list(learner.plan.notes), list(learner.plan.asides)
         models.students[name] = student
@@ -265,6 +267,20 @@ def bind(run: Run, task: Task, method: Method, student: Encoder, models: Models)
     check_vocabularies(run, task, own, student, models.teaching)
     check_aid_vocabularies(run, student, models.aids)
     return own
+
+
+def inherit(run: Run, method: Method) -> None:
+    """Let a method take over what the method of the run that this one starts from kept.
+
+    Raises:
+        InputError: if that does not fit.
+    """
+    if run.inputs.init is None or not (state := read_kept(run.init_run.student)):
+        return
+    try:
+        method.inherit(state)
+    except InputError as error:
+        raise InputError(error.message, "method.before" if run.inputs.before else "student.run") from error
 
 
 def initial_source(run: Run, spec: StudentSpec, inputs: InputModels) -> tuple[str | None, str]:

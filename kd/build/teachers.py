@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
@@ -30,6 +31,7 @@ from kd.models.pretrained import (
 from kd.models.students import empty_model
 from kd.models.teachers import match_labels
 from kd.runs.inputs import teacher_source
+from kd.runs.kept import read_kept
 from kd.runs.run import Run
 
 
@@ -68,7 +70,7 @@ class TeacherPlan:
     def materialise(self) -> FrozenTeacher:
         """Return the teacher; its weights are loaded when first needed: never, if its outputs are cached already."""
         load = functools.partial(load_model, self.source, self.key, self.config, self.head, head_needed=not self.headless)
-        return FrozenTeacher(self._encoder(), self.name, self.columns, load)
+        return FrozenTeacher(self._encoder(), self.name, self.columns, load, read_kept(Path(self.source)))
 
     def _encoder(self) -> Encoder:
         encoder = Encoder(empty_model(self.config, self.head), self.tokenizer)

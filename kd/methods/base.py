@@ -269,6 +269,11 @@ class Method(nn.Module):
     `Step.held` shows a batch of them in each step. A method sets it in its constructor from an option `holds`, checked by
     `kd.methods.options.holds`, so that it enters the run's digest. The students of a cohort hold the same part."""
 
+    keeps: Sequence[str] = ()
+    """Names of submodules, parameters and buffers of the method that later runs may use. Their state is written beside the
+    exported student. A run that starts from this one inherits it (`inherit`); a run that this student teaches reads it as
+    `FrozenTeacher.kept`."""
+
     same_vocabulary = False
     """True if student and teachers must have one vocabulary although no token-level tensor of a teacher is declared, because
     the method runs a model on another one's tokens. A run whose student has another vocabulary is then refused."""
@@ -307,6 +312,28 @@ class Method(nn.Module):
 
     def after_step(self, step: Step, terms: Mapping[str, Tensor]) -> None:
         """Update rewards or running statistics after a batch, and its optimiser step if any. `terms` are detached."""
+
+    def kept(self) -> dict[str, Tensor]:
+        """Return the part of the state that the method keeps for later runs: name in `state_dict` -> tensor."""
+        return {name: tensor for name, tensor in self.state_dict().items() if name.partition(".")[0] in self.keeps}
+
+    def inherit(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what the method of the run that this one starts from kept; called after `bind` if that is anything.
+
+        By default the state of all that this method keeps too is loaded.
+
+        Args:
+            state: as that method's `kept` returned it.
+
+        Raises:
+            InputError: for a part that was not kept, or has another shape.
+        """
+        own = self.kept()
+        for name, tensor in own.items():
+            if name not in state or state[name].shape != tensor.shape:
+                kept = f"{tuple(state[name].shape)}" if name in state else "not at all"
+                raise InputError(f"'{name}' is {tuple(tensor.shape)} here, and the run before kept it {kept}", "before")
+        self.load_state_dict({**self.state_dict(), **{name: state[name] for name in own}})
 
     def describe(self) -> dict[str, str]:
         """Describe what `bind` resolved, for the preflight: name -> text."""

@@ -51,6 +51,7 @@ class FrozenTeacher:
         name: its name in messages and results.
         columns: for each label of the task, its column in this teacher's logits; None keeps their order.
         load: function that loads the model with its weights, called when they are first needed.
+        kept: what the method that trained it kept (`Method.keeps`), by name; empty while the teacher is only planned.
     """
 
     def __init__(
@@ -59,10 +60,12 @@ class FrozenTeacher:
         name: str = "teacher",
         columns: Sequence[int] | None = None,
         load: Callable[[], nn.Module] | None = None,
+        kept: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.shape = encoder.eval().requires_grad_(False)
         """Model that has the shape and configuration, but may have no weights."""
         self.load = load
+        self.kept = dict(kept or {})
         self.loaded = encoder if load is None else None
         self.name = name
         self.columns = None if columns is None or list(columns) == sorted(columns) else list(columns)
@@ -164,7 +167,7 @@ class CachedTeacher(FrozenTeacher):
     """
 
     def __init__(self, teacher: FrozenTeacher, passes: int = 0, examples: int = 0) -> None:
-        super().__init__(teacher.shape, teacher.name, teacher.columns)
+        super().__init__(teacher.shape, teacher.name, teacher.columns, kept=teacher.kept)
         self.passes, self.examples = passes, examples
 
     def __call__(self, inputs: Inputs, needs: Needs) -> Outputs:

@@ -12,11 +12,13 @@ from kd.build.models import BuiltModels
 from kd.data.datamodule import KDDataModule
 from kd.data.tasks import headline
 from kd.engines.base import Engine
+from kd.engines.models import Models
 from kd.models import Encoder, FrozenTeacher
 from kd.models.heads import HEADS
 from kd.models.latency import LATENCY_MEASURE, Latency, latencies, to_time
 from kd.results.evaluate import Evaluation, Scores, baseline, folder_megabytes
 from kd.results.export import TOLERANCE, export, largest_difference, model_card, origin
+from kd.runs.kept import kept_file, write_kept
 from kd.runs.run import Run
 from kd.system import distributed
 from kd.system.hardware import git, hardware, versions
@@ -31,7 +33,8 @@ def folder_of(run: Run, name: str, headline: str) -> Path:
 
 def exported_files(run: Run, names: Sequence[str], headline: str) -> dict[str, dict[str, Any]]:
     """Return size and digest of every exported file, by its path relative to the run's directory."""
-    return recorded_files(run.directory, [folder_of(run, name, headline) for name in names])
+    folders = [folder_of(run, name, headline) for name in names]
+    return recorded_files(run.directory, [*folders, *map(kept_file, folders)])
 
 
 def card_of(record: Mapping[str, Any], name: str) -> str:
@@ -328,7 +331,7 @@ def conclude(
             name: student_result(run, models, name, evaluations, speeds[f"student {name}"], best) for name in models.students
         },
     )
-    exported = export_students(run, models.students, data, result)
+    exported = export_students(run, models, data, result)
     return run.finish(replace(result, students=exported, files=exported_files(run, list(exported), best)).dump())
 
 
@@ -355,12 +358,17 @@ def student_result(
     )
 
 
-def export_students(run: Run, students: Mapping[str, Encoder], data: KDDataModule, result: Result) -> dict[str, StudentResult]:
-    """Export students with their model cards; return their entries with size and difference of the exported models."""
+def export_students(run: Run, models: Models, data: KDDataModule, result: Result) -> dict[str, StudentResult]:
+    """Export students with their model cards, and what their methods keep.
+
+    Returns:
+        Name of the student -> its entry with size and difference of the exported model.
+    """
     record, exported = result.dump(), {}
-    for index, (name, student) in enumerate(students.items()):
+    for index, (name, student) in enumerate(models.students.items()):
         folder = folder_of(run, name, result.headline)
         export(student, folder, card_of(record, name))
+        write_kept(folder, models.methods[name].kept())
         exported[name] = replace(
             result.students[name],
             export_difference=export_difference(student, index, folder, data),

@@ -61,12 +61,15 @@ def file_fingerprint(path: Path) -> str:
     return _digest(str(path), status.st_size, status.st_mtime_ns)
 
 
-def recorded_files(directory: Path, folders: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Return size and digest of each file in some folders, by path in a run's directory; without `.md`, which users edit."""
+def recorded_files(directory: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Return size and digest of some files, and of those in some folders, by path in a run's directory.
+
+    Files that end in `.md`, which users edit, are left out.
+    """
     return {
         file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "digest": file_fingerprint(file)}
-        for folder in folders
-        for file in sorted(folder.rglob("*"))
+        for path in paths
+        for file in ([path] if path.is_file() else sorted(path.rglob("*")))
         if file.is_file() and file.suffix != ".md"
     }
 

@@ -15,6 +15,7 @@ from kd.models import FrozenTeacher
 from kd.results.evaluate import evaluate
 from kd.results.export import export, origin
 from kd.results.record import Work, card_of, conclude, exported_files, folder_of
+from kd.runs.kept import write_kept
 from kd.runs.run import Run, read_record, write_record
 from kd.system import distributed
 from kd.system.hardware import keep_memory
@@ -159,7 +160,9 @@ def export_again(run: Run, examples: Examples, record: dict[str, Any]) -> dict[s
         student.compiled = False
         if not isinstance(record["students"].get(name), dict):
             raise InputError(f"'{run.directory / 'result.json'}' has no entry for the student '{name}'; remove it", "resume")
-        export(student, folder_of(run, name, record["headline"]), card_of(record, name))
+        folder = folder_of(run, name, record["headline"])
+        export(student, folder, card_of(record, name))
+        write_kept(folder, models.methods[name].kept())
     written = exported_files(run, list(models.students), record["headline"])
     for name, recorded in (record.get("files") or {}).items():
         if name.endswith(".safetensors") and written.get(name) != recorded:

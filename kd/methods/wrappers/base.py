@@ -88,6 +88,16 @@ class Wrapper(Method):
         for inner, own in self.parts(step):
             inner.after_step(own, {name: terms[name] for name in inner.names})
 
+    def kept(self) -> dict[str, Tensor]:
+        """Return what the inner methods keep, after their numbers."""
+        return {f"{n}.{name}": tensor for n, inner in enumerate(self.inners) for name, tensor in inner.kept().items()}
+
+    def inherit(self, state: Mapping[str, Tensor]) -> None:
+        """Pass each inner method what it kept."""
+        for n, inner in enumerate(self.inners):
+            start = f"{n}."
+            inner.inherit({name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)})
+
     def batch_dependence(self) -> str | None:
         """Return the inner method's reason."""
         return self.inners[0].batch_dependence()
