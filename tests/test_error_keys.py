@@ -165,7 +165,7 @@ def test_a_method_is_named_by_where_it_stands(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("kd.methods.finetune.Derived", Derived, raising=False)
     node = {"_target_": "kd.methods.finetune.Derived"}  # its default is at fault, so the node does not have the key
     with pytest.raises(InputError) as bound:
-        bind_method(Mutual(Derived()), node, None, [])  # type: ignore[arg-type]
+        bind_method(Mutual(Derived()), node, Bound(None, [], None))  # type: ignore[arg-type]
     assert (bound.value.key, bound.value.message) == ("method.size", "method.size=1 is too large")
     with pytest.raises(InputError) as peers:
         instantiate(Mutual, {"temperature": 0}, "cohort.peers", Finetune())

@@ -1,4 +1,4 @@
-"""What methods keep for later runs: the run that starts from theirs inherits it, and a student of theirs reads it."""
+"""State that methods keep for later runs: the run that starts from theirs inherits it, and a student of theirs reads it."""
 
 import shutil
 from collections.abc import Callable, Mapping

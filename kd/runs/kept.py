@@ -1,4 +1,4 @@
-"""What the methods of a run keep for later runs: `method.safetensors` beside the exported student (`Method.keeps`)."""
+"""State that the methods of a run keep for later runs: `method.safetensors` beside the exported student (`Method.keeps`)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +34,6 @@ def write_kept(folder: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def read_kept(folder: Path) -> dict[str, Tensor]:
-    """Return what the method of an exported student kept, by name; nothing if there is no such file."""
+    """Return the state that the method of an exported student kept, by name; nothing if there is no such file."""
     path = kept_file(folder)
     return load_file(path) if path.is_file() else {}
