@@ -100,8 +100,17 @@ class Task(Protocol):
         """Return predictions (batch,) for logits (batch, classes)."""
         ...
 
-    def ensemble(self, logits: Sequence[Tensor]) -> Tensor:
-        """Return logits (batch, classes) of the mean prediction of several models."""
+    def errors(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss against the label of each example, (batch,), as `hard` has it; NaN where an example has none."""
+        ...
+
+    def ensemble(self, logits: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
+        """Return logits (batch, classes) of the mean prediction of several models.
+
+        Args:
+            logits: (batch, classes) of each model.
+            weights: (batch, models), of each model for each example, adding up to 1; None for equal weights.
+        """
         ...
 
     def score(self, metrics: Mapping[str, Metric], logits: Tensor, labels: Tensor) -> None:
@@ -272,13 +281,18 @@ class Classification(Labelled):
         function = {"kl": soft_losses.kl_divergence, "ce": soft_losses.soft_cross_entropy}[loss]
         return function(student, teacher, temperature, reduction)
 
+    def errors(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross entropy of each example in nats, (batch,)."""
+        losses = F.cross_entropy(soft_losses.widened(logits), labels, reduction="none", ignore_index=NO_CLASS)
+        return losses.masked_fill(labels == NO_CLASS, math.nan) if self.partly_labelled else losses
+
     def predict(self, logits: Tensor) -> Tensor:
         """Return the class with the largest logit, (batch,)."""
         return logits.argmax(dim=-1)
 
-    def ensemble(self, logits: Sequence[Tensor]) -> Tensor:
+    def ensemble(self, logits: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
         """Return the log of the mean of the models' probabilities."""
-        return log_mean_probability(logits)
+        return log_mean_probability(logits, weights)
 
     def metric(self, name: str, *, across_ranks: bool = True) -> Metric:
         """Return a new torchmetrics metric, reduced over all ranks or on this rank alone."""
@@ -371,9 +385,15 @@ class Regression(Labelled):
             raise ValueError(f"a regression model has one output, not {logits.shape[-1]}")
         return logits.squeeze(-1)
 
-    def ensemble(self, logits: Sequence[Tensor]) -> Tensor:
+    def errors(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the squared error of each example, (batch,)."""
+        scores = soft_losses.widened(self.predict(logits))
+        return (scores - labels.to(scores.dtype)) ** 2
+
+    def ensemble(self, logits: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
         """Return the mean of the models' scores."""
-        return torch.stack([soft_losses.widened(scores) for scores in logits]).mean(0)
+        scores = torch.stack([soft_losses.widened(scores) for scores in logits])
+        return scores.mean(0) if weights is None else torch.einsum("kbc,bk->bc", scores, weights.to(scores.dtype))
 
     def metric(self, name: str, *, across_ranks: bool = True) -> Metric:
         """Return a new torchmetrics metric, reduced over all ranks or on this rank alone."""
@@ -419,14 +439,21 @@ def is_missing_score(raw: object) -> bool:
     return raw is None or raw != raw or (isinstance(raw, str) and is_missing(raw.strip()))
 
 
-def log_mean_probability(logits: Sequence[Tensor]) -> Tensor:
-    """Return the log of the mean of several models' probabilities; logits are (..., classes) each.
+def log_mean_probability(logits: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
+    """Return the log of the mean of several models' probabilities.
+
+    Args:
+        logits: (..., classes) of each model.
+        weights: (..., models), adding up to 1; None for equal weights.
 
     >>> log_mean_probability([torch.tensor([0.0, 0.0]), torch.tensor([0.0, -torch.inf])]).exp()
     tensor([0.7500, 0.2500])
     """
     log_probabilities = torch.stack([soft_losses.widened(one).log_softmax(dim=-1) for one in logits])
-    return log_probabilities.logsumexp(0) - math.log(len(logits))
+    if weights is None:
+        return log_probabilities.logsumexp(0) - math.log(len(logits))
+    # A weight of zero leaves a model out; its logarithm is minus infinity.
+    return (log_probabilities + weights.to(log_probabilities.dtype).log().movedim(-1, 0).unsqueeze(-1)).logsumexp(0)
 
 
 def higher_is_better(metric: str) -> bool:

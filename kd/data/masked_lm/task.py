@@ -99,9 +99,13 @@ class MaskedLM:
         """Return the token with the largest logit, (predicted positions,)."""
         return logits.argmax(dim=-1)
 
-    def ensemble(self, logits: Sequence[Tensor]) -> Tensor:
-        """Return the log of the mean of the models' probabilities."""
-        return log_mean_probability(logits)
+    def errors(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross entropy over the predicted positions of each example in nats, (batch,)."""
+        return self.hard(logits, labels, "none")
+
+    def ensemble(self, logits: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
+        """Return the log of the mean of the models' probabilities; weights are (predicted positions, models)."""
+        return log_mean_probability(logits, weights)
 
     def score(self, metrics: Mapping[str, Metric], logits: Tensor, labels: Tensor) -> None:
         """Update metrics with the predicted positions of a batch."""
