@@ -1,10 +1,11 @@
 """A model bound to the inputs of one step; its forward pass runs when its outputs are first read."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd.forward.inputs import Inputs, start_of
 from kd.forward.needs import Needs
@@ -54,6 +55,25 @@ class Forward(Generic[ModelT]):
         if inputs is None:
             return self.model(self.inputs, self.needs if needs is None else needs)
         return self.model(inputs, self.needs.available_from(start_of(inputs)) if needs is None else needs)
+
+    @torch.no_grad()
+    def evaluate(self, inputs: Inputs | None = None, needs: Needs | None = None) -> Outputs:
+        """Run a further forward pass without dropout and without recording a graph, for a reward; arguments as for `run`."""
+        with evaluating(self.model):
+            return self.run(inputs, needs)
+
+
+@contextlib.contextmanager
+def evaluating(model: object) -> Iterator[None]:
+    """Put a model into eval mode, and each of its modules back into its own mode on exit."""
+    modes = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 class Detached(Forward[ModelT]):

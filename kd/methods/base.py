@@ -69,7 +69,7 @@ class Step:
 
         No pass has run yet, and each call returns new ones, so that a reward of before a turn and one of after it are of two
         calls. `Method.prepare` is not called on the step. A student's pass has a graph, and dropout, like those of the training
-        batch; whoever reads it for a reward does so in `torch.no_grad`.
+        batch; a reward reads `held.student.evaluate()`, a pass without either.
 
         Ranks have disjoint shares of the global held batch. The rule is that of `across`: what is averaged over the held
         examples is averaged over the rows that come through the returned step's `across`, `held.across(correct).mean()`. All

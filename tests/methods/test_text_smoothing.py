@@ -198,14 +198,15 @@ def test_alternate_reads_plain_text_in_even_steps() -> None:
 
 
 def test_drawn_words_are_as_frequent_as_the_mixture_says() -> None:
-    method, step = bound(replace="drawn", rate=0.5)
+    method, step = bound(replace="drawn", rate=0.3)
     tokens, counts, table = step.batch.student["input_ids"], torch.zeros(3, 7, len(TOKENIZER)), torch.eye(len(TOKENIZER))
     ids, probabilities, replaced = method.likely(step)
     for number in range(2000):
         later = step.replace(progress=Progress(number, 2000))
         drawn = method.smoothed(step.student, later, ids, probabilities, replaced)["input_ids"]
         counts += nn.functional.one_hot(drawn, len(TOKENIZER))
-    expected = 0.5 * mean_embedding(nn.Embedding.from_pretrained(table), ids, probabilities) + 0.5 * table[tokens[replaced]]
+    mean = mean_embedding(nn.Embedding.from_pretrained(table), ids, probabilities)
+    expected = 0.3 * mean + 0.7 * table[tokens[replaced]]
     assert (counts[replaced] / 2000 - expected).abs().max() < 5 * (0.25 / 2000) ** 0.5
     assert torch.equal(counts[~replaced] / 2000, table[tokens[~replaced]])
 
