@@ -164,8 +164,11 @@ class Encoder(nn.Module):
             yield
             return
 
-        def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            seen["pooled"] = {None: arguments[0]}
+        def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+            # A frozen model's graph starts here, unless it starts at its embeddings.
+            pooled = differentiable(arguments[0]) if needs.gradient else arguments[0]
+            seen["pooled"] = {None: pooled}
+            return (pooled,)
 
         hook = self.outputs.register_forward_pre_hook(keep)
         try:

@@ -120,6 +120,15 @@ def test_teacher_can_be_differentiated_by_its_embeddings_where_declared(family: 
     assert all(parameter.grad is None for parameter in teacher.encoder.parameters())
 
 
+@pytest.mark.parametrize("more", [{}, {"hidden": [0]}, {"words": True}], ids=str)
+def test_teacher_can_be_differentiated_by_the_input_of_its_last_layer(more: dict[str, object]) -> None:
+    teacher = FrozenTeacher(encoder())
+    outputs = teacher(batch(), Needs(pooled=True, gradient=True, **more))
+    (gradient,) = torch.autograd.grad(outputs.logits[:, 0].sum(), outputs.pooled)
+    assert torch.equal(gradient, teacher.encoder.outputs.weight[0].expand(2, -1))
+    assert torch.equal(outputs.logits, teacher(batch(), Needs(gradient=True)).logits)
+
+
 def test_examples_are_counted_forward_by_forward() -> None:
     teacher = FrozenTeacher(encoder())
     assert teacher.examples == 0
