@@ -125,11 +125,11 @@ def shown(forward: Forward, needs: Needs, s: Situation, seed: int, kinds: Kinds)
         elif group not in ("logits", "key"):
             tensors.setdefault(group, {})[key] = draw(name, tensor.shape, 30.0)
     logits = draw("logits", outputs.logits.shape, s.logits, s.certain)
-    if needs.gradient:  # attributions differentiate logits by states
-        states = tensors["hidden"][0]
+    starts = [tensors[group][key] for group, key in (("hidden", 0), ("words", None)) if key in tensors.get(group, {})]
+    if needs.gradient and starts:  # attributions differentiate logits by states; further passes have words of their own
         with torch.autocast("cpu", enabled=False):
-            shift = (states.double() / 30).sin().mean(dim=1)[:, : logits.shape[1]] * mask.any(dim=1)[:, None]
-            logits = (logits.double() + shift).to(torch.promote_types(kinds[1], torch.float32))
+            shift = sum((states.double() / 30).sin().mean(dim=1)[:, : logits.shape[1]] for states in starts)
+            logits = (logits.double() + shift * mask.any(dim=1)[:, None]).to(torch.promote_types(kinds[1], torch.float32))
     shown = Shown(logits, mask, needs, outputs.heads, tensors, given=given)
     return Prescribed(forward.model, forward.inputs, needs, shown), leaves
 
