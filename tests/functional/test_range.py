@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import kd.functional
-from kd.functional import attention, attribution, combination, hidden, logits, transport
+from kd.functional import ascent, attention, attribution, combination, hidden, logits, transport
 from kd.functional.hidden import OVER_EXAMPLES, PADDING
 
 Call = tuple[Callable[..., Tensor], list[Tensor]]
@@ -220,7 +220,40 @@ def plans(s: Situation) -> Iterator[Call]:
     yield lambda cost: (transport.transport_plan(cost, *equal).double() * cost.double()).sum(), [transports(s)[1]]
 
 
+def divergences_of_logits(s: Situation) -> Iterator[Call]:
+    for outputs in ascent.OUTPUTS:
+        yield lambda *logits, o=outputs: ascent.divergence(*logits, o), s.logits()
+
+
+def transfers(s: Situation) -> Iterator[Call]:
+    tables = s.draw(20, 8, size=1.0, certain=False)  # of an example each
+    yield lambda *given: torch.stack([ascent.transfer_matrix(*both) for both in zip(*given, strict=True)]), tables
+
+
+def gradients_by_words(s: Situation) -> Iterator[Call]:
+    teacher = s.logits()[1]
+
+    def gradient(words: Tensor) -> Tensor:
+        given = words if words.requires_grad else words.requires_grad_()
+        logits = hidden.at_least_float32(given).mean(dim=1)
+        return ascent.gradient_by_words(ascent.divergence(logits, teacher.to(logits)), [logits], given)
+
+    yield gradient, s.states(6, s.classes)[:1]
+
+
+def ascents(s: Situation) -> Iterator[Call]:
+    for normalize in (True, False):
+        yield lambda *states, n=normalize: ascent.ascend(*states, s.mask, 0.1, normalize=n), s.states(6, 8)
+
+
 INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
+    "ascent.transfer_matrix": transfers,
+    "ascent.divergence": divergences_of_logits,
+    "ascent.gradient_by_words": gradients_by_words,
+    "ascent.ascend": ascents,
+    "ascent.within": lambda s: iter([(lambda *states: ascent.within(*states, s.mask, 0.5), s.states(6, 8))]),
+    "ascent.noise_like": lambda s: iter([(lambda *states: ascent.noise_like(*states, s.mask), s.states(6, 8))]),
+    "ascent.gaussian": lambda s: iter([(ascent.gaussian, [s.draw(8, size=0.4, certain=False)[0] + 0.5])]),
     "attention.score_error": lambda s: attention_errors(attention.score_error, s),
     "attention.probability_error": lambda s: attention_errors(attention.probability_error, s, distributions=True),
     "attention.attention_divergence": divergences,
@@ -256,7 +289,7 @@ INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
     "transport.shared_cost_attention": masses,
 }
 """Function of tensors -> builder of its arguments."""
-ROUNDED = ("attribution.attributions",)
+ROUNDED = ("ascent.gradient_by_words", "attribution.attributions")
 """Functions whose values are made of gradients, which have the dtype of the model's hidden states."""
 
 
