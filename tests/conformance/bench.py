@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from conftest import BAD, FILLER, GOOD, ONLY_METHOD, tiny_config, tiny_model, tiny_tokenizer
-from kd.build.instantiate import build_method
+from kd.build.instantiate import bind_method, build_method
 from kd.build.surgeries import check_aid_vocabularies, check_vocabularies, surgeries
 from kd.config.cohort import students_of
 from kd.config.compose import compose, conf_folder, typed
@@ -201,7 +201,8 @@ class Bench:
         self.methods = {place: copy.deepcopy(method) for place in places}
         self.aids = {name: FrozenTeacher(aid(n, head), name) for n, (name, head) in enumerate(method.aids.items())}
         for place, own in self.methods.items():
-            own.bind(Bound(self.students[place], teaching if online else self.teachers, self.task, self.aids))
+            bound = Bound(self.students[place], teaching if online else self.teachers, self.task, self.aids)
+            bind_method(own, spec.method, bound)  # which puts the method's key before that of an error
             check_aid_vocabularies(Planned(spec), self.students[place], self.aids)  # type: ignore[arg-type]
             check_vocabularies(Planned(spec), self.task, own, self.students[place], teaching)  # type: ignore[arg-type]
         optimizer = OptimizerFactory(torch.optim.SGD, lr=0.1, weight_decay=0.0, schedule="constant", warmup=0.0)
