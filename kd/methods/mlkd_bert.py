@@ -16,7 +16,6 @@ from kd.functional.logits import SOFT_LOSSES
 from kd.functional.relations import ANCHORS, context, relation_divergence, similarity_divergence, supervised_contrast
 from kd.methods.base import Bound, Method, Progress, Step, freeze_above, projection
 from kd.methods.options import BATCH_MEANS, LARGEST_SEED, TEMPERATURES, number, switch, temperature_schedule, whole, word
-from kd.models import Encoder
 from kd.schedules import Schedule
 
 REPRESENTATION = ("embedding", "attention", "hidden")
@@ -271,7 +270,7 @@ class MLKDBERT(Method):
     def _representation(self, step: Step) -> dict[str, Tensor]:
         """Return the terms of the stage `representation`."""
         student, teacher = step.student.outputs, step.teacher.outputs
-        words = student.words if self.words == "raw" else layer_norm(step.student.model)(student.words)
+        words = student.words if self.words == "raw" else normalized(step.student.model, student.words)
         heads = self.heads_at(step.progress)
         attention = [self._attention(student, teacher, *pair, row) for pair, row in zip(self.pairs, heads, strict=True)]
         hidden = [self._hidden(student, teacher, *pair) for pair in self._hidden_pairs()]
@@ -368,9 +367,15 @@ def attended(outputs: Outputs, source: str, layer: int) -> Tensor:
     return context(outputs.attention(layer), outputs.value(layer))
 
 
-def layer_norm(encoder: Encoder) -> nn.Module:
-    """Return the LayerNorm of a model's embeddings, which all families have under one name."""
-    return encoder.base.get_submodule(f"{encoder.family.embeddings}.LayerNorm")
+def normalized(encoder: Any, words: Tensor) -> Tensor:
+    """Return word embeddings, (batch, tokens, width), after the LayerNorm of the embeddings, which autocast does not round.
+
+    All families have it under one name.
+    """
+    norm: Any = encoder.base.get_submodule(f"{encoder.family.embeddings}.LayerNorm")
+    with torch.autocast(words.device.type, enabled=False):
+        states: Tensor = norm(words.to(norm.weight.dtype))
+    return states
 
 
 def raw_words(encoder: Any, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -381,8 +386,7 @@ def raw_words(encoder: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def normalized_words(encoder: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """Return the word embeddings of a text after the LayerNorm of the embeddings, (batch, tokens, width)."""
-    words: Tensor = layer_norm(encoder)(raw_words(encoder, inputs))
-    return words
+    return normalized(encoder, raw_words(encoder, inputs))
 
 
 LOOK_UPS = {"normalized": normalized_words, "raw": raw_words}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import kd.functional
 from kd.functional import ascent, attention, attribution, combination, hidden, logits, transport
+from kd.functional import attention, attribution, combination, hidden, logits, relations, transport
 from kd.functional.hidden import OVER_EXAMPLES, PADDING
 
 Call = tuple[Callable[..., Tensor], list[Tensor]]
@@ -198,6 +199,37 @@ def layer_reductions(s: Situation) -> Iterator[Call]:
         yield lambda *rows, r=reduction: combination.reduce_layers(rows, s.mask, r), squares
 
 
+def moderate_states(s: Situation, *shape: int) -> list[Tensor]:
+    """States whose dot products are of the size of attention scores."""
+    return s.draw(*shape, size=min(s.size, 10.0), certain=False)
+
+
+def contexts(s: Situation) -> Iterator[Call]:
+    maps, values = s.attention()[0].softmax(dim=-1), s.states(6, 8)[0]
+    yield relations.context, [maps, values]
+
+
+def relation_divergences(s: Situation) -> Iterator[Call]:
+    inputs = moderate_states(s, 6, 8)
+    for padding in PADDING:
+        for reduction in OVER_EXAMPLES:
+            for splits in (1, 2):
+                yield lambda *x, o=(splits, padding, reduction): relations.relation_divergence(*x, s.mask, *o), inputs
+
+
+def similarity_divergences(s: Situation) -> Iterator[Call]:
+    for reduction in OVER_EXAMPLES:
+        yield lambda *x, r=reduction: relations.similarity_divergence(*x, r), moderate_states(s, 8)
+
+
+def contrasts(s: Situation) -> Iterator[Call]:
+    labels = torch.arange(s.examples) % 2
+    for anchors in relations.ANCHORS:
+        for reduction in OVER_EXAMPLES:
+            # at lower temperatures unit vectors' rounding is divided by them
+            yield lambda *x, a=anchors, r=reduction: relations.supervised_contrast(*x, labels, 0.5, a, r), s.states(8)
+
+
 def transports(s: Situation) -> tuple[Tensor, Tensor, Tensor]:
     cost = s.draw(4, size=s.size, certain=False)[0].abs()
     return (
@@ -284,6 +316,12 @@ INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
     "logits.squared_error": lambda s: iter(
         [(lambda *z, r=r: logits.squared_error(*z, r), s.logits()) for r in logits.LOGIT_REDUCTIONS]
     ),
+    "relations.scaled_products": lambda s: iter([(relations.scaled_products, moderate_states(s, 6, 8)[:1])]),
+    "relations.split": lambda s: iter([(lambda x: relations.split(hidden.at_least_float32(x), 2), s.states(6, 8)[:1])]),
+    "relations.context": contexts,
+    "relations.relation_divergence": relation_divergences,
+    "relations.similarity_divergence": similarity_divergences,
+    "relations.supervised_contrast": contrasts,
     "transport.transport_plan": plans,
     "transport.cost_attention": masses,
     "transport.shared_cost_attention": masses,
@@ -311,7 +349,8 @@ def evaluated(function: Callable[..., Tensor], tensors: list[Tensor]) -> tuple[T
     value = function(first, *tensors[1:])
     if not value.requires_grad:
         return value.detach(), None
-    (gradient,) = torch.autograd.grad(value.sum(), first, allow_unused=True)
+    with torch.autocast("cpu", enabled=False):  # as the engine does
+        (gradient,) = torch.autograd.grad(value.sum(), first, allow_unused=True)
     return value.detach(), gradient
 
 
