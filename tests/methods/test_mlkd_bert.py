@@ -1,4 +1,4 @@
-"""MLKD-BERT: the paper's terms as loops over what the models themselves show, worked numbers, ablations and refusals."""
+"""MLKD-BERT: the paper's terms as loops over the models' own tensors, worked numbers, ablations and refusals."""
 
 import math
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ def represented(student: Encoder, teacher: Encoder, padding_tokens: int = 0, **o
 
 
 def shown(encoder: Encoder, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """What a BERT shows by hooks of this test: words, states, and the input of each attention's output layer."""
+    """Words, states, projections of a BERT by hooks of this test, and the input of each attention's output layer."""
     found: dict[str, Any] = {"context": [None], "query": [None], "key": [None], "value": [None]}
     hooks = []
     for block in encoder.base.encoder.layer:
@@ -209,6 +209,19 @@ def test_random_merge_compares_one_head_of_each_group(heads: int) -> None:
             expected += naive_relations(student_part, teacher_part, 1, "strict") / heads
     assert method.terms(step)["attention"].item() == pytest.approx(expected, rel=1e-9)
     assert "attention" not in method.distances
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4, 8])
+def test_drawn_heads_are_one_of_each_group_and_each_is_drawn_once_in_a_while(splits: int) -> None:
+    found: list[set[int]] = [set() for _ in range(splits)]
+    for seed in range(40):
+        method = MLKDBERT(stage="representation", merge="random", splits=splits, draw_seed=seed)
+        method.bind(Bound(encoder(2), [FrozenTeacher(encoder(4, 16, heads=8))], TASK))
+        for row in method.heads_at(Progress()):
+            for part, head in enumerate(row):
+                found[part].add(head)
+    size = 8 // splits
+    assert found == [set(range(part * size, (part + 1) * size)) for part in range(splits)]
 
 
 @pytest.mark.parametrize(("redraw", "different"), [("run", 1), ("epoch", 3), ("step", 12)])
