@@ -35,8 +35,8 @@ class MLKDBERT(Method):
 
     Stage `representation`: :math:`L_{EMB} + L_{MHA} + L_{FFN}`, where :math:`R(X) = softmax(X X^T / \sqrt{d})`, row by row, are
     the relations of the tokens of a text. They need neither equal widths nor equal numbers of heads. Stage `prediction`, whose
-    student starts from that of the first: :math:`L_{SS} + L_{SC} + L_{KD}`. Only summaries of the paper were available. Authors'
-    code consulted for facts: the repository of MLKD-BERT, its `task_distill.py` and `transformer/modeling.py`.
+    student starts from that of the first: :math:`L_{SS} + L_{SC} + L_{KD}`. Only summaries of the paper were available.
+    Authors' code consulted for facts: the repository of MLKD-BERT, its `task_distill.py` and `transformer/modeling.py`.
 
     Terms of `representation`, sums over the pairs of layers n, g(n) of means over splits and tokens, weight 1 each:
         `embedding`: :math:`L_{EMB} = KL(R(E_T) \| R(E_S))` of the word embeddings, with one split.
