@@ -341,11 +341,12 @@ class MLKDBERT(Method):
 
     def batch_dependence(self) -> str | None:
         """Return that examples are compared with each other, or that padding, of the batch's longest example, counts."""
+        reasons = []
         if self.predicts:
-            return "similarity and contrast compare the examples of a batch with each other"
-        if self.padding == "strict":
-            return None
-        return "method.padding=reference takes padding for tokens, and the longest example of a batch says how much there is"
+            reasons.append("similarity and contrast compare the examples of a batch with each other")
+        if self.represents and self.padding == "reference":
+            reasons.append("padding=reference takes padding for tokens, of which the longest example says how many there are")
+        return "; ".join(reasons) or None
 
     def label_dependence(self) -> str | None:
         """Return that the contrast finds its positives by their labels, unless they are pairs."""
