@@ -37,6 +37,7 @@ def selected_weights(probabilities: Tensor, actions: Tensor) -> Tensor:
     tensor([[0.5000, 0.5000],
             [0.0000, 1.0000]])
     """
+    actions = at_least_float32(actions)
     likeliest = F.one_hot(probabilities.argmax(dim=1), probabilities.shape[1]).to(actions.dtype)
     selected = torch.where(actions.sum(dim=1, keepdim=True) > 0, actions, likeliest)
     return selected / selected.sum(dim=1, keepdim=True)

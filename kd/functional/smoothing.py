@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kd.functional.hidden import at_least_float32
 from kd.functional.logits import widened
 
 
@@ -39,10 +40,11 @@ def mean_embedding(embed: Callable[[Tensor], Tensor], ids: Tensor, probabilities
         probabilities: (positions, words).
     """
     if ids.stride(0) == 0:  # every position has the same words, all of the vocabulary
-        table = embed(ids[0])
-        return probabilities.to(table.dtype) @ table
-    words = embed(ids)
-    return (probabilities.to(words.dtype).unsqueeze(1) @ words).squeeze(1)
+        table = at_least_float32(embed(ids[0]))
+        with torch.autocast(table.device.type, enabled=False):
+            return probabilities.to(table.dtype) @ table
+    words = at_least_float32(embed(ids))
+    return (probabilities.to(words.dtype).unsqueeze(-1) * words).sum(dim=1)
 
 
 def drawn_words(ids: Tensor, probabilities: Tensor, draws: Tensor) -> Tensor:

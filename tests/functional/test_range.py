@@ -12,8 +12,18 @@ import torch
 from torch import Tensor
 
 import kd.functional
-from kd.functional import ascent, attention, attribution, combination, hidden, logits, transport
-from kd.functional import attention, attribution, combination, hidden, logits, relations, transport
+from kd.functional import (
+    ascent,
+    attention,
+    attribution,
+    combination,
+    hidden,
+    logits,
+    reinforce,
+    relations,
+    smoothing,
+    transport,
+)
 from kd.functional.hidden import OVER_EXAMPLES, PADDING
 
 Call = tuple[Callable[..., Tensor], list[Tensor]]
@@ -230,6 +240,22 @@ def contrasts(s: Situation) -> Iterator[Call]:
             yield lambda *x, a=anchors, r=reduction: relations.supervised_contrast(*x, labels, 0.5, a, r), s.states(8)
 
 
+def stacks(s: Situation) -> Iterator[Call]:
+    labels = torch.arange(s.examples) % s.classes
+    yield lambda *x: torch.tensor(reinforce.stacked_weights(list(x), labels)), s.logits()
+
+
+def mean_embeddings(s: Situation) -> Iterator[Call]:
+    table, probabilities = s.states(8)[0], s.draw(s.examples, size=2.0)[0].softmax(dim=-1)
+    for ids in (torch.arange(s.examples).repeat(s.examples, 1), torch.arange(s.examples).expand(s.examples, -1)):
+        yield lambda x, p, i=ids: smoothing.mean_embedding(lambda words: x[words], i, p), [table, probabilities]
+
+
+def drawn(s: Situation) -> Iterator[Call]:
+    ids, draws = torch.arange(s.classes).expand(s.examples, -1), torch.linspace(0, 0.9, s.examples)
+    yield lambda x: smoothing.drawn_words(ids, x, draws).float(), [s.logits()[0].softmax(dim=-1)]
+
+
 def transports(s: Situation) -> tuple[Tensor, Tensor, Tensor]:
     cost = s.draw(4, size=s.size, certain=False)[0].abs()
     return (
@@ -316,6 +342,16 @@ INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
     "logits.squared_error": lambda s: iter(
         [(lambda *z, r=r: logits.squared_error(*z, r), s.logits()) for r in logits.LOGIT_REDUCTIONS]
     ),
+    "reinforce.log_probability": lambda s: iter([(lambda x, y: reinforce.log_probability(x, y > 0), s.logits())]),
+    "reinforce.selected_weights": lambda s: iter(
+        [(lambda x, y: reinforce.selected_weights(x, (y > 0).to(y.dtype)), s.logits())]
+    ),
+    "reinforce.stacked_weights": stacks,
+    "smoothing.likely_words": lambda s: iter(
+        [(lambda x, n=count: smoothing.likely_words(x, n, 2.0)[1], s.logits()[:1]) for count in (2, None)]
+    ),
+    "smoothing.mean_embedding": mean_embeddings,
+    "smoothing.drawn_words": drawn,
     "relations.scaled_products": lambda s: iter([(relations.scaled_products, moderate_states(s, 6, 8)[:1])]),
     "relations.split": lambda s: iter([(lambda x: relations.split(hidden.at_least_float32(x), 2), s.states(6, 8)[:1])]),
     "relations.context": contexts,
