@@ -129,7 +129,7 @@ class RLKD(Method):
         """Mean reward of the batch, until `after_step`."""
         self.register_buffer("mean_reward", torch.zeros((), dtype=torch.double))
         self.register_buffer("rewards", torch.zeros((), dtype=torch.long))
-        self.register_buffer("fitted", torch.zeros(0))
+        self.register_buffer("fitted", torch.ones(1))
 
     @property
     def learns(self) -> bool:
@@ -159,8 +159,7 @@ class RLKD(Method):
         if regression and self.selection == "logistic":
             raise InputError("selection=logistic needs classes, the task is a regression; use selection=fixed", "selection")
         self.depth = bound.student.depth
-        if self.selection == "logistic":
-            self.fitted = torch.full((count,), 1 / count)
+        self.fitted = torch.full((count,), 1 / count)
         if not self.learns:
             return
         classes = 1 if bound.task.labels is None else len(bound.task.labels)
