@@ -30,6 +30,19 @@ class MacroF1(Exact, MulticlassF1Score):  # type: ignore[misc]
     """Unweighted mean of the F1 of all classes."""
 
 
+class BalancedAccuracy(Exact, MulticlassAccuracy):  # type: ignore[misc]
+    """Unweighted mean of the recall of the classes that occur among the labels, in [0, 1], as in scikit-learn.
+
+    torchmetrics 1.9 counts a class that is predicted but has no example as a recall of 0.
+    """
+
+    def compute(self) -> Tensor:
+        """Return the mean recall."""
+        right, _, _, missed = self._final_state()
+        examples = right + missed
+        return (right / examples)[examples > 0].mean()
+
+
 class Matthews(MulticlassMatthewsCorrCoef):
     """Matthews correlation, 0 where predictions or labels are constant, as in scikit-learn, which GLUE's scripts use.
 
@@ -152,6 +165,7 @@ class Collapse(Metric):
 
 CLASSIFICATION: Mapping[str, Callable[..., Metric]] = {
     "accuracy": lambda classes, **options: Accuracy(classes, average="micro", **options),
+    "balanced_accuracy": lambda classes, **options: BalancedAccuracy(classes, average="none", **options),
     "f1": lambda classes, **options: BinaryF1(**options),  # of the second of two classes, as GLUE reports it
     "macro_f1": lambda classes, **options: MacroF1(classes, average="macro", **options),
     "matthews_corrcoef": Matthews,

@@ -203,6 +203,14 @@ def test_metrics_of_three_classes_equal_naive_ones() -> None:
     assert measured(task, "macro_f1", predicted, labels) == pytest.approx(macro, abs=1e-6)
 
 
+def test_balanced_accuracy_is_the_mean_recall_of_the_classes_that_occur() -> None:
+    task = classes(["a", "b", "c", "d"], metrics=("balanced_accuracy",))
+    labels, predicted = (torch.tensor(rows).repeat(4) for rows in ([0, 0, 0, 0, 1, 1, 2], [0, 0, 0, 3, 1, 0, 2]))
+    assert measured(task, "balanced_accuracy", predicted, labels) == pytest.approx((3 / 4 + 1 / 2 + 1) / 3, abs=1e-15)
+    constant = torch.zeros_like(labels)
+    assert measured(task, "balanced_accuracy", constant, labels) == pytest.approx(1 / 3, abs=1e-15)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     ("name", "naive"),
