@@ -62,16 +62,31 @@ def prefix_error_keys(prefix: str, names: Collection[str]) -> Iterator[None]:
         key = error.key
         if key is not None and key.partition(".")[0] not in names:
             raise
-        begin = "(?!)" if key is None else rf"^{re.escape(key)}(?!\w)"
-        arguments = "|".join(map(re.escape, names)) or "(?!)"
-
-        def prefixed(found: re.Match[str]) -> str:
-            if not found["quoted"]:
-                return f"{prefix}.{found[0]}"
-            return re.sub(rf"^(['\"])(?=(?:{arguments})=[\[{{])", rf"\g<1>{prefix}.", found[0])
-
-        message = re.sub(rf"(?P<quoted>{QUOTED})|{begin}|(?<![\w.])(?:{arguments})(?==)", prefixed, error.message)
+        message = with_keys(error.message, prefix, names, key)
         raise InputError(message, prefix if key is None else f"{prefix}.{key}") from error
+
+
+def with_keys(text: str, prefix: str, names: Collection[str], begin: str | None = None) -> str:
+    """Return a text with the key of a node before the arguments that it names; see `prefix_error_keys`.
+
+    Args:
+        text: text about an object that a configuration instantiates.
+        prefix: key of its node.
+        names: arguments of its class.
+        begin: a key that the text may begin with; None if it does not.
+
+    >>> with_keys("padding=reference averages over padding", "method", ["padding"])
+    'method.padding=reference averages over padding'
+    """
+    start = "(?!)" if begin is None else rf"^{re.escape(begin)}(?!\w)"
+    arguments = "|".join(map(re.escape, names)) or "(?!)"
+
+    def prefixed(found: re.Match[str]) -> str:
+        if not found["quoted"]:
+            return f"{prefix}.{found[0]}"
+        return re.sub(rf"^(['\"])(?=(?:{arguments})=[\[{{])", rf"\g<1>{prefix}.", found[0])
+
+    return re.sub(rf"(?P<quoted>{QUOTED})|{start}|(?<![\w.])(?:{arguments})(?==)", prefixed, text)
 
 
 def one_of(value: object, allowed: list[str] | tuple[str, ...], key: str) -> InputError:

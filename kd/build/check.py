@@ -15,7 +15,7 @@ from kd.config.values import locate, one_line, subclass_of
 from kd.data.examples import Examples
 from kd.engines.base import Engine
 from kd.engines.models import Models
-from kd.errors import InputError
+from kd.errors import InputError, with_keys
 from kd.methods.base import Method
 from kd.models.compiled import check_compiler
 from kd.runs.error_keys import rename_error_keys
@@ -126,7 +126,10 @@ def check_unlabelled(spec: RunSpec, method: Method, weights: Mapping[str, Schedu
             "task.unlabelled",
         )
     if (why := method.label_dependence()) is not None:
-        raise InputError(f"method={name} needs the label of every example: {why}; use task.unlabelled=null", "task.unlabelled")
+        reason = with_keys(why, "method", spec.method)
+        raise InputError(
+            f"method={name} needs the label of every example: {reason}; use task.unlabelled=null", "task.unlabelled"
+        )
 
 
 def check_run(run: Run, examples: Examples) -> None:

@@ -87,7 +87,8 @@ class Distiller(Engine):
             self.add_module(self._key("student", name), student)
             self.add_module(self._key("method", name), method)
         self.update_order = update
-        self.automatic_optimization = len(self.rounds()) == 1
+        self._rounds = self._order_turns()
+        self.automatic_optimization = len(self._rounds) == 1
 
     def _key(self, kind: str, name: str) -> str:
         """Return the attribute of a student or a method: `student`, or `student-<name>` if there are several."""
@@ -102,7 +103,11 @@ class Distiller(Engine):
         }
 
     def rounds(self) -> list[list[LearnerTurn]]:
-        """Return the turns of an update, in the order in which they are taken; those of a round are taken together.
+        """Return the turns of an update, in the order in which they are taken; those of a round are taken together."""
+        return self._rounds
+
+    def _order_turns(self) -> list[list[LearnerTurn]]:
+        """Return the rounds of an update.
 
         Raises:
             ValueError: for a method whose turns share parameters or names, or leave parameters out.
@@ -127,11 +132,6 @@ class Distiller(Engine):
         """Return the peak learning rates of parameters whose turn has its own."""
         turns = [turn for turns in self.rounds() for turn in turns]
         return {p: each.turn.lr for each in turns if each.turn and each.turn.lr is not None for p in each.parameters}
-
-    def step(self, batch: Batch, progress: Progress) -> Step:
-        """Return the inputs of the only student's method for a batch, with forward passes that have not run yet."""
-        (name,) = self.names
-        return Passes(self, batch, progress).step(name)
 
     def loss(self, batch: Batch, progress: Progress | None = None) -> Loss:
         """Compute the sum of all turns' losses over a batch, before anything is updated."""

@@ -213,11 +213,11 @@ class ADKD(Method):
     def batch_dependence(self) -> str | None:
         """Return that `attribution_reduction=tokens` averages over the tokens of a batch."""
         counted = self.attribution_reduction == "tokens"
-        return "method.attribution_reduction=tokens is a mean over the tokens of a batch" if counted else None
+        return "attribution_reduction=tokens is a mean over the tokens of a batch" if counted else None
 
     def label_dependence(self) -> str | None:
         """Return that `views=gold` compares the maps of the labels."""
-        return "method.views=gold compares attribution maps of the labels" if self.views == "gold" else None
+        return "views=gold compares attribution maps of the labels" if self.views == "gold" else None
 
 
 def view_of(maps: Tensor, labels: Tensor) -> Tensor:

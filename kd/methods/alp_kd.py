@@ -135,4 +135,4 @@ class ALPKD(Method):
     def batch_dependence(self) -> str | None:
         """Return that `hidden_reduction=tokens` averages over the tokens of a batch."""
         counted = self.hidden_reduction == "tokens" and self.states == "tokens"
-        return "method.hidden_reduction=tokens is a mean over the tokens of a batch" if counted else None
+        return "hidden_reduction=tokens is a mean over the tokens of a batch" if counted else None

@@ -194,7 +194,7 @@ class SimKD(Method):
 
     def batch_dependence(self) -> str | None:
         """Return that a mean over padding depends on the batch, for `padding=reference`."""
-        return "method.padding=reference averages over padding too" if self.padding == "reference" else None
+        return "padding=reference averages over padding too" if self.padding == "reference" else None
 
     def describe(self) -> dict[str, str]:
         """Describe the layers that make predictions."""

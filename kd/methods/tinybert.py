@@ -185,14 +185,14 @@ class TinyBERT(Method):
         description = {"layer map (student<-teacher)": f"0<-0, {layer_maps.describe_blocks(self.map_at(Progress()))}"}
         if self.layers == "random":
             often = "once" if self.redraw == "run" else f"for every {self.redraw}, this is the first"
-            description["layer map is drawn"] = f"{often}; method.draw_seed={self.draw_seed}"
+            description["layer map is drawn"] = f"{often}; draw_seed={self.draw_seed}"
         return description
 
     def batch_dependence(self) -> str | None:
         """Return that a mean over padding depends on the batch's longest example, for `padding=reference`."""
         if self.padding == "strict":
             return None
-        return "method.padding=reference averages over padding too, and the longest example of a batch says how much there is"
+        return "padding=reference averages over padding too, and the longest example of a batch says how much there is"
 
 
 def mean_of_layers(layers: Sequence[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from kd.data.datamodule import KDDataModule
 from kd.data.tasks import Regression, higher_is_better
 from kd.data.texts import count_shared
 from kd.engines.base import Engine
-from kd.errors import InputError
+from kd.errors import InputError, with_keys
 from kd.forward import Needs
 from kd.methods.base import Progress
 from kd.models.compiled import uncompiled
@@ -69,10 +69,10 @@ def preflight(run: Run, engine: Engine, data: KDDataModule, inits: Mapping[str, 
         for text in learner.student.asides:
             report.note(f"{whose}: {text}")
         for name, text in learner.method.describe().items():
-            report.note(f"{name}: {text}")
+            report.note(f"{name}: {with_keys(text, 'method', run.spec.method)}")
         if (why := learner.method.batch_dependence()) is not None:
             how = "accumulated" if learner.method.across_ranks else "split over ranks and accumulated"
-            report.note(f"the result depends on how a batch is {how}: {why}")
+            report.note(f"the result depends on how a batch is {how}: {with_keys(why, 'method', run.spec.method)}")
     check_students(report, engine)
     check_one_batch(report, engine, data)
     report.note(f"preflight took {time.perf_counter() - began:.1f} s; preflight=false skips it")

@@ -438,7 +438,7 @@ def test_random_map_is_drawn_as_often_as_asked_in_range_and_in_order(redraw: str
         assert all(term.isfinite() for term in terms.values())
     said = method.describe()
     assert said["layer map (student<-teacher)"] == "0<-0, " + ", ".join(f"{ours}<-{layer}" for ours, (layer,) in found[0])
-    assert said["layer map is drawn"].endswith("method.draw_seed=3")
+    assert said["layer map is drawn"].endswith("; draw_seed=3")
     assert ("once" in said["layer map is drawn"]) is (redraw == "run")
 
 
