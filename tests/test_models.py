@@ -26,6 +26,7 @@ CASES = {
     "a cohort": ["method=dml", "teacher=[]", "cohort.students=[{},{layers: 3,init: random}]"],
     "an online teacher": ["method=p2p_mutual", "cohort.teacher=online"],
     "cut": [*ALONE, "surgery=[cut_vocabulary]"],
+    "shared layers": [*ALONE, "surgery=[sps]"],
     "factorized": [*ALONE, "surgery=[factorized]", "surgery.factorized.rank=4"],
     "the teacher's layers": ["method=pkd", "student.init_from=teacher"],
     "projections": ["method=bert_emd", "student.init=random", "student.width=16"],

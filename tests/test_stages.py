@@ -107,10 +107,13 @@ def test_errors_name_the_key_of_the_command(small: Small, more: list[str], key: 
     assert error.value.key == key
 
 
-@pytest.mark.parametrize("surgery", ["cut_vocabulary", "learned_vocabulary", "factorized"])
-def test_a_student_with_small_embeddings_goes_through_both(small: Small, surgery: str) -> None:
+@pytest.mark.parametrize(
+    "surgery", ["cut_vocabulary", "learned_vocabulary", "factorized", "cut_vocabulary,sps", "sps,factorized"]
+)
+def test_a_student_after_a_surgery_goes_through_both(small: Small, surgery: str) -> None:
     size = {"learned_vocabulary": ["surgery.learned_vocabulary.size=80"], "factorized": ["surgery.factorized.rank=8"]}
-    run, result = made(small(*SHORT, f"surgery=[{surgery}]", *size.get(surgery, []), "trainer.max_epochs=1"))
+    sizes = [option for name in surgery.split(",") for option in size.get(name, [])]
+    run, result = made(small(*SHORT, f"surgery=[{surgery}]", *sizes, "trainer.max_epochs=1"))
     first = run.inputs.before.result
     assert first is not None
     assert result["parameters"] == first["parameters"]

@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol
 
 from transformers import PretrainedConfig
 
+from kd.build.surgeries import config_after
 from kd.config.schema import RunSpec, StudentSpec
 from kd.data.examples import HEAD_OF_KIND
 from kd.data.tasks import Task, higher_is_better
@@ -86,7 +87,8 @@ class ExpectedModels:
         spec = self.run.inputs.teachers[name].spec
         source, _ = backbone_of(spec)
         with rename_error_keys(Role("teacher", name), self.run.spec, self.run.config), prefix_student_errors():
-            return student_config(spec.student, source, task.labels, "student.backbone", task.head), source
+            config = student_config(spec.student, source, task.labels, "student.backbone", task.head)
+            return config_after(spec, config), source
 
     def aid(self, name: str) -> tuple[PretrainedConfig, str]:
         """Return the configuration that an aid will have, and its backbone."""
@@ -107,7 +109,7 @@ class ExpectedModels:
         needed, key = self.run.init_run.spec, "student.run" if self.run.inputs.stage else "method.before"
         with prefix_student_errors():
             expected = student_config(needed.student, backbone_of(needed)[0], task.labels, key, task.head)
-            check_copy(config, expected, spec, key)
+            check_copy(config, config_after(needed, expected), spec, key, deepened=config_after(self.run.spec, config))
 
 
 @dataclass(frozen=True, slots=True)

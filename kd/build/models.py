@@ -9,7 +9,13 @@ import torch
 
 from kd.build.inputs import ExpectedModels, InputModels, TrainedModels, prefix_student_errors
 from kd.build.instantiate import bind_method, build_method
-from kd.build.surgeries import apply_surgeries, check_aid_vocabularies, check_vocabularies, surgery_shapes
+from kd.build.surgeries import (
+    apply_surgeries,
+    check_aid_vocabularies,
+    check_vocabularies,
+    config_after,
+    surgery_shapes,
+)
 from kd.build.teachers import TeacherPlan, plan_aids, plan_teachers
 from kd.config.cohort import students_of
 from kd.config.compose import typed
@@ -20,7 +26,7 @@ from kd.engines.models import Models
 from kd.errors import InputError, one_of
 from kd.methods.base import Bound, Method
 from kd.models import Encoder
-from kd.models.students import INIT_FROM, StudentPlan, describe_init, plan_student
+from kd.models.students import INIT_FROM, StudentPlan, describe_init, plan_student, student_config
 from kd.runs.error_keys import rename_error_keys
 from kd.runs.identity import backbone_of
 from kd.runs.inputs import teacher_config
@@ -147,6 +153,7 @@ def materialise(plan: ModelPlan, texts: Sequence[tuple[str, ...]] = ()) -> Built
     words = flat(texts) if run.spec.surgery else []
     for name, learner in plan.students.items():
         student, changes = apply_surgeries(run, learner.materialise(), words)
+        learner.plan.check_derived(student)
         models.methods[name] = bind(run, plan.task, plan.method, student, models)
         inherit(run, models.methods[name])
         # A surgery may have replaced the encoder.
@@ -232,6 +239,9 @@ def plan_learner(run: Run, task: Task, spec: StudentSpec, index: int, inputs: In
     backbone, key = backbone_of(run.spec)
     initial, initial_key = initial_source(run, spec, inputs)
     with prefix_student_errors():
+        config = student_config(spec, backbone, task.labels, key, task.head)
+    deepened = config_after(run.spec, config)
+    with prefix_student_errors():
         plan = plan_student(
             spec,
             backbone,
@@ -243,16 +253,17 @@ def plan_learner(run: Run, task: Task, spec: StudentSpec, index: int, inputs: In
             initial_labels=initial_labels(run, spec),
             pairs=len(run.spec.task.text) > 1,
             start=task.start,
+            deepened=deepened,
         )
     if spec.init == "run":
         inputs.check_init(plan.config, spec, task)
     seed = run.spec.seed
     # A student's random weights depend only on the seed and its index in the cohort, not on its method or teachers.
     own_seed = seed if index == 0 else int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
-    depth = None if plan.copied is None else plan.copied.config.num_hidden_layers
+    source = None if plan.copied is None else plan.copied.config
     record = run.init_run.result if spec.init == "run" else None
     origin = "" if record is None else f", begun from {record['init']}"
-    return LearnerPlan(plan, own_seed, describe_init(spec, plan.config.num_hidden_layers, depth) + origin)
+    return LearnerPlan(plan, own_seed, describe_init(spec, plan.config, source) + origin)
 
 
 def bind(run: Run, task: Task, method: Method, student: Encoder, models: Models) -> Method:

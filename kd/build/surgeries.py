@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from kd.build.instantiate import instantiate, option_names
 from kd.config.schema import RunSpec
 from kd.config.values import has, locate
@@ -42,6 +44,23 @@ def prefix_surgery_errors(spec: RunSpec, name: str) -> AbstractContextManager[No
     """Let errors of a surgery name the keys of its options; see `kd.errors.prefix_error_keys`."""
     node = spec.surgery[name]
     return prefix_error_keys(f"surgery.{name}", option_names(surgery_class(name, node), node))
+
+
+def config_after(spec: RunSpec, config: PretrainedConfig) -> PretrainedConfig:
+    """Return the configuration that a student has after the surgeries of a run; vocabularies are left as they are.
+
+    Args:
+        spec: specification of the run.
+        config: configuration of the student before them.
+
+    Raises:
+        InputError: for a surgery that cannot be applied to this student.
+    """
+    for name, surgery in surgeries(spec).items():
+        if hasattr(surgery, "config"):
+            with prefix_surgery_errors(spec, name):
+                config = surgery.config(config)
+    return config
 
 
 def surgery_shapes(run: Run, student: Encoder) -> Encoder:

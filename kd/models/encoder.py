@@ -54,6 +54,11 @@ class Encoder(nn.Module):
         return self.model.get_submodule(self.family.base)  # type: ignore[no-any-return]
 
     @property
+    def blocks(self) -> nn.ModuleList:
+        """Transformer blocks, which may share parameters."""
+        return self.base.get_submodule(self.family.blocks)  # type: ignore[return-value]
+
+    @property
     def depth(self) -> int:
         """Number of blocks."""
         return int(self.config.num_hidden_layers)
@@ -101,7 +106,7 @@ class Encoder(nn.Module):
             self._pooled_in(more, needs),
         ):
             if self.compiled and not (needs.gradient or needs.inside_blocks):
-                with compiled_blocks(self.base.get_submodule(self.family.blocks).children()):
+                with compiled_blocks(self.blocks):
                     logits = self._logits(given)
             elif needs.gradient:
                 # The fused attention kernels have no second derivative; the plain one has, and its outputs are the same.
@@ -220,9 +225,11 @@ class Encoder(nn.Module):
     def plain(self) -> "PreTrainedModel":
         """Return a copy of the model that consists of transformers and torch modules only.
 
-        Every module that has a method `plain` is replaced by the module which that returns, one with the same outputs.
+        Every module that has a method `plain` is replaced by the module which that returns, one with the same outputs. Blocks
+        that share parameters get copies of them.
         """
         model: PreTrainedModel = copy.deepcopy(self.model)
+        copy_shared(model.get_submodule(f"{self.family.base}.{self.family.blocks}"))  # type: ignore[arg-type]
         replaced = [module for module in model.modules() if hasattr(module, "plain")]
         for module in replaced:
             replace_module(model, module, module.plain())  # type: ignore[operator]
@@ -238,6 +245,15 @@ class Encoder(nn.Module):
     def parameter_count(self) -> int:
         """Return the number of parameters, embeddings included, shared ones counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def copy_shared(blocks: nn.ModuleList) -> None:
+    """Replace blocks that share parameters with earlier ones by copies which do not."""
+    seen: set[nn.Parameter] = set()
+    for index, block in enumerate(blocks):
+        if not seen.isdisjoint(block.parameters()):
+            blocks[index] = copy.deepcopy(block)
+        seen.update(block.parameters())
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

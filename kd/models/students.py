@@ -175,14 +175,32 @@ def copy_layers(
             tensor.copy_(weights[name][list(head)] if name.startswith(f"{family.outputs}.") else weights[name])
 
 
-def check_copy(config: PretrainedConfig, source: PretrainedConfig, spec: StudentSpec, key: str = "init") -> None:
+def check_copy(
+    config: PretrainedConfig,
+    source: PretrainedConfig,
+    spec: StudentSpec,
+    key: str = "init",
+    *,
+    deepened: PretrainedConfig | None = None,
+) -> None:
     """Check that the weights of a model with configuration `source` fit a student with configuration `config`.
+
+    The tensors of copied layers have the same shapes whatever the number of heads, unless the family has a positional bias for
+    each head. A checkpoint or a run that is continued has the student's number of heads.
+
+    Args:
+        config: configuration of the student.
+        source: configuration of the model that is copied.
+        spec: the student's initialisation.
+        key: the configuration key that an error names.
+        deepened: configuration of the student after its surgeries; None if these do not change it.
 
     Raises:
         InputError: if they do not, naming the size that differs.
     """
     family = family_of(config.model_type)
-    sizes = ("hidden_size", "num_attention_heads", family.intermediate)
+    by_head = spec.init in ("checkpoint", "run") or family.score_bias is not None
+    sizes = ("hidden_size", *(("num_attention_heads",) if by_head else ()), family.intermediate)
     tables = ("vocab_size", "max_position_embeddings", "type_vocab_size", "relative_attention_num_buckets")
     for name in ("model_type", *sizes, *tables):
         ours, theirs = getattr(config, name, None), getattr(source, name, None)
@@ -192,7 +210,7 @@ def check_copy(config: PretrainedConfig, source: PretrainedConfig, spec: Student
                 f"the model it copies from {theirs}; use init=random",
                 key,
             )
-    layers_to_copy(spec, config, source)
+    layers_to_copy(spec, config, source, deepened)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +224,7 @@ class Copied:
         layers: for each block of the student, the source's block, counted from 1.
         rows: for each output of the student, the source's output; None for a randomly initialised head.
         head_needed: whether the source must contain the head.
+        derived: whether the source has further layers above these, which follow from them by the student's surgeries.
     """
 
     source: str
@@ -214,6 +233,7 @@ class Copied:
     layers: Sequence[int]
     rows: Sequence[int] | None
     head_needed: bool
+    derived: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +276,30 @@ class StudentPlan:
             nn.init.constant_(model.get_submodule(family.outputs).bias, self.start)  # type: ignore[arg-type]
         return self._encoder(with_cheaper_dropout(model))
 
+    def check_derived(self, student: Encoder) -> None:
+        """Check, if the source has layers that follow from the copied ones, that the student's surgeries made the same layers.
+
+        Args:
+            student: the student after its surgeries.
+
+        Raises:
+            InputError: if a layer differs.
+        """
+        copied = self.copied
+        if copied is None or not copied.derived:
+            return
+        source = load_model(copied.source, copied.key, copied.config, self.head, head_needed=copied.head_needed)
+        expected = Encoder(source).blocks
+        for index in range(len(copied.layers), len(expected)):
+            theirs = expected[index].state_dict()
+            if any(not torch.equal(tensor.cpu(), theirs[name]) for name, tensor in student.blocks[index].state_dict().items()):
+                raise InputError(
+                    f"layer {index + 1} of the model that the student begins from is not what the student's surgeries make of "
+                    f"its first {len(copied.layers)} layers, so they cannot be shared; begin from a run with the same "
+                    f"surgeries, or use surgery=[] and student.layers={len(expected)}",
+                    copied.key,
+                )
+
     def _encoder(self, model: nn.Module) -> Encoder:
         encoder = Encoder(model, self.tokenizer)
         encoder.notes, encoder.asides = list(self.notes), list(self.asides)
@@ -274,6 +318,7 @@ def plan_student(
     initial_labels: Sequence[str] | None = None,
     pairs: bool = False,
     start: float | None = None,
+    deepened: PretrainedConfig | None = None,
 ) -> StudentPlan:
     """Plan a student and its initialisation; of weights, only names, shapes and whether they are finite are read.
 
@@ -288,6 +333,7 @@ def plan_student(
         initial_labels: names of the outputs of `initial`, if its configuration names them wrongly.
         pairs: whether it will read pairs of texts.
         start: initial bias of a randomly initialised head, the mean of the scores; None leaves it at zero.
+        deepened: configuration that `config` has after the student's surgeries; None if these do not change it.
 
     Raises:
         InputError: for sizes or an initialisation that do not fit.
@@ -302,7 +348,7 @@ def plan_student(
         initial_config = load_config(initial, given)
         if whole:  # a checkpoint's vocabulary may differ from the backbone's, and its weights belong to it
             config.vocab_size, config.pad_token_id = initial_config.vocab_size, initial_config.pad_token_id
-        check_copy(config, initial_config, spec, given if whole else "init")
+        check_copy(config, initial_config, spec, given if whole else "init", deepened=deepened)
         backbone_alone = spec.init_from == "pretrained" and not whole
         rows = head_rows(config, initial_config, head, given, initial_labels, pretrained=backbone_alone)
         weights = check_weights(initial, given, initial_config, head)
@@ -310,7 +356,9 @@ def plan_student(
         needed = rows is not None and (bool(initial_config.architectures) or weights.has_head)
         if needed:
             weights = check_weights(initial, given, initial_config, head, head_needed=True)
-        copied = Copied(initial, given, initial_config, layers_to_copy(spec, config, initial_config), rows, needed)
+        layers = layers_to_copy(spec, config, initial_config, deepened)
+        derived = whole and len(layers) < initial_config.num_hidden_layers
+        copied = Copied(initial, given, initial_config, layers, rows, needed, derived)
         notes, asides = list(weights.notes), list(weights.asides)
         if not needed and not (backbone_alone and HEADS[head].labelled):
             notes.append("head drawn afresh")
@@ -324,8 +372,13 @@ def plan_student(
     return StudentPlan(config, tokenizer, head, copied, start, notes, asides)
 
 
-def layers_to_copy(spec: StudentSpec, config: PretrainedConfig, source: PretrainedConfig) -> list[int]:
+def layers_to_copy(
+    spec: StudentSpec, config: PretrainedConfig, source: PretrainedConfig, deepened: PretrainedConfig | None = None
+) -> list[int]:
     """Return, for each block of the student, the source's block, counted from 1; a checkpoint is copied block by block.
+
+    A checkpoint may also have the depth that the student has after its surgeries, if these add layers: it is then the export of
+    such a student, and its lower layers are copied.
 
     Raises:
         InputError: if the source is too shallow, or a checkpoint has another depth.
@@ -333,8 +386,10 @@ def layers_to_copy(spec: StudentSpec, config: PretrainedConfig, source: Pretrain
     depth, theirs = config.num_hidden_layers, source.num_hidden_layers
     if spec.init not in ("checkpoint", "run"):
         return chosen_layers(spec.init, depth, theirs)
-    if depth != theirs:
-        raise InputError(f"the student has {depth} layers, the model it begins from {theirs}", str(spec.init))
+    after = depth if deepened is None else deepened.num_hidden_layers
+    if theirs not in (depth, after):
+        further = "" if after == depth else f", {after} after its surgeries"
+        raise InputError(f"the student has {depth} layers{further}, the model it begins from {theirs}", str(spec.init))
     return list(range(1, depth + 1))
 
 
@@ -362,15 +417,24 @@ def head_rows(
     return columns(label_names(config, key), names or label_names(source, key))
 
 
-def describe_init(spec: StudentSpec, depth: int, source_depth: int | None) -> str:
-    """Describe the initialisation, as every row of results states it."""
+def describe_init(spec: StudentSpec, config: PretrainedConfig, source: PretrainedConfig | None) -> str:
+    """Describe the initialisation, as every row of results states it.
+
+    Args:
+        spec: the student's initialisation.
+        config: configuration of the student, before its surgeries.
+        source: configuration of the model that is copied; None if there is none.
+    """
     if spec.init == "random":
         return "random"
     if spec.init in ("checkpoint", "run"):
         return f"{spec.init} {spec.checkpoint if spec.init == 'checkpoint' else run_in_words(spec.run)}".strip()
-    layers = chosen_layers(spec.init, depth, source_depth or depth)
+    source = source or config
+    layers = chosen_layers(spec.init, config.num_hidden_layers, source.num_hidden_layers)
     kind = spec.init if isinstance(spec.init, str) else "explicit"
-    return f"{kind} layers {layers} of the {'fine-tuned' if spec.init_from == 'teacher' else 'pre-trained'} backbone"
+    ours, theirs = config.num_attention_heads, source.num_attention_heads
+    heads = "" if ours == theirs else f", {ours} heads in place of {theirs}"
+    return f"{kind} layers {layers} of the {'fine-tuned' if spec.init_from == 'teacher' else 'pre-trained'} backbone{heads}"
 
 
 def run_in_words(run: Mapping[str, Any] | Sequence[str] | None) -> str:

@@ -57,9 +57,11 @@ AXES = (
     "pool=stochastic teacher=[minilm,minilm_4l]",
     "cohort=mutual",
     "surgery=[cut_vocabulary]",
+    "surgery=[sps]",
     "task=stsb",
 )
-"""Further overrides of the generated compositions: a pool, a cohort, a student with another vocabulary, a regression."""
+"""Further overrides of the generated compositions: a pool, a cohort, students with another vocabulary or shared layers, a
+regression."""
 GENERATED = tuple(f"{name} {axis}" for name in METHODS for axis in AXES if f"{name} {axis}" not in COMPOSED)
 """Every method with every axis: what cannot be composed is refused while planning, with a reason."""
 TASK = Classification("toy", ["no", "maybe", "yes"], {}, ["accuracy"], "accuracy")
@@ -190,8 +192,11 @@ class Bench:
             copy.deepcopy(first) if same else encoder(seed + 10 * n, self.outputs, **SHAPES[n], **shape)
             for n in range(1, count)
         ]
+        # A teacher keeps its own vocabulary, in which a student whose vocabulary is cut still equals it.
+        cut = any(surgery.changes_vocabulary for surgery in surgeries(spec).values())
+        equal = first if cut else operated(copy.deepcopy(first), spec)
         teaching = [
-            copy.deepcopy(first)
+            copy.deepcopy(equal)
             if same
             else encoder(seed + 2 + n, self.outputs, layers=4 + n, width=32, heads=4, **shape if online else {})
             for n in range(len(names))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from conftest import tiny_model, tiny_tokenizer
+from conftest import tiny_config, tiny_model, tiny_tokenizer
 from kd.build.data import checked_length
 from kd.config.schema import StudentSpec
 from kd.errors import InputError
@@ -217,6 +217,7 @@ def test_head_that_a_checkpoint_lacks_is_drawn_afresh(make: Make, tmp_path: Path
     [
         ({"init": "random"}, None, "random"),
         ({"init": "every"}, 4, "every layers [2, 4] of the pre-trained backbone"),
+        ({"init": "every", "heads": 2}, 4, "every layers [2, 4] of the pre-trained backbone, 2 heads in place of 4"),
         ({"init": [1, 4], "init_from": "teacher"}, 4, "explicit layers [1, 4] of the fine-tuned backbone"),
         ({"init": "checkpoint", "checkpoint": "runs/x"}, 2, "checkpoint runs/x"),
         ({"init": "run", "run": ["method=kd", "seed=1"]}, 2, "run method=kd seed=1"),
@@ -224,7 +225,23 @@ def test_head_that_a_checkpoint_lacks_is_drawn_afresh(make: Make, tmp_path: Path
     ids=str,
 )
 def test_initialisation_is_stated_in_words(spec: dict[str, object], depth: int | None, words: str) -> None:
-    assert describe_init(StudentSpec(name="x", **spec), 2, depth) == words
+    source = None if depth is None else tiny_config(layers=depth)
+    assert describe_init(StudentSpec(name="x", **spec), tiny_config(layers=2, heads=spec.get("heads", 4)), source) == words
+
+
+def test_layers_are_copied_whatever_the_number_of_heads_unless_a_bias_belongs_to_each(make: Make) -> None:
+    source = make()
+    built = student(source, source, layers=2, heads=2)
+    assert built.heads == 2
+    found, expected = built.base.encoder.layer[1].state_dict(), weights(source)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[f"bert.encoder.layer.1.{name}"]), name
+    source = make(model_type="mpnet")
+    with refused("init", "same num_attention_heads: the student has 2"):
+        student(source, source, layers=2, heads=2)
+    source = make(LABELS, layers=2)
+    with refused("checkpoint", "same num_attention_heads: the student has 2"):
+        student(source, source, layers=2, heads=2, init="checkpoint")
 
 
 # -- shape ---------------------------------------------------------------------------------------------------------------
@@ -359,7 +376,6 @@ def test_sizes_that_cannot_be_are_refused_by_their_key(make: Make, spec: dict[st
         ({"layers": 2, "init": [1, 2, 3]}, "must list 2 layers"),
         ({"init": "frist"}, "Did you mean 'first'"),
         ({"width": 16}, "same hidden_size: the student has 16"),
-        ({"heads": 2}, "same num_attention_heads"),
         ({"intermediate": 48}, "same intermediate_size"),
         ({"family": "roberta"}, "same model_type"),
     ],

@@ -1,4 +1,4 @@
-"""Surgeries on a student's embeddings: applied after its initialisation, in the order given, with any method."""
+"""Interface of surgeries, which follow a student's initialisation in the order given, with any method; those on embeddings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,6 +42,18 @@ class Surgery(Protocol):
     """Interface of a surgery that `kd.build.models` can apply."""
 
     changes_vocabulary: bool
+
+    def config(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Return the configuration that a student will have in the exported folder. Optional: without it, that is the same.
+
+        Only the number of layers may differ: a surgery that changes it keeps the student's layers, and adds further ones above
+        them that follow from them. A run which starts from the exported folder of a run with the same surgery then takes the
+        lower layers, and after the surgery the upper ones have to equal those of the folder.
+
+        Raises:
+            InputError: if the surgery cannot be applied to a student of this configuration.
+        """
+        ...
 
     def shape(self, student: Encoder) -> Encoder:
         """Return the shape that a student will have, as far as it does not depend on the training texts.
