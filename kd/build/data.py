@@ -30,6 +30,7 @@ from kd.runs.run import Run
 from kd.system import distributed
 from kd.system.model_sources import fingerprint, hub_commit
 from kd.teacher_cache.cache import TeacherCache
+from kd.teacher_cache.precompute import logits_over
 
 DATA: Mapping[str, type[KDDataModule]] = {"classifier": KDDataModule, "masked_lm": MaskedLMDataModule}
 """Head of `kd.models.heads.HEADS` -> the data module of its tasks."""
@@ -116,6 +117,34 @@ def build_data(run: Run, examples: Examples, models: BuiltModels) -> tuple[KDDat
         teachers.append(result.teacher)
         caches[teacher.name] = result.record
     return data, replace(models, teachers=teachers, caches=caches)
+
+
+def prefit_methods(run: Run, data: KDDataModule, models: BuiltModels) -> None:
+    """Call `Method.prefit` of the methods that ask for it, with the teachers' logits over the examples that are trained on.
+
+    Args:
+        run: the run.
+        data: its data, with the outputs of cached teachers.
+        models: its models; a teacher that is not cached is run once over train.
+    """
+    asking = [method for method in models.methods.values() if method.prefits]
+    if not asking:
+        return
+    rows = data.trained.tolist()
+    gpu = run.spec.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", distributed.local_rank()) if gpu else torch.device("cpu")
+    logits = []
+    for index, teacher in enumerate(models.teachers):
+        cached = data.tokens["train"].get(f"teacher {index}")
+        if cached is None:
+            tokens = data.tokens["train"][data.teacher_keys[index]]
+            logits.append(logits_over(teacher, tokens, run.spec.trainer.precision, device)[rows])
+        else:
+            outputs = cached.store.read(("logits",), rows)["logits"]
+            logits.append(outputs if teacher.columns is None else outputs[:, teacher.columns])
+    labels = data.examples.labels["train"]
+    for method in asking:
+        method.prefit(logits, data.examples.task.label_tensor([labels[row] for row in rows]))
 
 
 def share_held(models: Models) -> float:

@@ -26,6 +26,7 @@ from kd.engines.models import Models
 from kd.errors import InputError, one_of
 from kd.methods.base import Bound, Method
 from kd.models import Encoder
+from kd.models.heads import HEADS
 from kd.models.students import INIT_FROM, StudentPlan, describe_init, plan_student, student_config
 from kd.runs.error_keys import rename_error_keys
 from kd.runs.identity import backbone_of
@@ -277,6 +278,7 @@ def bind(run: Run, task: Task, method: Method, student: Encoder, models: Models)
     bind_method(own, run.spec.method, Bound(student, teachers, task, models.aids))  # type: ignore[arg-type]
     check_vocabularies(run, task, own, student, models.teaching)
     check_aid_vocabularies(run, student, models.aids)
+    check_prefit(run, task, own, online=models.online is not None)
     return own
 
 
@@ -292,6 +294,23 @@ def inherit(run: Run, method: Method) -> None:
         method.inherit(state)
     except InputError as error:
         raise InputError(error.message, "method.before" if run.inputs.before else "student.run") from error
+
+
+def check_prefit(run: Run, task: Task, method: Method, *, online: bool) -> None:
+    """Check that a method which reads its teachers' outputs over all of train before training can do so.
+
+    Raises:
+        InputError: if its teacher is trained with the students, or examples have no labels.
+    """
+    if not method.prefits:
+        return
+    name = run.spec.method["name"]
+    if online:
+        raise InputError(
+            f"method={name} reads its teacher's outputs over train before training; use cohort.teacher=frozen", "cohort.teacher"
+        )
+    if not HEADS[task.head].labelled:
+        raise InputError(f"method={name} compares its teacher with the labels of examples, which text has not", "task")
 
 
 def initial_source(run: Run, spec: StudentSpec, inputs: InputModels) -> tuple[str | None, str]:

@@ -274,6 +274,9 @@ class Method(nn.Module):
     exported student. A run that starts from this one inherits it (`inherit`); a run that this student teaches reads it as
     `FrozenTeacher.kept`."""
 
+    prefits = False
+    """True if `prefit` has to be called before training. A method whose options decide sets it in its constructor."""
+
     same_vocabulary = False
     """True if student and teachers must have one vocabulary although no token-level tensor of a teacher is declared, because
     the method runs a model on another one's tokens. A run whose student has another vocabulary is then refused."""
@@ -293,6 +296,19 @@ class Method(nn.Module):
         Called after `bind`.
         """
         return Needs(), [Needs()] * (self.teachers or 0)
+
+    def prefit(self, logits: Sequence[Tensor], labels: Tensor) -> None:
+        """Compute what depends on the teachers' outputs over all of train, such as a median or fitted weights of teachers.
+
+        Called after `bind` and before training, if `prefits` is True, also when a run is resumed, with the same values on all
+        ranks and in all starts of a run; what it stores in buffers is then replaced by that of the checkpoint. The teachers are
+        frozen, and have no dropout. Held examples (`holds`) are not among those given.
+
+        Args:
+            logits: (examples, classes) of each teacher, in the order of `Step.teachers`, on the CPU. They are those that steps
+                show if the teacher is cached, otherwise up to rounding.
+            labels: (examples,), those of the same examples, as `Batch.labels` has them.
+        """
 
     def prepare(self, step: Step) -> Step:
         """Return the step with other inputs or teachers; called on the device, before any forward pass has run."""

@@ -115,6 +115,31 @@ def precompute(
     return passes, examples
 
 
+def logits_over(teacher: FrozenTeacher, tokens: Any, precision: str, device: torch.device) -> torch.Tensor:
+    """Run a teacher that is not cached over a split, each rank over a share, and return its logits on every rank.
+
+    Args:
+        teacher: the teacher, which is on the CPU again afterwards; its passes are counted.
+        tokens: text of the split, tokenised for the teacher.
+        precision: precision of the forward pass.
+        device: device on which the teacher runs.
+
+    Returns:
+        (examples, classes), on the CPU, with logits in the task's label order.
+    """
+    rank, world, count = distributed.rank(), distributed.world(), len(tokens.lengths)
+    span = (count * rank // world, count * (rank + 1) // world)
+    logits: dict[int, torch.Tensor] = {}
+    with _on_device(teacher, precision, device):
+        for rows in batches_by_length(tokens.offsets, span):
+            inputs = {name: tensor.to(device) for name, tensor in tokens.pad(rows).items()}
+            outputs = teacher.in_order(teacher.run(inputs, Needs()))
+            logits |= dict(zip(rows, outputs.logits.cpu(), strict=True))
+            teacher.passes += 1
+    teacher.examples += len(logits)
+    return torch.cat(distributed.gather(torch.stack([logits[row] for row in range(*span)])))
+
+
 def batches_by_length(offsets: np.ndarray, span: tuple[int, int]) -> Iterator[list[int]]:
     """Yield the examples of a span in batches of similar length, of at most `BATCH_TOKENS` tokens."""
     lengths = np.diff(offsets)[span[0] : span[1]]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from kd.build.data import build_data
+from kd.build.data import build_data, prefit_methods
 from kd.build.engine import build_engine
 from kd.build.models import build_models
 from kd.data.datamodule import KDDataModule
@@ -35,6 +35,7 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
     quieten()
     models = build_models(run, examples.task, texts=examples.texts["train"])
     data, models = build_data(run, examples, models)
+    prefit_methods(run, data, models)
     keep_memory()  # from here on, so that memory of building, such as a teacher's weights, is returned to the system
     engine = build_engine(run, models, examples.task)
     distributed.on_rank_zero(lambda: begin(run, engine, data, models.inits))

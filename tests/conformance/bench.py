@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from conftest import BAD, FILLER, GOOD, ONLY_METHOD, tiny_config, tiny_model, tiny_tokenizer
 from kd.build.instantiate import bind_method, build_method
+from kd.build.models import check_prefit
 from kd.build.surgeries import check_aid_vocabularies, check_vocabularies, surgeries
 from kd.config.cohort import students_of
 from kd.config.compose import compose, conf_folder, typed
@@ -26,7 +27,7 @@ from kd.engines.base import Engine
 from kd.engines.models import Models
 from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError
-from kd.forward import Outputs
+from kd.forward import Needs, Outputs
 from kd.forward.kinds import tensor_name
 from kd.methods.base import Bound, needs_of_teachers
 from kd.models import CachedTeacher, Encoder, FrozenTeacher
@@ -210,6 +211,11 @@ class Bench:
             bind_method(own, spec.method, bound)  # which puts the method's key before that of an error
             check_aid_vocabularies(Planned(spec), self.students[place], self.aids)  # type: ignore[arg-type]
             check_vocabularies(Planned(spec), self.task, own, self.students[place], teaching)  # type: ignore[arg-type]
+            check_prefit(Planned(spec), self.task, own, online=online)  # type: ignore[arg-type]
+            if own.prefits:
+                whole = batch_of(64, teachers=0)
+                outputs = [teacher.run(whole.student, Needs()).logits.detach() for teacher in self.teachers]
+                own.prefit(outputs, whole.labels)
         optimizer = OptimizerFactory(torch.optim.SGD, lr=0.1, weight_decay=0.0, schedule="constant", warmup=0.0)
         self.engine: Engine = instantiate(dict(spec.engine), _partial_=True)(
             models=Models(self.students, self.methods, self.teachers, teaching[0] if online else None, weights, self.aids),

@@ -28,6 +28,7 @@ class Wrapper(Method):
         self.names, self.teachers, self.uses_teachers = inner.names, inner.teachers, inner.uses_teachers
         self.distances, self.across_ranks = inner.distances, inner.across_ranks
         self.same_vocabulary, self.holds, self.aids = inner.same_vocabulary, inner.holds, dict(inner.aids)
+        self.prefits = inner.prefits
 
     @property
     def inners(self) -> Sequence[Method]:
@@ -47,6 +48,11 @@ class Wrapper(Method):
         """Bind each inner method to the student and its teachers."""
         for inner, own in zip(self.inners, self.split(bound.teachers), strict=True):
             inner.bind(replace(bound, teachers=own))
+
+    def prefit(self, logits: Sequence[Tensor], labels: Tensor) -> None:
+        """Pass each inner method the logits of its teachers."""
+        for inner, own in zip(self.inners, self.split(logits), strict=True):
+            inner.prefit(own, labels)
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
         """Declare the union of what the inner methods read from the student, and what each reads from its teachers."""
