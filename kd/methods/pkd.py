@@ -29,8 +29,9 @@ class PKD(Method):
         `hidden`: :math:`L_{PT}`. Weight beta.
 
     Args:
-        layers: `skip` (every k-th teacher layer), `last` (the layers below the teacher's last), `uniform`, or a list of
-            [student layer, teacher layer] with 0 the embeddings; the last layer is allowed there.
+        layers: `skip` (every k-th teacher layer), `last` (the layers below the teacher's last), `uniform`, `proportional` (at
+            equal fractions of the depths, as in Pea-KD), or a list of [student layer, teacher layer] with 0 the embeddings;
+            the last layer is allowed there.
         temperature: T > 0, a number or a schedule.
         normalize: scale [CLS] to unit length. Eq. 7 does; in the authors' code it is a switch, and four of their seven
             best runs have it off.

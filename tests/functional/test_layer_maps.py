@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kd.errors import InputError
-from kd.functional.layer_maps import NAMED, blocks, bottom, describe, describe_blocks, drawn, resolve, top
+from kd.functional.layer_maps import ANY_DEPTHS, NAMED, blocks, bottom, describe, describe_blocks, drawn, resolve, top
 
 
 @pytest.mark.parametrize(
@@ -52,11 +52,33 @@ def test_pkd_maps_leave_a_single_layer_nothing() -> None:
     assert resolve("skip", 1, 12) == resolve("last", 1, 12) == ()
 
 
+@pytest.mark.parametrize(
+    ("student", "expected"),
+    [
+        (2, [(1, 6)]),
+        (3, [(1, 4), (2, 8)]),
+        (4, [(1, 3), (2, 6), (3, 9)]),
+        (6, [(1, 2), (2, 4), (3, 6), (4, 8), (5, 10)]),
+        (9, [(3, 4), (6, 8)]),
+        (1, []),
+    ],
+)
+def test_proportional_map_is_pea_kds_for_a_teacher_of_twelve_layers(student: int, expected: list[tuple[int, int]]) -> None:
+    assert resolve("proportional", student, 12) == tuple(expected)
+
+
+def test_proportional_map_rounds_down_where_no_fraction_is_the_same_and_takes_deeper_students() -> None:
+    assert resolve("proportional", 5, 12) == ((1, 2), (2, 4), (3, 7), (4, 9))
+    assert resolve("proportional", 9, 6) == ((3, 2), (6, 4))
+    assert resolve("proportional", 4, 3) == ((2, 1), (3, 2))
+    assert resolve("proportional", 3, 1) == ()
+
+
 def test_explicit_pairs_are_kept_in_their_order() -> None:
     assert resolve([[3, 12], (0, 0), [1, 12]], 3, 12) == ((3, 12), (0, 0), (1, 12))
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", [name for name in NAMED if name not in ANY_DEPTHS])
 def test_a_student_deeper_than_its_teacher_needs_explicit_pairs(name: str) -> None:
     with pytest.raises(InputError, match=r"no deeper than its teacher, got 6 and 4 layers.*give the pairs") as caught:
         resolve(name, 6, 4)

@@ -19,6 +19,7 @@ from kd.functional import (
     combination,
     hidden,
     logits,
+    outcomes,
     reinforce,
     relations,
     smoothing,
@@ -304,6 +305,12 @@ def ascents(s: Situation) -> Iterator[Call]:
         yield lambda *states, n=normalize: ascent.ascend(*states, s.mask, 0.1, normalize=n), s.states(6, 8)
 
 
+def outcome_calls(s: Situation) -> Iterator[Call]:
+    classes = torch.arange(s.examples) % s.classes
+    for scheme in outcomes.SCHEMES:  # indices, which have no precision
+        yield lambda z, c=scheme: outcomes.outcome_labels(z, classes, (0.7, 0.6), c).float(), s.logits()[:1]
+
+
 INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
     "ascent.transfer_matrix": transfers,
     "ascent.divergence": divergences_of_logits,
@@ -358,6 +365,11 @@ INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
     "relations.relation_divergence": relation_divergences,
     "relations.similarity_divergence": similarity_divergences,
     "relations.supervised_contrast": contrasts,
+    "outcomes.confidence": lambda s: iter([(outcomes.confidence, s.logits()[:1])]),
+    "outcomes.outcome_labels": outcome_calls,
+    "outcomes.median_thresholds": lambda s: iter(
+        [(lambda z: outcomes.median_thresholds(z, torch.arange(s.examples) % s.classes), s.logits()[:1])]
+    ),
     "transport.transport_plan": plans,
     "transport.cost_attention": masses,
     "transport.shared_cost_attention": masses,
