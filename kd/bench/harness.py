@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from kd.bench.cost import DTYPES, device_of, training_flops
 from kd.bench.workers import Gate, Job
-from kd.build.data import build_data, build_examples
+from kd.build.data import build_data, build_examples, prefit_methods
 from kd.build.engine import build_engine
 from kd.build.models import BuiltModels, build_models
 from kd.config.compose import compose
@@ -118,6 +118,8 @@ def prepare(job: Job) -> Prepared:
     if job.candidate.bare:
         models = replace(models, teachers=[])
     data, models = build_data(run, examples, models)
+    if not job.candidate.bare:
+        prefit_methods(run, data, models)
     return Prepared(run, examples, models, data, whole / len(examples.texts["train"]), began)
 
 

@@ -160,6 +160,12 @@ def test_of_a_method_with_two_runs_the_first_is_measured(small: Small, tmp_path:
     assert prepared.run.spec.optimizer.schedule == first.spec.optimizer.schedule == "constant"
 
 
+def test_a_method_that_reads_its_teachers_outputs_before_training_is_given_them(small: Small, tmp_path: Path) -> None:
+    asked = tuple(LIVE.overrides(small("method=pea_kd")))
+    method = prepare(Job(LIVE, asked, 1, 2, tmp_path)).models.methods["student"]
+    assert sum(method.counts) == 16  # one step
+
+
 def test_an_error_while_building_comes_out_as_what_it_is(small: Small) -> None:
     with pytest.raises(InputError, match="positions of the model") as caught:
         benchmark(small("task.max_length=4000"), 1, 1, candidates=[FINETUNE])
