@@ -19,7 +19,7 @@ from kd.methods.wrappers.ensemble import Ensemble
 from kd.methods.wrappers.mutual import Mutual
 from kd.runs.run import Run
 from kd.training import execute
-from whole_runs import last_weights, made, planned
+from whole_runs import broken_off, last_weights, made, planned, pool, same_weights
 
 Small = Callable[..., list[str]]
 
@@ -111,6 +111,25 @@ def test_each_student_of_a_cohort_has_a_file(small: Small) -> None:
     files = [name for name in result["files"] if name.endswith("method.safetensors")]
     assert len(files) == 2
     assert set(load_file(run.directory / files[0])) == {"0.factor.weight", "0.count"}
+
+
+def test_policy_of_the_first_run_goes_on_in_the_second_and_a_stopped_run_ends_the_same(
+    small: Small, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewards = [f"method.{run}{option}" for run in ("", "before.") for option in ("reward=3", "holds=0.25", "baseline=ema")]
+    overrides = small("method=rl_kd", *pool(backbone, "minilm", "minilm_4l"), *rewards)
+    run, result = made(overrides)
+    kept = load_file(run.inputs.before.directory / "method.safetensors")
+    assert set(kept) == {"policy.weight", "policy.bias"}
+    (method,) = methods_of(run).values()
+    assert all(torch.equal(method.state_dict()[name], tensor) for name, tensor in kept.items())
+    final = last_weights(run)
+    assert not torch.equal(final["method.policy.weight"], kept["policy.weight"])
+    assert final["method.rewards"] == 2 * result["examples"]["train"] // 16 + 2 * (result["examples"]["train"] % 16 > 0)
+    again = planned([*overrides, f"paths.runs={tmp_path}", "trainer.checkpoint_minutes=0"])
+    broken_off(again, 7, monkeypatch)
+    assert execute.execute(again)["metrics"] == result["metrics"]
+    assert same_weights(last_weights(again), final)
 
 
 def test_what_does_not_fit_is_refused(small: Small, tmp_path: Path) -> None:

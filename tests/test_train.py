@@ -524,6 +524,28 @@ BAD = {
     "too long": (["task.max_length=512"], "task.max_length", "positions of the model"),
     "unwritable runs": (["paths.runs=/proc/nowhere"], "paths.runs", "cannot make"),
     "several devices in one process": (["trainer.devices=2"], "trainer.devices", "torchrun"),
+    "noise beyond one": (["edit=[label_noise]", "task.edits.label_noise.rate=1.5"], "task.edits.label_noise.rate", "at most 1"),
+    "ratio below one": (["edit=[imbalance]", "task.edits.imbalance.ratio=0.5"], "task.edits.imbalance.ratio", "at least 1"),
+    "column that the file lacks": (["task.extra={domain: classes}"], "task.extra", "no column 'domain'"),
+    "buckets that do not fit": (["method=alp_kd", "method.layers=[[1,[9]]]"], "method.layers", "layer 9 of the teacher"),
+    "policy of one teacher": (["method=rl_kd", "~teacher.minilm_4l"], "method.selection", "two or more"),
+    "held share that leaves nothing": (
+        ["method=rl_kd", "method.before=null", "method.reward=3", "method.holds=0.999"],
+        "method.holds",
+        "leaves 0 to train on",
+    ),
+    "weights of other teachers": (
+        [
+            "method=rl_kd",
+            "method.before=null",
+            "method.selection=fixed",
+            "method.teacher_weights=[1]",
+            "~method.weights.policy",
+        ],
+        "method.teacher_weights",
+        "there are 2 teachers",
+    ),
+    "no model of an aid": (["method=text_smoothing", "method.aids.mlm.run=null"], "method.aids.mlm.model", "needs `model`"),
     "misspelt key of a teacher's run": (
         ["+teacher.minilm.run.optimizer.rate=1"],
         "teacher.minilm.run.optimizer.rate",

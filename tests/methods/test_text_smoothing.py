@@ -1,6 +1,7 @@
 """Text smoothing: the mixture as loops over the vocabulary, its limits, its baselines, and where its gradient goes."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -264,6 +265,15 @@ def test_words_that_the_text_lacks_get_a_gradient_and_the_masked_language_model_
         assert (rows[absent] > 0).all() if dense else (rows[absent] == 0).all()
         frozen: Any = [step.aids["mlm"].model, step.teachers[0].model]
         assert all(parameter.grad is None for model in frozen for parameter in model.encoder.parameters())
+
+
+def test_held_step_has_the_masked_language_model_over_the_held_text() -> None:
+    _, step = bound()
+    inputs = {name: rows[:2] for name, rows in inputs_of().items()}
+    held = Batch(inputs, (inputs,), torch.tensor([0, 1]), torch.arange(3, 5))
+    aids = step.replace(batch=replace(step.batch, held=held)).on_held().aids
+    assert aids["mlm"].inputs is inputs
+    assert aids["mlm"].model is step.aids["mlm"].model
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------------
