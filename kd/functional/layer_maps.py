@@ -4,7 +4,7 @@ Layer 0 is the embedding output, layer *l* the output of block *l*; a pair is (s
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -66,9 +66,44 @@ def proportional(student: int, teacher: int) -> Pairs:
     return tuple((ours, theirs) for ours, theirs in ((n, n * teacher // student) for n in range(1, student)) if theirs)
 
 
+def stages(student: int, teacher: int) -> Pairs:
+    """Return pairs of student layers 1 .. N with layer * teacher / student: `uniform` without the embeddings.
+
+    Networks for images are compared at the ends of their stages (Zagoruyko and Komodakis, arXiv:1612.03928); that these are
+    blocks of equal size of an encoder is our choice.
+
+    >>> stages(2, 6)
+    ((1, 3), (2, 6))
+    """
+    return uniform(student, teacher)[1:]
+
+
+def middle(student: int, teacher: int) -> Pairs:
+    """Return the pair of middle layers, of odd depths the middle one, of even depths the last of the lower half.
+
+    Source: Romero et al., FitNets, arXiv:1412.6550, section 2.2 (hint and guided layer are middle layers); the rounding is our
+    choice.
+
+    >>> middle(3, 12)
+    ((2, 6),)
+    """
+    return (((student + 1) // 2, (teacher + 1) // 2),)
+
+
+def final(student: int, teacher: int) -> Pairs:
+    """Return the pair of last layers.
+
+    >>> final(3, 12)
+    ((3, 12),)
+    """
+    return ((student, teacher),)
+
+
 NAMED: dict[str, Callable[[int, int], Pairs]] = {"skip": skip, "last": last, "uniform": uniform, "proportional": proportional}
 
-ANY_DEPTHS = ("proportional",)
+NAMED_FEW = {**NAMED, "stages": stages, "middle": middle, "final": final}
+"""The maps of `NAMED`, and those of methods that compare one layer, or the ends of stages."""
+ANY_DEPTHS = ("proportional", "middle", "final")
 """Names of the maps for which the student may be deeper than its teacher."""
 
 
@@ -121,31 +156,38 @@ def blocks(student: int, teacher: int, key: str = "layers") -> Blocks:
     return tuple((layer, tuple(range((layer - 1) * size + 1, layer * size + 1))) for layer in range(1, student + 1))
 
 
-def resolve(spec: str | Sequence[Sequence[int]], student: int, teacher: int, key: str = "layers") -> Pairs:
+def resolve(
+    spec: str | Sequence[Sequence[int]],
+    student: int,
+    teacher: int,
+    key: str = "layers",
+    named: Mapping[str, Callable[[int, int], Pairs]] = NAMED,
+) -> Pairs:
     """Return the pairs of a named map, or of an explicit list, checked against both depths.
 
     Args:
-        spec: a name of `NAMED`, or a list of [student layer, teacher layer].
+        spec: a name of `named`, or a list of [student layer, teacher layer].
         student: number of blocks of the student.
         teacher: number of blocks of the teacher.
         key: name of the argument that an error names.
+        named: maps by name.
 
     Raises:
         InputError: for an unknown name, something that is not a pair, or a layer that a model does not have.
     """
     if isinstance(spec, str):
-        if spec not in NAMED:
-            raise one_of(spec, tuple(NAMED), key)
+        if spec not in named:
+            raise one_of(spec, tuple(named), key)
         if student > teacher and spec not in ANY_DEPTHS:
             raise InputError(
                 f"the layer map '{spec}' needs a student no deeper than its teacher, got {student} and {teacher} layers; "
                 "give the pairs instead, as [[student, teacher], ...]",
                 key,
             )
-        return NAMED[spec](student, teacher)
+        return named[spec](student, teacher)
     if not isinstance(spec, Sequence):
         raise InputError(
-            f"'{spec}' is neither a layer map ({', '.join(NAMED)}) nor a list of pairs [student layer, teacher layer]", key
+            f"'{spec}' is neither a layer map ({', '.join(named)}) nor a list of pairs [student layer, teacher layer]", key
         )
     pairs = []
     for pair in spec:

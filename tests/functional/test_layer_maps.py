@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 
 from kd.errors import InputError
-from kd.functional.layer_maps import ANY_DEPTHS, NAMED, blocks, bottom, describe, describe_blocks, drawn, resolve, top
+from kd.functional.layer_maps import (
+    ANY_DEPTHS,
+    NAMED,
+    NAMED_FEW,
+    blocks,
+    bottom,
+    describe,
+    describe_blocks,
+    drawn,
+    resolve,
+    top,
+)
 
 
 @pytest.mark.parametrize(
@@ -152,3 +163,26 @@ def test_drawn_layers_are_different_ascending_and_all_of_them_come_up() -> None:
     assert seen[0] == 0
     assert (abs(seen[1:] - 300) < 60).all()  # five standard deviations
     assert drawn(4, 4, generator) == bottom(4, 4)
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(4, 12), (6, 12), (3, 3), (1, 5), (5, 12)])
+def test_stages_are_the_uniform_map_without_embeddings_and_few_maps_have_one_pair(student: int, teacher: int) -> None:
+    assert ((0, 0), *resolve("stages", student, teacher, named=NAMED_FEW)) == resolve("uniform", student, teacher)
+    assert resolve("final", student, teacher, named=NAMED_FEW) == ((student, teacher),)
+    ((ours, theirs),) = resolve("middle", student, teacher, named=NAMED_FEW)
+    for layer, depth in ((ours, student), (theirs, teacher)):
+        assert 0 <= depth - 2 * layer + 1 <= 1  # as many layers above it as below it, or one more
+
+
+def test_maps_of_one_pair_are_also_those_of_deeper_students() -> None:
+    assert resolve("middle", 6, 2, named=NAMED_FEW) == ((3, 1),)
+    assert resolve("final", 6, 2, named=NAMED_FEW) == ((6, 2),)
+    with pytest.raises(InputError, match="no deeper"):
+        resolve("stages", 6, 2, named=NAMED_FEW)
+
+
+@pytest.mark.parametrize("name", set(NAMED_FEW) - set(NAMED))
+def test_maps_of_few_pairs_are_not_offered_to_all_methods(name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        resolve(name, 2, 4)
+    assert caught.value.key == "layers"
