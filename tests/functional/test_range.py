@@ -13,10 +13,12 @@ from torch import Tensor
 
 import kd.functional
 from kd.functional import (
+    activation,
     ascent,
     attention,
     attribution,
     combination,
+    geometry,
     hidden,
     logits,
     outcomes,
@@ -175,6 +177,30 @@ def cosine_distances(s: Situation) -> Iterator[Call]:
             yield lambda *states, p=padding, r=reduction: hidden.cosine_distance(*states, s.mask, p, r), s.states(6, 8)
 
 
+def hints(s: Situation) -> Iterator[Call]:
+    for reduction in activation.HINT_REDUCTIONS:
+        scale = 300.0 if reduction in ("examples", "none") else 1.0  # the sum of as many squares of size
+        yield lambda *states, r=reduction, c=scale: activation.hint_error(*states, s.mask, r) / c, s.states(6, 8)
+
+
+def activation_maps(s: Situation) -> Iterator[Call]:
+    for power in (1.0, 2.0, 4.0):
+        yield lambda states, p=power: activation.activation_map(states, s.mask, p), s.states(6, 8)[:1]
+
+
+def activation_errors(s: Situation) -> Iterator[Call]:
+    for power in (1.0, 2.0, 4.0):
+        for reduction in activation.ACTIVATION_REDUCTIONS:
+            if reduction != "norm" or not s.equal:  # at its minimum the gradient of a norm has any direction
+                options = (power, reduction)
+                yield lambda *states, o=options: activation.activation_error(*states, s.mask, *o), s.states(6, 8)
+
+
+def geometry_errors(function: Callable[..., Tensor], s: Situation) -> Iterator[Call]:
+    for reduction in OVER_EXAMPLES:
+        yield lambda *rows, r=reduction: function(*rows, r), s.states(8)
+
+
 def means(s: Situation) -> Iterator[Call]:
     for padding in PADDING:
         for reduction in OVER_EXAMPLES:
@@ -312,6 +338,9 @@ def outcome_calls(s: Situation) -> Iterator[Call]:
 
 
 INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
+    "activation.hint_error": hints,
+    "activation.activation_map": activation_maps,
+    "activation.activation_error": activation_errors,
     "ascent.transfer_matrix": transfers,
     "ascent.divergence": divergences_of_logits,
     "ascent.gradient_by_words": gradients_by_words,
@@ -370,6 +399,13 @@ INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
     "outcomes.median_thresholds": lambda s: iter(
         [(lambda z: outcomes.median_thresholds(z, torch.arange(s.examples) % s.classes), s.logits()[:1])]
     ),
+    "geometry.mean_of_tokens": lambda s: iter([(lambda z: geometry.mean_of_tokens(z, s.mask), s.states(6, 8)[:1])]),
+    "geometry.similarities": lambda s: iter([(geometry.similarities, s.states(8)[:1])]),
+    "geometry.relative_distances": lambda s: iter([(geometry.relative_distances, s.states(8)[:1])]),
+    "geometry.angles": lambda s: iter([(geometry.angles, s.states(8)[:1])]),
+    "geometry.similarity_error": lambda s: geometry_errors(geometry.similarity_error, s),
+    "geometry.distance_error": lambda s: geometry_errors(geometry.distance_error, s),
+    "geometry.angle_error": lambda s: geometry_errors(geometry.angle_error, s),
     "transport.transport_plan": plans,
     "transport.cost_attention": masses,
     "transport.shared_cost_attention": masses,
