@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from kd.forward import Needs
-from kd.functional.logits import SOFT_LOSSES
 from kd.functional.geometry import similarity_error
+from kd.functional.logits import SOFT_LOSSES
 from kd.methods.base import Bound, Method, Step
 from kd.methods.features import Features, Layers
 from kd.methods.options import BATCH_MEANS, temperature_schedule, word
