@@ -251,6 +251,10 @@ class Method(nn.Module):
     uses_teachers = True
     """True if the method reads its teachers' outputs; a teacher of plain fine-tuning is only evaluated for comparison."""
 
+    pools = True
+    """False if a pool of teachers cannot hold a copy of the method for each of them, because it reads no teacher and has parts
+    that every step trains; such a composition is refused."""
+
     distances: Sequence[str] | None = None
     """Terms that are smallest where the student equals its teachers; None for all but `task`, `()` if there are none, as in the
     reward of a policy. The conformance suite tests each of them."""

@@ -21,11 +21,13 @@ class PerTeacher(Wrapper):
         probabilities: one for each teacher, adding up to 1.
 
     Raises:
-        InputError: if the method takes several teachers.
+        InputError: if the method takes several teachers, or cannot be copied for each.
     """
 
     def __init__(self, inner: Method, probabilities: Sequence[float]) -> None:
         super().__init__(inner)
+        if not inner.pools:
+            raise InputError("this method reads no teacher, so that it is trained without a pool; use pool=none", "pool")
         if inner.teachers is not None and inner.teachers != 1:
             raise InputError(f"a pool shows a method one teacher at a time, this method takes {inner.teachers}", "pool")
         self.teachers = len(probabilities)
