@@ -108,6 +108,34 @@ class Cosine(ScheduleNode):
 
 
 @dataclass(frozen=True, slots=True)
+class RampUp(ScheduleNode):
+    r"""Schedule that rises as :math:`e^{-5 (1 - x)^2}` times `end`; x goes from 0 to 1 at fraction `until`, and stays there.
+
+    Source: the sigmoid-shaped ramp-up of Laine and Aila, ICLR 2017, arXiv:1610.02242.
+
+    >>> [round(RampUp(end=1.0)(fraction), 6) for fraction in (0.0, 0.5, 1.0)]
+    [0.006738, 0.286505, 1.0]
+    """
+
+    end: float
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_finite(self)
+        if not 0.0 < self.until <= 1.0:
+            raise ValueError(f"a ramp needs 0 < until <= 1, got until={self.until}")
+
+    @property
+    def extremes(self) -> Sequence[float]:
+        """Values at both ends."""
+        return [self(0.0), self.end]
+
+    def __call__(self, fraction: float) -> float:
+        """Return the value at a fraction of training."""
+        return self.end * math.exp(-5.0 * (1.0 - min(max(fraction / self.until, 0.0), 1.0)) ** 2)
+
+
+@dataclass(frozen=True, slots=True)
 class Piecewise(ScheduleNode):
     """Schedule with `values[i]` from fraction `boundaries[i - 1]` up to, not including, `boundaries[i]`."""
 

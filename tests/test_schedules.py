@@ -7,7 +7,7 @@ import pytest
 from kd import schedules
 from kd.build.instantiate import build_schedule
 from kd.errors import InputError
-from kd.schedules import Constant, Cosine, Linear, Piecewise, ScheduleNode, Staircase, as_schedule
+from kd.schedules import Constant, Cosine, Linear, Piecewise, RampUp, ScheduleNode, Staircase, as_schedule
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,8 @@ from kd.schedules import Constant, Cosine, Linear, Piecewise, ScheduleNode, Stai
         (Linear(2.0, 6.0, begin=0.2, until=0.6), {0.0: 2, 0.2: 2, 0.3: 3, 0.4: 4, 0.6: 6, 1.0: 6}),
         (Cosine(1.0, 0.0), {0.0: 1, 0.25: 0.8535533906, 0.5: 0.5, 1.0: 0}),
         (Cosine(2.0, 10.0), {0.0: 2, 1 / 3: 4, 0.5: 6, 1.0: 10}),
+        (RampUp(1.0, until=0.8), {0.0: 0.006737947, 0.4: 0.2865047969, 0.8: 1, 1.0: 1}),
+        (RampUp(3.0), {0.0: 3 * 0.006737947, 0.5: 3 * 0.2865047969, 1.0: 3}),
         (Piecewise([0.3, 0.6], [5.0, 7.0, 9.0]), {0.0: 5, 0.29: 5, 0.3: 7, 0.59: 7, 0.6: 9, 1.0: 9}),
         (Piecewise([], [5.0]), {0.0: 5, 1.0: 5}),
     ],
@@ -37,6 +39,12 @@ def test_schedules_stay_flat_outside_of_training(schedule) -> None:
 def test_linear_refuses_an_interval_that_is_none(begin: float, until: float) -> None:
     with pytest.raises(ValueError, match=f"got begin={begin} until={until}"):
         Linear(1.0, 0.0, begin=begin, until=until)
+
+
+@pytest.mark.parametrize("until", [0.0, -0.1, 1.1])
+def test_a_ramp_refuses_an_end_outside_of_training(until: float) -> None:
+    with pytest.raises(ValueError, match=f"got until={until}"):
+        RampUp(1.0, until)
 
 
 @pytest.mark.parametrize(
