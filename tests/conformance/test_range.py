@@ -171,7 +171,8 @@ def test_terms_and_gradients_are_finite_and_near_those_of_float64(name: str) -> 
                 compare(where, value, exact[term][0], bound, coarse, least=1.0)
                 assert gradients.keys() == exact[term][1].keys()
                 for leaf, gradient in gradients.items():
-                    own = torch.finfo(kind).eps + coarse
+                    # A gradient through a further pass is rounded by the model on its way back too.
+                    own = torch.finfo(kind).eps * (1 + UNITS) if further else torch.finfo(kind).eps + coarse
                     compare(f"{where} by {leaf}", gradient, exact[term][1][leaf], bound + smallest, own)
 
 
