@@ -281,6 +281,11 @@ def every_value(backbone: str, data: str) -> dict[str, Values]:
                     [3, "a", True, [1], {"a": 3}, [{}], [{"_target_": "os.system"}], [{**NOISE, "rates": 1}]]
                     + [[{**NOISE, "rate": value}] for value in (-0.1, 1.1, "a", None, True)]
                     + [{"few": {**IMBALANCE, "ratio": value}} for value in (0.99, 1e5, 1e30, "a", None)]
+                    + [
+                        [{"_target_": "kd.data.augmentation.WordReplacement", **given}]
+                        for given in ({}, {"model": 3}, {"run": 3})
+                    ]
+                    + [[{**NOISE, "teachers": value}] for value in (None, 1, "a")]
                     + [[{**IMBALANCE, name: value}] for name in ("profile", "order", "seed") for value in (-1, "a", ["a"])]
                 ),
                 NEVER,

@@ -526,6 +526,11 @@ BAD = {
     "several devices in one process": (["trainer.devices=2"], "trainer.devices", "torchrun"),
     "noise beyond one": (["edit=[label_noise]", "task.edits.label_noise.rate=1.5"], "task.edits.label_noise.rate", "at most 1"),
     "ratio below one": (["edit=[imbalance]", "task.edits.imbalance.ratio=0.5"], "task.edits.imbalance.ratio", "at least 1"),
+    "no model of an edit": (
+        ["edit=[word_replacement]", "task.edits.word_replacement.run=null"],
+        "task.edits.word_replacement.model",
+        "needs `model`",
+    ),
     "column that the file lacks": (["task.extra={domain: classes}"], "task.extra", "no column 'domain'"),
     "buckets that do not fit": (["method=alp_kd", "method.layers=[[1,[9]]]"], "method.layers", "layer 9 of the teacher"),
     "policy of one teacher": (["method=rl_kd", "~teacher.minilm_4l"], "method.selection", "two or more"),

@@ -100,7 +100,9 @@ def prepare(job: Job) -> Prepared:
     )
     for role, _ in run.inputs:
         if role.kind not in ("teacher", "stage", "aid"):
-            raise InputError(f"the {role} needs a run that kd-bench does not train", "surgery")
+            raise InputError(
+                f"the {role} needs a run that kd-bench does not train", "task.edits" if role.kind == "edit" else "surgery"
+            )
     teachers, aids = (
         {name: replace(needed, directory=folder / f"{kind}_{name}") for name, needed in runs.items()}
         for kind, runs in (("teacher", run.inputs.teachers), ("aid", run.inputs.aids))

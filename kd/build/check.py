@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 import torch
 
-from kd.build.data import build_edits, build_examples, check_held, checked_length
+from kd.build.data import build_examples, check_held, checked_length
+from kd.build.edits import build_edits, check_edits
 from kd.build.engine import build_engine
 from kd.build.instantiate import build_method, build_optimizer, logger_maker
 from kd.build.models import flat, plan_models
@@ -142,8 +143,9 @@ def check_run(run: Run, examples: Examples) -> None:
     for role, needed in run.inputs:
         if role.kind == "pilot":  # all pilots hold out the same examples
             with rename_error_keys(role, run.spec, run.config):
-                build_examples(needed)
+                build_examples(needed, planned=True)
             break
+    check_edits(run)
     models = plan_models(run, examples.task).shapes
     checked_length(run.spec, models)
     check_held(run, examples, models)

@@ -5,25 +5,21 @@ import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from kd.build.instantiate import instantiate, option_names
+from kd.build.edits import build_edits
 from kd.build.models import BuiltModels
-from kd.config.edits import edit_nodes
-from kd.config.schema import RunSpec, TaskSpec, cache_limit
-from kd.config.values import locate, subclass_of
+from kd.config.schema import RunSpec, cache_limit
 from kd.data.datamodule import KDDataModule
-from kd.data.edits import Edit, Split, described, edited
-from kd.data.examples import Edited, Examples, load_examples
+from kd.data.examples import Examples, load_examples
 from kd.data.held import held_mask
 from kd.data.masked_lm.datamodule import MaskedLMDataModule
-from kd.data.tasks import Task
 from kd.engines.models import Models
 from kd.errors import InputError, prefix_error_keys
 from kd.methods.base import needs_of_teachers
 from kd.runs.digest import digest_of
+from kd.runs.edits import models_of_edits
 from kd.runs.identity import prefix_task_errors, source_of
 from kd.runs.inputs import teacher_source
 from kd.runs.run import Run
@@ -40,46 +36,33 @@ _examples: weakref.WeakValueDictionary[str, Examples] = weakref.WeakValueDiction
 """Digest of task and data -> examples in use: a run and the runs that train its teachers share them."""
 
 
-def build_examples(run: Run) -> Examples:
-    """Read and check the task's texts and labels; runs of this process that need the same ones at the same time share them."""
-    digest = digest_of({part: run.digest_inputs[part] for part in ("task", "data")})
+def build_examples(run: Run, *, planned: bool = False) -> Examples:
+    """Read and check the task's texts and labels; runs of this process that need the same ones at the same time share them.
+
+    Args:
+        run: the run; every rank has to call this.
+        planned: leave out the edits that read a model, which may not be trained yet.
+
+    Raises:
+        InputError: for an error in the data, in the configuration of the task, or in an edit.
+    """
+    digest = examples_digest(run, planned=planned)
     examples = _examples.get(digest)
     if examples is None:
         source = source_of(run.spec)
-        edits = build_edits(run.spec.task)
+        edits = build_edits(run.spec.task, None if planned else run)
         with prefix_task_errors():
             examples = _examples[digest] = load_examples(run.spec.task, source, edits)
     return examples
 
 
-def build_edits(task: TaskSpec) -> list[Edited]:
-    """Return the edits of a task's training split, in the order in which they are applied.
-
-    Raises:
-        InputError: for something that is no edit, or an argument that it does not accept.
-    """
-    return [build_edit(node, key) for key, node in edit_nodes(task).items()]
-
-
-def build_edit(node: Mapping[str, Any], key: str) -> Edited:
-    """Return a function that applies an edit; its errors name the keys below the edit's.
-
-    Args:
-        node: configuration node of the edit.
-        key: configuration key of the node.
-
-    Raises:
-        InputError: for something that is no edit, or an argument that it does not accept.
-    """
-    target = locate(node, key, subclass_of(Edit), "an edit: a class that inherits from kd.data.edits.Edit")
-    edit: Edit = instantiate(target, node, key)
-
-    def apply(train: Split, task: Task) -> tuple[Split, str]:
-        with prefix_error_keys(key, option_names(target, node)):
-            after = edited(edit, train, task)
-        return after, described(edit, train, after, task)
-
-    return apply
+def examples_digest(run: Run, *, planned: bool = False) -> str:
+    """Return a digest of everything that determines the examples; arguments as for `build_examples`."""
+    identified = {part: run.digest_inputs[part] for part in ("task", "data")}
+    if models_of_edits(run.spec.task):
+        models = {name: needed.digest for name, needed in run.inputs.edits.items()}
+        identified["edits"] = {"planned": planned, "models": models}
+    return digest_of(identified)
 
 
 def build_data(run: Run, examples: Examples, models: BuiltModels) -> tuple[KDDataModule, BuiltModels]:
@@ -223,9 +206,7 @@ def checked_length(spec: RunSpec, models: Models) -> int:
         InputError: if a model has fewer, or the length is less than 3.
     """
     for encoder in (*models.students.values(), *models.teaching, *(aid.shape for aid in models.aids.values())):
-        # RoBERTa and MPNet number positions from the padding index plus one.
-        table: Any = encoder.base.get_submodule("embeddings.position_embeddings")
-        room = encoder.config.max_position_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+        room = encoder.positions
         if not 2 < spec.task.max_length <= room:
             raise InputError(
                 f"task.max_length={spec.task.max_length} must be from 3 to {room}, the positions of the model",

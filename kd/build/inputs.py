@@ -15,7 +15,7 @@ from kd.errors import prefix_error_keys
 from kd.functional.policy import best, rank_probabilities
 from kd.models.pretrained import load_config
 from kd.models.students import check_copy, student_config, with_labels
-from kd.runs.error_keys import rename_error_keys
+from kd.runs.error_keys import rename_error_keys, stage_key
 from kd.runs.identity import backbone_of
 from kd.runs.inputs import teacher_source
 from kd.runs.run import Role, Run
@@ -42,8 +42,8 @@ class InputModels(Protocol):
         """
         ...
 
-    def aid(self, name: str) -> tuple[PretrainedConfig, str]:
-        """Return the configuration of an aid that a run trains, and the source of its tokenizer.
+    def frozen(self, role: Role) -> tuple[PretrainedConfig, str]:
+        """Return the configuration of an aid, or the model of an edit, that a run trains, and the source of its tokenizer.
 
         Raises:
             InputError: for a configuration that cannot be built or read.
@@ -90,9 +90,9 @@ class ExpectedModels:
             config = student_config(spec.student, source, task.labels, "student.backbone", task.head)
             return config_after(spec, config), source
 
-    def aid(self, name: str) -> tuple[PretrainedConfig, str]:
-        """Return the configuration that an aid will have, and its backbone."""
-        role, needed = Role("aid", name), self.run.inputs.aids[name].spec
+    def frozen(self, role: Role) -> tuple[PretrainedConfig, str]:
+        """Return the configuration that the model will have, and its backbone."""
+        needed = self.run.inputs.of(role).spec
         source, _ = backbone_of(needed)
         with rename_error_keys(role, self.run.spec, self.run.config), prefix_student_errors():
             return student_config(needed.student, source, None, "student.backbone", HEAD_OF_KIND[needed.task.kind]), source
@@ -145,10 +145,10 @@ class TrainedModels:
         source, key = teacher_source(self.run, name)
         return with_labels(load_config(source, key), task.labels, task.head), source
 
-    def aid(self, name: str) -> tuple[PretrainedConfig, str]:
-        """Return the configuration of an aid, and the folder that it was exported to."""
-        source = str(self.run.inputs.aids[name].student)
-        return load_config(source, f"method.aids.{name}.run"), source
+    def frozen(self, role: Role) -> tuple[PretrainedConfig, str]:
+        """Return the configuration of the model, and the folder that it was exported to."""
+        source = str(self.run.inputs.of(role).student)
+        return load_config(source, stage_key(role)), source
 
     def teacher_weights(self, name: str) -> str:
         """Return the folder of an exported teacher."""

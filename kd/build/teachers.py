@@ -32,7 +32,7 @@ from kd.models.students import empty_model
 from kd.models.teachers import match_labels
 from kd.runs.inputs import teacher_source
 from kd.runs.kept import read_kept
-from kd.runs.run import Run
+from kd.runs.run import Role, Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,44 +127,52 @@ def plan_aids(run: Run, task: Task, method: Method, inputs: InputModels) -> dict
         key = f"method.aids.{lacking[0]}"
         kind = f"with a head of {method.aids[lacking[0]]}" if method.aids[lacking[0]] else "whose states it reads"
         raise InputError(f"method={name} needs {key}.model or {key}.run, a model {kind}", key)
-    return {aid: plan_aid(run, aid, head, given[aid], inputs) for aid, head in method.aids.items()}
+    pairs = len(run.spec.task.text) > 1
+    return {
+        aid: plan_frozen(run, Role("aid", aid), f"method.aids.{aid}", head, given[aid], inputs, pairs=pairs)
+        for aid, head in method.aids.items()
+    }
 
 
-def plan_aid(run: Run, name: str, head: str | None, spec: AidSpec, inputs: InputModels) -> TeacherPlan:
-    """Plan one aid; arguments as for `plan_aids`.
+def plan_frozen(
+    run: Run, role: Role, where: str, head: str | None, spec: AidSpec, inputs: InputModels, *, pairs: bool
+) -> TeacherPlan:
+    """Plan a frozen model that is no teacher: an aid of the method, or the model that an edit reads.
 
     Args:
         run: the run.
-        name: name of the aid.
+        role: role of the run that trains the model, if one does.
+        where: configuration key of the node with `model` and `run`.
         head: a key of `kd.models.heads.HEADS`; None if only states are read.
         spec: its configuration.
         inputs: models of the runs that the run needs.
+        pairs: whether the model reads pairs of texts.
 
     Raises:
         InputError: for a model without that head, or weights that cannot be read.
     """
-    key = f"method.aids.{name}.{'model' if spec.model else 'run'}"
+    key = f"{where}.{'model' if spec.model else 'run'}"
     if spec.model is not None:
         config, origin = load_config(spec.model, key), spec.model
     else:
-        config, origin = inputs.aid(name)
-        head_of_run = HEAD_OF_KIND[run.inputs.aids[name].spec.task.kind]
+        config, origin = inputs.frozen(role)
+        head_of_run = HEAD_OF_KIND[run.inputs.of(role).spec.task.kind]
         if head is not None and head_of_run != head:
-            raise InputError(f"the aid '{name}' needs a head of {head}, its run trains one of {head_of_run}", key)
+            raise InputError(f"the {role.kind} '{role.name}' needs a head of {head}, its run trains one of {head_of_run}", key)
     if spec.model is not None and head is not None and not HEADS[head].is_in(config):
         raise InputError(
-            f"the aid '{name}' needs a model whose architecture ends in {HEADS[head].suffix}; "
+            f"the {role.kind} '{role.name}' needs a model whose architecture ends in {HEADS[head].suffix}; "
             f"'{spec.model}' is {', '.join(config.architectures or ())}",
             key,
         )
     built = head or "classifier"
     check_head(config, built, key)
     tokenizer = load_tokenizer(origin, key)
-    check_tokenizer(tokenizer, config, key, built, pairs=len(run.spec.task.text) > 1)
-    source = spec.model or str(run.inputs.aids[name].student)
+    check_tokenizer(tokenizer, config, key, built, pairs=pairs)
+    source = spec.model or str(run.inputs.of(role).student)
     weights = None if spec.model is None else check_weights(source, key, config, built, head_needed=head is not None)
     remarks = () if weights is None else (*weights.notes, *weights.asides)
-    return TeacherPlan(f"aid {name}", source, key, config, tokenizer, built, None, remarks, (), head is None)
+    return TeacherPlan(str(role), source, key, config, tokenizer, built, None, remarks, (), head is None)
 
 
 def ready_config(spec: TeacherSpec, task: Task, key: str) -> PretrainedConfig:

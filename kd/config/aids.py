@@ -36,10 +36,19 @@ def aids_of(spec: RunSpec) -> dict[str, AidSpec]:
     nodes = spec.method.get("aids") or {}
     if not isinstance(nodes, Mapping):
         raise InputError(f"method.aids={shown(nodes)} is not a mapping of names to models", "method.aids")
-    return {str(name): _aid(node, f"method.aids.{name}") for name, node in nodes.items()}
+    return {str(name): aid_of(node, f"method.aids.{name}") for name, node in nodes.items()}
 
 
-def _aid(node: object, key: str) -> AidSpec:
+def aid_of(node: object, key: str) -> AidSpec:
+    """Return the aid of a node with `model` or `run`.
+
+    Args:
+        node: the node.
+        key: its configuration key.
+
+    Raises:
+        InputError: for anything but a mapping with `model` or `run`.
+    """
     if not isinstance(node, Mapping):
         raise InputError(f"{key}={shown(node)} is not a mapping with `model` or `run`", key)
     if spare := [name for name in node if name not in KEYS]:

@@ -1,14 +1,15 @@
 """Edits of the training split: label noise, and class sizes that are out of balance.
 
 The validation and test splits are never edited. A teacher that is fine-tuned by a run of its own inherits the task, and so
-learns from the same edited examples.
+learns from the same edited examples, unless the edit is for students alone (`Edit.teachers`).
 """
 
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
@@ -17,6 +18,10 @@ from kd.data.labels import listed
 from kd.data.tasks import Task
 from kd.data.texts import Texts
 from kd.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerFast
 
 PROFILES = ("exponential", "power")
 """Shapes of class sizes between the largest and the smallest."""
@@ -54,7 +59,17 @@ class Edit(ABC):
 
     A subclass has its seed, if it draws anything, as an argument of its own, so that students of every seed and their teacher
     use the same examples.
+
+    Attributes:
+        teachers: whether teachers that are fine-tuned by runs of their own learn from the edited examples too, unless the key
+            `teachers` of the edit's node says otherwise.
+        adds: whether it adds examples to those that there are; `task.limit_train` then counts the examples before it.
+        files: names of the arguments that are paths of files; the content of the files enters the digest of a run instead.
     """
+
+    teachers: ClassVar[bool] = True
+    adds: ClassVar[bool] = False
+    files: ClassVar[Sequence[str]] = ()
 
     @abstractmethod
     def __call__(self, train: Split, task: Task) -> Split:
@@ -63,6 +78,69 @@ class Edit(ABC):
         Raises:
             InputError: if the edit cannot be applied to this task; it names the argument.
         """
+
+
+class FrozenModel(Protocol):
+    """Interface of the frozen model that an edit reads.
+
+    Attributes:
+        tokenizer: tokenizer of its inputs.
+    """
+
+    tokenizer: "PreTrainedTokenizerFast"
+
+    @property
+    def positions(self) -> int:
+        """Largest number of tokens of an input."""
+        ...
+
+    def logits(self, inputs: Mapping[str, "Tensor"]) -> "Tensor":
+        """Return the logits of a pass without gradients, on the CPU; inputs as in `kd.forward.inputs`."""
+        ...
+
+    def embeddings(self) -> np.ndarray:
+        """Return the input word embeddings, (vocabulary, width)."""
+        ...
+
+
+Derive = Callable[[Texts], tuple[Texts, np.ndarray]]
+"""Function from the texts of train to new ones, and the index of the example that each is made from, (new examples,)."""
+
+
+class ModelEdit(Edit):
+    """An edit that reads a frozen model: `model` in its node, or the student of the run that `run` in its node trains.
+
+    It changes texts alone, or repeats or leaves out examples; labels and further columns are those of the example that a new
+    one is made from. `model` and `run` are not passed to the class.
+
+    Attributes:
+        head: the head that the model needs, a key of `kd.models.heads.HEADS`.
+        stored: `derive` with the model, or its stored result; the build sets it before the edit is applied.
+    """
+
+    head: ClassVar[str]
+    stored: Derive
+
+    @property
+    def pairs(self) -> bool:
+        """True if the model reads pairs of texts."""
+        return False
+
+    def check(self, model: FrozenModel) -> None:
+        """Check that the edit can work with a model, whose weights are not there yet, and that its files can be read.
+
+        Raises:
+            InputError: if not; it names the argument.
+        """
+
+    @abstractmethod
+    def derive(self, texts: Texts, model: FrozenModel) -> tuple[Texts, np.ndarray]:
+        """Return the new texts, and the index of the example that each is made from, (new examples,)."""
+
+    def __call__(self, train: Split, task: Task) -> Split:
+        """Return the edited training examples."""
+        texts, rows = self.stored(train.texts)
+        return replace(train.take(rows), texts=texts)
 
 
 class LabelNoise(Edit):

@@ -52,8 +52,17 @@ class Examples:
         return [split for split in self.texts if split != "train"]
 
 
-Edited = Callable[[Split, Task], tuple[Split, str]]
-"""Function that edits the training examples and describes the change."""
+@dataclass(frozen=True)
+class Edited:
+    """Function that edits the training examples and describes the change.
+
+    Attributes:
+        apply: the function.
+        adds: whether it adds examples (`Edit.adds`).
+    """
+
+    apply: Callable[[Split, Task], tuple[Split, str]]
+    adds: bool = False
 
 
 def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) -> Examples:
@@ -61,8 +70,9 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) 
 
     Text without labels (`unlabelled`) follows the examples of train; neither limit, edits nor holdout apply to it.
 
-    Edits are applied to all of train, before `limit_train`; a larger limit then adds examples and changes none. What
-    `holdout` cuts from train is cut before: no example that is edited is evaluated on. Classes are those of train before.
+    Edits are applied to all of train, before `limit_train`; a larger limit then adds examples and changes none. The limit is
+    applied before the first edit that adds examples, though: it counts those of the file. What `holdout` cuts from train is
+    cut before: no example that is edited is evaluated on. Classes are those of train before.
 
     Args:
         spec: the task.
@@ -82,7 +92,8 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) 
     check_splits(raw)
     task = build_task(spec, raw["train"])
     task.column_classes = classes_of_columns(spec.extra or {}, raw["train"])
-    if not edits:
+    first = next((index for index, edit in enumerate(edits) if edit.adds), len(edits))
+    if not first:
         raw["train"] = limited(raw["train"], spec.limit_train)
     if spec.holdout is not None:
         raw = held_out(raw, spec.holdout)
@@ -91,10 +102,12 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) 
             raw[split] = limited(raw[split], limits.get(split.partition("_")[0]))
     splits = {split: encoded_split(task, table, spec) for split, table in raw.items()}
     changes = []
-    for edit in edits:
-        splits["train"], change = edit(splits["train"], task)
+    for index, edit in enumerate(edits):
+        if first and index == first:
+            splits["train"] = limited(splits["train"], spec.limit_train)
+        splits["train"], change = edit.apply(splits["train"], task)
         changes.append(change)
-    if edits:
+    if first and first == len(edits):
         splits["train"] = limited(splits["train"], spec.limit_train)
     labels = {split: examples.labels for split, examples in splits.items()}
     try:

@@ -100,10 +100,12 @@ class TokenStore:
 
     Args:
         folder: folder of the files; None stores nothing.
+        what: name of what the arrays hold, for messages.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, what: str = "tokens") -> None:
         self.folder = folder
+        self.what = what
 
     def arrays(self, source: Callable[[], Sequence[Any]], make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Return the arrays of a source, from the folder or newly computed.
@@ -128,12 +130,12 @@ class TokenStore:
         if stored is not None:
             return stored
         if path.exists():
-            distributed.print_rank_zero(f"  the stored tokens '{path}' are damaged; they are rebuilt")
+            distributed.print_rank_zero(f"  the stored {self.what} '{path}' are damaged; they are rebuilt")
         arrays = make()
         try:
             write_arrays(path, arrays)
         except OSError as error:
-            distributed.print_rank_zero(f"  tokens are not stored: {error}")
+            distributed.print_rank_zero(f"  {self.what} are not stored: {error}")
         return arrays
 
 
@@ -177,6 +179,15 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
         file.write(checksum)
 
 
+def rules_of(tokenizer: "PreTrainedTokenizerFast") -> Tokenizer:
+    """Return a copy of a tokenizer's rules, without truncation and padding."""
+    rules = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    rules.encode_special_tokens = tokenizer.split_special_tokens  # not part of the serialised rules
+    rules.no_padding()
+    rules.no_truncation()
+    return rules
+
+
 def encodings(
     tokenizer: "PreTrainedTokenizerFast",
     texts: Texts,
@@ -196,10 +207,7 @@ def encodings(
         special: whether special tokens are added around the texts.
         words: whether encodings have word ids, which takes longer.
     """
-    rules = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    rules.encode_special_tokens = tokenizer.split_special_tokens  # not part of the serialised rules
-    rules.no_padding()
-    rules.no_truncation()
+    rules = rules_of(tokenizer)
     if max_length is not None:
         rules.enable_truncation(max_length, stride=0, strategy="longest_first", direction=tokenizer.truncation_side)
     began = said = time.monotonic()

@@ -74,6 +74,14 @@ class Encoder(nn.Module):
         return int(self.config.num_attention_heads)
 
     @property
+    def positions(self) -> int:
+        """Largest number of tokens of an input."""
+        # RoBERTa and MPNet number positions from the padding index plus one.
+        table: Any = self.base.get_submodule("embeddings.position_embeddings")
+        taken = 0 if table.padding_idx is None else table.padding_idx + 1
+        return int(self.config.max_position_embeddings) - taken
+
+    @property
     def word_embeddings(self) -> nn.Module:
         """Module that looks up word embeddings: (batch, tokens) -> (batch, tokens, width)."""
         return self.model.get_input_embeddings()  # type: ignore[no-any-return]

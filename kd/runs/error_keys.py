@@ -13,7 +13,7 @@ from kd.runs.inputs import is_student
 from kd.runs.run import Role
 from kd.runs.stages import key_of_stage
 
-STAGES = {"stage": "student.run", "surgery": "surgery.{}.run", "aid": "method.aids.{}.run"}
+STAGES = {"stage": "student.run", "surgery": "surgery.{}.run", "aid": "method.aids.{}.run", "edit": "task.edits.{}.run"}
 """Kind of a run that is configured as a stage -> the key of its configuration, with the place of its name."""
 
 

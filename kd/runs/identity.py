@@ -16,6 +16,7 @@ from kd.config.values import has, locate, one_line, shown
 from kd.data.readers import data_path
 from kd.data.sources import Source, as_names, fingerprint_of
 from kd.errors import InputError, prefix_error_keys
+from kd.runs.edits import edit_identity
 from kd.runs.run import RunInputs
 from kd.system.model_sources import fingerprint
 
@@ -120,7 +121,7 @@ def digest_inputs(spec: RunSpec, inputs: RunInputs) -> dict[str, Any]:
     ]
     if spec.trainer.batch_tokens is not None:
         trainer["batch_size"] = None
-    task["edits"] = list(edit_nodes(spec.task).values())
+    task["edits"] = [edit_identity(node, key) for key, node in edit_nodes(spec.task).items()]
     for key in OMIT_IF_EMPTY:
         if not task[key]:
             task.pop(key)

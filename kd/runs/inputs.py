@@ -10,6 +10,7 @@ from kd.config.nodes import nested
 from kd.config.pool import RANKED, teachers_of
 from kd.config.schema import PoolSpec, RunSpec, TeacherSpec
 from kd.errors import InputError
+from kd.runs.edits import edits_of_teachers
 from kd.runs.identity import backbone_of
 from kd.runs.inherit import inherit, laid_over
 from kd.runs.run import Role, Run
@@ -118,4 +119,8 @@ def teacher_config(parent: DictConfig, spec: RunSpec, name: str, teacher: Teache
     if spec.task.unlabelled is not None:  # fine-tuning learns from labels alone
         own["task"] = {"unlabelled": None}
     config = inherit(parent, choose, ["task"], own, f"teacher.{name}")
+    edits = edits_of_teachers(spec.task)
+    if edits != spec.task.edits:
+        with open_dict(config):
+            config.task.edits = edits
     return laid_over(config, teacher.run, f"teacher.{name}.run")

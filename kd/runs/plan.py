@@ -13,6 +13,7 @@ from kd.config.cohort import check_cohort
 from kd.config.pool import check_pool
 from kd.config.schema import RunSpec, check_values
 from kd.runs.digest import digest_of
+from kd.runs.edits import models_of_edits
 from kd.runs.error_keys import rename_error_keys, stage_key
 from kd.runs.identity import digest_inputs
 from kd.runs.inputs import pilot_overrides, teacher_config, teacher_configs
@@ -50,12 +51,12 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teac
         stage = stage_config(spec.student.run, "student.run", overrides, depth, config)
         with rename_error_keys(Role("stage"), spec, config):
             inputs = replace(inputs, stage=plan(*stage, depth + 1))
-    staged: dict[str, dict[str, Run]] = {"surgery": {}, "aid": {}}
+    staged: dict[str, dict[str, Run]] = {"surgery": {}, "aid": {}, "edit": {}}
     for role, given in further_stages(spec):
         stage = stage_config(given, stage_key(role), overrides, depth, config)
         with rename_error_keys(role, spec, config):
             staged[role.kind][str(role.name)] = plan(*stage, depth + 1)
-    inputs = replace(inputs, surgeries=staged["surgery"], aids=staged["aid"])
+    inputs = replace(inputs, surgeries=staged["surgery"], aids=staged["aid"], edits=staged["edit"])
     identified = digest_inputs(spec, inputs)
     if spec.cohort.teacher == "online":  # it has no run of its own: its shape and initial weights enter this digest
         ((name, teacher),) = spec.teacher.items()
@@ -70,13 +71,16 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teac
 
 
 def further_stages(spec: RunSpec) -> Iterator[tuple[Role, Any]]:
-    """Yield the role and the configuration of every run that trains the model of a surgery or of an aid."""
+    """Yield the role and the configuration of every run that trains the model of a surgery, an aid or an edit."""
     for name, surgery in spec.surgery.items():
         if surgery.get("run") is not None:
             yield Role("surgery", name), surgery["run"]
     for name, aid in aids_of(spec).items():
         if aid.run is not None:
             yield Role("aid", name), aid.run
+    for name, model in models_of_edits(spec.task).items():
+        if model.run is not None:
+            yield Role("edit", name), model.run
 
 
 def teachers_of_run(config: DictConfig, spec: RunSpec, overrides: Sequence[str], depth: int) -> RunInputs:

@@ -30,11 +30,11 @@ class Role:
     Attributes:
         kind: `teacher`: trains a teacher; `pilot`: ranks a teacher; `before`: is the first run of a method; `stage`: trains the
             model that the student starts from; `surgery`: trains the model that a surgery reads; `aid`: trains an aid of the
-            method.
-        name: name of the teacher, the surgery or the aid; None for the other kinds.
+            method; `edit`: trains the model that an edit of train reads.
+        name: name of the teacher, the surgery, the aid or the edit; None for the other kinds.
     """
 
-    kind: Literal["teacher", "pilot", "before", "stage", "surgery", "aid"]
+    kind: Literal["teacher", "pilot", "before", "stage", "surgery", "aid", "edit"]
     name: str | None = None
 
     def __str__(self) -> str:
@@ -52,6 +52,7 @@ class RunInputs:
         stage: the run whose student this run's student starts from.
         surgeries: name of a surgery -> the run whose model it reads.
         aids: name of an aid of the method -> the run that trains it.
+        edits: name of an edit of train -> the run whose model it reads.
     """
 
     teachers: Mapping[str, "Run"] = field(default_factory=dict)
@@ -60,6 +61,7 @@ class RunInputs:
     stage: "Run | None" = None
     surgeries: Mapping[str, "Run"] = field(default_factory=dict)
     aids: Mapping[str, "Run"] = field(default_factory=dict)
+    edits: Mapping[str, "Run"] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[tuple[Role, "Run"]]:
         """Yield each needed run with its role, in the order in which they are executed."""
@@ -71,6 +73,11 @@ class RunInputs:
             yield Role("stage"), self.stage
         yield from ((Role("surgery", name), run) for name, run in self.surgeries.items())
         yield from ((Role("aid", name), run) for name, run in self.aids.items())
+        yield from ((Role("edit", name), run) for name, run in self.edits.items())
+
+    def of(self, role: Role) -> "Run":
+        """Return the run of a role."""
+        return next(run for other, run in self if other == role)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

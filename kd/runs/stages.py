@@ -135,7 +135,12 @@ def stage_config(
     """
     parts = stage if isinstance(stage, Mapping) else {"overrides": stage}
     if depth >= DEEPEST_CHAIN:
-        raise InputError(f"{key} starts from itself; give the first stage another student.init", key)
+        cure = (
+            "give the first stage another student.init"
+            if key == "student.run"
+            else "give it `choose`, or edit=[] and surgery=[]"
+        )
+        raise InputError(f"{key} starts from itself; {cure}", key)
     if "choose" in parts:
         return inheriting_config(parts, key, parent), []
     given = parts.get("overrides")

@@ -4,7 +4,6 @@ import contextlib
 from typing import Any
 
 from kd.errors import InputError
-from kd.runs.digest import digest_of
 from kd.runs.error_keys import rename_error_keys
 from kd.runs.run import Run
 from kd.system import distributed
@@ -35,7 +34,8 @@ def execute(run: Run, purpose: str | None = None, *, first: bool = True) -> dict
         return result
     from kd.build.data import build_examples
 
-    examples = build_examples(run)  # referenced from here on, so that the checks and the teachers' runs reuse them
+    # Referenced from here on, so that the checks and the teachers' runs reuse them.
+    examples = build_examples(run, planned=True)
     if first:
         check_all(run)  # before any run that it needs is trained, and before a folder is made: a refusal leaves none behind
     with writes_to(run.spec.paths.runs), contextlib.ExitStack() as held:
@@ -49,6 +49,8 @@ def execute(run: Run, purpose: str | None = None, *, first: bool = True) -> dict
             with rename_error_keys(role, run.spec, run.config):
                 execute(needed, f"{role}: {needed.name}", first=False)
         from kd.training.fit import export_again, fit
+
+        examples = build_examples(run)  # other ones only if an edit reads a model, which is trained now
 
         distributed.print_rank_zero(f"\n{purpose or run.name}\n  {run.directory}")
         if result is None and distributed.on_rank_zero((run.directory / "result.json").exists):
@@ -77,15 +79,15 @@ def check_all(run: Run, known: dict[str, Any] | None = None) -> None:
         InputError: for settings that cannot work, naming the key of the command.
     """
     from kd.build.check import check_arguments, check_run
-    from kd.build.data import build_examples
+    from kd.build.data import build_examples, examples_digest
     from kd.training.loggers import check_logger
 
     if known is None:
         check_arguments(run)
     known = {} if known is None else known
-    text = digest_of({part: run.digest_inputs[part] for part in ("task", "data")})
+    text = examples_digest(run, planned=True)
     if text not in known:
-        known[text] = build_examples(run)
+        known[text] = build_examples(run, planned=True)
     check_logger(run.spec.logger.extra)
     check_run(run, known[text])
     for role, needed in run.inputs:

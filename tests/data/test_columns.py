@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
 from kd.bench.harness import some
-from kd.build.data import build_edits
+from kd.build.edits import build_edits
 from kd.config.compose import compose, typed
 from kd.data.batch import Batch
 from kd.data.datamodule import KDDataModule

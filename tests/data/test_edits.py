@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from kd.build.data import build_edits, build_examples
+from kd.build.data import build_examples
+from kd.build.edits import build_edits
 from kd.config.compose import compose, typed
 from kd.data.datamodule import KDDataModule
 from kd.data.edits import Edit, Imbalance, LabelNoise, Split, edited
