@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conformance.bench import Bench
 from transformers import AutoModelForMaskedLM
 
 from conftest import BAD, FILLER, GOOD, tiny_config, tiny_tokenizer
@@ -78,10 +79,10 @@ def test_methods_without_aids_have_the_digests_of_before(small: Small) -> None:
 
 
 def test_aids_are_no_part_of_checkpoints_or_of_the_student(small: Small, mlm: Path) -> None:
+    before = AutoModelForMaskedLM.from_pretrained(mlm).state_dict()
     run, _ = made(small("method=text_smoothing", "teacher=[]", "trainer.max_epochs=1", f"method.aids.mlm.model={mlm}"))
     saved = torch.load(run.checkpoints / "last.ckpt", weights_only=True)["state_dict"]
     assert not any("predictions" in name or "aid" in name for name in saved)
-    before = AutoModelForMaskedLM.from_pretrained(mlm).state_dict()
     assert same_weights(before, AutoModelForMaskedLM.from_pretrained(mlm).state_dict())
 
 
@@ -149,6 +150,12 @@ def test_aid_with_too_few_positions_is_refused(small: Small, tmp_path: Path) -> 
     with pytest.raises(InputError) as caught:
         refused(small("method=text_smoothing", "teacher=[]", f"method.aids.mlm.model={short}"))
     assert caught.value.key == "task.max_length"
+
+
+def test_the_engine_moves_and_converts_aids() -> None:
+    bench = Bench("text_smoothing")
+    bench.engine.double()
+    assert {parameter.dtype for parameter in bench.aids["mlm"].encoder.parameters()} == {torch.double}
 
 
 def test_wrappers_have_the_aids_of_the_inner_method() -> None:

@@ -19,7 +19,7 @@ from kd.methods.wrappers.ensemble import Ensemble
 from kd.methods.wrappers.mutual import Mutual
 from kd.runs.run import Run
 from kd.training import execute
-from whole_runs import broken_off, last_weights, made, planned, pool, same_weights
+from whole_runs import broken_off, checked, last_weights, made, planned, pool, same_weights
 
 Small = Callable[..., list[str]]
 
@@ -110,7 +110,7 @@ def test_each_student_of_a_cohort_has_a_file(small: Small) -> None:
     run, result = made(small("method=finetune", "cohort=mutual", *keeper))
     files = [name for name in result["files"] if name.endswith("method.safetensors")]
     assert len(files) == 2
-    assert set(load_file(run.directory / files[0])) == {"0.factor.weight", "0.count"}
+    assert set(load_file(run.directory / files[0])) == {"factor.weight", "count"}
 
 
 def test_policy_of_the_first_run_goes_on_in_the_second_and_a_stopped_run_ends_the_same(
@@ -135,11 +135,35 @@ def test_policy_of_the_first_run_goes_on_in_the_second_and_a_stopped_run_ends_th
 def test_what_does_not_fit_is_refused(small: Small, tmp_path: Path) -> None:
     overrides = [*small("method=finetune", *TWO_RUNS), f"paths.runs={tmp_path}"]
     with pytest.raises(InputError, match=r"'factor.weight' is \(2, 1\) here, .* kept it \(1, 1\)") as caught:
-        made([*overrides, "method.size=2"])
+        checked(lambda: planned([*overrides, "method.size=2"]))
     assert caught.value.key == "method.before"
     method = Keeper()
     with pytest.raises(InputError, match=r"'count' .* not at all"):
         method.inherit({"factor.weight": torch.zeros(1, 1)})
+
+
+def test_what_a_given_teacher_kept_enters_the_digest_however_its_folder_is_written(small: Small, tmp_path: Path) -> None:
+    own = [*small("method=finetune", "method._target_=kd.methods.finetune.Keeper", "teacher=[]"), f"paths.runs={tmp_path}"]
+    keeper, _ = made([*own, "trainer.max_epochs=1"])
+    kept = load_file(keeper.directory / "method.safetensors")
+
+    def student(folder: Path) -> Run:
+        given = ["teacher=[hub]", f"teacher.hub.model={folder}", "method._target_=kd.methods.finetune.Keeper"]
+        return planned([*(word for word in small("method=finetune", *given)), f"paths.runs={tmp_path}"])
+
+    for folder in (keeper.student, keeper.directory):
+        (method,) = methods_of(student(folder)).values()
+        assert torch.equal(method.of_teachers[0]["factor.weight"], kept["factor.weight"])
+    digest = student(keeper.student).digest
+    assert student(keeper.directory).digest == digest
+    with_other = tmp_path / "copy" / "student"
+    shutil.copytree(keeper.student, with_other)
+    assert student(with_other).digest != digest
+    shutil.copy(keeper.directory / "method.safetensors", tmp_path / "copy")
+    assert student(with_other).digest == digest
+    (keeper.directory / "method.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="not as it was written"):
+        student(keeper.student)
 
 
 def test_wrappers_keep_and_inherit_the_parts_of_each_inner_method() -> None:
@@ -147,7 +171,7 @@ def test_wrappers_keep_and_inherit_the_parts_of_each_inner_method() -> None:
     for number, inner in enumerate(one.inners[0].inners):
         nn.init.constant_(inner.factor.weight, float(number))
     state = one.kept()
-    assert set(state) == {f"0.{number}.{name}" for number in (0, 1) for name in ("factor.weight", "count")}
+    assert set(state) == {f"{number}.{name}" for number in (0, 1) for name in ("factor.weight", "count")}
     other.inherit(state)
     assert [float(inner.factor.weight) for inner in other.inners[0].inners] == [0.0, 1.0]
 

@@ -7,11 +7,11 @@ from typing import ClassVar, Protocol
 
 from transformers import PretrainedConfig
 
-from kd.build.surgeries import config_after
+from kd.build.surgeries import config_after, deepening
 from kd.config.schema import RunSpec, StudentSpec
 from kd.data.examples import HEAD_OF_KIND
 from kd.data.tasks import Task, higher_is_better
-from kd.errors import prefix_error_keys
+from kd.errors import InputError, prefix_error_keys
 from kd.functional.policy import best, rank_probabilities
 from kd.models.pretrained import load_config
 from kd.models.students import check_copy, student_config, with_labels
@@ -95,7 +95,8 @@ class ExpectedModels:
         needed = self.run.inputs.of(role).spec
         source, _ = backbone_of(needed)
         with rename_error_keys(role, self.run.spec, self.run.config), prefix_student_errors():
-            return student_config(needed.student, source, None, "student.backbone", HEAD_OF_KIND[needed.task.kind]), source
+            config = student_config(needed.student, source, None, "student.backbone", HEAD_OF_KIND[needed.task.kind])
+            return config_after(needed, config), source
 
     def teacher_weights(self, name: str) -> str:
         """Return the backbone of a teacher."""
@@ -109,7 +110,15 @@ class ExpectedModels:
         needed, key = self.run.init_run.spec, "student.run" if self.run.inputs.stage else "method.before"
         with prefix_student_errors():
             expected = student_config(needed.student, backbone_of(needed)[0], task.labels, key, task.head)
-            check_copy(config, config_after(needed, expected), spec, key, deepened=config_after(self.run.spec, config))
+            after, deepened = config_after(needed, expected), config_after(self.run.spec, config)
+            check_copy(config, after, spec, key, deepened=deepened)
+            begins_deep = after.num_hidden_layers == deepened.num_hidden_layers != config.num_hidden_layers
+            if begins_deep and deepening(needed) != deepening(self.run.spec):
+                raise InputError(
+                    f"the {after.num_hidden_layers} layers of the student of {key} are made by other surgeries than those of this "
+                    "run, so that they cannot be shared; give both runs the same",
+                    key,
+                )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kd.build.inputs import ExpectedModels, InputModels, TrainedModels, prefix_student_errors
 from kd.build.instantiate import bind_method, build_method
@@ -130,6 +131,10 @@ def plan_models(run: Run, task: Task, inputs: Callable[[Run], InputModels] = Exp
         students[label] = learner = plan_learner(run, task, student, index, models_of_inputs)
         shapes.students[label] = surgery_shapes(run, learner.plan.shape())
         shapes.methods[label] = bind(run, task, method, shapes.students[label], shapes)
+        if not models_of_inputs.trained and run.inputs.before is not None and shapes.methods[label].kept():
+            with rename_error_keys(Role("before"), run.spec, run.config):
+                first = plan_models(run.inputs.before, task).shapes.methods[label]
+            inherit(run, shapes.methods[label], first.kept())
     complete = models_of_inputs.trained or len(run.inputs) == 0
     return ModelPlan(run, task, method, weights, teachers, online, students, aids, shapes, complete)
 
@@ -156,7 +161,11 @@ def materialise(plan: ModelPlan, texts: Sequence[tuple[str, ...]] = ()) -> Built
         student, changes = apply_surgeries(run, learner.materialise(), words)
         learner.plan.check_derived(student)
         models.methods[name] = bind(run, plan.task, plan.method, student, models)
-        inherit(run, models.methods[name])
+        inherit(
+            run,
+            models.methods[name],
+            read_kept(str(run.init_run.student), "student.run") if run.inputs.init is not None else {},
+        )
         # A surgery may have replaced the encoder.
         student.notes, student.asides = list(learner.plan.notes), list(learner.plan.asides)
         models.students[name] = student
@@ -282,13 +291,13 @@ def bind(run: Run, task: Task, method: Method, student: Encoder, models: Models)
     return own
 
 
-def inherit(run: Run, method: Method) -> None:
-    """Let a method take over what the method of the run that this one starts from kept.
+def inherit(run: Run, method: Method, state: Mapping[str, Tensor]) -> None:
+    """Let a method take over what the method of the run that this one starts from kept, if that is anything.
 
     Raises:
         InputError: if that does not fit.
     """
-    if run.inputs.init is None or not (state := read_kept(run.init_run.student)):
+    if not state:
         return
     try:
         method.inherit(state)

@@ -63,6 +63,16 @@ def config_after(spec: RunSpec, config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
+def deepening(spec: RunSpec) -> dict[str, dict[str, Any]]:
+    """Return the configuration nodes of the surgeries of a run that change a student's configuration, by name."""
+    changing = {name for name, surgery in surgeries(spec).items() if hasattr(surgery, "config")}
+    return {
+        name: {key: value for key, value in node.items() if key != "run"}
+        for name, node in spec.surgery.items()
+        if name in changing
+    }
+
+
 def surgery_shapes(run: Run, student: Encoder) -> Encoder:
     """Return the shape that a student has after the surgeries of a run, as far as it does not depend on the training texts.
 

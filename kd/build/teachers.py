@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
@@ -70,7 +69,7 @@ class TeacherPlan:
     def materialise(self) -> FrozenTeacher:
         """Return the teacher; its weights are loaded when first needed: never, if its outputs are cached already."""
         load = functools.partial(load_model, self.source, self.key, self.config, self.head, head_needed=not self.headless)
-        return FrozenTeacher(self._encoder(), self.name, self.columns, load, read_kept(Path(self.source)))
+        return FrozenTeacher(self._encoder(), self.name, self.columns, load, read_kept(self.source, self.key))
 
     def _encoder(self) -> Encoder:
         encoder = Encoder(empty_model(self.config, self.head), self.tokenizer)

@@ -59,8 +59,10 @@ class Forward(Generic[ModelT]):
     @torch.no_grad()
     def evaluate(self, inputs: Inputs | None = None, needs: Needs | None = None) -> Outputs:
         """Run a further forward pass without dropout and without recording a graph, for a reward; arguments as for `run`."""
+        wanted = self.needs if needs is None else needs
+        plain = Needs(taps=wanted.taps, uncacheable_reason=wanted.uncacheable_reason)
         with evaluating(self.model):
-            return self.run(inputs, needs)
+            return self.run(self.inputs if inputs is None else inputs, plain)
 
 
 @contextlib.contextmanager

@@ -67,7 +67,7 @@ def toward_boundary(states: Tensor, gradient: Tensor, margin: Tensor, rate: floa
 
 
 def least_squares_map(inputs: Tensor, outputs: Tensor) -> Tensor:
-    r"""Return the matrix W, (width, other width), for which :math:`\lVert E W - F \rVert` is least, in the type of E.
+    r"""Return the matrix W, (width, other width), for which :math:`\lVert E W - F \rVert` is least, in float32 at least.
 
     Args:
         inputs: E, (words, width), the table of one model's word embeddings.
@@ -75,4 +75,4 @@ def least_squares_map(inputs: Tensor, outputs: Tensor) -> Tensor:
     """
     table, other = inputs.detach().double(), outputs.detach().double()
     solution: Tensor = torch.linalg.pinv(table.T @ table, hermitian=True) @ (table.T @ other)
-    return solution.to(inputs.dtype)
+    return solution.to(at_least_float32(inputs).dtype)

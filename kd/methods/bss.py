@@ -225,9 +225,9 @@ class BSS(Method):
     def _reason(self) -> str | None:
         """Return why a loss depends on the other examples; None if it does not."""
         if self.samples is not None:
-            return f"method.samples={self.samples} takes the examples of a batch on which student and teacher differ most"
+            return f"samples={self.samples} takes the examples of a batch on which student and teacher differ most"
         if self.boundary_reduction == "base":
-            return "method.boundary_reduction=base is a mean over the base samples of a batch"
+            return "boundary_reduction=base is a mean over the base samples of a batch"
         return None
 
     def batch_dependence(self) -> str | None:

@@ -82,7 +82,7 @@ class MTBERT(Method):
             InputError: without a teacher, or for a layer map that does not suit the depths.
         """
         if not bound.teachers:
-            raise InputError("this method learns from one teacher or more, there is none", "layers")
+            raise InputError("this method learns from one teacher or more, teacher=[] has none", "teacher")
         student = bound.student
         self.teachers = len(bound.teachers)
         self.pairs = [self._pairs(student.depth, teacher.depth) for teacher in bound.teachers]

@@ -212,8 +212,8 @@ class ONE(Method):
 
     def batch_dependence(self) -> str | None:
         """Return that `norm=batch` normalises over a batch."""
-        return "method.norm=batch normalises the gate over the examples of a batch" if self.norm == "batch" else None
+        return "norm=batch normalises the gate over the examples of a batch" if self.norm == "batch" else None
 
     def label_dependence(self) -> str | None:
         """Return that `norm=batch` computes the ensemble's hard loss over the batches of all ranks."""
-        return "method.norm=batch reads the labels of all ranks" if self.norm == "batch" else None
+        return "norm=batch reads the labels of all ranks" if self.norm == "batch" else None

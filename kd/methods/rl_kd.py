@@ -56,7 +56,7 @@ class RLKD(Method):
         credit: `batch`, one reward for all examples of the batch of all ranks (paper), or `example`, each example's own losses
             (our option, with less variance).
         baseline: subtracted from the reward: `none` (paper), or `ema`, the mean of earlier rewards with the factor `decay` (our
-            option).
+            option). Rewards 1 and 2 are negative: without a baseline, `all` would teach the policy to select no teacher.
         decay: factor of the mean of earlier rewards, in [0, 1).
         weights_of: `sampled`, equal weights of the selected teachers (paper; the most probable one if none is selected, our
             choice), or `expected`, weights proportional to the probabilities, while the policy learns from sampled actions.
@@ -143,15 +143,21 @@ class RLKD(Method):
             InputError: for a number of teachers or a task that the options do not fit.
         """
         self.teachers = count = len(bound.teachers)
+        if count < 1:
+            raise InputError("this method learns from teachers, teacher=[] has none", "teacher")
         if self.selection not in ("uniform", "fixed") and count < 2:
             raise InputError(
                 f"selection={self.selection} chooses among teachers, there are {count}: give two or more", "selection"
             )
-        if count < 1:
-            raise InputError("this method learns from teachers, there is none", "selection")
         if self.selection == "fixed" and len(self.teacher_weights) != count:
             raise InputError(
                 f"teacher_weights lists {len(self.teacher_weights)} weights, there are {count} teachers", "teacher_weights"
+            )
+        if self.learns and not bound.student.classifies:
+            raise InputError(
+                f"selection={self.selection} decides for each example, and a masked language model has many predictions for "
+                "each; use selection=uniform",
+                "selection",
             )
         regression = bound.task.labels is None
         if regression and self.learns and self.reward == 3:
@@ -241,7 +247,9 @@ class RLKD(Method):
         (state, actions, weights), self.taken = self.taken, None
         rewards = self.rewards_of(step, weights)
         self.rewarded = rewards.mean() if self.credit == "batch" else step.across(rewards).mean()
-        advantages = rewards - self.mean_reward.to(rewards.dtype) if self.baseline == "ema" and self.rewards > 0 else rewards
+        advantages = rewards
+        if self.baseline == "ema":  # the first reward is its own baseline
+            advantages = rewards - torch.where(self.rewards > 0, self.mean_reward, self.rewarded).to(rewards.dtype)
         return {"policy": -(advantages * log_probability(self.policy(state), actions)).mean()}
 
     @torch.no_grad()

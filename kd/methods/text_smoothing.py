@@ -42,7 +42,7 @@ class TextSmoothing(Method):
 
     Args:
         texts: `smoothed`, the smoothed texts alone (paper); `both` reads the plain text too in every step, and adds a term
-            (our choice); `alternate` reads plain text in one optimiser step and smoothed text in the next. The later code takes
+            (our choice); `alternate` reads smoothed text in one optimiser step and plain text in the next. The later code takes
             both steps on every batch; so with the same number of epochs ours has half of its steps.
         rate: :math:`\lambda`, in [0, 1], of the model's distribution; a number or a schedule. 0.5 in the later code. A summary
             of the paper puts it on the one-hot word instead.
@@ -141,7 +141,7 @@ class TextSmoothing(Method):
     def terms(self, step: Step) -> dict[str, Tensor]:
         """Return the loss terms listed in the class docstring."""
         labels, fraction = step.batch.labels, step.progress.fraction
-        plain = self.texts == "alternate" and step.progress.step % 2 == 0
+        plain = self.texts == "alternate" and step.progress.step % 2 == 1
         words = None if plain else self.likely(step)
 
         def logits(forward: Forward[Any], *, smoothed: bool) -> Tensor:

@@ -18,11 +18,11 @@ from kd.models.heads import HEADS
 from kd.models.latency import LATENCY_MEASURE, Latency, latencies, to_time
 from kd.results.evaluate import Evaluation, Scores, baseline, folder_megabytes
 from kd.results.export import TOLERANCE, export, largest_difference, model_card, origin
-from kd.runs.kept import kept_file, write_kept
+from kd.runs.kept import write_kept
 from kd.runs.run import Run
 from kd.system import distributed
 from kd.system.hardware import git, hardware, versions
-from kd.system.model_sources import recorded_files
+from kd.system.model_sources import kept_file, recorded_files
 from kd.teacher_cache.cache import CacheUnused, CacheUsed
 
 

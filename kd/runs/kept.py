@@ -7,15 +7,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from kd.system.files import atomic_write, writing
-
-
-def kept_file(folder: Path) -> Path:
-    """Return the path of what the method of an exported student keeps.
-
-    >>> kept_file(Path("run/student")).as_posix(), kept_file(Path("run/peers/s1")).as_posix()
-    ('run/method.safetensors', 'run/peers/s1.method.safetensors')
-    """
-    return folder.with_name("method.safetensors" if folder.name == "student" else f"{folder.name}.method.safetensors")
+from kd.system.model_sources import kept_beside, kept_file
 
 
 def write_kept(folder: Path, state: Mapping[str, Tensor]) -> None:
@@ -30,10 +22,18 @@ def write_kept(folder: Path, state: Mapping[str, Tensor]) -> None:
             path.unlink(missing_ok=True)
             return
         with atomic_write(path, "wb") as file:
-            file.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}))
+            file.write(save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}))
 
 
-def read_kept(folder: Path) -> dict[str, Tensor]:
-    """Return the state that the method of an exported student kept, by name; nothing if there is no such file."""
-    path = kept_file(folder)
-    return load_file(path) if path.is_file() else {}
+def read_kept(source: str, key: str) -> dict[str, Tensor]:
+    """Return the state that the method of a model's run kept, by name; nothing if there is none.
+
+    Args:
+        source: source of the model.
+        key: the configuration key that names the source.
+
+    Raises:
+        InputError: if the source is a folder that is missing or holds no model.
+    """
+    path = kept_beside(source, key)
+    return {} if path is None else load_file(path)

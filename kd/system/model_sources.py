@@ -110,13 +110,35 @@ def _check_export(folder: Path, source: str, key: str) -> None:
     files = result.get("files") if isinstance(result, dict) else None
     if not isinstance(files, dict):
         return  # an older record, without digests
-    in_folder = {name: record for name, record in files.items() if (directory / name).parent == folder}
+    own = kept_file(folder)
+    in_folder = {
+        name: record for name, record in files.items() if own == directory / name or folder == (directory / name).parent
+    }
     if why := damaged_file(directory, in_folder, thorough=True):
         raise InputError(
             f"'{source}' is a finished run whose model is not as it was written: {why}. The command that made it exports it "
             "again; a changed model can be used from a folder of its own, without the result.json",
             key,
         )
+
+
+def kept_file(folder: Path) -> Path:
+    """Return the path of what the method of an exported student kept for later runs (`kd.methods.base.Method.keeps`).
+
+    >>> kept_file(Path("run/student")).as_posix(), kept_file(Path("run/peers/s1")).as_posix()
+    ('run/method.safetensors', 'run/peers/s1.method.safetensors')
+    """
+    return folder.with_name("method.safetensors" if folder.name == "student" else f"{folder.name}.method.safetensors")
+
+
+def kept_beside(source: str, key: str) -> Path | None:
+    """Return the file with what the method of a model's run kept; None if the source has none, as packages and the hub.
+
+    Raises:
+        InputError: if the source is a folder that is missing or holds no model.
+    """
+    folder = None if source.startswith("package:") else _local(source, key)
+    return None if folder is None or not kept_file(folder).is_file() else kept_file(folder)
 
 
 def _local(source: str, key: str) -> Path | None:
@@ -188,5 +210,7 @@ def fingerprint(source: str, key: str) -> str:
         if version != "unknown":
             return f"{source}=={version}"
     files = [file for file in path.iterdir() if file.is_file() and file.suffix != ".md" and not file.name.startswith(".")]
+    if (kept := kept_file(path)).is_file():
+        files.append(kept)
     digests = "".join(f"{file.name}={file_fingerprint(file)};" for file in sorted(files))
     return "files:" + hashlib.blake2b(digests.encode(), digest_size=8).hexdigest()

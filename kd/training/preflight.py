@@ -223,11 +223,15 @@ def check_one_batch(report: Report, engine: Engine, data: KDDataModule) -> None:
         idle = [name for name, parameter in engine.named_parameters() if parameter.requires_grad and parameter.grad is None]
         if idle:
             raise InputError(f"{len(idle)} trainable parameters get no gradient, the first is {idle[0]}", "method")
-        for teacher in engine.teachers:
-            if teacher.encoder.training:
-                raise InputError(f"teacher '{teacher.name}' is not in eval mode", f"teacher.{teacher.name}")
-            if any(parameter.grad is not None for parameter in teacher.encoder.parameters()):
-                raise InputError(f"teacher '{teacher.name}' gets gradients", f"teacher.{teacher.name}")
+        frozen = {
+            **{f"teacher.{teacher.name}": teacher for teacher in engine.teachers},
+            **{f"method.aids.{name}": aid for name, aid in engine.aids.items()},
+        }
+        for key, model in frozen.items():
+            if model.encoder.training:
+                raise InputError(f"{key} is not in eval mode", key)
+            if any(parameter.grad is not None for parameter in model.encoder.parameters()):
+                raise InputError(f"{key} gets gradients", key)
         shares = {name: engine.weight_of(name, Progress()) * float(term.detach()) for name, term in loss.terms.items()}
     report.ok("one batch: every trainable parameter gets a gradient; teachers are frozen and in eval mode")
     report.note("weighted terms at the start: " + ", ".join(f"{name} {value:.4g}" for name, value in shares.items()))

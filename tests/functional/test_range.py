@@ -17,7 +17,10 @@ from kd.functional import (
     ascent,
     attention,
     attribution,
+    boundary,
     combination,
+    ensembles,
+    flow,
     geometry,
     hidden,
     logits,
@@ -267,6 +270,16 @@ def contrasts(s: Situation) -> Iterator[Call]:
             yield lambda *x, a=anchors, r=reduction: relations.supervised_contrast(*x, labels, 0.5, a, r), s.states(8)
 
 
+def classes_of(s: Situation) -> tuple[Tensor, Tensor]:
+    """A class of each example, and its label, another one."""
+    labels = torch.arange(s.examples) % s.classes
+    return (labels + 1) % s.classes, labels
+
+
+def tables(s: Situation) -> list[Tensor]:
+    return [table.reshape(-1, 4) for table in s.draw(6, 4, size=1.0, certain=False)]
+
+
 def stacks(s: Situation) -> Iterator[Call]:
     labels = torch.arange(s.examples) % s.classes
     yield lambda *x: torch.tensor(reinforce.stacked_weights(list(x), labels)), s.logits()
@@ -378,6 +391,22 @@ INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
     "logits.squared_error": lambda s: iter(
         [(lambda *z, r=r: logits.squared_error(*z, r), s.logits()) for r in logits.LOGIT_REDUCTIONS]
     ),
+    "boundary.difference": lambda s: iter([(lambda x: boundary.difference(x, *classes_of(s)), s.logits()[:1])]),
+    "boundary.disagreement": lambda s: iter([(lambda *x: boundary.disagreement(*x, classes_of(s)[1]), s.logits())]),
+    "boundary.least_squares_map": lambda s: iter([(boundary.least_squares_map, tables(s))]),
+    "boundary.other_classes": lambda s: iter(
+        [(lambda x: boundary.other_classes(x, classes_of(s)[1], torch.full((s.examples,), 0.3)).float(), s.logits()[:1])]
+    ),
+    "boundary.toward_boundary": lambda s: iter(
+        [(lambda x, g: boundary.toward_boundary(x, g, torch.ones(s.examples), 0.3), s.states(6, 8))]
+    ),
+    "ensembles.gate": lambda s: iter([(ensembles.gate, s.logits()[:1])]),
+    "ensembles.gated": lambda s: iter([(lambda *x: ensembles.gated(x, torch.full((s.examples, 2), 0.5)), s.logits())]),
+    "ensembles.over_rows": lambda s: iter(
+        [(lambda x: ensembles.over_rows(x, torch.ones(s.classes), torch.zeros(s.classes)), s.logits()[:1])]
+    ),
+    "flow.flow_error": lambda s: iter([(lambda *x, r=r: flow.flow_error(*x, r), s.states(8, 8)) for r in flow.FLOW_REDUCTIONS]),
+    "flow.flow_matrix": lambda s: iter([(lambda *x: flow.flow_matrix(*x, s.mask), s.states(6, 8))]),
     "reinforce.log_probability": lambda s: iter([(lambda x, y: reinforce.log_probability(x, y > 0), s.logits())]),
     "reinforce.selected_weights": lambda s: iter(
         [(lambda x, y: reinforce.selected_weights(x, (y > 0).to(y.dtype)), s.logits())]

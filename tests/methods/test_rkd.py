@@ -100,14 +100,14 @@ def huber(difference: float) -> float:
 
 
 def distances(rows: list[list[float]]) -> list[float]:
-    """Of all pairs, divided by their mean over the pairs of different examples."""
+    """Distances of all pairs, divided by their mean over the pairs of different examples."""
     found = [length(minus(one, other)) for one in rows for other in rows]
     mean = sum(found) / (len(rows) * (len(rows) - 1))
     return [distance / mean for distance in found]
 
 
 def cosines(rows: list[list[float]]) -> list[float]:
-    """Of all triplets."""
+    """Angles of all triplets."""
     found = []
     for i in rows:
         for j in rows:

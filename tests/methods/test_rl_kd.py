@@ -6,10 +6,13 @@ from typing import Any
 import pytest
 import torch
 from conformance.bench import Bench
+from models.test_masked_lm import TASK as MASKED
+from models.test_masked_lm import masked_lm
 from torch import Tensor, nn
 
 from conftest import tiny_model
 from kd.data.batch import Batch
+from kd.data.masked_lm.task import NOT_PREDICTED
 from kd.data.tasks import NO_CLASS, Classification, Regression, Task
 from kd.errors import InputError
 from kd.forward import Forward
@@ -183,8 +186,13 @@ def test_credit_of_an_example_is_its_own_loss() -> None:
 def test_rewards_are_without_dropout_and_the_student_stays_in_training_mode() -> None:
     method, step = bound(dropout=0.5)
     weights = method.weights(step)
-    one, two = (method.rewards_of(step, weights) for _ in range(2))
-    assert torch.equal(one, two)
+    found = method.rewards_of(step, weights)
+    assert all(module.training for module in step.student.model.modules())
+    step.student.model.eval()
+    plain = bound(dropout=0.0)[1]
+    plain.student.model.load_state_dict(step.student.model.state_dict())
+    assert torch.allclose(found, method.rewards_of(plain, weights), rtol=0, atol=1e-12)
+    step.student.model.train()
     assert all(module.training for module in step.student.model.modules())
 
 
@@ -198,7 +206,7 @@ def test_baseline_is_the_mean_of_earlier_rewards() -> None:
         reward = float(method.rewarded)
         method.after_step(later, {})
         likelihood = -float(own) / reward
-        expected.append(-(reward - (mean or 0.0)) * likelihood)
+        expected.append(-(reward - (reward if mean is None else mean)) * likelihood)
         assert float(term) == pytest.approx(expected[-1], abs=1e-9)
         mean = reward if mean is None else 0.75 * mean + 0.25 * reward
         assert float(method.mean_reward) == pytest.approx(mean, abs=1e-12)
@@ -260,6 +268,22 @@ def test_policy_learns_to_select_the_teacher_that_the_reward_prefers() -> None:
     first, second = policy(torch.ones(1, 1)).sigmoid()[0].tolist()
     assert first > 0.9
     assert second < 0.1
+
+
+@pytest.mark.parametrize(("baseline", "rises"), [("none", False), ("ema", True)])
+def test_pre_training_selects_more_as_rewards_rise_and_without_a_baseline_less(baseline: str, rises: bool) -> None:
+    method, step = bound(selection="all", baseline=baseline, reward=1)
+    before = method.policy(method.state_of(step)).sigmoid().mean()
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
+    for reward in (-3.0, -2.0, -1.0):
+        method.weights(step)
+        method.rewards_of = lambda *_, r=reward: torch.tensor([r]).double()  # type: ignore[method-assign]
+        optimizer.zero_grad()
+        method.turns()[1].terms(step)["policy"].backward()
+        optimizer.step()
+        method.after_step(step, {})
+    after = method.policy(method.state_of(step)).sigmoid().mean()
+    assert bool(after > before) is rises
 
 
 def test_policy_has_a_rate_of_its_own() -> None:
@@ -378,7 +402,7 @@ def test_regression_has_squared_errors_and_mean_scores() -> None:
         ({"normalize": "yes"}, "normalize"),
         ({"count": 1}, "selection"),
         ({"count": 1, "selection": "best"}, "selection"),
-        ({"count": 0, "selection": "uniform"}, "selection"),
+        ({"count": 0, "selection": "uniform"}, "teacher"),
         ({"task": SCORES, "outputs": 1, "reward": 3}, "reward"),
         ({"task": SCORES, "outputs": 1, "selection": "logistic"}, "selection"),
     ],
@@ -387,6 +411,20 @@ def test_invalid_option_is_refused_by_its_name(arguments: dict[str, Any], key: s
     with pytest.raises(InputError) as caught:
         bound(**arguments)
     assert caught.value.key == key
+
+
+def test_policy_of_a_masked_language_model_is_refused_and_its_weights_are_those_of_positions() -> None:
+    student = masked_lm(layers=1)
+    for selection in ("policy", "all"):
+        with pytest.raises(InputError) as caught:
+            RLKD(selection=selection).bind(Bound(student, [FrozenTeacher(student)] * 2, MASKED))
+        assert caught.value.key == "selection"
+    labels = torch.tensor([[NOT_PREDICTED, 3, 4], [5, NOT_PREDICTED, NOT_PREDICTED]])
+    logits = [torch.randn(3, 6), torch.randn(3, 6)]
+    found = MASKED.of(labels).ensemble(logits, torch.tensor([[1.0, 0.0], [0.25, 0.75]])).exp()
+    first, second = (one.softmax(-1) for one in logits)
+    assert torch.allclose(found[:2], first[:2])
+    assert torch.allclose(found[2], first[2] / 4 + 3 * second[2] / 4)
 
 
 def test_dependences_are_declared_where_the_formula_has_them() -> None:

@@ -192,10 +192,10 @@ def test_both_texts_are_two_terms() -> None:
     assert torch.equal(both["smoothed"], terms_of(*bound())["task"])
 
 
-def test_alternate_reads_plain_text_in_even_steps() -> None:
+def test_alternate_reads_smoothed_text_in_even_steps() -> None:
     even, odd = (terms_of(*bound(progress=Progress(step, 10), texts="alternate"))["task"] for step in (2, 3))
-    assert torch.equal(even, terms_of(*bound(rate=0.0))["task"])
-    assert torch.equal(odd, terms_of(*bound())["task"])
+    assert torch.equal(even, terms_of(*bound())["task"])
+    assert torch.equal(odd, terms_of(*bound(rate=0.0))["task"])
 
 
 def test_drawn_words_are_as_frequent_as_the_mixture_says() -> None:

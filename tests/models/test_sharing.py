@@ -321,6 +321,16 @@ def test_a_stage_of_another_depth_is_refused_before_it_is_trained(small: Small) 
         check_all(planned(small("method=finetune", "teacher=[]", "surgery=[sps]", "student.init=run", kind)))
 
 
+def test_a_stage_whose_layers_other_surgeries_made_is_refused_before_it_is_trained(small: Small) -> None:
+    from kd.training.execute import check_all
+
+    for stage in ('"surgery.sps.shuffle=false"', '"surgery=[]","student.layers=4"'):
+        overrides = small("method=finetune", "teacher=[]", "surgery=[sps]", "student.init=run", SHARED_STAGE % stage)
+        with pytest.raises(InputError, match="other surgeries") as caught:
+            check_all(planned(overrides))
+        assert caught.value.key == "student.run"
+
+
 def test_a_layer_that_the_student_lacks_is_named_by_its_key(small: Small) -> None:
     from kd.training.execute import check_all
 

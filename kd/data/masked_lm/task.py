@@ -104,8 +104,17 @@ class MaskedLM:
         return self.hard(logits, labels, "none")
 
     def ensemble(self, logits: Sequence[Tensor], weights: Tensor | None = None) -> Tensor:
-        """Return the log of the mean of the models' probabilities; weights are (predicted positions, models)."""
-        return log_mean_probability(logits, weights)
+        """Return the log of the mean of the models' probabilities; an example's weights are those of its positions.
+
+        Raises:
+            ValueError: for weights, if the task does not hold the labels of a batch; see `of`.
+        """
+        if weights is None:
+            return log_mean_probability(logits)
+        if self._labels is None:
+            raise ValueError("the positions of an example are known only for a batch: use task.of(batch.labels)")
+        examples, _ = (self._labels != NOT_PREDICTED).nonzero(as_tuple=True)
+        return log_mean_probability(logits, weights[examples])
 
     def score(self, metrics: Mapping[str, Metric], logits: Tensor, labels: Tensor) -> None:
         """Update metrics with the predicted positions of a batch."""

@@ -95,11 +95,16 @@ class Wrapper(Method):
             inner.after_step(own, {name: terms[name] for name in inner.names})
 
     def kept(self) -> dict[str, Tensor]:
-        """Return what the inner methods keep, after their numbers."""
+        """Return what the inner methods keep, after their numbers if they are several."""
+        if len(self.inners) == 1:
+            return self.inners[0].kept()
         return {f"{n}.{name}": tensor for n, inner in enumerate(self.inners) for name, tensor in inner.kept().items()}
 
     def inherit(self, state: Mapping[str, Tensor]) -> None:
         """Pass each inner method what it kept."""
+        if len(self.inners) == 1:
+            self.inners[0].inherit(state)
+            return
         for n, inner in enumerate(self.inners):
             start = f"{n}."
             inner.inherit({name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)})
