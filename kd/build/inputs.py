@@ -115,8 +115,8 @@ class ExpectedModels:
             begins_deep = after.num_hidden_layers == deepened.num_hidden_layers != config.num_hidden_layers
             if begins_deep and deepening(needed) != deepening(self.run.spec):
                 raise InputError(
-                    f"the {after.num_hidden_layers} layers of the student of {key} are made by other surgeries than those of this "
-                    "run, so that they cannot be shared; give both runs the same",
+                    f"the {after.num_hidden_layers} layers of the student of {key} are made by other surgeries than those of "
+                    "this run, so that they cannot be shared; give both runs the same",
                     key,
                 )
 
