@@ -576,7 +576,7 @@ def test_impossible_arguments_are_refused_by_their_key(arguments: dict[str, Any]
         ({"stage": "representation", "layers": [[1, 5]]}, TASK, "layers", "asks for layer 5 of the teacher"),
         ({"stage": "representation", "layers": 3}, TASK, "layers", "neither"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_what_the_models_or_the_task_do_not_allow_is_refused(
     options: dict[str, Any], task: Task, key: str, message: str
