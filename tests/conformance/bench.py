@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from conftest import BAD, FILLER, GOOD, ONLY_METHOD, tiny_config, tiny_model, tiny_tokenizer
 from kd.build.instantiate import bind_method, build_method
@@ -39,7 +39,8 @@ from kd.teacher_cache.store import CachedOutputs, Entry, Share, TensorStore
 
 BEFORE = "before"
 METHODS = sorted(path.stem for path in (conf_folder() / "method").glob(f"{os.environ.get(ONLY_METHOD, '*')}.yaml"))
-STAGED = [f"{name} {BEFORE}" for name in METHODS if compose([f"method={name}"]).method.get("before")]
+NODES = {name: OmegaConf.load(conf_folder() / "method" / f"{name}.yaml") for name in METHODS}
+STAGED = [f"{name} {BEFORE}" for name in METHODS if NODES[name].get("before")]
 """The method that a method's first run has."""
 COMPOSED = (
     "pkd pool=stochastic teacher=[minilm,minilm_4l]",
@@ -377,12 +378,14 @@ def refusal(case: str, *more: str) -> InputError | None:
 
 @functools.cache
 def option_cases() -> list[tuple[str, str]]:
-    """Every method and first run, with each value of `OPTIONS` that it offers and does not refuse: (case, override)."""
+    """Every method and first run, with each value of `OPTIONS` that it offers, refused or not: (case, override)."""
     cases = []
     for name in (*METHODS, *STAGED):
-        node, place = configured(name).method, "method.before" if name in STAGED else "method"
+        node, place = NODES[name.split()[0]], "method"
+        if name in STAGED:
+            node, place = node.before, "method.before"
         choices = [f"{place}.{option}={value}" for option, values in OPTIONS.items() if option in node for value in values]
-        cases += [(name, choice) for choice in choices if refusal(name, choice) is None]
+        cases += [(name, choice) for choice in choices]
     return cases
 
 
@@ -390,7 +393,7 @@ def two_rank_cases() -> list[tuple[str, tuple[str, ...], int]]:
     """Every method, with every reduction it offers, on batches that two ranks share evenly and not, and every composition."""
     cases: list[tuple[str, tuple[str, ...], int]] = []
     for name in CASES:
-        choices = [(choice,) for case, choice in option_cases() if case == name]
+        choices = [(choice,) for case, choice in option_cases() if case == name and refusal(name, choice) is None]
         cases += [(name, more, count) for more in choices or [()] for count in (8, 7)]
     return [*cases, *((name, (), 7) for name in GENERATED if refusal(name) is None)]
 
