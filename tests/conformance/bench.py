@@ -389,6 +389,7 @@ def option_cases() -> list[tuple[str, str]]:
     return cases
 
 
+@functools.cache
 def two_rank_cases() -> list[tuple[str, tuple[str, ...], int]]:
     """Every method, with every reduction it offers, on batches that two ranks share evenly and not, and every composition."""
     cases: list[tuple[str, tuple[str, ...], int]] = []
@@ -418,8 +419,10 @@ class Collated:
         return part
 
 
-def save_two_rank_updates(rank: int, world: int, port: int, folder: Path) -> None:
-    """One rank of a two-rank step of every method; the first writes what the parameters became."""
+def save_two_rank_updates(
+    rank: int, world: int, port: int, folder: Path, cases: Sequence[tuple[str, tuple[str, ...], int]]
+) -> None:
+    """One rank of a two-rank step of every case; each writes what the parameters became."""
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
 
@@ -437,7 +440,7 @@ def save_two_rank_updates(rank: int, world: int, port: int, folder: Path) -> Non
             return self.last.total
 
     found = {}
-    for name, more, count in two_rank_cases():
+    for name, more, count in cases:
         bench = Bench(name, more=more, double=True)
         optimizer = bench.engine.optimizer()
         whole, sampler = bench.batch(count), LengthBatches([9] * count, count, None, rank, world)

@@ -281,7 +281,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[s
     """Return the parameters after one step of every method, on each of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     # New interpreters, not forks of one: sets have other orders in each, and methods must not depend on them.
-    mp.spawn(save_two_rank_updates, args=(2, free_port(), folder), nprocs=2)
+    mp.spawn(save_two_rank_updates, args=(2, free_port(), folder, two_rank_cases()), nprocs=2)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
