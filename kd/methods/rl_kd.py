@@ -105,7 +105,8 @@ class RLKD(Method):
         self.selection = word(selection, SELECTIONS, "selection")
         self.reward = whole(reward, "reward", 1, 3)
         self.gamma = float(number(gamma, "gamma", 0, 1))
-        self.holds = held_share(holds) if self.learns and self.reward == 3 else 0.0
+        share = held_share(holds)
+        self.holds = share if self.learns and self.reward == 3 else 0.0
         self.credit = word(credit, CREDITS, "credit")
         self.baseline = word(baseline, BASELINES, "baseline")
         self.decay = float(number(decay, "decay", 0, 0.9999))
@@ -113,7 +114,7 @@ class RLKD(Method):
         self.warmup = float(number(warmup, "warmup", 0, 0.9999))
         self.state = features(state)
         self.policy_lr = None if policy_lr is None else float(number(policy_lr, "policy_lr", 1e-12, 100))
-        self.teacher_weights = shares(teacher_weights) if selection == "fixed" else []
+        self.teacher_weights = shares(teacher_weights) if selection == "fixed" or teacher_weights is not None else []
         self.temperature = temperature_schedule(temperature)
         self.loss = word(loss, SOFT_LOSSES, "loss")
         self.reduction = word(reduction, BATCH_MEANS, "reduction")

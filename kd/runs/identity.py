@@ -87,6 +87,12 @@ def source_of(spec: RunSpec) -> Source:
         if isinstance(value, wrong):
             key = f"task.source.{field.name}"
             raise InputError(f"{key}={shown(value)} is not a value that the task's source takes", key)
+    for split in ("train", "validation", "test"):
+        given = getattr(spec.task, split)
+        if given is not None and given not in spec.task.source.values():
+            raise InputError(
+                f"task.{split}={shown(given)} is set, but task={spec.task.name} reads no file of its own", f"task.{split}"
+            )
     return source  # type: ignore[no-any-return]
 
 

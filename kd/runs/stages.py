@@ -179,6 +179,11 @@ def inheriting_config(stage: Mapping[str, Any], key: str, parent: DictConfig) ->
     choose, inherits = stage["choose"], stage.get("inherits") or []
     if not isinstance(choose, Mapping):
         raise InputError(f"{key}.choose={shown(choose)} is not a mapping of groups to names", f"{key}.choose")
+    for group, names in choose.items():
+        if not isinstance(names, str) and not (isinstance(names, list) and all(isinstance(word, str) for word in names)):
+            raise InputError(f"{key}.choose.{group}={shown(names)} is not a name, or a list of names", f"{key}.choose.{group}")
+    if (name := stage.get("name")) is not None and not isinstance(name, str):
+        raise InputError(f"{key}.name={shown(name)} is not a name", f"{key}.name")
     if not isinstance(inherits, list) or not all(isinstance(word, str) for word in inherits):
         raise InputError(f"{key}.inherits={shown(inherits)} is not a list of keys", f"{key}.inherits")
     own = {name: value for name, value in stage.items() if name not in NOT_OWN}

@@ -292,6 +292,7 @@ def test_what_depends_on_the_batch_says_so(name: str, option: str) -> None:
         assert error.key is not None, f"refused without the key to change: {error}"
         return
     bench = Bench(name, more=[option], double=True)
+    bench.update(bench.batch(seed=1))  # after which a baseline differs from the latest reward
     batch = bench.batch()
     batch = take(batch, batch.student["attention_mask"].sum(dim=1).argsort())  # so that the halves are padded differently
     halves = [shortest(take(batch, rows)) for rows in torch.arange(8).split(4)]

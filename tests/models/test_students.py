@@ -314,7 +314,7 @@ def test_a_student_of_another_family_takes_every_length_that_is_allowed(make: Ma
         try:
             checked_length(
                 SimpleNamespace(task=SimpleNamespace(max_length=tokens)),
-                SimpleNamespace(students={"student": built}, teaching=[]),
+                SimpleNamespace(students={"student": built}, teaching=[], aids={}),
             )
         except InputError:
             return False
