@@ -11,8 +11,8 @@ from transformers import AutoModelForMaskedLM
 
 from conftest import BAD, FILLER, GOOD, tiny_config, tiny_tokenizer
 from kd.build.instantiate import build_method
-from kd.config.aids import aids_of
 from kd.config.compose import compose, typed
+from kd.config.frozen import aids_of
 from kd.errors import InputError
 from kd.methods.text_smoothing import TextSmoothing
 from whole_runs import checked, made, planned, roles, same_weights

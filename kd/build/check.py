@@ -35,10 +35,10 @@ def check_optimizer_steps(spec: RunSpec) -> None:
         InputError: for arguments that the optimiser does not accept, or that result in weights that are not finite.
     """
     key, factory = "optimizer.factory", build_optimizer(spec)
-    gpu = spec.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    if spec.trainer.accelerator == "gpu" and not gpu:
+    device = distributed.device(spec.trainer.accelerator)
+    if spec.trainer.accelerator == "gpu" and device.type == "cpu":
         return
-    layer = torch.nn.Linear(2, 2, device=torch.device("cuda", distributed.local_rank()) if gpu else "cpu")
+    layer = torch.nn.Linear(2, 2, device=device)
     try:
         optimizer = factory.optimizer(layer)
         layer(torch.ones_like(layer.weight)).sum().backward()
@@ -156,4 +156,4 @@ def check_run(run: Run, examples: Examples) -> None:
     check_memory(run.spec, models)
     build_engine(run, models, examples.task)
     if run.spec.trainer.compile:
-        check_compiler("cuda" if run.spec.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+        check_compiler(distributed.device(run.spec.trainer.accelerator).type)

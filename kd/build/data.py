@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from kd.build.edits import build_edits
 from kd.build.models import BuiltModels
 from kd.config.schema import RunSpec, cache_limit
@@ -114,8 +112,7 @@ def prefit_methods(run: Run, data: KDDataModule, models: BuiltModels) -> None:
     if not asking:
         return
     rows = data.trained.tolist()
-    gpu = run.spec.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", distributed.local_rank()) if gpu else torch.device("cpu")
+    device = distributed.device(run.spec.trainer.accelerator)
     logits = []
     for index, teacher in enumerate(models.teachers):
         cached = data.tokens["train"].get(f"teacher {index}")
@@ -179,13 +176,12 @@ def teacher_cache(run: Run, name: str) -> TeacherCache:
     trainer, teacher_run = run.spec.trainer, run.inputs.teachers.get(name)
     weights = None if cache_limit(run.spec.cache) == 0 else weights_of(run, name)  # identifying them reads their files
     beside = Path(run.spec.paths.runs).expanduser() / ".teachers" / digest_of({"weights": weights})
-    gpu = trainer.accelerator != "cpu" and torch.cuda.is_available()
     return TeacherCache(
         folder=beside if teacher_run is None else teacher_run.directory / "cache",
         weights=weights,
         precision=trainer.precision,
         setting=run.spec.cache,
-        device=torch.device("cuda", distributed.local_rank()) if gpu else torch.device("cpu"),
+        device=distributed.device(trainer.accelerator),
         task=run.spec.task.name,
     )
 

@@ -131,7 +131,7 @@ def read_model(edit: ModelEdit, node: Mapping[str, Any], key: str, run: Run) -> 
 
     def stored(texts: Texts) -> tuple[Texts, np.ndarray]:
         def make() -> dict[str, np.ndarray]:
-            result, rows = edit.derive(texts, ModelOfEdit(plan, device_of(run)))
+            result, rows = edit.derive(texts, ModelOfEdit(plan, distributed.device(run.spec.trainer.accelerator)))
             return {"content": np.frombuffer(result.content, dtype=np.uint8), "offsets": result.offsets, "rows": rows}
 
         arrays = store.arrays(
@@ -140,12 +140,6 @@ def read_model(edit: ModelEdit, node: Mapping[str, Any], key: str, run: Run) -> 
         return Texts(arrays["content"].tobytes(), arrays["offsets"], texts.columns), arrays["rows"]
 
     edit.stored = stored
-
-
-def device_of(run: Run) -> torch.device:
-    """Return the device on which the models of edits run."""
-    gpu = run.spec.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda", distributed.local_rank()) if gpu else torch.device("cpu")
 
 
 def plan_model(edit: ModelEdit, node: Mapping[str, Any], key: str, run: Run, inputs: InputModels) -> TeacherPlan:

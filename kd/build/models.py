@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from kd.errors import InputError, one_of
 from kd.methods.base import Bound, Method
 from kd.models import Encoder
 from kd.models.heads import HEADS
-from kd.models.students import INIT_FROM, StudentPlan, describe_init, plan_student, student_config
+from kd.models.students import INIT_FROM, StudentPlan, describe_init, plan_student
 from kd.runs.error_keys import rename_error_keys
 from kd.runs.identity import backbone_of
 from kd.runs.inputs import teacher_config
@@ -249,9 +250,6 @@ def plan_learner(run: Run, task: Task, spec: StudentSpec, index: int, inputs: In
     backbone, key = backbone_of(run.spec)
     initial, initial_key = initial_source(run, spec, inputs)
     with prefix_student_errors():
-        config = student_config(spec, backbone, task.labels, key, task.head)
-    deepened = config_after(run.spec, config)
-    with prefix_student_errors():
         plan = plan_student(
             spec,
             backbone,
@@ -263,7 +261,7 @@ def plan_learner(run: Run, task: Task, spec: StudentSpec, index: int, inputs: In
             initial_labels=initial_labels(run, spec),
             pairs=len(run.spec.task.text) > 1,
             start=task.start,
-            deepened=deepened,
+            deepen=partial(config_after, run.spec),
         )
     if spec.init == "run":
         inputs.check_init(plan.config, spec, task)

@@ -118,6 +118,11 @@ def vocabulary_key(run: Run) -> str | None:
     return "student.run" if stage is not None and vocabulary_key(stage) is not None else None
 
 
+def vocabulary_cure(key: str | None, otherwise: str) -> str:
+    """Return what to do about another vocabulary, by the key that gives it to the student; `otherwise` if none does."""
+    return {"surgery": "use surgery=[]", "student.run": "begin from another run"}.get(key or "", otherwise)
+
+
 def check_aid_vocabularies(run: Run, student: Encoder, aids: Mapping[str, FrozenTeacher]) -> None:
     """Check that the aids of a method read the student's tokens.
 
@@ -128,9 +133,7 @@ def check_aid_vocabularies(run: Run, student: Encoder, aids: Mapping[str, Frozen
     for name, aid in aids.items():
         if key is None and tokenizer_fingerprint(aid.tokenizer) == own:
             continue
-        cure = {"surgery": "use surgery=[]", "student.run": "begin from another run"}.get(
-            key or "", f"give the student and method.aids.{name} one backbone"
-        )
+        cure = vocabulary_cure(key, f"give the student and method.aids.{name} one backbone")
         raise InputError(
             f"method={run.spec.method['name']} runs the aid '{name}' on the student's tokens, but the student has another "
             f"vocabulary; {cure}",
@@ -152,9 +155,7 @@ def check_vocabularies(run: Run, task: Task, method: Method, student: Encoder, t
         if not HEADS[task.head].labelled:
             raise InputError(OTHER_VOCABULARY, key or "student.backbone")
         if needs.tokens or method.same_vocabulary:
-            cure = {"surgery": "use surgery=[]", "student.run": "begin from another run"}.get(
-                key or "", "give the student the teacher's backbone"
-            )
+            cure = vocabulary_cure(key, "give the student the teacher's backbone")
             why = f"compares the student and its teacher token by token ({needs})" if needs.tokens else "needs one vocabulary"
             raise InputError(
                 f"method={run.spec.method['name']} {why}, but "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from kd.build.inputs import InputModels
-from kd.config.aids import AidSpec, aids_of
+from kd.config.frozen import FrozenSpec, aids_of
 from kd.config.pool import teachers_of
 from kd.config.schema import TeacherSpec
 from kd.config.values import shown
@@ -134,7 +134,7 @@ def plan_aids(run: Run, task: Task, method: Method, inputs: InputModels) -> dict
 
 
 def plan_frozen(
-    run: Run, role: Role, where: str, head: str | None, spec: AidSpec, inputs: InputModels, *, pairs: bool
+    run: Run, role: Role, where: str, head: str | None, spec: FrozenSpec, inputs: InputModels, *, pairs: bool
 ) -> TeacherPlan:
     """Plan a frozen model that is no teacher: an aid of the method, or the model that an edit reads.
 

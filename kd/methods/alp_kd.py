@@ -10,6 +10,7 @@ from kd.forward.needs import Tap
 from kd.functional import combination, layer_maps
 from kd.functional.logits import SOFT_LOSSES
 from kd.methods.base import Bound, Method, Step, match_width
+from kd.methods.features import STATES, tokens_of
 from kd.methods.options import BATCH_MEANS, switch, temperature_schedule, word
 from kd.schedules import Schedule
 
@@ -18,7 +19,6 @@ MAPS = {
     "no_overlap": combination.regular,
     "partial_overlap": combination.overlap,
 }
-STATES = ("cls", "tokens")
 HIDDEN_MEANS = tuple(name for name in combination.REDUCTIONS if name not in ("sum", "none"))
 
 
@@ -78,7 +78,7 @@ class ALPKD(Method):
         if isinstance(layers, str):
             word(layers, tuple(MAPS), "layers")
         self.layers = layers
-        self.states = word(states, STATES, "states")
+        self.states = word(states, tuple(STATES), "states")
         self.hidden_reduction = word(hidden_reduction, HIDDEN_MEANS, "hidden_reduction")
         self.temperature = temperature_schedule(temperature)
         self.loss = word(loss, SOFT_LOSSES, "loss")
@@ -101,20 +101,17 @@ class ALPKD(Method):
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
         """Declare the states of the student's layers, and of all layers in their buckets."""
         ours, theirs = {layer for layer, _ in self.groups}, {layer for _, group in self.groups for layer in group}
-        kind = "cls" if self.states == "cls" else "hidden"
+        kind = STATES[self.states]
         return Needs(taps=[Tap(kind, layer) for layer in ours]), [Needs(taps=[Tap(kind, layer) for layer in theirs])]
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         """Return the loss terms listed in the class docstring."""
         student, teacher = step.student.outputs, step.teacher.outputs
         temperature = self.temperature(step.progress.fraction)
-        mask = student.mask if self.states == "tokens" else torch.ones_like(student.mask[:, :1])
         squares = []
         for layer, group in self.groups:
-            if self.states == "cls":
-                ours, theirs = student.cls(layer)[:, None], [teacher.cls(other)[:, None] for other in group]
-            else:
-                ours, theirs = student.hidden(layer), [teacher.hidden(other) for other in group]
+            ours, mask = tokens_of(student, layer, self.states)
+            theirs = [tokens_of(teacher, other, self.states)[0] for other in group]
             squares.append(self._squares(self.project(ours), torch.stack(theirs, dim=-2)))
         return {
             "task": step.task.hard(student.logits, step.batch.labels),

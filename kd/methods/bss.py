@@ -90,7 +90,7 @@ class BSS(Method):
         # Late in training `boundary` may be 0. A sample's cross entropy is above 0, and a wrong student has fewer of them.
         least = self.until == 1 and (loss != "ce" or base == "teacher")
         self.distances = ("logits", "boundary") if least else ("logits",)
-        self.across_ranks = self._reason() is not None
+        self.across_ranks = self.batch_dependence() is not None
         self.shift: Tensor | None
         self.register_buffer("shift", None)
 
@@ -222,17 +222,13 @@ class BSS(Method):
         outputs = step.teacher.run({**inputs, self.states: states}, needs.available_from(start))
         return outputs.logits, self.moved(outputs)
 
-    def _reason(self) -> str | None:
-        """Return why a loss depends on the other examples; None if it does not."""
+    def batch_dependence(self) -> str | None:
+        """Return that `samples` chooses from a batch, or that `boundary_reduction=base` is a mean over a part of one."""
         if self.samples is not None:
             return f"samples={self.samples} takes the examples of a batch on which student and teacher differ most"
         if self.boundary_reduction == "base":
             return "boundary_reduction=base is a mean over the base samples of a batch"
         return None
-
-    def batch_dependence(self) -> str | None:
-        """Return that `samples` chooses from a batch, or that `boundary_reduction=base` is a mean over a part of one."""
-        return self._reason()
 
     def label_dependence(self) -> str | None:
         """Return that base samples are those that are classified as their label."""

@@ -12,6 +12,7 @@ from kd.functional.attention import probability_error
 from kd.functional.hidden import at_least_float32
 from kd.functional.logits import SOFT_LOSSES
 from kd.methods.base import Bound, Method, Step
+from kd.methods.features import STATES, tokens_of
 from kd.methods.options import BATCH_MEANS, switch, temperature_schedule, word
 from kd.schedules import Schedule
 
@@ -24,7 +25,6 @@ MAPS = {
     "skip": combination.lasts,
 }
 SIDES = ("student", "teacher")
-STATES = ("tokens", "cls")
 HIDDEN_MEANS = tuple(name for name in combination.REDUCTIONS if name not in ("sum", "none"))
 
 
@@ -94,7 +94,7 @@ class CKD(Method):
         self.layers = layers
         self.project = word(project, SIDES, "project")
         self.normalize = word(normalize, combination.NORMALIZATIONS, "normalize")
-        self.states = word(states, STATES, "states")
+        self.states = word(states, tuple(STATES), "states")
         self.hidden_reduction = word(hidden_reduction, HIDDEN_MEANS, "hidden_reduction")
         self.temperature = temperature_schedule(temperature)
         self.loss = word(loss, SOFT_LOSSES, "loss")
@@ -120,8 +120,7 @@ class CKD(Method):
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
         """Declare the states of the layers of the map, and their attention if it is compared."""
         ours, theirs = {layer for layer, _ in self.groups}, {layer for _, group in self.groups for layer in group}
-        kind = "cls" if self.states == "cls" else "hidden"
-        student, teacher = (Needs(taps=[Tap(kind, layer) for layer in layers]) for layers in (ours, theirs))
+        student, teacher = (Needs(taps=[Tap(STATES[self.states], layer) for layer in layers]) for layers in (ours, theirs))
         if self.attention:
             student, teacher = student | Needs(attention=ours), teacher | Needs(attention=theirs)
         return student, [teacher]
@@ -130,11 +129,10 @@ class CKD(Method):
         """Return the loss terms listed in the class docstring."""
         student, teacher = step.student.outputs, step.teacher.outputs
         temperature = self.temperature(step.progress.fraction)
-        mask = student.mask if self.states == "tokens" else torch.ones_like(student.mask[:, :1])
-        squares = [
-            self._squares(states_of(student, layer, self.states), [states_of(teacher, k, self.states) for k in group], project)
-            for (layer, group), project in zip(self.groups, self.projections, strict=True)
-        ]
+        squares = []
+        for (layer, group), project in zip(self.groups, self.projections, strict=True):
+            states, mask = tokens_of(student, layer, self.states)
+            squares.append(self._squares(states, [tokens_of(teacher, other, self.states)[0] for other in group], project))
         terms = {
             "task": step.task.hard(student.logits, step.batch.labels),
             "logits": step.task.soft(student.logits, teacher.logits, temperature, self.loss, self.reduction),
@@ -164,11 +162,6 @@ class CKD(Method):
         """Return that `hidden_reduction=tokens` averages over the tokens of a batch."""
         counted = self.hidden_reduction == "tokens" and self.states == "tokens"
         return "hidden_reduction=tokens is a mean over the tokens of a batch" if counted else None
-
-
-def states_of(outputs: Outputs, layer: int, states: str) -> Tensor:
-    """Return a layer's states, (batch, tokens, width), with one token for `cls`."""
-    return outputs.cls(layer)[:, None] if states == "cls" else outputs.hidden(layer)
 
 
 def over_heads(attention: Tensor) -> Tensor:

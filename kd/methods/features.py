@@ -15,8 +15,8 @@ from kd.methods.options import word
 
 Layers = str | Sequence[Sequence[int]]
 
-STATES = ("tokens", "cls")
-"""States of a layer: every token's, or the first token's."""
+STATES = {"tokens": "hidden", "cls": "cls"}
+"""States of a layer, every token's or the first token's -> the kind of tensor that they are."""
 
 FEATURES = ("cls", "mean", "pooled", "logits")
 """Vectors of an example: a layer's first state, the mean of its real tokens' states, the input of the last linear layer, and

@@ -66,7 +66,7 @@ class FitNets(Method):
     ) -> None:
         super().__init__()
         self.layers = checked_layers(layers)
-        self.states = word(states, STATES, "states")
+        self.states = word(states, tuple(STATES), "states")
         self.hidden_reduction = word(hidden_reduction, HINT_MEANS, "hidden_reduction")
         self.temperature = temperature_schedule(temperature)
         self.loss = word(loss, SOFT_LOSSES, "loss")
@@ -90,7 +90,7 @@ class FitNets(Method):
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
         """Declare the states of guided and hint layers."""
-        return needs_of("cls" if self.states == "cls" else "hidden", self.pairs)
+        return needs_of(STATES[self.states], self.pairs)
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         """Return the loss terms listed in the class docstring."""

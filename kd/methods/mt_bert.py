@@ -6,19 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from kd.errors import InputError
-from kd.forward import Needs, Outputs
+from kd.forward import Needs
 from kd.forward.needs import Tap
 from kd.functional import layer_maps
 from kd.functional.hidden import PADDING, at_least_float32, mean_over_real
 from kd.functional.logits import SOFT_LOSSES
 from kd.methods import by_teacher
 from kd.methods.base import ANY_TEACHERS, Bound, Method, Step
+from kd.methods.features import STATES, tokens_of
 from kd.methods.options import switch, temperature_schedule, word
 from kd.schedules import Schedule
 
 WEIGHTS = ("error", "uniform")
 SIDES = ("teacher", "student")
-STATES = ("tokens", "cls")
 
 
 class MTBERT(Method):
@@ -66,7 +66,7 @@ class MTBERT(Method):
         super().__init__()
         self.layers = layers
         self.project = word(project, SIDES, "project")
-        self.states = word(states, STATES, "states")
+        self.states = word(states, tuple(STATES), "states")
         self.padding = word(padding, PADDING, "padding")
         self.weighting = word(weighting, WEIGHTS, "weighting")
         self.temperature = temperature_schedule(temperature)
@@ -104,7 +104,7 @@ class MTBERT(Method):
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
         """Declare the states of the layers of the maps."""
-        kind = "cls" if self.states == "cls" else "hidden"
+        kind = STATES[self.states]
         ours = {layer for pairs in self.pairs for layer, _ in pairs}
         theirs = [Needs(taps=[Tap(kind, layer) for _, layer in pairs]) for pairs in self.pairs]
         return Needs(taps=[Tap(kind, layer) for layer in ours]), theirs
@@ -128,20 +128,16 @@ class MTBERT(Method):
 
     def _hidden(self, step: Step) -> Tensor:
         student = step.student.outputs
-        mask = student.mask if self.states == "tokens" else torch.ones_like(student.mask[:, :1])
         errors = []
         for teacher, pairs, maps in zip(step.teachers, self.pairs, self.projections, strict=True):
             for (layer, other), linear in zip(pairs, maps, strict=True):  # type: ignore[call-overload]
-                ours, theirs = self._states(student, layer), self._states(teacher.outputs, other)
+                ours, mask = tokens_of(student, layer, self.states)
+                theirs, _ = tokens_of(teacher.outputs, other, self.states)
                 ours, theirs = (ours, linear(theirs)) if self.project == "teacher" else (linear(ours), theirs)
                 # A map on the teacher's side is trained too, so that neither side is a constant here.
                 squares = (at_least_float32(ours) - at_least_float32(theirs)) ** 2
                 errors.append(mean_over_real(squares.mean(dim=-1), mask, self.padding))
         return torch.stack(errors).sum()
-
-    def _states(self, outputs: Outputs, layer: int) -> Tensor:
-        """Return a layer's states, (batch, tokens, width), with one token for `cls`."""
-        return outputs.cls(layer)[:, None] if self.states == "cls" else outputs.hidden(layer)
 
     def describe(self) -> dict[str, str]:
         """Describe the layer map of each teacher."""

@@ -205,9 +205,13 @@ class RLKD(Method):
         """Return logits of the weighted mean of the teachers' tempered predictions, (batch, classes), constants."""
         if self.selection == "random":  # the others do not run
             return step.teachers[int(step.rng("teacher").integers(len(step.teachers)))].outputs.logits.detach()
+        return self.mixture(step, self.weights(step))
+
+    def mixture(self, step: Step, weights: Tensor) -> Tensor:
+        """Return logits of the mean of the teachers' tempered predictions with these weights, (batch, classes), constants."""
         temperature = self.temperature(step.progress.fraction)
         logits = [widened(teacher.outputs.logits.detach()) / temperature for teacher in step.teachers]
-        return step.task.ensemble(logits, self.weights(step)) * temperature
+        return step.task.ensemble(logits, weights) * temperature
 
     def weights(self, step: Step) -> Tensor:
         """Return the weights of the teachers, (batch, teachers), constants."""
@@ -264,9 +268,7 @@ class RLKD(Method):
         ours = step.student.evaluate(needs=Needs()).logits
         rewards = -step.task.errors(ours, step.batch.labels)
         if self.reward > 1:
-            temperature = self.temperature(step.progress.fraction)
-            logits = [widened(teacher.outputs.logits.detach()) / temperature for teacher in step.teachers]
-            rewards = rewards - self._soft(step, ours, step.task.ensemble(logits, weights) * temperature, "none")
+            rewards = rewards - self._soft(step, ours, self.mixture(step, weights), "none")
         if self.credit == "batch":
             rewards = step.across(rewards).mean(dim=0, keepdim=True)
         if self.reward < 3:

@@ -4,7 +4,7 @@ Errors name fields of `StudentSpec`; the builder adds where the specification st
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -318,7 +318,7 @@ def plan_student(
     initial_labels: Sequence[str] | None = None,
     pairs: bool = False,
     start: float | None = None,
-    deepened: PretrainedConfig | None = None,
+    deepen: Callable[[PretrainedConfig], PretrainedConfig] | None = None,
 ) -> StudentPlan:
     """Plan a student and its initialisation; of weights, only names, shapes and whether they are finite are read.
 
@@ -333,12 +333,13 @@ def plan_student(
         initial_labels: names of the outputs of `initial`, if its configuration names them wrongly.
         pairs: whether it will read pairs of texts.
         start: initial bias of a randomly initialised head, the mean of the scores; None leaves it at zero.
-        deepened: configuration that `config` has after the student's surgeries; None if these do not change it.
+        deepen: function from the student's configuration to the one after its surgeries; None if there are none.
 
     Raises:
         InputError: for sizes or an initialisation that do not fit.
     """
     config = student_config(spec, backbone, labels, key, head)
+    deepened = None if deepen is None else deepen(config)
     whole = spec.init in ("checkpoint", "run")
     given = initial_key or (str(spec.init) if whole else "init_from")
     copied: Copied | None = None

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from kd.config.aids import AidSpec, aid_of
 from kd.config.edits import edit_nodes
+from kd.config.frozen import FrozenSpec, frozen_of
 from kd.config.schema import TaskSpec
 from kd.config.values import locate, shown, subclass_of, switch
 from kd.data.readers import check_file, data_path
@@ -44,7 +44,7 @@ def arguments_of_edit(target: "type[Edit]", node: Mapping[str, Any]) -> dict[str
     return {name: value for name, value in node.items() if name not in spare}
 
 
-def model_of_edit(node: Mapping[str, Any], key: str) -> AidSpec | None:
+def model_of_edit(node: Mapping[str, Any], key: str) -> FrozenSpec | None:
     """Return the model that an edit reads; None if it reads none.
 
     Raises:
@@ -52,10 +52,10 @@ def model_of_edit(node: Mapping[str, Any], key: str) -> AidSpec | None:
     """
     if not reads_model(edit_class(node, key)):
         return None
-    return aid_of({name: node[name] for name in OF_MODEL if name in node}, key)
+    return frozen_of({name: node[name] for name in OF_MODEL if name in node}, key)
 
 
-def models_of_edits(task: TaskSpec) -> dict[str, AidSpec]:
+def models_of_edits(task: TaskSpec) -> dict[str, FrozenSpec]:
     """Return the model that each edit reads, by the name of the edit, for those that read one.
 
     Raises:

@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
-from kd.config.aids import aids_of
 from kd.config.cohort import cohort_identity
 from kd.config.edits import edit_nodes
+from kd.config.frozen import aids_of
 from kd.config.pool import pool_identity
 from kd.config.schema import RunSpec, TaskSpec
 from kd.config.values import has, locate, one_line, shown

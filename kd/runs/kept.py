@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -22,7 +23,9 @@ def write_kept(folder: Path, state: Mapping[str, Tensor]) -> None:
             path.unlink(missing_ok=True)
             return
         with atomic_write(path, "wb") as file:
-            file.write(save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}))
+            # Copies, because safetensors refuses tensors that share memory.
+            form = torch.contiguous_format
+            file.write(save({name: tensor.detach().cpu().clone(memory_format=form) for name, tensor in state.items()}))
 
 
 def read_kept(source: str, key: str) -> dict[str, Tensor]:

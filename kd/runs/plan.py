@@ -8,8 +8,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from kd.config import compose as composition
-from kd.config.aids import aids_of
 from kd.config.cohort import check_cohort
+from kd.config.frozen import aids_of
 from kd.config.pool import check_pool
 from kd.config.schema import RunSpec, check_values
 from kd.runs.digest import digest_of

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from kd.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from kd.system.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -43,6 +45,14 @@ def local_world() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world()))
 
 
+def device(accelerator: str) -> "torch.device":
+    """Return the device of this process for `trainer.accelerator`: its own GPU if the machine has one, else the CPU."""
+    import torch
+
+    gpu = accelerator != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda", local_rank()) if gpu else torch.device("cpu")
+
+
 def is_rank_zero() -> bool:
     """Return whether this is rank 0, the only process that writes files."""
     return rank() == 0
@@ -65,8 +75,8 @@ def start(accelerator: str) -> None:
     import torch
 
     if not torch.distributed.is_initialized():
-        gpu = accelerator != "cpu" and torch.cuda.is_available()
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=LONGEST_WAIT)
+        backend = "cpu:gloo,cuda:nccl" if device(accelerator).type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=LONGEST_WAIT)
 
 
 def leave(status: int = 0) -> None:

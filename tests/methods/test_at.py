@@ -4,54 +4,16 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from methods.two_models import LENGTHS, TASK, bound_to, check_padding, encoder, shown, soft
 
-from conftest import tiny_model
-from kd.data.batch import Batch
-from kd.data.tasks import Classification
 from kd.errors import InputError
-from kd.forward import Forward
 from kd.methods.at import AT
-from kd.methods.base import Bound, Progress, Step
+from kd.methods.base import Bound, Step
 from kd.models import Encoder, FrozenTeacher
-
-TASK = Classification("toy", ["no", "yes"], {}, ["accuracy"], "accuracy")
-LENGTHS = (6, 4, 3, 5)
-
-
-def encoder(layers: int, width: int = 32, seed: int = 0) -> Encoder:
-    model = tiny_model(seed, layers=layers, width=width).double()
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return Encoder(model)
 
 
 def bound(student: Encoder, teacher: Encoder, padding: int = 0, **arguments: object) -> tuple[AT, Step]:
-    """A method bound to two models, and a step over four sentences."""
-    method, frozen = AT(**arguments), FrozenTeacher(teacher)
-    method.bind(Bound(student, [frozen], TASK))
-    ids = torch.randint(5, 30, (4, 6), generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(6) < torch.tensor(LENGTHS)[:, None]).long()
-    inputs = {"input_ids": ids * mask, "attention_mask": mask}
-    inputs = {
-        name: nn.functional.pad(rows, (0, padding), value=7 if name == "input_ids" else 0) for name, rows in inputs.items()
-    }
-    ours, (theirs,) = method.needs()
-    batch = Batch(inputs, (inputs,), torch.tensor([0, 1, 1, 0]), torch.arange(4))
-    return method, Step(Forward(student, inputs, ours), [Forward(frozen, inputs, theirs)], batch, TASK, Progress())
-
-
-def shown(step: Step, teacher: bool) -> tuple[Tensor, ...]:
-    """The states of all layers, as transformers returns them."""
-    model = step.teacher.model.encoder.model if teacher else step.student.model.model
-    return model(**step.batch.student, output_hidden_states=True).hidden_states
-
-
-def soft(step: Step, temperature: float) -> Tensor:
-    """The soft loss, as a sum over classes and a mean over examples."""
-    s, t = step.student.outputs.logits / temperature, step.teacher.outputs.logits / temperature
-    return temperature**2 * (t.softmax(-1) * (t.log_softmax(-1) - s.log_softmax(-1))).sum() / len(s)
+    return bound_to(student, teacher, AT(**arguments), padding)
 
 
 def naive(step: Step, layer: int, power: float, teacher: bool) -> list[list[float]]:
@@ -93,9 +55,7 @@ def test_student_gets_gradients_and_the_teacher_none() -> None:
 
 def test_padding_changes_no_term() -> None:
     models = encoder(2, 16, seed=1).eval(), encoder(6)
-    terms = [method.terms(step) for method, step in (bound(*models, padding) for padding in (0, 5))]
-    for name, term in terms[0].items():
-        torch.testing.assert_close(term, terms[1][name], rtol=0, atol=1e-10)
+    check_padding(lambda padding: bound(*models, padding))
 
 
 def test_soft_loss_is_the_divergence_times_temperature_squared() -> None:

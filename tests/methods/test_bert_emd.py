@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from methods.two_models import LABELS, LENGTHS, TASK, encoder, sentences
+from torch import Tensor
 from torch.nn import functional as F
 
-from conftest import tiny_model
 from kd.data.batch import Batch
-from kd.data.tasks import Classification, Regression
+from kd.data.tasks import Regression
 from kd.errors import InputError
 from kd.forward import Forward, Needs
 from kd.functional.transport import MASS_UPDATES, SMALLEST_SHARE, transport_plan
@@ -26,27 +26,14 @@ from kd.system import distributed
 from kd.training import execute
 from whole_runs import Small, broken_off, last_weights, made, planned, same_weights, torchrun
 
-TASK = Classification("toy", ["no", "yes"], {}, ["accuracy"], "accuracy")
-LENGTHS = (6, 4, 3, 5)
-LABELS = torch.tensor([0, 1, 1, 0])
 M, N = 2, 4
 KINDS = ("attention", "hidden")
-
-
-def encoder(layers: int, width: int = 32, seed: int = 0, **sizes: object) -> Encoder:
-    model = tiny_model(seed, layers=layers, width=width, **sizes).double()
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return Encoder(model)
 
 
 def step_of(method: BertEMD, student: Encoder, teacher: FrozenTeacher, rows: list[int] | None = None) -> Step:
     """A step over four sentences of which three are padded, or over some of them."""
     rows = list(range(len(LENGTHS))) if rows is None else rows
-    ids = torch.randint(5, 30, (4, 6), generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(6) < torch.tensor(LENGTHS)[:, None]).long()
-    inputs = {"input_ids": (ids * mask)[rows], "attention_mask": mask[rows]}
+    inputs = {name: tensor[rows] for name, tensor in sentences().items()}
     ours, (theirs,) = method.needs()
     batch = Batch(inputs, (inputs,), LABELS[rows], torch.tensor(rows))
     return Step(Forward(student, inputs, ours), [Forward(teacher, inputs, theirs)], batch, TASK, Progress())

@@ -5,22 +5,17 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from methods.two_models import LENGTHS, TASK, bound_to, check_padding, encoder, shown, soft
 from torch import Tensor, nn
 
-from conftest import tiny_model
-from kd.data.batch import Batch
-from kd.data.tasks import Classification
 from kd.errors import InputError
-from kd.forward import Forward
 from kd.functional.combination import REDUCTIONS, combination_squares, concatenate, reduce_layers, resolve_groups
 from kd.functional.hidden import patience
 from kd.functional.logits import kl_divergence
-from kd.methods.base import Bound, Progress, Step
+from kd.methods.base import Bound, Step
 from kd.methods.ckd import CKD, MAPS
 from kd.models import Encoder, FrozenTeacher
 
-TASK = Classification("toy", ["no", "yes"], {}, ["accuracy"], "accuracy")
-LENGTHS = (6, 4, 3)
 GROUPS_OF_SIX = {
     "rc": [[1, 2, 3], [4, 5, 6]],
     "oc": [[1, 2, 3, 4], [3, 4, 5, 6]],
@@ -32,31 +27,8 @@ GROUPS_OF_SIX = {
 """The maps of the paper's and the authors' code's models, 2 layers of 6."""
 
 
-def encoder(layers: int, width: int = 32, seed: int = 0) -> Encoder:
-    model = tiny_model(seed, layers=layers, width=width).double()
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return Encoder(model)
-
-
 def bound(student: Encoder, teacher: Encoder, padding: int = 0, **arguments: object) -> tuple[CKD, Step]:
-    """A method bound to two models, with projections that are not the identity, and a step over three sentences."""
-    method, frozen = CKD(**arguments), FrozenTeacher(teacher)
-    method.bind(Bound(student, [frozen], TASK))
-    method.double()
-    torch.manual_seed(5)
-    for parameter in method.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    ids = torch.randint(5, 30, (3, 6), generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(6) < torch.tensor(LENGTHS)[:, None]).long()
-    inputs = {"input_ids": ids * mask, "attention_mask": mask}
-    inputs = {
-        name: nn.functional.pad(rows, (0, padding), value=7 if name == "input_ids" else 0) for name, rows in inputs.items()
-    }
-    ours, (theirs,) = method.needs()
-    batch = Batch(inputs, (inputs,), torch.tensor([0, 1, 1]), torch.arange(3))
-    return method, Step(Forward(student, inputs, ours), [Forward(frozen, inputs, theirs)], batch, TASK, Progress())
+    return bound_to(student, teacher, CKD(**arguments), padding)
 
 
 def unit(vector: Sequence[float]) -> list[float]:
@@ -71,10 +43,7 @@ def linear(module: nn.Module, vector: Sequence[float]) -> list[float]:
 
 def naive(method: CKD, step: Step, groups: Sequence[Sequence[int]]) -> list[list[float]]:
     """The squared distances of every example's real tokens, summed over layers and width."""
-    inputs = step.batch.student
-    with torch.no_grad():
-        ours = step.student.model.model(**inputs, output_hidden_states=True).hidden_states
-        theirs = step.teacher.model.encoder.model(**inputs, output_hidden_states=True).hidden_states
+    ours, theirs = shown(step, teacher=False), shown(step, teacher=True)
     found = []
     for example, length in enumerate(LENGTHS):
         found.append([])
@@ -110,7 +79,7 @@ def test_hidden_term_equals_the_formula_written_as_loops(layers: str, width: int
     student, teacher = encoder(2, width, seed=1), encoder(6)
     method, step = bound(student, teacher, layers=layers, project=project, normalize=normalize)
     rows = naive(method, step, GROUPS_OF_SIX[layers])
-    expected = sum(sum(row) / len(row) for row in rows) / 3
+    expected = sum(sum(row) / len(row) for row in rows) / 4
     assert method.terms(step)["hidden"].item() == pytest.approx(expected, rel=1e-9)
     method.hidden_reduction = "tokens"  # the authors' code: the sum over the batch, divided by its tokens
     assert method.terms(step)["hidden"].item() == pytest.approx(sum(map(sum, rows)) / sum(LENGTHS), rel=1e-9)
@@ -119,18 +88,18 @@ def test_hidden_term_equals_the_formula_written_as_loops(layers: str, width: int
 def test_states_of_the_first_token_equal_the_formula() -> None:
     method, step = bound(encoder(2, seed=1), encoder(6), states="cls")
     rows = naive(method, step, GROUPS_OF_SIX["rc"])
-    assert [len(row) for row in rows] == [1, 1, 1]
+    assert [len(row) for row in rows] == [1, 1, 1, 1]
     for reduction in ("examples", "tokens"):
         method.hidden_reduction = reduction
-        assert method.terms(step)["hidden"].item() == pytest.approx(sum(map(sum, rows)) / 3, rel=1e-9)
+        assert method.terms(step)["hidden"].item() == pytest.approx(sum(map(sum, rows)) / 4, rel=1e-9)
         assert method.batch_dependence() is None
 
 
 def test_reductions_are_shares_of_each_other() -> None:
     torch.manual_seed(0)
-    squares = [torch.rand(3, 6, width).double() for width in (4, 8)]
+    squares = [torch.rand(4, 6, width).double() for width in (4, 8)]
     mask = torch.arange(6) < torch.tensor(LENGTHS)[:, None]
-    total, examples = 0.0, torch.zeros(len(REDUCTIONS), 3).double()
+    total, examples = 0.0, torch.zeros(len(REDUCTIONS), 4).double()
     expected = dict(zip(REDUCTIONS, examples, strict=True))
     for example, length in enumerate(LENGTHS):
         for token in range(length):
@@ -145,7 +114,7 @@ def test_reductions_are_shares_of_each_other() -> None:
         torch.testing.assert_close(reduce_layers(squares, mask, reduction), expected[reduction].mean())
     torch.testing.assert_close(reduce_layers(squares, mask, "none"), expected["examples"])
     torch.testing.assert_close(reduce_layers(squares, mask, "sum"), total)
-    torch.testing.assert_close(reduce_layers(squares, mask, "tokens"), total / 13)
+    torch.testing.assert_close(reduce_layers(squares, mask, "tokens"), total / 18)
     with pytest.raises(ValueError, match="not one of"):
         reduce_layers(squares, mask, "mean")
 
@@ -235,11 +204,8 @@ def test_maps_of_equal_widths_begin_as_copies_or_means(project: str) -> None:
 @pytest.mark.parametrize("attention", [True, False])
 def test_padding_changes_no_term(attention: bool) -> None:
     models = encoder(2, 16, seed=1).eval(), encoder(6)
-    plain, padded = (bound(*models, padding, attention=attention) for padding in (0, 5))
-    one, other = (method.terms(step) for method, step in (plain, padded))
-    assert set(one) == {"task", "logits", "hidden", *["attention"] * attention}
-    for term in one:
-        torch.testing.assert_close(one[term], other[term], rtol=0, atol=1e-12)
+    terms = check_padding(lambda padding: bound(*models, padding, attention=attention), 1e-12)
+    assert set(terms) == {"task", "logits", "hidden", *["attention"] * attention}
 
 
 def test_attention_term_compares_means_over_heads_and_layers() -> None:
@@ -253,7 +219,7 @@ def test_attention_term_compares_means_over_heads_and_layers() -> None:
     for layer, group in enumerate(GROUPS_OF_SIX["rc"], start=1):
         target = sum(theirs[other] for other in group) / 3
         for example, n in enumerate(LENGTHS):
-            expected += ((ours[layer] - target)[example, :n, :n] ** 2).sum().item() / n**2 / 3
+            expected += ((ours[layer] - target)[example, :n, :n] ** 2).sum().item() / n**2 / 4
     assert method.terms(step)["attention"].item() == pytest.approx(expected, rel=1e-9)
     assert method.names == (*CKD.names, "attention")
 
@@ -261,9 +227,8 @@ def test_attention_term_compares_means_over_heads_and_layers() -> None:
 def test_soft_loss_is_the_divergence_times_temperature_squared() -> None:
     method, step = bound(encoder(2, seed=1), encoder(6), temperature=3.0)
     s, t = step.student.outputs.logits, step.teacher.outputs.logits
-    expected = 9 * ((t / 3).softmax(-1) * ((t / 3).log_softmax(-1) - (s / 3).log_softmax(-1))).sum() / 3
-    torch.testing.assert_close(method.terms(step)["logits"], expected)
-    torch.testing.assert_close(expected, kl_divergence(s, t, 3.0, "batchmean"))
+    torch.testing.assert_close(method.terms(step)["logits"], soft(step, 3.0))
+    torch.testing.assert_close(soft(step, 3.0), kl_divergence(s, t, 3.0, "batchmean"))
 
 
 def test_a_mean_over_the_tokens_of_a_batch_says_so() -> None:

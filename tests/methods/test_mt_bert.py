@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from methods.two_models import SCORES, TASK, encoder, sentences
 from torch import nn
 
-from conftest import tiny_model
 from kd.data.batch import Batch
-from kd.data.tasks import NO_CLASS, Classification, Regression, Task
+from kd.data.tasks import NO_CLASS, Classification, Task
 from kd.errors import InputError
 from kd.forward import Forward, Needs
 from kd.functional.logits import soft_cross_entropy
@@ -18,17 +18,7 @@ from kd.methods.base import Bound, Progress, Step
 from kd.methods.mt_bert import MTBERT
 from kd.models import Encoder, FrozenTeacher
 
-TASK = Classification("toy", ["no", "yes"], {}, ["accuracy"], "accuracy")
-SCORES = Regression("toy", ["mse"], "mse")
 LENGTHS = (6, 4, 3)
-
-
-def encoder(layers: int, width: int = 32, seed: int = 0, outputs: int = 2) -> Encoder:
-    model = tiny_model(seed, layers=layers, width=width, num_labels=outputs).double()
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return Encoder(model)
 
 
 def bound(
@@ -39,12 +29,7 @@ def bound(
     method, frozen = MTBERT(**arguments), [FrozenTeacher(teacher) for teacher in teachers]
     method.bind(Bound(student, frozen, task))
     method.double()
-    ids = torch.randint(5, 30, (3, 6), generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(6) < torch.tensor(LENGTHS)[:, None]).long()
-    inputs = {
-        "input_ids": nn.functional.pad(ids * mask, (0, more), value=7),
-        "attention_mask": nn.functional.pad(mask, (0, more)),
-    }
+    inputs = sentences(more, LENGTHS)
     ours, theirs = method.needs()
     batch = Batch(inputs, (inputs,) * len(teachers), torch.tensor(labels), torch.arange(3))
     passes = [Forward(one, inputs, needs) for one, needs in zip(frozen, theirs, strict=True)]

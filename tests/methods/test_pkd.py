@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from methods.two_models import LABELS, TASK, bound_to, encoder
+from torch import Tensor
 from torch.nn import functional as F
 
-from conftest import tiny_model
 from kd.data.batch import Batch
-from kd.data.tasks import Classification
 from kd.errors import InputError
 from kd.forward import Forward, Needs, Outputs
 from kd.functional.hidden import patience
@@ -17,29 +16,9 @@ from kd.methods.pkd import PKD
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Linear
 
-TASK = Classification("toy", ["no", "yes"], {}, ["accuracy"], "accuracy")
-LABELS = torch.tensor([0, 1, 1])
-
-
-def encoder(layers: int, width: int = 32, seed: int = 0) -> Encoder:
-    model = tiny_model(seed, layers=layers, width=width).double()
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return Encoder(model)
-
 
 def bound(student: Encoder, teacher: Encoder, **arguments: object) -> tuple[PKD, Step]:
-    """A method bound to two models, and a step over three sentences of which two are padded."""
-    method, frozen = PKD(**arguments), FrozenTeacher(teacher)
-    method.bind(Bound(student, [frozen], TASK))
-    method.double()
-    ids = torch.randint(5, 30, (3, 6), generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(6) < torch.tensor([6, 4, 3])[:, None]).long()
-    inputs = {"input_ids": ids * mask, "attention_mask": mask}
-    ours, (theirs,) = method.needs()
-    batch = Batch(inputs, (inputs,), LABELS, torch.arange(3))
-    return method, Step(Forward(student, inputs, ours), [Forward(frozen, inputs, theirs)], batch, TASK, Progress())
+    return bound_to(student, teacher, PKD(**arguments))
 
 
 def shown(method: PKD, student: Tensor, teacher: Tensor, logits: list[Tensor]) -> Step:
@@ -79,16 +58,16 @@ def test_terms_equal_equations_7_and_8_written_as_loops() -> None:
     ours = student.model(**inputs, output_hidden_states=True)
     theirs = teacher.model(**inputs, output_hidden_states=True)
     hidden, soft, hard = 0.0, 0.0, 0.0
-    for example in range(3):
+    for example in range(4):
         for layer in (1, 2):  # the last is left to the logits
             c, t = ours.hidden_states[layer][example, 0], theirs.hidden_states[2 * layer][example, 0]
             hidden += (((c / c.norm()) - (t / t.norm())) ** 2).sum().item()
         p = (theirs.logits[example] / 5).softmax(-1)
         soft -= sum((p[label] * (ours.logits[example] / 5).log_softmax(-1)[label]).item() for label in range(2))
-        hard -= ours.logits[example].log_softmax(-1)[LABELS[example]].item() / 3
+        hard -= ours.logits[example].log_softmax(-1)[LABELS[example]].item() / 4
     terms = method.terms(step)
-    assert terms["hidden"].item() == pytest.approx(hidden / 3, rel=1e-9)  # the paper sums over the batch, we average
-    assert terms["logits"].item() == pytest.approx(soft / 3, rel=1e-9)
+    assert terms["hidden"].item() == pytest.approx(hidden / 4, rel=1e-9)  # the paper sums over the batch, we average
+    assert terms["logits"].item() == pytest.approx(soft / 4, rel=1e-9)
     assert terms["task"].item() == pytest.approx(hard, rel=1e-9)
 
 
@@ -99,7 +78,7 @@ def test_defaults_are_the_reductions_of_the_authors_code() -> None:
     terms = method.terms(step)
     torch.testing.assert_close(terms["logits"], kl_divergence(s.logits, t.logits, 5.0, "elementmean"))
     total = F.kl_div((s.logits / 5).log_softmax(-1), (t.logits / 5).softmax(-1), reduction="sum")
-    kl = total / (3 * 2) * 5**2  # src/KD_loss.py averages over batch and classes
+    kl = total / (4 * 2) * 5**2  # src/KD_loss.py averages over batch and classes
     torch.testing.assert_close(terms["logits"], kl)
     ours, theirs = (F.normalize(states[:, :1], dim=2) for states in (s.cls(1)[:, None], t.cls(2)[:, None]))
     torch.testing.assert_close(terms["hidden"], F.mse_loss(ours, theirs))

@@ -6,81 +6,16 @@ from collections.abc import Sequence
 import pytest
 import torch
 from conformance.bench import Bench, take
-from models.test_masked_lm import TASK as MASKED
-from models.test_masked_lm import masked_lm
-from torch import Tensor, nn
+from methods.two_models import FEATURES, TASK, bound_to, check_features_are_checked, check_padding, encoder, features, soft
 
-from conftest import tiny_model
-from kd.data.batch import Batch
-from kd.data.tasks import Classification, Regression
 from kd.errors import InputError
-from kd.forward import Forward
-from kd.methods.base import Bound, Progress, Step
+from kd.methods.base import Progress, Step
 from kd.methods.rkd import RKD
-from kd.models import Encoder, FrozenTeacher
-
-TASK = Classification("toy", ["no", "yes"], {}, ["accuracy"], "accuracy")
-SCORES = Regression("toy scores", ["mse"], "mse")
-LENGTHS = (6, 4, 3, 5)
-
-
-def encoder(layers: int, width: int = 32, seed: int = 0) -> Encoder:
-    model = tiny_model(seed, layers=layers, width=width).double()
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return Encoder(model)
+from kd.models import Encoder
 
 
 def bound(student: Encoder, teacher: Encoder, padding: int = 0, **arguments: object) -> tuple[RKD, Step]:
-    """A method bound to two models, and a step over four sentences."""
-    method, frozen = RKD(**arguments), FrozenTeacher(teacher)
-    method.bind(Bound(student, [frozen], TASK))
-    ids = torch.randint(5, 30, (4, 6), generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(6) < torch.tensor(LENGTHS)[:, None]).long()
-    inputs = {"input_ids": ids * mask, "attention_mask": mask}
-    inputs = {
-        name: nn.functional.pad(rows, (0, padding), value=7 if name == "input_ids" else 0) for name, rows in inputs.items()
-    }
-    ours, (theirs,) = method.needs()
-    batch = Batch(inputs, (inputs,), torch.tensor([0, 1, 1, 0]), torch.arange(4))
-    return method, Step(Forward(student, inputs, ours), [Forward(frozen, inputs, theirs)], batch, TASK, Progress())
-
-
-def shown(step: Step, teacher: bool) -> tuple[Tensor, ...]:
-    """The states of all layers, as transformers returns them."""
-    model = step.teacher.model.encoder.model if teacher else step.student.model.model
-    return model(**step.batch.student, output_hidden_states=True).hidden_states
-
-
-def soft(step: Step, temperature: float) -> Tensor:
-    """The soft loss, as a sum over classes and a mean over examples."""
-    s, t = step.student.outputs.logits / temperature, step.teacher.outputs.logits / temperature
-    return temperature**2 * (t.softmax(-1) * (t.log_softmax(-1) - s.log_softmax(-1))).sum() / len(s)
-
-
-def features(step: Step, feature: str, pairs: list[list[int]]) -> list[tuple[Tensor, Tensor]]:
-    """The vectors of the examples, without the package's functions."""
-
-    def of(layer: int, teacher: bool) -> Tensor:
-        states = shown(step, teacher)[layer]
-        rows = [s[0] if feature == "cls" else s[:length].mean(0) for s, length in zip(states, LENGTHS, strict=True)]
-        return torch.stack(rows)
-
-    if feature in ("cls", "mean"):
-        return [(of(ours, False), of(theirs, True)) for ours, theirs in pairs]
-    outputs = step.student.outputs, step.teacher.outputs
-    return [tuple(each.logits if feature == "logits" else each.pooled for each in outputs)]
-
-
-FEATURES = [
-    ("cls", "final", [[2, 6]]),
-    ("mean", "final", [[2, 6]]),
-    ("cls", "stages", [[1, 3], [2, 6]]),
-    ("mean", [[0, 1], [2, 5]], [[0, 1], [2, 5]]),
-    ("pooled", "final", []),
-    ("logits", "final", []),
-]
+    return bound_to(student, teacher, RKD(**arguments), padding)
 
 
 def minus(one: Sequence[float], other: Sequence[float]) -> list[float]:
@@ -166,9 +101,7 @@ def test_other_examples_are_drawn_in_each_step() -> None:
 
 def test_padding_changes_no_term() -> None:
     models = encoder(2, 16, seed=1).eval(), encoder(6)
-    terms = [method.terms(step) for method, step in (bound(*models, padding, feature="mean") for padding in (0, 5))]
-    for name, term in terms[0].items():
-        torch.testing.assert_close(term, terms[1][name], rtol=0, atol=1e-10)
+    check_padding(lambda padding: bound(*models, padding, feature="mean"))
 
 
 def test_soft_loss_is_the_divergence_times_temperature_squared() -> None:
@@ -199,19 +132,7 @@ def test_impossible_arguments_are_refused_by_their_key(arguments: dict[str, obje
 
 
 def test_what_does_not_suit_the_models_or_the_task_is_refused_while_binding() -> None:
-    teachers = [FrozenTeacher(encoder(4))]
-    for layers, message in (("skip", "no pair"), ([[1, 5]], "layer 5 of the teacher")):
-        with pytest.raises(InputError, match=message) as caught:
-            RKD(layers=layers).bind(Bound(encoder(1), teachers, TASK))
-        assert caught.value.key == "layers"
-    with pytest.raises(InputError, match="one number for each example") as caught:
-        RKD("logits").bind(Bound(encoder(2), teachers, SCORES))
-    assert caught.value.key == "feature"
-    RKD("pooled").bind(Bound(encoder(2), teachers, SCORES))
-    for feature in ("pooled", "logits"):
-        with pytest.raises(InputError, match="a masked language model does not have") as caught:
-            RKD(feature).bind(Bound(masked_lm(layers=2), [FrozenTeacher(masked_lm())], MASKED))
-        assert caught.value.key == "feature"
+    check_features_are_checked(RKD)
 
 
 def test_a_student_deeper_than_its_teacher_is_compared_by_its_last_layer() -> None:

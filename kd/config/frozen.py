@@ -1,4 +1,4 @@
-"""The aids of a method, as configured: frozen models that are no teachers, such as a masked language model."""
+"""Frozen models that are no teachers, as configured: the aids of a method, and the models that edits read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ KEYS = ("model", "run")
 
 
 @dataclass(frozen=True)
-class AidSpec:
-    """An aid.
+class FrozenSpec:
+    """A frozen model that is no teacher.
 
     Attributes:
         model: source of a trained model; None if `run` trains it.
@@ -24,23 +24,23 @@ class AidSpec:
     run: Any
 
 
-def aids_of(spec: RunSpec) -> dict[str, AidSpec]:
+def aids_of(spec: RunSpec) -> dict[str, FrozenSpec]:
     """Return the aids of a run's method by name. `model` takes precedence over `run`, the default of a configuration file.
 
     Raises:
         InputError: for anything but a mapping of names to mappings with `model` or `run`.
 
     >>> aids_of(RunSpec(method={"aids": {"mlm": {"model": "a/folder", "run": {"choose": {}}}}}))
-    {'mlm': AidSpec(model='a/folder', run=None)}
+    {'mlm': FrozenSpec(model='a/folder', run=None)}
     """
     nodes = spec.method.get("aids") or {}
     if not isinstance(nodes, Mapping):
         raise InputError(f"method.aids={shown(nodes)} is not a mapping of names to models", "method.aids")
-    return {str(name): aid_of(node, f"method.aids.{name}") for name, node in nodes.items()}
+    return {str(name): frozen_of(node, f"method.aids.{name}") for name, node in nodes.items()}
 
 
-def aid_of(node: object, key: str) -> AidSpec:
-    """Return the aid of a node with `model` or `run`.
+def frozen_of(node: object, key: str) -> FrozenSpec:
+    """Return the frozen model of a node with `model` or `run`.
 
     Args:
         node: the node.
@@ -58,4 +58,4 @@ def aid_of(node: object, key: str) -> AidSpec:
         raise InputError(f"{key}.model={shown(model)} is not the source of a model", f"{key}.model")
     if model is None and not run:
         raise InputError(f"{key} needs `model`, a trained model, or `run`, the run that trains it", f"{key}.model")
-    return AidSpec(model, None if model is not None else run)
+    return FrozenSpec(model, None if model is not None else run)
