@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedTokenizerFast
 
 from conftest import BAD, FILLER, GOOD, ONLY_METHOD, tiny_config, tiny_model, tiny_tokenizer
 from kd.build.instantiate import bind_method, build_method
@@ -80,6 +81,19 @@ def configured(case: str, more: Sequence[str] = ()) -> DictConfig:
     return before_config(config) if BEFORE in overrides else config
 
 
+@functools.cache
+def specification(case: str, more: tuple[str, ...] = ()) -> tuple[RunSpec, int]:
+    """The typed configuration of a case, and the number of its students. It is shared: nothing changes it."""
+    spec = typed(configured(case, more))
+    return spec, len(students_of(spec))
+
+
+@functools.cache
+def shared_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of all models here, which nothing changes; a surgery makes another one."""
+    return tiny_tokenizer()
+
+
 def encoder(seed: int, outputs: int = 3, **sizes: Any) -> Encoder:
     """A random model for `TASK` or `SCORES`, with weights large enough that its layers and classes differ."""
     model = tiny_model(seed, num_labels=outputs, **sizes)
@@ -89,14 +103,14 @@ def encoder(seed: int, outputs: int = 3, **sizes: Any) -> Encoder:
             torch.nn.init.normal_(parameter, std=0.2)
             if "word_embeddings" in name:
                 parameter.data[0] = 0
-    return Encoder(model, tiny_tokenizer())
+    return Encoder(model, shared_tokenizer())
 
 
 def aid(seed: int, head: str | None) -> Encoder:
     """A random model that is no teacher, with one of the heads."""
     torch.manual_seed(90 + seed)
     config = tiny_config(initializer_range=0.2)
-    return Encoder(HEADS[head or "classifier"].auto.from_config(config).eval(), tiny_tokenizer())
+    return Encoder(HEADS[head or "classifier"].auto.from_config(config).eval(), shared_tokenizer())
 
 
 def batch_of(count: int = 8, tokens: int = 9, seed: int = 0, teachers: int = 1, students: int = 1) -> Batch:
@@ -178,7 +192,7 @@ class Bench:
         more: Sequence[str] = (),
         double: bool = False,
     ) -> None:
-        spec = typed(configured(case, more))
+        spec, count = specification(case, tuple(more))
         self.weights = spec.method["weights"]
         self.task: Task = SCORES if spec.task.kind == "regression" else TASK
         self.outputs = 1 if self.task is SCORES else len(TASK.names)
@@ -187,22 +201,19 @@ class Bench:
         chances = [1 / len(names)] * len(names)
         method, weights = build_method(spec.method, spec.pool, spec.cohort, chances)
         shape = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-        count = len(students_of(spec))
         places = [f"s{place}" for place in range(count)]
         first = encoder(seed + 1, self.outputs, **SHAPES[0], **shape)
         others = [
             copy.deepcopy(first) if same else encoder(seed + 10 * n, self.outputs, **SHAPES[n], **shape)
             for n in range(1, count)
         ]
-        # A teacher keeps its own vocabulary, in which a student whose vocabulary is cut still equals it.
-        cut = any(surgery.changes_vocabulary for surgery in surgeries(spec).values())
-        equal = first if cut else operated(copy.deepcopy(first), spec)
-        teaching = [
-            copy.deepcopy(equal)
-            if same
-            else encoder(seed + 2 + n, self.outputs, layers=4 + n, width=32, heads=4, **shape if online else {})
-            for n in range(len(names))
-        ]
+        if same:  # a teacher keeps its own vocabulary, in which a student whose vocabulary is cut still equals it
+            cut = any(surgery.changes_vocabulary for surgery in surgeries(spec).values())
+            equal = first if cut else operated(copy.deepcopy(first), spec)
+            teaching = [copy.deepcopy(equal) for _ in names]
+        else:
+            sizes = {"width": 32, "heads": 4, **(shape if online else {})}
+            teaching = [encoder(seed + 2 + n, self.outputs, layers=4 + n, **sizes) for n in range(len(names))]
         self.students = {place: operated(student, spec) for place, student in zip(places, (first, *others), strict=True)}
         self.teachers = [] if online else [FrozenTeacher(one, name) for one, name in zip(teaching, names, strict=True)]
         self.methods = {place: copy.deepcopy(method) for place in places}
@@ -244,7 +255,8 @@ class Bench:
         tokenizer = next(iter(self.students.values())).tokenizer
         if len(tokenizer) == VOCABULARY:
             return batch
-        words, of_word = sorted(tiny_tokenizer().get_vocab(), key=tiny_tokenizer().get_vocab().get), tokenizer.get_vocab()
+        whole, of_word = shared_tokenizer().get_vocab(), tokenizer.get_vocab()
+        words = sorted(whole, key=whole.get)
         kept = torch.tensor([index for index, word in enumerate(words) if word in of_word])
         ids = torch.tensor([of_word.get(word, -1) for word in words])
 
@@ -366,11 +378,17 @@ OPTIONS = {
 that its loss depends on the batch."""
 
 
+@functools.lru_cache(maxsize=len(CASES) * 2)
+def untouched(case: str, double: bool = False) -> Bench:
+    """A bench that is built once for all checks which leave it as it is: they compute terms, and update nothing."""
+    return Bench(case, double=double)
+
+
 @functools.cache
 def refusal(case: str, *more: str) -> InputError | None:
     """The error with which a composition, or an option, is refused; None if it can be built."""
     try:
-        Bench(case, more=more)
+        Bench(case, more=more) if more else untouched(case)
     except InputError as error:
         return error
     return None
@@ -391,11 +409,14 @@ def option_cases() -> list[tuple[str, str]]:
 
 @functools.cache
 def two_rank_cases() -> list[tuple[str, tuple[str, ...], int]]:
-    """Every method, with every reduction it offers, on batches that two ranks share evenly and not, and every composition."""
+    """Every method, with every reduction it offers, on a batch that two ranks share unevenly, and every composition.
+
+    Uneven shares are weighted, and else there is no difference: of each method one case is shared evenly.
+    """
     cases: list[tuple[str, tuple[str, ...], int]] = []
     for name in CASES:
-        choices = [(choice,) for case, choice in option_cases() if case == name and refusal(name, choice) is None]
-        cases += [(name, more, count) for more in choices or [()] for count in (8, 7)]
+        choices = [(choice,) for case, choice in option_cases() if case == name and refusal(name, choice) is None] or [()]
+        cases += [(name, choices[0], 8), *((name, more, 7) for more in choices)]
     return [*cases, *((name, (), 7) for name in GENERATED if refusal(name) is None)]
 
 

@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from conformance.bench import (
     CASES,
     GENERATED,
+    METHODS,
     STAGED,
     Bench,
     Recorded,
@@ -24,6 +25,7 @@ from conformance.bench import (
     shortest,
     take,
     two_rank_cases,
+    untouched,
 )
 from kd.errors import InputError
 from kd.forward.lazy import Detached
@@ -45,7 +47,7 @@ def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], toleranc
         assert float((one[term] - other[term]).abs()) <= tolerance, f"{term}: {one[term]} and {other[term]}"
 
 
-@every_case
+@pytest.mark.parametrize("name", [*METHODS, *STAGED])
 @pytest.mark.thorough
 def test_configuration_carries_the_name_of_its_file_and_refuses_unknown_keys(name: str) -> None:
     method = name.split()[0]
@@ -68,7 +70,8 @@ def test_method_survives_pickling(name: str) -> None:
 
 @every_case
 def test_terms_are_finite_scalars_named_like_the_weights(name: str) -> None:
-    bench = Bench(name)
+    bench = untouched(name)
+    bench.engine.train()
     loss = bench.engine.loss(bench.batch())
     assert len(loss.steps) == len(bench.students)
     for _, _, own in loss.steps:
@@ -104,7 +107,7 @@ def test_every_declared_need_is_used_and_nothing_else_is_kept(name: str, monkeyp
     bench, reads = Bench(name), Recorded(monkeypatch)
     used: dict[int, set[str]] = {}
     losses = []  # kept, so that no two forwards share an address
-    for done in range(12):  # a pool shows another teacher each time
+    for done in range(12 if len(bench.teachers) > 1 else 3):  # a pool shows another teacher each time
         loss = bench.engine.loss(bench.batch(), Progress(done, 100))
         losses.append(loss)
         for _, step, _ in loss.steps:
@@ -124,7 +127,7 @@ def test_every_declared_need_is_used_and_nothing_else_is_kept(name: str, monkeyp
 
 @every_case
 def test_padding_changes_no_term(name: str) -> None:
-    bench = Bench(name, double=True)
+    bench = untouched(name, double=True)
     batch = bench.batch()
     one, other = bench.terms(batch), bench.terms(more_padding(batch))
     if bench.batch_dependence() is None:
@@ -133,18 +136,20 @@ def test_padding_changes_no_term(name: str) -> None:
 
 @every_case
 def test_a_student_that_equals_its_teachers_and_peers_is_at_every_minimum(name: str) -> None:
-    bench = Bench(name, same=True)
-    bench.engine.eval()
+    bench, moved = Bench(name, same=True), Bench(name, same=True)
+    for each in (bench, moved):
+        each.engine.eval()
     batch, end = bench.batch(), Progress(100, 100)  # what is annealed has come to its target then
     steps = bench.engine.loss(batch, end).steps
     for place, (method, _, terms) in enumerate(steps):
         parameters = [p for p in list(bench.students.values())[place].parameters() if p.requires_grad]
-        moved = Bench(name, same=True)
+        student = list(moved.students.values())[place]
+        before = copy.deepcopy(student.state_dict())
         with torch.no_grad():
-            for parameter in list(moved.students.values())[place].parameters():
+            for parameter in student.parameters():
                 parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
-        moved.engine.eval()
         away = moved.engine.loss(batch, end).steps[place][2]
+        student.load_state_dict(before)
         distances = method.distances if method.distances is not None else [term for term in terms if term != "task"]
         assert set(distances) <= set(terms), "distances are names of terms"
         for term in distances:
@@ -159,7 +164,7 @@ def test_a_student_that_equals_its_teachers_and_peers_is_at_every_minimum(name: 
 
 @every_case
 def test_order_of_the_batch_changes_no_term(name: str) -> None:
-    bench = Bench(name, double=True)
+    bench = untouched(name, double=True)
     batch = bench.batch()
     shuffled = take(batch, torch.randperm(len(batch), generator=torch.Generator().manual_seed(1)))
     close(bench.terms(batch), bench.terms(shuffled), SUMS)
@@ -255,7 +260,9 @@ def test_a_cached_teacher_is_as_good_as_one_that_runs(name: str, tmp_path: Path)
 @every_case
 @pytest.mark.thorough
 def test_step_in_bf16_autocast_is_finite(name: str) -> None:
-    bench = Bench(name)
+    bench = untouched(name)
+    bench.engine.train()
+    bench.engine.zero_grad(set_to_none=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = bench.engine.loss(bench.batch())
     loss.total.backward()
@@ -297,7 +304,9 @@ def test_what_depends_on_the_batch_says_so(name: str, option: str) -> None:
     batch = take(batch, batch.student["attention_mask"].sum(dim=1).argsort())  # so that the halves are padded differently
     halves = [shortest(take(batch, rows)) for rows in torch.arange(8).split(4)]
     whole, parts = bench.terms(batch), [bench.terms(half) for half in halves]
-    apart = max(float((whole[term] - sum(part[term] for part in parts) / 2).abs()) for term in whole)
+    means = {term: sum(part[term] for part in parts) / 2 for term in whole}
+    # The update may have made a sum over width and tokens as large as 1e10, whose rounding in float64 is 1e-6.
+    apart = max(float((value - means[term]).abs() / value.abs().clamp(min=1)) for term, value in whole.items())
     assert (apart <= SUMS) == (bench.batch_dependence() is None), f"{apart}: {bench.batch_dependence()}"
 
 

@@ -5,7 +5,7 @@ a student and teachers of one width, where the maps between widths begin as the 
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from conformance.bench import CASES, COMPOSED, METHODS, STAGED, Bench, take
 from kd.data.batch import Batch
 from kd.forward import Forward, Needs, Outputs
-from kd.methods.base import Progress
+from kd.methods.base import Method, Progress, Step
 
 IN_RANGE = (*METHODS, *STAGED, *(case for case in COMPOSED if case in CASES and ("pool=wkd" in case or "target=mean" in case)))
 """Every method, and the two ways to combine some that compute anything themselves."""
@@ -137,10 +137,15 @@ def shown(forward: Forward, needs: Needs, s: Situation, seed: int, kinds: Kinds)
 Found = dict[str, tuple[Tensor, dict[str, Tensor], bool]]
 
 
-def terms_of(bench: Bench, s: Situation, kinds: Kinds, mixed: torch.dtype | None) -> Found:
+def steps_of(bench: Bench, s: Situation) -> Sequence[tuple[Method, Step]]:
+    """Every student's method and step, whose models tell which tensors are drawn, and of which shapes."""
+    return [(method, step) for method, step, _ in bench.engine.loss(batch_of(bench, s), Progress(50, 100)).steps]
+
+
+def terms_of(steps: Sequence[tuple[Method, Step]], s: Situation, kinds: Kinds, mixed: torch.dtype | None) -> Found:
     """Every term of every student over what is drawn: value, gradients by what the student shows, further passes or not."""
-    batch, found = batch_of(bench, s), {}
-    for number, (method, step, _) in enumerate(bench.engine.loss(batch, Progress(50, 100)).steps):
+    found = {}
+    for number, (method, step) in enumerate(steps):
         student, leaves = shown(step.student, step.student.needs, s, 1, kinds)
         teachers = [shown(teacher, teacher.needs, s, 2 + place, kinds)[0] for place, teacher in enumerate(step.teachers)]
         peers = [shown(peer, peer.needs, s, 7 + place, kinds)[0] for place, peer in enumerate(step.peers)]
@@ -158,8 +163,9 @@ def terms_of(bench: Bench, s: Situation, kinds: Kinds, mixed: torch.dtype | None
 def test_terms_and_gradients_are_finite_and_near_those_of_float64(name: str) -> None:
     single, double = (Bench(name, same=True, double=double) for double in (False, True))
     for situation, s in SITUATIONS.items():
+        rough, fine = steps_of(single, s), steps_of(double, s)
         for kind, mixed in ((torch.float32, None), *((kind, kind) for kind in HALF)):
-            exact, found = terms_of(double, s, (kind, torch.float64), None), terms_of(single, s, (kind, kind), mixed)
+            exact, found = terms_of(fine, s, (kind, torch.float64), None), terms_of(rough, s, (kind, kind), mixed)
             assert found.keys() == exact.keys()
             bound = UNITS * torch.finfo(torch.float32).eps * max(s.logits, s.scores) * HOTTEST
             smallest = torch.finfo(kind).smallest_normal if kind in HALF else 0.0
