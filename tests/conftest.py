@@ -4,7 +4,7 @@ import csv
 import os
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from kd.models import latency
 
 GOOD = "fine good great lovely warm bright clever funny moving rich".split()
 BAD = "poor bad awful dull cold bleak stupid tired boring thin".split()
@@ -122,6 +124,15 @@ def _quiet() -> None:
     # variable is missing, and sums made by two threads are rounded differently: runs would no longer be equal to the bit.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_call_is_timed() -> Iterator[None]:
+    """Let runs record latencies of one call: no test of a run reads their values."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("LATENCY_ROUNDS", "LATENCY_CALLS"):
+            patch.setattr(latency, name, 1)
+        yield
 
 
 @pytest.fixture(scope="session")

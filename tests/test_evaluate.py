@@ -28,6 +28,12 @@ TWO = Classification("t", ["bad", "good"], {}, ["accuracy", "f1", "matthews_corr
 SCORES = Regression("t", ["pearson", "mse"], "pearson")
 
 
+@pytest.fixture(autouse=True)
+def _as_many_calls_as_in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "LATENCY_ROUNDS", LATENCY_ROUNDS)
+    monkeypatch.setattr(latency, "LATENCY_CALLS", LATENCY_CALLS)
+
+
 def collapse(predictions: list[float], labels: list[float], parts: int = 1) -> list[float]:
     metric = Collapse()
     for p, y in zip(torch.tensor(predictions).chunk(parts), torch.tensor(labels).chunk(parts), strict=True):
