@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from kd.config.compose import compose, explain
+from kd.config.mixture import expand
 from kd.errors import DISK_FULL, InputError, disk_is_full
 from kd.runs.plan import plan
 from kd.runs.run import Run
@@ -149,7 +150,7 @@ def sweep(points: Sequence[Sequence[str]], options: Sequence[str], launch: Calla
     try:
         for index in planned(state, options):
             try:
-                (returned,) = launch([points[index]], initial_job_idx=index)
+                (returned,) = launch([expand(points[index])], initial_job_idx=index)
                 failure = returned.return_value
             except (
                 HydraException,

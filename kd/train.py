@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from kd.config.compose import FROM_HYDRA, ROOT, check_overrides, conf_folder, explain, typed
+from kd.config.mixture import expand
 from kd.errors import DISK_FULL, InputError, disk_is_full
 from kd.runs.plan import plan
 from kd.sweeps import SWEEPER, Failure, PointsFailed, register
@@ -153,7 +154,7 @@ def main() -> None:
         status = 0
         overrides, options = overrides_first(sys.argv[1:])
         check_overrides(overrides)
-        sys.argv[1:] = [*overrides, *options]
+        sys.argv[1:] = [*expand(overrides), *options]
         distributed.join()
         register()
         try:

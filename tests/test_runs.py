@@ -408,7 +408,7 @@ def test_a_plan_that_cannot_work_names_the_key(alone: Planner, override: str, ke
 
 
 def test_a_source_is_made_of_the_tasks_words(alone: Planner, reviews: Path) -> None:
-    source = source_of(alone().spec)
+    source = source_of(alone().spec.task)
     assert (source.train, source.text, source.label) == (str(reviews / "train.csv"), ["text"], "label")
 
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForSequenceClassification
 
 from kd.build.check import check_run
-from kd.build.data import build_examples
+from kd.build.parts import examples_of
 from kd.config.compose import compose
 from kd.runs.plan import plan
 from kd.runs.run import Run
@@ -51,7 +51,7 @@ def over(base: list[str]) -> Callable[..., Run]:
 def checked(plan_of: Callable[..., Run], *more: str) -> None:
     """Plan a run and build it with shapes in place of weights, as is done before anything is trained."""
     run = plan_of(*more)
-    check_run(run, build_examples(run))
+    check_run(run, examples_of(run))
 
 
 def made(overrides: list[str]) -> tuple[Run, dict]:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -10,7 +11,9 @@ from kd.build.edits import build_edits, check_edits
 from kd.build.engine import build_engine
 from kd.build.instantiate import build_method, build_optimizer, logger_maker
 from kd.build.models import flat, plan_models
+from kd.build.parts import engine_of, of_member
 from kd.build.surgeries import prefix_surgery_errors, surgeries
+from kd.config.mixture import keys_of, tasks_of
 from kd.config.schema import RunSpec
 from kd.config.values import locate, one_line, subclass_of
 from kd.data.examples import Examples
@@ -20,6 +23,7 @@ from kd.errors import InputError, with_keys
 from kd.methods.base import Method
 from kd.models.compiled import check_compiler
 from kd.runs.error_keys import rename_error_keys
+from kd.runs.members import members
 from kd.runs.run import Run
 from kd.schedules import Schedule, extremes
 from kd.system import distributed
@@ -98,9 +102,12 @@ def check_arguments(run: Run) -> None:
     spec = run.spec
     check_machine(spec)  # first, because other errors do not matter on a machine that cannot run this
     probabilities = [1 / max(len(spec.teacher), 1)] * len(spec.teacher)
-    check_unlabelled(spec, *build_method(spec.method, spec.pool, spec.cohort, probabilities))
+    method, weights = build_method(spec.method, spec.pool, spec.cohort, probabilities)
+    for name, task in tasks_of(spec.task).items():
+        with keys_of(spec.task, name):
+            check_unlabelled(replace(spec, task=task), method, weights)
+            build_edits(task)
     surgeries(spec)
-    build_edits(spec.task)
     locate(spec.engine, "engine", subclass_of(Engine), "an engine: a class of kd.engines.base.Engine")
     check_optimizer_steps(spec)
     if spec.logger.extra:
@@ -133,13 +140,26 @@ def check_unlabelled(spec: RunSpec, method: Method, weights: Mapping[str, Schedu
         )
 
 
-def check_run(run: Run, examples: Examples) -> None:
+def check_run(run: Run, examples: Mapping[str, Examples]) -> None:
     """Plan the models of a run and build the rest with their shapes, to find errors before anything is trained.
+
+    Args:
+        run: the planned run.
+        examples: the examples of each of its tasks, by name.
 
     Raises:
         InputError: for parts of the run that do not fit each other, or the machine.
     """
     check_machine(run.spec)
+    engines = {}
+    for name, one in members(run).items():
+        with of_member(run, name):
+            engines[name] = check_member(one, examples[name])
+    engine_of(run, engines, examples)
+
+
+def check_member(run: Run, examples: Examples) -> Engine:
+    """Check one task of a run, see `check_run`; return an engine without weights."""
     for role, needed in run.inputs:
         if role.kind == "pilot":  # all pilots hold out the same examples
             with rename_error_keys(role, run.spec, run.config):
@@ -154,6 +174,6 @@ def check_run(run: Run, examples: Examples) -> None:
             with prefix_surgery_errors(run.spec, name):
                 surgery.dry_run(models.student.tokenizer, flat(examples.texts["train"]))
     check_memory(run.spec, models)
-    build_engine(run, models, examples.task)
     if run.spec.trainer.compile:
         check_compiler(distributed.device(run.spec.trainer.accelerator).type)
+    return build_engine(run, models, examples.task)

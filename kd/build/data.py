@@ -47,7 +47,7 @@ def build_examples(run: Run, *, planned: bool = False) -> Examples:
     digest = examples_digest(run, planned=planned)
     examples = _examples.get(digest)
     if examples is None:
-        source = source_of(run.spec)
+        source = source_of(run.spec.task)
         edits = build_edits(run.spec.task, None if planned else run)
         with prefix_task_errors():
             examples = _examples[digest] = load_examples(run.spec.task, source, edits)
@@ -87,6 +87,7 @@ def build_data(run: Run, examples: Examples, models: BuiltModels) -> tuple[KDDat
             store=Path(spec.paths.runs).expanduser() / ".tokens",
             accumulate=spec.trainer.accumulate,
             holds=share_held(models),
+            of=run.member,
         )
     taught = [method for method in models.methods.values() if method.uses_teachers]
     wanted = needs_of_teachers(taught, len(models.teachers))
@@ -177,7 +178,7 @@ def teacher_cache(run: Run, name: str) -> TeacherCache:
     weights = None if cache_limit(run.spec.cache) == 0 else weights_of(run, name)  # identifying them reads their files
     beside = Path(run.spec.paths.runs).expanduser() / ".teachers" / digest_of({"weights": weights})
     return TeacherCache(
-        folder=beside if teacher_run is None else teacher_run.directory / "cache",
+        folder=beside if teacher_run is None else teacher_run.cache,
         weights=weights,
         precision=trainer.precision,
         setting=run.spec.cache,

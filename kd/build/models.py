@@ -140,12 +140,13 @@ def plan_models(run: Run, task: Task, inputs: Callable[[Run], InputModels] = Exp
     return ModelPlan(run, task, method, weights, teachers, online, students, aids, shapes, complete)
 
 
-def materialise(plan: ModelPlan, texts: Sequence[tuple[str, ...]] = ()) -> BuiltModels:
+def materialise(plan: ModelPlan, texts: Sequence[tuple[str, ...]] = (), body: Models | None = None) -> BuiltModels:
     """Build the planned models: load weights, draw random ones, apply the surgeries and bind the methods.
 
     Args:
         plan: a plan with `TrainedModels`, or of a run that needs no other runs.
         texts: texts of the training examples, from which a surgery may learn a vocabulary.
+        body: models of another task of the mixture, whose bodies the models share; None for bodies of their own.
 
     Raises:
         InputError: for weights that cannot be loaded, or a surgery that does not fit the student or the texts.
@@ -157,10 +158,14 @@ def materialise(plan: ModelPlan, texts: Sequence[tuple[str, ...]] = ()) -> Built
     teachers = [teacher.materialise() for teacher in plan.teachers]
     aids = {name: aid.materialise() for name, aid in plan.aids.items()}
     models = BuiltModels({}, {}, teachers, materialise_online(plan), plan.weights, aids)
+    if body is not None and models.online is not None and body.online is not None:
+        models.online.share_body(body.online)
     words = flat(texts) if run.spec.surgery else []
     for name, learner in plan.students.items():
         student, changes = apply_surgeries(run, learner.materialise(), words)
         learner.plan.check_derived(student)
+        if body is not None:
+            student.share_body(body.students[name])
         models.methods[name] = bind(run, plan.task, plan.method, student, models)
         inherit(
             run,
@@ -176,13 +181,13 @@ def materialise(plan: ModelPlan, texts: Sequence[tuple[str, ...]] = ()) -> Built
     return models
 
 
-def build_models(run: Run, task: Task, texts: Sequence[tuple[str, ...]] = ()) -> BuiltModels:
+def build_models(run: Run, task: Task, texts: Sequence[tuple[str, ...]] = (), body: Models | None = None) -> BuiltModels:
     """Plan and build the models of a run whose inputs are done; see `plan_models` and `materialise`.
 
     Raises:
         InputError: for models, teachers, methods or surgeries that do not fit each other.
     """
-    return materialise(plan_models(run, task, TrainedModels), texts)
+    return materialise(plan_models(run, task, TrainedModels), texts, body)
 
 
 def check_teacher_count(run: Run, method: Method) -> None:

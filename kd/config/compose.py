@@ -16,7 +16,9 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kd.config.schema import RunSpec, TeacherSpec
+from kd.config.mixture import expand
+from kd.config.nodes import nested
+from kd.config.schema import RunSpec, TaskSpec, TeacherSpec
 from kd.config.values import shown
 from kd.errors import InputError
 
@@ -49,6 +51,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     from hydra.errors import HydraException
 
     check_overrides(overrides)
+    overrides = expand(overrides)
     try:
         if GlobalHydra.instance().is_initialized():
             return _compose(overrides)
@@ -146,8 +149,10 @@ def check_overrides(overrides: Sequence[str]) -> None:
         names = [name.strip(" '\"") for name in text.strip("[]").split(",")] if alone else []
         if twice := [name for name in names if name and names.count(name) > 1]:
             raise InputError(f"'{shown(override)}' lists '{twice[0]}' twice", key)
-        if key in ("method", "task") and text.startswith("["):
-            raise InputError(f"'{shown(override)}': a run has one {key}, named by a word", key)
+        if key == "method" and text.startswith("["):
+            raise InputError(f"'{shown(override)}': a run has one method, named by a word", key)
+        if key == "task" and alone and not any(names):
+            raise InputError(f"'{shown(override)}' names no task: task=rte, or for a mixture 'task=[sst2,rte]'", key)
 
 
 @cache
@@ -361,8 +366,7 @@ def _typed_parts(values: dict[str, Any]) -> dict[str, Any]:
     keys = {name: (name, pickle.dumps(values[name]) if name in values else b"") for name in PARTS}
     new = [name for name, key in keys.items() if key not in _parts]
     if new:
-        teachers = values.get("teacher")
-        schema = _schema(tuple(teachers) if isinstance(teachers, dict) else ())
+        schema = _schema(_names(values.get("teacher")), _names(nested(values, "task.of")))
         merged: Any = OmegaConf.merge(schema, {name: value for name, value in values.items() if name in new})
         for missing in sorted(OmegaConf.missing_keys(merged)):
             if missing.partition(".")[0] in new:
@@ -375,19 +379,27 @@ def _typed_parts(values: dict[str, Any]) -> dict[str, Any]:
     return {name: pickle.loads(_parts[key]) for name, key in keys.items()}
 
 
+def _names(entries: object) -> tuple[str, ...]:
+    return tuple(entries) if isinstance(entries, dict) else ()
+
+
 @lru_cache(maxsize=64)
-def _schema(teachers: tuple[str, ...]) -> DictConfig:
-    """Return the structured configuration of a run with these teachers.
+def _schema(teachers: tuple[str, ...], tasks: tuple[str, ...]) -> DictConfig:
+    """Return the structured configuration of a run with these teachers, and these tasks of a mixture.
 
     OmegaConf makes the nodes of frozen dataclasses read-only, and so no values could be merged into them.
     """
     schema: DictConfig = OmegaConf.structured(RunSpec)
     OmegaConf.set_readonly(schema, False)
-    parts = {name: hint for name, hint in typing.get_type_hints(RunSpec).items() if dataclasses.is_dataclass(hint)}
-    for parent, kinds in ((schema, parts), (schema.teacher, dict.fromkeys(teachers, TeacherSpec))):
+
+    def fill(parent: Any, kinds: Mapping[str, Any]) -> None:
         for name, kind in kinds.items():
             parent[name] = kind
             OmegaConf.set_readonly(parent[name], False)
+
+    fill(schema, {name: hint for name, hint in typing.get_type_hints(RunSpec).items() if dataclasses.is_dataclass(hint)})
+    fill(schema.teacher, dict.fromkeys(teachers, TeacherSpec))
+    fill(schema.task.of, dict.fromkeys(tasks, TaskSpec))
     return schema
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,12 +33,13 @@ class StudentSpec:
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """A teacher: a trained classifier (`model`), or a `backbone` that a separate run fine-tunes first."""
+    """A teacher: a trained classifier (`model`), or a `backbone` that a separate run fine-tunes first, on `tasks`."""
 
     model: str | None = None
     backbone: str | None = None
     labels: list[str] | None = None
     run: dict[str, Any] = field(default_factory=dict)
+    tasks: Any = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class CohortSpec:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A task: its data source, labels and metrics."""
+    """A task: its data source, labels and metrics. A mixture of tasks has them in `of`, by name (`kd.config.mixture`)."""
 
     name: str = MISSING
     kind: str = "classification"
@@ -90,6 +92,8 @@ class TaskSpec:
     extra: dict[str, str] | None = None
     edits: Any = None
     unlabelled: str | None = None
+    of: "dict[str, TaskSpec]" = field(default_factory=dict)
+    tau: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -189,17 +193,14 @@ def cache_limit(setting: object) -> float | None:
     return float(size[1]) * 1000.0 ** " kmgt".index(size[2] or " ")
 
 
-MOST = {
-    "task.max_length": MANY,
-    "task.limit_train": 2**40,
-    "task.limit_validation": 2**40,
-    "task.limit_test": 2**40,
-    "trainer.max_epochs": MANY,
-    "trainer.batch_size": MANY,
-    "trainer.batch_tokens": 2**31,
-    "trainer.pad_multiple": 65_536,
-    "trainer.accumulate": MANY,
-    "trainer.eval_batch_size": MANY,
+MOST_OF_TASK = {"max_length": MANY, "limit_train": 2**40, "limit_validation": 2**40, "limit_test": 2**40}
+MOST_OF_TRAINER = {
+    "max_epochs": MANY,
+    "batch_size": MANY,
+    "batch_tokens": 2**31,
+    "pad_multiple": 65_536,
+    "accumulate": MANY,
+    "eval_batch_size": MANY,
 }
 """Keys whose values are whole numbers from 1, and the largest allowed value of each."""
 
@@ -217,7 +218,7 @@ DECAYS = ("linear", "cosine", "constant")
 
 
 def check_values(spec: RunSpec) -> None:
-    """Check each value on its own, without reading files.
+    """Check each value on its own, without reading files; those of the task are checked by `kd.config.mixture.check_tasks`.
 
     Raises:
         InputError: for a word that is not in its list, or a number out of range.
@@ -233,10 +234,9 @@ def check_values(spec: RunSpec) -> None:
     for key, allowed in words.items():
         word(getattr(trainer, key), allowed, f"trainer.{key}")
     check_student(student)
-    for key, most in MOST.items():
-        part, _, name = key.partition(".")
-        if (value := getattr(getattr(spec, part), name)) is not None:
-            whole(value, key, 1, most)
+    for name, most in MOST_OF_TRAINER.items():
+        if (value := getattr(trainer, name)) is not None:
+            whole(value, f"trainer.{name}", 1, most)
     whole(trainer.num_workers, "trainer.num_workers", 0, 1024)
     number(trainer.checkpoint_minutes, "trainer.checkpoint_minutes", 0, 525_600)
     if trainer.clip is not None:
@@ -252,31 +252,46 @@ def check_values(spec: RunSpec) -> None:
     if spec.seed < 0:
         raise InputError(f"seed={spec.seed} must not be negative", "seed")
     whole(spec.seed, "seed", 0, LARGEST_SEED)
-    if spec.task.holdout is not None:
-        check_share(spec.task.holdout, "task.holdout")
     optimizer = spec.optimizer
     check_optimizer(optimizer.lr, optimizer.weight_decay, optimizer.schedule, optimizer.warmup)
-    check_columns(spec.task)
     if not spec.paths.runs:
         raise InputError("paths.runs is empty; it is the folder where runs live", "paths.runs")
-    task = spec.task
     paths: dict[str, Any] = {"paths.runs": spec.paths.runs, "paths.glue": spec.paths.glue, "backbone": spec.backbone}
-    paths |= {
-        "task.train": task.train,
-        "task.validation": task.validation,
-        "task.test": task.test,
-        "task.unlabelled": task.unlabelled,
-    }
     paths |= {"student.backbone": student.backbone, "student.checkpoint": student.checkpoint}
     for name, teacher in spec.teacher.items():
         paths |= {f"teacher.{name}.model": teacher.model, f"teacher.{name}.backbone": teacher.backbone}
-    for key, path in paths.items():
-        for file in path.values() if isinstance(path, dict) else [path]:  # a mapping has one file per class
-            if file is not None:
-                check_path(str(file), key)
-    names: dict[str, Any] = {"method.name": spec.method.get("name"), "student.name": student.name, "task.name": task.name}
+    check_paths(paths)
+    names: dict[str, Any] = {"method.name": spec.method.get("name"), "student.name": student.name}
     for key, part_name in names.items():
         check_name(part_name, key)
+
+
+def check_task(task: TaskSpec) -> None:
+    """Check each value of a task on its own, without reading files.
+
+    Raises:
+        InputError: for a value out of range, or a column or a file without a name.
+    """
+    for name, most in MOST_OF_TASK.items():
+        if (value := getattr(task, name)) is not None:
+            whole(value, f"task.{name}", 1, most)
+    if task.holdout is not None:
+        check_share(task.holdout, "task.holdout")
+    check_columns(task)
+    check_paths({f"task.{name}": getattr(task, name) for name in ("train", "validation", "test", "unlabelled")})
+    check_name(task.name, "task.name")
+
+
+def check_paths(paths: Mapping[str, Any]) -> None:
+    """Check paths by their configuration keys; a path may be a mapping with a file for each class.
+
+    Raises:
+        InputError: for a path that no file system has.
+    """
+    for key, path in paths.items():
+        for file in path.values() if isinstance(path, dict) else [path]:
+            if file is not None:
+                check_path(str(file), key)
 
 
 def check_student(student: StudentSpec) -> None:

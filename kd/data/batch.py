@@ -31,6 +31,7 @@ class Batch:
             in `Task.column_classes`; or numbers, float.
         label_weight: factor of a mean over this batch's labelled examples, if some have no label (`kd.data.sampler.Rows`);
             `Task.of` takes it.
+        task: name of the task of a mixture that the examples are of; None outside a mixture.
     """
 
     student: dict[str, Tensor]
@@ -42,6 +43,7 @@ class Batch:
     held: "Batch | None" = None
     columns: dict[str, Tensor] = field(default_factory=dict)
     label_weight: float = 1.0
+    task: str | None = None
 
     @property
     def students(self) -> tuple[dict[str, Tensor], ...]:
@@ -81,4 +83,5 @@ class Batch:
             None if self.held is None else self.held.map(function),
             {name: function(values) for name, values in self.columns.items()},
             self.label_weight,
+            self.task,
         )

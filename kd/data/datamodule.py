@@ -53,6 +53,7 @@ class Collate:
     labels: Sequence[float]
     task: Task
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    of: str | None = None
 
     def __call__(self, rows: Sequence[int]) -> Batch:
         """Return the batch of these examples."""
@@ -67,6 +68,7 @@ class Collate:
             self(rows.held) if isinstance(rows, Rows) and rows.held is not None else None,
             {name: torch.from_numpy(values[list(rows)]) for name, values in self.columns.items()},
             rows.label_weight if isinstance(rows, Rows) else 1.0,
+            self.of,
         )
 
 
@@ -91,6 +93,7 @@ class KDDataModule(pl.LightningDataModule):
         store: folder for tokenised texts; None stores none.
         accumulate: training batches of an optimiser step.
         holds: share of train that is held (`kd.data.held`): not trained on, and beside each training batch as `Batch.held`.
+        of: `Batch.task` of the batches: the task's name in a mixture, None outside one.
 
     Raises:
         InputError: if a split, or a part of train, has fewer examples than there are ranks.
@@ -116,8 +119,10 @@ class KDDataModule(pl.LightningDataModule):
         store: Path | None = None,
         accumulate: int = 1,
         holds: float = 0.0,
+        of: str | None = None,
     ) -> None:
         super().__init__()
+        self.of = of
         self.examples = examples
         self.max_length, self.pad_multiple, self.batch_tokens = max_length, pad_multiple, batch_tokens
         self.accumulate = accumulate
@@ -194,7 +199,7 @@ class KDDataModule(pl.LightningDataModule):
         teachers = [own if own in tokens else key for own, key in zip(teachers, self.teacher_keys, strict=True)]
         read = {key: tokens[key] for key in (*self.student_keys, *teachers)}
         columns = examples.columns.get(split, {})
-        return Collate(read, self.student_keys, teachers, examples.labels[split], examples.task, columns)
+        return Collate(read, self.student_keys, teachers, examples.labels[split], examples.task, columns, self.of)
 
     def loader(self, split: str, seed: int | None = None) -> DataLoader[Batch]:
         """Return a loader over a split: shuffled with a seed, sorted by length without one."""
@@ -276,13 +281,18 @@ class KDDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, int]:
         """Return the number of batches done in the current epoch, so that a resumed epoch continues with the next one."""
-        if self.trainer is None:
-            return {"batch": 0}
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        return {"batch": 0 if progress.is_last_batch else progress.current.processed}  # type: ignore[attr-defined]
+        return {"batch": batches_done(self.trainer)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue the epoch after the batch that `state_dict` recorded."""
         self._skip = state["batch"]
         if self._train_sampler is not None:
             self._train_sampler.skip = self._skip
+
+
+def batches_done(trainer: pl.Trainer | None) -> int:
+    """Return the number of batches of the current epoch that have been trained on; 0 at its end."""
+    if trainer is None:
+        return 0
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return 0 if progress.is_last_batch else progress.current.processed  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from kd.config.values import shown
-from kd.data.sampler import LengthBatches, Rows
+from kd.data.sampler import LengthBatches, OptimiserStep, Rows
 from kd.data.sources import hash_fraction
 from kd.errors import InputError
 
@@ -111,10 +111,17 @@ class WithHeld(Sampler[list[int]]):
         return self.order[(number * self.size + np.arange(self.size)) % len(self.order)]
 
     def __iter__(self) -> Iterator[list[int]]:
-        rank, world = self.inner.rank, self.inner.world
         for index, rows in enumerate(self.inner, start=self.inner.skip):
             assert isinstance(rows, Rows)
-            batch = self.held_batch(index)
-            mine = batch[rank::world]
-            held = Rows(mine.tolist(), len(mine) * world / len(batch), rows.epoch)
-            yield Rows(self.trained[rows].tolist(), rows.weight, rows.epoch, held, rows.label_weight)
+            yield self.beside(index, rows)
+
+    def share(self, index: int, batch: np.ndarray, of_step: OptimiserStep) -> Rows:
+        """Return this rank's share of a global batch; arguments as for `LengthBatches.share`."""
+        return self.beside(index, self.inner.share(index, batch, of_step))
+
+    def beside(self, index: int, rows: Rows) -> Rows:
+        """Return a rank's rows of the training batch at this index as indices in train, with its share of the held batch."""
+        rank, world, batch = self.inner.rank, self.inner.world, self.held_batch(index)
+        mine = batch[rank::world]
+        held = Rows(mine.tolist(), len(mine) * world / len(batch), rows.epoch)
+        return Rows(self.trained[rows].tolist(), rows.weight, rows.epoch, held, rows.label_weight)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -126,20 +127,48 @@ class LengthBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         batches = self.batches()
         first, self.skip = self.skip, 0
-        sizes = [len(batch) for batch in batches]
-        epoch = None if self.seed is None else self.epoch
         for index in range(first, len(batches)):
-            batch, begin = batches[index], index - index % self.accumulate
-            # Examples of the optimiser step; the trainer divides by `accumulate` whatever the number of its batches.
-            count = sum(sizes[begin : begin + self.accumulate])
-            mine = batch[self.rank :: self.world]
-            weight = len(mine) * self.world / len(batch) * (self.accumulate * len(batch) / count)
-            label_weight = 1.0
-            if self.labelled is not None:
-                labelled = int(self.labelled[np.concatenate(batches[begin : begin + self.accumulate])].sum())
-                share = int(self.labelled[mine].sum()) / max(labelled, 1)
-                label_weight = share * self.world * self.accumulate / weight
-            yield Rows(mine.tolist(), weight, epoch, label_weight=label_weight)
+            begin = index - index % self.accumulate
+            of_step = OptimiserStep.of([(self, batch) for batch in batches[begin : begin + self.accumulate]])
+            yield self.share(index, batches[index], of_step)
+
+    def share(self, index: int, batch: np.ndarray, of_step: "OptimiserStep") -> Rows:
+        """Return this rank's share of a global batch.
+
+        Args:
+            index: index of the batch in the epoch.
+            batch: indices of its examples.
+            of_step: the optimiser step that it is part of. The trainer divides by `accumulate` whatever its number of batches.
+        """
+        mine = batch[self.rank :: self.world]
+        weight = len(mine) * self.world / len(batch) * (self.accumulate * len(batch) / of_step.examples)
+        label_weight = 1.0
+        if self.labelled is not None:
+            share = self.labels_in(mine) / max(of_step.labelled, 1)
+            label_weight = share * self.world * self.accumulate / weight
+        return Rows(mine.tolist(), weight, None if self.seed is None else self.epoch, label_weight=label_weight)
+
+    def labels_in(self, batch: np.ndarray) -> int:
+        """Return the number of examples of a batch that have a label."""
+        return len(batch) if self.labelled is None else int(self.labelled[batch].sum())
+
+
+@dataclass(frozen=True)
+class OptimiserStep:
+    """The examples of an optimiser step, over all ranks.
+
+    Attributes:
+        examples: their number.
+        labelled: the number of those that have a label.
+    """
+
+    examples: int
+    labelled: int
+
+    @classmethod
+    def of(cls, batches: Sequence[tuple[LengthBatches, np.ndarray]]) -> "OptimiserStep":
+        """Return the step of these global batches, each with its sampler."""
+        return cls(sum(len(batch) for _, batch in batches), sum(sampler.labels_in(batch) for sampler, batch in batches))
 
 
 class TokenBatches(LengthBatches):

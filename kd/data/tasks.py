@@ -457,11 +457,24 @@ def log_mean_probability(logits: Sequence[Tensor], weights: Tensor | None = None
 
 
 def higher_is_better(metric: str) -> bool:
-    """Return whether a larger value of a metric is better: True for all metrics except `mse` and `loss`."""
-    return metric not in ("mse", "loss")
+    """Return whether a larger value of a metric is better: True for all metrics except `mse` and `loss`.
+
+    >>> higher_is_better("accuracy"), higher_is_better("stsb/mse")
+    (True, False)
+    """
+    return metric.rpartition("/")[2] not in ("mse", "loss")
 
 
-def headline(task: Task, students: Mapping[str, Mapping[str, float | None]]) -> str:
+class Monitored(Protocol):
+    """Interface of what has a metric that chooses the best checkpoint: a task, or a mixture of tasks."""
+
+    @property
+    def monitor(self) -> str:
+        """Name of the metric."""
+        ...
+
+
+def headline(task: Monitored, students: Mapping[str, Mapping[str, float | None]]) -> str:
     """Return the name of the student with the best monitored metric; among equals the first."""
     sign = 1.0 if higher_is_better(task.monitor) else -1.0
 

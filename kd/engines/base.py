@@ -20,7 +20,7 @@ from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.methods.base import Method, Progress, Step
-from kd.models import Encoder
+from kd.models import Encoder, FrozenTeacher
 from kd.system import distributed
 
 
@@ -124,6 +124,9 @@ class Engine(pl.LightningModule):
         clip: largest gradient norm of one learner; None does not clip. Only for engines that step the optimiser themselves:
             for the others the trainer clips.
     """
+
+    idles = False
+    """True if a training step leaves some trainable parameters without a gradient."""
 
     def __init__(
         self,
@@ -278,7 +281,12 @@ class Engine(pl.LightningModule):
 
     def work_of_teachers(self) -> dict[str, dict[str, int]]:
         """Return each teacher's counts of passes, examples and batches used so far, on this rank, by name."""
-        return {teacher.name: teacher.work for teacher in self.teachers}
+        return {name: teacher.work for name, teacher in self.counted.items()}
+
+    @property
+    def counted(self) -> dict[str, FrozenTeacher]:
+        """Teachers whose work is counted, by name."""
+        return {teacher.name: teacher for teacher in self.teachers}
 
     def on_validation_epoch_start(self) -> None:
         """Check losses and weights, and reset the metrics.
@@ -288,6 +296,10 @@ class Engine(pl.LightningModule):
             NonFiniteWeights: for weights that are not finite.
         """
         self.flush()
+        self.begin_validation()
+
+    def begin_validation(self) -> None:
+        """Reset the metrics."""
         for name in self.evaluated:
             self._reset(name)
         for name in self.learners:
@@ -314,15 +326,19 @@ class Engine(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log metrics over the validation examples, none counted twice; the best student's are logged as the run's."""
-        results = {name: self.compute_metrics(name) for name in self.evaluated}
+        results, self.constant = self.end_validation()
         scores = {name: {m: finite_or_none(float(v)) for m, v in metrics.items()} for name, metrics in results.items()}
         best = headline(self.task, {name: scores[name] for name in self.learners})
         self.log_dict({f"validation/{metric}": value for metric, value in results[best].items()})
         if len(results) > 1:
             self.log_dict({f"validation/{name}/{m}": value for name, values in results.items() for m, value in values.items()})
         self.validation = scores
+
+    def end_validation(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+        """Return the metrics of each model that was scored, by name, and descriptions of students that predict one class."""
+        results = {name: self.compute_metrics(name) for name in self.evaluated}
         collapses = {name.removeprefix("of-"): metric.compute().tolist() for name, metric in self.collapse.items()}  # type: ignore[operator]
-        self.constant = {name: in_words(value, self.task.labels) for name, value in collapses.items() if value[0]}
+        return results, {name: in_words(value, self.task.labels) for name, value in collapses.items() if value[0]}
 
     def rates(self) -> Mapping[nn.Parameter, float]:
         """Return the peak learning rates of parameters that do not have the run's."""
@@ -384,10 +400,10 @@ class Engine(pl.LightningModule):
         self.resumed = [*saved.get("resumed", []), int(checkpoint.get("global_step", 0))]
         if distributed.is_rank_zero():
             self.examples = saved.get("examples", 0)
-            for teacher in self.teachers:
-                before = saved.get("teacher_work", {}).get(teacher.name, {})
+            for name, teacher in self.counted.items():
+                before = saved.get("teacher_work", {}).get(name, {})
                 # Added to the counts of a cache that this run had to fill again.
-                teacher.work = {name: count + before.get(name, 0) for name, count in teacher.work.items()}
+                teacher.work = {kind: count + before.get(kind, 0) for kind, count in teacher.work.items()}
         self.teacher_work = self.work_of_teachers()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Engine":

@@ -171,6 +171,14 @@ class Encoder(nn.Module):
         owner.get_submodule(name)  # raises if there is no such module
         setattr(owner, name, module)
 
+    def share_body(self, other: "Encoder") -> None:
+        """Replace the base model by that of another encoder, of the same shape, so that both have one body and two heads.
+
+        A pooler is part of the base model, a further layer before the classifier is not.
+        """
+        self.replace_submodule(self.family.base, other.base)
+        self.tokenizer = other.tokenizer
+
     @contextlib.contextmanager
     def _pooled_in(self, seen: dict[str, dict[Layer, Tensor]], needs: Needs) -> Iterator[None]:
         if not needs.pooled:

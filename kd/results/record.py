@@ -9,6 +9,8 @@ from typing import Any, Self
 import torch
 
 from kd.build.models import BuiltModels
+from kd.build.parts import Part, mixture_of
+from kd.config.mixture import is_mixture
 from kd.data.datamodule import KDDataModule
 from kd.data.tasks import headline
 from kd.engines.base import Engine
@@ -18,6 +20,7 @@ from kd.models.heads import HEADS
 from kd.models.latency import LATENCY_MEASURE, Latency, latencies, to_time
 from kd.results.evaluate import Evaluation, Scores, baseline, folder_megabytes
 from kd.results.export import TOLERANCE, export, largest_difference, model_card, origin
+from kd.results.mixture import joined
 from kd.runs.kept import write_kept
 from kd.runs.run import Run
 from kd.system import distributed
@@ -27,8 +30,9 @@ from kd.teacher_cache.cache import CacheUnused, CacheUsed
 
 
 def folder_of(run: Run, name: str, headline: str) -> Path:
-    """Return the folder that a student of a run is exported to."""
-    return run.student if name == headline else run.directory / "peers" / name
+    """Return the folder that a student of a run is exported to; a mixture has a folder for each task in it."""
+    peer = run.directory / "peers" / name
+    return run.student if name == headline else peer if run.member is None else peer / run.member
 
 
 def exported_files(run: Run, names: Sequence[str], headline: str) -> dict[str, dict[str, Any]]:
@@ -96,6 +100,12 @@ class Work:
     examples: int
     teachers: dict[str, dict[str, int]]
     starts: int
+
+    def of(self, task: str) -> "Work":
+        """Return the work of a mixture for one of its tasks: that of its teachers; examples are those of all tasks."""
+        prefix = f"{task}/"
+        mine = {name.removeprefix(prefix): done for name, done in self.teachers.items() if name.startswith(prefix)}
+        return replace(self, teachers=mine)
 
 
 @dataclass(frozen=True)
@@ -303,28 +313,78 @@ class Result:
 
 def conclude(
     run: Run,
-    models: BuiltModels,
-    data: KDDataModule,
+    parts: Mapping[str, Part],
     engine: Engine,
-    evaluations: Mapping[str, Evaluation],
+    evaluations: Mapping[str, Mapping[str, Evaluation]],
     selection: dict[str, Any],
     work: Work,
 ) -> dict[str, Any]:
-    """Export the students, check the exports, and write and return the record. The best student on validation is the run's."""
-    for student in models.students.values():
-        student.to("cpu")
-    best = headline(engine.task, evaluations["validation"].students)
-    timed = {teacher.name: to_time(teacher, engine.task.head) for teacher in models.teachers}
+    """Export the students, check the exports, and write and return the record. The best student on validation is the run's.
+
+    Args:
+        run: the run.
+        parts: its tasks, by name.
+        engine: the engine that trained them.
+        evaluations: task -> split -> evaluation.
+        selection: entry of the record about the chosen checkpoint.
+        work: work of the run.
+    """
+    for part in parts.values():
+        for student in part.models.students.values():
+            student.to("cpu")
+    if not is_mixture(run.spec.task):
+        (name,) = parts
+        best = headline(engine.task, evaluations[name]["validation"].students)
+        return run.finish(conclude_part(parts[name], engine, evaluations[name], best, selection, work).dump())
+    mixture = mixture_of(run, {name: part.examples for name, part in parts.items()})
+    scores = {name: of_task["validation"].students for name, of_task in evaluations.items()}
+    students = next(iter(scores.values()))
+    best = headline(
+        mixture, {student: mixture.joined({name: scores[name][student] for name in scores}) for student in students}
+    )
+    results = {
+        name: conclude_part(part, engine, evaluations[name], best, selection, work.of(name)).dump()
+        for name, part in parts.items()
+    }
+    counts = {student: count_of([part.models.students[student] for part in parts.values()]) for student in students}
+    return run.finish(joined(run, mixture, results, counts, engine.validation.get(best, {}), work))
+
+
+def count_of(students: Iterable[Encoder]) -> int:
+    """Return the number of parameters of students that share parts, each counted once."""
+    return sum(parameter.numel() for parameter in dict.fromkeys(p for student in students for p in student.parameters()))
+
+
+def conclude_part(
+    part: Part,
+    engine: Engine,
+    evaluations: Mapping[str, Evaluation],
+    best: str,
+    selection: dict[str, Any],
+    work: Work,
+) -> Result:
+    """Export the students of one task of a run, and return its record; arguments as for `conclude`.
+
+    Args:
+        part: the task.
+        engine: the engine that trained the run.
+        evaluations: split -> evaluation.
+        best: name of the run's student.
+        selection: entry of the record about the chosen checkpoint.
+        work: work of the run for this task.
+    """
+    run, models, data, task = part.run, part.models, part.data, part.examples.task
+    timed = {teacher.name: to_time(teacher, task.head) for teacher in models.teachers}
     speeds = latencies({**{f"student {name}": student for name, student in models.students.items()}, **timed})
     del timed
     result = Result(
         run=RunEntry.of(run, run.spec.student.name if len(models.students) == 1 else best),
-        scores=ScoresEntry.of(evaluations, engine.validation.get(best, {}), selection),
+        scores=ScoresEntry.of(evaluations, of_part(part, engine.validation.get(best, {})), selection),
         training=TrainingEntry.of(run, engine, work, models.caches),
         settings=SettingsEntry.of(run, models.teachers, data, engine.global_step),
         provenance=Provenance.of(run),
         latency=LatencyEntry(LATENCY_MEASURE, torch.get_num_threads(), {name: speed.spread for name, speed in speeds.items()}),
-        baseline=baseline(engine.task, data.examples.labels),
+        baseline=baseline(task, data.examples.labels),
         teachers={teacher.name: teacher_result(teacher.encoder, speeds[teacher.name]) for teacher in models.teachers},
         headline=best,
         students={
@@ -332,7 +392,15 @@ def conclude(
         },
     )
     exported = export_students(run, models, data, result)
-    return run.finish(replace(result, students=exported, files=exported_files(run, list(exported), best)).dump())
+    return replace(result, students=exported, files=exported_files(run, list(exported), best))
+
+
+def of_part(part: Part, scores: Scores) -> Scores:
+    """Return the metrics of one task from those of a run, with their names in the task."""
+    if part.run.member is None:
+        return scores
+    prefix = f"{part.run.member}/"
+    return {name.removeprefix(prefix): value for name, value in scores.items() if name.startswith(prefix)}
 
 
 def teacher_result(teacher: Encoder, latency: Latency) -> TeacherResult:

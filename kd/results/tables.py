@@ -43,7 +43,27 @@ def score(metric: str, value: float | None, sign: str = "") -> str:
     """
     if value is None:
         return "undefined"
-    return f"{value:.4f}" if metric in OWN_UNITS else f"{100 * value:.1f}{sign}"
+    return f"{value:.4f}" if in_own_units(metric) else f"{100 * value:.1f}{sign}"
+
+
+def in_own_units(metric: str) -> bool:
+    """Return whether a metric, perhaps of a task of a mixture, is shown in its own units.
+
+    >>> in_own_units("mse"), in_own_units("stsb/mse"), in_own_units("stsb/pearson")
+    (True, True, False)
+    """
+    return metric.rpartition("/")[2] in OWN_UNITS
+
+
+def heading(split: str, metric: str) -> str:
+    """Return the heading of a column; the metric of a task of a mixture is below the task's name.
+
+    >>> print(heading("test", "rte/accuracy"))
+    test
+    rte
+    accuracy
+    """
+    return f"{split} {metric}" if "/" not in metric else "\n".join([split, *metric.split("/")])
 
 
 def closing_table(result: Mapping[str, Any], directory: Path) -> None:
@@ -52,7 +72,7 @@ def closing_table(result: Mapping[str, Any], directory: Path) -> None:
     metrics = [(split, name) for split, values in result["metrics"].items() for name in values]
     first = next(iter(result["agreement"]))
     teachers = list(result["metrics_teacher"])
-    for column in ("model", "parameters", "MB", *(f"{split} {name}" for split, name in metrics)):
+    for column in ("model", "parameters", "MB", *(heading(split, name) for split, name in metrics)):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name in teachers:
         table.add_column(f"agreement ({first})" if len(teachers) == 1 else f"agreement with {name} ({first})", justify="right")
@@ -87,6 +107,7 @@ def closing_table(result: Mapping[str, Any], directory: Path) -> None:
         )
     if baseline := result.get("baseline"):
         label = "mean of the scores" if result["labels"] is None else "majority class"
+        label = "constant prediction" if "tasks" in result else label
         table.add_row(label, "", "", *scores(baseline), *[""] * len(teachers), "")
     out = console()
     out.print(table)
@@ -216,12 +237,19 @@ def report_table(results: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title=results[0]["task"], title_justify="left")
     for column in ("method", "student", "teacher", *(["where"] if any(told) else []), "seeds"):
         table.add_column(column, overflow="fold")
-    for column in ("parameters", "MB", *(f"{split} {name}" for split, name in metrics), "agreement", "latency ms", "train s"):
+    for column in (
+        "parameters",
+        "MB",
+        *(heading(split, name) for split, name in metrics),
+        "agreement",
+        "latency ms",
+        "train s",
+    ):
         table.add_column(column, justify="right", overflow="fold")
 
     def scores(by_seed: Sequence[SplitScores]) -> list[str]:
         return [
-            _spread([values[split][name] for values in by_seed], 1.0 if name in OWN_UNITS else 100.0)
+            _spread([values[split][name] for values in by_seed], 1.0 if in_own_units(name) else 100.0)
             if name in by_seed[0].get(split, {})
             else ""
             for split, name in metrics

@@ -54,7 +54,7 @@ def key_for(role: Role, spec: RunSpec, key: str | None, config: DictConfig | Non
     >>> key_for(Role("teacher", "minilm"), RunSpec(teacher={"minilm": TeacherSpec()}), "optimizer.lr")
     'teacher.minilm.run.optimizer.lr'
     """
-    kind, name = role.kind, str(role.name)
+    kind, name = role.kind, str(role.name).partition("/")[0]  # after it, the task of a mixture that a teacher is for
     if key is not None and kind in STAGES and config is not None:
         return key_of_stage(config, stage_key(role), key)
     if key is None or kind not in ("teacher", "pilot", "before"):

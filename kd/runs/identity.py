@@ -10,6 +10,7 @@ from typing import Any
 from kd.config.cohort import cohort_identity
 from kd.config.edits import edit_nodes
 from kd.config.frozen import aids_of
+from kd.config.mixture import is_mixture, keys_of, tasks_of
 from kd.config.pool import pool_identity
 from kd.config.schema import RunSpec, TaskSpec
 from kd.config.values import has, locate, one_line, shown
@@ -40,7 +41,7 @@ MACHINE_KEYS = ("precision", "compile", "pad_multiple")
 COLUMN_KEYS = ("text", "label", "columns")
 """Keys of a task's source that name columns; a number on the command line is taken for a name."""
 
-OMIT_IF_EMPTY = ("extra", "edits")
+OMIT_IF_EMPTY = ("extra", "edits", "of")
 """Keys of a task that enter the digest only if they are set, so that runs without them have the digests of before."""
 
 PATH_KEYS = ("root", "train", "validation", "test", "unlabelled")
@@ -60,21 +61,21 @@ def backbone_of(spec: RunSpec) -> tuple[str, str]:
     return spec.backbone, "backbone"
 
 
-def source_of(spec: RunSpec) -> Source:
-    """Return the data source of a run's task.
+def source_of(task: TaskSpec) -> Source:
+    """Return the data source of a task.
 
     Raises:
         InputError: if the source cannot be instantiated.
     """
-    node = dict(spec.task.source)
+    node = dict(task.source)
     try:
         target = locate(node, "task.source", has("splits", "fingerprint"), "a source: a class with `splits` and `fingerprint`")
         if "extra" in node:
             raise InputError("task.source.extra follows from task.extra", "task.source.extra")
-        if spec.task.extra:
+        if task.extra:
             if "extra" not in inspect.signature(target).parameters:
                 raise InputError(f"task.extra is set, but {target.__name__} reads no further columns", "task.extra")
-            node["extra"] = list(spec.task.extra)
+            node["extra"] = list(task.extra)
         source = target(**{key: value for key, value in node.items() if key != "_target_"})
     except InputError as error:
         of_extra = error.key is not None and error.key.endswith(".extra")
@@ -88,10 +89,10 @@ def source_of(spec: RunSpec) -> Source:
             key = f"task.source.{field.name}"
             raise InputError(f"{key}={shown(value)} is not a value that the task's source takes", key)
     for split in ("train", "validation", "test"):
-        given = getattr(spec.task, split)
-        if given is not None and given not in spec.task.source.values():
+        given = getattr(task, split)
+        if given is not None and given not in task.source.values():
             raise InputError(
-                f"task.{split}={shown(given)} is set, but task={spec.task.name} reads no file of its own", f"task.{split}"
+                f"task.{split}={shown(given)} is set, but task={task.name} reads no file of its own", f"task.{split}"
             )
     return source  # type: ignore[no-any-return]
 
@@ -110,7 +111,7 @@ def digest_inputs(spec: RunSpec, inputs: RunInputs) -> dict[str, Any]:
     Raises:
         InputError: if `student.checkpoint` is missing where the student starts from it.
     """
-    student, task, trainer = asdict(spec.student), asdict(spec.task), asdict(spec.trainer)
+    student, trainer = asdict(spec.student), asdict(spec.trainer)
     student["backbone"] = fingerprint(*backbone_of(spec))
     if spec.student.init == "checkpoint":
         if spec.student.checkpoint is None:
@@ -127,17 +128,7 @@ def digest_inputs(spec: RunSpec, inputs: RunInputs) -> dict[str, Any]:
     ]
     if spec.trainer.batch_tokens is not None:
         trainer["batch_size"] = None
-    task["edits"] = [edit_identity(node, key) for key, node in edit_nodes(spec.task).items()]
-    for key in OMIT_IF_EMPTY:
-        if not task[key]:
-            task.pop(key)
-    source = {key: value for key, value in task.pop("source").items() if key not in PATH_KEYS}
-    source.update({name: as_names(source[name]) for name in COLUMN_KEYS if name in source})
-    data_source = source_of(spec)
-    with prefix_task_errors():
-        data = data_source.fingerprint()
-        if spec.task.unlabelled is not None:
-            data = {**data, **fingerprint_of({"unlabelled": {None: data_path(spec.task.unlabelled, "unlabelled")}})}
+    task, data = task_identity(spec.task)
     identity = {
         "format": DIGEST_FORMAT,
         "method": method_identity(spec),
@@ -155,14 +146,46 @@ def digest_inputs(spec: RunSpec, inputs: RunInputs) -> dict[str, Any]:
         "inputs": {str(role): run.digest for role, run in inputs},
         "pool": pool_identity(spec),
         "cohort": cohort_identity(spec),
-        "task": {key: value for key, value in task.items() if key not in PATH_KEYS},
-        "data": {**source, **data},
+        "task": task,
+        "data": data,
         "optimizer": asdict(spec.optimizer),
         "trainer": {key: value for key, value in trainer.items() if key not in NOT_IN_DIGEST},
         "seed": spec.seed,
     }
     named: dict[str, Any] = with_class_names(identity)
     return named
+
+
+def task_identity(task: TaskSpec) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the values of a task that enter the digest, and those of its data; of a mixture by the name of each task.
+
+    Raises:
+        InputError: for a source that cannot be instantiated, or files that cannot be read.
+    """
+    if is_mixture(task):
+        parts = {}
+        for name, one in tasks_of(task).items():
+            with keys_of(task, name):
+                parts[name] = task_identity(one)
+        own = {key: getattr(task, key) for key in ("name", "kind", "tau", "monitor")}
+        return (
+            {**own, "of": {name: part for name, (part, _) in parts.items()}},
+            {name: data for name, (_, data) in parts.items()},
+        )
+    values = asdict(task)
+    values["edits"] = [edit_identity(node, key) for key, node in edit_nodes(task).items()]
+    for key in OMIT_IF_EMPTY:
+        if not values[key]:
+            values.pop(key)
+    del values["tau"]
+    source = {key: value for key, value in values.pop("source").items() if key not in PATH_KEYS}
+    source.update({name: as_names(source[name]) for name in COLUMN_KEYS if name in source})
+    data_source = source_of(task)
+    with prefix_task_errors():
+        data = data_source.fingerprint()
+        if task.unlabelled is not None:
+            data = {**data, **fingerprint_of({"unlabelled": {None: data_path(task.unlabelled, "unlabelled")}})}
+    return {key: value for key, value in values.items() if key not in PATH_KEYS}, {**source, **data}
 
 
 def method_identity(spec: RunSpec) -> dict[str, Any]:

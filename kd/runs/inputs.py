@@ -1,20 +1,26 @@
 """Configurations of the runs that teachers and pilots come from."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from kd.config import compose as composition
 from kd.config.cohort import PEERS
+from kd.config.mixture import LIMITS, is_mixture, tasks_of
 from kd.config.nodes import nested
 from kd.config.pool import RANKED, teachers_of
-from kd.config.schema import PoolSpec, RunSpec, TeacherSpec
+from kd.config.schema import PoolSpec, RunSpec, TaskSpec, TeacherSpec
+from kd.config.values import shown
 from kd.errors import InputError
 from kd.runs.edits import edits_of_teachers
 from kd.runs.identity import backbone_of
 from kd.runs.inherit import inherit, laid_over
 from kd.runs.run import Role, Run
 from kd.runs.stages import without
+
+EACH = "each"
+"""Value of `teacher.<name>.tasks`: a teacher of its own for each task of a mixture."""
 
 
 def needs_fine_tuning(name: str, teacher: TeacherSpec) -> bool:
@@ -46,8 +52,9 @@ def teacher_configs(config: DictConfig, spec: RunSpec) -> Iterator[tuple[Role, D
     for name in teachers_of(spec):
         teacher = spec.teacher[name]
         if needs_fine_tuning(name, teacher):
-            tuned = teacher_config(config, spec, name, teacher)
-            yield Role("teacher", name), link_config(config, spec, tuned) if spec.pool.chain else tuned
+            for entry, on, of in on_tasks(config, spec, name, teacher):
+                tuned = teacher_config(on, of, name, teacher)
+                yield Role("teacher", entry), link_config(on, of, tuned) if spec.pool.chain else tuned
     if spec.pool.wrapper is not None and spec.pool.distribution in RANKED:
         for name, teacher in spec.teacher.items():
             of_student = spec.pool.distribution == "student_rank"
@@ -56,6 +63,56 @@ def teacher_configs(config: DictConfig, spec: RunSpec) -> Iterator[tuple[Role, D
             if of_student:  # all pilots train the same student
                 OmegaConf.update(pilot, "student.backbone", backbone_of(spec)[0], force_add=True)
             yield Role("pilot", name), pilot
+
+
+def on_tasks(config: DictConfig, spec: RunSpec, name: str, teacher: TeacherSpec) -> Iterator[tuple[str, DictConfig, RunSpec]]:
+    """Yield the runs that fine-tune a teacher, by its `tasks`.
+
+    Yields:
+        Name of the entry in `RunInputs.teachers`, and the configuration and the specification of the student's run as they
+        would be with the teacher's task: the run's own; for `each` one task of a mixture after the other, as `name/task`; for
+        a list the mixture of these tasks.
+
+    Raises:
+        InputError: for anything else, or for tasks that do not include the run's.
+    """
+    key, own = f"teacher.{name}.tasks", tasks_of(spec.task)
+    if teacher.tasks is None:
+        yield name, config, spec
+    elif teacher.tasks == EACH:
+        for task, one in own.items():
+            yield f"{name}/{task}", with_task(config, task_alone(config, task, one)), replace(spec, task=one)
+    elif isinstance(teacher.tasks, list) and teacher.tasks and all(isinstance(task, str) for task in teacher.tasks):
+        if lacking := [task for task in own if task not in teacher.tasks]:
+            raise InputError(f"{key}={shown(teacher.tasks)} lacks '{lacking[0]}', which the student learns", key)
+        mixture = composition.compose([f"task=[{','.join(teacher.tasks)}]"]).task
+        with open_dict(mixture):
+            for task, one in own.items():
+                mixture.of[task] = task_alone(config, task, one)
+            for limit in LIMITS:
+                mixture[limit] = config.task.get(limit)
+        mixed = with_task(config, mixture)
+        yield name, mixed, replace(spec, task=composition.typed(mixed).task)
+    else:
+        raise InputError(f"{key}={shown(teacher.tasks)} must be null, {EACH}, or a list of tasks", key)
+
+
+def task_alone(config: DictConfig, name: str, task: TaskSpec) -> DictConfig:
+    """Return the configuration node of a run's task of this name, with the limits of its mixture, if it is in one."""
+    node: DictConfig = config.task if "of" not in config.task or name not in config.task.of else config.task.of[name]
+    node = node.copy()
+    with open_dict(node):
+        for key in ("name", *LIMITS):
+            node[key] = getattr(task, key)
+    return node
+
+
+def with_task(config: DictConfig, task: DictConfig) -> DictConfig:
+    """Return a configuration with another task."""
+    other = config.copy()
+    with open_dict(other):
+        other.task = task
+    return other
 
 
 def is_student(role: Role, spec: RunSpec) -> bool:
@@ -116,11 +173,19 @@ def teacher_config(parent: DictConfig, spec: RunSpec, name: str, teacher: Teache
         )
     choose: dict[str, str | list[str]] = {"method": "finetune", "teacher": [], "student": "full"}
     own: dict[str, object] = {"student": {"backbone": teacher.backbone}}
-    if spec.task.unlabelled is not None:  # fine-tuning learns from labels alone
-        own["task"] = {"unlabelled": None}
     config = inherit(parent, choose, ["task"], own, f"teacher.{name}")
-    edits = edits_of_teachers(spec.task)
-    if edits != spec.task.edits:
-        with open_dict(config):
-            config.task.edits = edits
+    for task, node in task_nodes(config.task, spec.task):
+        with open_dict(node):
+            if task.unlabelled is not None:  # fine-tuning learns from labels alone
+                node.unlabelled = None
+            if (edits := edits_of_teachers(task)) != task.edits:
+                node.edits = edits
     return laid_over(config, teacher.run, f"teacher.{name}.run")
+
+
+def task_nodes(node: DictConfig, task: TaskSpec) -> Iterator[tuple[TaskSpec, DictConfig]]:
+    """Yield a task and its node in a configuration; of a mixture each of its tasks."""
+    if not is_mixture(task):
+        yield task, node
+    for name, one in task.of.items():
+        yield one, node.of[name]

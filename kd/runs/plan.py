@@ -10,8 +10,10 @@ from omegaconf import DictConfig
 from kd.config import compose as composition
 from kd.config.cohort import check_cohort
 from kd.config.frozen import aids_of
-from kd.config.pool import check_pool
+from kd.config.mixture import check_tasks, is_mixture, keys_of, tasks_of
+from kd.config.pool import RANKED, check_pool
 from kd.config.schema import RunSpec, check_values
+from kd.errors import InputError
 from kd.runs.digest import digest_of
 from kd.runs.edits import models_of_edits
 from kd.runs.error_keys import rename_error_keys, stage_key
@@ -36,10 +38,17 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teac
     """
     spec = composition.typed(config)
     check_values(spec)
+    check_tasks(spec.task)
     precision = resolve_precision(spec.trainer.precision, spec.trainer.accelerator)
     spec = replace(spec, trainer=replace(spec.trainer, precision=precision))
     check_cohort(spec)
     check_pool(spec)
+    if is_mixture(spec.task) and spec.pool.distribution in RANKED:
+        raise InputError(
+            f"pool.distribution={spec.pool.distribution} ranks teachers by their scores on one task, and this is a "
+            "mixture; use uniform, or numbers",
+            "pool.distribution",
+        )
     inputs = teachers_of_run(config, spec, overrides, depth) if teaching is None else teaching
     if (before := spec.method.get("before")) is not None:
         first = before_config(config)
@@ -63,6 +72,7 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teac
         with rename_error_keys(Role("teacher", name), spec, config):
             online = composition.typed(teacher_config(config, spec, name, teacher))
             check_values(online)
+            check_tasks(online.task)
         own = digest_inputs(online, RunInputs())
         identified["online"] = {key: own[key] for key in ("student", "seed")}
     digest = digest_of(identified)
@@ -78,9 +88,27 @@ def further_stages(spec: RunSpec) -> Iterator[tuple[Role, Any]]:
     for name, aid in aids_of(spec).items():
         if aid.run is not None:
             yield Role("aid", name), aid.run
-    for name, model in models_of_edits(spec.task).items():
-        if model.run is not None:
-            yield Role("edit", name), model.run
+    if is_mixture(spec.task):
+        check_edits_of_mixture(spec)
+    else:
+        for name, model in models_of_edits(spec.task).items():
+            if model.run is not None:
+                yield Role("edit", name), model.run
+
+
+def check_edits_of_mixture(spec: RunSpec) -> None:
+    """Check that no task of a mixture has an edit that reads a model.
+
+    Raises:
+        InputError: if one has.
+    """
+    for name, task in tasks_of(spec.task).items():
+        with keys_of(spec.task, name):
+            if models := list(models_of_edits(task)):
+                raise InputError(
+                    f"the edit '{models[0]}' reads a model, which a task of a mixture cannot have: run it on the task alone",
+                    "task.edits",
+                )
 
 
 def teachers_of_run(config: DictConfig, spec: RunSpec, overrides: Sequence[str], depth: int) -> RunInputs:

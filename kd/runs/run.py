@@ -99,6 +99,7 @@ class Run:
         directory: directory of the run.
         inputs: the runs that it needs first.
         digest_inputs: the values that the digest is computed from.
+        member: name of the task, if this is one task of a mixture (`kd.runs.members`); else None.
     """
 
     config: DictConfig
@@ -107,6 +108,7 @@ class Run:
     directory: Path
     inputs: RunInputs = field(default_factory=RunInputs)
     digest_inputs: dict[str, Any] = field(default_factory=dict)
+    member: str | None = None
 
     @property
     def name(self) -> str:
@@ -139,7 +141,9 @@ class Run:
             all(isinstance(record.get(name), kind) for name, kind in RECORD.items())
             and record["headline"] in record["students"]
         )
-        return record if complete else None
+        if not complete or self.member is None:
+            return record if complete else None
+        return record.get("tasks", {}).get(self.member)
 
     def damage(self, result: Mapping[str, Any], *, thorough: bool = False) -> str | None:
         """Return the first exported file of a finished run that is missing or has changed since; None if there is none.
@@ -160,8 +164,15 @@ class Run:
 
     @property
     def student(self) -> Path:
-        """Folder of the exported student."""
-        return self.directory / "student"
+        """Folder of the exported student; a mixture has a folder for each task in it."""
+        folder = self.directory / "student"
+        return folder if self.member is None else folder / self.member
+
+    @property
+    def cache(self) -> Path:
+        """Folder of the student's outputs, where it is a teacher; a mixture has a folder for each task in it."""
+        folder = self.directory / "cache"
+        return folder if self.member is None else folder / self.member
 
     @property
     def init_run(self) -> "Run":

@@ -159,7 +159,7 @@ def stage_config(
     inherited = without(overrides, ["student.init=", "student.run="])
     # Another entry of a group, such as another method, has other keys: overrides of those of this command do not apply.
     swapped = [word.partition("=")[0] for word in added if "." not in word.partition("=")[0]]
-    merged = [*without(inherited, [f"{group}." for group in swapped]), *added]
+    merged = [*without(inherited, [group + mark for group in swapped for mark in ".@"]), *added]
     try:
         config = composition.compose(merged)
     except InputError as error:

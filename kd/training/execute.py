@@ -32,10 +32,10 @@ def execute(run: Run, purpose: str | None = None, *, first: bool = True) -> dict
         distributed.print_rank_zero(f"done already: {purpose or run.name}")
         distributed.print_rank_zero(f"  {run.directory}")
         return result
-    from kd.build.data import build_examples
+    from kd.build.parts import examples_of
 
     # Referenced from here on, so that the checks and the teachers' runs reuse them.
-    examples = build_examples(run, planned=True)
+    examples = examples_of(run, planned=True)
     if first:
         check_all(run)  # before any run that it needs is trained, and before a folder is made: a refusal leaves none behind
     with writes_to(run.spec.paths.runs), contextlib.ExitStack() as held:
@@ -50,7 +50,7 @@ def execute(run: Run, purpose: str | None = None, *, first: bool = True) -> dict
                 execute(needed, f"{role}: {needed.name}", first=False)
         from kd.training.fit import export_again, fit
 
-        examples = build_examples(run)  # other ones only if an edit reads a model, which is trained now
+        examples = examples_of(run)  # other ones only if an edit reads a model, which is trained now
 
         distributed.print_rank_zero(f"\n{purpose or run.name}\n  {run.directory}")
         if result is None and distributed.on_rank_zero((run.directory / "result.json").exists):
@@ -68,32 +68,31 @@ def execute(run: Run, purpose: str | None = None, *, first: bool = True) -> dict
         return fit(run, examples)
 
 
-def check_all(run: Run, known: dict[str, Any] | None = None) -> None:
+def check_all(run: Run, read: list[Any] | None = None) -> None:
     """Check a run and all unfinished runs that it needs.
 
     Args:
         run: a run that is not done.
-        known: examples that have been read already, by digest of task and data.
+        read: examples that have been read already, which keeps them for runs that need the same ones; None for the run that
+            the command requests.
 
     Raises:
         InputError: for settings that cannot work, naming the key of the command.
     """
     from kd.build.check import check_arguments, check_run
-    from kd.build.data import build_examples, examples_digest
+    from kd.build.parts import examples_of
     from kd.training.loggers import check_logger
 
-    if known is None:
+    if read is None:
         check_arguments(run)
-    known = {} if known is None else known
-    text = examples_digest(run, planned=True)
-    if text not in known:
-        known[text] = build_examples(run, planned=True)
+    read, examples = [] if read is None else read, examples_of(run, planned=True)
+    read.append(examples)
     check_logger(run.spec.logger.extra)
-    check_run(run, known[text])
+    check_run(run, examples)
     for role, needed in run.inputs:
         if needed.result is None:
             with rename_error_keys(role, run.spec, run.config):
-                check_all(needed, known)
+                check_all(needed, read)
 
 
 def deliver(run: Run) -> None:

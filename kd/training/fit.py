@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from kd.build.data import build_data, prefit_methods
 from kd.build.engine import build_engine
-from kd.build.models import build_models
-from kd.data.datamodule import KDDataModule
+from kd.build.parts import Part, build_models_of, build_parts, data_of, engine_of, of_member
 from kd.data.examples import Examples
 from kd.engines.base import Engine, work_of_all
 from kd.errors import InputError
@@ -16,6 +14,7 @@ from kd.results.evaluate import evaluate
 from kd.results.export import export, origin
 from kd.results.record import Work, card_of, conclude, exported_files, folder_of
 from kd.runs.kept import write_kept
+from kd.runs.members import members
 from kd.runs.run import Run, read_record, write_record
 from kd.system import distributed
 from kd.system.hardware import keep_memory
@@ -25,22 +24,24 @@ from kd.training.preflight import preflight
 from kd.training.trainer import build_trainer, last_step, load_weights, quieten, run_trainer, select
 
 
-def fit(run: Run, examples: Examples) -> dict[str, Any]:
+def fit(run: Run, examples: Mapping[str, Examples]) -> dict[str, Any]:
     """Train, evaluate and export a run whose inputs are done.
+
+    Args:
+        run: the run.
+        examples: the examples of each of its tasks, by name.
 
     Raises:
         InputError: for an error that the user can correct.
         KeyboardInterrupt: on Ctrl-C, after Lightning has shut down.
     """
     quieten()
-    models = build_models(run, examples.task, texts=examples.texts["train"])
-    data, models = build_data(run, examples, models)
-    prefit_methods(run, data, models)
+    parts = build_parts(run, examples)
     keep_memory()  # from here on, so that memory of building, such as a teacher's weights, is returned to the system
-    engine = build_engine(run, models, examples.task)
-    distributed.on_rank_zero(lambda: begin(run, engine, data, models.inits))
-    starts, caches = count_fills(run, engine, models.caches)
-    models = replace(models, caches=caches)
+    engine = engine_of(run, {name: part.engine for name, part in parts.items()}, examples)
+    data = data_of(run, parts)
+    distributed.on_rank_zero(lambda: begin(run, parts))
+    starts, parts = count_fills(run, engine, parts)
     step = last_step(run, engine)
     if step is not None:
         distributed.print_rank_zero(f"  resuming from step {step}")
@@ -49,43 +50,64 @@ def fit(run: Run, examples: Examples) -> dict[str, Any]:
         run_trainer(trainer, engine, data, run.checkpoints / "last.ckpt" if step is not None else None)
     finally:
         close_wandb()
-    for encoder in (*models.students.values(), *models.teaching):
-        encoder.compiled = False  # the exported model is not compiled: score and time the same model
+    for part in parts.values():
+        for encoder in (*part.models.students.values(), *part.models.teaching):
+            encoder.compiled = False  # the exported model is not compiled: score and time the same model
     device = trainer.strategy.root_device
     selection = select(run, engine)
-    if models.online is not None:  # it is evaluated like a frozen teacher
-        models = replace(models, teachers=[*models.teachers, FrozenTeacher(models.online, next(iter(run.spec.teacher)))])
+    parts = {name: with_online(part) for name, part in parts.items()}
     evaluations = {
-        split: evaluate(models.students, models.teachers, data.loader(split), engine.task, device)
-        for split in examples.evaluated
+        name: {
+            split: evaluate(part.models.students, part.models.teachers, part.data.loader(split), part.examples.task, device)
+            for split in part.examples.evaluated
+        }
+        for name, part in parts.items()
     }
     teacher_work = {
         name: {**done, "examples": distributed.total(done["examples"])} for name, done in engine.teacher_work.items()
     }
     work = Work(distributed.total(engine.examples), teacher_work, starts)
-    return distributed.on_rank_zero(lambda: conclude(run, models, data, engine, evaluations, selection, work))
+    return distributed.on_rank_zero(lambda: conclude(run, parts, engine, evaluations, selection, work))
 
 
-def begin(run: Run, engine: Engine, data: KDDataModule, inits: Mapping[str, str]) -> None:
-    """Make the run's folder, and run the preflight checks."""
+def with_online(part: Part) -> Part:
+    """Return a part whose online teacher, if it has one, is among the teachers: it is evaluated like a frozen one."""
+    models = part.models
+    if models.online is None:
+        return part
+    online = FrozenTeacher(models.online, next(iter(part.run.spec.teacher)))
+    return replace(part, models=replace(models, teachers=[*models.teachers, online]))
+
+
+def begin(run: Run, parts: Mapping[str, Part]) -> None:
+    """Make the run's folder, and run the preflight checks of each task."""
     run.begin(resume=run.spec.resume)
-    if run.spec.preflight:
-        distributed.print_rank_zero("\n".join(preflight(run, engine, data, inits).lines))
+    if not run.spec.preflight:
+        return
+    for name, part in parts.items():
+        if part.run.member is not None:
+            distributed.print_rank_zero(f"  {name}:")
+        with of_member(run, name):
+            report = preflight(part.run, part.engine, part.data, part.models.inits)
+        distributed.print_rank_zero("\n".join(report.lines))
 
 
-def count_fills(
-    run: Run, engine: Engine, caches: Mapping[str, CacheUsed | CacheUnused]
-) -> tuple[int, dict[str, CacheUsed | CacheUnused]]:
+def count_fills(run: Run, engine: Engine, parts: Mapping[str, Part]) -> tuple[int, dict[str, Part]]:
     """Add the cost of filling caches in earlier starts of this run, which a kill before the first checkpoint must not hide.
 
     Args:
         run: the run; the sums are in `checkpoints/costs.json` of its folder.
         engine: engine whose teachers get the forward counts of all starts.
-        caches: entries of the record about caches, by teacher.
+        parts: its tasks, whose models have the entries of the record about caches, by teacher.
 
     Returns:
-        Number of starts of this run, and the entries with the seconds and splits of all starts.
+        Number of starts of this run, and the parts with the seconds and splits of all starts.
     """
+    caches = {
+        teacher if part.run.member is None else f"{name}/{teacher}": cache
+        for name, part in parts.items()
+        for teacher, cache in part.models.caches.items()
+    }
     spent: dict[str, dict[str, Any]] = {}
     for name, done in work_of_all(distributed.gather(engine.work_of_teachers())).items():
         cache = caches.get(name)
@@ -109,11 +131,19 @@ def count_fills(
         return write_record(path, {"starts": 1 + earlier["starts"], "caches": sums})
 
     sums = distributed.on_rank_zero(write_sums)
-    for teacher in engine.teachers:
-        total = sums["caches"][teacher.name]
+    for name, teacher in engine.counted.items():
+        total = sums["caches"][name]
         teacher.work = {kind: total[kind] if distributed.is_rank_zero() else 0 for kind in teacher.work}
     engine.filled = engine.work_of_teachers()
-    return int(sums["starts"]), {name: of_all_starts(cache, sums["caches"][name]) for name, cache in caches.items()}
+
+    def of_all(name: str, part: Part) -> Part:
+        prefix = "" if part.run.member is None else f"{name}/"
+        own = {
+            teacher: of_all_starts(cache, sums["caches"][f"{prefix}{teacher}"]) for teacher, cache in part.models.caches.items()
+        }
+        return replace(part, models=replace(part.models, caches=own))
+
+    return int(sums["starts"]), {name: of_all(name, part) for name, part in parts.items()}
 
 
 def of_all_starts(cache: CacheUsed | CacheUnused, total: Mapping[str, Any]) -> CacheUsed | CacheUnused:
@@ -138,12 +168,12 @@ def are_costs(record: Mapping[str, Any], now: Mapping[str, Mapping[str, Any]]) -
     return True
 
 
-def export_again(run: Run, examples: Examples, record: dict[str, Any]) -> dict[str, Any]:
+def export_again(run: Run, examples: Mapping[str, Examples], record: dict[str, Any]) -> dict[str, Any]:
     """Export the students of a finished run again from its checkpoint, and record the new files.
 
     Args:
         run: a run that is done, and whose inputs are done.
-        examples: examples of its task.
+        examples: examples of its tasks, by name.
         record: record of the run.
 
     Returns:
@@ -153,18 +183,24 @@ def export_again(run: Run, examples: Examples, record: dict[str, Any]) -> dict[s
         InputError: if the checkpoint cannot be read, or the exported weights differ from the recorded digests.
     """
     quieten()
-    record = {"origin": origin(run), **record}  # records of earlier versions have none
-    models = build_models(run, examples.task, texts=examples.texts["train"])
-    engine = build_engine(run, models, examples.task)
-    load_weights(run, engine, f"{run.spec.trainer.selection}.ckpt")
-    for name, student in models.students.items():
-        student.compiled = False
-        if not isinstance(record["students"].get(name), dict):
-            raise InputError(f"'{run.directory / 'result.json'}' has no entry for the student '{name}'; remove it", "resume")
-        folder = folder_of(run, name, record["headline"])
-        export(student, folder, card_of(record, name))
-        write_kept(folder, models.methods[name].kept())
-    written = exported_files(run, list(models.students), record["headline"])
+    models = build_models_of(run, examples)
+    runs = members(run)
+    engines = {name: build_engine(runs[name], built, examples[name].task) for name, built in models.items()}
+    load_weights(run, engine_of(run, engines, examples), f"{run.spec.trainer.selection}.ckpt")
+    written: dict[str, dict[str, Any]] = {}
+    for name, built in models.items():
+        one, own = runs[name], record if runs[name].member is None else record["tasks"][name]
+        own = {"origin": origin(one), **own}  # records of earlier versions have none
+        for student_name, student in built.students.items():
+            student.compiled = False
+            if not isinstance(own["students"].get(student_name), dict):
+                raise InputError(
+                    f"'{run.directory / 'result.json'}' has no entry for the student '{student_name}'; remove it", "resume"
+                )
+            folder = folder_of(one, student_name, record["headline"])
+            export(student, folder, card_of(own, student_name))
+            write_kept(folder, built.methods[student_name].kept())
+        written |= exported_files(one, list(built.students), record["headline"])
     for name, recorded in (record.get("files") or {}).items():
         if name.endswith(".safetensors") and written.get(name) != recorded:
             raise InputError(

@@ -12,7 +12,6 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from omegaconf import OmegaConf
 
 from kd.build.instantiate import logger_maker
-from kd.data.datamodule import KDDataModule
 from kd.engines.base import Engine
 from kd.results.tables import cure
 from kd.runs.run import Run
@@ -90,7 +89,7 @@ def build_trainer(
         accelerator=spec.accelerator,
         devices=distributed.local_world() if distributed.world() > 1 else spec.devices,
         num_nodes=max(distributed.world() // distributed.local_world(), 1),
-        strategy=spec.strategy,
+        strategy=strategy_of(run, engine),
         precision=spec.precision,  # type: ignore[arg-type]
         max_epochs=spec.max_epochs,
         accumulate_grad_batches=spec.accumulate,
@@ -110,7 +109,14 @@ def build_trainer(
     )
 
 
-def run_trainer(trainer: pl.Trainer, engine: Engine, data: KDDataModule, checkpoint: Path | None) -> None:
+def strategy_of(run: Run, engine: Engine) -> str:
+    """Return the strategy of a run: DDP has to know if a step leaves some parameters without a gradient."""
+    if distributed.world() > 1 and engine.idles and engine.automatic_optimization:
+        return "ddp_find_unused_parameters_true"
+    return run.spec.trainer.strategy
+
+
+def run_trainer(trainer: pl.Trainer, engine: Engine, data: pl.LightningDataModule, checkpoint: Path | None) -> None:
     """Train; raise KeyboardInterrupt on Ctrl-C, which Lightning turns into SystemExit."""
     try:
         trainer.fit(engine, datamodule=data, ckpt_path=checkpoint, weights_only=True)

@@ -30,7 +30,7 @@ DOMAINS = ("news", "film", "book")
 def loaded(*overrides: str) -> Examples:
     spec = typed(compose(["task=file", *overrides]))
     with prefix_task_errors():
-        return load_examples(spec.task, source_of(spec), build_edits(spec.task))
+        return load_examples(spec.task, source_of(spec.task), build_edits(spec.task))
 
 
 def table(path: Path, count: int = 60, domains: tuple[str, ...] = DOMAINS) -> Path:
@@ -154,10 +154,10 @@ def test_glue_and_packages_have_columns_too(tmp_path: Path) -> None:
         rows = "3\ta\tb\tentailment\n5\tb\ta\tnot_entailment\n"
         (tmp_path / "RTE" / f"{name}.tsv").write_text(f"index\tsentence1\tsentence2\tlabel\n{rows}")
     spec = typed(compose(["task=rte", f"paths.glue={tmp_path}", "task.extra={index: number}"]))
-    found = load_examples(spec.task, source_of(spec))
+    found = load_examples(spec.task, source_of(spec.task))
     assert found.columns["train"]["index"].tolist() == found.columns["validation"]["index"].tolist() == [3, 5]
     spec = typed(compose(["task.extra={source: classes}"]))
-    found = load_examples(spec.task, source_of(spec))
+    found = load_examples(spec.task, source_of(spec.task))
     assert found.task.column_classes == {"source": ["rotten_tomatoes"]}
     assert len(found.columns["train"]["source"]) == len(found.texts["train"])
 
@@ -265,7 +265,7 @@ def test_a_list_in_the_place_of_the_mapping_names_its_key() -> None:
 def test_masked_language_modelling_has_no_columns() -> None:
     spec = typed(compose(["task=imdb_text", "+task.extra={source: classes}"]))
     with pytest.raises(InputError, match="no further columns") as caught:
-        load_examples(spec.task, source_of(spec))
+        load_examples(spec.task, source_of(spec.task))
     assert caught.value.key == "extra"
 
 

@@ -51,7 +51,7 @@ def load(reviews: Path) -> Callable[..., Examples]:
     def load(*overrides: str) -> Examples:
         files = [f"task.{split}={reviews / split}.csv" for split in ("train", "validation", "test")]
         spec = typed(compose(["task=file", *files, *overrides]))
-        return load_examples(spec.task, source_of(spec))
+        return load_examples(spec.task, source_of(spec.task))
 
     return load
 
@@ -192,7 +192,7 @@ def test_a_file_too_small_to_be_split_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\na,1\nb,0\n")
     spec = typed(compose(["task=file", f"task.train={tmp_path / 'a.csv'}"]))
     with pytest.raises(InputError, match="too small to be split") as caught:
-        load_examples(spec.task, source_of(spec))
+        load_examples(spec.task, source_of(spec.task))
     assert caught.value.key in ("validation", "test", "train")
 
 

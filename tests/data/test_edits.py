@@ -44,7 +44,7 @@ def load(reviews: Path) -> Callable[..., Examples]:
         files = [f"task.{split}={reviews / split}.csv" for split in ("train", "validation", "test")]
         spec = typed(compose(["task=file", *files, *overrides]))
         with prefix_task_errors():
-            return load_examples(spec.task, source_of(spec), build_edits(spec.task))
+            return load_examples(spec.task, source_of(spec.task), build_edits(spec.task))
 
     return load
 

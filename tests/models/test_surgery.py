@@ -15,6 +15,7 @@ from conftest import BAD, FILLER, GOOD, SPECIAL, tiny_config, tiny_model, tiny_t
 from kd.build.check import check_arguments, check_run
 from kd.build.data import build_examples
 from kd.build.models import build_models
+from kd.build.parts import examples_of
 from kd.build.surgeries import prefix_surgery_errors
 from kd.config.compose import compose
 from kd.config.schema import RunSpec
@@ -279,20 +280,20 @@ def test_token_aligned_method_refuses_a_student_with_its_own_vocabulary_before_a
         overrides = small("method=finetune", *more)
         run = plan(compose(overrides), overrides)
         with pytest.raises(InputError, match="token by token") as caught:
-            check_run(run, build_examples(run))
+            check_run(run, examples_of(run))
         assert caught.value.key == key
         assert "vocabulary of its own" in caught.value.message
     for more in (["surgery=[factorized]", "surgery.factorized.rank=4"], []):
         overrides = small("method=finetune", *more)
         run = plan(compose(overrides), overrides)
-        check_run(run, build_examples(run))
+        check_run(run, examples_of(run))
 
 
 @pytest.mark.parametrize("method", ["kd", "pkd"])
 def test_methods_that_read_logits_or_cls_states_take_such_a_student(small: Callable[..., list[str]], method: str) -> None:
     overrides = small(f"method={method}", "surgery=[cut_vocabulary]")
     run = plan(compose(overrides), overrides)
-    check_run(run, build_examples(run))
+    check_run(run, examples_of(run))
 
 
 def test_surgery_enters_the_digest_in_its_order_and_its_run_only_as_an_input(small: Callable[..., list[str]]) -> None:

@@ -1,0 +1,260 @@
+"""Whole runs on mixtures of tasks: one student with a head for each, trained a task at a time."""
+
+import csv
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, pipeline
+
+from conftest import BAD, GOOD, sentence, write_csv
+from kd.build.check import check_run
+from kd.build.parts import examples_of
+from kd.errors import InputError
+from kd.runs.members import members
+from kd.training import execute
+from whole_runs import broken_off, last_weights, made, planned, same_weights, torchrun, weights
+
+Mixed = Callable[..., list[str]]
+
+
+def write_scores(path: Path, count: int, seed: int) -> Path:
+    """Sentences whose score is the share of good words in them."""
+    generator = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        good, bad = generator.randint(0, 3), generator.randint(0, 3)
+        words = generator.choices(GOOD, k=good) + generator.choices(BAD, k=bad)
+        rows.append((sentence(generator, words or GOOD), round(good / max(good + bad, 1), 3)))
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of three tasks: `mood` of two classes, `kind` of two others, `score`."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for seed, (split, count) in enumerate({"train": 64, "validation": 24, "test": 24}.items()):
+        write_csv(folder / f"mood_{split}.csv", count, seed)
+        write_csv(folder / f"kind_{split}.csv", count // 2, 10 + seed, ("bad", "fine"))
+        write_scores(folder / f"score_{split}.csv", count // 2, 20 + seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixed(files: Path, backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Mixed:
+    """Overrides of a run on the mixture of these tasks: `mixed("mood", "score")("method=kd")`."""
+    runs = tmp_path_factory.mktemp("runs")
+
+    def of(*names: str) -> Callable[..., list[str]]:
+        def task(name: str) -> list[str]:
+            sources = [f"task.of.{name}.{split}={files}/{name}_{split}.csv" for split in ("train", "validation", "test")]
+            kind = ["kind=regression", "metrics=[pearson,mse]", "monitor=pearson"] if name == "score" else []
+            return [
+                f"+task@task.of.{name}=file",
+                *sources,
+                f"task.of.{name}.max_length=32",
+                *(f"task.of.{name}.{word}" for word in kind),
+            ]
+
+        def overrides(*more: str) -> list[str]:
+            options = {"backbone": backbone, "run.optimizer.lr": 5e-3, "run.trainer.max_epochs": 3}
+            teacher = [f"teacher.minilm.{key}={value}" for key, value in options.items()]
+            return [
+                "student=2l",
+                "task=mixture",
+                *(word for name in names for word in task(name)),
+                *([] if "teacher=[]" in more else teacher),
+                f"backbone={backbone}",
+                f"paths.runs={runs}",
+                "trainer.progress=none",
+                "trainer.max_epochs=2",
+                "trainer.batch_size=16",
+                "optimizer.lr=5e-3",
+                *more,
+            ]
+
+        return overrides
+
+    return of
+
+
+def alone(name: str, overrides: list[str]) -> list[str]:
+    """The overrides of a mixture of one task, as a run of that task alone."""
+    own = [word.replace(f"task.of.{name}.", "task.") for word in overrides if not word.startswith("+task@")]
+    return ["task=file" if word == "task=mixture" else word for word in own]
+
+
+def test_a_mixture_trains_one_body_and_a_head_for_each_task(mixed: Mixed, capsys: pytest.CaptureFixture[str]) -> None:
+    run, record = made(mixed("mood", "kind", "score")("method=finetune", "teacher=[]", "trainer.max_epochs=12"))
+    metrics = record["metrics"]["validation"]
+    assert list(metrics) == ["mean", "mood/accuracy", "kind/accuracy", "score/pearson", "score/mse"]
+    monitored = [metrics["mood/accuracy"], metrics["kind/accuracy"], metrics["score/pearson"]]
+    assert metrics["mean"] == pytest.approx(sum(monitored) / 3)
+    assert metrics["mood/accuracy"] > 0.8
+    heads, bodies = {}, {}
+    for name in ("mood", "kind", "score"):
+        model = AutoModelForSequenceClassification.from_pretrained(run.student / name)
+        bodies[name], heads[name] = model.bert.state_dict(), model.classifier.weight
+    assert same_weights(bodies["mood"], bodies["kind"])
+    assert same_weights(bodies["mood"], bodies["score"])
+    assert heads["score"].shape[0] == 1
+    assert not torch.equal(heads["mood"], heads["kind"])
+    (answer,) = pipeline("text-classification", model=str(run.student / "kind"))("a film great it")
+    assert answer["label"] in ("bad", "fine")
+    assert record["labels"] == {"mood": ["negative", "positive"], "kind": ["bad", "fine"], "score": None}
+    assert set(record["files"]) >= {f"student/{name}/model.safetensors" for name in heads}
+    assert run.is_done(thorough=True)
+    execute.deliver(run)
+    table = capsys.readouterr().out
+    for words in ("validation mean", "pearson", "constant prediction"):
+        assert words in table
+    card = (run.student / "kind" / "README.md").read_text()
+    assert "bad, fine" in card
+
+
+def test_a_mixture_of_one_task_is_that_task_alone(mixed: Mixed) -> None:
+    more = ("method=kd", "trainer.accumulate=2", "task.of.mood.limit_train=57")
+    whole, record = made(mixed("mood")(*more))
+    single, own = made(alone("mood", mixed("mood")(*more)))
+    ours = AutoModelForSequenceClassification.from_pretrained(whole.student / "mood").state_dict()
+    assert same_weights(ours, weights(single))
+    assert record["metrics"]["test"]["mood/accuracy"] == own["metrics"]["test"]["accuracy"]
+    assert record["tasks"]["mood"]["metrics_teacher"] == own["metrics_teacher"]
+
+
+def test_a_step_moves_the_head_of_its_task_alone(mixed: Mixed) -> None:
+    """Not even by weight decay: tau so large that the smaller task is never drawn leaves its head as it was begun."""
+    run, _ = made(mixed("mood", "kind")("method=finetune", "teacher=[]", "task.tau=100", "optimizer.weight_decay=0.5"))
+    begun, _ = made(
+        mixed("mood", "kind")("method=finetune", "teacher=[]", "task.tau=100", "optimizer.lr=1e-12", "optimizer.weight_decay=0")
+    )
+    ends = [last_weights(one) for one in (run, begun)]
+    head = "of-kind.student.model.classifier.weight"
+    assert torch.equal(ends[0][head], ends[1][head])
+    assert not torch.equal(ends[0][head.replace("kind", "mood")], ends[1][head.replace("kind", "mood")])
+
+
+def test_a_stopped_mixture_resumes_to_the_bit(mixed: Mixed, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = mixed("mood", "score")("method=pkd", "trainer.checkpoint_minutes=0", "task.tau=0.5")
+    unbroken, _ = made([*overrides, "paths.runs=" + overrides_runs(overrides) + "/unbroken"])
+    run = planned(overrides)
+    broken_off(run, 8, monkeypatch)  # inside the second epoch of six batches
+    execute.execute(run)
+    assert run.digest == unbroken.digest
+    assert same_weights(last_weights(run), last_weights(unbroken))
+
+
+def overrides_runs(overrides: list[str]) -> str:
+    """The folder of runs of some overrides."""
+    return next(word.partition("=")[2] for word in overrides if word.startswith("paths.runs="))
+
+
+@pytest.mark.ddp
+def test_two_ranks_train_the_mixture_that_one_does(mixed: Mixed, tmp_path: Path) -> None:
+    overrides = mixed("mood", "score")("method=finetune", "teacher=[]", "student.dropout=0", "trainer.clip=0.1")
+    one, _ = made(overrides)
+    two = [*overrides, f"paths.runs={tmp_path}", "trainer=ddp", "trainer.accelerator=cpu"]
+    torchrun(two)
+    (result,) = tmp_path.glob("finetune-*/result.json")
+    assert json.loads(result.read_text())["digest"] == one.digest
+    for name, tensor in last_weights(one).items():
+        found = torch.load(result.parent / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"][name]
+        torch.testing.assert_close(found, tensor, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["method=tinybert", "method.before.run.trainer.max_epochs=1"],
+        ["method=rl_kd", "method.before=null"],
+        ["method=kd", "surgery=[cut_vocabulary]"],
+        ["method=kd", "cohort=mutual", "cohort.students=2"],
+        ["method=simkd"],
+    ],
+    ids=lambda more: more[0],
+)
+def test_mixtures_compose(mixed: Mixed, backbone: Path, more: list[str]) -> None:
+    second = [f"teacher.minilm_4l.backbone={backbone}"] if "method=rl_kd" in more else []
+    run, record = made(mixed("mood", "score")(*more, *second, "trainer.max_epochs=1"))
+    assert record["metrics"]["test"]["mean"] is not None
+    assert run.is_done()
+
+
+def test_its_folders_are_exported_again(mixed: Mixed) -> None:
+    run, record = made(mixed("mood", "kind", "score")("method=kd"))
+    (run.student / "kind" / "model.safetensors").unlink()
+    assert not run.is_done()
+    again = execute.execute(run)
+    assert again["files"] == record["files"]
+    assert run.is_done(thorough=True)
+
+
+def test_a_task_of_a_mixture_has_a_run_of_its_own_folder(mixed: Mixed) -> None:
+    run = planned(mixed("mood", "score")("method=kd"))
+    parts = members(run)
+    assert list(parts) == ["mood", "score"]
+    assert parts["score"].student == run.student / "score"
+    assert parts["score"].inputs.teachers["minilm"].student == run.inputs.teachers["minilm"].student / "score"
+    assert parts["mood"].spec.task.name == "mood"
+
+
+def checked(overrides: list[str]) -> None:
+    """Plan a run, and check it as is done before anything is trained."""
+    run = planned(overrides)
+    check_run(run, examples_of(run, planned=True))
+
+
+def test_teachers_of_one_task_each(mixed: Mixed) -> None:
+    overrides = mixed("mood", "score")("method=kd", "teacher.minilm.tasks=each")
+    run, record = made(overrides)
+    assert [str(role) for role, _ in run.inputs] == ["teacher minilm/mood", "teacher minilm/score"]
+    for name, one in members(run).items():
+        teacher = one.inputs.teachers["minilm"]
+        assert teacher.spec.task.name == name
+        theirs = record["tasks"][name]["metrics_teacher"]["minilm"]["test"]
+        assert theirs == (teacher.result or {})["metrics"]["test"]
+        assert (teacher.directory / "cache").is_dir()
+    single = planned(alone("mood", mixed("mood")("method=kd", "task.of.mood.name=mood")))
+    assert single.inputs.teachers["minilm"].digest == members(run)["mood"].inputs.teachers["minilm"].digest
+
+
+def test_a_student_of_one_task_has_a_teacher_of_several(mixed: Mixed) -> None:
+    """Its teacher is that of the student of the mixture; and a run of one task may begin with the student of the mixture."""
+    whole = planned(mixed("mood", "score")("method=kd"))
+    tasks = [word for word in mixed("mood", "score")() if word.startswith(("+task@", "task"))]
+    stage = ",".join(f"'{word}'" for word in ["method=kd", "edit=[]", *tasks])
+    own = alone("mood", mixed("mood")("method=kd", "task.of.mood.name=mood"))
+    run, _ = made([*own, "student.init=run", f"student.run=[{stage}]"])
+    assert run.inputs.stage is not None
+    assert run.inputs.stage.digest == whole.digest
+    assert members(run)["mood"].init_run.student == whole.student / "mood"
+
+
+BAD_INPUT = {
+    "a negative tau": (["task.tau=-1"], "task.tau", "-1"),
+    "a metric that no task has": (["task.monitor=mood/f2"], "task.monitor", "mood/accuracy"),
+    "a key of one task": (["+task.max_length=16"], "task.max_length", "task.of.<name>.max_length"),
+    "an error as part of the mean": (["task.of.score.monitor=mse"], "task.of.score.monitor", "largest is best"),
+    "a file that is missing": (["task.of.kind.train=nowhere.csv"], "task.of.kind.train", "nowhere.csv"),
+    "a masked language model": (["task.of.kind.kind=masked_lm"], "task.of.kind.kind", "classification, regression"),
+    "too few positions": (["task.of.score.max_length=100"], "task.of.score.max_length", "positions"),
+}
+
+
+@pytest.mark.parametrize(("more", "key", "words"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_bad_mixtures_are_refused(mixed: Mixed, more: list[str], key: str, words: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        checked(mixed("mood", "kind", "score")("method=kd", *more))
+    assert refusal.value.key == key
+    assert words in refusal.value.message
+
+
+def test_weights_of_single_runs_are_unchanged(mixed: Mixed) -> None:
+    """A single task has no key of a mixture in its identity, so that its digest is what it was."""
+    run = planned(alone("mood", mixed("mood")("method=kd")))
+    assert not {"of", "tau"} & run.digest_inputs["task"].keys()
