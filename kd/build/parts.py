@@ -14,7 +14,7 @@ from kd.data.mixture import MixedData, Mixture
 from kd.engines.base import Engine
 from kd.engines.distiller import Distiller
 from kd.engines.mixed import MixedEngine
-from kd.errors import InputError
+from kd.errors import InputError, prefix_error_keys
 from kd.runs.members import members
 from kd.runs.run import Run
 
@@ -65,7 +65,8 @@ def mixture_of(run: Run, examples: Mapping[str, Examples]) -> Mixture:
         InputError: for a monitored metric that does not choose a checkpoint.
     """
     task = run.spec.task
-    return Mixture(task.name, {name: one.task for name, one in examples.items()}, task.monitor)
+    with prefix_error_keys("task", {"monitor"}):
+        return Mixture(task.name, {name: one.task for name, one in examples.items()}, task.monitor)
 
 
 def build_models_of(run: Run, examples: Mapping[str, Examples]) -> dict[str, BuiltModels]:

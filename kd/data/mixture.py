@@ -38,10 +38,10 @@ class Mixture:
         self.name, self.tasks, self.monitor = name, dict(tasks), monitor
         errors = [name for name, task in tasks.items() if not higher_is_better(task.monitor)]
         if monitor == MEAN and errors:
-            one = errors[0]
             raise InputError(
-                f"task.monitor=mean is of metrics of which the largest is best, and {one} monitors {tasks[one].monitor}",
-                f"task.of.{one}.monitor",
+                f"the mean is of metrics of which the largest is best, and {errors[0]} monitors {tasks[errors[0]].monitor}; let "
+                "it monitor another one, or name the metric of one task",
+                "monitor",
             )
 
     def joined(self, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -150,5 +150,5 @@ def test_metrics_of_a_mixture() -> None:
 def test_the_mean_of_an_error_is_refused() -> None:
     with pytest.raises(InputError) as refusal:
         Mixture("mix", {"s": Regression("s", ["mse"], "mse")}, "mean")
-    assert refusal.value.key == "task.of.s.monitor"
+    assert refusal.value.key == "monitor"
     assert Mixture("mix", {"s": Regression("s", ["mse"], "mse")}, "s/mse").monitor == "s/mse"
