@@ -89,7 +89,8 @@ class TaskSpec:
     format: str | None = None
     delimiter: str | None = None
     columns: list[str] | None = None
-    extra: dict[str, str] | None = None
+    extra: dict[str, Any] | None = None
+    where: dict[str, Any] | None = None
     edits: Any = None
     unlabelled: str | None = None
     of: "dict[str, TaskSpec]" = field(default_factory=dict)
@@ -211,7 +212,7 @@ LONGEST_NAME = 64
 """Most bytes of the name of a method, student or task: folder names join all three, and file systems allow 255 bytes."""
 
 COLUMN_KINDS = ("classes", "number")
-"""Kinds of further columns of a task: names of classes, or numbers."""
+"""Kinds of further columns of a task: names of classes, or numbers; a list of names in place of `classes` fixes their order."""
 
 DECAYS = ("linear", "cosine", "constant")
 """Learning-rate schedules after the warm-up."""
@@ -342,13 +343,32 @@ def check_columns(task: TaskSpec) -> None:
     for name, kind in (task.extra or {}).items():
         if not str(name).strip():
             raise InputError(f"task.extra={shown(task.extra)} has a column without a name", "task.extra")
-        word(kind, COLUMN_KINDS, f"task.extra.{name}")
+        if isinstance(kind, list):
+            check_names(kind, f"task.extra.{name}")
+        else:
+            word(kind, COLUMN_KINDS, f"task.extra.{name}")
+    for name, wanted in (task.where or {}).items():
+        if (task.extra or {}).get(name, "number") == "number":
+            raise InputError(
+                f"task.where.{name} selects by a column of classes: add 'task.extra={{{name}: classes}}'", "task.where"
+            )
+        check_names(wanted if isinstance(wanted, list) else [wanted], f"task.where.{name}")
     for key, entries in {"text": task.text, "labels": task.labels, "metrics": task.metrics}.items():
         for index, entry in enumerate(entries or []):
             if not str(entry).strip():
                 raise InputError(f"task.{key}={shown(entries)} has an empty entry", f"task.{key}")
             if entry in (entries or [])[:index] if len(entries or []) < 1000 else False:
                 raise InputError(f"task.{key}={shown(entries)} lists '{shown(entry)}' twice", f"task.{key}")
+
+
+def check_names(names: list[Any], key: str) -> None:
+    """Check a list of names of classes.
+
+    Raises:
+        InputError: for an empty list, a name that is no text, or one that is listed twice.
+    """
+    if not names or not all(isinstance(name, str) and name.strip() for name in names) or len(set(names)) < len(names):
+        raise InputError(f"{key}={shown(names)} must list names of classes, each once", key)
 
 
 def check_path(path: str, key: str) -> None:

@@ -1,7 +1,7 @@
 """Further columns of the data, which methods read: their values as numbers."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -11,25 +11,50 @@ from kd.data.tasks import score_of
 from kd.data.texts import Table
 from kd.errors import InputError
 
+Kinds = Mapping[str, str | Sequence[str]]
+"""Further column -> one of `kd.config.schema.COLUMN_KINDS`, or the names of its classes in their order."""
 
-def classes_of_columns(kinds: Mapping[str, str], train: Table) -> dict[str, list[str]]:
-    """Return the classes of each column of classes: the sorted names of the training split.
+
+def classes_of_columns(kinds: Kinds, train: Table) -> dict[str, list[str]]:
+    """Return the classes of each column of classes: those that are listed, else the sorted names of the training split.
 
     Raises:
         InputError: if the table lacks a column, or a name is missing.
     """
     return {
-        name: sorted({class_name(name, train, row) for row in range(len(train))})
+        name: sorted({class_name(name, train, row) for row in range(len(train))}) if kind == "classes" else list(kind)
         for name, kind in kinds.items()
-        if kind == "classes"
+        if kind != "number"
     }
 
 
-def values_of_columns(kinds: Mapping[str, str], classes: Mapping[str, list[str]], table: Table) -> dict[str, np.ndarray]:
+def chosen(where: Mapping[str, str | Sequence[str]], classes: Mapping[str, list[str]], table: Table) -> np.ndarray:
+    """Return the indices of the examples whose columns have one of the given classes.
+
+    Args:
+        where: further column -> a class, or several.
+        classes: as `classes_of_columns` returns them.
+        table: the split.
+
+    Raises:
+        InputError: for a class that the column does not have.
+    """
+    mask = np.ones(len(table), dtype=bool)
+    for column, wanted in where.items():
+        names = [wanted] if isinstance(wanted, str) else list(wanted)
+        if unknown := [name for name in names if name not in classes[column]]:
+            raise InputError(
+                f"the column '{column}' has no class {literal(unknown[0])}; it has {listed(classes[column])}", "where"
+            )
+        mask &= np.fromiter((class_name(column, table, row) in names for row in range(len(table))), bool, len(table))
+    return np.flatnonzero(mask)
+
+
+def values_of_columns(kinds: Kinds, classes: Mapping[str, list[str]], table: Table) -> dict[str, np.ndarray]:
     """Return the values of each column of a split, (examples,): class indices as int64, or numbers as float32.
 
     Args:
-        kinds: column -> one of `kd.config.schema.COLUMN_KINDS`.
+        kinds: see `Kinds`.
         classes: as `classes_of_columns` returns them.
         table: the split.
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from kd.config.schema import TaskSpec
-from kd.data.columns import classes_of_columns, values_of_columns
+from kd.data.columns import chosen, classes_of_columns, values_of_columns
 from kd.data.edits import Split
 from kd.data.labels import class_names
 from kd.data.masked_lm.task import MaskedLM
@@ -92,6 +92,9 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) 
     check_splits(raw)
     task = build_task(spec, raw["train"])
     task.column_classes = classes_of_columns(spec.extra or {}, raw["train"])
+    if spec.where:
+        raw = {split: table.take(chosen(spec.where, task.column_classes, table)) for split, table in raw.items()}
+        check_splits(raw, "where")
     first = next((index for index, edit in enumerate(edits) if edit.adds), len(edits))
     if not first:
         raw["train"] = limited(raw["train"], spec.limit_train)
@@ -152,15 +155,20 @@ def joined(first: Split, second: Split) -> Split:
     return Split(texts, [*first.labels, *second.labels], columns)
 
 
-def check_splits(raw: Mapping[str, Table]) -> None:
+def check_splits(raw: Mapping[str, Table], key: str | None = None) -> None:
     """Check that every split has examples.
+
+    Args:
+        raw: the splits.
+        key: the argument that selects examples, which an error names; None for a split of a file.
 
     Raises:
         InputError: if one has none.
     """
     for split, table in raw.items():
         if not len(table):
-            raise InputError(f"the split '{split}' has no examples; the file is too small to be split", split.partition("_")[0])
+            why = "the file is too small to be split" if key is None else "none is selected"
+            raise InputError(f"the split '{split}' has no examples; {why}", key or split.partition("_")[0])
 
 
 T = TypeVar("T", Table, Split)

@@ -39,8 +39,8 @@ class Mixture:
         errors = [name for name, task in tasks.items() if not higher_is_better(task.monitor)]
         if monitor == MEAN and errors:
             raise InputError(
-                f"the mean is of metrics of which the largest is best, and {errors[0]} monitors {tasks[errors[0]].monitor}; let "
-                "it monitor another one, or name the metric of one task",
+                f"the mean is of metrics of which the largest is best, and {errors[0]} monitors {tasks[errors[0]].monitor}; "
+                "let it monitor another one, or name the metric of one task",
                 "monitor",
             )
 

@@ -373,6 +373,68 @@ class PackageFile:
         return {"package": file_fingerprint(path) if version == "unknown" else f"{self.package}=={version}"}
 
 
+@dataclass(frozen=True, slots=True)
+class DomainFolders:
+    """A folder with a folder for each domain, each with `train.tsv` and `dev.tsv`.
+
+    The name of the inner folder is the column `domain`. `dev` is the test split; a tenth of `train`, by a hash of the text, is the validation split (our choice).
+
+    Args:
+        train: the folder.
+        text: text columns.
+        label: label column.
+        extra: further columns; `domain` may be one of them.
+    """
+
+    train: Any
+    text: Sequence[str]
+    label: str
+    extra: Sequence[str] = ()
+
+    def _files(self) -> dict[str, dict[str | None, Path]]:
+        if not isinstance(self.train, str):
+            raise InputError("this task needs train=<folder>, a folder with a folder for each domain", "train")
+        root = Path(self.train).expanduser()
+        domains = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+        files: dict[str, dict[str | None, Path]] = {
+            split: {domain: root / domain / f"{name}.tsv" for domain in domains}
+            for split, name in {"train": "train", "test": "dev"}.items()
+        }
+        lacking = [path for paths in files.values() for path in paths.values() if not path.is_file()]
+        if not domains or lacking:
+            why = f"lacks '{lacking[0].relative_to(root)}'" if lacking else "is not a folder with a folder for each domain"
+            raise InputError(f"'{root}' {why}", "train")
+        return files
+
+    def splits(self) -> Splits:
+        """Return the examples of every split.
+
+        Raises:
+            InputError: if a file is missing, empty, lacks a column, or has a broken line.
+        """
+        text, label = as_names(self.text), as_names(self.label)
+        found: Splits = {}
+        for split, files in self._files().items():
+            parts = [
+                examples_of(
+                    ((line, {**row, "domain": domain}) for line, row in rows(path, "train")),
+                    path,
+                    text,
+                    label,
+                    "train",
+                    extra=self.extra,
+                )
+                for domain, path in files.items()
+            ]
+            found[split] = Table.joined(parts)
+        found.update(split_by_hash(found["train"], {"train": 0.9, "validation": 0.1}))
+        return found
+
+    def fingerprint(self) -> dict[str, str]:
+        """Return a digest of every file's bytes."""
+        return fingerprint_of(self._files())
+
+
 FOLDER_KEY = "paths.glue"
 """Key that sets `Glue.root` for all tasks: it belongs to the machine, not to a task."""
 

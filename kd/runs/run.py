@@ -143,7 +143,8 @@ class Run:
         )
         if not complete or self.member is None:
             return record if complete else None
-        return record.get("tasks", {}).get(self.member)
+        of_task: dict[str, Any] | None = record.get("tasks", {}).get(self.member)
+        return of_task
 
     def damage(self, result: Mapping[str, Any], *, thorough: bool = False) -> str | None:
         """Return the first exported file of a finished run that is missing or has changed since; None if there is none.

@@ -1,0 +1,104 @@
+"""Tasks of several domains: a folder for each, and examples of some domains alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kd.build.edits import build_edits
+from kd.config.compose import compose, typed
+from kd.config.mixture import check_tasks
+from kd.data.examples import Examples, load_examples
+from kd.data.sources import hash_fraction
+from kd.errors import InputError
+from kd.runs.identity import prefix_task_errors, source_of, task_identity
+from kd.runs.plan import plan
+
+NAMES = ("books", "dvd", "electronics", "kitchen")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for domain in NAMES:
+        (tmp_path / domain).mkdir()
+        for name, count in {"train": 80, "dev": 20}.items():
+            rows = [f"{name} text {number} of {domain}\t{number % 2}" for number in range(count)]
+            (tmp_path / domain / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    return tmp_path
+
+
+def loaded(folder: Path, *overrides: str) -> Examples:
+    spec = typed(compose(["task=amazon4", f"task.train={folder}", *overrides]))
+    check_tasks(spec.task)
+    with prefix_task_errors():
+        return load_examples(spec.task, source_of(spec.task), build_edits(spec.task))
+
+
+def domains_of(examples: Examples, split: str) -> list[str]:
+    """The domain of each example, as its text tells it."""
+    return [text.split()[-1] for (text,) in examples.texts[split]]
+
+
+def test_folders_are_domains(folder: Path) -> None:
+    examples = loaded(folder)
+    assert {split: len(texts) for split, texts in examples.texts.items()} == {"train": 287, "validation": 33, "test": 80}
+    assert all(hash_fraction(text) >= 0.9 for text in examples.texts["validation"])
+    assert all(hash_fraction(text) < 0.9 for text in examples.texts["train"])
+    assert all(text.startswith("dev") for (text,) in examples.texts["test"])
+    for split in examples.texts:
+        columns = examples.columns[split]["domain"]
+        assert [NAMES[index] for index in columns] == domains_of(examples, split)
+
+
+@pytest.mark.parametrize("where", ["dvd", "[dvd]", "[kitchen,books]"])
+def test_examples_of_some_domains_alone(folder: Path, where: str) -> None:
+    """Their indices are those of all domains, so that a student of one domain and a teacher of all mean the same by them."""
+    wanted = set(where.strip("[]").split(","))
+    whole, part = loaded(folder), loaded(folder, f"task.where={{domain: {where}}}")
+    for split in whole.texts:
+        rows = [row for row, domain in enumerate(domains_of(whole, split)) if domain in wanted]
+        assert list(part.texts[split]) == [whole.texts[split][row] for row in rows]
+        np.testing.assert_array_equal(part.columns[split]["domain"], whole.columns[split]["domain"][rows])
+
+
+def test_a_limit_counts_the_examples_that_are_selected(folder: Path) -> None:
+    examples = loaded(folder, "task.where={domain: [books]}", "task.limit_train=7")
+    assert domains_of(examples, "train") == ["books"] * 7
+
+
+def test_a_teacher_may_be_of_other_domains_than_its_student(folder: Path) -> None:
+    own = ["task=amazon4", f"task.train={folder}", "method=kd", "task.where={domain: [books]}"]
+    others = "+teacher.minilm.run.task={where: {domain: [dvd, electronics, kitchen]}}"
+    student, apart = (plan(compose([*own, *more]), [*own, *more]) for more in ([], [others]))
+    assert student.inputs.teachers["minilm"].spec.task.where == {"domain": ["books"]}
+    assert apart.inputs.teachers["minilm"].spec.task.where == {"domain": ["dvd", "electronics", "kitchen"]}
+    assert student.digest != apart.digest
+
+
+BAD = {
+    "a domain that train lacks": (["task.where={domain: [toys]}"], "task.where", "'toys'"),
+    "a class that is not listed": (["task.extra={domain: [books, dvd, kitchen]}"], "task.extra", "'electronics'"),
+    "a column that is not read": (["task.where={genre: [books]}"], "task.where", "column of classes"),
+    "an empty list": (["task.where={domain: []}"], "task.where.domain", "each once"),
+    "a name twice": (["task.where={domain: [dvd, dvd]}"], "task.where.domain", "each once"),
+    "no folder": (["task.train=null"], "task.train", "a folder with a folder for each domain"),
+}
+
+
+@pytest.mark.parametrize(("more", "key", "words"), BAD.values(), ids=BAD.keys())
+def test_bad_domains_are_refused(folder: Path, more: list[str], key: str, words: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        loaded(folder, *more)
+    assert refusal.value.key == key
+    assert words in refusal.value.message
+
+
+def test_a_folder_without_its_files_is_refused(folder: Path) -> None:
+    (folder / "dvd" / "dev.tsv").unlink()
+    with pytest.raises(InputError, match=r"lacks 'dvd/dev\.tsv'"):
+        loaded(folder)
+
+
+def test_tasks_without_a_selection_are_identified_as_before(folder: Path) -> None:
+    spec = typed(compose(["task=amazon4", f"task.train={folder}"])).task
+    assert "where" not in task_identity(spec)[0]
