@@ -156,7 +156,9 @@ def overrides_runs(overrides: list[str]) -> str:
 
 @pytest.mark.ddp
 def test_two_ranks_train_the_mixture_that_one_does(mixed: Mixed, tmp_path: Path) -> None:
-    overrides = mixed("mood", "score")("method=finetune", "teacher=[]", "student.dropout=0", "trainer.clip=0.1")
+    overrides = mixed("mood", "score")(
+        "method=finetune", "teacher=[]", "student.dropout=0", "trainer.clip=0.1", "optimizer.weight_decay=0.5"
+    )
     one, _ = made(overrides)
     two = [*overrides, f"paths.runs={tmp_path}", "trainer=ddp", "trainer.accelerator=cpu"]
     torchrun(two)
@@ -175,6 +177,10 @@ def test_two_ranks_train_the_mixture_that_one_does(mixed: Mixed, tmp_path: Path)
         ["method=kd", "surgery=[cut_vocabulary]"],
         ["method=kd", "cohort=mutual", "cohort.students=2"],
         ["method=simkd"],
+        ["method=one", "teacher=[]"],
+        ["method=pkd", "surgery=[sps]"],
+        ["method=dml", "cohort.students=2", "teacher=[]"],
+        ["method=p2p_mutual", "cohort.teacher=online", "cohort.students=2"],
     ],
     ids=lambda more: more[0],
 )
@@ -235,7 +241,27 @@ def test_a_student_of_one_task_has_a_teacher_of_several(mixed: Mixed) -> None:
     assert members(run)["mood"].init_run.student == whole.student / "mood"
 
 
+def test_a_head_whose_labels_change_between_stages_is_refused(mixed: Mixed, tmp_path: Path) -> None:
+    splits = {split: write_csv(tmp_path / f"{split}.csv", 24, 3, ("ugly", "nice")) for split in ("train", "validation", "test")}
+    stage = ",".join(f"'task.of.kind.{split}={path}'" for split, path in splits.items())
+    with pytest.raises(InputError, match=r"\['nice', 'ugly'\].*\['bad', 'fine'\]") as refusal:
+        checked(mixed("mood", "kind")("method=kd", "student.init=run", f"student.run=[{stage}]"))
+    assert refusal.value.key == "task.of.kind.labels"
+
+
+def test_a_start_that_lacks_a_task_is_refused(mixed: Mixed) -> None:
+    tasks = [word for word in mixed("mood", "score")() if word.startswith(("+task@", "task"))]
+    stage = ",".join(f"'{word}'" for word in ["method=kd", *tasks])
+    with pytest.raises(InputError, match="no model for 'kind'") as refusal:
+        checked([*mixed("mood", "kind")("method=kd"), "student.init=run", f"student.run=[{stage}]"])
+    assert refusal.value.key == "student.run"
+
+
 BAD_INPUT = {
+    "a pool that ranks": (["pool=best", "teacher=[minilm,minilm_4l]"], "pool.distribution", "one task"),
+    "an edit of all": (["edit=[label_noise]"], "task.edits", "task.of.<name>.edits"),
+    "a teacher of fewer tasks": (["teacher.minilm.tasks=[rte]"], "teacher.minilm.tasks", "'mood'"),
+    "a teacher of no tasks": (["teacher.minilm.tasks=all"], "teacher.minilm.tasks", "each"),
     "a negative tau": (["task.tau=-1"], "task.tau", "-1"),
     "a metric that no task has": (["task.monitor=mood/f2"], "task.monitor", "mood/accuracy"),
     "a key of one task": (["+task.max_length=16"], "task.max_length", "task.of.<name>.max_length"),

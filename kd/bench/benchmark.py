@@ -12,6 +12,7 @@ from kd.bench.cost import product_rate
 from kd.bench.figures import figures, markdown, measurement_notes, tabulate
 from kd.bench.workers import Job, Turn, Worker
 from kd.config.compose import compose
+from kd.config.mixture import is_mixture
 from kd.errors import InputError
 from kd.results.tables import console
 from kd.runs.plan import plan
@@ -108,6 +109,8 @@ def check_measurable(run: Run) -> None:
         raise InputError("torch finds no usable GPU on this machine; use trainer=cpu", "trainer")
     if distributed.world() > 1 or trainer.strategy != "auto" or str(trainer.devices) != "1":
         raise InputError("kd-bench measures one device; use trainer=cpu or trainer=gpu", "trainer")
+    if is_mixture(run.spec.task):
+        raise InputError("kd-bench measures one task; a step of a mixture is one of one of its tasks", "task")
 
 
 def run_rounds(

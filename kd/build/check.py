@@ -22,6 +22,7 @@ from kd.engines.models import Models
 from kd.errors import InputError, with_keys
 from kd.methods.base import Method
 from kd.models.compiled import check_compiler
+from kd.models.labels import columns
 from kd.runs.error_keys import rename_error_keys
 from kd.runs.members import members
 from kd.runs.run import Run
@@ -158,6 +159,25 @@ def check_run(run: Run, examples: Mapping[str, Examples]) -> None:
     engine_of(run, engines, examples)
 
 
+def check_head(run: Run, examples: Examples) -> None:
+    """Check that the head of a task of a mixture has the labels that it had in the mixture which the student starts from.
+
+    Outside mixtures, a head with other labels is drawn afresh, and the record says so.
+
+    Raises:
+        InputError: if it has others.
+    """
+    needed = run.inputs.init
+    if run.member is None or needed is None or needed.member is None:
+        return
+    ours, theirs = examples.task.labels, build_examples(needed, planned=True).task.labels
+    if (ours is None) != (theirs is None) or (ours is not None and theirs is not None and columns(ours, theirs) is None):
+        raise InputError(
+            f"the head of '{run.member}' has the labels {theirs} in the run that the student starts from, and {ours} here",
+            "task.labels",
+        )
+
+
 def check_member(run: Run, examples: Examples) -> Engine:
     """Check one task of a run, see `check_run`; return an engine without weights."""
     for role, needed in run.inputs:
@@ -166,6 +186,7 @@ def check_member(run: Run, examples: Examples) -> Engine:
                 build_examples(needed, planned=True)
             break
     check_edits(run)
+    check_head(run, examples)
     models = plan_models(run, examples.task).shapes
     checked_length(run.spec, models)
     check_held(run, examples, models)

@@ -377,7 +377,8 @@ class PackageFile:
 class DomainFolders:
     """A folder with a folder for each domain, each with `train.tsv` and `dev.tsv`.
 
-    The name of the inner folder is the column `domain`. `dev` is the test split; a tenth of `train`, by a hash of the text, is the validation split (our choice).
+    The name of the inner folder is the column `domain`. `dev` is the test split; a tenth of `train`, by a hash of the text, is
+    the validation split (our choice).
 
     Args:
         train: the folder.

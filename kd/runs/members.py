@@ -6,6 +6,8 @@ from typing import Any
 
 from kd.config.mixture import is_mixture, tasks_of
 from kd.config.schema import TaskSpec
+from kd.errors import InputError
+from kd.runs.error_keys import stage_key
 from kd.runs.run import Run, RunInputs
 
 
@@ -29,10 +31,20 @@ def member(run: Run, name: str, task: TaskSpec) -> Run:
 
 
 def inputs_of(inputs: RunInputs, name: str) -> RunInputs:
-    """Return the inputs of a task: those that are mixtures with this task alone, and of teachers for one task each its own."""
+    """Return the inputs of a task: those that are mixtures with this task alone, and of teachers for one task each its own.
+
+    Raises:
+        InputError: for a mixture without this task.
+    """
+    for role, needed in inputs:
+        if is_mixture(needed.spec.task) and name not in needed.spec.task.of:
+            raise InputError(
+                f"the {role} is trained on the tasks {', '.join(needed.spec.task.of)}; it has no model for '{name}'",
+                {"stage": "student.run", "before": "method.before", "teacher": "teacher"}.get(role.kind) or stage_key(role),
+            )
 
     def of(needed: Run | None) -> Run | None:
-        if needed is None or name not in needed.spec.task.of:
+        if needed is None or not is_mixture(needed.spec.task):
             return needed
         return member(needed, name, tasks_of(needed.spec.task)[name])
 
