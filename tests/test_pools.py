@@ -16,6 +16,7 @@ from kd.build.check import check_run
 from kd.build.data import build_examples
 from kd.build.inputs import TrainedModels
 from kd.build.models import build_models, plan_models
+from kd.build.parts import examples_of
 from kd.data.batch import Batch
 from kd.data.examples import Examples
 from kd.errors import InputError
@@ -350,7 +351,7 @@ def test_an_undefined_error_ranks_last(of_count: Callable[[int], Callable[..., R
 def test_a_chain_for_a_cohort_is_of_single_links(of_count: Callable[[int], Callable[..., Run]]) -> None:
     run = of_count(3)("pool=takd", "cohort=mutual")
     link = run.inputs.teachers["minilm_3l"]
-    check_run(link, build_examples(link))  # found only after the first link has been trained
+    check_run(link, examples_of(link))  # found only after the first link has been trained
 
 
 @pytest.mark.parametrize("place", [0, 1])

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kd.bench import main as bench_command
 from kd.build.check import check_arguments, check_run
-from kd.build.data import build_examples
+from kd.build.parts import examples_of
 from kd.config.compose import check_overrides, compose, typed
 from kd.config.schema import DECAYS, RunSpec
 from kd.data.sources import Example, split_by_hash
@@ -68,7 +68,7 @@ def attempt(composed: DictConfig, key: str, value: Any, full: bool) -> None:
         if full:
             check_all(run, {})
         else:
-            check_run(run, build_examples(run))
+            check_run(run, examples_of(run))
     finally:
         signal.alarm(0)
 

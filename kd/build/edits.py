@@ -1,5 +1,6 @@
 """Edits of a task's training split, with the frozen models that some of them read."""
 
+import hashlib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +15,9 @@ from kd.build.instantiate import instantiate, option_names
 from kd.build.teachers import TeacherPlan, plan_frozen
 from kd.config.edits import edit_nodes
 from kd.config.schema import TaskSpec
-from kd.data.edits import Edit, ModelEdit, Split, described, edited
+from kd.data.edits import Arrays, Edit, ModelEdit, Split, described, edited
 from kd.data.examples import Edited
 from kd.data.tasks import Task
-from kd.data.texts import Texts
 from kd.data.tokenized import TokenStore
 from kd.errors import prefix_error_keys
 from kd.forward import Needs
@@ -60,6 +60,12 @@ class ModelOfEdit:
         on_device = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         return self.loaded(on_device, Needs()).logits.float().cpu()
 
+    def states(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the states of the last layer, (batch, tokens, width), float32, as `logits` returns logits."""
+        on_device = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        depth = self.loaded.depth
+        return self.loaded(on_device, Needs(hidden=[depth])).hidden(depth).float().cpu()
+
     def embeddings(self) -> np.ndarray:
         """Return the input word embeddings, (vocabulary, width)."""
         weight: Any = self.loaded.word_embeddings.weight
@@ -71,22 +77,22 @@ def build_edits(task: TaskSpec, run: Run | None = None) -> list[Edited]:
 
     Args:
         task: the task.
-        run: the run, whose inputs are done; None leaves out the edits that read a model, after their arguments are checked.
+        run: the run, whose inputs are done; None while they may not be: edits that read a model are then checked, but have no
+            function.
 
     Raises:
         InputError: for something that is no edit, or an argument that it does not accept.
     """
-    edits = [build_edit(node, key, run) for key, node in edit_nodes(task).items()]
-    return [edit for edit in edits if edit is not None]
+    return [build_edit(node, key, run) for key, node in edit_nodes(task).items()]
 
 
-def build_edit(node: Mapping[str, Any], key: str, run: Run | None = None) -> Edited | None:
+def build_edit(node: Mapping[str, Any], key: str, run: Run | None = None) -> Edited:
     """Return a function that applies an edit; its errors name the keys below the edit's.
 
     Args:
         node: configuration node of the edit.
         key: configuration key of the node.
-        run: as for `build_edits`; without a run, None is returned for an edit that reads a model.
+        run: as for `build_edits`.
 
     Raises:
         InputError: for something that is no edit, or an argument that it does not accept.
@@ -94,7 +100,7 @@ def build_edit(node: Mapping[str, Any], key: str, run: Run | None = None) -> Edi
     edit, names = instantiated(node, key)
     if isinstance(edit, ModelEdit):
         if run is None:
-            return None
+            return Edited(None, edit.adds, edit.column)
         read_model(edit, node, key, run)
 
     def apply(train: Split, task: Task) -> tuple[Split, str]:
@@ -102,7 +108,7 @@ def build_edit(node: Mapping[str, Any], key: str, run: Run | None = None) -> Edi
             after = edited(edit, train, task)
         return after, described(edit, train, after, task)
 
-    return Edited(apply, edit.adds)
+    return Edited(apply, edit.adds, edit.column)
 
 
 def instantiated(node: Mapping[str, Any], key: str) -> tuple[Edit, set[str]]:
@@ -129,15 +135,10 @@ def read_model(edit: ModelEdit, node: Mapping[str, Any], key: str, run: Run) -> 
     identity = {**edit_identity(node, key), "model": None}
     store = TokenStore(Path(run.spec.paths.runs).expanduser() / ".edits", "examples")
 
-    def stored(texts: Texts) -> tuple[Texts, np.ndarray]:
-        def make() -> dict[str, np.ndarray]:
-            result, rows = edit.derive(texts, ModelOfEdit(plan, distributed.device(run.spec.trainer.accelerator)))
-            return {"content": np.frombuffer(result.content, dtype=np.uint8), "offsets": result.offsets, "rows": rows}
-
-        arrays = store.arrays(
-            lambda: ["edit", EDITS_FORMAT, identity, fingerprint(plan.source, plan.key), texts.digest()], make
-        )
-        return Texts(arrays["content"].tobytes(), arrays["offsets"], texts.columns), arrays["rows"]
+    def stored(train: Split, task: Task) -> Arrays:
+        reads = [hashlib.blake2b(np.ascontiguousarray(array).tobytes()).hexdigest() for array in edit.reads(train)]
+        named = ["edit", EDITS_FORMAT, identity, fingerprint(plan.source, plan.key), train.texts.digest(), *reads]
+        return store.arrays(lambda: named, lambda: dict(edit.made(train, task, ModelOfEdit(plan, distributed.device(run.spec.trainer.accelerator)))))
 
     edit.stored = stored
 

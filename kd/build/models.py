@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -122,6 +122,7 @@ def plan_models(run: Run, task: Task, inputs: Callable[[Run], InputModels] = Exp
     method, weights = build_method(spec.method, spec.pool, spec.cohort, probabilities)
     check_teacher_count(run, method)
     teachers, online = plan_teachers(run, task, models_of_inputs), plan_online(run, task)
+    teachers = [replace(teacher, kept=kept_by(run, teacher, task, models_of_inputs)) for teacher in teachers]
     aids = plan_aids(run, task, method, models_of_inputs)
     online_shape = None if online is None else online.plan.shape()
     aid_shapes = {name: aid.shape() for name, aid in aids.items()}
@@ -138,6 +139,17 @@ def plan_models(run: Run, task: Task, inputs: Callable[[Run], InputModels] = Exp
             inherit(run, shapes.methods[label], first.kept())
     complete = models_of_inputs.trained or len(run.inputs) == 0
     return ModelPlan(run, task, method, weights, teachers, online, students, aids, shapes, complete)
+
+
+def kept_by(run: Run, teacher: TeacherPlan, task: Task, inputs: InputModels) -> Mapping[str, Tensor]:
+    """Return what the method that trains a teacher keeps; on the meta device if the teacher is not trained yet."""
+    needed = run.inputs.teachers.get(teacher.name)
+    if needed is None or inputs.trained:
+        return read_kept(teacher.source, teacher.key)
+    if not build_method(needed.spec.method)[0].keeps:
+        return {}
+    with rename_error_keys(Role("teacher", teacher.name), run.spec, run.config):
+        return next(iter(plan_models(needed, task).shapes.methods.values())).kept()
 
 
 def materialise(plan: ModelPlan, texts: Sequence[tuple[str, ...]] = (), body: Models | None = None) -> BuiltModels:

@@ -1,9 +1,10 @@
 """Plans of frozen teachers: their shapes and labels are checked before any of their weights are loaded."""
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from kd.build.inputs import InputModels
@@ -49,6 +50,7 @@ class TeacherPlan:
         notes: remarks on its weights that affect results.
         asides: remarks on its weights that do not affect results.
         headless: whether only its states are read, so that its source may have no head; a random one stands for it.
+        kept: what the method that trained it kept, on the meta device if it is not trained yet.
     """
 
     name: str
@@ -61,10 +63,11 @@ class TeacherPlan:
     notes: Sequence[str] = ()
     asides: Sequence[str] = ()
     headless: bool = False
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
     def shape(self) -> FrozenTeacher:
         """Return the teacher on the meta device: shapes without weights."""
-        return FrozenTeacher(self._encoder(), self.name, self.columns)
+        return FrozenTeacher(self._encoder(), self.name, self.columns, kept=self.kept)
 
     def materialise(self) -> FrozenTeacher:
         """Return the teacher; its weights are loaded when first needed: never, if its outputs are cached already."""

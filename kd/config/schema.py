@@ -33,13 +33,14 @@ class StudentSpec:
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """A teacher: a trained classifier (`model`), or a `backbone` that a separate run fine-tunes first, on `tasks`."""
+    """A teacher: a trained classifier (`model`), or a `backbone` that a run of its own trains first, by `method` on `tasks`."""
 
     model: str | None = None
     backbone: str | None = None
     labels: list[str] | None = None
     run: dict[str, Any] = field(default_factory=dict)
     tasks: Any = None
+    method: str = "finetune"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kd.config.values import LARGEST_SEED, number, switch, whole, word
-from kd.data.edits import FrozenModel, ModelEdit
+from kd.data.edits import FrozenModel, TextEdit
 from kd.data.sources import SAY_AFTER
 from kd.data.texts import Texts, Writer
 from kd.data.tokenized import rules_of
@@ -73,7 +73,7 @@ class Piecewise:
     pieces: Sequence[int]
 
 
-class WordReplacement(ModelEdit):
+class WordReplacement(TextEdit):
     r"""Copies of the training examples in which words are replaced; each copy has the label of its example.
 
     Source: Jiao et al., Findings of EMNLP 2020, arXiv:1909.10351, algorithm 1; the authors' code, `data_augmentation.py`. For

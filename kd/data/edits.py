@@ -65,11 +65,13 @@ class Edit(ABC):
             `teachers` of the edit's node says otherwise.
         adds: whether it adds examples to those that there are; `task.limit_train` then counts the examples before it.
         files: names of the arguments that are paths of files; the content of the files enters the digest of a run instead.
+        column: name of the further column that it adds; None if it adds none.
     """
 
     teachers: ClassVar[bool] = True
     adds: ClassVar[bool] = False
     files: ClassVar[Sequence[str]] = ()
+    column: str | None = None
 
     @abstractmethod
     def __call__(self, train: Split, task: Task) -> Split:
@@ -98,28 +100,31 @@ class FrozenModel(Protocol):
         """Return the logits of a pass without gradients, on the CPU; inputs as in `kd.forward.inputs`."""
         ...
 
+    def states(self, inputs: Mapping[str, "Tensor"]) -> "Tensor":
+        """Return the states of the last layer, (batch, tokens, width), float32, as `logits` returns logits."""
+        ...
+
     def embeddings(self) -> np.ndarray:
         """Return the input word embeddings, (vocabulary, width)."""
         ...
 
 
-Derive = Callable[[Texts], tuple[Texts, np.ndarray]]
-"""Function from the texts of train to new ones, and the index of the example that each is made from, (new examples,)."""
+Arrays = Mapping[str, np.ndarray]
+"""Arrays by name."""
 
 
 class ModelEdit(Edit):
     """An edit that reads a frozen model: `model` in its node, or the student of the run that `run` in its node trains.
 
-    It changes texts alone, or repeats or leaves out examples; labels and further columns are those of the example that a new
-    one is made from. `model` and `run` are not passed to the class.
+    `model` and `run` are not passed to the class. What it makes of the examples is an array by name, which the build stores.
 
     Attributes:
-        head: the head that the model needs, a key of `kd.models.heads.HEADS`.
-        stored: `derive` with the model, or its stored result; the build sets it before the edit is applied.
+        head: the head that the model needs, a key of `kd.models.heads.HEADS`; None if only states are read.
+        stored: `made` with the model, or its stored result; the build sets it before the edit is applied.
     """
 
-    head: ClassVar[str]
-    stored: Derive
+    head: ClassVar[str | None]
+    stored: Callable[[Split, Task], Arrays]
 
     @property
     def pairs(self) -> bool:
@@ -133,14 +138,69 @@ class ModelEdit(Edit):
             InputError: if not; it names the argument.
         """
 
+    def reads(self, train: Split) -> Sequence[np.ndarray]:
+        """Return what the result depends on besides the texts, for the name of the stored result."""
+        return ()
+
+    @abstractmethod
+    def made(self, train: Split, task: Task, model: FrozenModel) -> Arrays:
+        """Return what the edit makes of the examples: arrays by name.
+
+        Raises:
+            InputError: if it cannot be applied to these examples; it names the argument.
+        """
+
+
+class TextEdit(ModelEdit):
+    """An edit with a model that changes texts alone, or repeats or leaves out examples.
+
+    Labels and further columns are those of the example that a new one is made from.
+    """
+
     @abstractmethod
     def derive(self, texts: Texts, model: FrozenModel) -> tuple[Texts, np.ndarray]:
         """Return the new texts, and the index of the example that each is made from, (new examples,)."""
 
+    def made(self, train: Split, task: Task, model: FrozenModel) -> Arrays:
+        """Return the new texts, as bytes with their offsets, and the indices of the examples that they are made from."""
+        texts, rows = self.derive(train.texts, model)
+        return {"content": np.frombuffer(texts.content, dtype=np.uint8), "offsets": texts.offsets, "rows": rows}
+
     def __call__(self, train: Split, task: Task) -> Split:
         """Return the edited training examples."""
-        texts, rows = self.stored(train.texts)
-        return replace(train.take(rows), texts=texts)
+        arrays = self.stored(train, task)
+        texts = Texts(arrays["content"].tobytes(), arrays["offsets"], train.texts.columns)
+        return replace(train.take(arrays["rows"]), texts=texts)
+
+
+class ColumnEdit(ModelEdit):
+    """An edit with a model that adds a further column of numbers to train, and changes nothing else.
+
+    It reads all of train, before `task.where`, `task.limit_train` and the other edits select from it. No example of another
+    split has the column. A subclass sets its name, `column`, in its constructor.
+    """
+
+    column: str
+
+    @abstractmethod
+    def values(self, train: Split, task: Task, model: FrozenModel) -> np.ndarray:
+        """Return the value of each example, (examples,).
+
+        Raises:
+            InputError: if the edit cannot be applied to these examples; it names the argument.
+        """
+
+    def reads(self, train: Split) -> Sequence[np.ndarray]:
+        """Return the labels and the further columns."""
+        return [np.asarray(train.labels, dtype=np.float64), *train.columns.values()]
+
+    def made(self, train: Split, task: Task, model: FrozenModel) -> Arrays:
+        """Return the values."""
+        return {"values": np.asarray(self.values(train, task, model), dtype=np.float32)}
+
+    def __call__(self, train: Split, task: Task) -> Split:
+        """Return the training examples with the column."""
+        return replace(train, columns={**train.columns, self.column: self.stored(train, task)["values"]})
 
 
 class LabelNoise(Edit):
@@ -309,6 +369,11 @@ def described(edit: Edit, before: Split, after: Split, task: Task) -> str:
     >>> described(noise, before, noise(before, task), task)
     'LabelNoise: 3 of 3 labels changed; class sizes no 1 -> 2, yes 2 -> 1'
     """
+    if edit.column is not None:
+        values = after.columns[edit.column]
+        return (
+            f"{type(edit).__name__}: column {edit.column}, {values.min():.3g} to {values.max():.3g}, mean {values.mean():.3g}"
+        )
     if before.texts == after.texts:
         changed = sum(one != other for one, other in zip(before.labels, after.labels, strict=True))
         words = [f"{changed} of {len(before)} labels changed"]

@@ -57,12 +57,14 @@ class Edited:
     """Function that edits the training examples and describes the change.
 
     Attributes:
-        apply: the function.
+        apply: the function; None while the model that the edit reads may not be trained yet.
         adds: whether it adds examples (`Edit.adds`).
+        column: name of the further column that it adds (`Edit.column`); None if it adds none.
     """
 
-    apply: Callable[[Split, Task], tuple[Split, str]]
+    apply: Callable[[Split, Task], tuple[Split, str]] | None
     adds: bool = False
+    column: str | None = None
 
 
 def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) -> Examples:
@@ -92,6 +94,9 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) 
     check_splits(raw)
     task = build_task(spec, raw["train"])
     task.column_classes = classes_of_columns(spec.extra or {}, raw["train"])
+    task.columns = [*(spec.extra or {}), *(edit.column for edit in edits if edit.column is not None)]
+    kinds, changes = with_columns(raw, spec, task, [edit for edit in edits if edit.column is not None])
+    edits = [edit for edit in edits if edit.column is None and edit.apply is not None]
     if spec.where:
         raw = {split: table.take(chosen(spec.where, task.column_classes, table)) for split, table in raw.items()}
         check_splits(raw, "where")
@@ -103,11 +108,12 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) 
     for split in raw:
         if split != "train":  # `validation_mismatched` is limited as `validation` is; a split of another name is whole
             raw[split] = limited(raw[split], limits.get(split.partition("_")[0]))
-    splits = {split: encoded_split(task, table, spec) for split, table in raw.items()}
-    changes = []
+    own = spec.extra or {}
+    splits = {split: encoded_split(task, table, spec, kinds if split == "train" else own) for split, table in raw.items()}
     for index, edit in enumerate(edits):
         if first and index == first:
             splits["train"] = limited(splits["train"], spec.limit_train)
+        assert edit.apply is not None
         splits["train"], change = edit.apply(splits["train"], task)
         changes.append(change)
     if first and first == len(edits):
@@ -120,12 +126,44 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) 
     if isinstance(task, Regression):
         task.start = float(np.mean(labels["train"]))  # otherwise the first steps only learn the mean
     if spec.unlabelled is not None:
+        if len(kinds) > len(own):
+            raise InputError(
+                f"text without labels has no column '{list(kinds)[-1]}', which an edit adds to train", "unlabelled"
+            )
         task.partly_labelled = True
         splits["train"] = joined(splits["train"], read_unlabelled(spec, task))
         labels["train"] = splits["train"].labels
     ordered = list({"train": None, "validation": None, **dict.fromkeys(raw)})
     texts, columns = ({split: getattr(splits[split], part) for split in ordered} for part in ("texts", "columns"))
     return Examples(task, texts, {split: labels[split] for split in ordered}, columns, changes)
+
+
+def with_columns(
+    raw: dict[str, Table], spec: TaskSpec, task: Task, edits: Sequence[Edited]
+) -> tuple[dict[str, Any], list[str]]:
+    """Add the columns of edits to the training split of a task.
+
+    Returns:
+        Kinds of the further columns of train, those of the edits included, and descriptions of the edits.
+
+    Raises:
+        InputError: for an edit that cannot be applied, or a column that there is already.
+    """
+    kinds: dict[str, Any] = dict(spec.extra or {})
+    changes = []
+    for edit in edits:
+        column = str(edit.column)
+        if column in kinds:
+            raise InputError(f"an edit adds the column '{column}', which there is already", "extra")
+        if edit.apply is None:
+            continue
+        table = raw["train"]
+        split, change = edit.apply(encoded_split(task, table, spec, kinds), task)
+        values = {**table.columns, column: split.columns[column].tolist()}
+        raw["train"] = Table(table.texts, table.labels, table.places, table.place, table.numbers, values)
+        kinds[column] = "number"
+        changes.append(change)
+    return kinds, changes
 
 
 def read_unlabelled(spec: TaskSpec, task: Task) -> Split:
@@ -181,13 +219,13 @@ def limited(table: T, count: int | None) -> T:
     return table.take(np.random.default_rng(LIMIT_SEED).permutation(len(table))[:count])
 
 
-def encoded_split(task: Task, table: Table, spec: TaskSpec) -> Split:
-    """Return a split with labels and further columns as numbers.
+def encoded_split(task: Task, table: Table, spec: TaskSpec, kinds: Mapping[str, Any]) -> Split:
+    """Return a split with labels and further columns as numbers; `kinds` are those of its columns.
 
     Raises:
         InputError: for a label that is not one of the task's, or a value that a column cannot have.
     """
-    columns = values_of_columns(spec.extra or {}, task.column_classes, table)
+    columns = values_of_columns(kinds, task.column_classes, table)
     return Split(table.texts, encoded(task, table, spec), columns)
 
 

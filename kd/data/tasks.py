@@ -53,6 +53,8 @@ class Task(Protocol):
     """True if training examples may have no label (`task.unlabelled`)."""
     column_classes: Mapping[str, list[str]]
     """Further column of classes (`task.extra`) -> its names, in the order of the indices in `Batch.columns`."""
+    columns: Sequence[str]
+    """Names of all further columns of train, also of those that edits add."""
 
     def encode(self, example: Example) -> float:
         """Return a raw label as a number."""
@@ -144,6 +146,7 @@ class Labelled:
     head = "classifier"
     start: float | None = None
     column_classes: Mapping[str, list[str]] = {}
+    columns: Sequence[str] = ()
     partly_labelled = False
     label_weight = 1.0
 

@@ -156,20 +156,22 @@ class TinyBERT(Method):
             "embedding": self._hidden(student, teacher, 0, (0,)),
         }
 
-    def _hidden(self, student: Outputs, teacher: Outputs, layer: int, block: Sequence[int]) -> Tensor:
-        ours = self.projections[self._place(layer)](student.hidden(layer))
-        return token_error(ours, mean_of_layers([teacher.hidden(other) for other in block]), student.mask, self.padding)
+    def _hidden(self, student: Outputs, teacher: Outputs, layer: int, block: Sequence[int], reduction: str = "mean") -> Tensor:
+        ours, theirs = student.hidden(layer), mean_of_layers([teacher.hidden(other) for other in block])
+        return token_error(self.projections[self._place(layer)](ours), theirs, student.mask, self.padding, reduction)
 
-    def _attention(self, student: Outputs, teacher: Outputs, layer: int, block: Sequence[int]) -> Tensor:
+    def _attention(
+        self, student: Outputs, teacher: Outputs, layer: int, block: Sequence[int], reduction: str = "mean"
+    ) -> Tensor:
         mask = student.mask
         if self.attention == "probabilities":
             theirs = mean_of_layers([teacher.attention(other) for other in block])
-            return probability_error(student.attention(layer), theirs, mask, self.padding)
+            return probability_error(student.attention(layer), theirs, mask, self.padding, reduction)
         scores = [teacher.scores(other) for other in block]
         if self.attention == "scores":
-            return score_error(student.scores(layer), mean_of_layers(scores), mask, self.padding)
+            return score_error(student.scores(layer), mean_of_layers(scores), mask, self.padding, reduction)
         theirs = scores[0] if len(scores) == 1 else mean_distribution(scores, mask)
-        return attention_divergence(student.scores(layer), theirs, mask, self.direction, self.padding)
+        return attention_divergence(student.scores(layer), theirs, mask, self.direction, self.padding, reduction)
 
     def _ours(self) -> list[int]:
         """Return the student layers that are compared with a teacher layer; they are the same in every draw."""

@@ -72,8 +72,8 @@ def key_for(role: Role, spec: RunSpec, key: str | None, config: DictConfig | Non
         return key
     if has_key(spec.teacher[name].run, key):
         return f"teacher.{name}.run.{key}"
-    if key == "student.backbone":
-        return f"teacher.{name}.backbone"
+    if key in ("student.backbone", "method"):
+        return f"teacher.{name}.{key.rpartition('.')[2]}"
     part, _, rest = key.partition(".")
     own = part in ("method", "student", "optimizer", "seed") or (
         part == "trainer" and rest not in (*NOT_IN_DIGEST, *MACHINE_KEYS)

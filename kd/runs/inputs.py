@@ -171,7 +171,7 @@ def teacher_config(parent: DictConfig, spec: RunSpec, name: str, teacher: Teache
             f"teacher.{name}.model or as student.checkpoint",
             f"teacher.{name}.run.student.init",
         )
-    choose: dict[str, str | list[str]] = {"method": "finetune", "teacher": [], "student": "full"}
+    choose: dict[str, str | list[str]] = {"method": teacher.method, "teacher": [], "student": "full"}
     own: dict[str, object] = {"student": {"backbone": teacher.backbone}}
     config = inherit(parent, choose, ["task"], own, f"teacher.{name}")
     for task, node in task_nodes(config.task, spec.task):

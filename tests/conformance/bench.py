@@ -69,6 +69,9 @@ GENERATED = tuple(f"{name} {axis}" for name in METHODS for axis in AXES if f"{na
 """Every method with every axis: what cannot be composed is refused while planning, with a reason."""
 TASK = Classification("toy", ["no", "maybe", "yes"], {}, ["accuracy"], "accuracy")
 SCORES = Regression("toy scores", ["mse"], "mse")
+DOMAINS = ["books", "dvd", "kitchen"]
+for each in (TASK, SCORES):  # further columns, for methods that read them
+    each.column_classes, each.columns = {"domain": DOMAINS}, ["domain", "transferability"]
 VOCABULARY = tiny_config().vocab_size
 HELD = 5
 """Examples of a held batch, which two ranks share 3 and 2."""
@@ -123,7 +126,10 @@ def batch_of(count: int = 8, tokens: int = 9, seed: int = 0, teachers: int = 1, 
     ids[:, 0] = 2
     inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
     labels = torch.randint(0, 3, (count,), generator=generator)
-    return Batch(inputs, (inputs,) * teachers, labels, torch.arange(count), 1.0, (inputs,) * (students - 1))
+    domains = torch.randint(0, len(DOMAINS), (count,), generator=generator)
+    columns = {"domain": domains, "transferability": torch.rand(count, generator=generator)}
+    index = torch.arange(count)
+    return Batch(inputs, (inputs,) * teachers, labels, index, 1.0, (inputs,) * (students - 1), columns=columns)
 
 
 def take(batch: Batch, rows: torch.Tensor) -> Batch:
@@ -216,6 +222,8 @@ class Bench:
             teaching = [encoder(seed + 2 + n, self.outputs, layers=4 + n, **sizes) for n in range(len(names))]
         self.students = {place: operated(student, spec) for place, student in zip(places, (first, *others), strict=True)}
         self.teachers = [] if online else [FrozenTeacher(one, name) for one, name in zip(teaching, names, strict=True)]
+        for teacher in self.teachers:
+            teacher.kept = self.kept_by(spec, teacher)
         self.methods = {place: copy.deepcopy(method) for place in places}
         self.aids = {name: FrozenTeacher(aid(n, head), name) for n, (name, head) in enumerate(method.aids.items())}
         for place, own in self.methods.items():
@@ -238,6 +246,14 @@ class Bench:
             self.engine.double()  # which takes its frozen teachers along
         self.engine.train()
         self.counts = {"teachers": len(names), "students": count}
+
+    def kept_by(self, spec: RunSpec, teacher: FrozenTeacher) -> dict[str, torch.Tensor]:
+        """What the method that trains a teacher keeps."""
+        name = spec.teacher[teacher.name].method
+        method, _ = build_method(typed(compose([f"method={name}", "teacher=[]"])).method)
+        if method.keeps:
+            method.bind(Bound(teacher.encoder, [], self.task))
+        return {part: tensor.clone() for part, tensor in method.kept().items()}
 
     def batch(self, count: int = 8, seed: int = 0) -> Batch:
         """A batch for these models, with a held one if a method holds a part of train."""

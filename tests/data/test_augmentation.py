@@ -15,6 +15,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
 from conftest import BAD, FILLER, GOOD, tiny_config, tiny_tokenizer, write_csv
 from kd.build.check import check_arguments, check_run
 from kd.build.data import build_examples
+from kd.build.parts import examples_of
 from kd.data import augmentation
 from kd.data.augmentation import STOP_WORDS, Candidates, Reader, WordReplacement, draws, word_names
 from kd.data.edits import Split
@@ -261,7 +262,7 @@ def test_fewer_copies_are_the_first_and_a_higher_rate_replaces_more_alike(model:
 
 def test_labels_and_columns_are_copied_scores_too(model: TinyModel) -> None:
     options = edit(copies=3)
-    options.stored = lambda texts: options.derive(texts, model)
+    options.stored = lambda train, task: options.made(train, task, model)
     scores = [0.5, 1.25, 2.0, 3.0, 4.0, 5.0]
     train = Split(Texts.of(TEXTS), scores, {"row": np.arange(6)})
     copies = options(train, Regression("t", ["mse"], "mse"))
@@ -642,7 +643,7 @@ def test_invalid_edit_is_refused_before_anything_is_trained(
 def test_arguments_are_checked_without_the_model(augmented: Small) -> None:
     run = planned(augmented())
     check_arguments(run)
-    check_run(run, build_examples(run, planned=True))
+    check_run(run, examples_of(run, planned=True))
 
 
 @pytest.mark.ddp

@@ -40,6 +40,7 @@ class MaskedLM:
     agreement = "accuracy"
     start: float | None = None
     column_classes: Mapping[str, list[str]] = {}
+    columns: Sequence[str] = ()
     partly_labelled = False
 
     def __init__(self, name: str, metrics: Sequence[str], monitor: str) -> None:

@@ -1,0 +1,64 @@
+"""What the methods of several domains share: a head that reads a text's content together with its domain, and its column."""
+
+import torch
+from torch import Tensor, nn
+
+from kd.errors import InputError
+from kd.functional.hidden import at_least_float32
+from kd.methods.base import Bound, Step
+
+
+class DomainHead(nn.Module):
+    """The part of Meta-KD's models that reads a domain: :math:`u = W (e_{domain} + c(x)) + b`, c a vector of the text.
+
+    Source: Pan et al., Meta-KD, ACL 2021, arXiv:2012.01266; authors' code.
+
+    Args:
+        domains: number of domains.
+        width: of the vectors.
+    """
+
+    def __init__(self, domains: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(domains, width)
+        self.dense = nn.Linear(width, width)
+
+    def forward(self, content: Tensor, domains: Tensor) -> Tensor:
+        """Return u, (batch, width), for vectors (batch, width) and domains (batch,)."""
+        both: Tensor = self.dense(self.embedding(domains) + content.to(self.embedding.weight.dtype))
+        return both
+
+
+def domains_of(bound: Bound, column: str) -> int:
+    """Return the number of domains of a task.
+
+    Raises:
+        InputError: if the task has no such column of classes, of two or more.
+    """
+    names = bound.task.column_classes.get(column)
+    if names is None or len(names) < 2:
+        raise InputError(
+            f"domain={column} is not a column of two domains or more; the task needs 'task.extra={{{column}: classes}}'",
+            "domain",
+        )
+    return len(names)
+
+
+def check_column(bound: Bound, column: str | None) -> None:
+    """Check that train has a column of weights.
+
+    Raises:
+        InputError: if it has not.
+    """
+    if column is not None and column not in bound.task.columns:
+        raise InputError(
+            f"train has no column '{column}': edit=[prototype_weights] adds transferability; null weighs all examples alike",
+            "transferability",
+        )
+
+
+def transferability_of(step: Step, column: str | None) -> Tensor:
+    """Return the transferability of each example, (batch,), a constant; ones if no column is named."""
+    if column is None:
+        return torch.ones(len(step.batch), device=step.batch.labels.device)
+    return at_least_float32(step.batch.columns[column])
