@@ -1,7 +1,10 @@
 """What the methods of several domains share: a head that reads a text's content together with its domain, and its column."""
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from kd.errors import InputError
 from kd.functional.hidden import at_least_float32
@@ -25,8 +28,24 @@ class DomainHead(nn.Module):
 
     def forward(self, content: Tensor, domains: Tensor) -> Tensor:
         """Return u, (batch, width), for vectors (batch, width) and domains (batch,)."""
-        both: Tensor = self.dense(self.embedding(domains) + content.to(self.embedding.weight.dtype))
-        return both
+        return domain_vector(self.state(), content, domains)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the parameters by name."""
+        return dict(self.named_parameters())
+
+
+def domain_vector(state: Mapping[str, Tensor], content: Tensor, domains: Tensor) -> Tensor:
+    """Return u, (batch, width), of the head with these parameters, in float32 at least."""
+    weights = {name: at_least_float32(tensor) for name, tensor in state.items()}
+    both = weights["embedding.weight"][domains] + at_least_float32(content)
+    return in_full(linear, both, weights["dense.weight"], weights["dense.bias"])
+
+
+def in_full(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Return a function of tensors without mixed precision: they are few and small, and a difference of two is taken."""
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return function(*tensors)
 
 
 def domains_of(bound: Bound, column: str) -> int:

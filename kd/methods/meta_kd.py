@@ -11,7 +11,7 @@ from kd.forward import Needs
 from kd.functional.hidden import at_least_float32
 from kd.functional.prototypes import content_vector, expertise
 from kd.methods.base import Bound, Step
-from kd.methods.domains import DomainHead, check_column, domains_of, transferability_of
+from kd.methods.domains import DomainHead, check_column, domain_vector, domains_of, in_full, transferability_of
 from kd.methods.options import word
 from kd.methods.tinybert import TinyBERT
 
@@ -85,7 +85,8 @@ class MetaKD(TinyBERT):
                 "weighting=expertise needs classes, the task is a regression; use weighting=transferability", "weighting"
             )
         self.head = DomainHead(count, bound.student.width)
-        self.theirs = teachers_head(bound, count)
+        for name, tensor in teachers_head(bound, count).items():
+            self.register_buffer(buffer_of(name), tensor, persistent=False)
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
         """Declare TinyBERT's needs, and the states of the last layers."""
@@ -124,12 +125,14 @@ class MetaKD(TinyBERT):
 
     def domain_errors(self, step: Step) -> Tensor:
         """Return the mean squared error between the heads' outputs of each example, (batch,)."""
-        domains, vectors = step.batch.columns[self.domain], []
-        for forward, depth, head in ((step.student, self.depths[0], self.head), (step.teacher, self.depths[1], self.theirs)):
-            outputs = forward.outputs
-            vectors.append(head(content_vector(outputs.hidden(depth), outputs.mask, self.padding), domains))
-        ours, theirs = self.projections[self._place(self.depths[0])](vectors[0]), vectors[1].detach()
-        return ((at_least_float32(ours) - at_least_float32(theirs)) ** 2).mean(dim=1)
+        domains = step.batch.columns[self.domain]
+        contents = [
+            content_vector(outputs.hidden(depth), outputs.mask, self.padding)
+            for outputs, depth in zip((step.student.outputs, step.teacher.outputs), self.depths, strict=True)
+        ]
+        ours = in_full(self.projections[self._place(self.depths[0])], self.head(contents[0], domains))
+        kept = {name: getattr(self, buffer_of(name)) for name in self.head.state()}
+        return ((ours - domain_vector(kept, contents[1], domains).detach()) ** 2).mean(dim=1)
 
     def describe(self) -> dict[str, str]:
         """Describe the layer map and the weights of examples."""
@@ -148,21 +151,23 @@ class MetaKD(TinyBERT):
         return "weighting=expertise reads the teacher's probability of the label" if self.weighting == "expertise" else None
 
 
-def teachers_head(bound: Bound, count: int) -> DomainHead:
-    """Return the frozen head of domains that a teacher's method kept.
+def buffer_of(name: str) -> str:
+    """Return the name of the buffer with a parameter of the teacher's head."""
+    return f"teachers_{name.replace('.', '_')}"
+
+
+def teachers_head(bound: Bound, count: int) -> dict[str, Tensor]:
+    """Return the parameters of the head of domains that a teacher's method kept, by name.
 
     Raises:
         InputError: if it kept none, or one of other domains.
     """
-    head = DomainHead(count, bound.teacher.width)
-    state = {name.removeprefix("head."): tensor for name, tensor in bound.teacher.kept.items() if name.startswith("head.")}
-    own = head.state_dict()
-    if {name: tensor.shape for name, tensor in state.items()} != {name: tensor.shape for name, tensor in own.items()}:
-        kept = "none" if not state else "one of other domains"
+    own = DomainHead(count, bound.teacher.width).state()
+    kept = {name.removeprefix("head."): tensor for name, tensor in bound.teacher.kept.items() if name.startswith("head.")}
+    if {name: tensor.shape for name, tensor in kept.items()} != {name: tensor.shape for name, tensor in own.items()}:
         raise InputError(
-            f"method=meta_kd reads the teacher's head of {count} domains, and the teacher '{bound.teacher.name}' kept {kept}: "
-            f"train it by teacher.{bound.teacher.name}.method=meta_teacher on these domains",
+            f"the teacher '{bound.teacher.name}' kept {'a head of other domains' if kept else 'no head of domains'}, and the "
+            f"method reads that of {count}: train it on them by teacher.{bound.teacher.name}.method=meta_teacher",
             "teacher",
         )
-    head.load_state_dict({name: own[name] if tensor.is_meta else tensor for name, tensor in state.items()})
-    return head.requires_grad_(False)
+    return kept

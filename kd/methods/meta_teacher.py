@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from kd.forward import Needs
 from kd.functional.hidden import PADDING, at_least_float32
 from kd.functional.prototypes import content_vector
-from kd.methods.base import Bound, Method, Step
-from kd.methods.domains import DomainHead, check_column, domains_of, transferability_of
+from kd.methods.base import ANY_TEACHERS, Bound, Method, Step
+from kd.methods.domains import DomainHead, check_column, domains_of, in_full, transferability_of
 from kd.methods.options import number, word
 
 CORRUPTIONS = ("permute", "other")
@@ -36,13 +36,16 @@ class MetaTeacher(Method):
             `other`, another domain, each equally likely (our choice).
         padding: mean of states over real tokens without [CLS] (`strict`, our choice), or over all positions but the first,
             padding included (`reference`, authors' code).
-        dropout: of the vector that the domain's classifier reads, 0.1 as in BERT.
+        dropout: of the vector that the domain's classifier reads; null for that of the model.
 
-    The domain's embedding and its first layer are kept for the student's method (`keeps`).
+    A configured teacher is never run in training. The domain's embedding and its first layer are kept for the student's method
+    (`keeps`).
     """
 
     names = ("task", "domain")
-    teachers = 0
+    teachers = ANY_TEACHERS
+    uses_teachers = False
+    pools = False
     keeps = ("head",)
     distances = ()
 
@@ -52,13 +55,13 @@ class MetaTeacher(Method):
         transferability: str | None = "transferability",
         corruption: str = "permute",
         padding: str = "strict",
-        dropout: float = 0.1,
+        dropout: float | None = None,
     ) -> None:
         super().__init__()
         self.domain, self.transferability = domain, transferability
         self.corruption = word(corruption, CORRUPTIONS, "corruption")
         self.padding = word(padding, PADDING, "padding")
-        self.dropout = nn.Dropout(number(dropout, "dropout", 0, 0.99))
+        self.rate = None if dropout is None else number(dropout, "dropout", 0, 0.99)
         self.across_ranks = corruption == "permute"
         self.depth = 0
 
@@ -70,13 +73,16 @@ class MetaTeacher(Method):
         """
         count = domains_of(bound, self.domain)
         check_column(bound, self.transferability)
+        self.teachers = len(bound.teachers)
         self.depth = bound.student.depth
         self.head = DomainHead(count, bound.student.width)
         self.classifier = nn.Linear(bound.student.width, count)
+        own = [module.p for module in bound.student.modules() if isinstance(module, nn.Dropout)]
+        self.dropout = nn.Dropout(max(own, default=0.0) if self.rate is None else self.rate)
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
         """Declare the states of the last layer."""
-        return Needs(hidden=[self.depth]), []
+        return Needs(hidden=[self.depth]), [Needs()] * (self.teachers or 0)
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         """Return the weighted hard loss, and the weighted loss of the domains."""
@@ -84,7 +90,7 @@ class MetaTeacher(Method):
         student = step.student.outputs
         content = content_vector(student.hidden(self.depth), student.mask, self.padding)
         domains = step.batch.columns[self.domain]
-        logits = self.classifier(self.dropout(self.head(content, domains).tanh()))
+        logits = in_full(self.classifier, self.dropout(self.head(content, domains).tanh()))
         wrong = F.cross_entropy(at_least_float32(logits), self.wrong_domains(step), reduction="none")
         hard = step.task.hard(student.logits, step.batch.labels, reduction="none")
         return {"task": (weights * hard).mean(), "domain": (weights * wrong).mean()}

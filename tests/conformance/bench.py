@@ -252,7 +252,9 @@ class Bench:
         name = spec.teacher[teacher.name].method
         method, _ = build_method(typed(compose([f"method={name}", "teacher=[]"])).method)
         if method.keeps:
-            method.bind(Bound(teacher.encoder, [], self.task))
+            with torch.random.fork_rng():
+                torch.manual_seed(5)
+                method.bind(Bound(teacher.encoder, [], self.task))
         return {part: tensor.clone() for part, tensor in method.kept().items()}
 
     def batch(self, count: int = 8, seed: int = 0) -> Batch:
