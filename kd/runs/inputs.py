@@ -173,7 +173,10 @@ def teacher_config(parent: DictConfig, spec: RunSpec, name: str, teacher: Teache
         )
     choose: dict[str, str | list[str]] = {"method": teacher.method, "teacher": [], "student": "full"}
     own: dict[str, object] = {"student": {"backbone": teacher.backbone}}
-    config = inherit(parent, choose, ["task"], own, f"teacher.{name}")
+    try:
+        config = inherit(parent, choose, ["task"], own, f"teacher.{name}")
+    except InputError as error:
+        raise InputError(error.message, f"teacher.{name}.method" if error.key == "method" else error.key) from error
     for task, node in task_nodes(config.task, spec.task):
         with open_dict(node):
             if task.unlabelled is not None:  # fine-tuning learns from labels alone
