@@ -138,7 +138,10 @@ def read_model(edit: ModelEdit, node: Mapping[str, Any], key: str, run: Run) -> 
     def stored(train: Split, task: Task) -> Arrays:
         reads = [hashlib.blake2b(np.ascontiguousarray(array).tobytes()).hexdigest() for array in edit.reads(train)]
         named = ["edit", EDITS_FORMAT, identity, fingerprint(plan.source, plan.key), train.texts.digest(), *reads]
-        return store.arrays(lambda: named, lambda: dict(edit.made(train, task, ModelOfEdit(plan, distributed.device(run.spec.trainer.accelerator)))))
+        return store.arrays(
+            lambda: named,
+            lambda: dict(edit.made(train, task, ModelOfEdit(plan, distributed.device(run.spec.trainer.accelerator)))),
+        )
 
     edit.stored = stored
 

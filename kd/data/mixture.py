@@ -168,8 +168,9 @@ class MixedCollate:
     def __init__(self, of_task: Mapping[str, Any]) -> None:
         self.of_task = dict(of_task)
 
-    def __call__(self, rows: TaskRows) -> Batch:
-        """Return the batch of these examples."""
+    def __call__(self, rows: list[int]) -> Batch:
+        """Return the batch of these examples, a `TaskRows`."""
+        assert isinstance(rows, TaskRows)
         batch: Batch = self.of_task[rows.task](rows)
         return batch
 

@@ -62,7 +62,7 @@ class TinyBERT(Method):
         InputError: for an option that does not have one of its allowed values.
     """
 
-    names = ("attention", "hidden", "embedding")
+    names: tuple[str, ...] = ("attention", "hidden", "embedding")
 
     def __init__(
         self,

@@ -52,6 +52,9 @@ def joined(
             "megabytes": round(sum(entry["megabytes"] for entry in entries), 2),
         }
 
+    def of_teacher(name: str) -> dict[str, dict[str, Any]]:
+        return metrics(lambda record: record["metrics_teacher"][name])
+
     students = {name: student(name) for name in first["students"]}
     best, teachers = students[first["headline"]], first["metrics_teacher"]
     return {
@@ -63,7 +66,7 @@ def joined(
         "parameters": {**first["parameters"], "student": best["parameters"]},
         "megabytes": {**first["megabytes"], "student": best["megabytes"]},
         "metrics_last": {"validation": dict(last)},
-        "metrics_teacher": {name: metrics(lambda record, of=name: record["metrics_teacher"][of]) for name in teachers},
+        "metrics_teacher": {name: of_teacher(name) for name in teachers},
         "metrics_ensemble": metrics(lambda record: record["metrics_ensemble"]),
         "baseline": metrics(lambda record: record["baseline"]),
         "labels": {name: record["labels"] for name, record in tasks.items()},
