@@ -12,8 +12,14 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 from conftest import BAD, GOOD, sentence, write_csv
 from kd.build.check import check_run
-from kd.build.parts import examples_of
+from kd.build.parts import build_parts, engine_of, examples_of
+from kd.config.compose import check_overrides, compose
+from kd.config.mixture import check_mixture
+from kd.config.schema import TaskSpec
+from kd.data.mixture import Mixture
+from kd.data.tasks import Classification
 from kd.errors import InputError
+from kd.results.mixture import scores
 from kd.runs.members import members
 from kd.training import execute
 from whole_runs import broken_off, last_weights, made, planned, same_weights, torchrun, weights
@@ -189,6 +195,9 @@ def test_mixtures_compose(mixed: Mixed, backbone: Path, more: list[str]) -> None
     run, record = made(mixed("mood", "score")(*more, *second, "trainer.max_epochs=1"))
     assert record["metrics"]["test"]["mean"] is not None
     assert run.is_done()
+    mood, score = (AutoModelForSequenceClassification.from_pretrained(run.student / name) for name in ("mood", "score"))
+    assert same_weights(mood.bert.state_dict(), score.bert.state_dict())
+    assert (mood.config.num_labels, score.config.num_labels) == (2, 1)
 
 
 def test_its_folders_are_exported_again(mixed: Mixed) -> None:
@@ -198,6 +207,15 @@ def test_its_folders_are_exported_again(mixed: Mixed) -> None:
     again = execute.execute(run)
     assert again["files"] == record["files"]
     assert run.is_done(thorough=True)
+
+
+def test_gradients_are_clipped_once_for_each_student(mixed: Mixed) -> None:
+    run = planned(mixed("mood", "score")("method=finetune", "teacher=[]"))
+    parts = build_parts(run, examples_of(run))
+    engine = engine_of(run, {name: part.engine for name, part in parts.items()}, examples_of(run))
+    (group,) = engine.trained()
+    assert len(group) == len(set(group))
+    assert set(group) == set(engine.parameters())
 
 
 def test_a_task_of_a_mixture_has_a_run_of_its_own_folder(mixed: Mixed) -> None:
@@ -229,8 +247,49 @@ def test_teachers_of_one_task_each(mixed: Mixed) -> None:
     assert single.inputs.teachers["minilm"].digest == members(run)["mood"].inputs.teachers["minilm"].digest
 
 
-def test_a_student_of_one_task_has_a_teacher_of_several(mixed: Mixed) -> None:
-    """Its teacher is that of the student of the mixture; and a run of one task may begin with the student of the mixture."""
+def test_a_student_of_one_task_has_the_teacher_of_a_mixture(mixed: Mixed) -> None:
+    """Its own task is as it has it, others are those of their files, which have no limits."""
+    tasks = "teacher.minilm.tasks=[rotten_tomatoes,mood]"
+    run = planned(alone("mood", mixed("mood")("method=kd", "task.of.mood.name=mood", "task.of.mood.limit_train=9", tasks)))
+    teacher = run.inputs.teachers["minilm"]
+    assert list(teacher.spec.task.of) == ["rotten_tomatoes", "mood"]
+    assert teacher.spec.task.of["mood"].train == run.spec.task.train
+    assert [one.limit_train for one in teacher.spec.task.of.values()] == [None, 9]
+    assert members(run)["mood"].inputs.teachers["minilm"].student == teacher.student / "mood"
+
+
+def test_a_teacher_of_the_same_tasks_is_that_of_the_mixture(mixed: Mixed) -> None:
+    named, plain = (planned(mixed("mood", "score")("method=kd", *more)) for more in (["teacher.minilm.tasks=[mood,score]"], []))
+    assert named.digest == plain.digest
+
+
+def test_a_teacher_for_each_of_one_task_is_its_teacher(mixed: Mixed) -> None:
+    each, plain = (planned(alone("mood", mixed("mood")("method=kd", *more))) for more in (["teacher.minilm.tasks=each"], []))
+    assert each.digest == plain.digest
+
+
+def test_the_record_names_all_that_made_the_run(mixed: Mixed) -> None:
+    more = ("method=tinybert", "method.before.run.trainer.max_epochs=1", "trainer.max_epochs=1", "trainer.accumulate=8")
+    run, record = made(mixed("mood", "score")(*more, "teacher.minilm.tasks=each"))
+    assert list(record["inputs"]) == ["teacher minilm/mood", "teacher minilm/score", "before"]
+    assert record["identity"]["before"]["method"]["name"] == "tinybert_layers"
+    assert (record["accumulate"], record["batch_size"]) == (6, 96)  # all the batches of an epoch
+    card = (run.student / "score" / "README.md").read_text()
+    assert "mood, score, drawn in proportion to n^1" in card
+
+
+def test_a_list_of_tasks_is_a_mixture_and_a_sweep_has_lists_and_words(tmp_path: Path) -> None:
+    overrides = ["task=[sst2,rte]", f"paths.runs={tmp_path}", "paths.glue=nowhere"]
+    config = compose(overrides)
+    assert list(config.task.of) == ["sst2", "rte"]
+    check_overrides(["task=[sst2,rte],sst2", "task=[sst2,rte],[mrpc,rte]"])
+    with pytest.raises(InputError, match="twice"):
+        check_overrides(["task=[rte,rte]"])
+    with pytest.raises(InputError, match="names no task"):
+        check_overrides(["task=[]"])
+
+
+def test_a_student_of_one_task_may_begin_with_that_of_a_mixture(mixed: Mixed) -> None:
     whole = planned(mixed("mood", "score")("method=kd"))
     tasks = [word for word in mixed("mood", "score")() if word.startswith(("+task@", "task"))]
     stage = ",".join(f"'{word}'" for word in ["method=kd", "edit=[]", *tasks])
@@ -257,10 +316,37 @@ def test_a_start_that_lacks_a_task_is_refused(mixed: Mixed) -> None:
     assert refusal.value.key == "student.run"
 
 
+def test_a_name_with_a_dot_is_refused() -> None:
+    task = TaskSpec("mix", "mixture", {}, [], None, metrics=[], monitor="mean", of={"a.b": TaskSpec(kind="classification")})
+    with pytest.raises(InputError, match="dot"):
+        check_mixture(task)
+
+
+def test_a_mean_is_of_all_tasks() -> None:
+    tasks = {name: Classification(name, ["x", "y"], {}, ["accuracy"], "accuracy") for name in "ab"}
+    mixture = Mixture("mix", tasks, "mean")
+    assert scores(mixture, {"a": {"accuracy": 0.5}, "b": {"accuracy": 1.0}})["mean"] == 0.75
+    assert scores(mixture, {"a": {"accuracy": 0.5}}) == {"a/accuracy": 0.5}
+    assert scores(mixture, {}) == {}
+
+
 BAD_INPUT = {
     "a pool that ranks": (["pool=best", "teacher=[minilm,minilm_4l]"], "pool.distribution", "one task"),
     "an edit of all": (["edit=[label_noise]"], "task.edits", "task.of.<name>.edits"),
     "a teacher of fewer tasks": (["teacher.minilm.tasks=[rte]"], "teacher.minilm.tasks", "'mood'"),
+    "starts from several teachers": (
+        ["teacher.minilm.tasks=each", "student.init_from=teacher"],
+        "student.init_from",
+        "one for each task",
+    ),
+    "a teacher of a task twice": (["teacher.minilm.tasks=[mood,mood,kind,score]"], "teacher.minilm.tasks", "twice"),
+    "a teacher of no such task": (["teacher.minilm.tasks=[mood,kind,score,rtf]"], "teacher.minilm.tasks", "no task 'rtf'"),
+    "a teacher of a text": (["teacher.minilm.tasks=[mood,kind,score,imdb_text]"], "teacher.minilm.tasks", "masked_lm"),
+    "tasks of an online teacher": (
+        ["teacher.minilm.tasks=each", "cohort=mutual", "cohort.teacher=online"],
+        "teacher.minilm.tasks",
+        "run of its own",
+    ),
     "a teacher of no tasks": (["teacher.minilm.tasks=all"], "teacher.minilm.tasks", "each"),
     "a negative tau": (["task.tau=-1"], "task.tau", "-1"),
     "a metric that no task has": (["task.monitor=mood/f2"], "task.monitor", "mood/accuracy"),
@@ -280,7 +366,7 @@ def test_bad_mixtures_are_refused(mixed: Mixed, more: list[str], key: str, words
     assert words in refusal.value.message
 
 
-def test_weights_of_single_runs_are_unchanged(mixed: Mixed) -> None:
+def test_a_single_task_is_identified_as_before(mixed: Mixed) -> None:
     """A single task has no key of a mixture in its identity, so that its digest is what it was."""
     run = planned(alone("mood", mixed("mood")("method=kd")))
     assert not {"of", "tau"} & run.digest_inputs["task"].keys()

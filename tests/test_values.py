@@ -66,7 +66,7 @@ def attempt(composed: DictConfig, key: str, value: Any, full: bool) -> None:
         run = plan(config, [])
         check_arguments(run)
         if full:
-            check_all(run, {})
+            check_all(run, [])
         else:
             check_run(run, examples_of(run))
     finally:
@@ -169,7 +169,7 @@ def test_no_option_of_a_method_takes_just_anything(method: str, key: str, small:
         ("student=null", "student", "3l"),
         ("student=3", "student", "3l"),
         ("optimizer=true", "optimizer", "adamw"),
-        ("task=[file]", "task", "named by a word"),
+        ("method=[kd]", "method", "named by a word"),
         ("~teacher", "teacher", "teacher=[]"),
         ("~trainer.clip", "trainer.clip", "give it a value"),
         ("~student", "student", "give it a value"),

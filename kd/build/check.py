@@ -11,9 +11,9 @@ from kd.build.edits import build_edits, check_edits
 from kd.build.engine import build_engine
 from kd.build.instantiate import build_method, build_optimizer, logger_maker
 from kd.build.models import flat, plan_models
-from kd.build.parts import engine_of, of_member
+from kd.build.parts import engine_of
 from kd.build.surgeries import prefix_surgery_errors, surgeries
-from kd.config.mixture import keys_of, tasks_of
+from kd.config.mixture import rename_task_error_keys, tasks_of
 from kd.config.schema import RunSpec
 from kd.config.values import locate, one_line, subclass_of
 from kd.data.examples import Examples
@@ -105,7 +105,7 @@ def check_arguments(run: Run) -> None:
     probabilities = [1 / max(len(spec.teacher), 1)] * len(spec.teacher)
     method, weights = build_method(spec.method, spec.pool, spec.cohort, probabilities)
     for name, task in tasks_of(spec.task).items():
-        with keys_of(spec.task, name):
+        with rename_task_error_keys(spec.task, name):
             check_unlabelled(replace(spec, task=task), method, weights)
             build_edits(task)
     surgeries(spec)
@@ -154,7 +154,7 @@ def check_run(run: Run, examples: Mapping[str, Examples]) -> None:
     check_machine(run.spec)
     engines = {}
     for name, one in members(run).items():
-        with of_member(run, name):
+        with rename_task_error_keys(run.spec.task, name):
             engines[name] = check_member(one, examples[name])
     engine_of(run, engines, examples)
 

@@ -1,13 +1,12 @@
-"""What a run trains: for each of its tasks data, models and an engine, and what trains them together."""
+"""Parts of a run: data, models and an engine for each of its tasks, and the engine and loaders of all together."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kd.build.data import build_data, build_examples, prefit_methods
 from kd.build.engine import build_engine
 from kd.build.models import BuiltModels, build_models
-from kd.config.mixture import is_mixture, keys_of
+from kd.config.mixture import is_mixture, rename_task_error_keys
 from kd.data.datamodule import KDDataModule
 from kd.data.examples import Examples
 from kd.data.mixture import MixedData, Mixture
@@ -38,13 +37,6 @@ class Part:
     engine: Engine
 
 
-@contextmanager
-def of_member(run: Run, name: str) -> Iterator[None]:
-    """Let errors about a task of a run name its keys in the run's configuration."""
-    with keys_of(run.spec.task, name):
-        yield
-
-
 def examples_of(run: Run, *, planned: bool = False) -> dict[str, Examples]:
     """Return the examples of each task of a run, by name; arguments as for `build_examples`.
 
@@ -53,7 +45,7 @@ def examples_of(run: Run, *, planned: bool = False) -> dict[str, Examples]:
     """
     examples = {}
     for name, one in members(run).items():
-        with of_member(run, name):
+        with rename_task_error_keys(run.spec.task, name):
             examples[name] = build_examples(one, planned=planned)
     return examples
 
@@ -81,7 +73,7 @@ def build_models_of(run: Run, examples: Mapping[str, Examples]) -> dict[str, Bui
     built: dict[str, BuiltModels] = {}
     for name, one in members(run).items():
         body = next(iter(built.values()), None)
-        with of_member(run, name):
+        with rename_task_error_keys(run.spec.task, name):
             built[name] = build_models(one, examples[name].task, texts=texts, body=body)
     return built
 
@@ -94,7 +86,7 @@ def build_parts(run: Run, examples: Mapping[str, Examples]) -> dict[str, Part]:
     """
     parts, models = {}, build_models_of(run, examples)
     for name, one in members(run).items():
-        with of_member(run, name):
+        with rename_task_error_keys(run.spec.task, name):
             data, built = build_data(one, examples[name], models[name])
             prefit_methods(one, data, built)
             parts[name] = Part(one, examples[name], built, data, build_engine(one, built, examples[name].task))

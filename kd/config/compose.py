@@ -145,7 +145,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
             available = sorted(path.stem for path in (conf_folder() / key).glob("*.yaml"))
             how = f"{key}=[] where there is none, or {key}=[name, ...]" if key in LISTS else f"{key}=<name>"
             raise InputError(f"'{shown(override)}' names no {key}: {how}; there are {', '.join(available)}", key)
-        alone = text.startswith("[") and text.count("[") == 1  # several lists are a sweep
+        alone = text.startswith("[") and text.endswith("]") and text.count("[") == 1  # several lists are a sweep
         names = [name.strip(" '\"") for name in text.strip("[]").split(",")] if alone else []
         if twice := [name for name in names if name and names.count(name) > 1]:
             raise InputError(f"'{shown(override)}' lists '{twice[0]}' twice", key)

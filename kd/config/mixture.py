@@ -30,6 +30,15 @@ def is_mixture(task: TaskSpec) -> bool:
     return task.kind == MIXTURE
 
 
+def named(task: TaskSpec) -> TaskSpec:
+    """Return a task, of which a mixture without a name of its own has those of its tasks.
+
+    >>> named(TaskSpec(name="mixture", kind="mixture", of={"sst2": TaskSpec(), "rte": TaskSpec()})).name
+    'sst2-rte'
+    """
+    return replace(task, name="-".join(task.of)) if is_mixture(task) and task.name == MIXTURE and task.of else task
+
+
 def tasks_of(task: TaskSpec) -> dict[str, TaskSpec]:
     """Return the tasks of a mixture by name, each with this name and the limits of the mixture in place of none.
 
@@ -45,7 +54,7 @@ def tasks_of(task: TaskSpec) -> dict[str, TaskSpec]:
 
 
 @contextmanager
-def keys_of(task: TaskSpec, name: str) -> Iterator[None]:
+def rename_task_error_keys(task: TaskSpec, name: str) -> Iterator[None]:
     """Let errors about a task of a mixture name its keys in the mixture's configuration, such as `task.of.rte.train`.
 
     Args:
@@ -77,7 +86,7 @@ def check_tasks(task: TaskSpec) -> None:
             if getattr(task, key) != empty:
                 raise InputError(f"task.{key} belongs to a mixture: 'task=[sst2,rte]'", f"task.{key}")
     for name, one in tasks_of(task).items():
-        with keys_of(task, name):
+        with rename_task_error_keys(task, name):
             check_task(one)
 
 
@@ -100,6 +109,8 @@ def check_mixture(task: TaskSpec) -> None:
     number(task.tau, "task.tau", 0, 100)
     for name, one in task.of.items():
         check_name(name, "task.of")
+        if "." in name:
+            raise InputError(f"task.of has the name '{name}': a dot would separate keys; use '_' or '-'", "task.of")
         if one.kind not in KINDS:
             raise one_of(one.kind, KINDS, f"task.of.{name}.kind")
     check_monitor(task)
@@ -120,7 +131,7 @@ def expand(overrides: Sequence[str]) -> list[str]:
     """Return overrides with each `task=[...]` replaced by those that make the mixture; lists in a sweep are left as they are.
 
     >>> expand(["seed=1", "task=[sst2,rte]"])
-    ['seed=1', 'task=mixture', '+task@task.of.sst2=sst2', '+task@task.of.rte=rte', 'task.name=sst2-rte']
+    ['seed=1', 'task=mixture', '+task@task.of.sst2=sst2', '+task@task.of.rte=rte']
     """
     expanded = []
     for override in overrides:
@@ -128,7 +139,7 @@ def expand(overrides: Sequence[str]) -> list[str]:
         if names is None:
             expanded.append(override)
         else:
-            expanded += [f"task={MIXTURE}", *(f"+task@task.of.{name}={name}" for name in names), f"task.name={'-'.join(names)}"]
+            expanded += [f"task={MIXTURE}", *(f"+task@task.of.{name}={name}" for name in names)]
     return expanded
 
 

@@ -72,6 +72,19 @@ class Collate:
         )
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """Size of an epoch of training, over all ranks.
+
+    Attributes:
+        batches: number of batches.
+        examples: number of examples, as texts.
+    """
+
+    batches: int
+    examples: int
+
+
 class KDDataModule(pl.LightningDataModule):
     """Loaders over a task, tokenised for its students and teachers.
 
@@ -172,6 +185,10 @@ class KDDataModule(pl.LightningDataModule):
     def trained_count(self) -> int:
         """Number of examples of train that are trained on, as texts."""
         return len(self.examples.texts["train"]) - self.held_count
+
+    def epoch(self) -> Epoch:
+        """Return the size of an epoch."""
+        return Epoch(len(self.sampler("train", self.seed)), self.trained_count)
 
     @property
     def student_key(self) -> str:

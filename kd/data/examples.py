@@ -183,6 +183,9 @@ def read_unlabelled(spec: TaskSpec, task: Task) -> Split:
         table = examples_of(lines, path, text, None, key, blank=False, extra=extra)
     else:
         table = examples_of(rows(path, key), path, text, None, key, blank=False, extra=extra)
+    if spec.where:
+        table = table.take(chosen(spec.where, task.column_classes, table))
+        check_splits({"unlabelled": table}, key)
     return Split(table.texts, [math.nan] * len(table), values_of_columns(spec.extra or {}, task.column_classes, table))
 
 

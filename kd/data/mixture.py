@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from kd.config.mixture import MEAN
 from kd.data.batch import Batch
-from kd.data.datamodule import KDDataModule, RowIndices, batches_done
+from kd.data.datamodule import Epoch, KDDataModule, RowIndices, batches_done
 from kd.data.held import WithHeld
 from kd.data.sampler import LengthBatches, OptimiserStep, Rows
 from kd.data.tasks import Task, higher_is_better
@@ -195,6 +195,10 @@ class MixedData(pl.LightningDataModule):
         samplers = {name: part.sampler("train", self.seed) for name, part in self.parts.items()}
         sizes = [len(part.trained) for part in self.parts.values()]
         return MixedBatches(samplers, sizes, self.tau, self.seed)
+
+    def epoch(self) -> Epoch:
+        """Return the size of an epoch; a task may have more or fewer batches in it than in an epoch of its own."""
+        return Epoch(len(self.sampler()), sum(part.trained_count for part in self.parts.values()))
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of training batches."""

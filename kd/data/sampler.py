@@ -143,7 +143,7 @@ class LengthBatches(Sampler[list[int]]):
         mine = batch[self.rank :: self.world]
         weight = len(mine) * self.world / len(batch) * (self.accumulate * len(batch) / of_step.examples)
         label_weight = 1.0
-        if self.labelled is not None:
+        if of_step.labelled < of_step.examples:
             share = self.labels_in(mine) / max(of_step.labelled, 1)
             label_weight = share * self.world * self.accumulate / weight
         return Rows(mine.tolist(), weight, None if self.seed is None else self.epoch, label_weight=label_weight)

@@ -396,7 +396,9 @@ class DomainFolders:
         if not isinstance(self.train, str):
             raise InputError("this task needs train=<folder>, a folder with a folder for each domain", "train")
         root = Path(self.train).expanduser()
-        domains = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+        domains = (
+            sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] not in "._") if root.is_dir() else []
+        )
         files: dict[str, dict[str | None, Path]] = {
             split: {domain: root / domain / f"{name}.tsv" for domain in domains}
             for split, name in {"train": "train", "test": "dev"}.items()

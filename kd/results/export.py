@@ -201,6 +201,13 @@ def model_card(result: Mapping[str, Any]) -> str:
     identity = result["identity"]
     data = ", ".join(f"{name} `{value}`" for name, value in identity["data"].items() if isinstance(value, str | int | float))
     examples = ", ".join(f"{count:,} {split}" for split, count in result["examples"].items())
+    mixture = identity.get("mixture")
+    together = (
+        f"\n- Tasks that it was trained on, with a head for each: {', '.join(mixture['tasks'])}, drawn in proportion to "
+        f"n^{mixture['tau']:g}; the settings below are of all of them"
+        if mixture
+        else ""
+    )
     stated = f"{about['license']}, as the card of the base model states" if about["license"] else "unknown, nothing states one"
     return f"""---
 {_metadata(result).to_yaml(line_break=chr(10))}
@@ -215,7 +222,7 @@ Made with kd {result["versions"]["kd"]}, run `{result["digest"]}`, seed {result[
 
 - Licence: {stated}. That of the data is not known to kd
 - Base model: `{about["backbone"]}` (`{identity["student"]["backbone"]}`)
-- Data: {result["task"]}: {examples} examples; {data}
+- Data: {result["task"]}: {examples} examples; {data}{together}
 - Labels: {labels}
 - Parameters: {parameters}
 - Initialisation: {result["init"]}

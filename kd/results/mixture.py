@@ -3,31 +3,33 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from kd.config.schema import TaskSpec
 from kd.data.mixture import Mixture
-from kd.runs.run import Run
 
 Record = Mapping[str, Any]
 
 
-def joined(
-    run: Run,
+def mixture_record(
     mixture: Mixture,
     tasks: Mapping[str, Record],
     parameters: Mapping[str, int],
-    last: Mapping[str, Any],
-    work: Any,
+    last: Record,
+    work: Mapping[str, Mapping[str, int]],
+    provenance: Record,
+    spec: TaskSpec,
 ) -> dict[str, Any]:
     """Return the record of a mixture: metrics by task and their mean, and the records of the tasks in `tasks`.
 
     What is the same for all tasks is the first one's.
 
     Args:
-        run: the run.
         mixture: the mixture.
         tasks: the record of each task by name.
         parameters: number of parameters of each student, its body counted once.
         last: metrics on validation at the end of training.
-        work: the run's work (`kd.results.record.Work`).
+        work: teacher, as `task/name` -> its forward passes, the examples in them, and the batches that used it.
+        provenance: what made the run (`kd.results.record.Provenance`).
+        spec: configuration of the mixture.
     """
     records = list(tasks.values())
     first = records[0]
@@ -46,6 +48,7 @@ def joined(
             "metrics": metrics(lambda record: record["students"][name]["metrics"]),
             "agreement": mean_agreement(agreements),
             "parameters": parameters[name],
+            "init": common({task: record["students"][name]["init"] for task, record in tasks.items()}),
             "collapsed": any(entry["collapsed"] for entry in entries),
             "folder": entries[0]["folder"].rpartition("/")[0],
             "export_difference": max(entry["export_difference"] for entry in entries),
@@ -59,7 +62,8 @@ def joined(
     best, teachers = students[first["headline"]], first["metrics_teacher"]
     return {
         **first,
-        "task": run.spec.task.name,
+        **provenance,
+        "task": spec.name,
         "tasks": dict(tasks),
         "students": students,
         **{name: best[name] for name in ("metrics", "agreement", "init", "export_difference", "collapsed")},
@@ -68,18 +72,29 @@ def joined(
         "metrics_last": {"validation": dict(last)},
         "metrics_teacher": {name: of_teacher(name) for name in teachers},
         "metrics_ensemble": metrics(lambda record: record["metrics_ensemble"]),
+        "notes_teacher": {
+            f"{name}/{teacher}": notes for name, record in tasks.items() for teacher, notes in record["notes_teacher"].items()
+        },
         "baseline": metrics(lambda record: record["baseline"]),
         "labels": {name: record["labels"] for name, record in tasks.items()},
         "examples": {name: record["examples"] for name, record in tasks.items()},
-        "limit_train": run.spec.task.limit_train,
+        "limit_train": spec.limit_train,
         "max_length": {name: record["max_length"] for name, record in tasks.items()},
-        "teacher_forward_examples": sum(done["examples"] for done in work.teachers.values()),
-        "teacher_forwards": work.teachers,
+        "teacher_forward_examples": sum(done["examples"] for done in work.values()),
+        "teacher_forwards": dict(work),
         "cache": {f"{name}/{teacher}": cache for name, record in tasks.items() for teacher, cache in record["cache"].items()},
         "seconds": {**first["seconds"], "cache": sum(record["seconds"]["cache"] for record in records)},
-        "identity": run.digest_inputs,
         "files": {path: file for record in records for path, file in record["files"].items()},
     }
+
+
+def common(words: Mapping[str, str]) -> str:
+    """Return what is said of every task, once if it is the same.
+
+    >>> common({"a": "first layers", "b": "first layers"}), common({"a": "x", "b": "y"})
+    ('first layers', 'a: x; b: y')
+    """
+    return next(iter(words.values())) if len(set(words.values())) == 1 else "; ".join(f"{n}: {w}" for n, w in words.items())
 
 
 def scores(mixture: Mixture, by_task: Mapping[str, Record]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from kd.build.models import BuiltModels
 from kd.build.parts import Part, mixture_of
 from kd.config.mixture import is_mixture
-from kd.data.datamodule import KDDataModule
+from kd.data.datamodule import Epoch, KDDataModule
 from kd.data.tasks import headline
 from kd.engines.base import Engine
 from kd.engines.models import Models
@@ -20,7 +20,7 @@ from kd.models.heads import HEADS
 from kd.models.latency import LATENCY_MEASURE, Latency, latencies, to_time
 from kd.results.evaluate import Evaluation, Scores, baseline, folder_megabytes
 from kd.results.export import TOLERANCE, export, largest_difference, model_card, origin
-from kd.results.mixture import joined
+from kd.results.mixture import mixture_record
 from kd.runs.kept import write_kept
 from kd.runs.run import Run
 from kd.system import distributed
@@ -101,9 +101,8 @@ class Work:
     teachers: dict[str, dict[str, int]]
     starts: int
 
-    def of(self, task: str) -> "Work":
-        """Return the work of a mixture for one of its tasks: that of its teachers; examples are those of all tasks."""
-        prefix = f"{task}/"
+    def of(self, prefix: str) -> "Work":
+        """Return the work for one task of a mixture, by the prefix of its teachers; examples are those of all tasks."""
         mine = {name.removeprefix(prefix): done for name, done in self.teachers.items() if name.startswith(prefix)}
         return replace(self, teachers=mine)
 
@@ -199,7 +198,7 @@ class SettingsEntry:
     weights: dict[str, Any]
 
     @classmethod
-    def of(cls, run: Run, teachers: Iterable[FrozenTeacher], data: KDDataModule, steps: int) -> Self:
+    def of(cls, run: Run, teachers: Iterable[FrozenTeacher], data: KDDataModule, epoch: Epoch, steps: int) -> Self:
         """Return the entry of a run that took a number of optimiser steps."""
         spec, task = run.spec, data.examples.task
         return cls(
@@ -211,7 +210,7 @@ class SettingsEntry:
             limit_train=spec.task.limit_train,
             examples=counts_of(data),
             epochs=spec.trainer.max_epochs,
-            **batch_of(run, data),
+            **batch_of(run, epoch),
             steps=steps,
             precision=spec.trainer.precision,
             ranks=distributed.world(),
@@ -317,6 +316,7 @@ def conclude(
     engine: Engine,
     evaluations: Mapping[str, Mapping[str, Evaluation]],
     selection: dict[str, Any],
+    epoch: Epoch,
     work: Work,
 ) -> dict[str, Any]:
     """Export the students, check the exports, and write and return the record. The best student on validation is the run's.
@@ -327,6 +327,7 @@ def conclude(
         engine: the engine that trained them.
         evaluations: task -> split -> evaluation.
         selection: entry of the record about the chosen checkpoint.
+        epoch: size of an epoch.
         work: work of the run.
     """
     for part in parts.values():
@@ -335,7 +336,7 @@ def conclude(
     if not is_mixture(run.spec.task):
         (name,) = parts
         best = headline(engine.task, evaluations[name]["validation"].students)
-        return run.finish(conclude_part(parts[name], engine, evaluations[name], best, selection, work).dump())
+        return run.finish(conclude_part(parts[name], engine, evaluations[name], best, selection, epoch, work).dump())
     mixture = mixture_of(run, {name: part.examples for name, part in parts.items()})
     scores = {name: of_task["validation"].students for name, of_task in evaluations.items()}
     students = next(iter(scores.values()))
@@ -343,11 +344,12 @@ def conclude(
         mixture, {student: mixture.joined({name: scores[name][student] for name in scores}) for student in students}
     )
     results = {
-        name: conclude_part(part, engine, evaluations[name], best, selection, work.of(name)).dump()
+        name: conclude_part(part, engine, evaluations[name], best, selection, epoch, work.of(part.run.prefix)).dump()
         for name, part in parts.items()
     }
     counts = {student: count_of([part.models.students[student] for part in parts.values()]) for student in students}
-    return run.finish(joined(run, mixture, results, counts, engine.validation.get(best, {}), work))
+    last = engine.validation.get(best, {})
+    return run.finish(mixture_record(mixture, results, counts, last, work.teachers, asdict(Provenance.of(run)), run.spec.task))
 
 
 def count_of(students: Iterable[Encoder]) -> int:
@@ -361,6 +363,7 @@ def conclude_part(
     evaluations: Mapping[str, Evaluation],
     best: str,
     selection: dict[str, Any],
+    epoch: Epoch,
     work: Work,
 ) -> Result:
     """Export the students of one task of a run, and return its record; arguments as for `conclude`.
@@ -371,6 +374,7 @@ def conclude_part(
         evaluations: split -> evaluation.
         best: name of the run's student.
         selection: entry of the record about the chosen checkpoint.
+        epoch: size of an epoch of the run.
         work: work of the run for this task.
     """
     run, models, data, task = part.run, part.models, part.data, part.examples.task
@@ -381,7 +385,7 @@ def conclude_part(
         run=RunEntry.of(run, run.spec.student.name if len(models.students) == 1 else best),
         scores=ScoresEntry.of(evaluations, of_part(part, engine.validation.get(best, {})), selection),
         training=TrainingEntry.of(run, engine, work, models.caches),
-        settings=SettingsEntry.of(run, models.teachers, data, engine.global_step),
+        settings=SettingsEntry.of(run, models.teachers, data, epoch, engine.global_step),
         provenance=Provenance.of(run),
         latency=LatencyEntry(LATENCY_MEASURE, torch.get_num_threads(), {name: speed.spread for name, speed in speeds.items()}),
         baseline=baseline(task, data.examples.labels),
@@ -397,9 +401,7 @@ def conclude_part(
 
 def of_part(part: Part, scores: Scores) -> Scores:
     """Return the metrics of one task from those of a run, with their names in the task."""
-    if part.run.member is None:
-        return scores
-    prefix = f"{part.run.member}/"
+    prefix = part.run.prefix
     return {name.removeprefix(prefix): value for name, value in scores.items() if name.startswith(prefix)}
 
 
@@ -459,17 +461,17 @@ def counts_of(data: KDDataModule) -> dict[str, int]:
     return counts if not data.held_count else {**counts, "train": data.trained_count, "held": data.held_count}
 
 
-def batch_of(run: Run, data: KDDataModule) -> dict[str, Any]:
+def batch_of(run: Run, epoch: Epoch) -> dict[str, Any]:
     """Return the largest number of examples, or of padded tokens, of an optimiser step, and its batches, for the record.
 
     The numbers are smaller than configured if an epoch has fewer batches than `trainer.accumulate`, or train has fewer
     examples than a batch.
     """
     trainer = run.spec.trainer
-    accumulate = min(trainer.accumulate, len(data.sampler("train", run.spec.seed)))
+    accumulate = min(trainer.accumulate, epoch.batches)
     if trainer.batch_tokens is None:
-        examples = data.trained_count
-        return {"batch_size": min(trainer.batch_size * accumulate, examples), "batch_tokens": None, "accumulate": accumulate}
+        size = min(trainer.batch_size * accumulate, epoch.examples)
+        return {"batch_size": size, "batch_tokens": None, "accumulate": accumulate}
     return {"batch_size": None, "batch_tokens": trainer.batch_tokens * accumulate, "accumulate": accumulate}
 
 

@@ -116,7 +116,9 @@ def closing_table(result: Mapping[str, Any], directory: Path) -> None:
         if student.get("collapsed"):
             what = "predicted scores hardly differ" if result["labels"] is None else "predictions are one class"
             settings_of_student = result["identity"].get("student", {})
-            words = f"WARN  student {name if len(students) > 1 else result['student']}: its {what}, whatever the text. "
+            tasks = [task for task, of_task in result.get("tasks", {}).items() if of_task["students"][name]["collapsed"]]
+            where = f" of {', '.join(tasks)}" if tasks else ""
+            words = f"WARN  student {name if len(students) > 1 else result['student']}: its {what}{where}, whatever the text. "
             out.print(f"{words}Try {cure(result['teacher'], settings_of_student)}")
     out.print(protocol([result]))
     out.print(f"run: {directory}\nexported student: {directory / 'student'}", soft_wrap=True)

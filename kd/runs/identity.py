@@ -10,7 +10,7 @@ from typing import Any
 from kd.config.cohort import cohort_identity
 from kd.config.edits import edit_nodes
 from kd.config.frozen import aids_of
-from kd.config.mixture import is_mixture, keys_of, tasks_of
+from kd.config.mixture import is_mixture, rename_task_error_keys, tasks_of
 from kd.config.pool import pool_identity
 from kd.config.schema import RunSpec, TaskSpec
 from kd.config.values import has, locate, one_line, shown
@@ -165,7 +165,7 @@ def task_identity(task: TaskSpec) -> tuple[dict[str, Any], dict[str, Any]]:
     if is_mixture(task):
         parts = {}
         for name, one in tasks_of(task).items():
-            with keys_of(task, name):
+            with rename_task_error_keys(task, name):
                 parts[name] = task_identity(one)
         own = {key: getattr(task, key) for key in ("name", "kind", "tau", "monitor")}
         return (

@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from kd.config import compose as composition
 from kd.config.cohort import PEERS
-from kd.config.mixture import LIMITS, is_mixture, tasks_of
+from kd.config.mixture import LIMITS, MIXTURE, check_tasks, is_mixture, tasks_of
 from kd.config.nodes import nested
 from kd.config.pool import RANKED, teachers_of
 from kd.config.schema import PoolSpec, RunSpec, TaskSpec, TeacherSpec
@@ -47,9 +47,16 @@ def teacher_source(run: Run, name: str) -> tuple[str, str]:
 
 def teacher_configs(config: DictConfig, spec: RunSpec) -> Iterator[tuple[Role, DictConfig]]:
     """Yield role and configuration of every run that trains or ranks a teacher."""
-    if spec.cohort.teacher == "online":
+    trained = () if spec.cohort.teacher == "online" else teachers_of(spec)
+    for name, teacher in spec.teacher.items():
+        if teacher.tasks is not None and (spec.cohort.teacher == "online" or teacher.model is not None):
+            raise InputError(
+                f"teacher.{name}.tasks is of a teacher that a run of its own trains, and '{name}' has none; leave it out",
+                f"teacher.{name}.tasks",
+            )
+    if not trained:
         return
-    for name in teachers_of(spec):
+    for name in trained:
         teacher = spec.teacher[name]
         if needs_fine_tuning(name, teacher):
             for entry, on, of in on_tasks(config, spec, name, teacher):
@@ -77,24 +84,59 @@ def on_tasks(config: DictConfig, spec: RunSpec, name: str, teacher: TeacherSpec)
         InputError: for anything else, or for tasks that do not include the run's.
     """
     key, own = f"teacher.{name}.tasks", tasks_of(spec.task)
-    if teacher.tasks is None:
+    if teacher.tasks is None or (teacher.tasks == EACH and not is_mixture(spec.task)):
         yield name, config, spec
     elif teacher.tasks == EACH:
+        check_one_start(spec, key)
         for task, one in own.items():
             yield f"{name}/{task}", with_task(config, task_alone(config, task, one)), replace(spec, task=one)
     elif isinstance(teacher.tasks, list) and teacher.tasks and all(isinstance(task, str) for task in teacher.tasks):
         if lacking := [task for task in own if task not in teacher.tasks]:
             raise InputError(f"{key}={shown(teacher.tasks)} lacks '{lacking[0]}', which the student learns", key)
-        mixture = composition.compose([f"task=[{','.join(teacher.tasks)}]"]).task
-        with open_dict(mixture):
-            for task, one in own.items():
-                mixture.of[task] = task_alone(config, task, one)
-            for limit in LIMITS:
-                mixture[limit] = config.task.get(limit)
-        mixed = with_task(config, mixture)
-        yield name, mixed, replace(spec, task=composition.typed(mixed).task)
+        try:
+            mixed = with_task(config, mixture_node(config, spec, teacher.tasks))
+            task_of_teacher = composition.typed(mixed).task
+            check_tasks(task_of_teacher)
+        except InputError as error:
+            raise InputError(f"{key}={shown(teacher.tasks)}: {error.message}", key) from error
+        yield name, mixed, replace(spec, task=task_of_teacher)
     else:
         raise InputError(f"{key}={shown(teacher.tasks)} must be null, {EACH}, or a list of tasks", key)
+
+
+def check_one_start(spec: RunSpec, key: str) -> None:
+    """Check that the student of a mixture, which has one body, does not start from several teachers.
+
+    Raises:
+        InputError: if it does.
+    """
+    if spec.student.init_from == "teacher" and spec.student.init not in ("random", "checkpoint", "run"):
+        raise InputError(
+            f"student.init_from=teacher copies the layers of one teacher, and {key}={EACH} has one for each task; use "
+            "student.init_from=pretrained",
+            "student.init_from",
+        )
+
+
+def mixture_node(config: DictConfig, spec: RunSpec, names: Sequence[str]) -> DictConfig:
+    """Return the configuration node of a mixture of a run's own tasks, as the run has them, and of others by their files.
+
+    Limits of a mixture are those of every task in it; those of a run of one task are its own.
+
+    Raises:
+        InputError: for a task that is listed twice, or that does not exist.
+    """
+    own = tasks_of(spec.task)
+    if len(set(names)) < len(names):
+        raise InputError("a task is listed twice", "task")
+    others = [name for name in names if name not in own]
+    mixture: DictConfig = composition.compose([f"task={MIXTURE}", *(f"+task@task.of.{name}={name}" for name in others)]).task
+    nodes = {name: task_alone(config, name, own[name]) if name in own else mixture.of[name] for name in names}
+    with open_dict(mixture):
+        mixture.of = nodes
+        for limit in LIMITS if is_mixture(spec.task) else ():
+            mixture[limit] = config.task.get(limit)
+    return mixture
 
 
 def task_alone(config: DictConfig, name: str, task: TaskSpec) -> DictConfig:

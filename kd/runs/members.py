@@ -25,7 +25,8 @@ def member(run: Run, name: str, task: TaskSpec) -> Run:
     if not is_mixture(run.spec.task):
         return replace(run, inputs=inputs_of(run.inputs, name))
     inputs = run.digest_inputs
-    identified = {**inputs, "task": inputs["task"]["of"][name], "data": inputs["data"][name]}
+    mixture = {"tasks": list(inputs["task"]["of"]), "tau": inputs["task"]["tau"]}
+    identified = {**inputs, "mixture": mixture, "task": inputs["task"]["of"][name], "data": inputs["data"][name]}
     spec = replace(run.spec, task=task)
     return replace(run, spec=spec, inputs=inputs_of(run.inputs, name), digest_inputs=identified, member=name)
 

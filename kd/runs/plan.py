@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from kd.config import compose as composition
 from kd.config.cohort import check_cohort
 from kd.config.frozen import aids_of
-from kd.config.mixture import check_tasks, is_mixture, keys_of, tasks_of
+from kd.config.mixture import check_tasks, is_mixture, named, rename_task_error_keys, tasks_of
 from kd.config.pool import RANKED, check_pool
 from kd.config.schema import RunSpec, check_values
 from kd.errors import InputError
@@ -38,6 +38,7 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teac
     """
     spec = composition.typed(config)
     check_values(spec)
+    spec = replace(spec, task=named(spec.task))
     check_tasks(spec.task)
     precision = resolve_precision(spec.trainer.precision, spec.trainer.accelerator)
     spec = replace(spec, trainer=replace(spec.trainer, precision=precision))
@@ -103,7 +104,7 @@ def check_edits_of_mixture(spec: RunSpec) -> None:
         InputError: if one has.
     """
     for name, task in tasks_of(spec.task).items():
-        with keys_of(spec.task, name):
+        with rename_task_error_keys(spec.task, name):
             if models := list(models_of_edits(task)):
                 raise InputError(
                     f"the edit '{models[0]}' reads a model, which a task of a mixture cannot have: run it on the task alone",

@@ -128,6 +128,11 @@ class Run:
         return digest_of({**self.digest_inputs, "method": method, "inputs": inputs, "seed": None})
 
     @property
+    def prefix(self) -> str:
+        """What precedes the name of a metric or a teacher of one task of a mixture, as in `rte/accuracy`; else nothing."""
+        return "" if self.member is None else f"{self.member}/"
+
+    @property
     def result(self) -> dict[str, Any] | None:
         """The record of a finished run; None for any other run. It is written last, in one atomic step.
 

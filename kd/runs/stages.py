@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from kd.config import compose as composition
+from kd.config.mixture import expand
 from kd.config.nodes import nested
 from kd.config.values import shown
 from kd.errors import InputError
@@ -134,6 +135,7 @@ def stage_config(
         InputError: if the stage is missing or invalid, or the chain is endless.
     """
     parts = stage if isinstance(stage, Mapping) else {"overrides": stage}
+    overrides = expand(overrides)
     if depth >= DEEPEST_CHAIN:
         cure = (
             "give the first stage another student.init"

@@ -5,7 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from kd.build.engine import build_engine
-from kd.build.parts import Part, build_models_of, build_parts, data_of, engine_of, of_member
+from kd.build.parts import Part, build_models_of, build_parts, data_of, engine_of
+from kd.config.mixture import rename_task_error_keys
+from kd.data.datamodule import Epoch
 from kd.data.examples import Examples
 from kd.engines.base import Engine, work_of_all
 from kd.errors import InputError
@@ -20,7 +22,7 @@ from kd.system import distributed
 from kd.system.hardware import keep_memory
 from kd.teacher_cache.cache import CacheUnused, CacheUsed
 from kd.training.loggers import close_wandb
-from kd.training.preflight import preflight
+from kd.training.preflight import check_steps, preflight
 from kd.training.trainer import build_trainer, last_step, load_weights, quieten, run_trainer, select
 
 
@@ -40,7 +42,7 @@ def fit(run: Run, examples: Mapping[str, Examples]) -> dict[str, Any]:
     keep_memory()  # from here on, so that memory of building, such as a teacher's weights, is returned to the system
     engine = engine_of(run, {name: part.engine for name, part in parts.items()}, examples)
     data = data_of(run, parts)
-    distributed.on_rank_zero(lambda: begin(run, parts))
+    distributed.on_rank_zero(lambda: begin(run, parts, data.epoch()))
     starts, parts = count_fills(run, engine, parts)
     step = last_step(run, engine)
     if step is not None:
@@ -67,7 +69,7 @@ def fit(run: Run, examples: Mapping[str, Examples]) -> dict[str, Any]:
         name: {**done, "examples": distributed.total(done["examples"])} for name, done in engine.teacher_work.items()
     }
     work = Work(distributed.total(engine.examples), teacher_work, starts)
-    return distributed.on_rank_zero(lambda: conclude(run, parts, engine, evaluations, selection, work))
+    return distributed.on_rank_zero(lambda: conclude(run, parts, engine, evaluations, selection, data.epoch(), work))
 
 
 def with_online(part: Part) -> Part:
@@ -79,7 +81,7 @@ def with_online(part: Part) -> Part:
     return replace(part, models=replace(models, teachers=[*models.teachers, online]))
 
 
-def begin(run: Run, parts: Mapping[str, Part]) -> None:
+def begin(run: Run, parts: Mapping[str, Part], epoch: Epoch) -> None:
     """Make the run's folder, and run the preflight checks of each task."""
     run.begin(resume=run.spec.resume)
     if not run.spec.preflight:
@@ -87,9 +89,11 @@ def begin(run: Run, parts: Mapping[str, Part]) -> None:
     for name, part in parts.items():
         if part.run.member is not None:
             distributed.print_rank_zero(f"  {name}:")
-        with of_member(run, name):
+        with rename_task_error_keys(run.spec.task, name):
             report = preflight(part.run, part.engine, part.data, part.models.inits)
         distributed.print_rank_zero("\n".join(report.lines))
+    for line in check_steps(run, epoch).lines:
+        distributed.print_rank_zero(line)
 
 
 def count_fills(run: Run, engine: Engine, parts: Mapping[str, Part]) -> tuple[int, dict[str, Part]]:
@@ -103,11 +107,7 @@ def count_fills(run: Run, engine: Engine, parts: Mapping[str, Part]) -> tuple[in
     Returns:
         Number of starts of this run, and the parts with the seconds and splits of all starts.
     """
-    caches = {
-        teacher if part.run.member is None else f"{name}/{teacher}": cache
-        for name, part in parts.items()
-        for teacher, cache in part.models.caches.items()
-    }
+    caches = {f"{part.run.prefix}{teacher}": cache for part in parts.values() for teacher, cache in part.models.caches.items()}
     spent: dict[str, dict[str, Any]] = {}
     for name, done in work_of_all(distributed.gather(engine.work_of_teachers())).items():
         cache = caches.get(name)
@@ -136,14 +136,14 @@ def count_fills(run: Run, engine: Engine, parts: Mapping[str, Part]) -> tuple[in
         teacher.work = {kind: total[kind] if distributed.is_rank_zero() else 0 for kind in teacher.work}
     engine.filled = engine.work_of_teachers()
 
-    def of_all(name: str, part: Part) -> Part:
-        prefix = "" if part.run.member is None else f"{name}/"
+    def of_all(part: Part) -> Part:
         own = {
-            teacher: of_all_starts(cache, sums["caches"][f"{prefix}{teacher}"]) for teacher, cache in part.models.caches.items()
+            teacher: of_all_starts(cache, sums["caches"][f"{part.run.prefix}{teacher}"])
+            for teacher, cache in part.models.caches.items()
         }
         return replace(part, models=replace(part.models, caches=own))
 
-    return int(sums["starts"]), {name: of_all(name, part) for name, part in parts.items()}
+    return int(sums["starts"]), {name: of_all(part) for name, part in parts.items()}
 
 
 def of_all_starts(cache: CacheUsed | CacheUnused, total: Mapping[str, Any]) -> CacheUsed | CacheUnused:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kd.build.instantiate import build_method
-from kd.data.datamodule import KDDataModule
+from kd.data.datamodule import Epoch, KDDataModule
 from kd.data.tasks import Regression, higher_is_better
 from kd.data.texts import count_shared
 from kd.engines.base import Engine
@@ -61,7 +61,6 @@ def preflight(run: Run, engine: Engine, data: KDDataModule, inits: Mapping[str, 
     report = Report()
     check_data(report, data)
     check_held_part(report, run, engine, data)
-    check_steps(report, run, data)
     check_teachers(report, run, engine, data)
     for student, learner in engine.learners.items():
         whose = "student" if len(engine.learners) == 1 else f"student {student}"
@@ -115,13 +114,15 @@ def check_held_part(report: Report, run: Run, engine: Engine, data: KDDataModule
         report.note("the student starts from layers of its teacher, which was trained on the held part of train too")
 
 
-def check_steps(report: Report, run: Run, data: KDDataModule) -> None:
+def check_steps(run: Run, epoch: Epoch) -> Report:
     """Check that the batches of an epoch divide into optimiser steps of `trainer.accumulate` batches."""
-    accumulate, batches = run.spec.trainer.accumulate, len(data.sampler("train", run.spec.seed))
+    report = Report()
+    accumulate, batches = run.spec.trainer.accumulate, epoch.batches
     if accumulate > batches:
         report.warn(f"trainer.accumulate={accumulate}, but an epoch has {batches} batches: all of them are one optimiser step")
     elif left := batches % accumulate:
         report.note(f"the last optimiser step of an epoch is a mean over {left} of trainer.accumulate={accumulate} batches")
+    return report
 
 
 def check_teachers(report: Report, run: Run, engine: Engine, data: KDDataModule) -> None:

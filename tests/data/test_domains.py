@@ -75,6 +75,18 @@ def test_a_teacher_may_be_of_other_domains_than_its_student(folder: Path) -> Non
     assert student.digest != apart.digest
 
 
+def test_text_without_labels_is_selected_too(folder: Path, tmp_path: Path) -> None:
+    rows = [f"more {number} of {domain}\t{domain}" for number in range(3) for domain in ("books", "dvd")]
+    (tmp_path / "more.tsv").write_text("\n".join(["sentence\tdomain", *rows]) + "\n")
+    more = f"task.unlabelled={tmp_path / 'more.tsv'}"
+    examples = loaded(folder, more, "task.where={domain: [books]}")
+    assert domains_of(examples, "train")[-3:] == ["books"] * 3
+    assert not any(text.startswith("more") for (text,) in list(examples.texts["train"])[:-3])
+    with pytest.raises(InputError, match="none is selected") as refusal:
+        loaded(folder, more, "task.where={domain: [kitchen]}")
+    assert refusal.value.key == "task.unlabelled"
+
+
 BAD = {
     "a domain that train lacks": (["task.where={domain: [toys]}"], "task.where", "'toys'"),
     "a class that is not listed": (["task.extra={domain: [books, dvd, kitchen]}"], "task.extra", "'electronics'"),

@@ -104,6 +104,22 @@ def test_a_step_is_the_mean_over_its_examples_whatever_their_tasks() -> None:
             assert one.weight / 3 / len(one) == pytest.approx(1 / examples)
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_hard_loss_of_a_step_is_the_mean_over_its_labelled_examples(accumulate: int) -> None:
+    """Of a task with text that has no labels, and one whose examples all have one."""
+    one, other = sampler("a", accumulate=accumulate), sampler("b", accumulate=accumulate)
+    one.labelled = np.arange(SIZES["a"]) % 4 == 0
+    rows = list(MixedBatches({"a": one, "b": other}, [SIZES["a"], SIZES["b"]], 1.0, 7))
+    for begin in range(0, len(rows), accumulate):
+        factors = []
+        for batch in rows[begin : begin + accumulate]:
+            assert isinstance(batch, TaskRows)
+            labelled = one.labels_in(np.array(batch)) if batch.task == "a" else len(batch)
+            # A task's hard loss is the mean over its labelled examples times this factor.
+            factors += [batch.weight * batch.label_weight / accumulate / max(labelled, 1)] * labelled
+        assert not factors or factors == pytest.approx([1 / len(factors)] * len(factors))
+
+
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_a_mixture_of_one_task_has_its_batches(accumulate: int) -> None:
     labelled = np.arange(SIZES["a"]) % 3 > 0
