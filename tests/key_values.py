@@ -225,6 +225,12 @@ def every_value(backbone: str, data: str) -> dict[str, Values]:
         "teacher.minilm.model": Values(st.none(), union(st.sampled_from([True, 2.5]), NESTED, NEVER)),
         "teacher.minilm.backbone": path(backbone, null=False, also=("teacher.minilm.model",)),
         "teacher.minilm.labels": Values(st.none(), union(st.sampled_from([3, "a", [None], [True], [1.5], {"a": 1}]), NEVER)),
+        "teacher.minilm.tasks": Values(
+            st.sampled_from([None, "each"]), union(st.sampled_from([3, "all", True, [], [1], ["rte"], {"a": 1}]), NEVER)
+        ),
+        "teacher.minilm.method": Values(
+            st.just("finetune"), union(st.sampled_from([None, True, 1.5, "no such", "", "[kd]"]), NESTED, NEVER)
+        ),
         "teacher.minilm.run": Values(st.just({}), union(st.sampled_from([None, 3, "a", [1]]), NEVER)),
         "teacher.minilm.run.seed": whole(0, SEED),
         "teacher.minilm.run.optimizer.lr": real(1e-12, 100),
@@ -274,6 +280,13 @@ def every_value(backbone: str, data: str) -> dict[str, Values]:
                 NEVER,
             ),
         ),
+        "task.where": Values(
+            st.sampled_from([None, {}]),
+            union(st.sampled_from([3, "a", [1], {"": "a"}, {"label": "negative"}, {"no such": ["a"]}]), NEVER),
+            ("task.extra",),
+        ),
+        "task.of": Values(st.just({}), union(st.sampled_from([3, "a", [1], {"a": 3}, {"rte": {"kind": "regression"}}]), NEVER)),
+        "task.tau": Values(st.just(1.0), union(st.sampled_from([0, -1, 2.5, "a", None, True, 1e300]), NESTED, NEVER)),
         "task.edits": Values(
             st.sampled_from([None, [], {}, [NOISE], {"noise": NOISE, "few": {**IMBALANCE, "order": ["positive", "negative"]}}]),
             union(

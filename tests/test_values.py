@@ -133,9 +133,19 @@ WRONG: st.SearchStrategy[Any] = st.sampled_from(
 
 
 @pytest.mark.parametrize(("method", "key"), OF_METHODS, ids=[f"{method}:{key}" for method, key in OF_METHODS])
-def test_no_option_of_a_method_takes_just_anything(method: str, key: str, small: Small) -> None:
-    more = {"mixed_vocab": ["teacher=[]"], "text_smoothing": ["method.aids.mlm.run.task.max_length=32"]}.get(method, [])
-    config = compose(small(f"method={method}", *more))
+def test_no_option_of_a_method_takes_just_anything(method: str, key: str, small: Small, backbone: Path) -> None:
+    domains = [
+        "task.extra={label: classes}",
+        *(f"task.edits.prototype_weights.{word}" for word in ("domain=label", "max_length=32")),
+    ]
+    of_meta = [f"teacher.meta.backbone={backbone}", "+teacher.meta.run.method.domain=label", "method.before.domain=label"]
+    more = {
+        "mixed_vocab": ["teacher=[]"],
+        "text_smoothing": ["method.aids.mlm.run.task.max_length=32"],
+        "meta_teacher": ["teacher=[]", "method.domain=label", *domains],
+        "meta_kd": ["teacher=[meta]", *of_meta, *domains],
+    }
+    config = compose(small(f"method={method}", *more.get(method, [])))
 
     @settings(BOUNDED, max_examples=1)
     @given(WRONG)
