@@ -185,7 +185,7 @@ def check_member(run: Run, examples: Examples) -> Engine:
             with rename_error_keys(role, run.spec, run.config):
                 build_examples(needed, planned=True)
             break
-    check_edits(run)
+    check_edits(run, examples.task)
     check_head(run, examples)
     models = plan_models(run, examples.task).shapes
     checked_length(run.spec, models)

@@ -136,7 +136,10 @@ def read_model(edit: ModelEdit, node: Mapping[str, Any], key: str, run: Run) -> 
     store = TokenStore(Path(run.spec.paths.runs).expanduser() / ".edits", "examples")
 
     def stored(train: Split, task: Task) -> Arrays:
-        reads = [hashlib.blake2b(np.ascontiguousarray(array).tobytes()).hexdigest() for array in edit.reads(train)]
+        reads = [
+            hashlib.blake2b(np.ascontiguousarray(part).tobytes()).hexdigest() if isinstance(part, np.ndarray) else list(part)
+            for part in edit.reads(train, task)
+        ]
         named = ["edit", EDITS_FORMAT, identity, fingerprint(plan.source, plan.key), train.texts.digest(), *reads]
         return store.arrays(
             lambda: named,
@@ -158,7 +161,7 @@ def plan_model(edit: ModelEdit, node: Mapping[str, Any], key: str, run: Run, inp
     return plan_frozen(run, role, key, edit.head, model, inputs, pairs=edit.pairs)
 
 
-def check_edits(run: Run) -> None:
+def check_edits(run: Run, task: Task) -> None:
     """Check the edits that read a model, which may not be trained yet.
 
     Raises:
@@ -169,4 +172,4 @@ def check_edits(run: Run) -> None:
         if isinstance(edit, ModelEdit):
             plan = plan_model(edit, node, key, run, ExpectedModels(run))
             with prefix_error_keys(key, names):
-                edit.check(ModelOfEdit(plan, torch.device("cpu")))
+                edit.check(ModelOfEdit(plan, torch.device("cpu")), task)

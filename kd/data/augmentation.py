@@ -15,6 +15,7 @@ import torch
 from kd.config.values import LARGEST_SEED, number, switch, whole, word
 from kd.data.edits import FrozenModel, TextEdit
 from kd.data.sources import SAY_AFTER
+from kd.data.tasks import Task
 from kd.data.texts import Texts, Writer
 from kd.data.tokenized import rules_of
 from kd.data.vectors import MOST_WORDS, Vectors, read_vectors
@@ -141,7 +142,7 @@ class WordReplacement(TextEdit):
         """True if the model reads pairs of texts."""
         return self.context == "both"
 
-    def check(self, model: FrozenModel) -> None:
+    def check(self, model: FrozenModel, task: Task) -> None:
         """Check that the model has enough positions, and that the file of vectors can be read.
 
         Raises:

@@ -108,7 +108,8 @@ def class_index(name: str, indices: Mapping[str, int], table: Table, row: int) -
     text = class_name(name, table, row)
     if text not in indices:
         raise InputError(
-            f"{table.where(row)}: the column '{name}' is {literal(text)}, which train lacks; it has {listed(list(indices))}",
+            f"{table.where(row)}: the column '{name}' is {literal(text)}, which is none of its classes, those of train "
+            f"or those that are listed: {listed(list(indices))}",
             "extra",
         )
     return indices[text]

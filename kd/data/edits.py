@@ -131,15 +131,15 @@ class ModelEdit(Edit):
         """True if the model reads pairs of texts."""
         return False
 
-    def check(self, model: FrozenModel) -> None:
-        """Check that the edit can work with a model, whose weights are not there yet, and that its files can be read.
+    def check(self, model: FrozenModel, task: Task) -> None:
+        """Check that the edit can work with a model, whose weights are not there yet, and a task; and that files can be read.
 
         Raises:
             InputError: if not; it names the argument.
         """
 
-    def reads(self, train: Split) -> Sequence[np.ndarray]:
-        """Return what the result depends on besides the texts, for the name of the stored result."""
+    def reads(self, train: Split, task: Task) -> Sequence[np.ndarray | Sequence[object]]:
+        """Return what the result depends on besides the texts, for the name of the stored result: arrays, or lists of words."""
         return ()
 
     @abstractmethod
@@ -176,8 +176,9 @@ class TextEdit(ModelEdit):
 class ColumnEdit(ModelEdit):
     """An edit with a model that adds a further column of numbers to train, and changes nothing else.
 
-    It reads all of train, before `task.where`, `task.limit_train` and the other edits select from it. No example of another
-    split has the column. A subclass sets its name, `column`, in its constructor.
+    It reads all of train but the part that `task.holdout` cuts from it, before `task.where`, `task.limit_train` and the other
+    edits select examples or change labels; it is listed before them. No example of another split has the column. A subclass
+    sets its name, `column`, in its constructor.
     """
 
     column: str
@@ -190,9 +191,10 @@ class ColumnEdit(ModelEdit):
             InputError: if the edit cannot be applied to these examples; it names the argument.
         """
 
-    def reads(self, train: Split) -> Sequence[np.ndarray]:
-        """Return the labels and the further columns."""
-        return [np.asarray(train.labels, dtype=np.float64), *train.columns.values()]
+    def reads(self, train: Split, task: Task) -> Sequence[np.ndarray | Sequence[object]]:
+        """Return the labels, and the further columns with their names and classes."""
+        columns = [[name, *task.column_classes.get(name, ())] for name in train.columns]
+        return [np.asarray(train.labels, dtype=np.float64), *train.columns.values(), *columns]
 
     def made(self, train: Split, task: Task, model: FrozenModel) -> Arrays:
         """Return the values."""

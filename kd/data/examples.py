@@ -73,7 +73,8 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) 
     Text without labels (`unlabelled`) follows the examples of train; neither limit, edits nor holdout apply to it.
 
     Edits are applied to all of train, before `limit_train`; a larger limit then adds examples and changes none. The limit is
-    applied before the first edit that adds examples, though: it counts those of the file. What `holdout` cuts from train is
+    applied before the first edit that adds examples, though: it counts those of the file. Edits that add a column come before
+    `where` and all others, and so read examples that these leave out. What `holdout` cuts from train is
     cut before: no example that is edited is evaluated on. Classes are those of train before.
 
     Args:
@@ -94,8 +95,17 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) 
     check_splits(raw)
     task = build_task(spec, raw["train"])
     task.column_classes = classes_of_columns(spec.extra or {}, raw["train"])
-    task.columns = [*(spec.extra or {}), *(edit.column for edit in edits if edit.column is not None)]
-    kinds, changes = with_columns(raw, spec, task, [edit for edit in edits if edit.column is not None])
+    adding = [edit for edit in edits if edit.column is not None]
+    if any(edit.column is None for edit in edits[: len(adding)]):
+        raise InputError(
+            f"the edit that adds the column '{adding[0].column}' reads all of train as it is in the file, so that it comes "
+            "before the others",
+            "edits",
+        )
+    task.columns = [*(spec.extra or {}), *(str(edit.column) for edit in adding)]
+    if spec.holdout is not None and adding:  # what is evaluated on enters no column
+        raw = held_out(raw, spec.holdout)
+    kinds, changes = with_columns(raw, spec, task, adding)
     edits = [edit for edit in edits if edit.column is None and edit.apply is not None]
     if spec.where:
         raw = {split: table.take(chosen(spec.where, task.column_classes, table)) for split, table in raw.items()}
@@ -103,7 +113,7 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) 
     first = next((index for index, edit in enumerate(edits) if edit.adds), len(edits))
     if not first:
         raw["train"] = limited(raw["train"], spec.limit_train)
-    if spec.holdout is not None:
+    if spec.holdout is not None and not adding:
         raw = held_out(raw, spec.holdout)
     for split in raw:
         if split != "train":  # `validation_mismatched` is limited as `validation` is; a split of another name is whole

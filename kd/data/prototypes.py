@@ -65,20 +65,22 @@ class PrototypeWeights(ColumnEdit):
         self.padding = word(padding, PADDING, "padding")
         self.max_length = whole(max_length, "max_length", 3, 65_536)
 
-    def check(self, model: FrozenModel) -> None:
-        """Check that the model has enough positions.
+    def check(self, model: FrozenModel, task: Task) -> None:
+        """Check that the model has enough positions, and the task domains.
 
         Raises:
-            InputError: if it has fewer than `max_length`.
+            InputError: if the model has fewer than `max_length`, or for a task without a column of two domains or more, or
+                without the classes that prototypes are of.
         """
+        self.domains(task)
         if model.positions < self.max_length:
             raise InputError(f"max_length={self.max_length} is more than the model's {model.positions} positions", "max_length")
 
-    def values(self, train: Split, task: Task, model: FrozenModel) -> np.ndarray:
-        """Return t of each example.
+    def domains(self, task: Task) -> list[str]:
+        """Return the names of a task's domains.
 
         Raises:
-            InputError: without a column of two domains or more, a domain without examples, or classes that a task has not.
+            InputError: for a task without a column of two domains or more, or without the classes that prototypes are of.
         """
         names = task.column_classes.get(self.domain)
         if names is None or len(names) < 2:
@@ -86,13 +88,22 @@ class PrototypeWeights(ColumnEdit):
                 f"domain={self.domain} is not a column of two domains or more: 'task.extra={{{self.domain}: classes}}'",
                 "domain",
             )
-        domains = torch.from_numpy(np.asarray(train.columns[self.domain], dtype=np.int64))
-        if lacking := [name for index, name in enumerate(names) if not (domains == index).any()]:
-            raise InputError(f"train has no example of the domain '{lacking[0]}', which so has no prototype", "domain")
         if self.prototypes == "class" and task.labels is None:
             raise InputError(
                 "prototypes=class needs classes, and the task is a regression; use prototypes=domain", "prototypes"
             )
+        return names
+
+    def values(self, train: Split, task: Task, model: FrozenModel) -> np.ndarray:
+        """Return t of each example.
+
+        Raises:
+            InputError: for a domain without examples, and as `check`.
+        """
+        names = self.domains(task)
+        domains = torch.from_numpy(np.asarray(train.columns[self.domain], dtype=np.int64))
+        if lacking := [name for index, name in enumerate(names) if not (domains == index).any()]:
+            raise InputError(f"train has no example of the domain '{lacking[0]}', which so has no prototype", "domain")
         classes = torch.tensor([int(label) for label in train.labels]) if self.prototypes == "class" else None
         vectors = torch.cat(list(self._vectors(train.texts, model)))
         return transferability(vectors, domains, len(names), classes, self.own, self.others, self.across).numpy()

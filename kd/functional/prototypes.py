@@ -1,4 +1,4 @@
-"""Prototypes of domains, and how much an example tells beyond its own: the weights of Meta-KD."""
+"""Prototypes of domains, and the weights of examples in Meta-KD, which are made of similarities to them."""
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ def prototypes(vectors: Tensor, groups: Tensor, count: int) -> Tensor:
         groups: (examples,), long, from 0.
         count: number of groups.
     """
+    vectors = at_least_float32(vectors)
     sums = vectors.new_zeros((count, vectors.shape[1])).index_add_(0, groups, vectors)
     sizes = torch.bincount(groups, minlength=count).clamp(min=1)
     return sums / sizes.to(vectors.dtype).unsqueeze(1)

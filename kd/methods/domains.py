@@ -1,6 +1,7 @@
-"""What the methods of several domains share: a head that reads a text's content together with its domain, and its column."""
+"""Parts of the methods of several domains: the head that reads a text together with its domain, and the columns."""
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch.nn.functional import linear
 from kd.errors import InputError
 from kd.functional.hidden import at_least_float32
 from kd.methods.base import Bound, Step
+from kd.models import Encoder
 
 
 class DomainHead(nn.Module):
@@ -19,12 +21,16 @@ class DomainHead(nn.Module):
     Args:
         domains: number of domains.
         width: of the vectors.
+        spread: standard deviation of the initial weights; that of the model's own layers in BERT's code.
     """
 
-    def __init__(self, domains: int, width: int) -> None:
+    def __init__(self, domains: int, width: int, spread: float = 0.02) -> None:
         super().__init__()
         self.embedding = nn.Embedding(domains, width)
         self.dense = nn.Linear(width, width)
+        for weight in (self.embedding.weight, self.dense.weight):
+            nn.init.normal_(weight, std=spread)
+        nn.init.zeros_(self.dense.bias)
 
     def forward(self, content: Tensor, domains: Tensor) -> Tensor:
         """Return u, (batch, width), for vectors (batch, width) and domains (batch,)."""
@@ -48,19 +54,31 @@ def in_full(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         return function(*tensors)
 
 
-def domains_of(bound: Bound, column: str) -> int:
-    """Return the number of domains of a task.
+def spread_of(model: Encoder) -> float:
+    """Return the standard deviation that a model's configuration gives for initial weights, BERT's 0.02 if it gives none."""
+    return float(getattr(model.config, "initializer_range", 0.02))
+
+
+def domains_of(bound: Bound, column: str) -> list[str]:
+    """Return the names of a task's domains.
 
     Raises:
         InputError: if the task has no such column of classes, of two or more.
     """
     names = bound.task.column_classes.get(column)
     if names is None or len(names) < 2:
+        others = ", ".join(bound.task.column_classes) or "none"
         raise InputError(
-            f"domain={column} is not a column of two domains or more; the task needs 'task.extra={{{column}: classes}}'",
+            f"domain={column} is not a column of two domains or more: 'task.extra={{{column}: classes}}'. The task's columns "
+            f"of classes: {others}",
             "domain",
         )
-    return len(names)
+    return names
+
+
+def marks_of(names: Sequence[str]) -> Tensor:
+    """Return a number for each name, (names,), long, by which another run recognises it."""
+    return torch.tensor([int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest()) for name in names])
 
 
 def check_column(bound: Bound, column: str | None) -> None:
@@ -76,8 +94,8 @@ def check_column(bound: Bound, column: str | None) -> None:
         )
 
 
-def transferability_of(step: Step, column: str | None) -> Tensor:
-    """Return the transferability of each example, (batch,), a constant; ones if no column is named."""
+def transferability_of(step: Step, column: str | None, absent: float) -> Tensor:
+    """Return the transferability of each example, (batch,), a constant; `absent` for each if no column is named."""
     if column is None:
-        return torch.ones(len(step.batch), device=step.batch.labels.device)
+        return torch.full((len(step.batch),), absent, device=step.batch.labels.device)
     return at_least_float32(step.batch.columns[column])

@@ -11,7 +11,16 @@ from kd.forward import Needs
 from kd.functional.hidden import at_least_float32
 from kd.functional.prototypes import content_vector, expertise
 from kd.methods.base import Bound, Step
-from kd.methods.domains import DomainHead, check_column, domain_vector, domains_of, in_full, transferability_of
+from kd.methods.domains import (
+    DomainHead,
+    check_column,
+    domain_vector,
+    domains_of,
+    in_full,
+    marks_of,
+    spread_of,
+    transferability_of,
+)
 from kd.methods.options import word
 from kd.methods.tinybert import TinyBERT
 
@@ -22,7 +31,7 @@ WEIGHTED = ("example", "batch")
 class MetaKD(TinyBERT):
     r"""Meta-distillation (Pan et al., ACL 2021, arXiv:2012.01266), Meta-KD's first stage for the student of a domain.
 
-    TinyBERT's losses of an example, weighted by how expert the teacher is on it, and what the teacher's domain head says:
+    TinyBERT's losses of an example, weighted by the teacher's expertise, and the error of the outputs of the heads of domains:
     :math:`L = mean_i w_i (rep_i + att_i) + \gamma_2 \, mean_i(w_i) \, dom`, with
     :math:`w_i = (1 + t_i) / (\exp((p_i - 1)^2) + 1)`, t the transferability of the example, p the teacher's probability of its
     label at temperature 1, and dom the squared error between :math:`W u_s` and :math:`u_t`, u the output of
@@ -33,7 +42,7 @@ class MetaKD(TinyBERT):
         `attention`: :math:`mean_i w_i att_i`.
         `hidden`: :math:`mean_i w_i rep_i` of the layers from 1.
         `embedding`: the same of the embeddings, which the authors add to `hidden`.
-        `domain`: :math:`mean_i w_i dom`. Weight :math:`\gamma_2`: 0.5 in the authors' script.
+        `domain`: :math:`mean_i(w_i) \, dom`, see `domain_error`. Weight :math:`\gamma_2`: 0.5 in the authors' script.
 
     Args:
         domain: name of the task's column of domains.
@@ -78,14 +87,21 @@ class MetaKD(TinyBERT):
             InputError: for a task without these columns, or a teacher that kept no head.
         """
         super().bind(bound)
-        count = domains_of(bound, self.domain)
-        check_column(bound, self.transferability)
+        if max(self._ours()) < bound.student.depth:
+            raise InputError(
+                f"layers={self.layers} leaves out the student's last layer, {bound.student.depth}, which the term `domain` "
+                "reads",
+                "layers",
+            )
+        names = domains_of(bound, self.domain)
+        if self.weighting != "none":
+            check_column(bound, self.transferability)
         if bound.task.labels is None and self.weighting == "expertise":
             raise InputError(
                 "weighting=expertise needs classes, the task is a regression; use weighting=transferability", "weighting"
             )
-        self.head = DomainHead(count, bound.student.width)
-        for name, tensor in teachers_head(bound, count).items():
+        self.head = DomainHead(len(names), bound.student.width, spread_of(bound.student))
+        for name, tensor in teachers_head(bound, names).items():
             self.register_buffer(buffer_of(name), tensor, persistent=False)
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
@@ -114,10 +130,9 @@ class MetaKD(TinyBERT):
 
     def weights(self, step: Step) -> Tensor:
         """Return the weights of the examples, (batch,), constants."""
-        zero = self.transferability is None
-        transfer = transferability_of(step, self.transferability) * (0.0 if zero else 1.0)
         if self.weighting == "none":
-            return torch.ones_like(transfer)
+            return torch.ones(len(step.batch), device=step.batch.labels.device)
+        transfer = transferability_of(step, self.transferability, absent=0.0)
         if self.weighting == "transferability":
             return 1 + transfer
         predicted = at_least_float32(step.teacher.outputs.logits.detach()).softmax(dim=-1)
@@ -156,18 +171,23 @@ def buffer_of(name: str) -> str:
     return f"teachers_{name.replace('.', '_')}"
 
 
-def teachers_head(bound: Bound, count: int) -> dict[str, Tensor]:
+def teachers_head(bound: Bound, names: Sequence[str]) -> dict[str, Tensor]:
     """Return the parameters of the head of domains that a teacher's method kept, by name.
 
     Raises:
         InputError: if it kept none, or one of other domains.
     """
-    own = DomainHead(count, bound.teacher.width).state()
+    own = DomainHead(len(names), bound.teacher.width).state()
     kept = {name.removeprefix("head."): tensor for name, tensor in bound.teacher.kept.items() if name.startswith("head.")}
-    if {name: tensor.shape for name, tensor in kept.items()} != {name: tensor.shape for name, tensor in own.items()}:
+    marks = bound.teacher.kept.get("domains")
+    same = marks is not None and (marks.is_meta or torch.equal(marks.cpu(), marks_of(names)))
+    if not same or {name: tensor.shape for name, tensor in kept.items()} != {
+        name: tensor.shape for name, tensor in own.items()
+    }:
         raise InputError(
             f"the teacher '{bound.teacher.name}' kept {'a head of other domains' if kept else 'no head of domains'}, and the "
-            f"method reads that of {count}: train it on them by teacher.{bound.teacher.name}.method=meta_teacher",
+            f"method reads that of {', '.join(names)}, in this order: train it on them by "
+            f"teacher.{bound.teacher.name}.method=meta_teacher",
             "teacher",
         )
     return kept

@@ -10,7 +10,7 @@ from kd.forward import Needs
 from kd.functional.hidden import PADDING, at_least_float32
 from kd.functional.prototypes import content_vector
 from kd.methods.base import ANY_TEACHERS, Bound, Method, Step
-from kd.methods.domains import DomainHead, check_column, domains_of, in_full, transferability_of
+from kd.methods.domains import DomainHead, check_column, domains_of, in_full, marks_of, spread_of, transferability_of
 from kd.methods.options import number, word
 
 CORRUPTIONS = ("permute", "other")
@@ -38,15 +38,16 @@ class MetaTeacher(Method):
             padding included (`reference`, authors' code).
         dropout: of the vector that the domain's classifier reads; null for that of the model.
 
-    A configured teacher is never run in training. The domain's embedding and its first layer are kept for the student's method
-    (`keeps`).
+    Train should have examples of all domains: the embedding of a domain without examples stays as it was drawn, and with one
+    domain alone `permute` trains the head toward the right one. A configured teacher is never run in training. The domains'
+    names, their embedding and the head's first layer are kept for the student's method (`keeps`).
     """
 
     names = ("task", "domain")
     teachers = ANY_TEACHERS
     uses_teachers = False
     pools = False
-    keeps = ("head",)
+    keeps = ("head", "domains")
     distances = ()
 
     def __init__(
@@ -62,7 +63,7 @@ class MetaTeacher(Method):
         self.corruption = word(corruption, CORRUPTIONS, "corruption")
         self.padding = word(padding, PADDING, "padding")
         self.rate = None if dropout is None else number(dropout, "dropout", 0, 0.99)
-        self.across_ranks = corruption == "permute"
+        self.across_ranks = corruption == "permute" and padding == "strict"
         self.depth = 0
 
     def bind(self, bound: Bound) -> None:
@@ -71,12 +72,16 @@ class MetaTeacher(Method):
         Raises:
             InputError: for a task without these columns.
         """
-        count = domains_of(bound, self.domain)
+        names = domains_of(bound, self.domain)
         check_column(bound, self.transferability)
         self.teachers = len(bound.teachers)
         self.depth = bound.student.depth
-        self.head = DomainHead(count, bound.student.width)
-        self.classifier = nn.Linear(bound.student.width, count)
+        spread = spread_of(bound.student)
+        self.head = DomainHead(len(names), bound.student.width, spread)
+        self.register_buffer("domains", marks_of(names))
+        self.classifier = nn.Linear(bound.student.width, len(names))
+        nn.init.normal_(self.classifier.weight, std=spread)
+        nn.init.zeros_(self.classifier.bias)
         own = [module.p for module in bound.student.modules() if isinstance(module, nn.Dropout)]
         self.dropout = nn.Dropout(max(own, default=0.0) if self.rate is None else self.rate)
 
@@ -86,7 +91,7 @@ class MetaTeacher(Method):
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         """Return the weighted hard loss, and the weighted loss of the domains."""
-        weights = transferability_of(step, self.transferability)
+        weights = transferability_of(step, self.transferability, absent=1.0)
         student = step.student.outputs
         content = content_vector(student.hidden(self.depth), student.mask, self.padding)
         domains = step.batch.columns[self.domain]
@@ -111,5 +116,7 @@ class MetaTeacher(Method):
         return given[order[own]]
 
     def batch_dependence(self) -> str | None:
-        """Return that domains are permuted within a batch."""
+        """Return that domains are permuted within a batch, or that a mean over padding depends on its longest example."""
+        if self.padding == "reference":
+            return "padding=reference averages over padding too, and the longest example of a batch says how much there is"
         return "corruption=permute permutes the domains of a batch" if self.corruption == "permute" else None

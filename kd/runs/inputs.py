@@ -19,6 +19,9 @@ from kd.runs.inherit import inherit, laid_over
 from kd.runs.run import Role, Run
 from kd.runs.stages import without
 
+FINETUNE = "finetune"
+"""Method of a teacher's run, unless `teacher.<name>.method` names another."""
+
 EACH = "each"
 """Value of `teacher.<name>.tasks`: a teacher of its own for each task of a mixture."""
 
@@ -48,12 +51,15 @@ def teacher_source(run: Run, name: str) -> tuple[str, str]:
 def teacher_configs(config: DictConfig, spec: RunSpec) -> Iterator[tuple[Role, DictConfig]]:
     """Yield role and configuration of every run that trains or ranks a teacher."""
     trained = () if spec.cohort.teacher == "online" else teachers_of(spec)
-    for name, teacher in spec.teacher.items():
-        if teacher.tasks is not None and (spec.cohort.teacher == "online" or teacher.model is not None):
-            raise InputError(
-                f"teacher.{name}.tasks is of a teacher that a run of its own trains, and '{name}' has none; leave it out",
-                f"teacher.{name}.tasks",
-            )
+    for index, (name, teacher) in enumerate(spec.teacher.items()):
+        apart = spec.cohort.teacher == "online" or teacher.model is not None
+        for key, set_ in (("tasks", teacher.tasks is not None), ("method", teacher.method != FINETUNE)):
+            if set_ and (apart or (key == "method" and spec.pool.chain and index)):
+                why = "has none" if apart else "is taught by the one before it in the chain"
+                raise InputError(
+                    f"teacher.{name}.{key} is of a teacher that a run of its own trains, and '{name}' {why}; leave it out",
+                    f"teacher.{name}.{key}",
+                )
     if not trained:
         return
     for name in trained:

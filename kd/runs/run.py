@@ -129,7 +129,7 @@ class Run:
 
     @property
     def prefix(self) -> str:
-        """What precedes the name of a metric or a teacher of one task of a mixture, as in `rte/accuracy`; else nothing."""
+        """Prefix of the names of metrics and teachers of one task of a mixture, as in `rte/accuracy`; else empty."""
         return "" if self.member is None else f"{self.member}/"
 
     @property

@@ -248,7 +248,7 @@ class Bench:
         self.counts = {"teachers": len(names), "students": count}
 
     def kept_by(self, spec: RunSpec, teacher: FrozenTeacher) -> dict[str, torch.Tensor]:
-        """What the method that trains a teacher keeps."""
+        """Return the state that the method which trains a teacher keeps."""
         name = spec.teacher[teacher.name].method
         method, _ = build_method(typed(compose([f"method={name}", "teacher=[]"])).method)
         if method.keeps:

@@ -203,7 +203,7 @@ def test_a_source_of_ones_own_gives_columns_with_its_examples() -> None:
             "a.csv', line 2: no column 'topic'; the columns are domain, stars, text",
         ),
         (["task.extra={domain: number}"], "task.extra", "line 2: the column 'domain' is 'news', not a finite number"),
-        (["task.extra={domain: classes}", "task.validation={other}"], "task.extra", "'sport', which train lacks; it has book"),
+        (["task.extra={domain: classes}", "task.validation={other}"], "task.extra", "'sport', which is none of its classes"),
         (
             ["task.extra={domain: classes}", "task.validation={gap}"],
             "task.extra",

@@ -94,7 +94,7 @@ def test_ranks_share_each_batch_of_one_task() -> None:
 
 
 def test_a_step_is_the_mean_over_its_examples_whatever_their_tasks() -> None:
-    """Of each example the factor is one over the step's examples, after the trainer's division by `accumulate`."""
+    """The factor of each example is one over the step's examples, after the trainer's division by `accumulate`."""
     mixed = mixture(accumulate=3)
     rows = list(mixed)
     for begin in range(0, len(rows), 3):
@@ -106,7 +106,7 @@ def test_a_step_is_the_mean_over_its_examples_whatever_their_tasks() -> None:
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_the_hard_loss_of_a_step_is_the_mean_over_its_labelled_examples(accumulate: int) -> None:
-    """Of a task with text that has no labels, and one whose examples all have one."""
+    """One task has text without labels, the other has a label for each example."""
     one, other = sampler("a", accumulate=accumulate), sampler("b", accumulate=accumulate)
     one.labelled = np.arange(SIZES["a"]) % 4 == 0
     rows = list(MixedBatches({"a": one, "b": other}, [SIZES["a"], SIZES["b"]], 1.0, 7))

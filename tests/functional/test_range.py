@@ -25,6 +25,7 @@ from kd.functional import (
     hidden,
     logits,
     outcomes,
+    prototypes,
     reinforce,
     relations,
     smoothing,
@@ -427,6 +428,21 @@ INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
     "outcomes.outcome_labels": outcome_calls,
     "outcomes.median_thresholds": lambda s: iter(
         [(lambda z: outcomes.median_thresholds(z, torch.arange(s.examples) % s.classes), s.logits()[:1])]
+    ),
+    "prototypes.content_vector": lambda s: iter(
+        [(lambda z, p=p: prototypes.content_vector(z, s.mask, p), s.states(6, 8)[:1]) for p in PADDING]
+    ),
+    "prototypes.prototypes": lambda s: iter(
+        [(lambda z: prototypes.prototypes(z, torch.arange(s.examples) % 2, 2), s.states(8)[:1])]
+    ),
+    "prototypes.transferability": lambda s: iter(
+        [
+            (lambda z, a=a: prototypes.transferability(z, torch.arange(s.examples) % 2, 2, across=a), s.states(8)[:1])
+            for a in prototypes.ACROSS
+        ]
+    ),
+    "prototypes.expertise": lambda s: iter(
+        [(lambda t: prototypes.expertise(*(hidden.at_least_float32(t).sigmoid().unbind(dim=1))), s.states(2)[:1])]
     ),
     "geometry.mean_of_tokens": lambda s: iter([(lambda z: geometry.mean_of_tokens(z, s.mask), s.states(6, 8)[:1])]),
     "geometry.similarities": lambda s: iter([(geometry.similarities, s.states(8)[:1])]),

@@ -342,7 +342,7 @@ def test_states_are_projected_whatever_the_widths(share: bool, shapes: list[str]
 
 
 def test_scores_are_soft_targets_of_a_regression() -> None:
-    student, teacher = encoder(M, width=16, seed=1, num_labels=1), encoder(N, num_labels=1)
+    student, teacher = encoder(M, width=16, seed=1, outputs=1), encoder(N, outputs=1)
     method, step = bound(student, teacher, temperature=3.0)
     step.task = Regression("toy", ["pearson"], "pearson")
     terms = method.terms(step)

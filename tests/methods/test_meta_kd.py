@@ -12,6 +12,7 @@ from kd.data.batch import Batch
 from kd.data.tasks import Classification
 from kd.errors import InputError
 from kd.forward import Forward
+from kd.functional.attention import score_error
 from kd.functional.prototypes import content_vector, expertise, transferability
 from kd.methods.base import Bound, Progress, Step
 from kd.methods.meta_kd import MetaKD
@@ -43,7 +44,8 @@ def teacher_of(seed: int = 2, **sizes: Any) -> FrozenTeacher:
     torch.manual_seed(seed)
     method = MetaTeacher()
     method.bind(Bound(model, [], TASK))
-    return FrozenTeacher(model, "meta", kept={name: tensor.double() for name, tensor in method.kept().items()})
+    kept = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in method.kept().items()}
+    return FrozenTeacher(model, "meta", kept=kept)
 
 
 def bound(method: MetaKD, student: Encoder, teacher: FrozenTeacher) -> MetaKD:
@@ -189,6 +191,7 @@ def test_the_head_is_kept() -> None:
         "head.embedding.weight": (3, 32),
         "head.dense.weight": (32, 32),
         "head.dense.bias": (32,),
+        "domains": (3,),
     }
 
 
@@ -196,7 +199,7 @@ def test_the_head_is_kept() -> None:
 
 
 def expected_terms(method: MetaKD, student: Encoder, teacher: FrozenTeacher) -> tuple[dict[str, list[Tensor]], list[float]]:
-    """The errors of each example, and its weight, in loops; padding=reference, scores, one map for all."""
+    """The errors of each example, and its weight, in loops, with one map for all; those of attention scores are TinyBERT's."""
     given = batch()
     ours, theirs = (
         model.model(**given.student, output_hidden_states=True, output_attentions=True) for model in (student, teacher.encoder)
@@ -205,17 +208,18 @@ def expected_terms(method: MetaKD, student: Encoder, teacher: FrozenTeacher) -> 
     errors: dict[str, list[Tensor]] = {name: [] for name in ("hidden", "embedding", "domain")}
     weights = []
     for row in range(4):
+        real = LENGTHS[row] if method.padding == "strict" else 7
 
-        def rep(layer: int, other: int, row: int = row) -> Tensor:
-            return ((linear(ours.hidden_states[layer][row]) - theirs.hidden_states[other][row]) ** 2).mean()
+        def rep(layer: int, other: int, row: int = row, real: int = real) -> Tensor:
+            return ((linear(ours.hidden_states[layer][row]) - theirs.hidden_states[other][row])[:real] ** 2).mean()
 
         errors["embedding"].append(rep(0, 0))
         errors["hidden"].append(rep(1, 2) + rep(2, 4))
         domain = given.columns["domain"][row]
         heads = []
-        kept = {name.removeprefix("head."): tensor for name, tensor in teacher.kept.items()}
+        kept = {name.removeprefix("head."): tensor for name, tensor in teacher.kept.items() if name.startswith("head.")}
         for outputs, head in ((ours, method.head.state()), (theirs, kept)):
-            content = outputs.hidden_states[-1][row][1:].mean(dim=0)
+            content = outputs.hidden_states[-1][row][1:real].mean(dim=0)
             heads.append(F.linear(head["embedding.weight"][domain] + content, head["dense.weight"], head["dense.bias"]))
         errors["domain"].append(((linear(heads[0]) - heads[1]) ** 2).mean())
         p = theirs.logits[row].softmax(dim=0)[given.labels[row]]
@@ -226,12 +230,17 @@ def expected_terms(method: MetaKD, student: Encoder, teacher: FrozenTeacher) -> 
 
 @pytest.mark.parametrize("weighted", ["example", "batch"])
 @pytest.mark.parametrize("domain_error", ["batch", "example"])
-def test_losses_are_those_of_loops(weighted: str, domain_error: str) -> None:
+@pytest.mark.parametrize("padding", ["strict", "reference"])
+def test_losses_are_those_of_loops(weighted: str, domain_error: str, padding: str) -> None:
     student, teacher = encoder(1, layers=2, width=16), teacher_of()
-    method = bound(MetaKD(weighted=weighted, domain_error=domain_error, padding="reference"), student, teacher)
-    terms = method.terms(step_of(method, student, teacher))
+    method = bound(MetaKD(weighted=weighted, domain_error=domain_error, padding=padding), student, teacher)
+    step = step_of(method, student, teacher)
+    terms = method.terms(step)
     errors, weights = expected_terms(method, student, teacher)
-    for name in ("hidden", "embedding"):
+    shown = [(step.student.outputs.scores(m), step.teacher.outputs.scores(n)) for m, n in ((1, 2), (2, 4))]
+    per_layer = [score_error(a, b, step.student.outputs.mask, padding, "none") for a, b in shown]
+    errors["attention"] = list(per_layer[0] + per_layer[1])
+    for name in ("hidden", "embedding", "attention"):
         if weighted == "example":
             expected = sum(w * error for w, error in zip(weights, errors[name], strict=True)) / 4
         else:
@@ -275,7 +284,8 @@ def test_a_student_that_is_its_teacher_has_no_loss() -> None:
     teacher = teacher_of()
     student = encoder(2, layers=4, width=32)
     method = bound(MetaKD(), student, teacher)
-    method.head.load_state_dict({name.removeprefix("head."): tensor for name, tensor in teacher.kept.items()})
+    state = {name.removeprefix("head."): tensor for name, tensor in teacher.kept.items() if name.startswith("head.")}
+    method.head.load_state_dict(state)
     assert {name: float(term) for name, term in method.terms(step_of(method, student, teacher)).items()} == pytest.approx(
         dict.fromkeys(MetaKD.names, 0.0), abs=1e-20
     )
@@ -296,6 +306,45 @@ def test_a_teacher_without_a_head_of_these_domains_is_refused(kept: dict[str, Te
     with pytest.raises(InputError, match=r"teacher\.meta\.method=meta_teacher") as refusal:
         MetaKD().bind(Bound(encoder(1, layers=2, width=16), [teacher], TASK))
     assert refusal.value.key == "teacher"
+
+
+def test_a_head_of_the_same_domains_in_another_order_is_refused() -> None:
+    teacher, student = teacher_of(), encoder(1, layers=2, width=16)
+    turned = Classification("toy", ["no", "yes"], {}, ["accuracy"], "accuracy")
+    turned.column_classes, turned.columns = {"domain": ["dvd", "books", "kitchen"]}, TASK.columns
+    with pytest.raises(InputError, match="other domains"):
+        MetaKD().bind(Bound(student, [teacher], turned))
+
+
+def test_a_map_without_the_last_layer_is_refused() -> None:
+    with pytest.raises(InputError, match="last layer") as refusal:
+        MetaKD(layers=[[1, 2]]).bind(Bound(encoder(1, layers=2, width=16), [teacher_of()], TASK))
+    assert refusal.value.key == "layers"
+
+
+def test_weights_that_are_not_read_need_no_column() -> None:
+    plain = Classification("toy", ["no", "yes"], {}, ["accuracy"], "accuracy")
+    plain.column_classes, plain.columns = TASK.column_classes, ["domain"]
+    MetaKD(weighting="none").bind(Bound(encoder(1, layers=2, width=16), [teacher_of()], plain))
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "across"),
+    [
+        (MetaTeacher(), "permutes", True),
+        (MetaTeacher(corruption="other"), None, False),
+        (MetaTeacher(padding="reference"), "padding", False),
+        (MetaTeacher(corruption="other", padding="reference"), "padding", False),
+        (MetaKD(), "mean error", False),
+        (MetaKD(domain_error="example"), None, False),
+        (MetaKD(weighted="batch"), "mean loss", False),
+        (MetaKD(domain_error="example", padding="reference"), "padding", False),
+    ],
+)
+def test_what_depends_on_the_batch_is_said(method: MetaTeacher | MetaKD, words: str | None, across: bool) -> None:
+    assert method.across_ranks is across
+    assert (words is None) == (method.batch_dependence() is None)
+    assert words is None or words in str(method.batch_dependence())
 
 
 @pytest.mark.parametrize("build", [MetaTeacher, MetaKD])
