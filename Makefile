@@ -42,8 +42,8 @@ demo:: .venv/installed
 	$(BIN)/kd-train --multirun experiment=demo_quick method=finetune,kd,pkd
 	$(BIN)/kd-report runs --task rotten_tomatoes
 
-test: .venv/developing ## all tests that need no accelerator (about 18 minutes on two cores)
-	@echo "make test: about 18 minutes on two cores; make test-fast takes a few."
+test: .venv/developing ## all tests that need no accelerator (about 13 minutes on two cores)
+	@echo "make test: about 13 minutes on two cores; make test-fast takes a few."
 	$(BIN)/python -m pytest $(WORKERS) --verbosity 0 --durations 15 -m "not gpu"
 
 test-fast: .venv/developing ## formulas, contracts, data, configurations; no whole runs (a few minutes)
@@ -60,7 +60,7 @@ named:
 	@test -n "$(NAME)" -a -f "conf/method/$(NAME).yaml" || \
 	{ echo "make method NAME=<name>: one of" $(sort $(basename $(notdir $(wildcard conf/method/*.yaml)))); exit 2; }
 
-check: lint types test ## checks that must pass before a commit: ruff, mypy, all tests (about 20 minutes on two cores)
+check: lint types test ## checks that must pass before a commit: ruff, mypy, all tests (about 15 minutes on two cores)
 
 lint: .venv/developing
 	$(BIN)/ruff check kd tests
