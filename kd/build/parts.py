@@ -69,7 +69,7 @@ def build_models_of(run: Run, examples: Mapping[str, Examples]) -> dict[str, Bui
     Raises:
         InputError: for models, teachers, methods or surgeries that do not fit each other.
     """
-    texts = [text for one in examples.values() for text in one.texts["train"]]
+    texts = [text for one in examples.values() for text in one.texts["train"]] if run.spec.surgery else []
     built: dict[str, BuiltModels] = {}
     for name, one in members(run).items():
         body = next(iter(built.values()), None)

@@ -72,6 +72,33 @@ class Collate:
         )
 
 
+class ResumableData(pl.LightningDataModule):
+    """Data module whose interrupted epoch continues with the batch after the last one that was trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._train_sampler: Any = None
+        """Sampler of training batches, with the number of batches to leave out as `skip`; None before the loader is made."""
+        self._skip = 0
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move a batch to a device asynchronously; Lightning's default would wait for each of its tensors."""
+        return batch.to(device, non_blocking=device.type == "cuda")
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the number of batches done in the current epoch, so that a resumed epoch continues with the next one."""
+        if self.trainer is None:
+            return {"batch": 0}
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        return {"batch": 0 if progress.is_last_batch else progress.current.processed}  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue the epoch after the batch that `state_dict` recorded."""
+        self._skip = state["batch"]
+        if self._train_sampler is not None:
+            self._train_sampler.skip = self._skip
+
+
 @dataclass(frozen=True)
 class Epoch:
     """Size of an epoch of training, over all ranks.
@@ -85,7 +112,7 @@ class Epoch:
     examples: int
 
 
-class KDDataModule(pl.LightningDataModule):
+class KDDataModule(ResumableData):
     """Loaders over a task, tokenised for its students and teachers.
 
     A subclass whose text differs between epochs gives the reason in `changes`; teacher outputs are then not cached.
@@ -165,8 +192,6 @@ class KDDataModule(pl.LightningDataModule):
                 f"holds={holds} holds {len(self.held)} examples and leaves {len(self.trained)} to train on, for {world} ranks",
                 "holds",
             )
-        self._train_sampler: LengthBatches | WithHeld | None = None
-        self._skip = 0
 
     def use_cached(self, index: int, splits: Mapping[str, Padded]) -> None:
         """Replace the tokens of the teacher at this index by its cached outputs, in all batches of these splits."""
@@ -291,25 +316,3 @@ class KDDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of validation batches."""
         return self.loader("validation")
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Move a batch to a device asynchronously; Lightning's default would wait for each of its tensors."""
-        return batch.to(device, non_blocking=device.type == "cuda")
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the number of batches done in the current epoch, so that a resumed epoch continues with the next one."""
-        return {"batch": batches_done(self.trainer)}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue the epoch after the batch that `state_dict` recorded."""
-        self._skip = state["batch"]
-        if self._train_sampler is not None:
-            self._train_sampler.skip = self._skip
-
-
-def batches_done(trainer: pl.Trainer | None) -> int:
-    """Return the number of batches of the current epoch that have been trained on; 0 at its end."""
-    if trainer is None:
-        return 0
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    return 0 if progress.is_last_batch else progress.current.processed  # type: ignore[attr-defined]

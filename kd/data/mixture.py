@@ -3,14 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
 from kd.config.mixture import MEAN
 from kd.data.batch import Batch
-from kd.data.datamodule import Epoch, KDDataModule, RowIndices, batches_done
+from kd.data.datamodule import Epoch, KDDataModule, ResumableData, RowIndices
 from kd.data.held import WithHeld
 from kd.data.sampler import LengthBatches, OptimiserStep, Rows
 from kd.data.tasks import Task, higher_is_better
@@ -175,7 +174,7 @@ class MixedCollate:
         return batch
 
 
-class MixedData(pl.LightningDataModule):
+class MixedData(ResumableData):
     """Loaders over several tasks: one for training, whose batches are of one task each, and one for each task's validation.
 
     Args:
@@ -187,8 +186,6 @@ class MixedData(pl.LightningDataModule):
     def __init__(self, parts: Mapping[str, KDDataModule], tau: float, seed: int) -> None:
         super().__init__()
         self.parts, self.tau, self.seed = dict(parts), tau, seed
-        self._sampler: MixedBatches | None = None
-        self._skip = 0
 
     def sampler(self) -> MixedBatches:
         """Return the sampler of training batches."""
@@ -203,7 +200,7 @@ class MixedData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of training batches."""
         first = next(iter(self.parts.values()))
-        self._sampler = sampler = self.sampler()
+        self._train_sampler = sampler = self.sampler()
         sampler.skip = self._skip
         return DataLoader(
             RowIndices(sum(len(part.trained) for part in self.parts.values())),  # type: ignore[arg-type]
@@ -217,17 +214,3 @@ class MixedData(pl.LightningDataModule):
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """Return the loader of each task's validation batches."""
         return [part.loader("validation") for part in self.parts.values()]
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Move a batch to a device asynchronously; Lightning's default would wait for each of its tensors."""
-        return batch.to(device, non_blocking=device.type == "cuda")
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the number of batches done in the current epoch, so that a resumed epoch continues with the next one."""
-        return {"batch": batches_done(self.trainer)}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue the epoch after the batch that `state_dict` recorded."""
-        self._skip = state["batch"]
-        if self._sampler is not None:
-            self._sampler.skip = self._skip

@@ -1,4 +1,4 @@
-"""A column of train that tells how much an example has in common with other domains: the weights of Meta-KD."""
+"""An edit that adds the weights of Meta-KD to train: similarities of each example to the prototypes of domains."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar

@@ -18,13 +18,13 @@ def mean_of_tokens(states: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         states: (batch, tokens, width).
-        mask: (batch, tokens), bool, False on padding; at least one is True in every example.
+        mask: (batch, tokens), bool, False on padding; an example without a real token has zeros.
 
     >>> mean_of_tokens(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[True, True, False]]))
     tensor([[2.]])
     """
     states = at_least_float32(states).masked_fill(~mask[..., None], 0.0)
-    return states.sum(dim=1) / mask.sum(dim=1, keepdim=True)
+    return states.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def similarities(rows: Tensor) -> Tensor:

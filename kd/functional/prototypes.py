@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from kd.functional.geometry import mean_of_tokens
 from kd.functional.hidden import PADDING, at_least_float32
 
 ACROSS = ("mean_of_prototypes", "mean_of_cosines")
 """Comparisons with other domains: with the mean of their prototypes, or with each prototype."""
-
 
 AT_ONCE = 4096
 """Number of examples that are compared with prototypes at a time, for the memory."""
@@ -36,10 +36,8 @@ def content_vector(states: Tensor, mask: Tensor, padding: str = "strict") -> Ten
     """
     if padding not in PADDING:
         raise ValueError(f"padding '{padding}' is not one of {', '.join(PADDING)}")
-    rest = at_least_float32(states[:, 1:])
     counted = mask[:, 1:] if padding == "strict" else torch.ones_like(mask[:, 1:])
-    weights = counted.to(rest.dtype).unsqueeze(-1)
-    return (rest.masked_fill(~counted.unsqueeze(-1), 0.0)).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+    return mean_of_tokens(states[:, 1:], counted)
 
 
 def prototypes(vectors: Tensor, groups: Tensor, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The tasks of a run, each as a run of its own: what a mixture needs of each is what a run of that task alone needs."""
+"""Members of a run: a view of the run for each of its tasks, as if that were its only task."""
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
