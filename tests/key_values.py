@@ -285,6 +285,11 @@ def every_value(backbone: str, data: str) -> dict[str, Values]:
             union(st.sampled_from([3, "a", [1], {"": "a"}, {"label": "negative"}, {"no such": ["a"]}]), NEVER),
             ("task.extra",),
         ),
+        "task.where_evaluated": Values(
+            st.sampled_from([None, {}]),
+            union(st.sampled_from([3, "a", [1], {"": "a"}, {"label": "negative"}, {"no such": ["a"]}]), NEVER),
+            ("task.extra",),
+        ),
         "task.of": Values(st.just({}), union(st.sampled_from([3, "a", [1], {"a": 3}, {"rte": {"kind": "regression"}}]), NEVER)),
         "task.tau": Values(st.just(1.0), union(st.sampled_from([0, -1, 2.5, "a", None, True, 1e300]), NESTED, NEVER)),
         "task.edits": Values(

@@ -13,6 +13,7 @@ from kd.build.instantiate import build_method, build_optimizer, logger_maker
 from kd.build.models import flat, plan_models
 from kd.build.parts import engine_of
 from kd.build.surgeries import prefix_surgery_errors, surgeries
+from kd.config.edits import edit_nodes
 from kd.config.mixture import rename_task_error_keys, tasks_of
 from kd.config.schema import RunSpec
 from kd.config.values import locate, one_line, subclass_of
@@ -23,6 +24,7 @@ from kd.errors import InputError, with_keys
 from kd.methods.base import Method
 from kd.models.compiled import check_compiler
 from kd.models.labels import columns
+from kd.runs.edits import edit_class
 from kd.runs.error_keys import rename_error_keys
 from kd.runs.members import members
 from kd.runs.run import Run
@@ -120,25 +122,27 @@ def check_arguments(run: Run) -> None:
 
 
 def check_unlabelled(spec: RunSpec, method: Method, weights: Mapping[str, Schedule]) -> None:
-    """Check that a method learns something from training text without labels, if the task has some.
+    """Check that a method learns something from training text without labels, if the task has some, or an edit makes some.
 
     Raises:
         InputError: for a method whose only term is the loss against the labels, or that needs labels elsewhere.
     """
+    key, without = "task.unlabelled", "task.unlabelled=null"
     if spec.task.unlabelled is None:
-        return
+        making = [key for key, node in edit_nodes(spec.task).items() if edit_class(node, key).unlabels]
+        if not making:
+            return
+        key, without = making[0], "edit=[]"
     name = spec.method["name"]
     if not any(any(extremes(weight)) for term, weight in weights.items() if term != "task"):
         raise InputError(
-            f"method={name} learns from labels alone, and has no term for text without them; use task.unlabelled=null, or a "
-            "method with a teacher",
-            "task.unlabelled",
+            f"method={name} learns from labels alone, and has no term for text without them; use {without}, or a method with "
+            "a teacher",
+            key,
         )
     if (why := method.label_dependence()) is not None:
         reason = with_keys(why, "method", spec.method)
-        raise InputError(
-            f"method={name} needs the label of every example: {reason}; use task.unlabelled=null", "task.unlabelled"
-        )
+        raise InputError(f"method={name} needs the label of every example: {reason}; use {without}", key)
 
 
 def check_run(run: Run, examples: Mapping[str, Examples]) -> None:

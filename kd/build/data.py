@@ -1,6 +1,7 @@
 """Examples, data module and teacher caches of a run."""
 
 import contextlib
+import math
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -11,7 +12,7 @@ from kd.build.models import BuiltModels
 from kd.config.schema import RunSpec, cache_limit
 from kd.data.datamodule import KDDataModule
 from kd.data.examples import Examples, load_examples
-from kd.data.held import held_mask
+from kd.data.held import cut
 from kd.data.masked_lm.datamodule import MaskedLMDataModule
 from kd.engines.models import Models
 from kd.errors import InputError, prefix_error_keys
@@ -165,9 +166,10 @@ def check_held(run: Run, examples: Examples, models: Models) -> None:
     if share == 0:
         return
     with prefix_held_errors(run.spec):
-        mask = held_mask(examples.texts["train"], share, ranks=distributed.world())
+        trained = cut(examples, share, ranks=distributed.world()).trained
+        labels = [label for label, kept in zip(examples.labels["train"], trained, strict=True) if kept]
         try:
-            examples.task.check_labels([label for label, held in zip(examples.labels["train"], mask, strict=True) if not held])
+            examples.task.check_labels([label for label in labels if not math.isnan(label)])
         except InputError as error:
             raise InputError(f"without the held part of train, {error.message}", "holds") from error
 

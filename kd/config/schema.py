@@ -92,6 +92,7 @@ class TaskSpec:
     columns: list[str] | None = None
     extra: dict[str, Any] | None = None
     where: dict[str, Any] | None = None
+    where_evaluated: dict[str, Any] | None = None
     edits: Any = None
     unlabelled: str | None = None
     of: "dict[str, TaskSpec]" = field(default_factory=dict)
@@ -348,12 +349,13 @@ def check_columns(task: TaskSpec) -> None:
             check_names(kind, f"task.extra.{name}")
         else:
             word(kind, COLUMN_KINDS, f"task.extra.{name}")
-    for name, wanted in (task.where or {}).items():
-        if (task.extra or {}).get(name, "number") == "number":
-            raise InputError(
-                f"task.where.{name} selects by a column of classes: add 'task.extra={{{name}: classes}}'", "task.where"
-            )
-        check_names(wanted if isinstance(wanted, list) else [wanted], f"task.where.{name}")
+    for key, selection in {"where": task.where, "where_evaluated": task.where_evaluated}.items():
+        for name, wanted in (selection or {}).items():
+            if (task.extra or {}).get(name, "number") == "number":
+                raise InputError(
+                    f"task.{key}.{name} selects by a column of classes: add 'task.extra={{{name}: classes}}'", f"task.{key}"
+                )
+            check_names(wanted if isinstance(wanted, list) else [wanted], f"task.{key}.{name}")
     for key, entries in {"text": task.text, "labels": task.labels, "metrics": task.metrics}.items():
         for index, entry in enumerate(entries or []):
             if not str(entry).strip():

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kd.config.values import LARGEST_SEED, number, switch, whole, word
-from kd.data.edits import FrozenModel, TextEdit
+from kd.data.edits import FrozenModel, Split, TextEdit
 from kd.data.sources import SAY_AFTER
 from kd.data.tasks import Task
 from kd.data.texts import Texts, Writer
@@ -156,8 +156,9 @@ class WordReplacement(TextEdit):
         if self.vectors is not None:
             read_vectors(self.vectors, "vectors")
 
-    def derive(self, texts: Texts, model: FrozenModel) -> tuple[Texts, np.ndarray]:
+    def derive(self, train: Split, task: Task, model: FrozenModel) -> tuple[Texts, np.ndarray]:
         """Return the examples with their copies, and the index of the example that each is made from, (new examples,)."""
+        texts = train.texts
         if self.rate == 0:
             return texts, np.arange(len(texts))
         began = said = time.monotonic()

@@ -28,26 +28,63 @@ def classes_of_columns(kinds: Kinds, train: Table) -> dict[str, list[str]]:
     }
 
 
-def chosen(where: Mapping[str, str | Sequence[str]], classes: Mapping[str, list[str]], table: Table) -> np.ndarray:
+Where = Mapping[str, str | Sequence[str]]
+"""Selection of examples: further column -> a class, or several."""
+
+
+def chosen(where: Where, classes: Mapping[str, list[str]], table: Table, key: str = "where") -> np.ndarray:
     """Return the indices of the examples whose columns have one of the given classes.
 
     Args:
-        where: further column -> a class, or several.
+        where: see `Where`.
         classes: as `classes_of_columns` returns them.
         table: the split.
+        key: name of the argument that an error is about.
 
     Raises:
         InputError: for a class that the column does not have.
     """
     mask = np.ones(len(table), dtype=bool)
     for column, wanted in where.items():
-        names = [wanted] if isinstance(wanted, str) else list(wanted)
-        if unknown := [name for name in names if name not in classes[column]]:
-            raise InputError(
-                f"the column '{column}' has no class {literal(unknown[0])}; it has {listed(classes[column])}", "where"
-            )
+        names = known_classes(column, wanted, classes, key)
         mask &= np.fromiter((class_name(column, table, row) in names for row in range(len(table))), bool, len(table))
     return np.flatnonzero(mask)
+
+
+def chosen_mask(
+    where: Where | None, classes: Mapping[str, list[str]], columns: Mapping[str, np.ndarray], count: int, key: str = "where"
+) -> np.ndarray:
+    """Return whether each example's encoded columns have one of the given classes, (examples,), bool.
+
+    Args:
+        where: see `Where`; None for all examples.
+        classes: as `classes_of_columns` returns them.
+        columns: as `values_of_columns` returns them.
+        count: number of examples.
+        key: name of the argument that an error is about.
+
+    Raises:
+        InputError: for a column that is not one of classes, or a class that it does not have.
+    """
+    mask = np.ones(count, dtype=bool)
+    for column, wanted in (where or {}).items():
+        names = known_classes(column, wanted, classes, key)
+        mask &= np.isin(columns[column], [classes[column].index(name) for name in names])
+    return mask
+
+
+def known_classes(column: str, wanted: str | Sequence[str], classes: Mapping[str, list[str]], key: str) -> list[str]:
+    """Return the classes that are wanted of a column.
+
+    Raises:
+        InputError: for a column that is not one of classes, or a class that it does not have.
+    """
+    if column not in classes:
+        raise InputError(f"'{column}' is not a column of classes: 'task.extra={{{column}: classes}}'", key)
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    if unknown := [name for name in names if name not in classes[column]]:
+        raise InputError(f"the column '{column}' has no class {literal(unknown[0])}; it has {listed(classes[column])}", key)
+    return names
 
 
 def values_of_columns(kinds: Kinds, classes: Mapping[str, list[str]], table: Table) -> dict[str, np.ndarray]:

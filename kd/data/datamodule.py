@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kd.data.batch import Batch
 from kd.data.examples import Examples
-from kd.data.held import WithHeld, held_mask
+from kd.data.held import Cut, WithHeld, cut
 from kd.data.sampler import LengthBatches, Rows, TokenBatches
 from kd.data.tasks import Task
 from kd.data.tokenized import AnyTokenizer, Tokens, TokenStore, padded_length, tokenizer_fingerprint
@@ -181,11 +181,11 @@ class KDDataModule(ResumableData):
                 raise InputError(f"'{split}' has {count} examples for {world} ranks", split.partition("_")[0])
         self.shared_tokenizer = len(tokenizers) == 1
         """True if all students and teachers have the same tokenizer."""
-        held = held_mask(examples.texts["train"], holds, ranks=world) if holds else np.zeros(len(examples.texts["train"]), bool)
-        self.held_count = int(held.sum())
-        """Number of examples of train that are held, as texts."""
-        held = held[self.text_of_rows("train")]
-        self.trained, self.held = np.flatnonzero(~held), np.flatnonzero(held)
+        count = len(examples.texts["train"])
+        parts = cut(examples, holds, ranks=world) if holds else Cut(np.zeros(count, dtype=bool), np.ones(count, dtype=bool))
+        self.held_count, self.trained_count = int(parts.held.sum()), int(parts.trained.sum())
+        """Numbers of examples of train that are held, and that are trained on, as texts."""
+        self.trained, self.held = (np.flatnonzero(part[self.text_of_rows("train")]) for part in (parts.trained, parts.held))
         """Indices in train of the examples that are trained on, and of the held ones."""
         if holds and min(len(self.trained), len(self.held)) < world:  # a text without tokens to predict is no example
             raise InputError(
@@ -205,11 +205,6 @@ class KDDataModule(ResumableData):
     def text_of_rows(self, split: str) -> np.ndarray:
         """Return the index of each example's text in the split, (examples,)."""
         return np.arange(len(self.examples.texts[split]))
-
-    @property
-    def trained_count(self) -> int:
-        """Number of examples of train that are trained on, as texts."""
-        return len(self.examples.texts["train"]) - self.held_count
 
     def epoch(self) -> Epoch:
         """Return the size of an epoch."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import numpy as np
 
 from kd.config.values import LARGEST_SEED, literal, number, shown, whole, word
+from kd.data.columns import chosen_mask
 from kd.data.labels import listed
 from kd.data.tasks import Task
 from kd.data.texts import Texts
@@ -29,6 +30,9 @@ PROFILES = ("exponential", "power")
 LARGEST_RATIO = 1e6
 """Largest ratio of the sizes of two classes."""
 
+LARGEST_COUNT = 1 << 40
+"""Largest number of examples."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -38,11 +42,13 @@ class Split:
         texts: one tuple of one or two texts for each example.
         labels: as the task encodes them: class indices, or scores.
         columns: further column -> value of each example, (examples,), as `kd.data.columns.values_of_columns` returns them.
+        origins: the texts that each example was made from; None while no edit has changed texts.
     """
 
     texts: Texts
     labels: Sequence[float]
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    origins: Texts | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -51,7 +57,8 @@ class Split:
         """Return these examples, in this order."""
         rows = np.asarray(rows, dtype=np.int64)
         columns = {name: values[rows] for name, values in self.columns.items()}
-        return Split(self.texts.take(rows), [self.labels[row] for row in rows.tolist()], columns)
+        origins = None if self.origins is None else self.origins.take(rows)
+        return Split(self.texts.take(rows), [self.labels[row] for row in rows.tolist()], columns, origins)
 
 
 class Edit(ABC):
@@ -64,12 +71,14 @@ class Edit(ABC):
         teachers: whether teachers that are fine-tuned by runs of their own learn from the edited examples too, unless the key
             `teachers` of the edit's node says otherwise.
         adds: whether it adds examples to those that there are; `task.limit_train` then counts the examples before it.
+        unlabels: whether examples that it adds have no label; a method without a loss for these is refused.
         files: names of the arguments that are paths of files; the content of the files enters the digest of a run instead.
         column: name of the further column that it adds; None if it adds none.
     """
 
     teachers: ClassVar[bool] = True
     adds: ClassVar[bool] = False
+    unlabels: ClassVar[bool] = False
     files: ClassVar[Sequence[str]] = ()
     column: str | None = None
 
@@ -154,23 +163,28 @@ class ModelEdit(Edit):
 class TextEdit(ModelEdit):
     """An edit with a model that changes texts alone, or repeats or leaves out examples.
 
-    Labels and further columns are those of the example that a new one is made from.
+    Labels and further columns are those of the example that a new one is made from; with `unlabels` a text that is not that of
+    its example has no label.
     """
 
     @abstractmethod
-    def derive(self, texts: Texts, model: FrozenModel) -> tuple[Texts, np.ndarray]:
+    def derive(self, train: Split, task: Task, model: FrozenModel) -> tuple[Texts, np.ndarray]:
         """Return the new texts, and the index of the example that each is made from, (new examples,)."""
 
     def made(self, train: Split, task: Task, model: FrozenModel) -> Arrays:
         """Return the new texts, as bytes with their offsets, and the indices of the examples that they are made from."""
-        texts, rows = self.derive(train.texts, model)
+        texts, rows = self.derive(train, task, model)
         return {"content": np.frombuffer(texts.content, dtype=np.uint8), "offsets": texts.offsets, "rows": rows}
 
     def __call__(self, train: Split, task: Task) -> Split:
         """Return the edited training examples."""
         arrays = self.stored(train, task)
         texts = Texts(arrays["content"].tobytes(), arrays["offsets"], train.texts.columns)
-        return replace(train.take(arrays["rows"]), texts=texts)
+        made = train.take(arrays["rows"])
+        labels = made.labels
+        if self.unlabels:
+            labels = [label if text == old else math.nan for label, text, old in zip(labels, texts, made.texts, strict=True)]
+        return replace(made, texts=texts, labels=labels, origins=made.origins or made.texts)
 
 
 class ColumnEdit(ModelEdit):
@@ -319,6 +333,56 @@ class Imbalance(Edit):
         return float(self.ratio**-exponent)
 
 
+class FewLabels(Edit):
+    """A few examples of a domain, whose others are left out: a domain of few labels beside others of many.
+
+    Which examples stay is decided by a hash of the text and the seed: they do not depend on the order of the file, and fewer
+    are among more. Classes are not balanced (our choice).
+
+    Args:
+        count: number of examples that stay; all if there are fewer.
+        where: further column of classes -> a class, or several: the examples that are counted; None for all of train. Examples
+            of other classes stay.
+        seed: seed of the draws.
+    """
+
+    def __init__(self, count: int, where: Mapping[str, str | Sequence[str]] | None = None, seed: int = 0) -> None:
+        self.count = whole(count, "count", 1, LARGEST_COUNT)
+        self.where = mapping_of_names(where, "where")
+        self.seed = whole(seed, "seed", 0, LARGEST_SEED)
+
+    def __call__(self, train: Split, task: Task) -> Split:
+        """Return the examples that stay, in their order.
+
+        Raises:
+            InputError: for a column or a class that the task does not have, or none of whose examples is in train.
+        """
+        rows = np.flatnonzero(chosen_mask(self.where, task.column_classes, train.columns, len(train)))
+        if not len(rows):
+            raise InputError(f"where={shown(self.where)} selects no training example", "where")
+        chances = np.fromiter((chance for chance, _ in draws(train.texts, f"FewLabels {self.seed}")), np.float64, len(train))
+        stays = np.ones(len(train), dtype=bool)
+        stays[rows[np.argsort(chances[rows], kind="stable")[self.count :]]] = False
+        return train.take(np.flatnonzero(stays))
+
+
+def mapping_of_names(where: object, key: str) -> dict[str, list[str]] | None:
+    """Return a selection by columns of classes (`kd.data.columns.Where`) after a check; None for none.
+
+    Raises:
+        InputError: for anything else than a mapping from a column to one name or several.
+    """
+    if where is None:
+        return None
+    if isinstance(where, Mapping) and where:
+        names = {str(column): [wanted] if isinstance(wanted, str) else wanted for column, wanted in where.items()}
+        if all(
+            isinstance(each, list | tuple) and each and all(isinstance(name, str) for name in each) for each in names.values()
+        ):
+            return {column: list(each) for column, each in names.items()}
+    raise InputError(f"{key}={shown(where)} does not select by a column of classes: {{domain: [books]}}", key)
+
+
 def classes_of(task: Task, what: str) -> list[str]:
     """Return the classes of a task.
 
@@ -355,10 +419,11 @@ def edited(edit: Edit, train: Split, task: Task) -> Split:
 
 
 def class_sizes(split: Split, task: Task) -> dict[str, int]:
-    """Return the number of examples of each class; an empty dict for a task without classes."""
+    """Return the number of examples that have each class; an empty dict for a task without classes."""
     if task.labels is None:
         return {}
-    counts = np.bincount(np.asarray(split.labels, dtype=np.int64), minlength=len(task.labels))
+    given = [int(label) for label in split.labels if not math.isnan(label)]
+    counts = np.bincount(np.asarray(given, dtype=np.int64), minlength=len(task.labels))
     return dict(zip(task.labels, counts.tolist(), strict=True))
 
 
@@ -381,6 +446,8 @@ def described(edit: Edit, before: Split, after: Split, task: Task) -> str:
         words = [f"{changed} of {len(before)} labels changed"]
     else:
         words = [f"{len(before)} -> {len(after)} examples"]
+        if edit.unlabels:
+            words.append(f"{sum(map(math.isnan, after.labels))} of them without a label")
     sizes = zip(class_sizes(before, task).items(), class_sizes(after, task).values(), strict=True)
     if of_classes := [f"{name} {size} -> {other}" for (name, size), other in sizes]:
         words.append(f"class sizes {listed(of_classes)}")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from kd.config.schema import TaskSpec
-from kd.data.columns import chosen, classes_of_columns, values_of_columns
+from kd.data.columns import chosen, chosen_mask, classes_of_columns, values_of_columns
 from kd.data.edits import Split
 from kd.data.labels import class_names
 from kd.data.masked_lm.task import MaskedLM
@@ -37,6 +37,9 @@ class Examples:
         labels: split -> encoded labels; NaN for a training example without one.
         columns: split -> further column -> value of each example, (examples,): class indices, whose names are in
             `task.column_classes`, or numbers.
+        origins: for each example of train the texts that it was made from, if an edit changed texts; None if none did.
+        evaluated_like: for each example of train whether those of its kind are evaluated (`task.where_evaluated`), (examples,),
+            bool; None if all kinds are.
         edits: descriptions of what edits changed in train, in the order in which they were applied.
     """
 
@@ -45,6 +48,8 @@ class Examples:
     labels: Mapping[str, Sequence[float]]
     columns: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
     edits: Sequence[str] = ()
+    origins: Sequence[tuple[str, ...]] | None = None
+    evaluated_like: np.ndarray | None = None
 
     @property
     def evaluated(self) -> list[str]:
@@ -71,6 +76,7 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) 
     """Read a task's examples, encode their labels, edit those of train, and check all.
 
     Text without labels (`unlabelled`) follows the examples of train; neither limit, edits nor holdout apply to it.
+    `where_evaluated` selects, after `where`, among the examples of the other splits.
 
     Edits are applied to all of train, before `limit_train`; a larger limit then adds examples and changes none. The limit is
     applied before the first edit that adds examples, though: it counts those of the file. Edits that add a column come before
@@ -102,7 +108,7 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) 
             "before the others",
             "edits",
         )
-    task.columns = [*(spec.extra or {}), *(str(edit.column) for edit in adding)]
+    task.columns = [*carried(spec), *(str(edit.column) for edit in adding)]
     if spec.holdout is not None and adding:  # what is evaluated on enters no column
         raw = held_out(raw, spec.holdout)
     kinds, changes = with_columns(raw, spec, task, adding)
@@ -115,10 +121,15 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) 
         raw["train"] = limited(raw["train"], spec.limit_train)
     if spec.holdout is not None and not adding:
         raw = held_out(raw, spec.holdout)
+    if spec.where_evaluated:
+        for split in set(raw) - {"train"}:
+            key = "where_evaluated"
+            raw[split] = raw[split].take(chosen(spec.where_evaluated, task.column_classes, raw[split], key))
+            check_splits({split: raw[split]}, key)
     for split in raw:
         if split != "train":  # `validation_mismatched` is limited as `validation` is; a split of another name is whole
             raw[split] = limited(raw[split], limits.get(split.partition("_")[0]))
-    own = spec.extra or {}
+    own = carried(spec)
     splits = {split: encoded_split(task, table, spec, kinds if split == "train" else own) for split, table in raw.items()}
     for index, edit in enumerate(edits):
         if first and index == first:
@@ -129,12 +140,14 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) 
     if first and first == len(edits):
         splits["train"] = limited(splits["train"], spec.limit_train)
     labels = {split: examples.labels for split, examples in splits.items()}
+    given = [label for label in labels["train"] if not math.isnan(label)]
+    task.partly_labelled = len(given) < len(labels["train"])
     try:
-        task.check_labels(labels["train"])
+        task.check_labels(given)
     except InputError as error:
         raise InputError(error.message, error.key if spec.limit_train is None else "limit_train") from error
     if isinstance(task, Regression):
-        task.start = float(np.mean(labels["train"]))  # otherwise the first steps only learn the mean
+        task.start = float(np.mean(given))  # otherwise the first steps only learn the mean
     if spec.unlabelled is not None:
         if len(kinds) > len(own):
             raise InputError(
@@ -145,7 +158,16 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) 
         labels["train"] = splits["train"].labels
     ordered = list({"train": None, "validation": None, **dict.fromkeys(raw)})
     texts, columns = ({split: getattr(splits[split], part) for split in ordered} for part in ("texts", "columns"))
-    return Examples(task, texts, {split: labels[split] for split in ordered}, columns, changes)
+    train = splits["train"]
+    alike = None
+    if spec.where_evaluated:
+        alike = chosen_mask(spec.where_evaluated, task.column_classes, train.columns, len(train), "where_evaluated")
+    return Examples(task, texts, {split: labels[split] for split in ordered}, columns, changes, train.origins, alike)
+
+
+def carried(spec: TaskSpec) -> dict[str, Any]:
+    """Return the further columns that the examples of a task carry; those of a masked language model only select texts."""
+    return {} if spec.kind == "masked_lm" else dict(spec.extra or {})
 
 
 def with_columns(
@@ -159,7 +181,7 @@ def with_columns(
     Raises:
         InputError: for an edit that cannot be applied, or a column that there is already.
     """
-    kinds: dict[str, Any] = dict(spec.extra or {})
+    kinds = carried(spec)
     changes = []
     for edit in edits:
         column = str(edit.column)
@@ -203,7 +225,10 @@ def joined(first: Split, second: Split) -> Split:
     """Return the examples of both splits."""
     texts = Texts.of(itertools.chain(first.texts, second.texts))
     columns = {name: np.concatenate([values, second.columns[name]]) for name, values in first.columns.items()}
-    return Split(texts, [*first.labels, *second.labels], columns)
+    origins = None
+    if first.origins is not None or second.origins is not None:
+        origins = Texts.of(itertools.chain(first.origins or first.texts, second.origins or second.texts))
+    return Split(texts, [*first.labels, *second.labels], columns, origins)
 
 
 def check_splits(raw: Mapping[str, Table], key: str | None = None) -> None:
@@ -292,8 +317,8 @@ def build_task(spec: TaskSpec, train: Table) -> Task:
     if spec.kind not in HEAD_OF_KIND:
         raise one_of(spec.kind, tuple(HEAD_OF_KIND), "kind")
     if spec.kind == "masked_lm":
-        if spec.extra:
-            raise InputError("a masked language model reads chunks of text, which have no further columns", "extra")
+        if spec.extra and not spec.where:
+            raise InputError("a masked language model reads chunks of text, whose further columns only select texts", "extra")
         if spec.unlabelled is not None:
             raise InputError("a masked language model needs no labels: all of its text is in train", "unlabelled")
         return MaskedLM(spec.name, spec.metrics, spec.monitor)

@@ -1,11 +1,13 @@
 """A held part of train: examples that a student is not trained on, and a batch of them beside each training batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from kd.config.values import shown
+from kd.data.examples import Examples
 from kd.data.sampler import LengthBatches, OptimiserStep, Rows
 from kd.data.sources import hash_fraction
 from kd.errors import InputError
@@ -26,15 +28,30 @@ def checked_share(share: object, key: str = "holds") -> float:
     return float(share)
 
 
-def held_mask(texts: Sequence[tuple[str, ...]], share: float, key: str = "holds", ranks: int = 1) -> np.ndarray:
-    """Return for each training example whether it is held, (examples,), bool.
+@dataclass(frozen=True)
+class Cut:
+    """The part of train that is held, and what is left out for it.
+
+    Attributes:
+        held: whether each example is held, (examples,), bool.
+        trained: whether each example is trained on. One that an edit made from a held example is neither.
+    """
+
+    held: np.ndarray
+    trained: np.ndarray
+
+
+def cut(examples: Examples, share: float, key: str = "holds", ranks: int = 1) -> Cut:
+    """Cut the held part from train.
 
     A hash of the text decides, as for `task.holdout`: equal texts are on one side, whatever the seed, the order and the other
-    examples, and a larger share holds the examples of a smaller one and more.
+    examples, and a larger share holds the examples of a smaller one and more. Held are examples with a label, as the data has
+    them, of the kind that is evaluated (`task.where_evaluated`): the held part stands in for a validation split. What an edit
+    makes of a held example is not trained on.
 
     Args:
-        texts: texts of train.
-        share: share of train that is held, in [0, 1).
+        examples: the examples.
+        share: share of such examples that is held, in [0, 1).
         key: key that an error names.
         ranks: number of processes that share each batch.
 
@@ -42,16 +59,24 @@ def held_mask(texts: Sequence[tuple[str, ...]], share: float, key: str = "holds"
         InputError: if the share is out of range, or fewer examples than there are ranks are held or left to train on.
     """
     share = checked_share(share, key)
-    mask = np.fromiter((hash_fraction((SALT, *text)) < share for text in texts), bool, len(texts))
-    held = int(mask.sum())
-    if share and min(held, len(mask) - held) < ranks:
+    texts, labels = examples.texts["train"], np.asarray(examples.labels["train"], dtype=np.float64)
+    origins = texts if examples.origins is None else examples.origins
+    chances = np.fromiter((hash_fraction((SALT, *text)) for text in origins), np.float64, len(texts))
+    may = ~np.isnan(labels)
+    if examples.evaluated_like is not None:
+        may &= examples.evaluated_like
+    if examples.origins is not None:
+        may &= np.fromiter((text == origin for text, origin in zip(texts, origins, strict=True)), bool, len(texts))
+    held = may & (chances < share)
+    trained = ~np.isin(chances, chances[held])
+    if share and min(held.sum(), trained.sum()) < ranks:
         needed = "one example" if ranks == 1 else f"an example for each of {ranks} ranks"
         raise InputError(
-            f"{key}={shown(share)} of {len(mask)} training examples holds {held} and leaves {len(mask) - held} to train on; "
+            f"{key}={shown(share)} of {may.sum()} training examples holds {held.sum()} and leaves {trained.sum()} to train on; "
             f"either part needs {needed}",
             key,
         )
-    return mask
+    return Cut(held, trained)
 
 
 class WithHeld(Sampler[list[int]]):

@@ -383,13 +383,13 @@ class DomainFolders:
     Args:
         train: the folder.
         text: text columns.
-        label: label column.
+        label: label column; None for text without labels.
         extra: further columns; `domain` may be one of them.
     """
 
     train: Any
     text: Sequence[str]
-    label: str
+    label: str | None
     extra: Sequence[str] = ()
 
     def _files(self) -> dict[str, dict[str | None, Path]]:

@@ -38,6 +38,10 @@ class LearnerTurn:
     turn: Turn | None
     parameters: Sequence[nn.Parameter]
 
+    def due(self, progress: Progress) -> bool:
+        """Return whether the parameters move in a step."""
+        return self.turn is None or self.turn.due is None or self.turn.due(progress)
+
 
 class Distiller(Engine):
     """Engine that trains K students together; each has its own method, which reads its peers' outputs as constants.
@@ -166,13 +170,14 @@ class Distiller(Engine):
             loss = Loss.sum([passes.loss(turn) for turn in turns])
             self.check(loss)
             losses.append(loss)
-            parameters = [parameter for turn in turns for parameter in turn.parameters]
+            due = [turn for turn in turns if turn.due(passes.progress)]
+            parameters = [parameter for turn in due for parameter in turn.parameters]
             with torch.autocast(self.device.type, enabled=False):
-                gradients = torch.autograd.grad(loss.total * batch.weight, parameters)
+                gradients = torch.autograd.grad(loss.total * batch.weight, parameters) if parameters else ()
             for parameter, gradient in zip(parameters, distributed.mean(gradients), strict=True):
                 parameter.grad = gradient
             if self.clip:
-                for turn in turns:
+                for turn in due:
                     self.guard.check_gradient(clip_gradients(turn.parameters, self.clip), self.global_step)
             last = number == len(rounds)
             (optimizer if last else getattr(optimizer, "optimizer", optimizer)).step()
@@ -295,6 +300,8 @@ def turns_of(name: str, learner: Learner) -> list[LearnerTurn]:
     if sum(turn.parameters is None for turn in turns) != 1 or not trainable.issuperset(given):
         raise ValueError("one turn of a method has `parameters=None`, for what no other one moves; the others move its own")
     rest = [parameter for parameter in learner.parameters if parameter not in set(given)]
+    if len(turns) == 1 and turns[0].due is not None:
+        raise ValueError("the only turn of a method moves in every step")
     return [LearnerTurn(name, turn, rest if turn.parameters is None else list(turn.parameters)) for turn in turns]
 
 

@@ -226,12 +226,15 @@ class Turn:
         terms: function of the step that returns the turn's unweighted loss terms. The step shows what earlier turns have moved.
         parameters: parameters that move, submodules' of the method or the student's; None for all that no other turn moves.
         lr: peak learning rate of the parameters; None for the run's.
+        due: function of the progress that tells whether the parameters move in this step; None for every step. The terms of a
+            turn that is not due are computed and logged, and move nothing. A method of one turn moves in every step.
     """
 
     name: str
     terms: "Callable[[Step], dict[str, Tensor]]"
     parameters: Sequence[nn.Parameter] | None = None
     lr: float | None = None
+    due: Callable[[Progress], bool] | None = None
 
 
 class Method(nn.Module):

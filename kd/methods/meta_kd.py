@@ -111,15 +111,7 @@ class MetaKD(TinyBERT):
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         """Return the weighted losses."""
-        student, teacher, weights = step.student.outputs, step.teacher.outputs, self.weights(step)
-        blocks = self.map_at(step.progress)
-        hidden = [self._hidden(student, teacher, layer, block, "none") for layer, block in blocks]
-        attention = [self._attention(student, teacher, layer, block, "none") for layer, block in blocks]
-        errors = {
-            "attention": torch.stack(attention).sum(dim=0),
-            "hidden": torch.stack(hidden).sum(dim=0),
-            "embedding": self._hidden(student, teacher, 0, (0,), "none"),
-        }
+        weights, errors = self.weights(step), self.layer_losses(step, "none")
         domain = self.domain_errors(step)
         if self.weighted == "example":
             terms = {name: (weights * losses).mean() for name, losses in errors.items()}

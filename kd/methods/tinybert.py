@@ -96,6 +96,15 @@ class TinyBERT(Method):
         Raises:
             InputError: if the numbers of heads differ, or the depths do not suit the map.
         """
+        self.bind_layers(bound)
+        freeze_above(bound.student, max(self._ours()))
+
+    def bind_layers(self, bound: Bound) -> None:
+        """Check the heads, resolve the layer map and build the projections.
+
+        Raises:
+            InputError: if the numbers of heads differ, or the depths do not suit the map.
+        """
         student, teacher = bound.student, bound.teacher
         check_heads(student, teacher)
         self.depths = (student.depth, teacher.depth)
@@ -105,9 +114,7 @@ class TinyBERT(Method):
                 f"{teacher.depth} layers; give the pairs instead, as [[student, teacher], ...]",
                 "layers",
             )
-        ours = self._ours()
-        freeze_above(student, max(ours))
-        names = dict.fromkeys(self._place(layer) for layer in (0, *ours))
+        names = dict.fromkeys(self._place(layer) for layer in (0, *self._ours()))
         self.projections = nn.ModuleDict({name: projection(student.width, teacher.width) for name in names})
 
     def map_at(self, progress: Progress) -> layer_maps.Blocks:
@@ -146,14 +153,18 @@ class TinyBERT(Method):
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         """Return the losses of eq. 7, 8 and 9, each summed over layers."""
+        return self.layer_losses(step)
+
+    def layer_losses(self, step: Step, reduction: str = "mean") -> dict[str, Tensor]:
+        """Return the losses of eq. 7, 8 and 9, summed over layers: means, or with `none` those of each example, (batch,)."""
         student, teacher = step.student.outputs, step.teacher.outputs
         blocks = self.map_at(step.progress)
-        hidden = [self._hidden(student, teacher, layer, block) for layer, block in blocks]
-        attention = [self._attention(student, teacher, layer, block) for layer, block in blocks]
+        hidden = [self._hidden(student, teacher, layer, block, reduction) for layer, block in blocks]
+        attention = [self._attention(student, teacher, layer, block, reduction) for layer, block in blocks]
         return {
-            "attention": torch.stack(attention).sum(),
-            "hidden": torch.stack(hidden).sum(),
-            "embedding": self._hidden(student, teacher, 0, (0,)),
+            "attention": torch.stack(attention).sum(dim=0),
+            "hidden": torch.stack(hidden).sum(dim=0),
+            "embedding": self._hidden(student, teacher, 0, (0,), reduction),
         }
 
     def _hidden(self, student: Outputs, teacher: Outputs, layer: int, block: Sequence[int], reduction: str = "mean") -> Tensor:

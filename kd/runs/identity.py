@@ -41,7 +41,7 @@ MACHINE_KEYS = ("precision", "compile", "pad_multiple")
 COLUMN_KEYS = ("text", "label", "columns")
 """Keys of a task's source that name columns; a number on the command line is taken for a name."""
 
-OMIT_IF_EMPTY = ("extra", "where", "edits", "of")
+OMIT_IF_EMPTY = ("extra", "where", "where_evaluated", "edits", "of")
 """Keys of a task that enter the digest only if they are set, so that runs without them have the digests of before."""
 
 PATH_KEYS = ("root", "train", "validation", "test", "unlabelled")

@@ -108,7 +108,7 @@ def broadcast(value: T) -> T:
 
 def mean(tensors: Sequence[Any]) -> list[Any]:
     """Return the mean of each tensor over all ranks, in one all-reduce; inside `on_rank_zero` return the tensors unchanged."""
-    if world() == 1 or _alone:
+    if world() == 1 or _alone or not tensors:
         return list(tensors)
     import torch
 

@@ -102,8 +102,11 @@ def check_held_part(report: Report, run: Run, engine: Engine, data: KDDataModule
     """Report the part of train that is held, and where the student may have learnt from it nevertheless."""
     if not data.held_count:
         return
-    counts = f"{data.held_count} of {data.held_count + data.trained_count}"
-    report.ok(f"held part of train: {counts} examples are not trained on, {data.held_size()} of them beside each batch")
+    count = len(data.examples.texts["train"])
+    beside = f"{data.held_size()} of them beside each batch"
+    report.ok(f"held part of train: {data.held_count} of {count} examples are not trained on, {beside}")
+    if spare := count - data.held_count - data.trained_count:
+        report.ok(f"{spare} examples that edits made of the held part are not trained on")
     share = max(learner.method.holds for learner in engine.learners.values())
     before, student = run.inputs.before, run.spec.student
     if before is not None and build_method(before.spec.method)[0].holds < share:

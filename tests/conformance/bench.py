@@ -72,6 +72,8 @@ SCORES = Regression("toy scores", ["mse"], "mse")
 DOMAINS = ["books", "dvd", "kitchen"]
 for each in (TASK, SCORES):  # further columns, for methods that read them
     each.column_classes, each.columns = {"domain": DOMAINS}, ["domain", "transferability"]
+LABELLED = {"l2a": ("method.selects=all",)}
+"""Overrides for methods that leave examples with labels alone by default, and all examples here have labels."""
 VOCABULARY = tiny_config().vocab_size
 HELD = 5
 """Examples of a held batch, which two ranks share 3 and 2."""
@@ -80,7 +82,7 @@ HELD = 5
 def configured(case: str, more: Sequence[str] = ()) -> DictConfig:
     """The configuration of a case: a name of `conf/method` and overrides after it, or `before` for its first run's."""
     name, *overrides = case.split()
-    config = compose([f"method={name}", *(word for word in overrides if word != BEFORE), *more])
+    config = compose([f"method={name}", *LABELLED.get(name, ()), *(word for word in overrides if word != BEFORE), *more])
     return before_config(config) if BEFORE in overrides else config
 
 

@@ -74,7 +74,7 @@ def edit(**options: Any) -> WordReplacement:
 
 def derived(options: WordReplacement, rows: list[tuple[str, ...]], model: TinyModel) -> list[list[tuple[str, ...]]]:
     """The example and its copies, for each example."""
-    texts, index = options.derive(Texts.of(rows), model)
+    texts, index = options.derive(Split(Texts.of(rows), [0] * len(rows)), Regression("t", ["mse"], "mse"), model)
     groups: list[list[tuple[str, ...]]] = [[] for _ in rows]
     for text, row in zip(texts, index.tolist(), strict=True):
         groups[row].append(text)

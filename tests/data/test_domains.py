@@ -1,5 +1,6 @@
 """Tasks of several domains: a folder for each, and examples of some domains alone."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from kd.build.edits import build_edits
 from kd.config.compose import compose, typed
 from kd.config.mixture import check_tasks
 from kd.data.examples import Examples, load_examples
+from kd.data.held import cut
 from kd.data.sources import hash_fraction
 from kd.errors import InputError
 from kd.runs.identity import prefix_task_errors, source_of, task_identity
@@ -94,6 +96,12 @@ BAD = {
     "an empty list": (["task.where={domain: []}"], "task.where.domain", "each once"),
     "a name twice": (["task.where={domain: [dvd, dvd]}"], "task.where.domain", "each once"),
     "no folder": (["task.train=null"], "task.train", "a folder with a folder for each domain"),
+    "an evaluated domain that is none": (["task.where_evaluated={domain: [food]}"], "task.where_evaluated", "no class 'food'"),
+    "an evaluated domain without its column": (
+        ["task.where_evaluated={genre: [food]}"],
+        "task.where_evaluated",
+        "add 'task.extra={genre: classes}'",
+    ),
 }
 
 
@@ -113,4 +121,46 @@ def test_a_folder_without_its_files_is_refused(folder: Path) -> None:
 
 def test_tasks_without_a_selection_are_identified_as_before(folder: Path) -> None:
     spec = typed(compose(["task=amazon4", f"task.train={folder}"])).task
-    assert "where" not in task_identity(spec)[0]
+    assert not {"where", "where_evaluated"} & set(task_identity(spec)[0])
+
+
+@pytest.mark.parametrize("holdout", ["null", "0.2"])
+def test_one_domain_may_be_evaluated_with_others_in_train(folder: Path, holdout: str) -> None:
+    whole = loaded(folder, f"task.holdout={holdout}")
+    part = loaded(folder, "task.where_evaluated={domain: [dvd]}", f"task.holdout={holdout}")
+    assert list(part.texts["train"]) == list(whole.texts["train"])
+    assert whole.evaluated_like is None
+    assert part.evaluated_like is not None
+    assert part.evaluated_like.tolist() == [domain == "dvd" for domain in domains_of(part, "train")]
+    for split in part.evaluated:
+        assert list(part.texts[split]) == [text for text in whole.texts[split] if text[0].endswith("dvd")]
+    both = loaded(folder, "task.where={domain: [dvd, books]}", "task.where_evaluated={domain: dvd}")
+    assert set(domains_of(both, "train")) == {"dvd", "books"}
+    assert set(domains_of(both, "test")) == {"dvd"}
+
+
+def test_a_few_labels_are_of_the_domain_that_is_evaluated(folder: Path) -> None:
+    count = "task.edits.few_labels.count=9"
+    examples = loaded(folder, "task.where_evaluated={domain: [dvd]}", "edit=[few_labels]", count)
+    counts = Counter(domains_of(examples, "train"))
+    assert counts["dvd"] == 9
+    assert min(counts[name] for name in NAMES if name != "dvd") > 60
+    assert len(loaded(folder, "edit=[few_labels]", count).texts["train"]) == 9
+
+
+def test_what_a_method_holds_is_of_the_domain_that_is_evaluated(folder: Path) -> None:
+    examples = loaded(folder, "task.where_evaluated={domain: [dvd]}")
+    parts, domains = cut(examples, 0.3), np.array(domains_of(examples, "train"))
+    assert set(domains[parts.held]) == {"dvd"}
+    assert 0.15 < parts.held.sum() / (domains == "dvd").sum() < 0.45
+    assert (parts.trained == ~parts.held).all()
+
+
+def test_text_of_a_domain_for_a_masked_language_model(folder: Path) -> None:
+    spec = typed(compose(["task=amazon4_text", f"task.train={folder}", "task.where={domain: [dvd]}"]))
+    check_tasks(spec.task)
+    examples = load_examples(spec.task, source_of(spec.task))
+    assert set(domains_of(examples, "train")) == {"dvd"}
+    assert not examples.task.columns
+    assert not examples.columns["train"]
+    assert list(examples.texts["train"]) == list(loaded(folder, "task.where={domain: dvd}").texts["train"])

@@ -12,7 +12,7 @@ from kd.build.data import build_examples
 from kd.build.edits import build_edits
 from kd.config.compose import compose, typed
 from kd.data.datamodule import KDDataModule
-from kd.data.edits import Edit, Imbalance, LabelNoise, Split, edited
+from kd.data.edits import Edit, FewLabels, Imbalance, LabelNoise, Split, edited
 from kd.data.examples import Examples, load_examples
 from kd.data.tasks import Classification, Regression, Task
 from kd.data.texts import Texts
@@ -216,6 +216,38 @@ def test_the_preflight_reports_the_edits(load: Callable[..., Examples], backbone
     )
 
 
+# Few labels
+
+
+def domains(*sizes: int) -> tuple[Split, Task]:
+    """Examples of so many domains, and a task with these."""
+    train, of = split(*sizes), task(2)
+    of.column_classes = {"domain": NAMES[: len(sizes)]}
+    return Split(train.texts, [row % 2 for row in range(len(train))], {"domain": np.asarray(train.labels), **train.columns}), of
+
+
+@pytest.mark.parametrize("where", ["b", ["b"], ["b", "c"]])
+def test_a_few_examples_of_some_domains_stay_and_all_others(where: str | list[str]) -> None:
+    train, of = domains(30, 40, 50)
+    result = FewLabels(12, {"domain": where})(train, of)
+    counted = np.isin(train.columns["domain"], [NAMES.index(name) for name in where])
+    left = np.isin(result.columns["domain"], [NAMES.index(name) for name in where])
+    assert left.sum() == 12
+    assert result.columns["row"][~left].tolist() == train.columns["row"][~counted].tolist()
+    assert result.columns["row"].tolist() == sorted(result.columns["row"].tolist()), "in their order"
+
+
+def test_fewer_examples_are_among_more_wherever_they_stand() -> None:
+    train, of = domains(60, 40)
+    few, more = (FewLabels(count, {"domain": "a"})(train, of) for count in (5, 20))
+    assert set(few.texts) <= set(more.texts)
+    back = train.take(np.arange(len(train))[::-1])
+    assert set(FewLabels(5, {"domain": "a"})(back, of).texts) == set(few.texts)
+    assert set(FewLabels(5, {"domain": "a"}, seed=1)(train, of).texts) != set(few.texts)
+    assert len(FewLabels(7)(train, of)) == 7, "without a selection all of train is counted"
+    assert len(FewLabels(1000, {"domain": "a"})(train, of)) == 100
+
+
 class Without(Edit):
     """Leave out examples of these classes."""
 
@@ -244,6 +276,10 @@ def test_an_edit_that_leaves_nothing_is_refused() -> None:
         ("{_target_: kd.data.edits.Imbalance, ratio: 1000}", ".ratio", "leaves the class 'positive' without examples"),
         ("{_target_: kd.data.edits.Imbalance, ratio: 2, order: [good]}", ".order", "name each class once: negative, positive"),
         ("{_target_: kd.data.edits.Imbalance, ratio: 2, profile: linear}", ".profile", "exponential, power"),
+        ("{_target_: kd.data.edits.FewLabels, count: 0}", ".count", "task.edits.0.count=0 must be at least 1"),
+        ("{_target_: kd.data.edits.FewLabels, count: 1}", "", "leaves the class"),
+        ("{_target_: kd.data.edits.FewLabels, count: 9, where: {domain: [dvd]}}", ".where", "not a column of classes"),
+        ("{_target_: kd.data.edits.FewLabels, count: 9, where: [dvd]}", ".where", "does not select by a column"),
         ("{_target_: kd.data.edits.LabelNoise}", "", "missing 1 required positional argument: 'rate'"),
         ("{_target_: kd.data.edits.LabelNoises, rate: 0}", "._target_", "cannot be imported"),
         ("{_target_: kd.data.edits.Edit}", "._target_", "not an edit"),

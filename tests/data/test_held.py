@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines.reward import examples_of
+from conformance.bench import TASK
+from engines.reward import examples_of, held_mask
 
 from conftest import tiny_tokenizer
 from kd.data.batch import Batch
 from kd.data.datamodule import KDDataModule
 from kd.data.examples import Examples, held_out
-from kd.data.held import WithHeld, checked_share, held_mask
+from kd.data.held import WithHeld, checked_share, cut
 from kd.data.masked_lm.datamodule import MaskedLMDataModule
 from kd.data.masked_lm.task import MaskedLM
 from kd.data.sampler import LengthBatches, Rows
@@ -22,6 +23,7 @@ from kd.data.texts import Example, Table
 from kd.errors import InputError
 
 TEXTS = [(f"text number {number}",) for number in range(2000)]
+
 LENGTHS = np.random.default_rng(0).integers(3, 30, 97)
 
 
@@ -71,6 +73,17 @@ def sampler(size: int = 16, accumulate: int = 1, held: int = 23, rank: int = 0, 
 def epoch_of(batches: WithHeld, epoch: int) -> list[Rows]:
     batches.set_epoch(epoch)
     return list(batches)  # type: ignore[arg-type]
+
+
+def test_what_an_edit_made_of_a_held_example_is_not_trained_on() -> None:
+    """Copies and texts without labels are on the side of their origin, and are never held themselves."""
+    texts = [text for row, text in enumerate(TEXTS[:300]) for text in (text, (f"copy of {row}",), (f"made of {row}",))]
+    labels = [0, 1, float("nan")] * 300
+    origins = [text for text in TEXTS[:300] for _ in range(3)]
+    parts = cut(Examples(TASK, {"train": texts}, {"train": labels}, origins=origins), 0.3)
+    plain = held_mask(TEXTS[:300], 0.3)
+    assert parts.held.tolist() == [held and first for held in plain for first in (True, False, False)]
+    assert parts.trained.tolist() == [not held for held in plain for _ in range(3)]
 
 
 def test_training_batches_have_all_other_examples_and_held_ones_come_in_turn() -> None:

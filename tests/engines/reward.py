@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from conformance.bench import TASK, encoder
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from conftest import BAD, FILLER, GOOD, sentence, tiny_tokenizer
 from kd.data.datamodule import KDDataModule
 from kd.data.examples import Examples
+from kd.data.held import cut
 from kd.engines.distiller import Distiller
 from kd.engines.models import Models
 from kd.engines.optimizer import OptimizerFactory
@@ -103,6 +105,11 @@ def examples_of(count: int, seed: int = 0) -> Examples:
         texts.setdefault((sentence(generator, (BAD, FILLER, GOOD)[len(texts) % 3]),), len(texts) % 3)
     splits = {"train": list(texts), "validation": list(texts)[:6]}
     return Examples(TASK, splits, {split: [texts[text] for text in own] for split, own in splits.items()})
+
+
+def held_mask(texts: Sequence[tuple[str, ...]], share: float, ranks: int = 1) -> np.ndarray:
+    """The texts that are held, of some that all have labels, bool."""
+    return cut(Examples(TASK, {"train": texts}, {"train": [0] * len(texts)}), share, ranks=ranks).held
 
 
 CASES = [(64, 8, 2), (62, 7, 2), (62, 7, 1)]

@@ -11,12 +11,12 @@ import pytest
 import torch
 from conformance import test_contract as contract
 from conformance.bench import TASK, Bench, batch_of, encoder
-from engines.reward import CASES, SEEN, Rewarded, save_rank, trained
+from engines.reward import CASES, SEEN, Rewarded, held_mask, save_rank, trained
 
 from kd.build.data import build_data, build_examples, check_held, share_held
 from kd.build.models import build_models
 from kd.config.compose import compose
-from kd.data.held import held_mask
+from kd.data.examples import Examples
 from kd.errors import InputError
 from kd.forward import Forward, Needs
 from kd.forward.lazy import Detached
@@ -205,7 +205,8 @@ def test_preflight_warns_of_a_first_run_that_trained_on_the_held_part(share: flo
     student = SimpleNamespace(init="run", init_from="pretrained")
     run: Any = SimpleNamespace(inputs=SimpleNamespace(before=before), spec=SimpleNamespace(student=student))
     engine: Any = SimpleNamespace(learners={"student": SimpleNamespace(method=Rewarded(0.25))})
-    data: Any = SimpleNamespace(held_count=5, trained_count=15, held_size=lambda: 4)
+    of_train = SimpleNamespace(texts={"train": range(20)})
+    data: Any = SimpleNamespace(held_count=5, trained_count=15, held_size=lambda: 4, examples=of_train)
     report = Report()
     check_held_part(report, run, engine, data)
     assert report.warnings == warned
@@ -215,7 +216,7 @@ def test_preflight_warns_of_a_first_run_that_trained_on_the_held_part(share: flo
 def test_classes_that_are_left_out_by_the_cut_are_refused() -> None:
     texts = [(f"text {number}",) for number in range(40)]
     mask = held_mask(texts, 0.5)
-    examples: Any = SimpleNamespace(texts={"train": texts}, labels={"train": [float(held) for held in mask]}, task=TASK)
+    examples = Examples(TASK, {"train": texts}, {"train": [float(held) for held in mask]})
     models: Any = SimpleNamespace(methods={"student": Rewarded(0.5)})
     for method, key in (({"holds": 0.5}, "method.holds"), ({}, "method")):
         with pytest.raises(InputError, match="without the held part of train, every training example has the label") as caught:

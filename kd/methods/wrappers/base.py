@@ -76,6 +76,7 @@ class Wrapper(Method):
                 partial(self.turn_terms, index),
                 None if turns[0].parameters is None else [p for turn in turns for p in turn.parameters or ()],
                 turns[0].lr,
+                turns[0].due,
             )
             for index, turns in enumerate(zip(*each, strict=True))
         ]
