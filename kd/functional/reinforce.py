@@ -1,7 +1,5 @@
 """Policy gradients for independent yes-or-no decisions."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -83,27 +81,6 @@ def stacked_weights(logits: list[Tensor], labels: Tensor, steps: int = 100) -> l
     return (positive / positive.sum()).tolist()  # type: ignore[no-any-return]
 
 
-def discounted_returns(rewards: Tensor, gamma: float) -> Tensor:
-    r"""Return the return of each step of an episode, :math:`R_b = \sum_{k \ge 0} \gamma^k r_{b + k}`.
-
-    Args:
-        rewards: (steps,).
-        gamma: discount, in [0, 1].
-
-    Returns:
-        (steps,).
-
-    >>> discounted_returns(torch.tensor([1.0, 0.0, -1.0]), 0.5)
-    tensor([ 0.7500, -0.5000, -1.0000])
-    """
-    rewards = at_least_float32(rewards)
-    returns, later = [], torch.zeros_like(rewards[:1]).squeeze(0)
-    for reward in rewards.flip(0):
-        later = reward + gamma * later
-        returns.append(later)
-    return torch.stack(returns[::-1])
-
-
 def selected_mean(values: Tensor, selected: Tensor) -> Tensor:
     r"""Return the mean of the selected values, :math:`\sum_i a_i v_i / \max(1, \sum_i a_i)`; 0 if none is selected.
 
@@ -117,22 +94,3 @@ def selected_mean(values: Tensor, selected: Tensor) -> Tensor:
     values = at_least_float32(values)
     selected = selected.detach().to(values.dtype)
     return (values * selected).sum() / selected.sum().clamp(min=1)
-
-
-def with_gradient(value: Tensor, parameters: Sequence[Tensor], gradient: Tensor) -> Tensor:
-    """Return a scalar with this value and this gradient, for a loss whose gradient was accumulated over steps.
-
-    Args:
-        value: the value, a constant.
-        parameters: tensors that the gradient is of.
-        gradient: (sum of their sizes,), constants, in their order.
-
-    >>> weight = torch.ones(2, requires_grad=True)
-    >>> loss = with_gradient(torch.tensor(5.0), [weight], torch.tensor([1.0, -2.0]))
-    >>> loss.backward()
-    >>> loss.item(), weight.grad
-    (5.0, tensor([ 1., -2.]))
-    """
-    flat = at_least_float32(torch.cat([parameter.flatten() for parameter in parameters]))
-    product = flat @ gradient.detach().to(flat.dtype)
-    return at_least_float32(value.detach()) + (product - product.detach())

@@ -10,7 +10,7 @@ from kd.errors import InputError
 from kd.forward import Needs
 from kd.functional.hidden import at_least_float32
 from kd.functional.logits import SOFT_LOSSES
-from kd.functional.reinforce import log_probability, selected_mean, with_gradient
+from kd.functional.reinforce import log_probability, selected_mean
 from kd.methods.base import Bound, Progress, Step, Turn
 from kd.methods.options import holds, number, switch, temperature_schedule, whole, word
 from kd.methods.rl_kd import predictions
@@ -296,3 +296,21 @@ def held_share(share: float) -> float:
     if checked == 0:
         raise InputError("the reward of the policy is the performance on a held part of train; holds is 0", "holds")
     return checked
+
+
+def with_gradient(value: Tensor, parameters: Sequence[Tensor], gradient: Tensor) -> Tensor:
+    """Return a scalar with this value and this gradient, for a loss whose gradient was accumulated over steps.
+
+    Args:
+        value: the value, a constant.
+        parameters: tensors that the gradient is of.
+        gradient: (sum of their sizes,), constants, in their order.
+
+    >>> weight = torch.ones(2, requires_grad=True)
+    >>> loss = with_gradient(torch.tensor(5.0), [weight], torch.tensor([1.0, -2.0]))
+    >>> loss.backward()
+    >>> loss.item(), weight.grad
+    (5.0, tensor([ 1., -2.]))
+    """
+    flat = torch.cat([parameter.flatten() for parameter in parameters])
+    return value.detach() + (flat - flat.detach()) @ gradient.detach()

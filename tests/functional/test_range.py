@@ -412,9 +412,7 @@ INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
     "reinforce.selected_weights": lambda s: iter(
         [(lambda x, y: reinforce.selected_weights(x, (y > 0).to(y.dtype)), s.logits())]
     ),
-    "reinforce.discounted_returns": lambda s: iter([(lambda x: reinforce.discounted_returns(x[:, 0], 0.9), s.logits()[:1])]),
     "reinforce.selected_mean": lambda s: iter([(lambda x, y: reinforce.selected_mean(x[:, 0], y[:, 0] > 0), s.logits())]),
-    "reinforce.with_gradient": lambda s: iter([(lambda x, y: reinforce.with_gradient(x.sum(), [x], y.flatten()), s.logits())]),
     "reinforce.stacked_weights": stacks,
     "smoothing.likely_words": lambda s: iter(
         [(lambda x, n=count: smoothing.likely_words(x, n, 2.0)[1], s.logits()[:1]) for count in (2, None)]

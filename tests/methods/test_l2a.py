@@ -17,9 +17,9 @@ from kd.engines.models import Models
 from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError
 from kd.forward import Forward, Needs
-from kd.functional.reinforce import discounted_returns, log_probability, selected_mean, with_gradient
+from kd.functional.reinforce import log_probability, selected_mean
 from kd.methods.base import Bound, Progress, Step
-from kd.methods.l2a import L2A
+from kd.methods.l2a import L2A, with_gradient
 from kd.methods.tinybert import TinyBERT
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Constant
@@ -82,6 +82,12 @@ def bound(labels: list[float], progress: Progress | None = None, *, scores: bool
 
 
 UNLABELLED = [float(NO_CLASS)] * 4
+
+
+def discounted_returns(rewards: Tensor, gamma: float) -> Tensor:
+    """The return of each step of an episode, by its definition."""
+    steps = range(len(rewards))
+    return torch.stack([sum(gamma ** (later - step) * rewards[later] for later in steps[step:]) for step in steps])  # type: ignore[misc]
 
 
 # Worked numbers
