@@ -245,7 +245,7 @@ class LabelNoise(Edit):
         self.seed = whole(seed, "seed", 0, LARGEST_SEED)
 
     def __call__(self, train: Split, task: Task) -> Split:
-        """Return the examples with noisy labels.
+        """Return the examples with noisy labels; those without a label stay as they are.
 
         Raises:
             InputError: for a task without classes.
@@ -253,7 +253,7 @@ class LabelNoise(Edit):
         count = len(classes_of(task, "label noise"))
         labels = list(train.labels)
         for row, (chance, other) in enumerate(draws(train.texts, f"LabelNoise {self.seed}")):
-            if chance < self.rate:
+            if chance < self.rate and not math.isnan(labels[row]):
                 labels[row] = (int(labels[row]) + 1 + int(other * (count - 1))) % count
         return replace(train, labels=labels)
 
@@ -289,15 +289,15 @@ class Imbalance(Edit):
         self.seed = whole(seed, "seed", 0, LARGEST_SEED)
 
     def __call__(self, train: Split, task: Task) -> Split:
-        """Return the examples that stay, in their order.
+        """Return the examples that stay, in their order; those without a label do.
 
         Raises:
             InputError: for a task without classes, an order that does not name each class once, or a ratio that leaves a class
                 without examples.
         """
         names = classes_of(task, "class imbalance")
-        labels = np.asarray(train.labels, dtype=np.int64)
-        sizes = np.bincount(labels, minlength=len(names))
+        labels = np.asarray(train.labels, dtype=np.float64)
+        sizes = np.bincount(labels[~np.isnan(labels)].astype(np.int64), minlength=len(names))
         ranked = [index for index in self.ranked(names, sizes) if sizes[index]]
         chances = np.fromiter((chance for chance, _ in draws(train.texts, f"Imbalance {self.seed}")), np.float64, len(train))
         stays = np.ones(len(train), dtype=bool)

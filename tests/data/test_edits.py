@@ -216,6 +216,19 @@ def test_the_preflight_reports_the_edits(load: Callable[..., Examples], backbone
     )
 
 
+def test_examples_without_a_label_are_neither_noisy_nor_left_out() -> None:
+    train = split(40, 40)
+    labels = [label if row % 4 else float("nan") for row, label in enumerate(train.labels)]
+    some, rows = Split(train.texts, labels, train.columns), [row for row in range(80) if row % 4 == 0]
+    noisy = LabelNoise(1.0)(some, task(2))
+    assert [row for row, label in enumerate(noisy.labels) if label != label] == rows
+    assert all(new == 1 - old for new, old in zip(noisy.labels, labels, strict=True) if old == old)
+    few = Imbalance(4)(some, task(2))
+    assert set(rows) <= set(few.columns["row"].tolist())
+    alone = Imbalance(4)(some.take([row for row in range(80) if row % 4]), task(2))
+    assert set(few.columns["row"].tolist()) - set(rows) == set(alone.columns["row"].tolist())
+
+
 # Few labels
 
 
