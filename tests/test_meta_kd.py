@@ -1,6 +1,7 @@
 """Whole runs of Meta-KD on toy domains: weights of examples, a teacher of all domains, a student of one."""
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from kd.build.parts import examples_of
 from kd.errors import InputError
 from kd.functional.prototypes import transferability
 from kd.training import execute
-from whole_runs import broken_off, last_weights, made, planned, same_weights
+from whole_runs import broken_off, last_weights, made, planned, same_weights, torchrun
 
 DOMAINS = ("books", "dvd", "electronics", "kitchen")
 Overrides = Callable[..., list[str]]
@@ -155,6 +156,44 @@ def test_a_stopped_teacher_resumes_to_the_bit(small: Overrides, tmp_path: Path, 
     broken_off(run, 12, monkeypatch)
     execute.execute(run)
     assert same_weights(last_weights(run), last_weights(unbroken))
+
+
+ONE = ("task.where={domain: [books]}", "trainer.batch_size=8")
+
+
+def test_a_stopped_first_stage_resumes_to_the_bit(small: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = (*ONE, "trainer.checkpoint_minutes=0", "method.before.run.trainer.max_epochs=2")
+    unbroken, _ = made(small(*more))
+    run = planned(small(*more, f"paths.runs={tmp_path}"))
+    before = run.inputs.before
+    assert before is not None
+    broken_off(before, 6, monkeypatch)  # in the second epoch of a layer stage of five batches
+    execute.execute(before)
+    execute.execute(run)
+    assert unbroken.inputs.before is not None
+    for one, other in ((before, unbroken.inputs.before), (run, unbroken)):
+        assert same_weights(last_weights(one), last_weights(other))
+
+
+@pytest.mark.ddp
+def test_two_ranks_train_both_stages_as_one(small: Overrides, tmp_path: Path) -> None:
+    more = (
+        *ONE,
+        "student.dropout=0.0",
+        "optimizer.factory.eps=0.01",
+    )  # which keeps Adam from dividing rounding errors by themselves
+    alone, _ = made(small(*more))
+    overrides = small(*more, f"paths.runs={tmp_path}")
+    teacher = alone.inputs.teachers["meta"].directory  # with dropout, which ranks draw apart
+    shutil.copytree(teacher, tmp_path / teacher.name)
+    torchrun(overrides)
+    run = planned(overrides)
+    assert run.result is not None
+    assert run.inputs.before is not None
+    assert alone.inputs.before is not None
+    for one, two in ((alone, run), (alone.inputs.before, run.inputs.before)):
+        for name, tensor in last_weights(one).items():
+            torch.testing.assert_close(last_weights(two)[name], tensor, atol=2e-6, rtol=0)
 
 
 BAD_INPUT = {
