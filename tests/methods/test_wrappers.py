@@ -1,5 +1,6 @@
 """Wrappers: every call reaches the inner methods, with the teachers and the terms that are theirs."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from kd.data.batch import Batch
 from kd.data.tasks import Classification
 from kd.forward import Forward, Needs, Outputs
-from kd.methods.base import Bound, Method, Progress, Step
+from kd.methods.base import Bound, Method, Progress, Step, Turn
 from kd.methods.finetune import Finetune
 from kd.methods.wrappers.ensemble import Ensemble
 from kd.methods.wrappers.mutual import Mutual
@@ -108,6 +109,30 @@ def test_declarations_are_those_of_the_inner_methods(name: str) -> None:
     assert method.needs() == (Needs(hidden=layers), [Needs(cls=[layer]) for layer in layers])
     assert method.batch_dependence() == "a reason"
     assert method.describe()["inner"] == "text"
+
+
+class Rare(Recorder):
+    """A method whose second turn has a rate of its own and moves in every third step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = torch.nn.Linear(1, 1)
+
+    def turns(self) -> Sequence[Turn]:
+        rare = Turn(
+            "rare", lambda _: {"seen": self.own.weight.sum()}, list(self.own.parameters()), 0.5, lambda at: at.step % 3 == 0
+        )
+        return [Turn("student", lambda _: {"task": torch.ones(())}), rare]
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_turns_are_due_where_those_of_the_inner_methods_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "Recorder", Rare)
+    first, second = WRAPPERS[name][0]().turns()
+    assert first.due is None
+    assert second.lr == 0.5
+    assert second.due is not None
+    assert [second.due(Progress(number)) for number in range(4)] == [True, False, False, True]
 
 
 def test_every_wrapper_of_a_pool_refuses_a_number_of_teachers_that_is_not_its_own() -> None:
