@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kd.build.inputs import ExpectedModels, InputModels, TrainedModels, prefix_student_errors
 from kd.build.instantiate import bind_method, build_method
+from kd.build.sharing import HeadSharing
 from kd.build.surgeries import (
     apply_surgeries,
     check_aid_vocabularies,
@@ -24,6 +25,7 @@ from kd.config.compose import typed
 from kd.config.pool import teachers_of
 from kd.config.schema import StudentSpec
 from kd.data.tasks import Task
+from kd.data.tokenized import tokenizer_fingerprint
 from kd.engines.models import Models
 from kd.errors import InputError, one_of
 from kd.methods.base import Bound, Method
@@ -36,6 +38,7 @@ from kd.runs.inputs import teacher_config
 from kd.runs.kept import read_kept
 from kd.runs.run import Role, Run
 from kd.schedules import Schedule
+from kd.system.model_sources import source_name
 from kd.teacher_cache.cache import CacheUnused, CacheUsed
 
 
@@ -127,16 +130,19 @@ def plan_models(run: Run, task: Task, inputs: Callable[[Run], InputModels] = Exp
     online_shape = None if online is None else online.plan.shape()
     aid_shapes = {name: aid.shape() for name, aid in aids.items()}
     shapes = Models({}, {}, [teacher.shape() for teacher in teachers], online_shape, weights, aid_shapes)
-    cohort, students = students_of(spec), {}
+    cohort, students, sharing = students_of(spec), {}, HeadSharing(run.spec, task)
     for index, (name, student) in enumerate(cohort.items()):
         label = name if len(cohort) > 1 else "student"
         students[label] = learner = plan_learner(run, task, student, index, models_of_inputs)
         shapes.students[label] = surgery_shapes(run, learner.plan.shape())
-        shapes.methods[label] = bind(run, task, method, shapes.students[label], shapes)
+        sharing.join(label, shapes.students[label])
+        shapes.methods[label] = bind(run, task, method, shapes.students[label], shapes, backbone_of(spec, student)[1])
         if not models_of_inputs.trained and run.inputs.before is not None and shapes.methods[label].kept():
             with rename_error_keys(Role("before"), run.spec, run.config):
                 first = plan_models(run.inputs.before, task).shapes.methods[label]
             inherit(run, shapes.methods[label], first.kept())
+    sharing.check(shapes.students)
+    check_one_vocabulary(task, shapes.students)
     complete = models_of_inputs.trained or len(run.inputs) == 0
     return ModelPlan(run, task, method, weights, teachers, online, students, aids, shapes, complete)
 
@@ -149,7 +155,8 @@ def kept_by(run: Run, teacher: TeacherPlan, task: Task, inputs: InputModels) -> 
     if not build_method(needed.spec.method)[0].keeps:
         return {}
     with rename_error_keys(Role("teacher", teacher.name), run.spec, run.config):
-        return next(iter(plan_models(needed, task).shapes.methods.values())).kept()
+        methods = plan_models(needed, task).shapes.methods
+        return methods.get(needed.chosen or "", next(iter(methods.values()))).kept()
 
 
 def materialise(plan: ModelPlan, texts: Sequence[tuple[str, ...]] = (), body: Models | None = None) -> BuiltModels:
@@ -173,11 +180,13 @@ def materialise(plan: ModelPlan, texts: Sequence[tuple[str, ...]] = (), body: Mo
     if body is not None and models.online is not None and body.online is not None:
         models.online.share_body(body.online)
     words = flat(texts) if run.spec.surgery else []
+    sharing = HeadSharing(run.spec, plan.task)
     for name, learner in plan.students.items():
         student, changes = apply_surgeries(run, learner.materialise(), words)
         learner.plan.check_derived(student)
         if body is not None:
             student.share_body(body.students[name])
+        changes += sharing.join(name, student)
         models.methods[name] = bind(run, plan.task, plan.method, student, models)
         inherit(
             run,
@@ -264,7 +273,7 @@ def plan_learner(run: Run, task: Task, spec: StudentSpec, index: int, inputs: In
     Raises:
         InputError: for sizes or an initialisation that do not fit.
     """
-    backbone, key = backbone_of(run.spec)
+    backbone, key = backbone_of(run.spec, spec)
     initial, initial_key = initial_source(run, spec, inputs)
     with prefix_student_errors():
         plan = plan_student(
@@ -288,11 +297,23 @@ def plan_learner(run: Run, task: Task, spec: StudentSpec, index: int, inputs: In
     source = None if plan.copied is None else plan.copied.config
     record = run.init_run.result if spec.init == "run" else None
     origin = "" if record is None else f", begun from {record['init']}"
+    if key == "cohort.students":
+        origin += f", backbone {source_name(backbone)}"
     return LearnerPlan(plan, own_seed, describe_init(spec, plan.config, source) + origin)
 
 
-def bind(run: Run, task: Task, method: Method, student: Encoder, models: Models) -> Method:
+def bind(
+    run: Run, task: Task, method: Method, student: Encoder, models: Models, backbone_key: str = "student.backbone"
+) -> Method:
     """Return a copy of a method that is bound to a student and the teachers; their vocabularies are checked.
+
+    Args:
+        run: the run.
+        task: task whose labels name the outputs.
+        method: the method that is copied.
+        student: the student.
+        models: the teachers and the aids.
+        backbone_key: configuration key of the student's backbone, which an error about its vocabulary names.
 
     Raises:
         InputError: if the method cannot work with these models.
@@ -300,10 +321,24 @@ def bind(run: Run, task: Task, method: Method, student: Encoder, models: Models)
     own = copy.deepcopy(method)
     teachers = models.teachers if models.online is None else [models.online]
     bind_method(own, run.spec.method, Bound(student, teachers, task, models.aids))  # type: ignore[arg-type]
-    check_vocabularies(run, task, own, student, models.teaching)
+    check_vocabularies(run, task, own, student, models.teaching, backbone_key)
     check_aid_vocabularies(run, student, models.aids)
     check_prefit(run, task, own, online=models.online is not None)
     return own
+
+
+def check_one_vocabulary(task: Task, students: Mapping[str, Encoder]) -> None:
+    """Check that students which are masked language models, and so read the same masked tokens, have one vocabulary.
+
+    Raises:
+        InputError: if they have several.
+    """
+    if not HEADS[task.head].labelled and len({tokenizer_fingerprint(student.tokenizer) for student in students.values()}) > 1:
+        raise InputError(
+            "masked language models that are trained together read the same masked tokens, and these have different "
+            "vocabularies; give the students one backbone",
+            "cohort.students",
+        )
 
 
 def inherit(run: Run, method: Method, state: Mapping[str, Tensor]) -> None:
@@ -352,7 +387,7 @@ def initial_source(run: Run, spec: StudentSpec, inputs: InputModels) -> tuple[st
     if spec.init_from not in INIT_FROM:
         raise one_of(spec.init_from, INIT_FROM, "student.init_from")
     if spec.init_from == "pretrained":
-        return backbone_of(run.spec)
+        return backbone_of(run.spec, spec)
     if not run.spec.teacher:
         raise InputError("student.init_from=teacher needs a teacher, teacher=[] has none", "student.init_from")
     name = teachers_of(run.spec)[0]

@@ -141,8 +141,18 @@ def check_aid_vocabularies(run: Run, student: Encoder, aids: Mapping[str, Frozen
         )
 
 
-def check_vocabularies(run: Run, task: Task, method: Method, student: Encoder, teachers: Sequence[Encoder]) -> None:
+def check_vocabularies(
+    run: Run, task: Task, method: Method, student: Encoder, teachers: Sequence[Encoder], backbone_key: str = "student.backbone"
+) -> None:
     """Check that student and teachers share a vocabulary if they are compared token by token.
+
+    Args:
+        run: the run.
+        task: its task.
+        method: the student's method, bound.
+        student: the student.
+        teachers: models of the teachers.
+        backbone_key: configuration key of the student's backbone, which an error names unless a surgery changes the vocabulary.
 
     Raises:
         InputError: for a method that reads token-level tensors of a teacher with another vocabulary, or a masked language
@@ -153,7 +163,7 @@ def check_vocabularies(run: Run, task: Task, method: Method, student: Encoder, t
         if key is None and tokenizer_fingerprint(teacher.tokenizer) == own:
             continue
         if not HEADS[task.head].labelled:
-            raise InputError(OTHER_VOCABULARY, key or "student.backbone")
+            raise InputError(OTHER_VOCABULARY, key or backbone_key)
         if needs.tokens or method.same_vocabulary:
             cure = vocabulary_cure(key, "give the student the teacher's backbone")
             why = f"compares the student and its teacher token by token ({needs})" if needs.tokens else "needs one vocabulary"
@@ -161,5 +171,5 @@ def check_vocabularies(run: Run, task: Task, method: Method, student: Encoder, t
                 f"method={run.spec.method['name']} {why}, but "
                 f"the student has a vocabulary of its own, so its tokens are others than the teacher's; {cure}, or take a "
                 "method that reads only logits or [CLS] states",
-                key or "student.backbone",
+                key or backbone_key,
             )

@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kd.config import compose as composition
 from kd.config.nodes import nested
 from kd.config.schema import RunSpec, StudentSpec, check_student
-from kd.config.values import shown
+from kd.config.values import shown, word
 from kd.errors import InputError, one_of
 
 
@@ -22,12 +22,15 @@ def check_cohort(spec: RunSpec) -> None:
     """
     cohort = spec.cohort
     count = len(students_of(spec))
-    if cohort.peers is not None and count < 2:
+    if cohort.share is not None:
+        word(cohort.share, SHARES, "cohort.share")
+    together = cohort.peers is not None or cohort.share is not None
+    if together and count < 2:
         raise InputError(
             f"cohort={cohort.name} needs two students or more, cohort.students={cohort.students} has {count}", "cohort.students"
         )
-    if cohort.peers is None and count > 1:
-        cure = "several students need cohort.peers, which cohort=mutual sets"
+    if not together and count > 1:
+        cure = "several students need cohort.peers, which cohort=mutual sets, or cohort.share, which cohort=joint sets"
         raise InputError(f"cohort={cohort.name} without peers takes one student, not {count}; {cure}", "cohort")
     if count > 1 and spec.method.get("before"):
         raise InputError(
@@ -65,16 +68,27 @@ PEERS = "mutual"
 RESERVED = ("teacher", "ensemble")
 """Names that no student may have, because logs and results use them for something else."""
 
-VARIED = ("name", "layers", "width", "heads", "intermediate", "init", "init_from", "dropout")
-"""Keys of a student that may differ between the students of a cohort."""
+SHARED_HEAD = "head"
+"""Value of `cohort.share` that ties the layers behind the blocks of all students."""
+
+SHARES = (SHARED_HEAD, "none")
+
+IDENTIFIED = ("name", "layers", "width", "heads", "intermediate", "init", "init_from", "dropout")
+VARIED = (*IDENTIFIED, "backbone")
+"""Keys of a student that may differ in a cohort. Of a backbone, its weights enter the digest and not its path."""
 
 
 def cohort_identity(spec: RunSpec) -> dict[str, Any]:
-    """Return the settings of a cohort that enter a run's digest; an empty mapping without peers."""
-    if spec.cohort.peers is None:
+    """Return the settings of a cohort that enter a run's digest, backbones aside; an empty mapping for the student alone."""
+    alone, *students = (
+        {key: getattr(student, key) for key in IDENTIFIED} for student in (spec.student, *students_of(spec).values())
+    )
+    if spec.cohort.peers is None and students == [alone]:
         return {}
-    students = [{key: getattr(student, key) for key in VARIED} for student in students_of(spec).values()]
-    return {**asdict(spec.cohort), "students": students}
+    cohort = asdict(spec.cohort)
+    if cohort["share"] != SHARED_HEAD:  # so that cohorts of before have the digests of before
+        del cohort["share"]
+    return {**cohort, "students": students}
 
 
 MOST_STUDENTS = 64

@@ -33,7 +33,10 @@ class StudentSpec:
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """A teacher: a trained classifier (`model`), or a `backbone` that a run of its own trains first, by `method` on `tasks`."""
+    """A teacher: a trained classifier (`model`), or a `backbone` that a run of its own trains first, by `method` on `tasks`.
+
+    If that run trains a cohort, `member` is the name of the student that is the teacher; None is the best one.
+    """
 
     model: str | None = None
     backbone: str | None = None
@@ -41,6 +44,7 @@ class TeacherSpec:
     run: dict[str, Any] = field(default_factory=dict)
     tasks: Any = None
     method: str = "finetune"
+    member: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class CohortSpec:
     students: Any = 1
     teacher: str = "frozen"
     peers: dict[str, Any] | None = None
+    share: str | None = None
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Distiller(Engine):
     outputs of the models that have moved. With one round, an update is Lightning's automatic optimisation; with more, the
     engine steps the optimiser itself. One optimiser is enough: its state is kept for each parameter, and in a round only the
     parameters of the round have gradients. With peers held constant, the gradient of the sum of the losses with respect to a
-    student is that of the student's loss.
+    student is that of the student's loss; parameters that several students share get the sum of theirs, and move once.
 
     Args:
         models: students, with a method for each. The teachers are shared by all students. A teacher that is trained at the same
@@ -115,12 +115,14 @@ class Distiller(Engine):
 
         Raises:
             ValueError: for a method whose turns share parameters or names, or leave parameters out.
+            InputError: for learners that share parameters and are updated one after the other.
         """
         turns = [turns_of(name, learner) for name, learner in self.learners.items()]
         if self.online is not None:
             parameters = [parameter for parameter in self.online.parameters() if parameter.requires_grad]
             turns.insert(0, [LearnerTurn(TEACHER, None, parameters)])
         if self.update_order == "sequential":
+            check_nothing_shared(turn for each in turns for turn in each)
             return [[turn] for each in turns for turn in each]
         return [[each[index] for each in turns if index < len(each)] for index in range(max(map(len, turns)))]
 
@@ -129,8 +131,8 @@ class Distiller(Engine):
         return 1.0 if name == f"{TEACHER}/task" else super().weight_of(name, progress)
 
     def trained(self) -> list[list[nn.Parameter]]:
-        """Return the trainable parameters in groups whose gradients are clipped together, one for each turn."""
-        return [list(turn.parameters) for turns in self.rounds() for turn in turns]
+        """Return the trainable parameters in groups whose gradients are clipped together; see `clipped_together`."""
+        return [group for turns in self.rounds() for group in clipped_together(turns)]
 
     def rates(self) -> dict[nn.Parameter, float]:
         """Return the peak learning rates of parameters whose turn has its own."""
@@ -171,14 +173,14 @@ class Distiller(Engine):
             self.check(loss)
             losses.append(loss)
             due = [turn for turn in turns if turn.due(passes.progress)]
-            parameters = [parameter for turn in due for parameter in turn.parameters]
+            parameters = list(dict.fromkeys(parameter for turn in due for parameter in turn.parameters))
             with torch.autocast(self.device.type, enabled=False):
                 gradients = torch.autograd.grad(loss.total * batch.weight, parameters) if parameters else ()
             for parameter, gradient in zip(parameters, distributed.mean(gradients), strict=True):
                 parameter.grad = gradient
             if self.clip:
-                for turn in due:
-                    self.guard.check_gradient(clip_gradients(turn.parameters, self.clip), self.global_step)
+                for group in clipped_together(due):
+                    self.guard.check_gradient(clip_gradients(group, self.clip), self.global_step)
             last = number == len(rounds)
             (optimizer if last else getattr(optimizer, "optimizer", optimizer)).step()
             optimizer.zero_grad(set_to_none=True)
@@ -303,6 +305,40 @@ def turns_of(name: str, learner: Learner) -> list[LearnerTurn]:
     if len(turns) == 1 and turns[0].due is not None:
         raise ValueError("the only turn of a method moves in every step")
     return [LearnerTurn(name, turn, rest if turn.parameters is None else list(turn.parameters)) for turn in turns]
+
+
+def clipped_together(turns: Iterable[LearnerTurn]) -> list[list[nn.Parameter]]:
+    """Return the parameters of a round in groups whose gradients are clipped together.
+
+    A group is one turn. Turns that share parameters are one group (our choice): their losses are added up, so that their
+    gradient is one, as if the learners were one model.
+    """
+    groups: list[list[nn.Parameter]] = []
+    for turn in turns:
+        own = set(turn.parameters)
+        joined = [group for group in groups if not own.isdisjoint(group)]
+        merged = dict.fromkeys(parameter for group in (*joined, turn.parameters) for parameter in group)
+        groups = [*(group for group in groups if own.isdisjoint(group)), list(merged)]
+    return groups
+
+
+def check_nothing_shared(turns: Iterable[LearnerTurn]) -> None:
+    """Check that learners which are updated one after the other share no parameters.
+
+    A shared one would move several times for a batch, each time along the gradient of one learner's loss; the loss of learners
+    that share parameters is the sum of theirs.
+
+    Raises:
+        InputError: if they do.
+    """
+    owners: dict[nn.Parameter, str] = {}
+    for turn in turns:
+        if any(owners.setdefault(parameter, turn.learner) != turn.learner for parameter in turn.parameters):
+            raise InputError(
+                "update=sequential updates one student after the other, and these share parameters (cohort.share); use "
+                "update=simultaneous",
+                "update",
+            )
 
 
 def bound_teachers(teachers: Sequence[FrozenTeacher], batch: Batch, methods: Iterable[Method]) -> list[Forward[FrozenTeacher]]:

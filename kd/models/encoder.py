@@ -179,6 +179,23 @@ class Encoder(nn.Module):
         self.replace_submodule(self.family.base, other.base)
         self.tokenizer = other.tokenizer
 
+    @property
+    def head_layers(self) -> "tuple[nn.Module, nn.Module]":
+        """Linear layers of a classifier behind its blocks: that of the pooling, and the last one, which predicts."""
+        pooler, outputs = (self.model.get_submodule(path) for path in (self.family.pooler, self.family.outputs))
+        return pooler, outputs
+
+    def share_head(self, layers: "tuple[nn.Module, nn.Module]") -> None:
+        """Replace the pooling and the prediction layer by those of another classifier of the same width and outputs.
+
+        The activation and the dropout between the two stay those of this classifier's family.
+
+        Args:
+            layers: the other classifier's `head_layers`.
+        """
+        for path, layer in zip((self.family.pooler, self.family.outputs), layers, strict=True):
+            self.replace_submodule(path, layer)
+
     @contextlib.contextmanager
     def _pooled_in(self, seen: dict[str, dict[Layer, Tensor]], needs: Needs) -> Iterator[None]:
         if not needs.pooled:

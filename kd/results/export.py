@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
+from kd.config.schema import StudentSpec
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.models import Encoder
@@ -18,7 +19,7 @@ from kd.results.tables import score
 from kd.runs.identity import backbone_of
 from kd.runs.run import Run
 from kd.system.files import remove, writing
-from kd.system.model_sources import hub_commit, pretrained
+from kd.system.model_sources import hub_commit, pretrained, source_name
 
 TOLERANCE = 1e-5
 """Largest difference between the logits of the run's and of the exported model that counts as rounding."""
@@ -89,14 +90,18 @@ def stated_license(source: str, key: str) -> str | None:
     return stated if isinstance(stated, str) and re.fullmatch(r"[\w.+-]+", stated) else None
 
 
-def origin(run: Run) -> dict[str, Any]:
-    """Return the backbone and data of a run for the model card: names, without paths on this machine."""
-    source, key = backbone_of(run.spec)
+def origin(run: Run, student: StudentSpec | None = None) -> dict[str, Any]:
+    """Return the backbone and data of a run for the model card: names, without paths on this machine.
+
+    Args:
+        run: the run.
+        student: a student of its cohort, which may have a backbone of its own; None for the run's student.
+    """
+    source, key = backbone_of(run.spec, student)
     data = run.digest_inputs["data"]
     identifier = str(data.get("hub") or data.get("package") or "")
-    is_path = not source.startswith(("hf:", "package:"))
     return {
-        "backbone": Path(source).expanduser().resolve().name if is_path else source,
+        "backbone": source_name(source),
         **({"commit": commit} if (commit := hub_commit(source)) is not None else {}),
         "license": stated_license(source, key),
         "data": identifier.rpartition("/")[0] if "hub" in data else identifier.partition("==")[0] or run.spec.task.name,
@@ -221,7 +226,7 @@ Made with kd {result["versions"]["kd"]}, run `{result["digest"]}`, seed {result[
 ```
 
 - Licence: {stated}. That of the data is not known to kd
-- Base model: `{about["backbone"]}` (`{identity["student"]["backbone"]}`)
+- Base model: `{about["backbone"]}` (`{result.get("backbone") or identity["student"]["backbone"]}`)
 - Data: {result["task"]}: {examples} examples; {data}{together}
 - Labels: {labels}
 - Parameters: {parameters}

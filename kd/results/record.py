@@ -10,6 +10,7 @@ import torch
 
 from kd.build.models import BuiltModels
 from kd.build.parts import Part, mixture_of
+from kd.config.cohort import students_of
 from kd.config.mixture import is_mixture
 from kd.data.datamodule import Epoch, KDDataModule
 from kd.data.tasks import headline
@@ -31,8 +32,7 @@ from kd.teacher_cache.cache import CacheUnused, CacheUsed
 
 def folder_of(run: Run, name: str, headline: str) -> Path:
     """Return the folder that a student of a run is exported to; a mixture has a folder for each task in it."""
-    peer = run.directory / "peers" / name
-    return run.student if name == headline else peer if run.member is None else peer / run.member
+    return run.folder(None if name == headline else name)
 
 
 def exported_files(run: Run, names: Sequence[str], headline: str) -> dict[str, dict[str, Any]]:
@@ -46,7 +46,8 @@ def card_of(record: Mapping[str, Any], name: str) -> str:
     own = record["students"][name]
     label = record["student"] if len(record["students"]) == 1 else name
     counts = {"student": own["parameters"], "exported": own["exported"]}
-    return model_card({**record, **own, "student": label, "parameters": counts})
+    backbone = record["identity"].get("cohort", {}).get("backbones", {}).get(name)  # None for that of the run
+    return model_card({**record, **own, "student": label, "parameters": counts, "backbone": backbone})
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class StudentResult:
         latency_ms: milliseconds for one sentence; None if the machine was too busy to tell.
         collapsed: True if it predicts a single class, or nearly the same score for every example.
         init: description of its initial weights.
+        origin: its backbone and its data, for its model card.
         folder: folder of its export, relative to the run's directory.
         export_difference: largest difference between its logits and those of its export; None before the export.
         megabytes: size of the exported weights in units of 10^6 bytes; None before the export.
@@ -73,6 +75,7 @@ class StudentResult:
     latency_ms: float | None
     collapsed: bool
     init: str
+    origin: dict[str, Any]
     folder: str
     export_difference: float | None = None
     megabytes: float | None = None
@@ -424,6 +427,7 @@ def student_result(
         latency_ms=latency.milliseconds,
         collapsed=evaluations["validation"].collapsed.get(name, False),
         init=models.inits[name],
+        origin=origin(run, students_of(run.spec).get(name)),
         folder=str(folder_of(run, name, best).relative_to(run.directory)),
     )
 

@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
-from kd.config.cohort import cohort_identity
+from kd.config.cohort import cohort_identity, students_of
 from kd.config.edits import edit_nodes
 from kd.config.frozen import aids_of
 from kd.config.mixture import is_mixture, rename_task_error_keys, tasks_of
 from kd.config.pool import pool_identity
-from kd.config.schema import RunSpec, TaskSpec
+from kd.config.schema import RunSpec, StudentSpec, TaskSpec
 from kd.config.values import has, locate, one_line, shown
 from kd.data.readers import data_path
 from kd.data.sources import Source, as_names, fingerprint_of
@@ -48,11 +48,17 @@ PATH_KEYS = ("root", "train", "validation", "test", "unlabelled")
 """Keys with paths of data files; the content of the files enters the digest instead."""
 
 
-def backbone_of(spec: RunSpec) -> tuple[str, str]:
-    """Return the source of the student's shape and vocabulary, and the key that sets it.
+def backbone_of(spec: RunSpec, student: StudentSpec | None = None) -> tuple[str, str]:
+    """Return the source of a student's shape and vocabulary, and the key that sets it.
 
     The source is the student's backbone, else the first teacher's, else the default `backbone`.
+
+    Args:
+        spec: specification of the run.
+        student: a student of its cohort, which may have a backbone of its own; None for the run's student.
     """
+    if student is not None and student.backbone not in (None, spec.student.backbone):
+        return str(student.backbone), "cohort.students"
     if spec.student.backbone is not None:
         return spec.student.backbone, "student.backbone"
     for name, teacher in spec.teacher.items():
@@ -139,13 +145,14 @@ def digest_inputs(spec: RunSpec, inputs: RunInputs) -> dict[str, Any]:
                 "name": name,
                 "labels": teacher.labels,
                 "model": teacher.model and fingerprint(teacher.model, f"teacher.{name}.model"),
+                **({} if teacher.member is None else {"member": teacher.member}),
             }
             for name, teacher in spec.teacher.items()
         ],
         **({"surgery": surgeries} if surgeries else {}),
         "inputs": {str(role): run.digest for role, run in inputs},
         "pool": pool_identity(spec),
-        "cohort": cohort_identity(spec),
+        "cohort": {**cohort_identity(spec), **backbones_identity(spec, student["backbone"])},
         "task": task,
         "data": data,
         "optimizer": asdict(spec.optimizer),
@@ -154,6 +161,18 @@ def digest_inputs(spec: RunSpec, inputs: RunInputs) -> dict[str, Any]:
     }
     named: dict[str, Any] = with_class_names(identity)
     return named
+
+
+def backbones_identity(spec: RunSpec, common: str) -> dict[str, Any]:
+    """Return the entry of the digest about students of a cohort whose backbones have other weights than the run's.
+
+    Args:
+        spec: specification of the run.
+        common: identifier of the weights of the run's backbone.
+    """
+    prints = {name: fingerprint(*backbone_of(spec, student)) for name, student in students_of(spec).items()}
+    own = {name: weights for name, weights in prints.items() if weights != common}
+    return {"backbones": own} if own else {}
 
 
 def task_identity(task: TaskSpec) -> tuple[dict[str, Any], dict[str, Any]]:

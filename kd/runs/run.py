@@ -100,6 +100,7 @@ class Run:
         inputs: the runs that it needs first.
         digest_inputs: the values that the digest is computed from.
         member: name of the task, if this is one task of a mixture (`kd.runs.members`); else None.
+        chosen: name of the student of a cohort whose model the run that needs this one reads; None for the best one.
     """
 
     config: DictConfig
@@ -109,6 +110,7 @@ class Run:
     inputs: RunInputs = field(default_factory=RunInputs)
     digest_inputs: dict[str, Any] = field(default_factory=dict)
     member: str | None = None
+    chosen: str | None = None
 
     @property
     def name(self) -> str:
@@ -168,17 +170,38 @@ class Run:
         result = self.result
         return result is not None and self.damage(result, thorough=thorough) is None
 
-    @property
-    def student(self) -> Path:
-        """Folder of the exported student; a mixture has a folder for each task in it."""
-        folder = self.directory / "student"
+    def folder(self, peer: str | None = None) -> Path:
+        """Return the folder of an exported student; a mixture has a folder for each task in it.
+
+        Args:
+            peer: name of a student of a cohort that is not its best one; None for the best one, or the only one.
+        """
+        folder = self.directory / "student" if peer is None else self.directory / "peers" / peer
         return folder if self.member is None else folder / self.member
 
     @property
+    def student(self) -> Path:
+        """Folder of the exported student that others read: the chosen one of a cohort, else the best one.
+
+        Which student of a cohort is the best, and so in another folder than its peers, is known once the run is done.
+        """
+        best = self.chosen is None or (self.result or {}).get("headline") == self.chosen
+        return self.folder(None if best else self.chosen)
+
+    @property
     def cache(self) -> Path:
-        """Folder of the student's outputs, where it is a teacher; a mixture has a folder for each task in it."""
+        """Folder of the student's outputs, where it is a teacher; each student of a cohort and each task has its own."""
         folder = self.directory / "cache"
-        return folder if self.member is None else folder / self.member
+        return folder.joinpath(*(name for name in (self.chosen, self.member) if name is not None))
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float | None]] | None:
+        """Split -> metric -> value of the student that others read; None for a run that is not done."""
+        record = self.result
+        if record is None:
+            return None
+        own: dict[str, Any] = record if self.chosen is None else record["students"][self.chosen]
+        return own["metrics"]  # type: ignore[no-any-return]
 
     @property
     def init_run(self) -> "Run":

@@ -187,6 +187,11 @@ def pretrained(source: str, key: str) -> tuple[str, dict[str, str]]:
     return name, {"revision": revision} if revision else {}
 
 
+def source_name(source: str) -> str:
+    """Return a source as cards and records show it: as given, but of a path on this machine the last folder alone."""
+    return source if source.startswith(("hf:", "package:")) else Path(source).expanduser().resolve().name
+
+
 def hub_commit(source: str) -> str | None:
     """Return the commit of a hub source in this machine's cache; None if it is not downloaded, or not a hub source."""
     if not source.startswith("hf:"):
