@@ -231,6 +231,7 @@ def every_value(backbone: str, data: str) -> dict[str, Values]:
         "teacher.minilm.method": Values(
             st.just("finetune"), union(st.sampled_from([None, True, 1.5, "no such", "", "[kd]"]), NESTED, NEVER)
         ),
+        "teacher.minilm.member": Values(st.none(), union(st.sampled_from([3, True, 2.5, "2l", "full", ""]), NESTED, NEVER)),
         "teacher.minilm.run": Values(st.just({}), union(st.sampled_from([None, 3, "a", [1]]), NEVER)),
         "teacher.minilm.run.seed": whole(0, SEED),
         "teacher.minilm.run.optimizer.lr": real(1e-12, 100),
@@ -247,12 +248,33 @@ def every_value(backbone: str, data: str) -> dict[str, Values]:
         "cohort.students": Values(
             st.sampled_from([1, ["2l"], [{}]]),
             union(
-                st.sampled_from([0, -1, 20_000, 10**30, [], "2l", None, True, 1.0, [3], [[]], ["nobody"], [{"no": 1}], {}]),
+                st.sampled_from(
+                    [
+                        0,
+                        -1,
+                        20_000,
+                        10**30,
+                        [],
+                        "2l",
+                        None,
+                        True,
+                        1.0,
+                        [3],
+                        [[]],
+                        ["nobody"],
+                        [{"no": 1}],
+                        [{"backbone": "nowhere"}],
+                        {},
+                    ]
+                ),
                 NEVER,
             ),
             ("cohort",),
         ),
         "cohort.teacher": word("frozen"),
+        "cohort.share": Values(
+            st.none(), union(st.sampled_from([3, True, 2.5, "head", "none", "body"]), NESTED, NEVER), ("cohort.students",)
+        ),
         "cohort.peers": Values(st.none(), union(st.sampled_from([3, "a", [1]]), NEVER)),
         "task.name": name("file"),
         "task.kind": word("classification"),

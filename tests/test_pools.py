@@ -216,7 +216,7 @@ class Scored:
     """An input whose record holds one score."""
 
     def __init__(self, metric: str, score: float | None) -> None:
-        self.result = {"metrics": {"validation": {metric: score}}}
+        self.metrics = {"validation": {metric: score}}
 
 
 def chances(

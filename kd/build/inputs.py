@@ -17,7 +17,7 @@ from kd.models.pretrained import load_config
 from kd.models.students import check_copy, student_config, with_labels
 from kd.runs.error_keys import rename_error_keys, stage_key
 from kd.runs.identity import backbone_of
-from kd.runs.inputs import teacher_source
+from kd.runs.inputs import student_of, teacher_source
 from kd.runs.run import Role, Run
 
 
@@ -84,10 +84,11 @@ class ExpectedModels:
 
     def teacher(self, name: str, task: Task) -> tuple[PretrainedConfig, str]:
         """Return the configuration that a teacher will have, and its backbone."""
-        spec = self.run.inputs.teachers[name].spec
-        source, _ = backbone_of(spec)
+        needed = self.run.inputs.teachers[name]
+        spec, student = needed.spec, student_of(needed)
+        source, key = backbone_of(spec, student)
         with rename_error_keys(Role("teacher", name), self.run.spec, self.run.config), prefix_student_errors():
-            config = student_config(spec.student, source, task.labels, "student.backbone", task.head)
+            config = student_config(student, source, task.labels, key, task.head)
             return config_after(spec, config), source
 
     def frozen(self, role: Role) -> tuple[PretrainedConfig, str]:
@@ -100,7 +101,8 @@ class ExpectedModels:
 
     def teacher_weights(self, name: str) -> str:
         """Return the backbone of a teacher."""
-        return str(self.run.spec.teacher[name].backbone)
+        needed = self.run.inputs.teachers[name]
+        return backbone_of(needed.spec, student_of(needed))[0]
 
     def init_weights(self) -> None:
         """Return None: `check_init` compares configurations instead."""
@@ -141,9 +143,9 @@ class TrainedModels:
         higher = higher_is_better(task.monitor)
         scores, worst = [], -math.inf if higher else math.inf
         for name in self.run.spec.teacher:
-            record = self.run.inputs.pilots[name].result
-            assert record is not None  # inputs are done before a run is built
-            score = record["metrics"]["validation"][task.monitor]
+            metrics = self.run.inputs.pilots[name].metrics
+            assert metrics is not None  # inputs are done before a run is built
+            score = metrics["validation"][task.monitor]
             scores.append(worst if score is None else float(score))
         if pool.distribution == "best":
             return best(scores, higher_is_better=higher)

@@ -27,8 +27,9 @@ class MTBERT(Method):
     :math:`L = L_{Hid} + L_{Dis} + CE(y, y_S)` with N teachers,
     :math:`L_{Dis} = \sum_i CE(y_i / T, y_S / T) / (1 + CE(y, y_i))`, whose weights are constants of each example and do not add
     up to 1, and :math:`L_{Hid} = \sum_i \sum_j MSE(H_S^j, W_{ij} H_i^{g(j)})` over the student's layers j. There is no code of
-    the authors; the formula of :math:`L_{Dis}` is as SKDBERT's supplement gives it (arXiv:2211.14466). The teachers here are
-    fine-tuned each by itself; the paper's are fine-tuned together, with a shared pooling and prediction layer.
+    the authors; the formula of :math:`L_{Dis}` is as SKDBERT's supplement gives it (arXiv:2211.14466). The paper's teachers are
+    fine-tuned together, on the sum of their losses, with a shared pooling and prediction layer, as those of
+    `teacher=[joint_6l,joint_4l]` are (`kd.build.sharing`); the default ones here are fine-tuned each by itself (our choice).
 
     Terms, of weight 1 each:
         `task`: the task's hard loss.

@@ -6,13 +6,13 @@ from dataclasses import asdict, replace
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from kd.config import compose as composition
-from kd.config.cohort import PEERS
+from kd.config.cohort import PEERS, students_of
 from kd.config.mixture import LIMITS, MIXTURE, check_tasks, is_mixture, tasks_of
 from kd.config.nodes import nested
 from kd.config.pool import RANKED, teachers_of
-from kd.config.schema import PoolSpec, RunSpec, TaskSpec, TeacherSpec
+from kd.config.schema import PoolSpec, RunSpec, StudentSpec, TaskSpec, TeacherSpec
 from kd.config.values import shown
-from kd.errors import InputError
+from kd.errors import InputError, one_of
 from kd.runs.edits import edits_of_teachers
 from kd.runs.identity import backbone_of
 from kd.runs.inherit import inherit, laid_over
@@ -53,8 +53,9 @@ def teacher_configs(config: DictConfig, spec: RunSpec) -> Iterator[tuple[Role, D
     trained = () if spec.cohort.teacher == "online" else teachers_of(spec)
     for index, (name, teacher) in enumerate(spec.teacher.items()):
         apart = spec.cohort.teacher == "online" or teacher.model is not None
-        for key, set_ in (("tasks", teacher.tasks is not None), ("method", teacher.method != FINETUNE)):
-            if set_ and (apart or (key == "method" and spec.pool.chain and index)):
+        method = None if teacher.method == FINETUNE else teacher.method
+        for key, value in {"tasks": teacher.tasks, "method": method, "member": teacher.member}.items():
+            if value is not None and (apart or (key == "method" and spec.pool.chain and index)):
                 why = "has none" if apart else "is taught by the one before it in the chain"
                 raise InputError(
                     f"teacher.{name}.{key} is of a teacher that a run of its own trains, and '{name}' {why}; leave it out",
@@ -76,6 +77,34 @@ def teacher_configs(config: DictConfig, spec: RunSpec) -> Iterator[tuple[Role, D
             if of_student:  # all pilots train the same student
                 OmegaConf.update(pilot, "student.backbone", backbone_of(spec)[0], force_add=True)
             yield Role("pilot", name), pilot
+
+
+def student_of(run: Run) -> StudentSpec:
+    """Return the student that a teacher's run trains, the chosen one of a cohort.
+
+    Which student of a cohort will be the best is not known before: without a choice it is the one that its entries vary.
+    """
+    return run.spec.student if run.chosen is None else students_of(run.spec)[run.chosen]
+
+
+def with_member(run: Run, name: str, member: str | None) -> Run:
+    """Return the run of a teacher with `teacher.<name>.member` as its chosen student; teachers of one run share its digest.
+
+    Raises:
+        InputError: for a run of one student, or without a student of this name.
+    """
+    if member is None:
+        return run
+    key, students = f"teacher.{name}.member", list(students_of(run.spec))
+    if len(students) == 1:
+        raise InputError(
+            f"{key}={shown(member)} is a student of a cohort, and the run of the teacher '{name}' trains one student; leave it "
+            f"out, or set teacher.{name}.run.cohort",
+            key,
+        )
+    if member not in students:
+        raise one_of(shown(member), students, key)
+    return replace(run, chosen=member)
 
 
 def on_tasks(config: DictConfig, spec: RunSpec, name: str, teacher: TeacherSpec) -> Iterator[tuple[str, DictConfig, RunSpec]]:

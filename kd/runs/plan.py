@@ -18,7 +18,7 @@ from kd.runs.digest import digest_of
 from kd.runs.edits import models_of_edits
 from kd.runs.error_keys import rename_error_keys, stage_key
 from kd.runs.identity import digest_inputs
-from kd.runs.inputs import pilot_overrides, teacher_config, teacher_configs
+from kd.runs.inputs import is_student, pilot_overrides, teacher_config, teacher_configs, with_member
 from kd.runs.run import Role, Run, RunInputs
 from kd.runs.stages import before_config, stage_config
 from kd.system.hardware import resolve_precision
@@ -117,5 +117,8 @@ def teachers_of_run(config: DictConfig, spec: RunSpec, overrides: Sequence[str],
     runs: dict[str, dict[str, Run]] = {"teacher": {}, "pilot": {}}
     for role, needed in teacher_configs(config, spec):
         with rename_error_keys(role, spec, config):
-            runs[role.kind][str(role.name)] = plan(needed, pilot_overrides(role, spec, overrides), depth)
+            run = plan(needed, pilot_overrides(role, spec, overrides), depth)
+        teacher = str(role.name).partition("/")[0]  # after it, the task of a mixture that a teacher is for
+        member = None if is_student(role, spec) else spec.teacher[teacher].member
+        runs[role.kind][str(role.name)] = with_member(run, teacher, member)
     return RunInputs(runs["teacher"], runs["pilot"])

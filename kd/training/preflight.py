@@ -164,9 +164,8 @@ def teacher_score(run: Run, engine: Engine, data: KDDataModule, index: int, metr
     """Return a teacher's validation metric: from the record of its run, or else computed on `LOOK` examples."""
     teacher = engine.teachers[index]
     teacher_run = run.inputs.teachers.get(teacher.name)
-    if teacher_run is not None and teacher_run.result is not None:
-        recorded: float | None = teacher_run.result["metrics"]["validation"][metric]
-        return recorded
+    if teacher_run is not None and (metrics := teacher_run.metrics) is not None:
+        return metrics["validation"][metric]
     rows = data.rows("validation", LOOK)
     meter = engine.task.metric(metric, across_ranks=False)  # only rank 0 executes this
     with uncounted(engine):
