@@ -200,6 +200,29 @@ def test_mixtures_compose(mixed: Mixed, backbone: Path, more: list[str]) -> None
     assert (mood.config.num_labels, score.config.num_labels) == (2, 1)
 
 
+def test_members_that_share_layers_share_them_in_every_task(mixed: Mixed) -> None:
+    """A BERT's pooling is part of the body of all tasks; each task has a prediction layer, of all members."""
+    run, record = made(mixed("mood", "score")("method=finetune", "cohort=joint", "cohort.students=[2l,3l]", "teacher=[]"))
+    found = [
+        run.directory / record["tasks"][task]["students"][name]["folder"] for task in members(run) for name in ("2l", "3l")
+    ]
+    mood, other_mood, score, other_score = (AutoModelForSequenceClassification.from_pretrained(folder) for folder in found)
+    for one, other in ((mood, other_mood), (score, other_score)):
+        assert torch.equal(one.classifier.weight, other.classifier.weight)
+        assert one.config.num_hidden_layers != other.config.num_hidden_layers
+    poolers = [model.bert.pooler.dense.weight for model in (mood, other_mood, score, other_score)]
+    assert all(torch.equal(poolers[0], pooler) for pooler in poolers)
+
+
+def test_a_member_of_a_mixture_teaches_each_task(mixed: Mixed) -> None:
+    cohort = "+teacher.minilm.run.cohort={name: joint,students: [{name: a},{name: b,layers: 3}],share: head}"
+    run, _ = made(mixed("mood", "score")("method=kd", cohort, "+teacher.minilm.member=b", "trainer.max_epochs=1"))
+    folders = {name: one.inputs.teachers["minilm"].student for name, one in members(run).items()}
+    for name, folder in folders.items():
+        assert folder.name == name
+        assert AutoModelForSequenceClassification.from_pretrained(folder).config.num_hidden_layers == 3
+
+
 def test_its_folders_are_exported_again(mixed: Mixed) -> None:
     run, record = made(mixed("mood", "kind", "score")("method=kd"))
     (run.student / "kind" / "model.safetensors").unlink()
