@@ -125,12 +125,20 @@ def check_unlabelled(spec: RunSpec, method: Method, weights: Mapping[str, Schedu
     """Check that a method learns something from training text without labels, if the task has some, or an edit makes some.
 
     Raises:
-        InputError: for a method whose only term is the loss against the labels, or that needs labels elsewhere.
+        InputError: for a method whose only term is the loss against the labels, or that needs labels elsewhere; or one that
+            needs text without labels where there is none.
     """
     key, without = "task.unlabelled", "task.unlabelled=null"
     if spec.task.unlabelled is None:
         making = [key for key, node in edit_nodes(spec.task).items() if edit_class(node, key).unlabels]
         if not making:
+            if (why := method.unlabelled_dependence()) is not None:
+                reason = with_keys(why, "method", spec.method)
+                raise InputError(
+                    f"method={spec.method['name']} needs training examples without labels: {reason}; add edit=[denoising_chain] "
+                    "or task.unlabelled",
+                    "task.unlabelled",
+                )
             return
         key, without = making[0], "edit=[]"
     name = spec.method["name"]

@@ -68,7 +68,7 @@ def chosen_mask(
     """
     mask = np.ones(count, dtype=bool)
     for column, wanted in (where or {}).items():
-        names = known_classes(column, wanted, classes, key)
+        names = known_classes(column, wanted, {name: classes[name] for name in classes if name in columns}, key)
         mask &= np.isin(columns[column], [classes[column].index(name) for name in names])
     return mask
 
@@ -80,7 +80,7 @@ def known_classes(column: str, wanted: str | Sequence[str], classes: Mapping[str
         InputError: for a column that is not one of classes, or a class that it does not have.
     """
     if column not in classes:
-        raise InputError(f"'{column}' is not a column of classes: 'task.extra={{{column}: classes}}'", key)
+        raise InputError(f"train has no column of classes '{column}': 'task.extra={{{column}: classes}}'", key)
     names = [wanted] if isinstance(wanted, str) else list(wanted)
     if unknown := [name for name in names if name not in classes[column]]:
         raise InputError(f"the column '{column}' has no class {literal(unknown[0])}; it has {listed(classes[column])}", key)

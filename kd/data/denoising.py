@@ -166,7 +166,7 @@ class Sampler:
         self.special[torch.tensor(sorted(special))] = True
 
     def chains(self, row: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-        """Yield the texts that the chains from the texts of an example have after their last steps."""
+        """Yield the texts that the chains from the texts of an example have after their last steps, if they differ."""
         room = (self.edit.max_length - self.rules.num_special_tokens_to_add(len(row) == 2)) // len(row)
         read, spare = [], []
         for text in row:
@@ -178,6 +178,8 @@ class Sampler:
         ids, segments = torch.tensor(encoding.ids), torch.tensor(encoding.type_ids)
         sequences = encoding.sequence_ids
         for tokens in self.run(ids, segments, row).tolist():
+            if tokens == encoding.ids:  # its decoded text may be written in another way
+                continue
             texts = []
             for index, rest in enumerate(spare):
                 own = [token for token, sequence in zip(tokens, sequences, strict=True) if sequence == index]
@@ -223,6 +225,7 @@ class Sampler:
             rows = self.starts_word[before] == starts
             if not rows.any() or not len(allowed):
                 continue
+            allowed = allowed[allowed < logits.shape[1]]  # a tokenizer may have more tokens than the model
             scores = logits[rows][:, allowed].double() / self.edit.temperature
             if self.edit.topk is not None and self.edit.topk < len(allowed):
                 least = scores.topk(self.edit.topk).values[:, -1:]

@@ -342,7 +342,7 @@ class FewLabels(Edit):
     Args:
         count: number of examples that stay; all if there are fewer.
         where: further column of classes -> a class, or several: the examples that are counted; None for all of train. Examples
-            of other classes stay.
+            of other classes, and examples without a label, stay.
         seed: seed of the draws.
     """
 
@@ -357,9 +357,10 @@ class FewLabels(Edit):
         Raises:
             InputError: for a column or a class that the task does not have, or none of whose examples is in train.
         """
-        rows = np.flatnonzero(chosen_mask(self.where, task.column_classes, train.columns, len(train)))
+        labelled = ~np.isnan(np.asarray(train.labels, dtype=np.float64))
+        rows = np.flatnonzero(labelled & chosen_mask(self.where, task.column_classes, train.columns, len(train)))
         if not len(rows):
-            raise InputError(f"where={shown(self.where)} selects no training example", "where")
+            raise InputError(f"where={shown(self.where)} selects no training example with a label", "where")
         chances = np.fromiter((chance for chance, _ in draws(train.texts, f"FewLabels {self.seed}")), np.float64, len(train))
         stays = np.ones(len(train), dtype=bool)
         stays[rows[np.argsort(chances[rows], kind="stable")[self.count :]]] = False
@@ -412,6 +413,8 @@ def edited(edit: Edit, train: Split, task: Task) -> Split:
     name = type(edit).__name__
     if not len(result):
         raise InputError(f"{name} leaves no training example")
+    if all(map(math.isnan, result.labels)):
+        raise InputError(f"{name} leaves no training example with a label")
     before, after = class_sizes(train, task), class_sizes(result, task)
     if lost := [label for label, size in before.items() if size and not after[label]]:
         raise InputError(f"{name} leaves the class {literal(lost[0])} without examples")
@@ -442,7 +445,8 @@ def described(edit: Edit, before: Split, after: Split, task: Task) -> str:
             f"{type(edit).__name__}: column {edit.column}, {values.min():.3g} to {values.max():.3g}, mean {values.mean():.3g}"
         )
     if before.texts == after.texts:
-        changed = sum(one != other for one, other in zip(before.labels, after.labels, strict=True))
+        pairs = zip(before.labels, after.labels, strict=True)
+        changed = sum(one != other and not (math.isnan(one) and math.isnan(other)) for one, other in pairs)
         words = [f"{changed} of {len(before)} labels changed"]
     else:
         words = [f"{len(before)} -> {len(after)} examples"]

@@ -122,8 +122,8 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) 
     if spec.holdout is not None and not adding:
         raw = held_out(raw, spec.holdout)
     if spec.where_evaluated:
-        for split in set(raw) - {"train"}:
-            key = "where_evaluated"
+        key = "where_evaluated"
+        for split in [split for split in raw if split != "train"]:
             raw[split] = raw[split].take(chosen(spec.where_evaluated, task.column_classes, raw[split], key))
             check_splits({split: raw[split]}, key)
     for split in raw:
@@ -160,7 +160,7 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) 
     texts, columns = ({split: getattr(splits[split], part) for split in ordered} for part in ("texts", "columns"))
     train = splits["train"]
     alike = None
-    if spec.where_evaluated:
+    if spec.where_evaluated and own:
         alike = chosen_mask(spec.where_evaluated, task.column_classes, train.columns, len(train), "where_evaluated")
     return Examples(task, texts, {split: labels[split] for split in ordered}, columns, changes, train.origins, alike)
 

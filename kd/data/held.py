@@ -1,6 +1,6 @@
 """A held part of train: examples that a student is not trained on, and a batch of them beside each training batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,11 @@ class Cut:
     trained: np.ndarray
 
 
+def hashes(texts: Sequence[tuple[str, ...]]) -> np.ndarray:
+    """Return a number in [0, 1) for each text, (texts,), that decides whether it is held."""
+    return np.fromiter((hash_fraction((SALT, *text)) for text in texts), np.float64, len(texts))
+
+
 def cut(examples: Examples, share: float, key: str = "holds", ranks: int = 1) -> Cut:
     """Cut the held part from train.
 
@@ -61,14 +66,15 @@ def cut(examples: Examples, share: float, key: str = "holds", ranks: int = 1) ->
     share = checked_share(share, key)
     texts, labels = examples.texts["train"], np.asarray(examples.labels["train"], dtype=np.float64)
     origins = texts if examples.origins is None else examples.origins
-    chances = np.fromiter((hash_fraction((SALT, *text)) for text in origins), np.float64, len(texts))
+    chances = hashes(origins)
+    own = chances if examples.origins is None else hashes(texts)
     may = ~np.isnan(labels)
     if examples.evaluated_like is not None:
         may &= examples.evaluated_like
     if examples.origins is not None:
         may &= np.fromiter((text == origin for text, origin in zip(texts, origins, strict=True)), bool, len(texts))
     held = may & (chances < share)
-    trained = ~np.isin(chances, chances[held])
+    trained = ~np.isin(chances, chances[held]) & ~np.isin(own, chances[held])
     if share and min(held.sum(), trained.sum()) < ranks:
         needed = "one example" if ranks == 1 else f"an example for each of {ranks} ranks"
         raise InputError(

@@ -256,6 +256,7 @@ class Classification(Labelled):
         Raises:
             InputError: if all labels are the same.
         """
+        check_some(values)
         if len(set(values)) < 2:
             only = self.names[int(values[0])]
             raise InputError(f"every training example has the label '{only}'; a classifier needs two or more", "label")
@@ -350,6 +351,7 @@ class Regression(Labelled):
         Raises:
             InputError: if they are too close.
         """
+        check_some(values)
         scores = np.asarray(values, dtype=np.float64)
         size = float(np.abs(scores).max())
         if scores.min() == scores.max():  # can be trained on; the preflight warns of it
@@ -409,6 +411,16 @@ class Regression(Labelled):
     def constant(self, labels: Sequence[float]) -> Tensor:
         """Return the mean score, (1, 1)."""
         return torch.tensor(labels, dtype=torch.double).mean().float().view(1, 1)
+
+
+def check_some(labels: Sequence[float]) -> None:
+    """Check that there are labels.
+
+    Raises:
+        InputError: if there are none.
+    """
+    if not labels:
+        raise InputError("no training example has a label", "label")
 
 
 def check_reduction(reduction: str) -> None:

@@ -177,7 +177,7 @@ class Distiller(Engine):
             with torch.autocast(self.device.type, enabled=False):
                 gradients = torch.autograd.grad(loss.total * batch.weight, parameters) if parameters else ()
             for parameter, gradient in zip(parameters, distributed.mean(gradients), strict=True):
-                parameter.grad = gradient
+                parameter.grad = gradient.contiguous()  # of a sum it is one number, expanded, which clipping could not scale
             if self.clip:
                 for group in clipped_together(due):
                     self.guard.check_gradient(clip_gradients(group, self.clip), self.global_step)

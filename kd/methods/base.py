@@ -370,6 +370,13 @@ class Method(nn.Module):
         """
         return None
 
+    def unlabelled_dependence(self) -> str | None:
+        """Return the reason why the method needs training examples without labels; None if it does not.
+
+        If it does, a task without any (`task.unlabelled`, or an edit that makes some) is refused.
+        """
+        return None
+
     def label_dependence(self) -> str | None:
         """Return the reason why the method needs every example's label besides for `Task.hard`; None if it does not.
 

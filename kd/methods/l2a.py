@@ -12,7 +12,8 @@ from kd.functional.hidden import at_least_float32
 from kd.functional.logits import SOFT_LOSSES
 from kd.functional.reinforce import log_probability, selected_mean
 from kd.methods.base import Bound, Progress, Step, Turn
-from kd.methods.options import holds, number, switch, temperature_schedule, whole, word
+from kd.methods.options import holds as checked_holds
+from kd.methods.options import number, switch, temperature_schedule, whole, word
 from kd.methods.rl_kd import predictions
 from kd.methods.tinybert import TinyBERT
 from kd.schedules import Schedule
@@ -64,12 +65,12 @@ class L2A(TinyBERT):
     The state of an example, constants: the student's [CLS] state of its last layer, probabilities of teacher and student, the
     entropy of the teacher, the cross entropy of the student with it, and the domain. No label is part of it, since generated
     examples have none. Ranks select as one process does, and share a mean over the selected examples of all of them. If none of
-    a batch is selected its loss is 0; the optimiser's momentum may still move the student.
+    a batch is selected its loss is 0; the optimiser's momentum may still move the student. Where more examples are held than a
+    batch has, the rewards of two steps are of different ones.
     """
 
     names = ("task", "attention", "hidden", "embedding", "logits", "policy")
     distances = ("attention", "hidden", "embedding", "logits")
-    across_ranks = True
 
     trace: Tensor
     summed: Tensor
@@ -99,12 +100,13 @@ class L2A(TinyBERT):
         self.selects = word(selects, SELECTS, "selects")
         self.keep = float(number(keep, "keep", 0, 1))
         self.reward = word(reward, REWARDS, "reward")
-        share = held_share(holds)
+        share = held_share(holds) if self.learns else checked_holds(holds)
         self.holds = share if self.learns else 0.0
+        self.across_ranks = self.padding == "strict"
         self.episode = whole(episode, "episode", 1, 1 << 30)
         self.gamma = float(number(gamma, "gamma", 0, 1))
         self.hidden_units = whole(hidden, "hidden", 1, 1 << 20)
-        self.domain = domain
+        self.domain = None if domain is None else name(domain, "domain")
         self.policy_lr = None if policy_lr is None else float(number(policy_lr, "policy_lr", 1e-12, 100))
         self.temperature = temperature_schedule(temperature)
         self.loss = word(loss, SOFT_LOSSES, "loss")
@@ -137,7 +139,7 @@ class L2A(TinyBERT):
         if regression and self.learns and self.reward == "accuracy":
             raise InputError("reward=accuracy needs classes, the task is a regression; use reward=loss", "reward")
         if self.domain is not None:
-            if self.domain not in bound.task.column_classes:
+            if self.domain not in bound.task.column_classes or self.domain not in bound.task.columns:
                 raise InputError(
                     f"domain={self.domain} is not a column of classes: 'task.extra={{{self.domain}: classes}}'", "domain"
                 )
@@ -278,12 +280,29 @@ class L2A(TinyBERT):
         return {**super().describe(), "selection": f"{how.get(self.selection, 'all')}; of {self.selects} examples"}
 
     def batch_dependence(self) -> str | None:
-        """Return that the mean is over the selected examples of a batch, and the reward is one of a batch."""
-        if self.learns:
-            return "the reward of the policy is that of a batch"
-        if self.selection == "random":
-            return "a mean over the selected examples of a batch depends on how many they are"
-        return super().batch_dependence()
+        """Return that the mean is over selected examples of a batch or the reward is one of a batch, and TinyBERT's reason."""
+        reasons = {
+            "policy": "the reward of the policy is that of a batch",
+            "random": "a mean over the selected examples of a batch depends on how many they are",
+        }
+        return "; ".join(filter(None, (reasons.get(self.selection), super().batch_dependence()))) or None
+
+    def unlabelled_dependence(self) -> str | None:
+        """Return that there is nothing to decide about, for `selects=unlabelled` with a policy."""
+        if self.learns and self.selects == "unlabelled":
+            return "with selects=unlabelled the policy decides about these alone"
+        return None
+
+
+def name(value: object, key: str) -> str:
+    """Check the name of a column, and return it.
+
+    Raises:
+        InputError: if it is no text.
+    """
+    if not isinstance(value, str):
+        raise InputError(f"{key}={value} is not the name of a column", key)
+    return value
 
 
 def held_share(share: float) -> float:
@@ -292,7 +311,7 @@ def held_share(share: float) -> float:
     Raises:
         InputError: for a share out of range, or 0.
     """
-    checked: float = holds(share)
+    checked: float = checked_holds(share)
     if checked == 0:
         raise InputError("the reward of the policy is the performance on a held part of train; holds is 0", "holds")
     return checked
@@ -313,4 +332,4 @@ def with_gradient(value: Tensor, parameters: Sequence[Tensor], gradient: Tensor)
     (5.0, tensor([ 1., -2.]))
     """
     flat = torch.cat([parameter.flatten() for parameter in parameters])
-    return value.detach() + (flat - flat.detach()) @ gradient.detach()
+    return value.detach() + ((flat - flat.detach()) * gradient.detach()).sum()  # a matrix product would be in half precision

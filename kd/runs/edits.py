@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from kd.config.edits import edit_nodes
 from kd.config.frozen import FrozenSpec, frozen_of
+from kd.config.mixture import tasks_of
 from kd.config.schema import TaskSpec
 from kd.config.values import locate, shown, subclass_of, switch
 from kd.data.readers import check_file, data_path
@@ -99,3 +100,15 @@ def edit_identity(node: Mapping[str, Any], key: str) -> dict[str, Any]:
     if (model := model_of_edit(node, key)) is not None:
         identity["model"] = None if model.model is None else fingerprint(model.model, f"{key}.model")
     return identity
+
+
+def changes_texts(task: TaskSpec) -> bool:
+    """Return whether an edit changes texts of train: what is held of it then depends on the texts of before.
+
+    Raises:
+        InputError: for something that is no edit.
+    """
+    from kd.data.edits import TextEdit  # which imports torch, that a plan does not need
+
+    nodes = [item for one in tasks_of(task).values() for item in edit_nodes(one).items()]
+    return any(issubclass(edit_class(node, key), TextEdit) for key, node in nodes)

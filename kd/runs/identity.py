@@ -17,7 +17,7 @@ from kd.config.values import has, locate, one_line, shown
 from kd.data.readers import data_path
 from kd.data.sources import Source, as_names, fingerprint_of
 from kd.errors import InputError, prefix_error_keys
-from kd.runs.edits import edit_identity
+from kd.runs.edits import changes_texts, edit_identity
 from kd.runs.run import RunInputs
 from kd.system.model_sources import fingerprint
 
@@ -152,6 +152,7 @@ def digest_inputs(spec: RunSpec, inputs: RunInputs) -> dict[str, Any]:
         **({"surgery": surgeries} if surgeries else {}),
         "inputs": {str(role): run.digest for role, run in inputs},
         "pool": pool_identity(spec),
+        **({"held": "by origin"} if spec.method.get("holds") and changes_texts(spec.task) else {}),
         "cohort": {**cohort_identity(spec), **backbones_identity(spec, student["backbone"])},
         "task": task,
         "data": data,

@@ -27,7 +27,7 @@ from kd.data.tasks import Classification, Task
 from kd.data.texts import Texts
 from kd.errors import InputError
 from kd.training import execute
-from whole_runs import broken_off, last_weights, made, planned, roles, same_weights, torchrun
+from whole_runs import broken_off, last_weights, made, planned, pool, roles, same_weights, torchrun
 
 Small = Callable[..., list[str]]
 
@@ -199,6 +199,19 @@ def test_words_behind_the_longest_input_stay(model: TinyModel) -> None:
         assert other.endswith("bad film " * 16 + "great story")
 
 
+def test_a_chain_that_changes_nothing_adds_nothing(model: TinyModel) -> None:
+    """Its text is written in another way than the start, as the tokenizer decodes it."""
+    edit = chain(rate=1e-9)
+    assert derived(edit, [("Bad FILM ,  the story",)], model) == [[("Bad FILM ,  the story",)]]
+
+
+def test_tokens_that_the_model_lacks_are_not_drawn(model: TinyModel) -> None:
+    sampler = Sampler(model, chain())
+    narrow = torch.zeros(50, int(sampler.allowed[True][3]))
+    drawn = sampler.drawn(narrow, sampler.allowed[True][:1].expand(50), torch.linspace(0, 0.999, 50).double())
+    assert set(drawn.tolist()) == set(sampler.allowed[True][:3].tolist())
+
+
 # Starts, labels, columns
 
 
@@ -252,7 +265,7 @@ def test_an_option_out_of_range_is_refused(option: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "words"), [({"genre": "fiction"}, "not a column of classes"), ({"domain": "kitchen"}, "no class 'kitchen'")]
+    ("where", "words"), [({"genre": "fiction"}, "no column of classes"), ({"domain": "kitchen"}, "no class 'kitchen'")]
 )
 def test_starts_of_an_unknown_class_are_refused_before_the_model_runs(where: Any, words: str) -> None:
     model = TinyModel()
@@ -328,6 +341,25 @@ def test_run_resumed_in_mid_episode_ends_with_the_same_weights(
     assert same_weights(last_weights(run), last_weights(unbroken))
 
 
+def test_a_pool_of_teachers_has_a_policy_for_each_and_resumes(
+    given: Small, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ("pool=stochastic", *pool(backbone, "minilm", "minilm_4l"), "trainer.checkpoint_minutes=0", "trainer.clip=0.1")
+    unbroken, _ = made(given(*more))
+    run = planned(given(*more, f"paths.runs={tmp_path}"))
+    broken_off(run, 4, monkeypatch)
+    execute.execute(run)
+    assert same_weights(last_weights(run), last_weights(unbroken))
+
+
+def test_a_held_part_depends_on_edits_of_texts_and_says_so(small: Small, given: Small) -> None:
+    held = ["method=rl_kd", "method.before=null", "method.reward=3", "edit=[denoising_chain]"]
+    chains = [word for word in given() if word.startswith(KEY)]
+    assert planned(small(*held, *chains)).digest_inputs["held"] == "by origin"
+    assert "held" not in planned(small(*held, "edit=[label_noise]")).digest_inputs
+    assert "held" not in planned(small("method=kd", "edit=[denoising_chain]", *chains)).digest_inputs
+
+
 @pytest.mark.ddp
 def test_two_ranks_train_as_one(given: Small, tmp_path: Path) -> None:
     alone, result = made(given("student.dropout=0.0"))
@@ -351,3 +383,13 @@ def test_methods_that_need_every_label_are_refused(method: str, given: Small, sm
         check_arguments(planned(small(f"method={method}", "edit=[denoising_chain]", *more, *chains)))
     assert caught.value.key == KEY
     assert "edit=[]" in caught.value.message
+
+
+@pytest.mark.parametrize("edit", ["[]", "[label_noise]", "[word_replacement]"])
+def test_a_policy_without_examples_to_decide_about_is_refused(edit: str, small: Small, mlm: Path) -> None:
+    model = [f"task.edits.word_replacement.model={mlm}"] if "word" in edit else []
+    with pytest.raises(InputError, match="selects=unlabelled the policy decides about these alone") as caught:
+        check_arguments(planned(small("method=l2a", f"edit={edit}", *model)))
+    assert caught.value.key == "task.unlabelled"
+    check_arguments(planned(small("method=l2a", f"edit={edit}", "method.selects=all", *model)))
+    check_arguments(planned(small("method=l2a", f"edit={edit}", "method.selection=all", *model)))

@@ -164,3 +164,13 @@ def test_text_of_a_domain_for_a_masked_language_model(folder: Path) -> None:
     assert not examples.task.columns
     assert not examples.columns["train"]
     assert list(examples.texts["train"]) == list(loaded(folder, "task.where={domain: dvd}").texts["train"])
+    spec = typed(compose(["task=amazon4_text", f"task.train={folder}", "task.where_evaluated={domain: [dvd]}"]))
+    examples = load_examples(spec.task, source_of(spec.task))
+    assert set(domains_of(examples, "train")) == set(NAMES)
+    assert set(domains_of(examples, "test")) == {"dvd"}
+    assert examples.evaluated_like is None
+    few = "edit=[few_labels]", "task.edits.few_labels.count=9", "task.edits.few_labels.where={domain: [dvd]}"
+    spec = typed(compose(["task=amazon4_text", f"task.train={folder}", *few]))
+    with pytest.raises(InputError, match="no column of classes 'domain'") as caught:
+        load_examples(spec.task, source_of(spec.task), build_edits(spec.task))
+    assert caught.value.key == "task.edits.few_labels.where"

@@ -12,7 +12,7 @@ from kd.build.data import build_examples
 from kd.build.edits import build_edits
 from kd.config.compose import compose, typed
 from kd.data.datamodule import KDDataModule
-from kd.data.edits import Edit, FewLabels, Imbalance, LabelNoise, Split, edited
+from kd.data.edits import Edit, FewLabels, Imbalance, LabelNoise, Split, described, edited
 from kd.data.examples import Examples, load_examples
 from kd.data.tasks import Classification, Regression, Task
 from kd.data.texts import Texts
@@ -225,6 +225,15 @@ def test_examples_without_a_label_are_neither_noisy_nor_left_out() -> None:
     assert all(new == 1 - old for new, old in zip(noisy.labels, labels, strict=True) if old == old)
     few = Imbalance(4)(some, task(2))
     assert set(rows) <= set(few.columns["row"].tolist())
+    assert described(LabelNoise(0), some, LabelNoise(0)(some, task(2)), task(2)).startswith(
+        "LabelNoise: 0 of 80 labels changed"
+    )
+    counted = FewLabels(5)(some, task(2))
+    assert (len(counted), sum(label != label for label in counted.labels)) == (5 + len(rows), len(rows))
+    with pytest.raises(InputError, match="no training example with a label"):
+        edited(Without([0, 1]), some, task(2))
+    with pytest.raises(InputError, match="no training example with a label"):
+        FewLabels(5)(some.take(rows), task(2))
     alone = Imbalance(4)(some.take([row for row in range(80) if row % 4]), task(2))
     assert set(few.columns["row"].tolist()) - set(rows) == set(alone.columns["row"].tolist())
 
@@ -291,7 +300,7 @@ def test_an_edit_that_leaves_nothing_is_refused() -> None:
         ("{_target_: kd.data.edits.Imbalance, ratio: 2, profile: linear}", ".profile", "exponential, power"),
         ("{_target_: kd.data.edits.FewLabels, count: 0}", ".count", "task.edits.0.count=0 must be at least 1"),
         ("{_target_: kd.data.edits.FewLabels, count: 1}", "", "leaves the class"),
-        ("{_target_: kd.data.edits.FewLabels, count: 9, where: {domain: [dvd]}}", ".where", "not a column of classes"),
+        ("{_target_: kd.data.edits.FewLabels, count: 9, where: {domain: [dvd]}}", ".where", "no column of classes"),
         ("{_target_: kd.data.edits.FewLabels, count: 9, where: [dvd]}", ".where", "does not select by a column"),
         ("{_target_: kd.data.edits.LabelNoise}", "", "missing 1 required positional argument: 'rate'"),
         ("{_target_: kd.data.edits.LabelNoises, rate: 0}", "._target_", "cannot be imported"),

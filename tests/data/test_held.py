@@ -82,6 +82,11 @@ def test_what_an_edit_made_of_a_held_example_is_not_trained_on() -> None:
     origins = [text for text in TEXTS[:300] for _ in range(3)]
     parts = cut(Examples(TASK, {"train": texts}, {"train": labels}, origins=origins), 0.3)
     plain = held_mask(TEXTS[:300], 0.3)
+    equal = next(row for row, held in enumerate(plain) if held)  # a copy of another example that is a held text
+    texts[3 * plain.tolist().index(False) + 1] = TEXTS[equal]
+    again = cut(Examples(TASK, {"train": texts}, {"train": labels}, origins=origins), 0.3)
+    assert again.held.tolist() == parts.held.tolist()
+    assert np.flatnonzero(again.trained != parts.trained).tolist() == [3 * plain.tolist().index(False) + 1]
     assert parts.held.tolist() == [held and first for held in plain for first in (True, False, False)]
     assert parts.trained.tolist() == [not held for held in plain for _ in range(3)]
 

@@ -125,6 +125,27 @@ def test_a_value_with_another_gradient() -> None:
     assert second.grad.tolist() == [12.0]
 
 
+def test_a_gradient_is_exact_in_mixed_precision() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = with_gradient(torch.tensor(0.0), [weight], torch.tensor([1 / 3, 1.001, 1e6]))
+    loss.backward()
+    assert weight.grad is not None
+    assert weight.grad.tolist() == torch.tensor([1 / 3, 1.001, 1e6]).tolist()
+
+
+def test_padding_makes_ranks_differ_and_is_a_reason_of_its_own() -> None:
+    for options, across, reasons in (
+        ({}, True, ["reward"]),
+        ({"padding": "reference"}, False, ["reward", "padding"]),
+        ({"padding": "reference", "selection": "all"}, False, ["padding"]),
+        ({"selection": "all"}, True, []),
+    ):
+        method = L2A(**options)  # type: ignore[arg-type]
+        assert method.across_ranks == across
+        assert [word for word in ("reward", "padding") if word in (method.batch_dependence() or "")] == reasons
+
+
 # The student's terms
 
 
@@ -368,6 +389,7 @@ def test_performance_is_accuracy_or_minus_the_loss_of_the_held_examples() -> Non
         ({"hidden": 0}, "hidden"),
         ({"policy_lr": 0}, "policy_lr"),
         ({"domain": "genre"}, "domain"),
+        ({"domain": ["domain"]}, "domain"),
         ({"loss": "l1"}, "loss"),
     ],
 )

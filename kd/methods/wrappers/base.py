@@ -114,6 +114,10 @@ class Wrapper(Method):
         """Return the inner method's reason."""
         return self.inners[0].batch_dependence()
 
+    def unlabelled_dependence(self) -> str | None:
+        """Return the reason of the inner method."""
+        return self.inners[0].unlabelled_dependence()
+
     def label_dependence(self) -> str | None:
         """Return the reason of the inner method."""
         return self.inners[0].label_dependence()
