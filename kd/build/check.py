@@ -135,8 +135,8 @@ def check_unlabelled(spec: RunSpec, method: Method, weights: Mapping[str, Schedu
             if (why := method.unlabelled_dependence()) is not None:
                 reason = with_keys(why, "method", spec.method)
                 raise InputError(
-                    f"method={spec.method['name']} needs training examples without labels: {reason}; add edit=[denoising_chain] "
-                    "or task.unlabelled",
+                    f"method={spec.method['name']} needs training examples without labels: {reason}; add "
+                    "edit=[denoising_chain] or task.unlabelled",
                     "task.unlabelled",
                 )
             return
