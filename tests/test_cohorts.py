@@ -165,7 +165,7 @@ BAD = {
     "several without a cohort": (
         ["cohort=single", "cohort.students=2", "~method.weights.mutual"],
         "cohort",
-        "cohort=mutual sets",
+        "several students need cohort=mutual",
     ),
     "a weight without peers": (["cohort=single", "engine=distiller"], "method.weights.mutual", "'mutual' has no term"),
     "no weight on peers": (["~method.weights.mutual"], "method.weights.mutual", "'mutual' has no weight"),

@@ -9,12 +9,14 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from conftest import FILLER, GOOD, tiny_model, tiny_tokenizer
+from kd.build.check import check_run
 from kd.build.models import build_models
 from kd.build.parts import examples_of
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.models import Encoder
 from kd.results.tables import score
+from kd.runs.identity import backbone_of
 from kd.runs.run import Run
 from kd.training import execute
 from kd.training import fit as fitting
@@ -184,7 +186,9 @@ def test_what_the_members_are_is_in_the_digest(joint: Words, small: Small, backb
     assert len(digests) == 4
     named = [f"cohort.students=[{{name: a,backbone: {backbone}}},{{name: b}}]", "cohort.students=[{name: a},{name: b}]"]
     assert run(named[0]).digest == run(named[1]).digest, "it is the backbone that the member would have anyway"
-    assert alone("cohort.students=[3l]").digest != alone("cohort.students=[2l]").digest == alone().digest
+    assert alone("cohort.students=[3l]").digest == alone("student=3l").digest != alone().digest
+    assert alone("cohort.students=[3l]").name.startswith("finetune-3l-")
+    assert alone("cohort.students=[2l]").digest == alone().digest
     assert alone(f"cohort.students=[{{backbone: {other}}}]").digest != alone().digest
     assert "share" not in planned(small("method=dml", "teacher=[]")).digest_inputs["cohort"]
 
@@ -243,9 +247,25 @@ def test_two_members_teach_a_student_and_their_run_is_trained_once(
     assert first.student != second.student
     sizes = {name: entry["parameters"] for name, entry in results["students"].items()}
     assert sizes["6l"] > sizes["4l"]
+    assert "not trained together" not in printed
     kd, _ = made(taught("method=kd", f"paths.runs={tmp_path}", teachers=("joint_4l",)))
     assert kd.inputs.teachers["joint_4l"].digest == first.digest
     assert trained == [first.name, run.name, kd.name]
+
+
+def test_members_of_two_runs_are_told_of(taught: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, _ = made(taught("method=mt_bert", f"paths.runs={tmp_path}", "teacher.joint_4l.run.seed=1"))
+    assert len({needed.digest for needed in run.inputs.teachers.values()}) == 2
+    assert "WARN  the teachers are members of 2 runs of 6l, 4l, not trained together" in capsys.readouterr().out
+
+
+def test_a_student_without_a_backbone_has_that_of_the_member(taught: Words, other: Path) -> None:
+    members = f"[{{name: 6l,layers: null}},{{name: 4l,layers: 3,backbone: {other}}}]"
+    run = planned(
+        taught("method=kd", f"teacher.joint_4l.run.cohort.students={members}", "student.backbone=null", teachers=("joint_4l",))
+    )
+    assert backbone_of(run.spec) == (str(other), "teacher.joint_4l.run.cohort.students")
+    check_run(run, examples_of(run))
 
 
 def test_the_command_that_trains_the_members_makes_the_run_of_the_teachers(taught: Words, small: Small, backbone: Path) -> None:
@@ -255,14 +275,12 @@ def test_the_command_that_trains_the_members_makes_the_run_of_the_teachers(taugh
     assert planned(small("method=finetune", "teacher=[]", "cohort=joint", members, *more)).digest == teacher.digest
 
 
-def test_the_member_is_in_the_digest_and_without_it_the_best_one_teaches(taught: Words) -> None:
+def test_the_member_is_in_the_digest_of_its_student_and_not_in_that_of_its_run(taught: Words) -> None:
     base = over(taught("method=kd", teachers=("joint_6l",)))
-    run, other, best = (base(*more) for more in ([], ["teacher.joint_6l.member=4l"], ["teacher.joint_6l.member=null"]))
-    assert len({each.digest for each in (run, other, best)}) == 3
-    assert len({each.inputs.teachers["joint_6l"].digest for each in (run, other, best)}) == 1
-    teacher = best.inputs.teachers["joint_6l"]
-    assert teacher.student == teacher.directory / "student"
-    assert [each.inputs.teachers["joint_6l"].chosen for each in (run, other, best)] == ["6l", "4l", None]
+    run, other = base(), base("teacher.joint_6l.member=4l")
+    assert run.digest != other.digest
+    assert run.inputs.teachers["joint_6l"].digest == other.inputs.teachers["joint_6l"].digest
+    assert [each.inputs.teachers["joint_6l"].chosen for each in (run, other)] == ["6l", "4l"]
 
 
 def test_shapes_of_members_are_checked_before_they_are_trained(taught: Words) -> None:
@@ -279,6 +297,8 @@ WRONG = {
         "teacher.joint_4l.member",
         "trains one student",
     ),
+    "no member of students that differ": (["teacher.joint_4l.member=null"], "teacher.joint_4l.member", "names one"),
+    "a member in a chain": (["pool=takd"], "teacher.joint_4l.member", "the one before it in the chain"),
     "members of two widths": (
         ["teacher.joint_4l.run.cohort.students=[{name: 6l},{name: 4l,init: random,width: 16}]"],
         "teacher.joint_4l.run.cohort.students",
@@ -318,7 +338,7 @@ def test_a_teacher_that_cannot_be_a_member_names_the_key(
 BAD = {
     "one member": (["cohort.students=1"], "cohort.students", "needs two students or more"),
     "another word": (["cohort.share=body"], "cohort.share", "head, none"),
-    "no word": (["cohort.share=null"], "cohort", "cohort.share, which cohort=joint sets"),
+    "no word": (["cohort.share=null"], "cohort", "cohort=joint, which sets cohort.share"),
     "a member narrower than the first": (
         ["cohort.students=[{},{init: random,width: 16}]"],
         "cohort.students",
@@ -363,7 +383,7 @@ BAD = {
         "cohort.students",
         "vocabulary of its own",
     ),
-    "sharing alone": (["cohort=single", "cohort.students=1", "cohort.share=head"], "cohort.students", "two students or more"),
+    "sharing alone": (["cohort=single", "cohort.students=1", "cohort.share=head"], "cohort.share", "is for several students"),
 }
 
 

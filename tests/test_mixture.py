@@ -200,22 +200,15 @@ def test_mixtures_compose(mixed: Mixed, backbone: Path, more: list[str]) -> None
     assert (mood.config.num_labels, score.config.num_labels) == (2, 1)
 
 
-def test_members_that_share_layers_share_them_in_every_task(mixed: Mixed) -> None:
-    """A BERT's pooling is part of the body of all tasks; each task has a prediction layer, of all members."""
-    run, record = made(mixed("mood", "score")("method=finetune", "cohort=joint", "cohort.students=[2l,3l]", "teacher=[]"))
-    found = [
-        run.directory / record["tasks"][task]["students"][name]["folder"] for task in members(run) for name in ("2l", "3l")
-    ]
-    mood, other_mood, score, other_score = (AutoModelForSequenceClassification.from_pretrained(folder) for folder in found)
-    for one, other in ((mood, other_mood), (score, other_score)):
-        assert torch.equal(one.classifier.weight, other.classifier.weight)
-        assert one.config.num_hidden_layers != other.config.num_hidden_layers
-    poolers = [model.bert.pooler.dense.weight for model in (mood, other_mood, score, other_score)]
-    assert all(torch.equal(poolers[0], pooler) for pooler in poolers)
+def test_a_mixture_does_not_share_heads_among_members(mixed: Mixed) -> None:
+    """Its tasks have prediction layers of their own over one body, of which the pooling is a part in some families."""
+    with pytest.raises(InputError, match="layers of their own over one body") as caught:
+        planned(mixed("mood", "score")("method=finetune", "cohort=joint", "cohort.students=[2l,3l]", "teacher=[]"))
+    assert caught.value.key == "cohort.share"
 
 
 def test_a_member_of_a_mixture_teaches_each_task(mixed: Mixed) -> None:
-    cohort = "+teacher.minilm.run.cohort={name: joint,students: [{name: a},{name: b,layers: 3}],share: head}"
+    cohort = "+teacher.minilm.run.cohort={name: joint,students: [{name: a},{name: b,layers: 3}],share: none}"
     run, _ = made(mixed("mood", "score")("method=kd", cohort, "+teacher.minilm.member=b", "trainer.max_epochs=1"))
     folders = {name: one.inputs.teachers["minilm"].student for name, one in members(run).items()}
     for name, folder in folders.items():

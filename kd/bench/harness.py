@@ -20,9 +20,10 @@ from kd.data.batch import Batch
 from kd.data.datamodule import KDDataModule
 from kd.data.examples import HEAD_OF_KIND, LIMIT_SEED, Examples
 from kd.errors import InputError
-from kd.models.pretrained import load_config, load_model, load_tokenizer
-from kd.models.students import with_labels
+from kd.models.pretrained import load_model, load_tokenizer
+from kd.models.students import student_config
 from kd.runs.identity import backbone_of
+from kd.runs.inputs import student_of
 from kd.runs.plan import plan
 from kd.runs.run import Run, RunInputs
 from kd.system.hardware import keep_memory
@@ -140,8 +141,9 @@ def save_untrained(needed: Run, labels: Sequence[str] | None, head: str, seed: i
     Raises:
         InputError: if the backbone cannot be loaded.
     """
-    source, key = backbone_of(needed.spec)
-    config = with_labels(load_config(source, key), labels, head)
+    student = student_of(needed)
+    source, key = backbone_of(needed.spec, student)
+    config = student_config(student, source, list(labels) if labels is not None else None, key, head)
     torch.manual_seed(seed)
     load_model(source, key, config, head).save_pretrained(needed.student)  # type: ignore[operator]
     load_tokenizer(source, key).save_pretrained(needed.student)

@@ -1,7 +1,7 @@
 """Cohorts: the students that are trained together in one run."""
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -26,11 +26,17 @@ def check_cohort(spec: RunSpec) -> None:
         word(cohort.share, SHARES, "cohort.share")
     together = cohort.peers is not None or cohort.share is not None
     if together and count < 2:
+        if cohort.name == "single":
+            raise InputError(
+                f"cohort.share={cohort.share} is for several students, cohort.students={cohort.students} has one; use "
+                "cohort.share=null",
+                "cohort.share",
+            )
         raise InputError(
             f"cohort={cohort.name} needs two students or more, cohort.students={cohort.students} has {count}", "cohort.students"
         )
     if not together and count > 1:
-        cure = "several students need cohort.peers, which cohort=mutual sets, or cohort.share, which cohort=joint sets"
+        cure = "several students need cohort=mutual, or cohort=joint, which sets cohort.share"
         raise InputError(f"cohort={cohort.name} without peers takes one student, not {count}; {cure}", "cohort")
     if count > 1 and spec.method.get("before"):
         raise InputError(
@@ -62,6 +68,12 @@ def check_cohort(spec: RunSpec) -> None:
             )
 
 
+def alone(spec: RunSpec) -> RunSpec:
+    """Return a specification whose only student, if it is an entry of `cohort.students`, is `student`."""
+    students = list(students_of(spec).values())
+    return replace(spec, student=students[0], cohort=replace(spec.cohort, students=1)) if len(students) == 1 else spec
+
+
 PEERS = "mutual"
 """Name of the loss term that peers add."""
 
@@ -79,11 +91,9 @@ VARIED = (*IDENTIFIED, "backbone")
 
 
 def cohort_identity(spec: RunSpec) -> dict[str, Any]:
-    """Return the settings of a cohort that enter a run's digest, backbones aside; an empty mapping for the student alone."""
-    alone, *students = (
-        {key: getattr(student, key) for key in IDENTIFIED} for student in (spec.student, *students_of(spec).values())
-    )
-    if spec.cohort.peers is None and students == [alone]:
+    """Return the settings of a cohort that enter a run's digest, backbones aside; an empty mapping for one student."""
+    students = [{key: getattr(student, key) for key in IDENTIFIED} for student in students_of(spec).values()]
+    if spec.cohort.peers is None and len(students) == 1:
         return {}
     cohort = asdict(spec.cohort)
     if cohort["share"] != SHARED_HEAD:  # so that cohorts of before have the digests of before
@@ -175,6 +185,22 @@ def check_cohort_student(student: StudentSpec, entry: object) -> None:
         check_student(student)
     except InputError as error:
         raise InputError(f"cohort.students: '{shown(entry)}': {error.message}", "cohort.students") from error
+
+
+SHAPES = ("layers", "width", "heads", "intermediate", "backbone")
+"""Keys of a student that decide of which shape and vocabulary its model is."""
+
+
+def are_alike(spec: RunSpec) -> bool:
+    """Return whether all students of a cohort have one shape and one backbone."""
+    return len({tuple(getattr(student, key) for key in SHAPES) for student in students_of(spec).values()}) == 1
+
+
+def backbone_of_entry(students: object, name: str | None) -> str | None:
+    """Return the backbone of the entry of `cohort.students` with this name; None if it has none of its own."""
+    entries = students if isinstance(students, list) else []
+    own = [entry.get("backbone") for entry in entries if isinstance(entry, dict) and entry.get("name") == name]
+    return str(own[0]) if own and own[0] is not None else None
 
 
 def known_student(name: str) -> bool:

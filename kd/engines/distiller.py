@@ -169,13 +169,16 @@ class Distiller(Engine):
         """
         passes, losses, rounds = Passes(self, batch, progress or Progress()), [], self.rounds()
         for number, turns in enumerate(rounds, start=1):
-            loss = Loss.sum([passes.loss(turn) for turn in turns])
+            each = [(turn, passes.loss(turn)) for turn in turns]
+            loss = Loss.sum([one for _, one in each])
             self.check(loss)
             losses.append(loss)
-            due = [turn for turn in turns if turn.due(passes.progress)]
+            moving = [(turn, one.total) for turn, one in each if turn.due(passes.progress)]
+            due = [turn for turn, _ in moving]
             parameters = list(dict.fromkeys(parameter for turn in due for parameter in turn.parameters))
             with torch.autocast(self.device.type, enabled=False):
-                gradients = torch.autograd.grad(loss.total * batch.weight, parameters) if parameters else ()
+                total = torch.stack([one for _, one in moving] or [loss.total]).sum() * batch.weight
+                gradients = torch.autograd.grad(total, parameters) if parameters else ()
             for parameter, gradient in zip(parameters, distributed.mean(gradients), strict=True):
                 parameter.grad = gradient.contiguous()  # of a sum it is one number, expanded, which clipping could not scale
             if self.clip:

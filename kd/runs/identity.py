@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
-from kd.config.cohort import cohort_identity, students_of
+from kd.config.cohort import backbone_of_entry, cohort_identity, students_of
 from kd.config.edits import edit_nodes
 from kd.config.frozen import aids_of
 from kd.config.mixture import is_mixture, rename_task_error_keys, tasks_of
+from kd.config.nodes import nested
 from kd.config.pool import pool_identity
 from kd.config.schema import RunSpec, StudentSpec, TaskSpec
 from kd.config.values import has, locate, one_line, shown
@@ -51,7 +52,8 @@ PATH_KEYS = ("root", "train", "validation", "test", "unlabelled")
 def backbone_of(spec: RunSpec, student: StudentSpec | None = None) -> tuple[str, str]:
     """Return the source of a student's shape and vocabulary, and the key that sets it.
 
-    The source is the student's backbone, else the first teacher's, else the default `backbone`.
+    The source is the student's backbone, else that of the first teacher, or of its member of a cohort, else the default
+    `backbone`.
 
     Args:
         spec: specification of the run.
@@ -62,6 +64,9 @@ def backbone_of(spec: RunSpec, student: StudentSpec | None = None) -> tuple[str,
     if spec.student.backbone is not None:
         return spec.student.backbone, "student.backbone"
     for name, teacher in spec.teacher.items():
+        own = backbone_of_entry(nested(teacher.run, "cohort.students"), teacher.member)
+        if own is not None:
+            return own, f"teacher.{name}.run.cohort.students"
         kind = "model" if teacher.backbone is None else "backbone"
         return str(teacher.backbone or teacher.model), f"teacher.{name}.{kind}"
     return spec.backbone, "backbone"

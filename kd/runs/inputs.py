@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from kd.config import compose as composition
-from kd.config.cohort import PEERS, students_of
+from kd.config.cohort import PEERS, are_alike, students_of
 from kd.config.mixture import LIMITS, MIXTURE, check_tasks, is_mixture, tasks_of
 from kd.config.nodes import nested
 from kd.config.pool import RANKED, teachers_of
@@ -55,7 +55,7 @@ def teacher_configs(config: DictConfig, spec: RunSpec) -> Iterator[tuple[Role, D
         apart = spec.cohort.teacher == "online" or teacher.model is not None
         method = None if teacher.method == FINETUNE else teacher.method
         for key, value in {"tasks": teacher.tasks, "method": method, "member": teacher.member}.items():
-            if value is not None and (apart or (key == "method" and spec.pool.chain and index)):
+            if value is not None and (apart or (key != "tasks" and spec.pool.chain and index)):
                 why = "has none" if apart else "is taught by the one before it in the chain"
                 raise InputError(
                     f"teacher.{name}.{key} is of a teacher that a run of its own trains, and '{name}' {why}; leave it out",
@@ -91,9 +91,15 @@ def with_member(run: Run, name: str, member: str | None) -> Run:
     """Return the run of a teacher with `teacher.<name>.member` as its chosen student; teachers of one run share its digest.
 
     Raises:
-        InputError: for a run of one student, or without a student of this name.
+        InputError: for a run of one student, or without a student of this name; or without a name, if the students differ.
     """
     if member is None:
+        if not are_alike(run.spec):
+            names = ", ".join(students_of(run.spec))
+            raise InputError(
+                f"the run of the teacher '{name}' trains students that differ, {names}: teacher.{name}.member names one",
+                f"teacher.{name}.member",
+            )
         return run
     key, students = f"teacher.{name}.member", list(students_of(run.spec))
     if len(students) == 1:

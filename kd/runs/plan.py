@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from kd.config import compose as composition
-from kd.config.cohort import check_cohort
+from kd.config.cohort import SHARED_HEAD, alone, check_cohort
 from kd.config.frozen import aids_of
 from kd.config.mixture import check_tasks, is_mixture, named, rename_task_error_keys, tasks_of
 from kd.config.pool import RANKED, check_pool
@@ -43,12 +43,19 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teac
     precision = resolve_precision(spec.trainer.precision, spec.trainer.accelerator)
     spec = replace(spec, trainer=replace(spec.trainer, precision=precision))
     check_cohort(spec)
+    spec = alone(spec)
     check_pool(spec)
     if is_mixture(spec.task) and spec.pool.distribution in RANKED:
         raise InputError(
             f"pool.distribution={spec.pool.distribution} ranks teachers by their scores on one task, and this is a "
             "mixture; use uniform, or numbers",
             "pool.distribution",
+        )
+    if is_mixture(spec.task) and spec.cohort.share == SHARED_HEAD:
+        raise InputError(
+            "cohort.share=head ties the pooling and prediction layer of students, and the tasks of a mixture have prediction "
+            "layers of their own over one body; use cohort.share=none",
+            "cohort.share",
         )
     inputs = teachers_of_run(config, spec, overrides, depth) if teaching is None else teaching
     if (before := spec.method.get("before")) is not None:

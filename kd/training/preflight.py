@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kd.build.instantiate import build_method
+from kd.config.cohort import students_of
 from kd.data.datamodule import Epoch, KDDataModule
 from kd.data.tasks import Regression, higher_is_better
 from kd.data.texts import count_shared
@@ -130,6 +131,16 @@ def check_steps(run: Run, epoch: Epoch) -> Report:
 
 def check_teachers(report: Report, run: Run, engine: Engine, data: KDDataModule) -> None:
     """Report the labels, which the build has matched by name, and check that each teacher beats a constant prediction."""
+    joint: dict[tuple[str, ...], set[str]] = {}
+    for needed in run.inputs.teachers.values():
+        if needed.chosen is not None:
+            joint.setdefault(tuple(students_of(needed.spec)), set()).add(needed.digest)
+    for names, digests in joint.items():
+        if len(digests) > 1:
+            report.warn(
+                f"the teachers are members of {len(digests)} runs of {', '.join(names)}, not trained together: set the keys of "
+                "`teacher.<name>.run` alike for all"
+            )
     task, name = engine.task, engine.task.monitor
     floor = baseline(task, data.examples.labels).get("validation")
     for index, teacher in enumerate(engine.teachers):
