@@ -128,11 +128,7 @@ def prepare(job: Job) -> Prepared:
 
 def some(examples: Examples, count: int) -> Examples:
     """Return the examples with at most `count` training examples, drawn as `task.limit_train` draws them."""
-    order = np.random.default_rng(LIMIT_SEED).permutation(len(examples.texts["train"]))[:count]
-    texts = {**examples.texts, "train": [examples.texts["train"][index] for index in order]}
-    labels = {**examples.labels, "train": [examples.labels["train"][index] for index in order]}
-    of_train = {name: values[order] for name, values in examples.columns.get("train", {}).items()}
-    return replace(examples, texts=texts, labels=labels, columns={**examples.columns, "train": of_train})
+    return examples.with_train(np.random.default_rng(LIMIT_SEED).permutation(len(examples.texts["train"]))[:count])
 
 
 def save_untrained(needed: Run, labels: Sequence[str] | None, head: str, seed: int) -> None:

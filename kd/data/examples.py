@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -55,6 +55,19 @@ class Examples:
     def evaluated(self) -> list[str]:
         """Names of the splits that are not trained on, `validation` first."""
         return [split for split in self.texts if split != "train"]
+
+    def with_train(self, rows: np.ndarray) -> "Examples":
+        """Return the examples with those of train at these indices, in this order."""
+        texts, labels, origins = self.texts["train"], self.labels["train"], self.origins
+        of_train = {name: values[rows] for name, values in self.columns.get("train", {}).items()}
+        return replace(
+            self,
+            texts={**self.texts, "train": [texts[row] for row in rows]},
+            labels={**self.labels, "train": [labels[row] for row in rows]},
+            columns={**self.columns, "train": of_train},
+            origins=None if origins is None else [origins[row] for row in rows],
+            evaluated_like=None if self.evaluated_like is None else self.evaluated_like[rows],
+        )
 
 
 @dataclass(frozen=True)

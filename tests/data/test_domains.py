@@ -156,6 +156,19 @@ def test_what_a_method_holds_is_of_the_domain_that_is_evaluated(folder: Path) ->
     assert (parts.trained == ~parts.held).all()
 
 
+def test_a_part_of_train_keeps_all_that_belongs_to_its_examples(folder: Path) -> None:
+    examples = loaded(folder, "task.where_evaluated={domain: [dvd]}")
+    examples.origins = list(examples.texts["train"])
+    rows = np.array([200, 3, 7])
+    part = examples.with_train(rows)
+    assert list(part.texts["train"]) == list(part.origins or ()) == [examples.texts["train"][row] for row in rows]
+    assert list(part.labels["train"]) == [examples.labels["train"][row] for row in rows]
+    assert part.columns["train"]["domain"].tolist() == examples.columns["train"]["domain"][rows].tolist()
+    assert part.evaluated_like is not None
+    assert part.evaluated_like.tolist() == [domain == "dvd" for domain in domains_of(part, "train")]
+    assert part.texts["test"] is examples.texts["test"]
+
+
 def test_text_of_a_domain_for_a_masked_language_model(folder: Path) -> None:
     spec = typed(compose(["task=amazon4_text", f"task.train={folder}", "task.where={domain: [dvd]}"]))
     check_tasks(spec.task)
