@@ -14,14 +14,14 @@ from kd.bench.cost import DTYPES, device_of, training_flops
 from kd.bench.workers import Gate, Job
 from kd.build.data import build_data, build_examples, prefit_methods
 from kd.build.engine import build_engine
+from kd.build.inputs import prefix_student_errors
 from kd.build.models import BuiltModels, build_models
 from kd.config.compose import compose
 from kd.data.batch import Batch
 from kd.data.datamodule import KDDataModule
 from kd.data.examples import HEAD_OF_KIND, LIMIT_SEED, Examples
 from kd.errors import InputError
-from kd.models.pretrained import load_model, load_tokenizer
-from kd.models.students import student_config
+from kd.models.students import plan_student
 from kd.runs.identity import backbone_of
 from kd.runs.inputs import student_of
 from kd.runs.plan import plan
@@ -132,17 +132,17 @@ def some(examples: Examples, count: int) -> Examples:
 
 
 def save_untrained(needed: Run, labels: Sequence[str] | None, head: str, seed: int) -> None:
-    """Save an untrained teacher or aid in place of a finished run: its backbone with a newly initialised head.
+    """Save an untrained teacher or aid in place of a finished run: layers of its backbone with a newly initialised head.
 
     Raises:
         InputError: if the backbone cannot be loaded.
     """
     student = student_of(needed)
     source, key = backbone_of(needed.spec, student)
-    config = student_config(student, source, list(labels) if labels is not None else None, key, head)
     torch.manual_seed(seed)
-    load_model(source, key, config, head).save_pretrained(needed.student)  # type: ignore[operator]
-    load_tokenizer(source, key).save_pretrained(needed.student)
+    with prefix_student_errors():
+        initial = None if student.init == "random" else source
+        plan_student(student, source, labels, initial, key=key, head=head).materialise().save(needed.student)
 
 
 class Turns(pl.Callback):

@@ -11,6 +11,8 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from kd import bench
 from kd.bench import benchmark as benchmarks
@@ -158,6 +160,18 @@ def test_of_a_method_with_two_runs_the_first_is_measured(small: Small, tmp_path:
     prepared = prepare(Job(LIVE, tuple(LIVE.overrides(asked)), 1, 2, tmp_path))
     assert prepared.run.spec.method["name"] == "tinybert_layers"
     assert prepared.run.spec.optimizer.schedule == first.spec.optimizer.schedule == "constant"
+
+
+def test_an_untrained_teacher_has_the_layers_of_the_run_that_would_train_it(small: Small, tmp_path: Path) -> None:
+    whole, part = (
+        prepare(Job(LIVE, tuple(LIVE.overrides(small("method=kd", *more))), 1, 2, tmp_path / name))
+        for name, more in {"whole": [], "part": ["+teacher.minilm.run.student.layers=2"]}.items()
+    )
+    assert [one.models.teachers[0].depth for one in (whole, part)] == [4, 2]
+    saved, own = (load_file(one.run.inputs.teachers["minilm"].student / "model.safetensors") for one in (whole, part))
+    kept = [name for name in own if "classifier" not in name]
+    assert all(torch.equal(own[name], saved[name]) for name in kept)
+    assert sum("layer.1." in name for name in kept) > 10
 
 
 def test_a_method_that_reads_its_teachers_outputs_before_training_is_given_them(small: Small, tmp_path: Path) -> None:
