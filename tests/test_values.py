@@ -142,6 +142,7 @@ def test_no_option_of_a_method_takes_just_anything(method: str, key: str, small:
     more = {
         "mixed_vocab": ["teacher=[]"],
         "text_smoothing": ["method.aids.mlm.run.task.max_length=32"],
+        "l2a": [f"task.edits.denoising_chain.{key}=32" for key in ("max_length", "run.task.max_length")],
         "meta_teacher": ["teacher=[]", "method.domain=label", *domains],
         "meta_kd": ["teacher=[meta]", *of_meta, *domains],
     }
