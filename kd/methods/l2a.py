@@ -133,7 +133,9 @@ class L2A(TinyBERT):
         self.bind_layers(bound)
         if not bound.student.classifies:
             raise InputError(
-                "this method decides for each example, and a masked language model has many predictions for each", "task.kind"
+                f"selection={self.selection} is of examples, and a masked language model has many predictions for each; use another "
+                "method",
+                "selection",
             )
         regression = bound.task.labels is None
         if regression and self.learns and self.reward == "accuracy":
