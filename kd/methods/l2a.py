@@ -133,8 +133,8 @@ class L2A(TinyBERT):
         self.bind_layers(bound)
         if not bound.student.classifies:
             raise InputError(
-                f"selection={self.selection} is of examples, and a masked language model has many predictions for each; use another "
-                "method",
+                f"selection={self.selection} is of examples, and a masked language model has many predictions for each; use "
+                "another method",
                 "selection",
             )
         regression = bound.task.labels is None
