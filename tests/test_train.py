@@ -83,7 +83,8 @@ RESULT_KEYS = {
     "parameters": "student exported teacher teachers",
     "megabytes": "student minilm",
     "latency_ms": "student minilm",
-    "students student": "metrics agreement parameters exported latency_ms collapsed init origin folder export_difference megabytes",
+    "students student": "metrics agreement parameters exported latency_ms collapsed init origin folder export_difference "
+    "megabytes",
 }
 """Path in `result.json` -> the keys there, in their order."""
 

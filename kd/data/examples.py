@@ -331,7 +331,9 @@ def build_task(spec: TaskSpec, train: Table) -> Task:
         raise one_of(spec.kind, tuple(HEAD_OF_KIND), "kind")
     if spec.kind == "masked_lm":
         if spec.extra and not spec.where:
-            raise InputError("a masked language model reads chunks of text, whose further columns only select texts", "extra")
+            raise InputError(
+                "a masked language model reads chunks of text, which have no further columns but those of `where`", "extra"
+            )
         if spec.unlabelled is not None:
             raise InputError("a masked language model needs no labels: all of its text is in train", "unlabelled")
         return MaskedLM(spec.name, spec.metrics, spec.monitor)

@@ -62,6 +62,7 @@ def preflight(run: Run, engine: Engine, data: KDDataModule, inits: Mapping[str, 
     report = Report()
     check_data(report, data)
     check_held_part(report, run, engine, data)
+    check_joint_teachers(report, run)
     check_teachers(report, run, engine, data)
     for student, learner in engine.learners.items():
         whose = "student" if len(engine.learners) == 1 else f"student {student}"
@@ -129,8 +130,8 @@ def check_steps(run: Run, epoch: Epoch) -> Report:
     return report
 
 
-def check_teachers(report: Report, run: Run, engine: Engine, data: KDDataModule) -> None:
-    """Report the labels, which the build has matched by name, and check that each teacher beats a constant prediction."""
+def check_joint_teachers(report: Report, run: Run) -> None:
+    """Warn of teachers that are members of cohorts of the same students, but of several runs."""
     joint: dict[tuple[str, ...], set[str]] = {}
     for needed in run.inputs.teachers.values():
         if needed.chosen is not None:
@@ -141,6 +142,10 @@ def check_teachers(report: Report, run: Run, engine: Engine, data: KDDataModule)
                 f"the teachers are members of {len(digests)} runs of {', '.join(names)}, not trained together: set the keys of "
                 "`teacher.<name>.run` alike for all"
             )
+
+
+def check_teachers(report: Report, run: Run, engine: Engine, data: KDDataModule) -> None:
+    """Report the labels, which the build has matched by name, and check that each teacher beats a constant prediction."""
     task, name = engine.task, engine.task.monitor
     floor = baseline(task, data.examples.labels).get("validation")
     for index, teacher in enumerate(engine.teachers):
