@@ -383,7 +383,11 @@ BAD = {
         "cohort.students",
         "vocabulary of its own",
     ),
-    "sharing alone": (["cohort=single", "cohort.students=1", "cohort.share=head"], "cohort.share", "is for several students"),
+    "sharing alone": (
+        ["cohort=single", "cohort.students=1", "cohort.share=head"],
+        "cohort.students",
+        "cohort.share=head, of cohort=single, needs two students",
+    ),
 }
 
 

@@ -122,26 +122,24 @@ def check_arguments(run: Run) -> None:
 
 
 def check_unlabelled(spec: RunSpec, method: Method, weights: Mapping[str, Schedule]) -> None:
-    """Check that a method learns something from training text without labels, if the task has some, or an edit makes some.
+    """Check that a method learns from training text without labels, if the task or an edit has some, or else can do without.
 
     Raises:
         InputError: for a method whose only term is the loss against the labels, or that needs labels elsewhere; or one that
             needs text without labels where there is none.
     """
-    key, without = "task.unlabelled", "task.unlabelled=null"
-    if spec.task.unlabelled is None:
-        making = [key for key, node in edit_nodes(spec.task).items() if edit_class(node, key).unlabels]
-        if not making:
-            if (why := method.unlabelled_dependence()) is not None:
-                reason = with_keys(why, "method", spec.method)
-                raise InputError(
-                    f"method={spec.method['name']} needs training examples without labels: {reason}; add "
-                    "edit=[denoising_chain] or task.unlabelled",
-                    "task.unlabelled",
-                )
-            return
-        key, without = making[0], "edit=[]"
     name = spec.method["name"]
+    making = {key: "edit=[]" for key, node in edit_nodes(spec.task).items() if edit_class(node, key).unlabels}
+    sources = making if spec.task.unlabelled is None else {"task.unlabelled": "task.unlabelled=null"}
+    if not sources:
+        if (why := method.unlabelled_dependence()) is not None:
+            raise InputError(
+                f"method={name} needs training examples without labels: {with_keys(why, 'method', spec.method)}; add "
+                "edit=[denoising_chain] or task.unlabelled",
+                "task.unlabelled",
+            )
+        return
+    key, without = next(iter(sources.items()))
     if not any(any(extremes(weight)) for term, weight in weights.items() if term != "task"):
         raise InputError(
             f"method={name} learns from labels alone, and has no term for text without them; use {without}, or a method with "

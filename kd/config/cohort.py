@@ -26,14 +26,9 @@ def check_cohort(spec: RunSpec) -> None:
         word(cohort.share, SHARES, "cohort.share")
     together = cohort.peers is not None or cohort.share is not None
     if together and count < 2:
-        if cohort.name == "single":
-            raise InputError(
-                f"cohort.share={cohort.share} is for several students, cohort.students={cohort.students} has one; use "
-                "cohort.share=null",
-                "cohort.share",
-            )
+        cause = f"cohort={cohort.name}" if cohort.share is None else f"cohort.share={cohort.share}, of cohort={cohort.name},"
         raise InputError(
-            f"cohort={cohort.name} needs two students or more, cohort.students={cohort.students} has {count}", "cohort.students"
+            f"{cause} needs two students or more, cohort.students={cohort.students} has {count}", "cohort.students"
         )
     if not together and count > 1:
         cure = "several students need cohort=mutual, or cohort=joint, which sets cohort.share"

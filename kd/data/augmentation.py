@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -148,11 +148,7 @@ class WordReplacement(TextEdit):
         Raises:
             InputError: if not; it names the argument.
         """
-        if self.max_length > model.positions:
-            raise InputError(
-                f"max_length={self.max_length} must be at most {model.positions}, the positions of the masked language model",
-                "max_length",
-            )
+        check_positions(self.max_length, model)
         if self.vectors is not None:
             read_vectors(self.vectors, "vectors")
 
@@ -161,24 +157,10 @@ class WordReplacement(TextEdit):
         texts = train.texts
         if self.rate == 0:
             return texts, np.arange(len(texts))
-        began = said = time.monotonic()
         reader = Reader(model, self)
         reader.nearest = self.nearest(texts, model, reader)
         candidates = functools.lru_cache(MEMO)(reader.candidates)
-        writer = Writer()
-        rows: list[int] = []
-        for index, row in enumerate(texts):
-            for copy in dict.fromkeys([row, *self.copies_of(row, candidates)]):
-                writer.add(copy)
-                rows.append(index)
-            if time.monotonic() - said > SAY_AFTER:
-                said = time.monotonic()
-                distributed.print_rank_zero(
-                    f"  replacing words: {index + 1:,} of {len(texts):,} examples in {said - began:.0f} s"
-                )
-        seconds = time.monotonic() - began
-        distributed.print_rank_zero(f"  replacing words: {len(texts):,} -> {len(rows):,} examples in {seconds:.1f} s")
-        return writer.texts(), np.asarray(rows, dtype=np.int64)
+        return with_versions(texts, lambda _, row: self.copies_of(row, candidates), "replacing words")
 
     def copies_of(self, row: tuple[str, ...], candidates: Callable[[str], Candidates]) -> Iterator[tuple[str, ...]]:
         """Yield the copies of an example: those of its first text, then those of its second one."""
@@ -285,6 +267,46 @@ class Reader:
             if pieces:
                 result[row] = embeddings[pieces].mean(axis=0)
         return result
+
+
+def check_positions(max_length: int, model: FrozenModel) -> None:
+    """Check that a masked language model has as many positions as its inputs have tokens.
+
+    Raises:
+        InputError: if it has fewer.
+    """
+    if max_length > model.positions:
+        raise InputError(
+            f"max_length={max_length} must be at most {model.positions}, the positions of the masked language model",
+            "max_length",
+        )
+
+
+def with_versions(
+    texts: Texts, versions: Callable[[int, tuple[str, ...]], Iterable[tuple[str, ...]]], what: str
+) -> tuple[Texts, np.ndarray]:
+    """Return examples, each followed by versions of it, without those that are equal to it or to an earlier one.
+
+    Args:
+        texts: texts of the examples.
+        versions: function that makes the versions of an example from its index and its texts.
+        what: description of what is done, for the lines that say how far it is.
+
+    Returns:
+        The texts, and the index of the example that each is made from, (new examples,).
+    """
+    began = said = time.monotonic()
+    writer, rows = Writer(), []
+    for index, row in enumerate(texts):
+        for version in dict.fromkeys([row, *versions(index, row)]):
+            writer.add(version)
+            rows.append(index)
+        if time.monotonic() - said > SAY_AFTER:
+            said = time.monotonic()
+            distributed.print_rank_zero(f"  {what}: {index + 1:,} of {len(texts):,} examples in {said - began:.0f} s")
+    seconds = time.monotonic() - began
+    distributed.print_rank_zero(f"  {what}: {len(texts):,} -> {len(rows):,} examples in {seconds:.1f} s")
+    return writer.texts(), np.asarray(rows, dtype=np.int64)
 
 
 def words_in(encoding: "Encoding", text: str) -> list[Piecewise]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -11,15 +10,13 @@ import torch
 from torch import Tensor
 
 from kd.config.values import LARGEST_SEED, number, whole
-from kd.data.augmentation import MOST_COPIES, word_names
+from kd.data.augmentation import MOST_COPIES, check_positions, with_versions, word_names
 from kd.data.columns import chosen_mask
-from kd.data.edits import LARGEST_COUNT, FrozenModel, Split, TextEdit, draws, mapping_of_names
-from kd.data.sources import SAY_AFTER
+from kd.data.edits import LARGEST_COUNT, FrozenModel, Split, TextEdit, chances_of, mapping_of_names
 from kd.data.tasks import Task
-from kd.data.texts import Texts, Writer
+from kd.data.texts import Texts
 from kd.data.tokenized import rules_of
 from kd.errors import InputError
-from kd.system import distributed
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -95,11 +92,7 @@ class DenoisingChain(TextEdit):
         Raises:
             InputError: if not; it names the argument.
         """
-        if self.max_length > model.positions:
-            raise InputError(
-                f"max_length={self.max_length} must be at most {model.positions}, the positions of the masked language model",
-                "max_length",
-            )
+        check_positions(self.max_length, model)
         chosen_mask(self.where, task.column_classes, dict.fromkeys(task.column_classes, np.zeros(0, dtype=np.int64)), 0)
 
     def reads(self, train: Split, task: Task) -> Sequence[np.ndarray | Sequence[object]]:
@@ -117,29 +110,16 @@ class DenoisingChain(TextEdit):
             raise InputError(f"where={self.where} selects no training example", "where")
         if self.most is not None:
             rows = np.flatnonzero(mask)
-            chances = np.fromiter(
-                (chance for chance, _ in draws(train.texts.take(rows), "DenoisingChain")), np.float64, len(rows)
-            )
+            chances = chances_of(train.texts.take(rows), "DenoisingChain")
             mask[rows[np.argsort(chances, kind="stable")[self.most :]]] = False
         return mask
 
     def derive(self, train: Split, task: Task, model: FrozenModel) -> tuple[Texts, np.ndarray]:
         """Return the examples with generated texts, and the index of the example that each is made from, (new examples,)."""
-        began = said = time.monotonic()
-        starts = self.starts(train, task)
-        sampler = Sampler(model, self) if self.rate and self.steps else None
-        writer, rows, done = Writer(), [], 0
-        for index, (row, start) in enumerate(zip(train.texts, starts.tolist(), strict=True)):
-            for text in dict.fromkeys([row, *(sampler.chains(row) if start and sampler else ())]):
-                writer.add(text)
-                rows.append(index)
-            done += start
-            if time.monotonic() - said > SAY_AFTER:
-                said = time.monotonic()
-                distributed.print_rank_zero(f"  denoising chains: {done:,} of {starts.sum():,} starts in {said - began:.0f} s")
-        seconds = time.monotonic() - began
-        distributed.print_rank_zero(f"  denoising chains: {len(train):,} -> {len(rows):,} examples in {seconds:.1f} s")
-        return writer.texts(), np.asarray(rows, dtype=np.int64)
+        if not self.rate or not self.steps:
+            return train.texts, np.arange(len(train))
+        starts, sampler = self.starts(train, task), Sampler(model, self)
+        return with_versions(train.texts, lambda index, row: sampler.chains(row) if starts[index] else (), "denoising chains")
 
 
 class Sampler:

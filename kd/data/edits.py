@@ -299,7 +299,7 @@ class Imbalance(Edit):
         labels = np.asarray(train.labels, dtype=np.float64)
         sizes = np.bincount(labels[~np.isnan(labels)].astype(np.int64), minlength=len(names))
         ranked = [index for index in self.ranked(names, sizes) if sizes[index]]
-        chances = np.fromiter((chance for chance, _ in draws(train.texts, f"Imbalance {self.seed}")), np.float64, len(train))
+        chances = chances_of(train.texts, f"Imbalance {self.seed}")
         stays = np.ones(len(train), dtype=bool)
         for rank, index in enumerate(ranked):
             most = round(sizes.max() * self.share(rank, len(ranked)))
@@ -361,7 +361,7 @@ class FewLabels(Edit):
         rows = np.flatnonzero(labelled & chosen_mask(self.where, task.column_classes, train.columns, len(train)))
         if not len(rows):
             raise InputError(f"where={shown(self.where)} selects no training example with a label", "where")
-        chances = np.fromiter((chance for chance, _ in draws(train.texts, f"FewLabels {self.seed}")), np.float64, len(train))
+        chances = chances_of(train.texts, f"FewLabels {self.seed}")
         stays = np.ones(len(train), dtype=bool)
         stays[rows[np.argsort(chances[rows], kind="stable")[self.count :]]] = False
         return train.take(np.flatnonzero(stays))
@@ -401,6 +401,11 @@ def draws(texts: Texts, salt: str) -> Iterator[tuple[float, float]]:
         digest = hashlib.blake2b("\0".join((salt, *row)).encode(), digest_size=16).digest()
         first, second = (int.from_bytes(half) >> 11 for half in (digest[:8], digest[8:]))
         yield first / 2**53, second / 2**53  # of 53 bits, the precision of a float: 64 bits might round to 1
+
+
+def chances_of(texts: Texts, salt: str) -> np.ndarray:
+    """Return the first of the two numbers that `draws` yields for each example, (examples,)."""
+    return np.fromiter((chance for chance, _ in draws(texts, salt)), np.float64, len(texts))
 
 
 def edited(edit: Edit, train: Split, task: Task) -> Split:

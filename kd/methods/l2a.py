@@ -12,8 +12,8 @@ from kd.functional.hidden import at_least_float32
 from kd.functional.logits import SOFT_LOSSES
 from kd.functional.reinforce import log_probability, selected_mean
 from kd.methods.base import Bound, Progress, Step, Turn
+from kd.methods.options import held_share, number, switch, temperature_schedule, whole, word
 from kd.methods.options import holds as checked_holds
-from kd.methods.options import number, switch, temperature_schedule, whole, word
 from kd.methods.rl_kd import predictions
 from kd.methods.tinybert import TinyBERT
 from kd.schedules import Schedule
@@ -100,7 +100,7 @@ class L2A(TinyBERT):
         self.selects = word(selects, SELECTS, "selects")
         self.keep = float(number(keep, "keep", 0, 1))
         self.reward = word(reward, REWARDS, "reward")
-        share = held_share(holds) if self.learns else checked_holds(holds)
+        share = held_share(holds, "the reward of the policy is the performance") if self.learns else checked_holds(holds)
         self.holds = share if self.learns else 0.0
         self.across_ranks = self.padding == "strict"
         self.episode = whole(episode, "episode", 1, 1 << 30)
@@ -186,7 +186,8 @@ class L2A(TinyBERT):
         actions = self.actions(step, labelled)
         # Every rank computes the mean over the selected examples of all ranks.
         selected = step.across(actions)
-        terms = {name: selected_mean(step.across(rows), selected) for name, rows in losses.items()}
+        rows = step.across(torch.stack(list(losses.values()), dim=1)).unbind(dim=1)
+        terms = {name: selected_mean(each, selected) for name, each in zip(losses, rows, strict=True)}
         if self.selects == "unlabelled" or self.selection == "all":  # every example with a label is used
             terms["task"] = step.task.hard(ours, step.batch.labels)
         else:
@@ -202,7 +203,7 @@ class L2A(TinyBERT):
             labelled: whether each example has a label, (batch,).
         """
         decided = torch.ones_like(labelled) if self.selects == "all" else ~labelled
-        dtype = step.student.outputs.logits.dtype if step.student.outputs.logits.dtype == torch.double else torch.float
+        dtype = at_least_float32(step.student.outputs.logits).dtype
         if self.selection == "all":
             return torch.ones_like(labelled, dtype=dtype)
         chances = step.draws("actions", 1).squeeze(1)
@@ -305,18 +306,6 @@ def name(value: object, key: str) -> str:
     if not isinstance(value, str):
         raise InputError(f"{key}={value} is not the name of a column", key)
     return value
-
-
-def held_share(share: float) -> float:
-    """Check the share of train that is held for the reward, and return it.
-
-    Raises:
-        InputError: for a share out of range, or 0.
-    """
-    checked: float = checked_holds(share)
-    if checked == 0:
-        raise InputError("the reward of the policy is the performance on a held part of train; holds is 0", "holds")
-    return checked
 
 
 def with_gradient(value: Tensor, parameters: Sequence[Tensor], gradient: Tensor) -> Tensor:

@@ -26,6 +26,22 @@ BATCH_MEANS = tuple(name for name in LOGIT_REDUCTIONS if name not in ("sum", "no
 """Reductions whose value does not depend on the batch size: a sum over the batch would change with ranks and accumulation."""
 
 
+def held_share(share: float, why: str) -> float:
+    """Check the share of train that is held for a reward, and return it.
+
+    Args:
+        share: the option `holds`.
+        why: what needs a held part, for the error about a share of 0.
+
+    Raises:
+        InputError: for a share out of range, or 0.
+    """
+    checked = holds(share)
+    if checked == 0:
+        raise InputError(f"{why} on a held part of train; holds is 0", "holds")
+    return checked
+
+
 def schedule(value: "float | Schedule", key: str, least: float, most: float) -> Schedule:
     """Convert an option to a schedule and check that it stays in a range.
 

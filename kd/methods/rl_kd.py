@@ -12,7 +12,7 @@ from kd.functional.logits import SOFT_LOSSES, widened
 from kd.functional.reinforce import log_probability, selected_weights, stacked_weights
 from kd.methods import by_teacher
 from kd.methods.base import ANY_TEACHERS, Bound, Method, Step, Turn
-from kd.methods.options import BATCH_MEANS, holds, number, switch, temperature_schedule, whole, word
+from kd.methods.options import BATCH_MEANS, held_share, number, switch, temperature_schedule, whole, word
 from kd.schedules import Schedule
 
 SELECTIONS = ("policy", "all", "uniform", "random", "fixed", "logistic", "best")
@@ -105,7 +105,7 @@ class RLKD(Method):
         self.selection = word(selection, SELECTIONS, "selection")
         self.reward = whole(reward, "reward", 1, 3)
         self.gamma = float(number(gamma, "gamma", 0, 1))
-        share = held_share(holds)
+        share = held_share(holds, "reward=3 needs the accuracy")
         self.holds = share if self.learns and self.reward == 3 else 0.0
         self.credit = word(credit, CREDITS, "credit")
         self.baseline = word(baseline, BASELINES, "baseline")
@@ -301,18 +301,6 @@ class RLKD(Method):
         if self.learns:
             return "the reward, and the state of the policy, are made of losses against the labels"
         return "selection=best compares teachers by their losses against the labels" if self.selection == "best" else None
-
-
-def held_share(share: float) -> float:
-    """Check the share of train that is held for a reward, and return it.
-
-    Raises:
-        InputError: for a share out of range, or 0.
-    """
-    checked = holds(share)
-    if checked == 0:
-        raise InputError("reward=3 needs the accuracy on a held part of train; holds is 0", "holds")
-    return checked
 
 
 def features(state: Sequence[str]) -> tuple[str, ...]:
