@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from conftest import FILLER, GOOD, tiny_model, tiny_tokenizer
 from kd.build.check import check_run
+from kd.build.inputs import ExpectedModels
 from kd.build.models import build_models
 from kd.build.parts import examples_of
 from kd.errors import InputError
@@ -251,6 +252,14 @@ def test_two_members_teach_a_student_and_their_run_is_trained_once(
     kd, _ = made(taught("method=kd", f"paths.runs={tmp_path}", teachers=("joint_4l",)))
     assert kd.inputs.teachers["joint_4l"].digest == first.digest
     assert trained == [first.name, run.name, kd.name]
+
+
+def test_students_that_are_alike_need_no_name(small: Small) -> None:
+    """What is checked before the teacher is trained is their shape, not that of the `student` that their entries vary."""
+    cohort = "+teacher.minilm.run.cohort={name: joint,students: [{layers: 3},{layers: 3,dropout: 0.2}],share: none}"
+    run = planned(small("method=kd", cohort))
+    config, _ = ExpectedModels(run).teacher("minilm", examples_of(run)[run.spec.task.name].task)
+    assert config.num_hidden_layers == 3
 
 
 def test_members_of_two_runs_are_told_of(taught: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,7 +35,8 @@ class StudentSpec:
 class TeacherSpec:
     """A teacher: a trained classifier (`model`), or a `backbone` that a run of its own trains first, by `method` on `tasks`.
 
-    If that run trains a cohort, `member` is the name of the student that is the teacher; None is the best one.
+    If that run trains a cohort, `member` is the name of the student that is the teacher; None is the best one, if all
+    have one shape.
     """
 
     model: str | None = None

@@ -80,11 +80,9 @@ def teacher_configs(config: DictConfig, spec: RunSpec) -> Iterator[tuple[Role, D
 
 
 def student_of(run: Run) -> StudentSpec:
-    """Return the student that a teacher's run trains, the chosen one of a cohort.
-
-    Which student of a cohort will be the best is not known before: without a choice it is the one that its entries vary.
-    """
-    return run.spec.student if run.chosen is None else students_of(run.spec)[run.chosen]
+    """Return the student that a teacher's run trains: the chosen one of a cohort, else one of those that are alike."""
+    students = students_of(run.spec)
+    return next(iter(students.values())) if run.chosen is None else students[run.chosen]
 
 
 def with_member(run: Run, name: str, member: str | None) -> Run:
