@@ -122,18 +122,19 @@ def writes_to(runs: str) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path, waiting: str) -> Iterator[None]:
+def locked(folder: Path, waiting: str, key: str | None = "paths.runs") -> Iterator[None]:
     """Lock a folder, which is made if it does not exist. The lock of a killed process is free.
 
     Args:
         folder: folder to lock.
         waiting: message to print if another process has locked it.
+        key: key of the error; None if no key of a run names the folder.
 
     Raises:
         InputError: if the folder cannot be made or written to.
     """
     lock = FileLock(folder / ".lock")
-    with writing(folder):
+    with writing(folder, key):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
@@ -147,11 +148,12 @@ def locked(folder: Path, waiting: str) -> Iterator[None]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, key: str | None = "paths.runs") -> Iterator[None]:
     """Turn an OSError on writing to a path into an InputError; that of a full disk is raised as it is.
 
     Args:
         path: path of the file or folder that is written.
+        key: key of the error; None if no key of a run names the path.
 
     Raises:
         InputError: if the path cannot be written; the message names it.
@@ -161,7 +163,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         if disk_is_full(error):
             raise
-        raise InputError(f"cannot write to '{path}': {error.strerror or error}", "paths.runs") from error
+        raise InputError(f"cannot write to '{path}': {error.strerror or error}", key) from error
 
 
 def remove(path: Path) -> None:
