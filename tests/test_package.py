@@ -37,7 +37,7 @@ def test_wheel_carries_the_configuration_and_works_from_any_folder(tmp_path: Pat
     assert "layers: 4" in found
 
 
-@pytest.mark.parametrize("command", ["train", "bench"])
+@pytest.mark.parametrize("command", ["train", "bench", "table"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     show = f"try: kd.{command}.main()\nexcept SystemExit: pass\nprint(sorted(sys.modules))"
     code = f"import sys; sys.argv = ['kd-{command}', '--help']; import kd.{command}\n{show}"
@@ -47,8 +47,8 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         assert f"'{module}'" not in shown
 
 
-INTERNAL = {"base", "hydra"}
-"""Groups of which a user chooses nothing."""
+INTERNAL = {"base", "hydra", "table", "tune"}
+"""Folders of which `kd-train` chooses nothing."""
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -38,6 +38,7 @@ class Figure:
         confidence: one of `CONFIDENCES`.
         digest: digest of the run; empty for a paper's value.
         commit: commit of this repository that made the run; empty for a paper's value.
+        command: overrides of `kd-train` that make the run, without paths; empty for a paper's value.
     """
 
     paper: str
@@ -59,6 +60,7 @@ class Figure:
     confidence: str
     digest: str = ""
     commit: str = ""
+    command: str = ""
 
     @property
     def identity(self) -> tuple[str, ...]:
@@ -72,7 +74,7 @@ COLUMNS = tuple(field.name for field in fields(Figure))
 IDENTITY = ("paper", "table", "row", "method", "student", "teacher", "task", "split", "metric", "seeds", "digest")
 """Attributes that say what a value is of."""
 
-OF_RUNS = ("digest", "commit")
+OF_RUNS = ("digest", "commit", "command")
 """Columns that `paper.csv` lacks."""
 
 NEEDED = ("paper", "method", "student", "task", "split", "metric", "confidence")
@@ -174,7 +176,7 @@ def write_figures(path: Path, figures: Sequence[Figure]) -> None:
         InputError: if the file cannot be written.
         OSError: if the disk is full.
     """
-    of_papers = not any(figure.digest or figure.commit for figure in figures)
+    of_papers = not any(getattr(figure, name) for figure in figures for name in OF_RUNS)
     columns = [name for name in COLUMNS if not (of_papers and name in OF_RUNS)]
     with writing(path, None), atomic_write(path, newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from kd.config.schema import RunSpec
 from kd.errors import InputError
 from kd.runs.digest import digest_of
-from kd.system.files import check_writable, locked, remove, write_text, writes_to, writing
+from kd.system.files import check_writable, is_locked, locked, remove, write_text, writes_to, writing
 from kd.system.model_sources import damaged_file
 
 RECORD: Mapping[str, type | tuple[type, ...]] = {
@@ -241,6 +241,10 @@ class Run:
                     raise InputError(f"'{path}' is a folder, where this run writes a file; remove it", "paths.runs")
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_text(self.directory / "config.yaml", OmegaConf.to_yaml(self.config))
+
+    def is_locked(self) -> bool:
+        """Return whether a process has locked the run: it is being executed, here or on a machine that shares the folder."""
+        return is_locked(self.directory)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

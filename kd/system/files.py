@@ -121,6 +121,10 @@ def writes_to(runs: str) -> Iterator[None]:
         raise InputError(f"cannot write to '{error.filename}': {error.strerror}", "paths.runs") from error
 
 
+LOCK = ".lock"
+"""Name of the file in a folder that locks it."""
+
+
 @contextmanager
 def locked(folder: Path, waiting: str, key: str | None = "paths.runs") -> Iterator[None]:
     """Lock a folder, which is made if it does not exist. The lock of a killed process is free.
@@ -133,7 +137,7 @@ def locked(folder: Path, waiting: str, key: str | None = "paths.runs") -> Iterat
     Raises:
         InputError: if the folder cannot be made or written to.
     """
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / LOCK)
     with writing(folder, key):
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -145,6 +149,19 @@ def locked(folder: Path, waiting: str, key: str | None = "paths.runs") -> Iterat
         yield
     finally:
         lock.release()
+
+
+def is_locked(folder: Path) -> bool:
+    """Return whether a process, this one included, has locked a folder with `locked`. The folder is not changed."""
+    if not (folder / LOCK).is_file():
+        return False
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):
+        return True
+    lock.release()
+    return False
 
 
 @contextmanager

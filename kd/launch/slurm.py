@@ -1,0 +1,86 @@
+"""A script for SLURM: an array with one task for each job that is not done."""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kd.errors import InputError
+from kd.launch.jobs import Job
+from kd.system.files import write_text, writing
+
+LARGEST_ARRAY = 1000
+"""Largest number of tasks of an array: SLURM's default `MaxArraySize` is 1001, one more than the largest index."""
+
+SCRIPT = """#!/bin/bash
+#SBATCH --job-name={name}
+#SBATCH --array=0-{last}
+#SBATCH --time={time}
+#SBATCH --requeue
+#SBATCH --signal=B:TERM@120
+#SBATCH --output={log}
+{options}
+# {count} jobs{first}. A task whose run is done ends at once. A requeued task resumes its run from the last
+# checkpoint. What is not done afterwards is in the array of the next script.
+cd {folder}
+exec {python} -m kd.launch.task {jobs} "$SLURM_ARRAY_TASK_ID"
+"""
+
+
+def write_script(
+    name: str,
+    jobs: Mapping[str, Job],
+    python: str,
+    time: str,
+    options: Sequence[str] = (),
+    largest: int = LARGEST_ARRAY,
+) -> tuple[Path, int]:
+    """Write the script of an array and the file of its jobs; return the script, and the number of jobs that others need.
+
+    Args:
+        name: name of the array, a part of the files' names.
+        jobs: name -> job; those that others need come first.
+        python: the interpreter.
+        time: time limit of a task, as SLURM reads it: `04:00:00`.
+        options: further options of `sbatch`, such as `--gres=gpu:1`.
+        largest: largest number of tasks that the cluster allows.
+
+    Raises:
+        InputError: if there are more jobs than the cluster allows, or the files cannot be written.
+    """
+    if len(jobs) > largest:
+        raise InputError(
+            f"{len(jobs)} jobs are more than an array of this cluster may have, {largest}: choose fewer cells with --only, or "
+            "give the cluster's MaxArraySize, less one",
+            "--array-limit",
+        )
+    folder = next(iter(jobs.values())).file("").parent.resolve()
+    listed, script = folder / f"{name}.jobs", folder / f"{name}.sbatch"
+    needed = sum(not job.wanted for job in jobs.values())
+    text = SCRIPT.format(
+        name=name,
+        last=len(jobs) - 1,
+        time=time,
+        log=folder / f"{name}-%a.log",
+        options="\n".join(f"#SBATCH {option}" for option in options),
+        count=len(jobs),
+        first=f", the first {needed} of which the others need" if needed else "",
+        folder=shlex.quote(str(Path.cwd())),
+        python=shlex.quote(python),
+        jobs=shlex.quote(str(listed)),
+    )
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(listed, "".join(json.dumps({"run": job.name, "command": job.command}) + "\n" for job in jobs.values()))
+        write_text(script, text)
+    return script, needed
+
+
+def submission(script: Path, needed: int, count: int) -> str:
+    """Return the commands that submit a script: if jobs need others, these first, and then the rest when they are done."""
+    if not needed or needed == count:
+        return f"sbatch {script}"
+    return (
+        f"first=$(sbatch --parsable --array=0-{needed - 1} {script})\n"
+        f"sbatch --dependency=afterany:$first --array={needed}-{count - 1} {script}"
+    )

@@ -1,0 +1,54 @@
+"""Execute one job of a file: `python -m kd.launch.task <file> <number>`, as the tasks of an array do.
+
+SIGTERM, with which a queue announces the end of the time limit, interrupts the job; it resumes from its last checkpoint.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kd.errors import InputError
+from kd.launch.fan_out import FanOut
+from kd.launch.jobs import Job, find_run, jobs_of, plan_command
+from kd.launch.places import places
+
+
+def execute_task(path: Path, number: int) -> int:
+    """Execute the job on a line of a file, and before it what it needs; return the exit status.
+
+    Raises:
+        InputError: if there is no such line, or its command cannot be planned.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if not 0 <= number < len(lines):
+        raise InputError(f"'{path}' has {len(lines)} jobs, numbered from 0; there is no job {number}")
+    job = json.loads(lines[number])
+    jobs = only(job["run"], job["command"])
+    uses_gpus = any(each.run.spec.trainer.accelerator != "cpu" for each in jobs.values())
+    fan_out = FanOut(jobs, places(1, uses_gpus))
+    for event in fan_out:
+        print(f"{event.job.name}: {event.state}" + (f": {event.failure}" if event.failure else ""), flush=True)
+    return 1 if fan_out.failed else 0
+
+
+def only(name: str, command: Sequence[str]) -> dict[str, Job]:
+    """Return the job of a run, with those that it needs, unless it is done."""
+    run = find_run(plan_command(command), name)
+    return jobs_of({0: run}, [command])
+
+
+def main() -> None:
+    """Run the module as a program."""
+    _, path, number = sys.argv
+    try:
+        sys.exit(execute_task(Path(path), int(number)))
+    except InputError as error:
+        print(f"kd: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

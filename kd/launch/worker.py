@@ -1,0 +1,49 @@
+"""Execute one job in this process: `python -m kd.launch.worker <run> <file for a failure> <overrides>`.
+
+The exit status is that of kd-train: 2 for an error that the user can correct, 1 for any other, 130 on an interrupt.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kd.launch.jobs import Failure, find_run, plan_command
+from kd.sweeps import Failure as Error
+from kd.system.hardware import configure_openmp
+
+
+def work(name: str, command: Sequence[str]) -> None:
+    """Execute the run of this name, which the run of a command is or needs.
+
+    Raises:
+        InputError: for an error that the user can correct.
+    """
+    from kd.training.execute import deliver, execute
+
+    asked = plan_command(command)
+    run = find_run(asked, name)
+    if run is asked:
+        deliver(run)
+    else:
+        execute(run)
+
+
+def main() -> None:
+    """Run the module as a program. A failure is written to a file for the process that started this one, and for others."""
+    configure_openmp()
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    name, file, *command = sys.argv[1:]
+    try:
+        work(name, command)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:  # noqa: BLE001 - every failure is printed and written
+        failure = Error.of(error)
+        print(f"{failure.trace or ''}\nkd: {failure}", file=sys.stderr, flush=True)
+        Failure(failure.message, failure.key, failure.users).record(Path(file))
+        sys.exit(2 if failure.users else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""`kd-table`: tables of papers, by commands that can be killed, repeated, and started on any number of machines."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kd.errors import InputError
+from kd.system.hardware import configure_openmp, version_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from kd.launch.fan_out import Event
+    from kd.launch.jobs import Job
+    from kd.table.cells import PlannedCell, PlannedTable
+
+DESCRIPTION = """Make the missing cells of a paper's table, each in a process of its own, and first the runs that they need.
+The command can be killed, repeated, and started on several machines that share the folder of the runs: a cell is made once.
+Overrides, such as paths.runs=... and paths.glue=..., are those of kd-train and count for every cell."""
+
+INTERRUPTED = "kd-table: interrupted; the same command goes on where it was"
+
+
+def main() -> None:
+    """Run the command `kd-table`: status 1 if a cell fails, 2 for an error of the command, 130 on an interrupt."""
+    arguments = parser().parse_intermixed_args()
+    configure_openmp()
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        sys.exit(COMMANDS[arguments.command](arguments))
+    except InputError as error:
+        print(f"kd-table: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{INTERRUPTED}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `kd-table plan pkd_dev | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser(prog="kd-table", description=DESCRIPTION)
+    found.add_argument("command", choices=sorted(COMMANDS), help="list of tables | plan: what is missing | run: make it")
+    found.add_argument("table", nargs="?", help="name of a table, as pkd_dev, or a file of your own, as mine.yaml")
+    found.add_argument("overrides", nargs="*", help="scale=local (default) or published; overrides of kd-train")
+    found.add_argument("--workers", type=int, metavar="N", help="cells side by side (default: a GPU or a core each)")
+    found.add_argument("--only", metavar="TEXT", help="cells whose labels contain this, as 'method=pkd student=3l'")
+    found.add_argument("--needed", action="store_true", help="make only the runs that the cells need, such as teachers")
+    found.add_argument("--slurm", action="store_true", help="write the script of an array for SLURM, make nothing")
+    found.add_argument("--time", default="04:00:00", help="SLURM: time limit of a job (default 04:00:00)")
+    found.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="SLURM: as --sbatch=--gres=gpu:1")
+    found.add_argument("--array-limit", type=int, default=1000, metavar="N", help="SLURM: its MaxArraySize, less one")
+    found.add_argument("--ray", metavar="ADDRESS", help="make the cells on a Ray cluster: its address, auto, or local")
+    found.add_argument("--figures", type=Path, metavar="FILE", help="default: experiments/<table>/ours.csv")
+    found.add_argument("--version", action="version", version=version_line())
+    return found
+
+
+def list_tables(arguments: argparse.Namespace) -> int:
+    """Print the tables that come with the package."""
+    from kd.table.definition import load_table, table_names
+
+    for name in table_names():
+        table = load_table(name)
+        counts = ", ".join(f"{scale} {len(cells)}" for scale, cells in table.scales.items())
+        print(f"{name:20} {table.title} (cells: {counts})")
+    return 0
+
+
+def planned_of(arguments: argparse.Namespace) -> "tuple[PlannedTable, list[PlannedCell]]":
+    """Return the planned table of a command, and its missing cells that `--only` chooses.
+
+    Raises:
+        InputError: if no table is named, there is none of this name or scale, or no cell is chosen.
+    """
+    from kd.table.cells import plan_table
+    from kd.table.definition import load_table, table_names
+
+    if arguments.table is None:
+        raise InputError(f"name a table: {', '.join(table_names())}", "table")
+    table = load_table(arguments.table)
+    scale, more = "local", []
+    for word in arguments.overrides:
+        if word.startswith("scale="):
+            scale = word.removeprefix("scale=")
+        else:
+            more.append(word)
+    planned = plan_table(table, scale, more, figures_file(arguments, table.name), counter())
+    words = (arguments.only or "").split()
+    missing = [cell for cell in planned.missing() if all(word in str(cell.cell).split() for word in words)]
+    if words and not any(all(word in str(cell.cell).split() for word in words) for cell in planned.cells):
+        raise InputError(f"no cell of table {table.name} has the labels --only='{arguments.only}'", "--only")
+    return planned, missing
+
+
+def figures_file(arguments: argparse.Namespace, table: str) -> Path:
+    """Return the file that the figures of a table are added to."""
+    given: Path | None = arguments.figures
+    return Path("experiments") / table / "ours.csv" if given is None else given.expanduser()
+
+
+def counter() -> "Counter":
+    """Return what shows how many cells are planned: a line on a terminal, else nothing."""
+    return Counter(sys.stderr.isatty())
+
+
+class Counter:
+    """Line on a terminal about the number of planned cells."""
+
+    def __init__(self, shown: bool) -> None:
+        self.shown = shown
+
+    def __call__(self, number: int, count: int) -> None:
+        """Show that a number of cells are planned, of so many."""
+        if self.shown:
+            print(f"\rplanning cell {number + 1} of {count}", end="\r\033[K" if number + 1 == count else "", file=sys.stderr)
+
+
+def show_plan(arguments: argparse.Namespace) -> int:
+    """Print what is done, missing and failed, and the time and disk that the rest will take."""
+    from kd.launch.jobs import Failure
+    from kd.launch.places import cores
+    from kd.table.estimate import Durations, duration, folder_bytes, size
+
+    planned, missing = planned_of(arguments)
+    jobs = planned.jobs(missing)
+    done = [cell for cell in planned.cells if cell.run.is_done()]
+    failures = {name: failure for name, job in jobs.items() if (failure := Failure.read(job)) is not None}
+    for cell in planned.cells:
+        if planned.is_done(cell):
+            state = "done" if cell.run.is_done() else "done, elsewhere"
+        elif cell.run.name in jobs and jobs[cell.run.name].run.is_locked():
+            state = "running"
+        else:
+            state = "failed" if cell.run.name in failures else "missing"
+        why = f": {failures[cell.run.name]}" if state == "failed" else ""
+        print(f"{state:15} {cell.cell}{why}")
+    for broken, failure in planned.broken:
+        print(f"{'broken':15} {broken}: {failure}")
+    others = [job for job in jobs.values() if not job.wanted]
+    print(
+        f"\n{len(planned.cells) - len(planned.missing())} done, {len(missing)} missing, {len(failures)} of these failed before"
+    )
+    if planned.broken:
+        print(f"{len(planned.broken)} cannot be planned, see above")
+    if others:
+        print(f"first {len(others)} run(s) that they need: {', '.join(job.name for job in others)}")
+    workers = arguments.workers or cores()
+    seconds = Durations(cell.run.result or {} for cell in done).left(jobs.values(), workers)
+    mean = sum(folder_bytes(cell.run.directory) for cell in done) / len(done) if done else None
+    disk = "unknown" if mean is None else size(mean * len(jobs))
+    if jobs:
+        why = "" if done else " until a cell is done"
+        print(f"time left with {workers} worker(s): {duration(seconds)}{why}; disk: {disk}{why}")
+    return 1 if planned.broken else 0
+
+
+def run_table(arguments: argparse.Namespace) -> int:
+    """Make the missing cells, or write what a cluster's queue needs to make them."""
+    from kd.launch.fan_out import FanOut
+    from kd.launch.places import places
+    from kd.table.make import make
+
+    planned, missing = planned_of(arguments)
+    if arguments.slurm:
+        return write_slurm(arguments, planned, missing)
+    uses_gpus = any(cell.run.spec.trainer.accelerator != "cpu" for cell in missing)
+    slots = places(arguments.workers, uses_gpus)
+    print(
+        f"{planned.table.title}\n{len(planned.cells)} cells, {len(missing)} to make, {len(slots)} side by side"
+        + (f"; {len(planned.broken)} cannot be planned" if planned.broken else ""),
+        flush=True,
+    )
+
+    def execute(jobs: "Mapping[str, Job]") -> "Iterable[Event]":
+        if arguments.ray is None:
+            return FanOut(jobs, slots)
+        from kd.launch.on_ray import on_ray
+
+        return on_ray(jobs, arguments.ray, int(slots[0]["OMP_NUM_THREADS"]), float("CUDA_VISIBLE_DEVICES" in slots[0]))
+
+    figures = figures_file(arguments, planned.table.name)
+    return make(planned, missing, execute, len(slots), figures, needed_alone=arguments.needed)
+
+
+def write_slurm(arguments: argparse.Namespace, planned: "PlannedTable", missing: "list[PlannedCell]") -> int:
+    """Write the script of an array for SLURM, and print how to submit it."""
+    from kd.launch.slurm import submission, write_script
+
+    jobs = planned.jobs(missing)
+    if arguments.needed:
+        jobs = {name: job for name, job in jobs.items() if not job.wanted}
+    if not jobs:
+        print("nothing is missing")
+        return 0
+    script, needed = write_script(
+        planned.table.name, jobs, sys.executable, arguments.time, arguments.sbatch, arguments.array_limit
+    )
+    print(
+        f"{len(jobs)} jobs. Submit them:\n{submission(script, needed, len(jobs))}\nThen: kd-table run {planned.table.name} ..."
+    )
+    return 0
+
+
+COMMANDS = {"list": list_tables, "plan": show_plan, "run": run_table}

@@ -1,0 +1,153 @@
+"""Cells of a table with their runs: what is done, what is missing, and the figures of what is done."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kd.errors import InputError
+from kd.launch.jobs import Failure, Job, jobs_of, plan_command
+from kd.results.figures import Figure, read_figures
+from kd.runs.run import Run
+from kd.sweeps import Failure as Error
+from kd.table.definition import Cell, Table
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell and its run.
+
+    Attributes:
+        cell: the cell.
+        run: its run.
+        command: overrides of kd-train that make it.
+    """
+
+    cell: Cell
+    run: Run
+    command: tuple[str, ...]
+
+    def label(self, key: str) -> str:
+        """Return the label of the cell for `method`, `student`, `teacher` or `task`: the table's, else that of its run."""
+        spec = self.run.spec
+        own = {"method": spec.method["name"], "student": spec.student.name, "task": spec.task.name}
+        return self.cell.labels.get(key) or own.get(key) or "+".join(spec.teacher)
+
+    @property
+    def row(self) -> str:
+        """Label of its row."""
+        further = [
+            f"{key}={label}"
+            for key, label in self.cell.labels.items()
+            if key not in ("method", "student", "teacher", "task", "seed")
+        ]
+        return self.cell.row or " ".join([self.label("method"), self.label("student"), *further])
+
+    def figures(self, table: Table, record: Mapping[str, Any]) -> list[Figure]:
+        """Return the figures of its finished run, one for each metric of each split.
+
+        Args:
+            table: its table.
+            record: content of the run's `result.json`.
+        """
+        selection = f"{record['selection']['kind']}, {record['selection']['by']}"
+        words = " ".join(word for word in self.command if not word.startswith("paths."))
+        return [
+            Figure(
+                paper=table.paper,
+                table=table.name,
+                row=self.row,
+                method=self.label("method"),
+                student=self.label("student"),
+                teacher=self.label("teacher"),
+                task=self.label("task"),
+                split=split,
+                metric=metric,
+                value=value,
+                std=None,
+                n=1,
+                seeds=str(record["seed"]),
+                selection=selection,
+                init=record["init"],
+                source=f"kd {record['versions'].get('kd', '')}".strip(),
+                confidence="measured",
+                digest=record["digest"],
+                commit=((record.get("git") or {}).get("commit") or "")[:7],
+                command=words,
+            )
+            for split, metrics in record["metrics"].items()
+            for metric, value in metrics.items()
+        ]
+
+
+@dataclass
+class PlannedTable:
+    """A table at a scale, with what is known of its cells.
+
+    Attributes:
+        table: the table.
+        scale: name of the scale.
+        cells: the cells that could be planned.
+        broken: cells that could not, with the reason.
+        recorded: digests of runs whose figures are in the table's file.
+    """
+
+    table: Table
+    scale: str
+    cells: list[PlannedCell]
+    broken: list[tuple[Cell, Failure]]
+    recorded: set[str] = field(default_factory=set)
+
+    def is_done(self, planned: PlannedCell) -> bool:
+        """Return whether a cell is done: its run is finished, or its figures were made elsewhere and are in the file."""
+        return planned.run.digest in self.recorded or planned.run.is_done()
+
+    def missing(self) -> list[PlannedCell]:
+        """Return the cells that are not done."""
+        return [planned for planned in self.cells if not self.is_done(planned)]
+
+    def jobs(self, missing: Sequence[PlannedCell]) -> dict[str, Job]:
+        """Return the jobs that make cells, and first what they need."""
+        return jobs_of({index: planned.run for index, planned in enumerate(missing)}, [entry.command for entry in missing])
+
+
+def plan_table(
+    table: Table,
+    scale: str,
+    more: Sequence[str],
+    figures: Path | None = None,
+    tell: Callable[[int, int], None] = lambda number, count: None,
+) -> PlannedTable:
+    """Plan every cell of a table. A cell that cannot be planned does not stop the others.
+
+    Args:
+        table: the table.
+        scale: name of a scale.
+        more: further overrides, of every cell.
+        figures: file of figures that have been made, `ours.csv`, which need not exist.
+        tell: called with the number of cells that are planned and that of all.
+
+    Raises:
+        InputError: if two cells are one run, or the file of figures is damaged.
+    """
+    cells, planned, broken = table.cells(scale), [], []
+    seen: dict[str, Cell] = {}
+    for number, cell in enumerate(cells):
+        tell(number, len(cells))
+        command = (*cell.overrides, *more)
+        try:
+            run = plan_command(command)
+        except Exception as error:  # noqa: BLE001 - reported with its cell; the others go on
+            failure = Error.of(error)
+            broken.append((cell, Failure(failure.message, failure.key, failure.users)))
+            continue
+        if (other := seen.get(run.digest)) is not None:
+            raise InputError(
+                f"two cells of table {table.name} are one run, {run.name}: '{other}' and '{cell}'; remove one of them, or the "
+                "override that makes them alike",
+                f"scales.{scale}.cells",
+            )
+        seen[run.digest] = cell
+        planned.append(PlannedCell(cell, run, command))
+    recorded = {figure.digest for figure in read_figures(figures)} if figures is not None and figures.is_file() else set()
+    return PlannedTable(table, scale, planned, broken, recorded)

@@ -1,0 +1,203 @@
+"""Tables of papers as configurations: unions of products of kd-train's options, in `conf/table/<name>.yaml`.
+
+```yaml
+paper: pkd                       # stem of the paper, as in method=
+title: Patient knowledge distillation, development sets
+protocol: Best epoch on the development set, which is also the set of the figures.   # a sentence for reports
+scales:
+  published:                     # the paper's own models, data and grid
+    overrides: [student.backbone=hf:bert-base-uncased]        # of every cell
+    cells:                       # a union of products
+      - method: [finetune, kd, {pkd_last: [method=pkd, method.layers=last]}]
+        student: [6l, 3l]
+        task: [rte, mrpc]
+        optimizer.lr: [5.0e-5, 2.0e-5]
+        seed: [0, 1, 2]
+  local: {overrides: [], cells: []}
+```
+
+A word `w` of the list of `key` is the override `key=w`. A mapping `{label: [overrides]}` names a list of overrides. `row` in a
+product is the label of its cells in the table; without it the labels of method and student are.
+"""
+
+import difflib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kd.config.compose import conf_folder
+from kd.errors import InputError
+
+KEYS = ("paper", "title", "protocol", "scales", "not_run")
+SCALE_KEYS = ("overrides", "cells")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a table, before it is planned.
+
+    Attributes:
+        row: label of its row; None for that of its method and student.
+        labels: key of kd-train -> label of its value, of the keys that the product lists.
+        overrides: the command of kd-train that makes it.
+    """
+
+    row: str | None
+    labels: Mapping[str, str]
+    overrides: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " ".join(f"{key}={label}" for key, label in self.labels.items())
+
+
+@dataclass(frozen=True)
+class Table:
+    """Definition of a table.
+
+    Attributes:
+        name: stem of its file.
+        paper: stem of its paper.
+        title: heading.
+        protocol: sentence about the protocol of its figures.
+        scales: name of a scale, such as `published` or `local` -> its cells.
+        not_run: row or method of the paper that kd does not run -> the reason.
+    """
+
+    name: str
+    paper: str
+    title: str
+    protocol: str
+    scales: Mapping[str, Sequence[Cell]]
+    not_run: Mapping[str, str]
+
+    def cells(self, scale: str) -> Sequence[Cell]:
+        """Return the cells of a scale.
+
+        Raises:
+            InputError: if there is no such scale.
+        """
+        if scale not in self.scales:
+            raise InputError(f"table {self.name} has no scale={scale}; it has {', '.join(self.scales)}", "scale")
+        return self.scales[scale]
+
+
+def folder() -> Path:
+    """Return the folder of the tables that come with the package."""
+    return conf_folder() / "table"
+
+
+def table_names() -> list[str]:
+    """Return the names of the tables that come with the package."""
+    return sorted(path.stem for path in folder().glob("*.yaml"))
+
+
+def load_table(name: str) -> Table:
+    """Read the definition of a table.
+
+    Args:
+        name: name of a table of the package, or the path of a YAML file.
+
+    Raises:
+        InputError: if there is no such table, or its definition is not valid.
+    """
+    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else folder() / f"{name}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        close = difflib.get_close_matches(name, table_names(), n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(table_names()) or 'none'}"
+        reason = hint if path.parent == folder() else error.strerror
+        raise InputError(f"no table '{name}': {reason}", "table") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"'{path}' is not YAML: {' '.join(str(error).split())}", "table") from error
+    return parse_table(path.stem, content)
+
+
+def parse_table(name: str, content: Any) -> Table:
+    """Return the table of a YAML file's content.
+
+    Raises:
+        InputError: for a key that does not exist or lacks, a value of the wrong type, or a scale without cells.
+    """
+    values = _mapping(content, "table", KEYS)
+    for key in ("paper", "title", "scales"):
+        if key not in values:
+            raise InputError(f"table {name} has no '{key}'", key)
+    scales = {}
+    for scale, given in _mapping(values["scales"], "scales").items():
+        node = _mapping(given, f"scales.{scale}", SCALE_KEYS)
+        scales[scale] = tuple(_cells(node, f"scales.{scale}"))
+        if not scales[scale]:
+            raise InputError(f"table {name} has no rows at scale={scale}", f"scales.{scale}.cells")
+    if not scales:
+        raise InputError(f"table {name} has no rows", "scales")
+    reasons = {str(row): str(reason) for row, reason in _mapping(values.get("not_run") or {}, "not_run").items()}
+    protocol = " ".join(str(values.get("protocol") or "").split())
+    return Table(name, str(values["paper"]), str(values["title"]), protocol, scales, reasons)
+
+
+def _cells(node: Mapping[str, Any], key: str) -> Iterator[Cell]:
+    """Yield the cells of a scale."""
+    shared = _words(node.get("overrides") or [], f"{key}.overrides")
+    for number, given in enumerate(_list(node.get("cells") or [], f"{key}.cells")):
+        place = f"{key}.cells.{number}"
+        product = dict(_mapping(given, place))
+        row = product.pop("row", None)
+        axes = [
+            [(axis, *_choice(axis, value, f"{place}.{axis}")) for value in _list(values, f"{place}.{axis}")]
+            for axis, values in product.items()
+        ]
+        if not axes or not all(axes):
+            raise InputError(f"{place} lists no values" + (f" of {_empty(product)}" if axes else ""), place)
+        for combination in itertools.product(*axes):
+            labels = {axis: label for axis, label, _ in combination}
+            own = [word for _, _, words in combination for word in words]
+            yield Cell(None if row is None else str(row), labels, (*shared, *own))
+
+
+def _empty(product: Mapping[str, Any]) -> str:
+    return ", ".join(axis for axis, values in product.items() if not values)
+
+
+def _choice(axis: str, value: Any, key: str) -> tuple[str, list[str]]:
+    """Return the label of a value of an axis, and its overrides."""
+    if isinstance(value, Mapping):
+        if len(value) != 1:
+            raise InputError(f"{key} names one list of overrides at a time, as {{label: [a=1, b=2]}}, not {len(value)}", key)
+        ((label, words),) = value.items()
+        return str(label), _words(words, key)
+    if isinstance(value, list):  # a list group, such as teacher: [[a, b]]
+        return "+".join(map(str, value)), [f"{axis}=[{','.join(map(str, value))}]"]
+    word = _plain(value)
+    return word, [f"{axis}={word}"]
+
+
+def _plain(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _mapping(value: Any, key: str, allowed: Sequence[str] | None = None) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{key} is {value!r}, where a mapping is needed", key)
+    for name in value:
+        if allowed is not None and name not in allowed:
+            raise InputError(f"{key} has a key '{name}'; it may have {', '.join(allowed)}", f"{key}.{name}")
+    return value
+
+
+def _list(value: Any, key: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise InputError(f"{key} is {value!r}, where a list is needed", key)
+    return value
+
+
+def _words(value: Any, key: str) -> list[str]:
+    words = _list(value, key)
+    for word in words:
+        if not isinstance(word, str):
+            raise InputError(f"{key} has {word!r}, where an override such as optimizer.lr=1e-4 is needed", key)
+    return words

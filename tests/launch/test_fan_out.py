@@ -1,0 +1,172 @@
+"""Jobs side by side: order, failures, locks, and what is left after an interrupt. The jobs' program is a stand-in."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from kd.errors import InputError
+from kd.launch import fan_out
+from kd.launch.fan_out import Event, FanOut, take
+from kd.launch.jobs import Failure, Job, find_run, jobs_of, plan_command
+from kd.launch.places import cores, places
+from kd.system.files import is_locked, locked
+
+STAND_IN = Path(__file__).parent / "stand_in.py"
+Small = Callable[..., list[str]]
+TWO = ({"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(autouse=True)
+def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fan_out, "WORKER", (str(STAND_IN),))
+    monkeypatch.setattr(fan_out, "POLL_OTHERS", 0.2)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+
+
+def jobs(commands: Sequence[Sequence[str]]) -> dict[str, Job]:
+    return jobs_of({index: plan_command(command) for index, command in enumerate(commands)}, commands)
+
+
+def commands(small: Small, runs: Path, *seeds: int, method: str = "kd") -> list[list[str]]:
+    return [small(f"method={method}", f"seed={seed}", f"paths.runs={runs}") for seed in seeds]
+
+
+def events(runs: Path) -> Counter[tuple[str, str]]:
+    lines = (runs / "events.txt").read_text().splitlines()
+    return Counter((word, name) for word, name, _ in (line.split() for line in lines))
+
+
+def test_what_several_commands_need_is_one_job_before_theirs(small: Small, tmp_path: Path) -> None:
+    found = jobs(commands(small, tmp_path, 0, 1, 2))
+    (teacher, *students) = found.values()
+    assert (teacher.wanted, teacher.needs) == (False, ())
+    assert [job.wanted for job in students] == [True] * 3
+    assert {job.needs for job in students} == {(teacher.name,)}
+    assert find_run(students[0].run, teacher.name).digest == teacher.run.digest
+    with pytest.raises(InputError, match="start again"):
+        find_run(students[0].run, "another")
+
+
+def test_a_run_that_is_wanted_and_needed_is_one_job(small: Small, tmp_path: Path) -> None:
+    (command,) = commands(small, tmp_path, 0)
+    (teacher, _) = jobs([command]).values()
+    defaults = ("student=2l", "trainer.max_epochs=2", "trainer.batch_size=16")
+    words = small("method=finetune", "teacher=[]", "student=full", f"paths.runs={tmp_path}")
+    alone = [word for word in words if word not in defaults]
+    found = jobs([command, alone])
+    assert len(found) == 2
+    assert found[teacher.name].wanted
+
+
+def test_jobs_are_executed_once_and_after_what_they_need(small: Small, tmp_path: Path) -> None:
+    found = jobs(commands(small, tmp_path, 0, 1, 2))
+    changes = list(FanOut(found, TWO))
+    (teacher, *_) = found
+    states = [(event.state, event.job.name) for event in changes]
+    assert states.index(("done", teacher)) < min(states.index(("started", name)) for name in list(found)[1:])
+    assert events(tmp_path) == Counter({(word, name): 1 for word in ("began", "done") for name in found})
+    assert all(event.seconds for event in changes if event.state == "done")
+    assert jobs(commands(small, tmp_path, 0, 1, 2)) == {}
+
+
+def test_failures_leave_the_others_alone_and_are_told_with_their_reason(small: Small, tmp_path: Path) -> None:
+    found = jobs(commands(small, tmp_path, 0, 13, 14, 15))
+    run = FanOut(found, TWO)
+    told = {event.job.run.spec.seed: str(event.failure) for event in run if event.state == "failed"}
+    assert told.keys() == {13, 14, 15}
+    assert told[13] == "the loss is not finite (change: optimizer.lr)"
+    assert "killed" in told[14]
+    assert "memory" in told[14]
+    assert "status 3" in told[15]
+    assert len(run.done) == 2
+    assert all(job.file(".log").is_file() for job in found.values())
+
+
+def test_a_failure_is_tried_again_by_the_next_command(small: Small, tmp_path: Path) -> None:
+    list(FanOut(jobs(commands(small, tmp_path, 13)), TWO))
+    (job,) = jobs(commands(small, tmp_path, 13)).values()
+    assert Failure.read(job).message == "the loss is not finite"
+    list(FanOut({job.name: job}, TWO))
+    assert events(tmp_path)["began", job.name] == 2
+
+
+def test_what_needs_a_failed_run_fails_with_its_reason(small: Small, tmp_path: Path) -> None:
+    found = jobs([[*command, "teacher.minilm.run.seed=13"] for command in commands(small, tmp_path, 13)])
+    told = [event for event in FanOut(found, TWO) if event.state == "failed"]
+    assert [event.job.wanted for event in told] == [False, True]
+    assert str(told[1].failure) == f"it needs {told[0].job.name}, which failed: the loss is not finite"
+
+
+def test_a_job_that_another_command_executes_is_left_to_it(small: Small, tmp_path: Path) -> None:
+    found = jobs(commands(small, tmp_path, 0, method="finetune"))
+    others: list[Event] = []
+    thread = threading.Thread(target=lambda: others.extend(FanOut(found, TWO[:1])))
+    thread.start()
+    time.sleep(0.1)
+    ours = list(FanOut(found, TWO[:1]))
+    thread.join()
+    assert events(tmp_path) == Counter({(word, name): 1 for word in ("began", "done") for name in found})
+    done = [event for event in [*ours, *others] if event.state == "done"]
+    assert len(done) == 2 * len(found)
+    assert sum(event.seconds is not None for event in done) == len(found)
+
+
+def test_a_job_whose_run_is_locked_is_not_taken(small: Small, tmp_path: Path) -> None:
+    (job, *_) = jobs(commands(small, tmp_path, 0)).values()
+    with locked(job.run.directory, "waiting"):
+        assert is_locked(job.run.directory)
+        assert take(job) is None
+    assert not is_locked(job.run.directory)
+    claim = take(job)
+    assert isinstance(claim, FileLock)
+    assert take(job) is None
+    claim.release()
+    take(job).release()
+
+
+def test_looking_at_a_lock_leaves_no_file(tmp_path: Path) -> None:
+    assert not is_locked(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_processes(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setenv("STAND_IN_SECONDS", "60")
+    found = jobs(commands(small, tmp_path, 0))
+    run = FanOut(found, TWO)
+    threading.Timer(1.0, lambda: os.kill(os.getpid(), number)).start()
+    with pytest.raises(KeyboardInterrupt):
+        list(run)
+    assert run.running == []
+    (teacher, _) = found.values()
+    assert not teacher.run.is_done()
+    assert not is_locked(teacher.run.directory)
+    claim = take(teacher)
+    assert claim is not None
+    claim.release()
+
+
+def test_places_share_the_threads_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert [place["OMP_NUM_THREADS"] for place in places(None, uses_gpus=False)] == ["1"] * cores()
+    assert [place["OMP_NUM_THREADS"] for place in places(1, uses_gpus=False)] == [str(cores())]
+    with pytest.raises(InputError, match="workers=0"):
+        places(0, uses_gpus=False)
+
+
+def test_each_place_has_a_gpu_of_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kd.launch.places.gpus", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in places(None, uses_gpus=True)] == ["5", "7"]
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in places(3, uses_gpus=True)] == ["5", "7", "5"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in places(None, uses_gpus=True)] == ["0", "1"]
+    assert "CUDA_VISIBLE_DEVICES" not in places(None, uses_gpus=False)[0]

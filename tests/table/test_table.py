@@ -1,0 +1,255 @@
+"""The command `kd-table`: cells that are done, missing, broken and failed; commands that share a table, or are killed."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kd import table as command
+from kd.errors import InputError
+from kd.launch import fan_out
+from kd.results.figures import read_figures
+from kd.table.cells import plan_table
+from kd.table.definition import parse_table
+
+STAND_IN = Path(__file__).parent.parent / "launch" / "stand_in.py"
+Small = Callable[..., list[str]]
+
+
+class Tables:
+    """A table of kd and finetune with seeds, whose cells are made by a stand-in, in a folder of its own."""
+
+    def __init__(self, small: Small, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.overrides = [word for word in small() if not word.startswith(("paths.runs=", "student="))]
+        self.folder, self.capsys = folder, capsys
+        self.runs, self.figures = folder / "runs", folder / "ours.csv"
+
+    def write(self, *products: dict[str, Any]) -> Path:
+        """Write the definition of a table of these products."""
+        scale = {"overrides": self.overrides, "cells": list(products)}
+        path = self.folder / "mine.yaml"
+        path.write_text(yaml.safe_dump({"paper": "toy", "title": "A table", "scales": {"local": scale}}))
+        return path
+
+    def words(self, *more: str) -> list[str]:
+        """Return the words of a command on the table."""
+        return [str(self.folder / "mine.yaml"), f"paths.runs={self.runs}", f"--figures={self.figures}", *more]
+
+    def __call__(self, *more: str, name: str = "run") -> tuple[int, str, str]:
+        """Run the command in this process; return its status, output and errors."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["kd-table", name, *self.words(*more)])
+            patch.setattr(fan_out, "WORKER", (str(STAND_IN),))
+            patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+            with pytest.raises(SystemExit) as end:
+                command.main()
+        return int(end.value.code or 0), *self.capsys.readouterr()
+
+    def start(self, seconds: float) -> "subprocess.Popen[bytes]":
+        """Start the command in a process of its own, with cells that take so many seconds."""
+        code = f"from kd.launch import fan_out; fan_out.WORKER = ({str(STAND_IN)!r},); fan_out.POLL_OTHERS = 0.3\n"
+        code += f"import sys; sys.argv = {['kd-table', 'run', *self.words('--workers=2')]!r}\nfrom kd.table import main; main()"
+        path = os.pathsep.join(path for path in sys.path if path)
+        environment = {**os.environ, "PYTHONPATH": path, "STAND_IN_SECONDS": str(seconds)}
+        return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def events(self) -> Counter[str]:
+        """Return how often each run was made to its end."""
+        lines = (self.runs / "events.txt").read_text().splitlines() if (self.runs / "events.txt").exists() else []
+        return Counter(line.split()[1] for line in lines if line.startswith("done "))
+
+
+@pytest.fixture
+def tables(small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Tables:
+    return Tables(small, tmp_path, capsys)
+
+
+def seeds(*numbers: int, **more: Sequence[Any]) -> dict[str, Any]:
+    return {"method": ["kd"], "student": ["2l"], **more, "seed": list(numbers)}
+
+
+def test_missing_cells_are_made_and_their_figures_written_once(tables: Tables) -> None:
+    tables.write(seeds(0, 1), seeds(0, method=["finetune"]))
+    status, out, _ = tables()
+    assert status == 0
+    assert "3 cells, 3 to make" in out
+    assert re.search(r"\[3/3\] method=.* validation accuracy 0\.0\d00", out)
+    rows = read_figures(tables.figures)
+    assert [(row.method, row.seeds, row.split, row.value) for row in rows if row.split == "test"].count(
+        ("kd", "1", "test", 0.01)
+    ) == 1
+    assert len(rows) == 6
+    assert {row.confidence for row in rows} == {"measured"}
+    assert all("method=" in row.command and "paths." not in row.command for row in rows)
+    status, out, _ = tables()
+    assert (status, "3 cells, 0 to make" in out) == (0, True)
+    assert read_figures(tables.figures) == rows
+
+
+def test_a_cell_whose_figures_stand_in_the_file_counts_as_done(tables: Tables) -> None:
+    tables.write(seeds(0, 1))
+    tables()
+    tables.runs = tables.folder / "elsewhere"
+    tables.write(seeds(0, 1, 2))
+    status, out, _ = tables(name="plan")
+    assert status == 0
+    assert "2 done, 1 missing" in out
+    assert out.count("done, elsewhere") == 2
+
+
+def test_broken_and_failed_cells_are_listed_and_the_rest_is_made(tables: Tables) -> None:
+    tables.write(seeds(0, 13), {**seeds(0), "student": ["nosuch"]})
+    status, out, err = tables()
+    assert status == 1
+    assert "1 cells done, 2 failed" in err
+    assert "the loss is not finite (change: optimizer.lr)" in err
+    assert "student=nosuch" in err
+    assert "1 cannot be planned" in out
+    status, out, _ = tables(name="plan")
+    assert status == 1
+    assert re.search(r"^failed +method=kd seed=13 .*: the loss is not finite", out, re.MULTILINE)
+    assert re.search(r"^broken +method=kd seed=0 student=nosuch: .*nosuch", out, re.MULTILINE)
+
+
+def test_plan_tells_time_and_disk_of_what_is_missing(tables: Tables) -> None:
+    tables.write(seeds(0, 1))
+    assert "unknown until a cell is done" in tables(name="plan")[1]
+    assert "first 1 run(s) that they need" in tables(name="plan")[1]
+    tables("--only", "seed=0")
+    assert re.search(r"time left with \d+ worker\(s\): \d+ s; disk: \d", tables(name="plan")[1])
+
+
+def test_only_chooses_cells_and_needed_their_teachers(tables: Tables) -> None:
+    tables.write(seeds(0, 1, method=["kd", "finetune"]))
+    assert tables("--only", "method=finetune", "--needed")[0] == 0
+    assert len(tables.events()) == 1
+    assert all("full" in name for name in tables.events())
+    assert tables("--only", "method=finetune seed=1")[0] == 0
+    assert len(tables.events()) == 2
+    status, _, err = tables("--only", "method=pkd")
+    assert (status, "no cell" in err) == (2, True)
+
+
+def test_two_cells_that_are_one_run_are_refused(tables: Tables) -> None:
+    tables.write(seeds(0), {**seeds(0), "method.temperature": [4.0]})
+    assert "temperature: 4.0" in (Path(command.__file__).parents[2] / "conf/method/kd.yaml").read_text()
+    status, _, err = tables()
+    assert status == 2
+    assert "two cells" in err
+    assert "change: scales.local.cells" in err
+
+
+@pytest.mark.parametrize("words", [[], ["nosuch"], ["mine.yaml", "scale=nosuch"]])
+def test_a_command_without_a_table_ends_with_2(words: list[str], tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables.write(seeds(0))
+    monkeypatch.chdir(tables.folder)
+    monkeypatch.setattr(sys, "argv", ["kd-table", "run", *words])
+    with pytest.raises(SystemExit) as end:
+        command.main()
+    assert end.value.code == 2
+    assert "change: " in tables.capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tables: Tables) -> None:
+    tables.write(seeds(0))
+    (tables.folder / "file").write_text("")
+    tables.runs = tables.folder / "file" / "runs"
+    status, _, err = tables()
+    assert (status, "change: paths.runs" in err) == (2, True)
+
+
+def test_damaged_figures_are_refused(tables: Tables) -> None:
+    tables.write(seeds(0))
+    tables.figures.write_text("paper,table\na,b\n")
+    status, _, err = tables()
+    assert (status, "missing column" in err) == (2, True)
+
+
+def test_an_array_holds_what_is_missing_and_its_tasks_make_it(tables: Tables) -> None:
+    tables.write(seeds(0, 1))
+    tables("--only", "seed=0")
+    status, out, _ = tables("--slurm", "--time=01:00:00", "--sbatch=--gres=gpu:1")
+    assert (status, len(tables.events())) == (0, 2)
+    (script,) = (tables.runs / ".launch").glob("*.sbatch")
+    text = script.read_text()
+    assert "#SBATCH --array=0-0\n#SBATCH --time=01:00:00\n#SBATCH --requeue" in text
+    assert "#SBATCH --gres=gpu:1" in text
+    assert f"sbatch {script}" in out
+    subprocess.run(["bash", "-n", script], check=True)
+    tables.write(seeds(0, 1, 2), seeds(0, method=["dml"], teacher=[[]]))
+    status, out, err = tables("--slurm", "--array-limit=1")
+    assert (status, "change: --array-limit" in err) == (2, True)
+
+
+def test_an_array_makes_first_what_others_need(tables: Tables) -> None:
+    tables.write(seeds(0, 1))
+    _, out, _ = tables("--slurm")
+    assert "--array=0-0" in out
+    assert "--dependency=afterany:$first --array=1-2" in out
+    (listed,) = (tables.runs / ".launch").glob("*.jobs")
+    assert "full" in listed.read_text().splitlines()[0].partition("command")[0]
+
+
+def planned(tables: Tables, *products: dict[str, Any]) -> Any:
+    content = {"paper": "toy", "title": "A", "scales": {"local": {"overrides": tables.overrides, "cells": list(products)}}}
+    return plan_table(parse_table("toy", content), "local", [f"paths.runs={tables.runs}"])
+
+
+def test_labels_that_a_product_lacks_are_those_of_the_run(tables: Tables) -> None:
+    (cell,) = planned(tables, {"seed": [3]}).cells
+    assert [cell.label(key) for key in ("method", "student", "teacher", "task")] == ["pkd", "3l", "minilm", "file"]
+    assert cell.row == "pkd 3l"
+    (cell,) = planned(tables, {"method": ["kd"], "method.temperature": [2], "seed": [3]}).cells
+    assert cell.row == "kd 3l method.temperature=2"
+
+
+def test_a_cell_that_cannot_be_planned_leaves_the_others(tables: Tables) -> None:
+    found = planned(tables, {"method": ["kd", "nosuch"], "seed": [0]})
+    assert [cell.label("method") for cell in found.cells] == ["kd"]
+    ((cell, failure),) = found.broken
+    assert (cell.labels["method"], failure.users) == ("nosuch", True)
+    with pytest.raises(InputError, match="two cells"):
+        planned(tables, {"method": ["kd"], "seed": [0, 0]})
+
+
+@pytest.mark.slow
+def test_three_commands_share_a_table_and_make_no_cell_twice(tables: Tables) -> None:
+    tables.write(seeds(*range(9)))
+    processes = [tables.start(0.5) for _ in range(3)]
+    outputs = [process.communicate(timeout=300)[0].decode() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    assert set(tables.events().values()) == {1}
+    assert len(tables.events()) == 10
+    assert all("9 cells done" in output for output in outputs)
+    own = [len(re.findall(r"^\[\d+/9\] method.* (?:s|min)(?:;.*)?$", output, re.MULTILINE)) for output in outputs]
+    assert sum(own) == 9, outputs
+    assert len(read_figures(tables.figures)) == 18
+
+
+@pytest.mark.slow
+def test_a_table_that_is_killed_again_and_again_loses_and_repeats_nothing(tables: Tables) -> None:
+    tables.write(seeds(*range(8)))
+    generator = random.Random(0)
+    for _ in range(5):
+        process = tables.start(0.8)
+        before, until = len(tables.events()), time.monotonic() + 60
+        while len(tables.events()) == before and time.monotonic() < until and process.poll() is None:
+            time.sleep(0.05)  # at least one run is made to its end, or the test would kill nothing but starts
+        time.sleep(generator.uniform(0.0, 1.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    output, _ = tables.start(0.1).communicate(timeout=300)
+    assert "8 cells done" in output.decode()
+    assert set(tables.events().values()) == {1}
+    assert len(tables.events()) == 9
+    assert {row.seeds for row in read_figures(tables.figures)} == {str(seed) for seed in range(8)}
