@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kd.config.compose import compose, explain
 from kd.config.mixture import expand
+from kd.config.schema import LauncherSpec
 from kd.errors import DISK_FULL, InputError, disk_is_full
 from kd.runs.plan import plan
 from kd.runs.run import Run
@@ -144,31 +145,92 @@ def sweep(points: Sequence[Sequence[str]], options: Sequence[str], launch: Calla
 
     Raises:
         PointsFailed: at the end, if any failed.
-        InputError: if the folder of all runs cannot be written to, or the ranks do not agree on what fails.
+        InputError: if the folder of all runs cannot be written to, the ranks do not agree on what fails, or `launcher` cannot
+            run the points.
     """
     state = Sweep(points)
     try:
-        for index in planned(state, options):
-            try:
-                (returned,) = launch([expand(points[index])], initial_job_idx=index)
-                failure = returned.return_value
-            except (
-                HydraException,
-                OmegaConfBaseException,
-            ) as error:  # raised by the launcher, which composes the configuration again
-                failure = Failure.of(error)
-            if failure is None:
-                state.done += 1
-            else:
-                state.fail(index, failure)
+        left = planned(state, options)
+        if (launcher := launcher_of(left)) is None:
+            one_after_the_other(state, sorted(left), launch)
+        else:
+            side_by_side(state, left, launcher)
     except KeyboardInterrupt:
         distributed.print_rank_zero(f"\ninterrupted: {state.counts}")
         raise
     state.close()
 
 
-def planned(state: Sweep, options: Sequence[str]) -> list[int]:
-    """Plan every point; return the indices of those that are left to run.
+def one_after_the_other(state: Sweep, indices: Sequence[int], launch: Callable[..., Sequence[Any]]) -> None:
+    """Run points by Hydra's launcher."""
+    for index in indices:
+        try:
+            (returned,) = launch([expand(state.points[index])], initial_job_idx=index)
+            failure = returned.return_value
+        except (HydraException, OmegaConfBaseException) as error:  # raised as the launcher composes the configuration again
+            failure = Failure.of(error)
+        if failure is None:
+            state.done += 1
+        else:
+            state.fail(index, failure)
+
+
+def launcher_of(runs: Mapping[int, Run | None]) -> LauncherSpec | None:
+    """Return the launcher of points; None for Hydra's.
+
+    Raises:
+        InputError: if the points do not have one launcher, or it cannot run them.
+    """
+    launchers = [run.spec.launcher for run in runs.values() if run is not None]
+    chosen = next((launcher for launcher in launchers if launcher.name != "none"), None)
+    if chosen is None:
+        return None
+    key = f"launcher={chosen.name}"
+    if any(launcher != chosen for launcher in launchers):
+        raise InputError("the points of a sweep have one launcher; do not sweep over it", "launcher")
+    if distributed.world() > 1:
+        raise InputError(f"{key} starts processes itself: start it without torchrun", "launcher")
+    if search_path_is_extended():
+        raise InputError(f"{key} starts processes that do not get --config-dir; give the values as overrides", "launcher")
+    return chosen
+
+
+def search_path_is_extended() -> bool:
+    """Return whether configuration files are read from a further folder, as with `--config-dir`."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    if not GlobalHydra.instance().is_initialized():
+        return False
+    path = GlobalHydra.instance().config_loader().get_search_path().get_path()
+    return any(element.provider not in ("hydra", "main", "schema") for element in path)
+
+
+def side_by_side(state: Sweep, runs: Mapping[int, Run | None], launcher: LauncherSpec) -> None:
+    """Run points in processes of their own, first the runs that they need."""
+    from kd.launch.jobs import jobs_of
+    from kd.launch.launcher import launch, workers
+    from kd.launch.progress import Progress
+
+    chosen = {index: run for index, run in runs.items() if run is not None}
+    indices: dict[str, list[int]] = {}
+    for index, run in chosen.items():
+        indices.setdefault(run.name, []).append(index)
+    jobs = jobs_of(chosen, [list(expand(point)) for point in state.points])
+    labels = {name: f"point {state.name(numbers[0])}" for name, numbers in indices.items()}
+    progress = Progress(jobs, labels, state.done, len(state.points), workers(launcher, jobs.values()))
+    for event in launch(jobs, launcher, "sweep"):
+        points = indices.get(event.job.name, [])
+        if event.state == "done":
+            state.done += len(points)
+        if event.failure is None or not points:
+            progress(event)
+            continue
+        for index in points:
+            state.fail(index, Failure(event.failure.message, event.failure.key, event.failure.users))
+
+
+def planned(state: Sweep, options: Sequence[str]) -> dict[int, Run | None]:
+    """Plan every point; return the index of each that is left, and its run; None if only a Hydra job can plan it.
 
     Failures of planning are printed before anything is trained, and a finished point needs no more than its plan. A point
     that is left is planned again when it is run, because its input files may have changed by then.
@@ -185,6 +247,11 @@ def planned(state: Sweep, options: Sequence[str]) -> list[int]:
         try:
             config = compose([*options, *overrides])
             if asks_hydra(config):
+                if (name := config.launcher.name) != "none":
+                    raise InputError(
+                        f"launcher={name} starts processes that are no Hydra jobs: ${{hydra:...}} has no value there",
+                        "launcher",
+                    )
                 later.append(index)
                 continue
             run = plan(config, overrides)
@@ -202,14 +269,15 @@ def planned(state: Sweep, options: Sequence[str]) -> list[int]:
     if distributed.world() > 1:  # even if this rank has no points left, because another may have some
         distributed.start(next((run.spec.trainer.accelerator for run in left.values()), "auto"))
         check_alike(state, {index: run.name for index, run in left.items()}, failed)
-    indices = sorted([*left, *later])
-    if indices and (state.failures or state.done):
+    if (left or later) and (state.failures or state.done):
         counted = f", {len(state.failures)} failed" if state.failures else ""
-        distributed.print_rank_zero(f"\n{len(state.points)} points: {state.done} done already{counted}, {len(indices)} to run")
+        distributed.print_rank_zero(
+            f"\n{len(state.points)} points: {state.done} done already{counted}, {len(left) + len(later)} to run"
+        )
     folders = {run.spec.paths.runs for run in left.values()}
     if len(folders) == 1:  # with several folders, each point checks its own when it is run
         distributed.on_rank_zero(lambda: check_writable(*folders))
-    return indices
+    return {**left, **dict.fromkeys(later)}
 
 
 def check_alike(state: Sweep, names: Mapping[int, str], failed: Mapping[int, Failure]) -> None:

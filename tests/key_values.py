@@ -388,6 +388,21 @@ def every_value(backbone: str, data: str) -> dict[str, Values]:
             union(st.sampled_from([3, "a", [1], {"a": 1}, {"_target_": "os.system"}, {"_target_": "builtins.dict"}]), NEVER),
             ("logger.extra._target_",),
         ),
+        "launcher.name": word("none", "local", "slurm", "ray"),
+        "launcher.workers": whole(1, 1024, null=True),
+        "launcher.array_limit": whole(1, COUNT),
+        "launcher.time": Values(
+            st.sampled_from(["04:00:00", "90", "1-12", "1-12:30:00"]),
+            union(st.sampled_from(["", "soon", "4h", "-1", "1:2:3:4", None, True, 1.5]), NESTED, NEVER),
+        ),
+        "launcher.sbatch": Values(
+            st.sampled_from([[], ["--gres=gpu:1", "-p short"]]),
+            union(st.sampled_from(["text", 3, [None], [""], ["gres"], ["--a\nb"], {"a": 1}, None]), NEVER),
+        ),
+        "launcher.address": Values(
+            st.sampled_from(["auto", "local", "10.0.0.1:6379", "ray://head:10001"]),
+            union(st.sampled_from(["", " ", "a b", None, True, 1.5]), NESTED, NEVER),
+        ),
         "paths.runs": Values(
             st.sampled_from(["/tmp/runs of mine", "läufe/ä'b", "a,b=c"]), path("", null=False, strict=False).illegal
         ),

@@ -13,7 +13,7 @@ from kd.config.schema import RunSpec, TeacherSpec
 from kd.errors import InputError
 
 GROUPS = ("method", "student", "teacher", "surgery", "task", "pretrain", "optimizer", "trainer", "logger", "paths", "sweep")
-GROUPS = (*GROUPS, "experiment", "tuned", "pool", "cohort", "engine", "edit")
+GROUPS = (*GROUPS, "experiment", "tuned", "pool", "cohort", "engine", "edit", "launcher")
 FILES = [(group, file.stem) for group in GROUPS for file in sorted((conf_folder() / group).glob("*.yaml"))]
 
 
@@ -50,7 +50,7 @@ def test_every_file_composes_and_has_its_types(group: str, name: str) -> None:
 
 def test_every_folder_of_the_tree_is_checked_here() -> None:
     folders = {folder.name for folder in conf_folder().iterdir() if folder.is_dir()}
-    assert folders <= {*GROUPS, "base", "hydra"}
+    assert folders <= {*GROUPS, "base", "hydra", "table", "tune"}
     assert len(FILES) > 25
 
 
@@ -217,7 +217,7 @@ def test_a_value_in_a_lists_place_is_refused_with_the_list_that_was_meant(key: s
 
 
 def test_what_takes_lists_is_known() -> None:
-    assert LISTS == ["task.columns", "task.labels", "task.metrics", "task.text", "teacher.hub.labels"]
+    assert LISTS == ["launcher.sbatch", "task.columns", "task.labels", "task.metrics", "task.text", "teacher.hub.labels"]
     for key in LISTS:
         with pytest.raises(InputError, match="takes a list") as caught:
             spec("task=file", "task.train=a.csv", "teacher=[hub]", "teacher.hub.backbone=x", f"{key}={{a: b}}")

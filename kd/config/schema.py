@@ -157,6 +157,18 @@ class LoggerSpec:
 
 
 @dataclass(frozen=True)
+class LauncherSpec:
+    """Processes that execute the points of a sweep, or the cells of a table; they do not change results."""
+
+    name: str = "none"
+    workers: int | None = None
+    time: str = "04:00:00"
+    sbatch: list[str] = field(default_factory=list)
+    array_limit: int = 1000
+    address: str = "auto"
+
+
+@dataclass(frozen=True)
 class RunSpec:
     """A whole configuration."""
 
@@ -170,6 +182,7 @@ class RunSpec:
     optimizer: OptimizerSpec = MISSING
     trainer: TrainerSpec = MISSING
     logger: LoggerSpec = MISSING
+    launcher: LauncherSpec = field(default_factory=LauncherSpec)
     paths: PathsSpec = MISSING
     surgery: dict[str, dict[str, Any]] = field(default_factory=dict)
     pretrain: dict[str, Any] = field(default_factory=dict)
@@ -222,6 +235,9 @@ LONGEST_NAME = 64
 COLUMN_KINDS = ("classes", "number")
 """Kinds of further columns of a task: names of classes, or numbers; a list of names in place of `classes` fixes their order."""
 
+LAUNCHERS = ("none", "local", "slurm", "ray")
+"""Names of launchers; `none` leaves the points of a sweep to Hydra."""
+
 DECAYS = ("linear", "cosine", "constant")
 """Learning-rate schedules after the warm-up."""
 
@@ -273,6 +289,33 @@ def check_values(spec: RunSpec) -> None:
     names: dict[str, Any] = {"method.name": spec.method.get("name"), "student.name": student.name}
     for key, part_name in names.items():
         check_name(part_name, key)
+    check_launcher(spec.launcher)
+
+
+def check_launcher(launcher: LauncherSpec) -> None:
+    """Check the values of a launcher.
+
+    Raises:
+        InputError: for a word that is not in its list, a number out of range, or a text that is no option of `sbatch`.
+    """
+    word(launcher.name, LAUNCHERS, "launcher.name")
+    if launcher.workers is not None:
+        whole(launcher.workers, "launcher.workers", 1, 1024)
+    whole(launcher.array_limit, "launcher.array_limit", 1, MANY)
+    if not re.fullmatch(r"(\d{1,3}-)?\d{1,6}(:\d{1,2}){0,2}", launcher.time, re.ASCII):
+        raise InputError(
+            f"launcher.time={shown(launcher.time)} must be a time limit as SLURM reads it: minutes, 04:00:00 or 1-12:00:00",
+            "launcher.time",
+        )
+    for option in launcher.sbatch:
+        if not re.fullmatch(r"--?[a-zA-Z][^\n\0]*", option):
+            raise InputError(
+                f"launcher.sbatch has '{shown(option)}', where an option as --gres=gpu:1 is needed", "launcher.sbatch"
+            )
+    if not re.fullmatch(r"[\w.:/-]+", launcher.address, re.ASCII):
+        raise InputError(
+            f"launcher.address={shown(launcher.address)} must be auto, local, or the address of a cluster", "launcher.address"
+        )
 
 
 def check_task(task: TaskSpec) -> None:

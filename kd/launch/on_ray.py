@@ -39,7 +39,7 @@ def import_ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise InputError("--ray needs the package: pip install 'kd[ray]'", "--ray") from error
+        raise InputError("launcher=ray needs the package: pip install 'kd[ray]'", "launcher") from error
     return ray
 
 
@@ -59,7 +59,7 @@ def on_ray(jobs: Mapping[str, Job], address: str, threads: int, gpus: float) -> 
     try:
         ray.init(address=None if address == "local" else address, log_to_driver=False, include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"no Ray cluster at '{address}': {' '.join(str(error).split())}", "--ray") from error
+        raise InputError(f"no Ray cluster at '{address}': {' '.join(str(error).split())}", "launcher.address") from error
     try:
         yield from _execute(ray, jobs, threads, gpus)
     finally:

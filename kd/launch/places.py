@@ -34,7 +34,7 @@ def places(workers: int | None, uses_gpus: bool) -> Sequence[Mapping[str, str]]:
         InputError: if `workers` is not positive.
     """
     if workers is not None and workers < 1:
-        raise InputError(f"workers={workers} must be at least 1", "--workers")
+        raise InputError(f"workers={workers} must be at least 1", "launcher.workers")
     devices = gpus() if uses_gpus else 0
     count = workers or devices or cores()
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // count))

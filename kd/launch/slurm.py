@@ -50,9 +50,9 @@ def write_script(
     """
     if len(jobs) > largest:
         raise InputError(
-            f"{len(jobs)} jobs are more than an array of this cluster may have, {largest}: choose fewer cells with --only, or "
-            "give the cluster's MaxArraySize, less one",
-            "--array-limit",
+            f"{len(jobs)} jobs are more than an array of this cluster may have, {largest}: choose fewer, or give the cluster's "
+            "MaxArraySize, less one",
+            "launcher.array_limit",
         )
     folder = next(iter(jobs.values())).file("").parent.resolve()
     listed, script = folder / f"{name}.jobs", folder / f"{name}.sbatch"

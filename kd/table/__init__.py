@@ -10,10 +10,7 @@ from kd.errors import InputError
 from kd.system.hardware import configure_openmp, version_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from kd.launch.fan_out import Event
-    from kd.launch.jobs import Job
+    from kd.config.schema import LauncherSpec
     from kd.table.cells import PlannedCell, PlannedTable
 
 DESCRIPTION = """Make the missing cells of a paper's table, each in a process of its own, and first the runs that they need.
@@ -122,9 +119,9 @@ class Counter:
 
 def show_plan(arguments: argparse.Namespace) -> int:
     """Print what is done, missing and failed, and the time and disk that the rest will take."""
+    from kd.launch.estimate import Durations, duration, folder_bytes, size
     from kd.launch.jobs import Failure
     from kd.launch.places import cores
-    from kd.table.estimate import Durations, duration, folder_bytes, size
 
     planned, missing = planned_of(arguments)
     jobs = planned.jobs(missing)
@@ -159,51 +156,24 @@ def show_plan(arguments: argparse.Namespace) -> int:
     return 1 if planned.broken else 0
 
 
+def launcher_of(arguments: argparse.Namespace) -> "LauncherSpec":
+    """Return the launcher that the options choose, as `launcher=` does for the points of a sweep."""
+    from kd.config.schema import LauncherSpec
+
+    name = "slurm" if arguments.slurm else "local" if arguments.ray is None else "ray"
+    settings = {"workers": arguments.workers, "time": arguments.time, "sbatch": arguments.sbatch}
+    return LauncherSpec(name, **settings, array_limit=arguments.array_limit, address=arguments.ray or "auto")
+
+
 def run_table(arguments: argparse.Namespace) -> int:
     """Make the missing cells, or write what a cluster's queue needs to make them."""
-    from kd.launch.fan_out import FanOut
-    from kd.launch.places import places
     from kd.table.make import make
 
     planned, missing = planned_of(arguments)
-    if arguments.slurm:
-        return write_slurm(arguments, planned, missing)
-    uses_gpus = any(cell.run.spec.trainer.accelerator != "cpu" for cell in missing)
-    slots = places(arguments.workers, uses_gpus)
-    print(
-        f"{planned.table.title}\n{len(planned.cells)} cells, {len(missing)} to make, {len(slots)} side by side"
-        + (f"; {len(planned.broken)} cannot be planned" if planned.broken else ""),
-        flush=True,
-    )
-
-    def execute(jobs: "Mapping[str, Job]") -> "Iterable[Event]":
-        if arguments.ray is None:
-            return FanOut(jobs, slots)
-        from kd.launch.on_ray import on_ray
-
-        return on_ray(jobs, arguments.ray, int(slots[0]["OMP_NUM_THREADS"]), float("CUDA_VISIBLE_DEVICES" in slots[0]))
-
+    broken = f"; {len(planned.broken)} cannot be planned" if planned.broken else ""
+    print(f"{planned.table.title}\n{len(planned.cells)} cells, {len(missing)} to make{broken}", flush=True)
     figures = figures_file(arguments, planned.table.name)
-    return make(planned, missing, execute, len(slots), figures, needed_alone=arguments.needed)
-
-
-def write_slurm(arguments: argparse.Namespace, planned: "PlannedTable", missing: "list[PlannedCell]") -> int:
-    """Write the script of an array for SLURM, and print how to submit it."""
-    from kd.launch.slurm import submission, write_script
-
-    jobs = planned.jobs(missing)
-    if arguments.needed:
-        jobs = {name: job for name, job in jobs.items() if not job.wanted}
-    if not jobs:
-        print("nothing is missing")
-        return 0
-    script, needed = write_script(
-        planned.table.name, jobs, sys.executable, arguments.time, arguments.sbatch, arguments.array_limit
-    )
-    print(
-        f"{len(jobs)} jobs. Submit them:\n{submission(script, needed, len(jobs))}\nThen: kd-table run {planned.table.name} ..."
-    )
-    return 0
+    return make(planned, missing, launcher_of(arguments), figures, needed_alone=arguments.needed)
 
 
 COMMANDS = {"list": list_tables, "plan": show_plan, "run": run_table}

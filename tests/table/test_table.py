@@ -188,7 +188,7 @@ def test_an_array_holds_what_is_missing_and_its_tasks_make_it(tables: Tables) ->
     subprocess.run(["bash", "-n", script], check=True)
     tables.write(seeds(0, 1, 2), seeds(0, method=["dml"], teacher=[[]]))
     status, out, err = tables("--slurm", "--array-limit=1")
-    assert (status, "change: --array-limit" in err) == (2, True)
+    assert (status, "change: launcher.array_limit" in err) == (2, True)
 
 
 def test_an_array_makes_first_what_others_need(tables: Tables) -> None:

@@ -1,0 +1,54 @@
+"""Execution of jobs as `launcher` says: on this machine, on a Ray cluster, or later by a queue."""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+
+from kd.config.schema import LauncherSpec, check_launcher
+from kd.launch.fan_out import Event, FanOut
+from kd.launch.jobs import Job
+from kd.launch.on_ray import on_ray
+from kd.launch.places import places
+from kd.launch.slurm import submission, write_script
+
+QUEUE = "slurm"
+"""Launcher that executes nothing itself."""
+
+
+def workers(launcher: LauncherSpec, jobs: Iterable[Job]) -> int:
+    """Return the number of jobs that are executed side by side on this machine.
+
+    Raises:
+        InputError: if the number that is asked for is not positive.
+    """
+    return len(places(launcher.workers, uses_gpus(jobs)))
+
+
+def uses_gpus(jobs: Iterable[Job]) -> bool:
+    """Return whether a job uses GPUs where there are any."""
+    return any(job.run.spec.trainer.accelerator != "cpu" for job in jobs)
+
+
+def launch(jobs: Mapping[str, Job], launcher: LauncherSpec, name: str) -> Iterator[Event]:
+    """Execute jobs and yield what changes; for SLURM, write a script and print how to submit it.
+
+    Args:
+        jobs: name -> job, those that others need first.
+        launcher: settings.
+        name: name of the script.
+
+    Raises:
+        InputError: for a value that is not valid, or a launcher that does not work here.
+    """
+    check_launcher(launcher)
+    if not jobs:
+        return
+    if launcher.name == QUEUE:
+        script, needed = write_script(name, jobs, sys.executable, launcher.time, launcher.sbatch, launcher.array_limit)
+        print(f"{len(jobs)} jobs. Submit them, and repeat this command afterwards to see what is left:")
+        print(submission(script, needed, len(jobs)))
+        return
+    slots = places(launcher.workers, uses_gpus(jobs.values()))
+    if launcher.name == "ray":
+        yield from on_ray(jobs, launcher.address, int(slots[0]["OMP_NUM_THREADS"]), float("CUDA_VISIBLE_DEVICES" in slots[0]))
+    else:
+        yield from FanOut(jobs, slots)
