@@ -1,14 +1,23 @@
-"""The command `kd-report`: tables of finished runs."""
+"""The command `kd-report`: tables of finished runs, and of papers' tables beside ours."""
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from kd.errors import InputError
 from kd.results.tables import UNITS, console, protocol, report_table
+from kd.system.files import write_text, writing
 from kd.system.hardware import version_line
+
+if TYPE_CHECKING:
+    from kd.results.comparison import Comparison
+
+CHOICES = ("markdown", "csv", "latex", "json", "html")
+"""Formats of comparisons, whose modules are imported only where they are used."""
 
 
 def load_results(folder: Path) -> list[dict[str, Any]]:
@@ -34,28 +43,134 @@ def first_runs(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run the command `kd-report`."""
-    parser = argparse.ArgumentParser(prog="kd-report", description="Tables of finished runs.")
-    parser.add_argument("runs", nargs="?", default="runs", type=Path, help="folder of runs (paths.runs), default: runs")
-    parser.add_argument("--task", help="only this task")
-    parser.add_argument("--method", help="only these methods, separated by commas")
-    parser.add_argument("--version", action="version", version=version_line())
-    parser.add_argument("--json", action="store_true", help="the records themselves, as JSON")
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     try:
-        results = load_results(arguments.runs.expanduser())
-    except OSError as error:
-        print(f"kd-report: cannot read '{arguments.runs}': {error.strerror}\n  change: paths.runs", file=sys.stderr)
+        if is_table(arguments.target):
+            deliver(table_comparison(arguments), arguments)
+            return
+        results = chosen_results(arguments)
+        if arguments.json:
+            write(json.dumps(results, indent=2, ensure_ascii=False) + "\n", arguments.out)
+        elif arguments.format is None:
+            print_tables(results, arguments)
+        else:
+            left_out = {result["run"] for result in first_runs(results)} if not arguments.method else set()
+            from kd.results.gathering import compare_runs
+
+            shown = [result for result in results if result["run"] not in left_out]
+            deliver(compare_runs(shown, f"Runs in {arguments.target}"), arguments)
+    except InputError as error:
+        print(f"kd-report: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser(prog="kd-report", description="Tables of finished runs, and of papers' tables beside them.")
+    found.add_argument("target", nargs="?", default="runs", help="folder of runs (default: runs), or a table, as pkd_dev")
+    found.add_argument("--task", help="only this task")
+    found.add_argument("--method", help="only these methods, separated by commas")
+    found.add_argument("--format", choices=CHOICES, help="compare with a baseline, in this format")
+    found.add_argument("--out", type=Path, metavar="FILE", help="write to this file; default: standard output")
+    found.add_argument("--scale", default="local", help="of a table: whose cells are looked for (default local)")
+    found.add_argument("--runs", type=Path, default=Path("runs"), help="of a table: runs with sizes, costs and curves")
+    found.add_argument("--version", action="version", version=version_line())
+    found.add_argument("--json", action="store_true", help="the records themselves, as JSON")
+    return found
+
+
+def is_table(target: str) -> bool:
+    """Return whether a name is that of a table, and not of a folder."""
+    from kd.table.definition import table_names
+
+    return not Path(target).expanduser().is_dir() and (target in table_names() or target.endswith((".yaml", ".yml")))
+
+
+def chosen_results(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the records that the options choose.
+
+    Raises:
+        InputError: if the folder cannot be read, or there is none.
+    """
+    folder = Path(arguments.target).expanduser()
+    try:
+        results = load_results(folder)
+    except OSError as error:
+        raise InputError(f"cannot read '{folder}': {error.strerror}", "paths.runs") from error
     if arguments.task:
         results = [result for result in results if result["task"] == arguments.task]
     if arguments.method:
         results = [result for result in results if result["method"] in arguments.method.split(",")]
     if not results:
-        print(f"kd-report: no finished runs in '{arguments.runs}'", file=sys.stderr)
-        sys.exit(2)
-    if arguments.json:
-        print(json.dumps(results, indent=2, ensure_ascii=False))
+        raise InputError(f"no finished runs in '{folder}'")
+    return results
+
+
+def table_comparison(arguments: argparse.Namespace) -> "Comparison":
+    """Return the comparison of a table with the options' tasks and methods.
+
+    Raises:
+        InputError: if the table or its files are not valid, or nothing is chosen.
+    """
+    from kd.results.gathering import compare_table
+    from kd.table.definition import load_table
+
+    table = load_table(arguments.target)
+    labels = [cell.labels for cell in table.cells(arguments.scale)]
+    runs = arguments.runs.expanduser()
+    records = load_results(runs) if runs.is_dir() else []
+    folder = Path("experiments") / table.name
+    comparison = compare_table(folder, labels, records, title=table.title, protocol=table.protocol)
+    methods = arguments.method.split(",") if arguments.method else None
+    chosen = [
+        entry
+        for entry in comparison.entries
+        if (arguments.task in (None, entry.task)) and (methods is None or entry.method in methods)
+    ]
+    if not chosen:
+        raise InputError(f"table {table.name} has no such figures: '{folder}' has no paper.csv and no ours.csv with them")
+    return replace(comparison, entries=chosen)
+
+
+def deliver(comparison: "Comparison", arguments: argparse.Namespace) -> None:
+    """Write a comparison in the format that is asked for."""
+    if arguments.format != "html":
+        from kd.results.renderings import FORMATS
+
+        write(FORMATS[arguments.format or "markdown"](comparison), arguments.out)
         return
+    from kd.results.gathering import validation_curve
+    from kd.results.page import page
+
+    folder = arguments.runs if is_table(arguments.target) else Path(arguments.target)
+    folder = folder.expanduser()
+    directories = {path.name.rpartition("-")[2]: path for path in folder.iterdir()} if folder.is_dir() else {}
+    metrics = {digest: entry.metric for entry in reversed(comparison.entries) for digest in entry.digests.values()}
+    curves = {
+        digest: validation_curve(directories[digest] / "metrics.csv", metric)
+        for digest, metric in metrics.items()
+        if digest in directories
+    }
+    write(page(comparison, curves, about=f"Made by {version_line()}"), arguments.out)
+
+
+def write(text: str, out: Path | None) -> None:
+    """Write a text to a file, or to standard output.
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
+    if out is None:
+        sys.stdout.write(text)
+        return
+    with writing(out, "--out"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out.expanduser(), text)
+    print(out)
+
+
+def print_tables(results: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Print a table of each task."""
     out = console()
     unfinished = [] if arguments.method else first_runs(results)
     left_out = {result["run"] for result in unfinished}

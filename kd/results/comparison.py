@@ -1,0 +1,317 @@
+"""Comparison of methods: figures as mean and spread over seeds, beside the paper's, and beside a baseline of one budget."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from kd.results.figures import Figure
+from kd.results.statistics import PairedDifference, TaskSummary, corrected, seed_difference, task_summary
+from kd.results.tables import differences, grouped
+from kd.runs.digest import digest_of
+
+BASELINE = "finetune"
+"""Label of the method that others are compared with, unless a table names another."""
+
+LOWER_IS_BETTER = ("mse", "loss")
+"""Metrics of errors."""
+
+BUDGET = ("trainer", "optimizer", "task", "student", "edit", "surgery", "pretrain", "cohort")
+"""Parts of the configuration that runs of one budget and one initialisation share."""
+
+Column = tuple[str, str, str]
+"""Task, split and metric."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Our figures of one method and student in one column, over seeds, with the paper's.
+
+    Attributes:
+        row: label of the row.
+        method: label of the method; so are student, teacher and task labels.
+        split: name of the split, as in `result.json`.
+        metric: name of the metric.
+        values: seed -> value, as in `result.json`; None if undefined.
+        expected: seeds that the table's definition asks for.
+        selection: how the checkpoint was chosen.
+        init: initial weights of the student.
+        budget: text that entries of one budget share.
+        settings: settings in which the entry differs from others with the same labels; empty without such.
+        digests: seed -> digest of the run.
+        commands: seed -> overrides of `kd-train` that make the run.
+        paper: figures of the paper for the same method, student, task, split and metric.
+        difference: difference from the baseline, with p corrected over the methods; None without a baseline.
+        details: sizes and costs from the runs' records, where these are at hand: see `details_of`.
+    """
+
+    row: str
+    method: str
+    student: str
+    teacher: str
+    task: str
+    split: str
+    metric: str
+    values: Mapping[int, float | None] = field(default_factory=dict)
+    expected: frozenset[int] = frozenset()
+    selection: str = ""
+    init: str = ""
+    budget: str = ""
+    settings: str = ""
+    digests: Mapping[int, str] = field(default_factory=dict)
+    commands: Mapping[int, str] = field(default_factory=dict)
+    paper: tuple[Figure, ...] = ()
+    difference: PairedDifference | None = None
+    details: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def column(self) -> Column:
+        """Task, split and metric."""
+        return (self.task, self.split, self.metric)
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Return whether a larger value is an improvement."""
+        return self.metric.rpartition("/")[2] not in LOWER_IS_BETTER
+
+    @property
+    def defined(self) -> list[float]:
+        """Values that are defined."""
+        return [value for value in self.values.values() if value is not None]
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over seeds; None if there is none, or a value is undefined."""
+        return statistics.fmean(self.defined) if self.values and len(self.defined) == len(self.values) else None
+
+    @property
+    def std(self) -> float | None:
+        """Standard deviation over seeds, with n - 1; None for fewer than two."""
+        return statistics.stdev(self.defined) if self.mean is not None and len(self.values) > 1 else None
+
+    @property
+    def missing(self) -> list[int]:
+        """Seeds that the table asks for and that have no figure."""
+        return sorted(self.expected - self.values.keys())
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Labels and settings of the row."""
+        return (self.row, self.method, self.student, self.teacher, self.settings)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Entries of a table or of a folder of runs.
+
+    Attributes:
+        title: heading.
+        protocol: sentence about the protocol.
+        entries: the entries, in the order of the rows.
+        baseline: label of the method that others are compared with.
+        over_tasks: (method, student, split) -> comparison with the baseline over the tasks.
+    """
+
+    title: str
+    protocol: str
+    entries: Sequence[Entry]
+    baseline: str = BASELINE
+    over_tasks: Mapping[tuple[str, str, str], TaskSummary] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list[Column]:
+        """Columns in the order in which they first occur."""
+        return list(dict.fromkeys(entry.column for entry in self.entries))
+
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        """Keys of the rows in the order in which they first occur."""
+        return list(dict.fromkeys(entry.key for entry in self.entries))
+
+    def of_row(self, key: tuple[str, ...]) -> dict[Column, Entry]:
+        """Return the entries of a row by column."""
+        return {entry.column: entry for entry in self.entries if entry.key == key}
+
+
+def entries_of(figures: Iterable[Figure]) -> list[Entry]:
+    """Return entries of our figures: those that differ only in the seed are one entry.
+
+    Args:
+        figures: rows of an `ours.csv`.
+    """
+    groups: dict[tuple[str, ...], list[Figure]] = {}
+    for figure in figures:
+        labels = (figure.row, figure.method, figure.student, figure.teacher, *column_of(figure))
+        groups.setdefault((*labels, figure.selection, figure.init, without_seed(figure.command)), []).append(figure)
+    entries = []
+    for group in groups.values():
+        first = group[0]
+        entries.append(
+            Entry(
+                *(getattr(first, name) for name in ("row", "method", "student", "teacher", "task", "split", "metric")),
+                values={int(figure.seeds): figure.value for figure in group},
+                selection=first.selection,
+                init=first.init,
+                budget=budget_of(first.command),
+                digests={int(figure.seeds): figure.digest for figure in group},
+                commands={int(figure.seeds): figure.command for figure in group},
+            )
+        )
+    return with_settings(entries)
+
+
+def entries_of_records(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
+    """Return entries of finished runs: runs of one family, which differ only in the seed, are one entry for each column.
+
+    Args:
+        records: contents of `result.json`.
+    """
+    entries = []
+    groups = grouped(records)
+    for group, settings in zip(groups, differences(groups), strict=True):
+        first = group[0]
+        identity = first["identity"]
+        same = {name: identity.get(name) for name in (*BUDGET, "data", "init") if name in identity}
+        for split, metrics in first["metrics"].items():
+            entries += [
+                Entry(
+                    f"{first['method']} {first['student']}",
+                    *(first["method"], first["student"], "+".join(first["teacher"]), first["task"], split, metric),
+                    values={record["seed"]: record["metrics"].get(split, {}).get(metric) for record in group},
+                    selection=f"{first['selection']['kind']}, {first['selection']['by']}",
+                    init=first["init"],
+                    budget=digest_of(same),
+                    settings=settings,
+                    digests={record["seed"]: record["digest"] for record in group},
+                )
+                for metric in metrics
+            ]
+    return entries
+
+
+def column_of(figure: Figure) -> Column:
+    """Return task, split and metric of a figure."""
+    return (figure.task, figure.split, figure.metric)
+
+
+def without_seed(command: str) -> str:
+    """Return a command without its seed.
+
+    >>> without_seed("method=kd seed=3 student=3l")
+    'method=kd student=3l'
+    """
+    return " ".join(word for word in command.split() if not word.startswith("seed="))
+
+
+def budget_of(command: str) -> str:
+    """Return the overrides of a command that set budget, data and initialisation.
+
+    >>> budget_of("method=kd trainer.max_epochs=3 method.temperature=4 seed=0 student=3l")
+    'student=3l trainer.max_epochs=3'
+    """
+    words = (word for word in command.split() if word.partition("=")[0].partition(".")[0].lstrip("+") in BUDGET)
+    return " ".join(sorted(words))
+
+
+def with_settings(entries: Sequence[Entry]) -> list[Entry]:
+    """Return entries with the overrides in which they differ from others with the same labels and column."""
+    groups: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault((*entry.key[:4], entry.column), []).append(entry)
+    told = {}
+    for group in groups.values():
+        words = [without_seed(next(iter(entry.commands.values()), "")).split() for entry in group]
+        common = set.intersection(*map(set, words))
+        for entry, own in zip(group, words, strict=True):
+            told[id(entry)] = " ".join(word for word in own if word not in common) if len(group) > 1 else ""
+    return [replace(entry, settings=told[id(entry)]) for entry in entries]
+
+
+def compare(
+    entries: Sequence[Entry],
+    paper: Iterable[Figure] = (),
+    *,
+    title: str = "",
+    protocol: str = "",
+    baseline: str = BASELINE,
+) -> Comparison:
+    """Return entries beside the paper's figures and beside a baseline of the same budget and initialisation.
+
+    Values of one method and its baseline are paired by seed. p is corrected by Holm's procedure over the methods that are
+    compared with one baseline in one column. A figure of the paper joins on method, student, task, split and metric, so that a
+    figure of a dev set never meets one of a test set; those that meet no entry of ours are entries without values.
+
+    Args:
+        entries: our figures.
+        paper: the paper's figures.
+        title: heading.
+        protocol: sentence about the protocol.
+        baseline: label of the method that others are compared with.
+    """
+    printed: dict[tuple[str, ...], list[Figure]] = {}
+    for figure in paper:
+        printed.setdefault((figure.method, figure.student, *column_of(figure)), []).append(figure)
+    joined = [replace(entry, paper=tuple(printed.get((entry.method, entry.student, *entry.column), ()))) for entry in entries]
+    met = {(entry.method, entry.student, *entry.column) for entry in entries}
+    alone = [
+        Entry(figure.row, *key[:2], figure.teacher, *key[2:], paper=(figure,))
+        for key, figures in printed.items()
+        if key not in met
+        for figure in figures
+    ]
+    compared = with_differences(joined, baseline)
+    return Comparison(title, protocol, [*compared, *alone], baseline, over_tasks(compared))
+
+
+def with_differences(entries: Sequence[Entry], baseline: str) -> list[Entry]:
+    """Return entries with their differences from the baseline of the same student, column, selection, start and budget."""
+
+    def pair(entry: Entry) -> tuple[Any, ...]:
+        return (entry.student, entry.column, entry.selection, entry.init, entry.budget)
+
+    baselines = {pair(entry): entry for entry in entries if entry.method == baseline and entry.values}
+    families: dict[tuple[Any, ...], dict[str, PairedDifference]] = {}
+    for number, entry in enumerate(entries):
+        if entry.method != baseline and entry.values and pair(entry) in baselines:
+            other = baselines[pair(entry)]
+            difference = seed_difference(entry.values, other.values, higher_is_better=entry.higher_is_better)
+            families.setdefault(pair(entry), {})[str(number)] = difference
+    differences = {name: difference for family in families.values() for name, difference in corrected(family).items()}
+    return [replace(entry, difference=differences.get(str(number))) for number, entry in enumerate(entries)]
+
+
+def over_tasks(entries: Sequence[Entry]) -> dict[tuple[str, str, str], TaskSummary]:
+    """Return the comparison with the baseline over tasks of each method, student and split, by each task's first metric."""
+    groups: dict[tuple[str, str, str], dict[str, PairedDifference]] = {}
+    for entry in entries:
+        if entry.difference is not None and not entry.settings:
+            groups.setdefault((entry.method, entry.student, entry.split), {}).setdefault(entry.task, entry.difference)
+    return {key: task_summary(differences) for key, differences in groups.items()}
+
+
+def with_details(comparison: Comparison, records: Mapping[str, Mapping[str, Any]]) -> Comparison:
+    """Return a comparison with sizes and costs from the records of runs, by digest, where these are at hand."""
+    entries = []
+    for entry in comparison.entries:
+        known = [details_of(records[digest]) for digest in entry.digests.values() if digest in records]
+        names = dict.fromkeys(name for details in known for name in details)
+        medians = {name: statistics.median(d[name] for d in known if name in d) for name in names}
+        entries.append(replace(entry, details=medians))
+    return replace(comparison, entries=entries)
+
+
+def details_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return parameters, megabytes, latency, speed-up over the first teacher, training seconds and agreement of a run."""
+    latency, teachers = record["latency_ms"], record.get("teacher") or []
+    agreement = record.get("agreement", {}).get("validation", {})
+    own = latency.get("student")
+    teacher = latency.get(teachers[0]) if teachers else None
+    values = {
+        "parameters": record["parameters"]["student"],
+        "megabytes": record["megabytes"].get("student"),
+        "latency_ms": own,
+        "speed_up": teacher / own if teacher and own else None,
+        "train_seconds": record["seconds"]["train"] + (record["seconds"].get("before") or 0.0),
+        "agreement": next(iter(agreement.values()), None),
+    }
+    return {name: float(value) for name, value in values.items() if value is not None}

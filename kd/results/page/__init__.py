@@ -1,0 +1,223 @@
+"""Comparisons as one HTML page that loads nothing: a table to sort and filter, charts, and the commands of every run."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from kd.results.comparison import Comparison, Entry
+from kd.results.page import svg
+from kd.results.renderings import COLUMNS, notes, used_columns
+from kd.results.tables import in_own_units
+
+FOLDER = Path(__file__).parent
+
+Curves = Mapping[str, Sequence[tuple[float, float]]]
+"""Digest of a run -> epoch and validation score, as in its `metrics.csv`."""
+
+NUMBERS = ("ours", "ours - paper", "against baseline", "p", "parameters", "speed-up")
+"""Columns that are sorted by number."""
+
+
+def page(
+    comparison: Comparison,
+    curves: Curves | None = None,
+    maps: Mapping[str, Mapping[str, Sequence[Sequence[float]]]] | None = None,
+    about: str = "",
+) -> str:
+    """Return a comparison as an HTML page.
+
+    Args:
+        comparison: the comparison.
+        curves: validation scores of the runs over the epochs.
+        maps: digest of a run -> name of a map from layers of the student to layers of the teacher -> its matrix.
+        about: sentence about what made the page.
+    """
+    title = comparison.title or "Results"
+    sections = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="quiet">{escape(about)}</p>' if about else "",
+        "<h2>Results</h2>",
+        filters(comparison),
+        table(comparison),
+        f'<ul class="quiet">{"".join(f"<li>{escape(note)}</li>" for note in notes(comparison))}</ul>',
+        charts("Size against quality", quality_charts(comparison), "Dashed: the Pareto front. Bars: one standard deviation."),
+        charts("Training curves", curve_charts(comparison, curves or {}), "Validation scores, means over seeds."),
+        charts("Cost of training", cost_charts(comparison), "Median seconds of a run; comparable on one quiet machine alone."),
+        charts("Agreement with the teacher", agreement_charts(comparison), "On the validation split, in percent."),
+        charts("Maps of layers", map_charts(comparison, maps or {}), "Rows: the student's layers; columns: the teacher's."),
+        commands(comparison),
+    ]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
+    body = "\n".join(filter(None, sections))
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}<style>\n{style}</style></head>\n'
+        f"<body>\n{body}\n<script>\n{script}</script></body></html>\n"
+    )
+
+
+def filters(comparison: Comparison) -> str:
+    """Return the controls that choose rows of the table."""
+    controls = []
+    for name in ("task", "split", "metric", "method", "student"):
+        values = list(dict.fromkeys(getattr(entry, name) for entry in comparison.entries))
+        if len(values) > 1:
+            options = "".join(f"<option>{escape(value)}</option>" for value in values)
+            controls.append(f'<label>{name}<select name="{name}"><option value="">all</option>{options}</select></label>')
+    controls.append('<label>search<input type="search" placeholder="words"></label>')
+    return f'<div class="filters">{"".join(controls)}<span id="count" class="quiet" role="status"></span></div>'
+
+
+def table(comparison: Comparison) -> str:
+    """Return the table of all entries."""
+    names = ["task", "split", "metric", *used_columns(comparison)]
+    header = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in names)
+    rows = []
+    for entry in comparison.entries:
+        cells = [f"<td>{escape(getattr(entry, name))}</td>" for name in ("task", "split", "metric")]
+        for name in names[3:]:
+            text, value = COLUMNS[name](entry, comparison), sort_value(entry, name)
+            kind = ' class="number"' if name in NUMBERS else ' class="missing"' if text == "missing" else ""
+            if text == "missing":
+                kind = ' class="number missing"'
+            data = "" if value is None else f' data-value="{value!r}"'
+            cells.append(f"<td{kind}{data}>{escape(text)}</td>")
+        data = " ".join(
+            f'data-{name}="{escape(getattr(entry, name))}"' for name in ("task", "split", "metric", "method", "student")
+        )
+        rows.append(f"<tr {data}>{''.join(cells)}</tr>")
+    return f'<div class="wide"><table id="results"><thead><tr>{header}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def sort_value(entry: Entry, name: str) -> float | None:
+    """Return the number by which a column of numbers is sorted."""
+    difference = entry.difference
+    papers = [figure.value for figure in entry.paper if figure.value is not None]
+    values = {
+        "ours": entry.mean,
+        "paper": papers[0] if papers else None,
+        "ours - paper": entry.mean - papers[0] if entry.mean is not None and len(papers) == 1 else None,
+        "against baseline": None if difference is None else difference.mean,
+        "p": None if difference is None else difference.p if difference.adjusted is None else difference.adjusted,
+        "parameters": entry.details.get("parameters"),
+        "speed-up": entry.details.get("speed_up"),
+    }
+    return values.get(name)
+
+
+def charts(heading: str, figures: Sequence[tuple[str, str]], note: str) -> str:
+    """Return a section of charts with captions; empty without any."""
+    if not figures:
+        return ""
+    shown = "".join(f"<figure><figcaption>{escape(caption)}</figcaption>{chart}</figure>" for caption, chart in figures)
+    return f'<h2>{escape(heading)}</h2><p class="quiet">{escape(note)}</p><div class="charts">{shown}</div>'
+
+
+def scaled(entry: Entry, value: float) -> float:
+    """Return a value in percent, or in its own unit for errors."""
+    return value if in_own_units(entry.metric) else 100 * value
+
+
+def label_of(entry: Entry) -> str:
+    """Return the label of an entry in a chart."""
+    return entry.row + (f" {entry.settings}" if entry.settings else "")
+
+
+def by_column(comparison: Comparison, first_metric: bool = True) -> dict[str, list[Entry]]:
+    """Return the entries with values of each column; of each task and split only the first metric."""
+    groups: dict[str, list[Entry]] = {}
+    firsts: dict[tuple[str, str], str] = {}
+    for entry in comparison.entries:
+        if entry.mean is None:
+            continue
+        if first_metric and firsts.setdefault((entry.task, entry.split), entry.metric) != entry.metric:
+            continue
+        groups.setdefault(f"{entry.task}: {entry.split} {entry.metric}", []).append(entry)
+    return groups
+
+
+def quality_charts(comparison: Comparison) -> list[tuple[str, str]]:
+    """Return a chart of size against quality for each column of which sizes are known."""
+    found = []
+    for caption, entries in by_column(comparison).items():
+        points = [
+            svg.Point(
+                entry.details["parameters"] / 1e6,
+                scaled(entry, entry.mean),
+                label_of(entry),
+                number,
+                None if entry.std is None else scaled(entry, entry.std),
+            )
+            for number, entry in enumerate(entries)
+            if "parameters" in entry.details and entry.mean is not None and entry.higher_is_better
+        ]
+        if points:
+            found.append((caption, svg.scatter(points, "million parameters", entries[0].metric, caption)))
+    return found
+
+
+def curve_charts(comparison: Comparison, curves: Curves) -> list[tuple[str, str]]:
+    """Return a chart of validation scores over epochs for each task."""
+    found = []
+    for caption, entries in by_column(comparison).items():
+        if entries[0].split != "validation":
+            continue
+        series = {}
+        for entry in entries:
+            runs = [curves[digest] for digest in entry.digests.values() if curves.get(digest)]
+            shared = sorted(set.intersection(*({epoch for epoch, _ in run} for run in runs))) if runs else []
+            if shared:
+                means = {epoch: sum(dict(run)[epoch] for run in runs) / len(runs) for epoch in shared}
+                series[label_of(entry)] = [(epoch, scaled(entry, value)) for epoch, value in means.items()]
+        if series and any(len(points) > 1 for points in series.values()):
+            found.append((caption, svg.lines(series, "epoch", entries[0].metric, caption)))
+    return found
+
+
+def cost_charts(comparison: Comparison) -> list[tuple[str, str]]:
+    """Return bars of training seconds for each task."""
+    return _bars(comparison, "train_seconds", "s", 1.0)
+
+
+def agreement_charts(comparison: Comparison) -> list[tuple[str, str]]:
+    """Return bars of the agreement with the first teacher for each task."""
+    return _bars(comparison, "agreement", "%", 100.0)
+
+
+def _bars(comparison: Comparison, name: str, unit: str, factor: float) -> list[tuple[str, str]]:
+    tasks: dict[str, dict[str, float]] = {}
+    for entry in comparison.entries:
+        if name in entry.details:
+            tasks.setdefault(entry.task, {})[label_of(entry)] = factor * entry.details[name]
+    return [(task, svg.bars(values, unit, f"{name} on {task}")) for task, values in tasks.items()]
+
+
+def map_charts(comparison: Comparison, maps: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> list[tuple[str, str]]:
+    """Return heat maps of maps of layers, of the first seed of each entry."""
+    found: dict[str, str] = {}
+    for entry in comparison.entries:
+        digest = entry.digests[min(entry.digests)] if entry.digests else ""
+        for name, matrix in maps.get(digest, {}).items():
+            caption = f"{label_of(entry)} on {entry.task}: {name}"
+            found.setdefault(caption, svg.heat_map(matrix, "teacher", "student", caption))
+    return list(found.items())
+
+
+def commands(comparison: Comparison) -> str:
+    """Return the commands and digests of all runs."""
+    lines = []
+    seen: set[str] = set()
+    for entry in comparison.entries:
+        for seed, digest in sorted(entry.digests.items()):
+            if digest not in seen:
+                seen.add(digest)
+                command = entry.commands.get(seed, "")
+                shown = f"<code>kd-train {escape(command)}</code>" if command else ""
+                lines.append(
+                    f"<tr><td>{escape(label_of(entry))}</td><td>{seed}</td><td><code>{digest}</code></td><td>{shown}</td></tr>"
+                )
+    if not lines:
+        return ""
+    header = "<tr><th>row</th><th>seed</th><th>digest</th><th>command</th></tr>"
+    inner = f'<div class="wide"><table><thead>{header}</thead><tbody>{"".join(lines)}</tbody></table></div>'
+    return f"<h2>Commands and digests</h2><details><summary>{len(lines)} runs</summary>{inner}</details>"

@@ -1,0 +1,198 @@
+"""Charts as inline SVG; colours are variables of the page's style sheet, so that they follow light and dark themes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 560, 320
+LEFT, RIGHT, TOP, BOTTOM = 56, 130, 16, 44
+"""Margins in pixels; labels of lines stand in the right one."""
+
+COLOURS = 8
+"""Number of colours of the style sheet; further series repeat them, and are told apart by their labels."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Point of a chart.
+
+    Attributes:
+        x: horizontal value.
+        y: vertical value.
+        label: text beside it and in its tooltip.
+        colour: number of its colour.
+        spread: half the length of its vertical bar; None draws none.
+    """
+
+    x: float
+    y: float
+    label: str
+    colour: int = 0
+    spread: float | None = None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Linear or logarithmic scale of values to pixels."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    logarithmic: bool = False
+    whole: bool = False
+    """True if ticks are whole numbers, such as epochs."""
+
+    def __call__(self, value: float) -> float:
+        """Return the pixel of a value."""
+        low, high, value = (math.log10(v) if self.logarithmic else v for v in (self.low, self.high, value))
+        return self.start + (value - low) / ((high - low) or 1.0) * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        """Return about five round values of the range."""
+        if self.logarithmic:
+            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            found = [factor * 10**power for power in powers for factor in (1, 2, 5)]
+            return [value for value in found if self.low <= value <= self.high] or [self.low, self.high]
+        rough = (self.high - self.low) / 5 or 1.0
+        rough = max(rough, 1.0) if self.whole else rough
+        power = 10 ** math.floor(math.log10(rough))
+        step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+        first = math.ceil(self.low / step - 1e-9)
+        return [number * step for number in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def padded(values: Sequence[float], share: float = 0.08) -> tuple[float, float]:
+    """Return the range of values, a little widened."""
+    low, high = min(values), max(values)
+    extra = (high - low) * share or abs(high) * share or 1.0
+    return low - extra, high + extra
+
+
+def frame(x: Scale, y: Scale, across: str, up: str, body: Sequence[str], name: str) -> str:
+    """Return a chart: axes with ticks and titles around a body."""
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">']
+    for value in y.ticks():
+        at = y(value)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{value:g}</text>')
+    for value in x.ticks():
+        at = x(value)
+        parts.append(f'<text class="tick" x="{at:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:g}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text class="axis" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{escape(across)}</text>')
+    height = (TOP + HEIGHT - BOTTOM) / 2
+    parts.append(f'<text class="axis" transform="translate(14 {height}) rotate(-90)" text-anchor="middle">{escape(up)}</text>')
+    return "".join([*parts, *body, "</svg>"])
+
+
+def apart(heights: Sequence[float], least: float = 13.0) -> list[float]:
+    """Return heights of labels moved so that none covers another, in the order given.
+
+    >>> apart([10.0, 12.0, 50.0])
+    [10.0, 23.0, 50.0]
+    """
+    moved, last = [0.0] * len(heights), -math.inf
+    for index in sorted(range(len(heights)), key=heights.__getitem__):
+        last = moved[index] = max(heights[index], last + least)
+    return moved
+
+
+def pareto(points: Sequence[Point]) -> list[Point]:
+    """Return the points of which none has a smaller or equal x and a larger or equal y, and differs; by increasing x.
+
+    >>> [p.label for p in pareto([Point(1, 1, "a"), Point(2, 3, "b"), Point(3, 2, "c")])]
+    ['a', 'b']
+    """
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.x, -point.y)):
+        if not front or point.y > front[-1].y:
+            front.append(point)
+    return front
+
+
+def scatter(points: Sequence[Point], across: str, up: str, name: str) -> str:
+    """Return a scatter plot with the Pareto front of small x and large y."""
+    xs = [point.x for point in points]
+    ends = [end for point in points for end in (point.y - (point.spread or 0), point.y + (point.spread or 0))]
+    low, high = min(xs) * 0.9, max(xs) * 1.1
+    x, y = Scale(low, high, LEFT, WIDTH - RIGHT), Scale(*padded(ends), HEIGHT - BOTTOM, TOP)
+    front = [f"{x(point.x):.1f},{y(point.y):.1f}" for point in pareto(points)]
+    body = [f'<polyline class="front" points="{" ".join(front)}"/>'] if len(front) > 1 else []
+    heights = apart([y(point.y) for point in points])
+    for point, height in zip(points, heights, strict=True):
+        across_at, up_at, colour = x(point.x), y(point.y), point.colour % COLOURS
+        tooltip = f"<title>{escape(point.label)}: {point.y:.2f} at {point.x:.2f}</title>"
+        if point.spread:
+            top, bottom = y(point.y + point.spread), y(point.y - point.spread)
+            body.append(f'<line class="s{colour}" x1="{across_at:.1f}" x2="{across_at:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>')
+        body.append(f'<circle class="s{colour}" cx="{across_at:.1f}" cy="{up_at:.1f}" r="5">{tooltip}</circle>')
+        edge = WIDTH - RIGHT + 8
+        body.append(f'<line class="lead" x1="{across_at + 6:.1f}" x2="{edge - 2}" y1="{up_at:.1f}" y2="{height:.1f}"/>')
+        body.append(f'<text class="label" x="{edge}" y="{height + 4:.1f}">{escape(point.label)}</text>')
+    return frame(x, y, across, up, body, name)
+
+
+def lines(series: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str, name: str) -> str:
+    """Return a line chart of series by name, each a sequence of x and y."""
+    every = [point for points in series.values() for point in points]
+    xs = [point[0] for point in every]
+    x = Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT, whole=all(value == round(value) for value in xs))
+    y = Scale(*padded([p[1] for p in every]), HEIGHT - BOTTOM, TOP)
+    heights = apart([y(points[-1][1]) for points in series.values()])
+    body = []
+    for number, ((label, points), height) in enumerate(zip(series.items(), heights, strict=True)):
+        colour = number % COLOURS
+        path = " ".join(f"{x(across_at):.1f},{y(up_at):.1f}" for across_at, up_at in points)
+        body.append(f'<polyline class="line s{colour}" points="{path}"><title>{escape(label)}</title></polyline>')
+        for across_at, up_at in points:
+            tooltip = f"<title>{escape(label)}: {up_at:.2f} at {across_at:g}</title>"
+            body.append(f'<circle class="s{colour}" cx="{x(across_at):.1f}" cy="{y(up_at):.1f}" r="3">{tooltip}</circle>')
+        body.append(f'<text class="label s{colour}" x="{WIDTH - RIGHT + 8}" y="{height + 4:.1f}">{escape(label)}</text>')
+    return frame(x, y, across, up, body, name)
+
+
+def bars(values: Mapping[str, float], unit: str, name: str) -> str:
+    """Return horizontal bars of values by name."""
+    step, left = 24, 190
+    height = step * len(values) + 8
+    scale = Scale(0.0, max(values.values()) or 1.0, left, WIDTH - 80)
+    parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(name)}">']
+    for number, (label, value) in enumerate(values.items()):
+        top = step * number + 4
+        text = f"{value:,.0f} {unit}" if value >= 10 else f"{value:.2f} {unit}"
+        parts.append(f'<text class="label" x="{left - 8}" y="{top + 14}" text-anchor="end">{escape(label)}</text>')
+        parts.append(f'<rect class="s0" x="{left}" y="{top}" width="{max(1.0, scale(value) - left):.1f}" height="16" rx="2"/>')
+        parts.append(f'<text class="tick" x="{scale(value) + 6:.1f}" y="{top + 13}">{text}</text>')
+    return "".join([*parts, "</svg>"])
+
+
+def heat_map(matrix: Sequence[Sequence[float]], across: str, up: str, name: str) -> str:
+    """Return a heat map of a matrix of values from 0 on, rows from top to bottom, numbered from 0."""
+    rows, columns = len(matrix), len(matrix[0])
+    side = max(14.0, min(34.0, 380.0 / columns))
+    most = max(max(row) for row in matrix) or 1.0
+    width, height = 60 + side * columns + 10, 20 + side * rows + 40
+    parts = [
+        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width:.0f}px" role="img" aria-label="{escape(name)}">'
+    ]
+    for row, values in enumerate(matrix):
+        y = 10 + side * row
+        parts.append(f'<text class="tick" x="52" y="{y + side / 2 + 4:.1f}" text-anchor="end">{row}</text>')
+        for column, value in enumerate(values):
+            x = 58 + side * column
+            tooltip = f"<title>{escape(up)} {row}, {escape(across)} {column}: {value:.3f}</title>"
+            parts.append(
+                f'<rect class="cell" x="{x:.1f}" y="{y:.1f}" width="{side - 1:.1f}" height="{side - 1:.1f}" '
+                f'fill-opacity="{max(0.0, value) / most:.3f}">{tooltip}</rect>'
+            )
+    for column in range(columns):
+        x = 58 + side * (column + 0.5)
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{24 + side * rows:.1f}" text-anchor="middle">{column}</text>')
+    middle = 58 + side * columns / 2
+    parts.append(f'<text class="axis" x="{middle:.1f}" y="{height - 4:.0f}" text-anchor="middle">{escape(across)}</text>')
+    centre = 10 + side * rows / 2
+    turned = f'transform="translate(14 {centre:.1f}) rotate(-90)"'
+    parts.append(f'<text class="axis" {turned} text-anchor="middle">{escape(up)}</text>')
+    return "".join([*parts, "</svg>"])
