@@ -382,11 +382,19 @@ def every_value(backbone: str, data: str) -> dict[str, Values]:
         "trainer.num_workers": whole(0, 1024),
         "trainer.checkpoint_minutes": real(0, 525_600),
         "trainer.progress": word("auto", "bar", "plain", "none"),
-        "logger.name": Values(st.just("csv"), union(st.sampled_from([None, True, 1.5]), NESTED, NEVER)),
+        "logger.group": Values(
+            st.sampled_from([None, "pkd_dev", "a sweep: lr/seed", "Ünïcode", "x" * 128]),
+            union(st.sampled_from(["", " ", " a", "a ", "a\nb", "x" * 129, True, 1.5]), NESTED, NEVER),
+        ),
         "logger.extra": Values(
-            st.just({}),
-            union(st.sampled_from([3, "a", [1], {"a": 1}, {"_target_": "os.system"}, {"_target_": "builtins.dict"}]), NEVER),
-            ("logger.extra._target_",),
+            st.sampled_from([{}, {"shown": {"_target_": "kd.training.trackers.tensorboard.TensorBoardTracker"}}]),
+            union(
+                st.sampled_from(
+                    [3, "a", [1], {"a": 1}, {"a": None}, {"a": {}}, {"_target_": "os.system"}]
+                    + [{"a": {"_target_": name}} for name in ("os.system", "builtins.dict", "kd.methods.pkd.PKD", 3)]
+                ),
+                NEVER,
+            ),
         ),
         "launcher.name": word("none", "local", "slurm", "ray"),
         "launcher.workers": whole(1, 1024, null=True),

@@ -39,11 +39,15 @@ def test_without_an_override_it_is_pkd_of_three_layers_on_rotten_tomatoes() -> N
 @pytest.mark.parametrize(("group", "name"), [pair for pair in FILES if pair[0] != "tuned"])
 def test_every_file_composes_and_has_its_types(group: str, name: str) -> None:
     made = spec(chosen(group, name))
-    if group in ("method", "student", "task", "optimizer", "logger"):
+    if group in ("method", "student", "task", "optimizer"):
         part = getattr(made, group)
         assert (part["name"] if isinstance(part, dict) else part.name) == name
     if group == "teacher":
         assert list(made.teacher) == [name]
+    if group == "logger":
+        assert list(made.logger.extra) == ([] if name == "csv" else [name])
+    if group == "experiment":
+        assert made.logger.group == name
     if group == "method":
         assert made.engine["_target_"].startswith("kd.engines.")
 
@@ -71,6 +75,29 @@ def test_teachers_are_a_pool_in_the_order_they_are_given() -> None:
     assert list(spec("teacher=[minilm,hub]").teacher) == ["minilm", "hub"]
     assert list(spec("teacher=[hub,minilm]").teacher) == ["hub", "minilm"]
     assert spec("teacher=[]").teacher == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        ([], []),
+        (["logger=csv"], []),
+        (["logger=[]"], []),
+        (["logger=wandb"], ["wandb"]),
+        (["logger=[wandb,tensorboard]", "logger.extra.wandb.project=mine"], ["wandb", "tensorboard"]),
+        (["logger=[csv,trackio]", "logger.group=table"], ["trackio"]),
+    ],
+)
+def test_loggers_are_a_word_or_a_list(overrides: list[str], names: list[str]) -> None:
+    found = spec(*overrides).logger
+    assert list(found.extra) == names
+    assert found.group == ("table" if "logger.group=table" in overrides else None)
+    if "wandb" in names:
+        assert found.extra["wandb"]["project"] == ("mine" if "tensorboard" in names else "kd")
+
+
+def test_the_command_line_beats_the_group_of_an_experiment() -> None:
+    assert spec("experiment=demo", "logger.group=mine").logger.group == "mine"
 
 
 def test_the_tasks_keys_reach_its_source() -> None:
@@ -152,7 +179,8 @@ def test_a_key_is_not_suggested_in_place_of_itself(override: str) -> None:
         ("teacher=[minilm,nobody]", "teacher", ["nobody", "hub", "minilm"]),
         ("optimizer=adam", "optimizer", ["Did you mean 'adamw'?"]),
         ("trainer=tpu", "trainer", ["cpu", "ddp", "gpu"]),
-        ("logger=tensorboard", "logger", ["csv", "wandb"]),
+        ("logger=mlflow", "logger", ["csv", "tensorboard", "trackio", "wandb"]),
+        ("logger=[csv,wandbb]", "logger", ["there is no logger 'wandbb'", "Did you mean 'wandb'?"]),
         ("experiment=dmo", "experiment", ["Did you mean 'demo'?"]),
     ],
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from wandb_files import runs_in, without_account
 
 from conftest import tiny_tokenizer, write_csv
 from kd.data import tokenized as tokens
@@ -192,10 +193,14 @@ def of_one(uneven: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def of_two(uneven: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train on two ranks of one machine, with environment variables of SLURM that contradict it; return the folder of runs."""
+    """Train on two ranks of one machine, with environment variables of SLURM that contradict it; return the folder of runs.
+
+    Weights & Biases logs it, offline.
+    """
     runs = tmp_path_factory.mktemp("two")
+    offline = without_account(tmp_path_factory.mktemp("home"))
     slurm = {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
-    process = start(uneven(runs), SLURM_NODEID="0", SLURM_JOB_NAME="kd", **slurm)
+    process = start([*uneven(runs), "logger=wandb"], SLURM_NODEID="0", SLURM_JOB_NAME="kd", **slurm, **offline)
     output = output_of(process)
     assert process.returncode == 0, output
     return runs
@@ -219,6 +224,17 @@ def test_two_ranks_of_half_a_batch_equal_one_of_a_whole_batch_and_torchrun_beats
     of_two: Path, of_one: tuple[Weights, dict], uneven: Callable[[Path], list[str]]
 ) -> None:
     check_equal(uneven(of_two), of_one)
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_only_rank_zero_logs_to_wandb(of_two: Path, uneven: Callable[[Path], list[str]]) -> None:
+    run = planned(uneven(of_two))
+    (logged,) = runs_in(run.directory)
+    with (run.directory / "metrics.csv").open() as file:
+        steps = {int(line.partition(",")[0]) for line in list(file)[1:]}
+    assert {row["trainer/global_step"] for row in logged.history} == steps
+    assert (logged.run.run_id, logged.exit_code) == (run.digest, 0)
 
 
 @pytest.mark.slow

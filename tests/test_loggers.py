@@ -1,17 +1,12 @@
-"""The history of a run, and Weights & Biases beside it."""
+"""The history of a run."""
 
 import csv
-import os
-import sys
-from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from kd.config.compose import compose
-from kd.errors import InputError
-from kd.training.loggers import History, check_logger, close_wandb, wandb_logger
+from kd.training.loggers import History
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -102,19 +97,6 @@ def test_a_torn_history_is_read_as_far_as_it_is_whole(tmp_path: Path, kind: str,
     assert b"\0" not in path.read_bytes()
 
 
-def test_a_folder_called_wandb_is_not_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "wandb").mkdir()
-    monkeypatch.setitem(sys.modules, "wandb", sys)  # so that what is imported here is taken away after the test
-    monkeypatch.delitem(sys.modules, "wandb")
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.setattr(sys, "meta_path", [PathFinder])
-    with pytest.raises(InputError, match="pip install wandb") as caught:
-        check_logger({"_target_": "kd.training.loggers.wandb_logger"})
-    assert caught.value.key == "logger"
-    assert "wandb" in sys.modules, "what was imported was the folder"
-    close_wandb()
-
-
 def test_resuming_without_a_file_begins_one(tmp_path: Path) -> None:
     log(History(tmp_path / "metrics.csv", last_step=5), 6)
     assert [row["step"] for row in read(tmp_path / "metrics.csv")] == ["6"]
@@ -137,38 +119,3 @@ def test_only_the_first_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     log(history, 0, 1)
     history.finalize("success")
     assert not list(tmp_path.iterdir())
-
-
-def test_wandb_that_is_not_installed_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(InputError, match="pip install wandb") as caught:
-        wandb_logger(tmp_path, "pkd-3l-rte-s0-abc123", {})
-    assert caught.value.key == "logger"
-
-
-def test_wandb_without_an_account_runs_offline_under_the_runs_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("WANDB")]:
-        monkeypatch.delenv(name)
-    for name in ("HOME", "WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.setenv(name, str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_MODE", "")  # so that what Lightning puts there is taken away after the test
-    monkeypatch.delenv("WANDB_MODE")
-    wandb = pytest.importorskip("wandb")
-    logger = wandb_logger(tmp_path, "pkd-3l-rte-s0-abc123", {"seed": 0})
-    try:
-        run = logger.experiment
-        logger.log_metrics({"train/loss": 1.0}, 0)
-        assert run.offline
-        assert (run.id, run.name, run.project) == ("abc123", "pkd-3l-rte-s0-abc123", "kd")
-        assert Path(run.dir).is_relative_to(tmp_path)
-    finally:
-        wandb.finish()
-        wandb.teardown()
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-
-
-def test_the_logger_words_reach_the_logger() -> None:
-    assert compose([]).logger.get("extra") is None
-    assert compose(["logger=wandb"]).logger.extra._target_ == "kd.training.loggers.wandb_logger"

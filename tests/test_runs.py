@@ -63,6 +63,8 @@ def digests() -> dict[str, str]:
         "paths.runs=elsewhere",
         "paths.glue=elsewhere",
         "logger=wandb",
+        "logger=[csv,tensorboard,trackio]",
+        "logger.group=table",
         "trainer=ddp",
         "trainer.accelerator=gpu",
         "trainer.devices=2",

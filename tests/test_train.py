@@ -636,16 +636,3 @@ def test_ready_teacher_with_other_labels_is_refused_and_one_with_other_order_is_
     _, result = made([*without, *ready])
     for split, metrics in result["metrics_teacher"]["hub"].items():
         assert metrics == pytest.approx(finished[1]["metrics_teacher"]["minilm"][split])
-
-
-def test_weights_and_biases_without_an_account_is_offline(
-    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    run, result = made(small("method=finetune", "teacher=[]", "logger=wandb", f"paths.runs={tmp_path}"))
-    assert result["metrics"]
-    assert list(run.directory.glob("wandb/offline-run-*"))

@@ -181,5 +181,5 @@ def train_candidate(job: Job, gate: Gate) -> None:
     engine = build_engine(run, prepared.models, prepared.examples.task)
     gate.ready(prepared.facts(run.spec.trainer.precision), run.spec.trainer.accelerator)
     callbacks = [ProgressBar(run.name, run.spec.trainer.progress), Turns(gate)]
-    trainer = build_trainer(run, engine, None, callbacks, limit_val_batches=0, enable_checkpointing=False)
+    trainer = build_trainer(run, engine, None, callbacks=callbacks, limit_val_batches=0, enable_checkpointing=False)
     trainer.fit(engine, datamodule=prepared.data)

@@ -9,7 +9,7 @@ import torch
 from kd.build.data import build_examples, check_held, checked_length
 from kd.build.edits import build_edits, check_edits
 from kd.build.engine import build_engine
-from kd.build.instantiate import build_method, build_optimizer, logger_maker
+from kd.build.instantiate import build_method, build_optimizer, logger_makers
 from kd.build.models import flat, plan_models
 from kd.build.parts import engine_of
 from kd.build.surgeries import prefix_surgery_errors, surgeries
@@ -113,8 +113,7 @@ def check_arguments(run: Run) -> None:
     surgeries(spec)
     locate(spec.engine, "engine", subclass_of(Engine), "an engine: a class of kd.engines.base.Engine")
     check_optimizer_steps(spec)
-    if spec.logger.extra:
-        logger_maker(spec)
+    logger_makers(spec)
     for role, needed in run.inputs:
         if needed.result is None:
             with rename_error_keys(role, run.spec, run.config):

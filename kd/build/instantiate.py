@@ -249,13 +249,17 @@ def build_optimizer(spec: RunSpec) -> OptimizerFactory:
     return OptimizerFactory(make, part.lr, part.weight_decay, part.schedule, part.warmup)
 
 
-def logger_maker(spec: RunSpec) -> Callable[..., Logger]:
-    """Return a function of `folder`, `name` and `config` that creates the logger beside the history.
+def logger_makers(spec: RunSpec) -> "dict[str, functools.partial[Logger]]":
+    """Return functions of the run (`kd.training.trackers.base.TrackedRun`) that create its loggers beside the history, by name.
 
     Raises:
         InputError: for a target that is not a logger, or options that it does not accept.
     """
-    node, is_logger, makes_logger = spec.logger.extra, subclass_of(Logger), returns(Logger)
+    is_logger, makes_logger = subclass_of(Logger), returns(Logger)
     what = "a logger of Lightning, or a function that is annotated to return one"
-    target = locate(node, "logger.extra", lambda found: is_logger(found) or makes_logger(found), what, partial=True)
-    return functools.partial(target, **arguments_of(target, node, "logger.extra"))
+    makers = {}
+    for name, node in spec.logger.extra.items():
+        key = f"logger.extra.{name}"
+        target = locate(node, key, lambda found: is_logger(found) or makes_logger(found), what, partial=True)
+        makers[name] = functools.partial(target, **arguments_of(target, node, key, given=1))
+    return makers

@@ -114,7 +114,7 @@ def _composed(search_path: str, overrides: tuple[str, ...]) -> bytes:
 FROM_HYDRA = (ValueError, TypeError, LookupError, AttributeError, RecursionError, OSError)
 """Exceptions that Hydra raises for invalid overrides without a message of its own."""
 
-LISTS = ("teacher", "surgery", "edit")
+LISTS = ("teacher", "surgery", "edit", "logger")
 """Groups from which a run may choose several entries, or none."""
 
 

@@ -150,9 +150,9 @@ class PathsSpec:
 
 @dataclass(frozen=True)
 class LoggerSpec:
-    """Optional logger beside the CSV file that every run writes."""
+    """Loggers beside the CSV file that every run writes, by name, and the group that they show the run in."""
 
-    name: str = MISSING
+    group: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -181,7 +181,7 @@ class RunSpec:
     task: TaskSpec = MISSING
     optimizer: OptimizerSpec = MISSING
     trainer: TrainerSpec = MISSING
-    logger: LoggerSpec = MISSING
+    logger: LoggerSpec = field(default_factory=LoggerSpec)
     launcher: LauncherSpec = field(default_factory=LauncherSpec)
     paths: PathsSpec = MISSING
     surgery: dict[str, dict[str, Any]] = field(default_factory=dict)

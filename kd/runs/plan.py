@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from kd.config import compose as composition
 from kd.config.cohort import SHARED_HEAD, alone, check_cohort
 from kd.config.frozen import aids_of
+from kd.config.loggers import check_loggers
 from kd.config.mixture import check_tasks, is_mixture, named, rename_task_error_keys, tasks_of
 from kd.config.pool import RANKED, check_pool
 from kd.config.schema import RunSpec, check_values
@@ -38,6 +39,7 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teac
     """
     spec = composition.typed(config)
     check_values(spec)
+    check_loggers(spec.logger)
     spec = replace(spec, task=named(spec.task))
     check_tasks(spec.task)
     precision = resolve_precision(spec.trainer.precision, spec.trainer.accelerator)

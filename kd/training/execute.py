@@ -5,17 +5,17 @@ from typing import Any
 
 from kd.errors import InputError
 from kd.runs.error_keys import rename_error_keys
-from kd.runs.run import Run
+from kd.runs.run import Role, Run
 from kd.system import distributed
 from kd.system.files import writes_to
 
 
-def execute(run: Run, purpose: str | None = None, *, first: bool = True) -> dict[str, Any]:
+def execute(run: Run, role: Role | None = None, *, first: bool = True) -> dict[str, Any]:
     """Execute a run and the runs that it needs, unless they are done; return its record.
 
     Args:
         run: the run to execute.
-        purpose: description of the run to print, if another run needs it; None prints its name.
+        role: its part in the run that needs it; None for the run that the command requests.
         first: True for the run that the command requests; then all runs that it needs are checked before any is executed.
 
     Raises:
@@ -27,9 +27,10 @@ def execute(run: Run, purpose: str | None = None, *, first: bool = True) -> dict
         record = run.result
         return record, None if record is None else run.damage(record, thorough=not first)
 
+    purpose = run.name if role is None else f"{role}: {run.name}"
     result, damage = distributed.on_rank_zero(state)
     if result is not None and damage is None:
-        distributed.print_rank_zero(f"done already: {purpose or run.name}")
+        distributed.print_rank_zero(f"done already: {purpose}")
         distributed.print_rank_zero(f"  {run.directory}")
         return result
     from kd.build.parts import examples_of
@@ -45,14 +46,14 @@ def execute(run: Run, purpose: str | None = None, *, first: bool = True) -> dict
         result, damage = distributed.on_rank_zero(state)  # another process may have finished it while this one waited
         if result is not None and damage is None:
             return result
-        for role, needed in run.inputs:
-            with rename_error_keys(role, run.spec, run.config):
-                execute(needed, f"{role}: {needed.name}", first=False)
+        for part, needed in run.inputs:
+            with rename_error_keys(part, run.spec, run.config):
+                execute(needed, part, first=False)
         from kd.training.fit import export_again, fit
 
         examples = examples_of(run)  # other ones only if an edit reads a model, which is trained now
 
-        distributed.print_rank_zero(f"\n{purpose or run.name}\n  {run.directory}")
+        distributed.print_rank_zero(f"\n{purpose}\n  {run.directory}")
         if result is None and distributed.on_rank_zero((run.directory / "result.json").exists):
             distributed.print_rank_zero(
                 "  its result.json is damaged; the run resumes from its last checkpoint and writes it anew"
@@ -65,7 +66,7 @@ def execute(run: Run, purpose: str | None = None, *, first: bool = True) -> dict
                 if run.spec.resume:
                     raise
                 distributed.print_rank_zero(f"  it cannot be exported again, so the run starts again: {error.message}")
-        return fit(run, examples)
+        return fit(run, examples, role)
 
 
 def check_all(run: Run, read: list[Any] | None = None) -> None:
@@ -81,13 +82,13 @@ def check_all(run: Run, read: list[Any] | None = None) -> None:
     """
     from kd.build.check import check_arguments, check_run
     from kd.build.parts import examples_of
-    from kd.training.loggers import check_logger
+    from kd.training.tracking import check_loggers
 
     if read is None:
         check_arguments(run)
     read, examples = [] if read is None else read, examples_of(run, planned=True)
     read.append(examples)
-    check_logger(run.spec.logger.extra)
+    check_loggers(run)
     check_run(run, examples)
     for role, needed in run.inputs:
         if needed.result is None:

@@ -1,14 +1,17 @@
 """Training, evaluation and export of a planned run whose inputs are done, up to its record."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+from lightning.pytorch.loggers import Logger
 
 from kd.build.engine import build_engine
 from kd.build.parts import Part, build_models_of, build_parts, data_of, engine_of
 from kd.config.mixture import rename_task_error_keys
-from kd.data.datamodule import Epoch
+from kd.data.datamodule import Epoch, KDDataModule
 from kd.data.examples import Examples
+from kd.data.mixture import MixedData
 from kd.engines.base import Engine, work_of_all
 from kd.errors import InputError
 from kd.models import FrozenTeacher
@@ -17,21 +20,22 @@ from kd.results.export import export, origin
 from kd.results.record import Work, card_of, conclude, exported_files, folder_of
 from kd.runs.kept import write_kept
 from kd.runs.members import members
-from kd.runs.run import Run, read_record, write_record
+from kd.runs.run import Role, Run, read_record, write_record
 from kd.system import distributed
 from kd.system.hardware import keep_memory
 from kd.teacher_cache.cache import CacheUnused, CacheUsed
-from kd.training.loggers import close_wandb
 from kd.training.preflight import check_steps, preflight
+from kd.training.tracking import conclude_all, tracking
 from kd.training.trainer import build_trainer, last_step, load_weights, quieten, run_trainer, select
 
 
-def fit(run: Run, examples: Mapping[str, Examples]) -> dict[str, Any]:
+def fit(run: Run, examples: Mapping[str, Examples], role: Role | None = None) -> dict[str, Any]:
     """Train, evaluate and export a run whose inputs are done.
 
     Args:
         run: the run.
         examples: the examples of each of its tasks, by name.
+        role: its part in the run that needs it; None for the run that the command requests.
 
     Raises:
         InputError: for an error that the user can correct.
@@ -47,11 +51,34 @@ def fit(run: Run, examples: Mapping[str, Examples]) -> dict[str, Any]:
     step = last_step(run, engine)
     if step is not None:
         distributed.print_rank_zero(f"  resuming from step {step}")
-    trainer = build_trainer(run, engine, step)
-    try:
-        run_trainer(trainer, engine, data, run.checkpoints / "last.ckpt" if step is not None else None)
-    finally:
-        close_wandb()
+    with tracking(run, role, step) as loggers:
+        record = train(run, engine, parts, data, starts, step, loggers)
+        distributed.on_rank_zero(lambda: conclude_all(loggers, record, notes_of(parts)))
+    return record
+
+
+def train(
+    run: Run,
+    engine: Engine,
+    parts: Mapping[str, Part],
+    data: KDDataModule | MixedData,
+    starts: int,
+    step: int | None,
+    loggers: Sequence[Logger],
+) -> dict[str, Any]:
+    """Train a run, evaluate and export its students, and write and return its record.
+
+    Args:
+        run: the run.
+        engine: its engine.
+        parts: its tasks, by name.
+        data: its batches.
+        starts: number of starts of the run, this one included.
+        step: optimiser step to resume from; None if training starts.
+        loggers: loggers beside the history.
+    """
+    trainer = build_trainer(run, engine, step, loggers)
+    run_trainer(trainer, engine, data, run.checkpoints / "last.ckpt" if step is not None else None)
     for part in parts.values():
         for encoder in (*part.models.students.values(), *part.models.teaching):
             encoder.compiled = False  # the exported model is not compiled: score and time the same model
@@ -70,6 +97,16 @@ def fit(run: Run, examples: Mapping[str, Examples]) -> dict[str, Any]:
     }
     work = Work(distributed.total(engine.examples), teacher_work, starts)
     return distributed.on_rank_zero(lambda: conclude(run, parts, engine, evaluations, selection, data.epoch(), work))
+
+
+def notes_of(parts: Mapping[str, Part]) -> dict[str, str]:
+    """Return what a run's methods have resolved, such as layer maps, by name; of each task and student if there are several."""
+    notes: dict[str, str] = {}
+    for task, part in parts.items():
+        for student, learner in part.engine.learners.items():
+            whose = [task] * (len(parts) > 1) + [student] * (len(part.engine.learners) > 1)
+            notes |= {"/".join([*whose, name]): text for name, text in learner.method.describe().items()}
+    return notes
 
 
 def with_online(part: Part) -> Part:

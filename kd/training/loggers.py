@@ -1,18 +1,14 @@
-"""Loggers: the CSV history that every run writes, and optional ones beside it."""
+"""The history that every run writes, `metrics.csv`."""
 
 import csv
-import os
-import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from kd.errors import InputError
 from kd.system import distributed
 from kd.system.files import atomic_write, writing
 
@@ -121,54 +117,3 @@ def _whole_row(header: list[str], line: bytes) -> dict[str, str] | None:
     except (ValueError, KeyError, csv.Error, StopIteration):
         return None
     return row
-
-
-def close_wandb() -> None:
-    """Finish the open run of wandb, so that the next run of a sweep, in the same process, starts a new one."""
-    finish = getattr(sys.modules.get("wandb"), "finish", None)  # a folder named wandb is importable too, and lacks it
-    if finish is not None:
-        finish()
-
-
-def import_wandb() -> ModuleType:
-    """Import the package of Weights & Biases.
-
-    Raises:
-        InputError: if it is not installed.
-    """
-    try:
-        import wandb
-
-        if getattr(wandb, "__file__", None) is None:  # a folder named wandb in the working folder, for example of earlier runs
-            raise ModuleNotFoundError("wandb is a folder without a package in it")
-    except ImportError as error:
-        raise InputError("logger=wandb needs the package: pip install wandb", "logger") from error
-    return wandb
-
-
-def check_logger(node: Mapping[str, Any]) -> None:
-    """Check that the package of an optional logger is installed.
-
-    Raises:
-        InputError: if it is not.
-    """
-    if node.get("_target_") == f"{__name__}.{wandb_logger.__name__}":
-        import_wandb()
-
-
-def wandb_logger(folder: Path, name: str, config: Mapping[str, Any], project: str = "kd", **options: Any) -> Logger:
-    """Return a logger for Weights & Biases: online with an account, offline (`wandb sync` later) without one.
-
-    The run's digest is its wandb id, so that a resumed run continues the same wandb run.
-
-    Raises:
-        InputError: if wandb is not installed.
-    """
-    wandb = import_wandb()
-    from lightning.pytorch.loggers import WandbLogger
-
-    if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
-        options.setdefault("mode", "offline")
-    options.setdefault("id", name.rsplit("-", 1)[-1])
-    logger: Logger = WandbLogger(name=name, project=project, save_dir=folder, resume="allow", config=dict(config), **options)
-    return logger

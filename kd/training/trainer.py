@@ -9,9 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 import transformers
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from omegaconf import OmegaConf
+from lightning.pytorch.loggers import Logger
 
-from kd.build.instantiate import logger_maker
 from kd.engines.base import Engine
 from kd.results.tables import cure
 from kd.runs.run import Run
@@ -26,6 +25,7 @@ from kd.training.checkpoints import (
 )
 from kd.training.loggers import History
 from kd.training.progress_bar import ProgressBar
+from kd.training.tracking import begin_all
 
 
 def last_step(run: Run, engine: Engine) -> int | None:
@@ -65,7 +65,12 @@ def quieten() -> None:
 
 
 def build_trainer(
-    run: Run, engine: Engine, step: int | None, callbacks: Sequence[pl.Callback] | None = None, **options: Any
+    run: Run,
+    engine: Engine,
+    step: int | None,
+    loggers: Sequence[Logger] = (),
+    callbacks: Sequence[pl.Callback] | None = None,
+    **options: Any,
 ) -> pl.Trainer:
     """Return the Lightning trainer of a run.
 
@@ -73,6 +78,7 @@ def build_trainer(
         run: the run to train.
         engine: the LightningModule.
         step: optimiser step to resume from; None if training starts.
+        loggers: loggers beside the history.
         callbacks: callbacks to use instead of the progress bar and the checkpoints.
         options: further arguments of `pl.Trainer`.
     """
@@ -81,10 +87,8 @@ def build_trainer(
         checkpoints = checkpoint_callbacks(run.checkpoints, engine.task.monitor, spec.checkpoint_minutes)
         advice = cure(list(run.spec.teacher), vars(run.spec.student))
         callbacks = [ProgressBar(run.name, spec.progress, advice), *checkpoints]
-    loggers: list[Any] = [History(run.directory / "metrics.csv", step)]
-    if run.spec.logger.extra and distributed.is_rank_zero():
-        container = OmegaConf.to_container(run.config, resolve=True)
-        loggers.append(logger_maker(run.spec)(folder=run.directory, name=run.name, config=container))
+    history = History(run.directory / "metrics.csv", step)
+    distributed.on_rank_zero(lambda: begin_all(loggers, history.rows))
     return pl.Trainer(
         accelerator=spec.accelerator,
         devices=distributed.local_world() if distributed.world() > 1 else spec.devices,
@@ -95,7 +99,7 @@ def build_trainer(
         accumulate_grad_batches=spec.accumulate,
         gradient_clip_val=spec.clip if engine.automatic_optimization else None,
         deterministic=spec.deterministic,
-        logger=loggers,
+        logger=[history, *loggers],
         callbacks=list(callbacks),
         # In a SLURM job, Lightning would take the job's tasks for ranks of this run, and would bypass SIGTERM.
         plugins=[AtomicCheckpointIO(run.digest), *([LightningEnvironment()] if distributed.world() == 1 else [])],

@@ -1,0 +1,1 @@
+"""Loggers beside the history: Weights & Biases, TensorBoard, trackio."""
