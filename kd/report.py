@@ -41,6 +41,19 @@ def first_runs(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [result for result in results if result["digest"] in names]
 
 
+def publish_dashboard(target: str | None, group: str | None, folder: Path, results: Sequence[dict[str, Any]]) -> None:
+    """Make a dashboard and print its address.
+
+    Raises:
+        InputError: for an error that the user can correct.
+    """
+    from kd.results.dashboard import publish
+
+    if target is None:
+        raise InputError("--group is the group of a dashboard, which --wandb <entity>/<project> makes", "--wandb")
+    print(publish(target, group, folder, results))
+
+
 def main() -> None:
     """Run the command `kd-report`."""
     arguments = parser().parse_args()
@@ -49,7 +62,9 @@ def main() -> None:
             deliver(table_comparison(arguments), arguments)
             return
         results = chosen_results(arguments)
-        if arguments.json:
+        if arguments.wandb or arguments.group:
+            publish_dashboard(arguments.wandb, arguments.group, Path(arguments.target).expanduser(), results)
+        elif arguments.json:
             write(json.dumps(results, indent=2, ensure_ascii=False) + "\n", arguments.out)
         elif arguments.format is None:
             print_tables(results, arguments)
@@ -76,6 +91,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--runs", type=Path, default=Path("runs"), help="of a table: runs with sizes, costs and curves")
     found.add_argument("--version", action="version", version=version_line())
     found.add_argument("--json", action="store_true", help="the records themselves, as JSON")
+    found.add_argument("--wandb", metavar="ENTITY/PROJECT", help="make a dashboard in this project of Weights & Biases")
+    found.add_argument("--group", help="group of its runs, as logger.group; with --wandb")
     return found
 
 
