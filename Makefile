@@ -4,6 +4,7 @@ BIN := .venv/bin
 LOCK := requirements.lock
 DEV := requirements-dev.lock
 DATA := requirements-data.lock
+NEXT := requirements-next.lock
 # Tests of a file share what they train, so that a file goes to one worker as a whole, the longest first (tests/conftest.py).
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 # Silence notices of pip and of the tokenizers, and use no network for models.
@@ -12,7 +13,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast method named check lint types format clean
+.PHONY: help install demo test test-fast next method named check lint types format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,10 +45,21 @@ demo:: .venv/installed
 
 test: .venv/developing ## all tests that need no accelerator (about 13 minutes on two cores)
 	@echo "make test: about 13 minutes on two cores; make test-fast takes a few."
-	$(BIN)/python -m pytest $(WORKERS) --verbosity 0 --durations 15 -m "not gpu"
+	$(BIN)/python -m pytest $(WORKERS) --verbosity 0 --durations 15 -m "not gpu and not next"
 
 test-fast: .venv/developing ## formulas, contracts, data, configurations; no whole runs (a few minutes)
 	$(BIN)/python -m pytest --verbosity 0 -m "fast and not gpu"
+
+# An environment on top of .venv, whose packages it has unless the lock names another version.
+.venv/next/installed: .venv/developing $(NEXT)
+	$(BIN)/python -m venv .venv/next
+	$(BIN)/python -c 'import sysconfig as s; print("import site; site.addsitedir(%r)" % s.get_path("purelib"))' \
+	> $$(.venv/next/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"))')/locked.pth
+	.venv/next/bin/python -m pip install --no-deps -r $(NEXT)
+	@touch $@
+
+next: .venv/next/installed ## every configuration with the next Hydra, and trackio itself (about 2 minutes)
+	.venv/next/bin/python -m pytest --verbosity 0 -m "next or not (slow or ddp or gpu)" tests/test_config.py tests/test_sweeps.py tests/test_trackers.py
 
 method: named .venv/developing ## checks of one method, make method NAME=pkd: contract, tests, two ranks, a short run (about 2 minutes)
 	$(BIN)/ruff check kd tests

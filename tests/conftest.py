@@ -100,7 +100,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         place = item.path.relative_to(here).parts[0] if item.path.is_relative_to(here) else ""
         # Overrides of a run are what a whole run is made from.
         whole_run = "small" in getattr(item, "fixturenames", ())
-        marked = any(item.get_closest_marker(name) for name in ("slow", "ddp", "gpu", "thorough"))
+        marked = any(item.get_closest_marker(name) for name in ("slow", "ddp", "gpu", "thorough", "next"))
         if place in ("", *FAST) and not whole_run and not marked:
             item.add_marker("fast")
     if hasattr(config, "workerinput"):
