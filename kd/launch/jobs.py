@@ -1,5 +1,6 @@
 """Jobs: the runs that a set of commands needs, each once, in an order in which they can be executed."""
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from kd.config.compose import compose, typed
 from kd.errors import InputError
 from kd.runs.plan import plan
-from kd.runs.run import Run
+from kd.runs.run import Role, Run
 from kd.system.files import write_text, writing
 
 FOLDER = ".launch"
@@ -121,17 +122,15 @@ def jobs_of(runs: Mapping[int, Run], commands: Sequence[Sequence[str]]) -> dict[
     return dict(sorted(jobs.items(), key=lambda entry: entry[1].wanted))  # stable: what others need comes first
 
 
-def find_run(run: Run, name: str) -> Run:
-    """Return the run of this name among a run and all that it needs.
+def find_run(run: Run, name: str, role: Role | None = None) -> tuple[Role | None, Run]:
+    """Return the run of this name among a run and all that it needs, with its role; None for that of the run itself.
 
     Raises:
         InputError: if there is none: the configuration files have changed since the job was made.
     """
     if run.name == name:
-        return run
-    for _, needed in run.inputs:
-        try:
-            return find_run(needed, name)
-        except InputError:
-            continue
+        return role, run
+    for needed_as, needed in run.inputs:
+        with contextlib.suppress(InputError):
+            return find_run(needed, name, needed_as)
     raise InputError(f"the command plans {run.name} and no run {name}: configuration or data files have changed; start again")

@@ -34,7 +34,7 @@ def execute_task(path: Path, number: int) -> int:
 
 def only(name: str, command: Sequence[str]) -> dict[str, Job]:
     """Return the job of a run, with those that it needs, unless it is done."""
-    run = find_run(plan_command(command), name)
+    _, run = find_run(plan_command(command), name)
     return jobs_of({0: run}, [command])
 
 

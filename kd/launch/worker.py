@@ -22,11 +22,11 @@ def work(name: str, command: Sequence[str]) -> None:
     from kd.training.execute import deliver, execute
 
     asked = plan_command(command)
-    run = find_run(asked, name)
-    if run is asked:
+    role, run = find_run(asked, name)
+    if role is None:
         deliver(run)
     else:
-        execute(run)
+        execute(run, role)
 
 
 def main() -> None:

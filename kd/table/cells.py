@@ -51,7 +51,7 @@ class PlannedCell:
             record: content of the run's `result.json`.
         """
         selection = f"{record['selection']['kind']}, {record['selection']['by']}"
-        words = " ".join(word for word in self.command if not word.startswith("paths."))
+        words = " ".join(word for word in self.command if not word.startswith(("paths.", "logger.")))
         return [
             Figure(
                 paper=table.paper,
@@ -134,7 +134,7 @@ def plan_table(
     seen: dict[str, Cell] = {}
     for number, cell in enumerate(cells):
         tell(number, len(cells))
-        command = (*cell.overrides, *more)
+        command = (*cell.overrides, f"logger.group={table.name}", *more)
         try:
             run = plan_command(command)
         except Exception as error:  # noqa: BLE001 - reported with its cell; the others go on

@@ -50,7 +50,9 @@ def test_what_several_commands_need_is_one_job_before_theirs(small: Small, tmp_p
     assert (teacher.wanted, teacher.needs) == (False, ())
     assert [job.wanted for job in students] == [True] * 3
     assert {job.needs for job in students} == {(teacher.name,)}
-    assert find_run(students[0].run, teacher.name).digest == teacher.run.digest
+    role, run = find_run(students[0].run, teacher.name)
+    assert (str(role), run.digest) == ("teacher minilm", teacher.run.digest)
+    assert find_run(students[0].run, students[0].name)[0] is None
     with pytest.raises(InputError, match="start again"):
         find_run(students[0].run, "another")
 
