@@ -255,7 +255,7 @@ def test_two_members_teach_a_student_and_their_run_is_trained_once(
 
 
 def test_students_that_are_alike_need_no_name(small: Small) -> None:
-    """What is checked before the teacher is trained is their shape, not that of the `student` that their entries vary."""
+    """Their shape is checked before the teacher is trained, not that of the `student` that their entries vary."""
     cohort = "+teacher.minilm.run.cohort={name: joint,students: [{layers: 3},{layers: 3,dropout: 0.2}],share: none}"
     run = planned(small("method=kd", cohort))
     config, _ = ExpectedModels(run).teacher("minilm", examples_of(run)[run.spec.task.name].task)

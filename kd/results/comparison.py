@@ -148,7 +148,13 @@ def entries_of(figures: Iterable[Figure]) -> list[Entry]:
         first = group[0]
         entries.append(
             Entry(
-                *(getattr(first, name) for name in ("row", "method", "student", "teacher", "task", "split", "metric")),
+                row=first.row,
+                method=first.method,
+                student=first.student,
+                teacher=first.teacher,
+                task=first.task,
+                split=first.split,
+                metric=first.metric,
                 values={int(figure.seeds): figure.value for figure in group},
                 selection=first.selection,
                 init=first.init,
@@ -248,13 +254,13 @@ def compare(
         protocol: sentence about the protocol.
         baseline: label of the method that others are compared with.
     """
-    printed: dict[tuple[str, ...], list[Figure]] = {}
+    printed: dict[tuple[str, str, Column], list[Figure]] = {}
     for figure in paper:
-        printed.setdefault((figure.method, figure.student, *column_of(figure)), []).append(figure)
-    joined = [replace(entry, paper=tuple(printed.get((entry.method, entry.student, *entry.column), ()))) for entry in entries]
-    met = {(entry.method, entry.student, *entry.column) for entry in entries}
+        printed.setdefault((figure.method, figure.student, column_of(figure)), []).append(figure)
+    joined = [replace(entry, paper=tuple(printed.get((entry.method, entry.student, entry.column), ()))) for entry in entries]
+    met = {(entry.method, entry.student, entry.column) for entry in entries}
     alone = [
-        Entry(figure.row, *key[:2], figure.teacher, *key[2:], paper=(figure,))
+        Entry(figure.row, figure.method, figure.student, figure.teacher, *column_of(figure), paper=(figure,))
         for key, figures in printed.items()
         if key not in met
         for figure in figures

@@ -235,8 +235,8 @@ def latex(comparison: Comparison) -> str:
     """
     columns = comparison.columns
     groups: dict[tuple[Any, ...], list[Entry]] = {}
-    for entry in comparison.entries:
-        groups.setdefault((entry.column, entry.student), []).append(entry)
+    for one in comparison.entries:
+        groups.setdefault((one.column, one.student), []).append(one)
     place = {(column, *key): rank for (column, _), of in groups.items() for key, rank in ranks(of).items()}
     lines = [f"% {line}" for line in notes(comparison)]
     lines += [r"\begin{tabular}{ll" + "r" * len(columns) + "}", r"\toprule"]
