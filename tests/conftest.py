@@ -79,7 +79,7 @@ def write_csv(path: Path, count: int, seed: int = 0, labels: tuple[str, str] = (
     return path
 
 
-FAST = ("functional", "forward", "methods", "conformance", "data", "test_config.py", "test_accumulation.py")
+FAST = ("functional", "forward", "methods", "conformance", "data", "results", "test_config.py", "test_accumulation.py")
 """Parts of this folder that `make test-fast` runs: every formula, the contract of every method, data, configurations."""
 
 
