@@ -169,6 +169,7 @@ def small(backbone: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactor
             "task.max_length=32",
             f"paths.runs={runs}",
             "trainer.progress=none",
+            "trainer.keep=all",  # tests compare the last checkpoints of finished runs
             "trainer.max_epochs=2",
             "trainer.batch_size=16",
             "optimizer.lr=5e-3",

@@ -386,6 +386,7 @@ def every_value(backbone: str, data: str) -> dict[str, Values]:
             st.sampled_from([None, "pkd_dev", "a sweep: lr/seed", "Ünïcode", "x" * 128]),
             union(st.sampled_from(["", " ", " a", "a ", "a\nb", "x" * 129, True, 1.5]), NESTED, NEVER),
         ),
+        "trainer.keep": word("all", "best", "student", "figures"),
         "logger.extra": Values(
             st.sampled_from([{}, {"shown": {"_target_": "kd.training.trackers.tensorboard.TensorBoardTracker"}}]),
             union(

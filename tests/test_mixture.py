@@ -78,6 +78,7 @@ def mixed(files: Path, backbone: Path, tmp_path_factory: pytest.TempPathFactory)
                 f"backbone={backbone}",
                 f"paths.runs={runs}",
                 "trainer.progress=none",
+                "trainer.keep=all",
                 "trainer.max_epochs=2",
                 "trainer.batch_size=16",
                 "optimizer.lr=5e-3",

@@ -73,6 +73,7 @@ def digests() -> dict[str, str]:
         "trainer.eval_batch_size=7",
         "trainer.num_workers=2",
         "trainer.checkpoint_minutes=1",
+        "trainer.keep=figures",
         "trainer.batch_tokens=null",
         "trainer.pad_multiple=1",
         "trainer=gpu",

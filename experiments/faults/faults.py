@@ -96,6 +96,7 @@ class Place:
         teacher = [] if "teacher=[]" in words else [f"teacher.minilm.backbone={self.folder / 'backbone'}"]
         own = ["task=file", "task.max_length=16", f"backbone={self.folder / 'backbone'}", "student=2l"]
         trainer = ["trainer.progress=none", "trainer.batch_size=16", "trainer.max_epochs=3", "optimizer.lr=5e-3"]
+        trainer += ["trainer.keep=all"]  # the last checkpoints of finished runs are compared
         return [*files, *teacher, *own, *trainer, f"paths.runs={self.folder / runs}", *words]
 
 

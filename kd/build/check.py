@@ -115,7 +115,7 @@ def check_arguments(run: Run) -> None:
     check_optimizer_steps(spec)
     logger_makers(spec)
     for role, needed in run.inputs:
-        if needed.result is None:
+        if not needed.has_model:
             with rename_error_keys(role, run.spec, run.config):
                 check_arguments(needed)
 

@@ -110,7 +110,7 @@ def plan_teacher(run: Run, task: Task, inputs: InputModels, name: str) -> Teache
         return TeacherPlan(name, source, key, config, tokenizer, task.head)
     # If its outputs are cached, its weights are never loaded; otherwise `load_model` checks their values. They are checked
     # here only if another run has to be trained first.
-    values = any(needed.result is None for _, needed in run.inputs)
+    values = any(not needed.has_model for _, needed in run.inputs)
     weights = check_weights(source, key, config, task.head, head_needed=True, values=values)
     return TeacherPlan(name, source, key, config, tokenizer, task.head, columns, weights.notes, weights.asides)
 

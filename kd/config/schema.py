@@ -138,6 +138,7 @@ class TrainerSpec:
     num_workers: int = 0
     checkpoint_minutes: float = 5.0
     progress: str = "auto"
+    keep: str = "best"
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,9 @@ LARGEST_SIZES = {"layers": 256, "width": 65_536, "heads": 65_536, "intermediate"
 LONGEST_NAME = 64
 """Most bytes of the name of a method, student or task: folder names join all three, and file systems allow 255 bytes."""
 
+KEEP = ("all", "best", "student", "figures")
+"""Words of `trainer.keep`: the files that a finished run retains, from the most to the fewest (`kd.runs.retention`)."""
+
 COLUMN_KINDS = ("classes", "number")
 """Kinds of further columns of a task: names of classes, or numbers; a list of names in place of `classes` fixes their order."""
 
@@ -255,6 +259,7 @@ def check_values(spec: RunSpec) -> None:
         "accelerator": ("cpu", "gpu", "auto"),
         "strategy": ("auto", "ddp"),
         "progress": ("auto", "bar", "plain", "none"),
+        "keep": KEEP,
     }
     for key, allowed in words.items():
         word(getattr(trainer, key), allowed, f"trainer.{key}")

@@ -19,14 +19,15 @@ def work(name: str, command: Sequence[str]) -> None:
     Raises:
         InputError: for an error that the user can correct.
     """
-    from kd.training.execute import deliver, execute
+    from kd.training.execute import check_all, deliver, execute, reads_model
 
     asked = plan_command(command)
     role, run = find_run(asked, name)
     if role is None:
         deliver(run)
     else:
-        execute(run, role)
+        check_all(run)
+        execute(run, role, first=False, model=reads_model(role))
 
 
 def main() -> None:

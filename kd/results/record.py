@@ -339,7 +339,8 @@ def conclude(
     if not is_mixture(run.spec.task):
         (name,) = parts
         best = headline(engine.task, evaluations[name]["validation"].students)
-        return run.finish(conclude_part(parts[name], engine, evaluations[name], best, selection, epoch, work).dump())
+        result = conclude_part(parts[name], engine, evaluations[name], best, selection, epoch, work).dump()
+        return run.finish({**result, "keep": run.spec.trainer.keep})
     mixture = mixture_of(run, {name: part.examples for name, part in parts.items()})
     scores = {name: of_task["validation"].students for name, of_task in evaluations.items()}
     students = next(iter(scores.values()))
@@ -352,7 +353,8 @@ def conclude(
     }
     counts = {student: count_of([part.models.students[student] for part in parts.values()]) for student in students}
     last = engine.validation.get(best, {})
-    return run.finish(mixture_record(mixture, results, counts, last, work.teachers, asdict(Provenance.of(run)), run.spec.task))
+    record = mixture_record(mixture, results, counts, last, work.teachers, asdict(Provenance.of(run)), run.spec.task)
+    return run.finish({**record, "keep": run.spec.trainer.keep})
 
 
 def count_of(students: Iterable[Encoder]) -> int:

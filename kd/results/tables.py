@@ -121,8 +121,10 @@ def closing_table(result: Mapping[str, Any], directory: Path) -> None:
             words = f"WARN  student {name if len(students) > 1 else result['student']}: its {what}{where}, whatever the text. "
             out.print(f"{words}Try {cure(result['teacher'], settings_of_student)}")
     out.print(protocol([result]))
-    out.print(f"run: {directory}\nexported student: {directory / 'student'}", soft_wrap=True)
-    if len(students) > 1:
+    gone = result.get("keep") == "figures"
+    exported = "none is left (trainer.keep=figures)" if gone else str(directory / "student")
+    out.print(f"run: {directory}\nexported student: {exported}", soft_wrap=True)
+    if len(students) > 1 and not gone:
         words = "the run's student is the best on validation; the others are in"
         out.print(f"{words} {directory / 'peers'}", soft_wrap=True)
 

@@ -33,6 +33,7 @@ NOT_IN_DIGEST = [
     "num_workers",
     "checkpoint_minutes",
     "progress",
+    "keep",
 ]
 """Trainer keys that do not change a result, and are therefore not part of the digest."""
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-from kd.config.schema import RunSpec
+from kd.config.schema import KEEP, RunSpec
 from kd.errors import InputError
 from kd.runs.digest import digest_of
 from kd.system.files import check_writable, is_locked, locked, remove, write_text, writes_to, writing
@@ -141,25 +141,36 @@ class Run:
         None also if it is damaged or was written by another program: the run then resumes from its last checkpoint and writes
         it anew.
         """
-        record = read_record(self.directory / "result.json")
-        if record is None or record.get("digest") != self.digest:
-            return None
-        complete = (
-            all(isinstance(record.get(name), kind) for name, kind in RECORD.items())
-            and record["headline"] in record["students"]
-        )
-        if not complete or self.member is None:
-            return record if complete else None
+        record = self.record
+        if record is None or self.member is None:
+            return record
         of_task: dict[str, Any] | None = record.get("tasks", {}).get(self.member)
         return of_task
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """The same record, of a mixture that of all its tasks."""
+        record = read_record(self.directory / "result.json")
+        return record if record is not None and is_record(record) and record.get("digest") == self.digest else None
+
+    @property
+    def has_model(self) -> bool:
+        """True for a finished run whose exported model is there; `trainer.keep=figures` lets it go."""
+        record = self.record
+        return record is not None and (
+            keep_of(record) != "figures" or damaged_file(self.directory, record.get("files"), thorough=False) is None
+        )
 
     def damage(self, result: Mapping[str, Any], *, thorough: bool = False) -> str | None:
         """Return the first exported file of a finished run that is missing or has changed since; None if there is none.
 
         Args:
             result: the run's record.
-            thorough: compare digests, for a run that uses the weights; otherwise compare only sizes, which takes no time.
+            thorough: compare digests, for a run that uses the weights; otherwise compare only sizes, which takes no time, and
+                nothing if the run has let its weights go (`trainer.keep=figures`).
         """
+        if not thorough and keep_of(result) == "figures":
+            return None
         files = result.get("files")
         if files is None:  # the record of a version that recorded no digests
             files = {"student/config.json": {}, "student/model.safetensors": {}}
@@ -255,6 +266,17 @@ class Run:
             locked(self.directory, f"{self.name}: another process has locked this run; waiting for it"),
         ):
             yield
+
+
+def is_record(record: Mapping[str, Any]) -> bool:
+    """Return whether a record has everything that other parts of the program read of a finished run (`RECORD`)."""
+    return all(isinstance(record.get(name), kind) for name, kind in RECORD.items()) and record["headline"] in record["students"]
+
+
+def keep_of(record: Mapping[str, Any]) -> str:
+    """Return the word of `kd.config.schema.KEEP` for what a finished run retains; runs of earlier versions retain all."""
+    keep = record.get("keep")
+    return keep if keep in KEEP else "all"
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def atomic_write(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any
     """
     draft = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     for other in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
-        if other == draft or _is_abandoned(other):  # an existing draft may be a link, which would be written through
+        if other == draft or is_abandoned(other):  # an existing draft may be a link, which would be written through
             other.unlink(missing_ok=True)
     if "b" not in mode:
         options.setdefault("encoding", "utf-8")
@@ -64,7 +64,7 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
-def _is_abandoned(draft: Path) -> bool:
+def is_abandoned(draft: Path) -> bool:
     """Return whether the process that wrote a draft is gone; for another machine's, whether the draft is old."""
     host, _, number = draft.name.removesuffix(".part").rpartition(".")
     if not host.endswith(f".{socket.gethostname()}"):
@@ -155,13 +155,30 @@ def is_locked(folder: Path) -> bool:
     """Return whether a process, this one included, has locked a folder with `locked`. The folder is not changed."""
     if not (folder / LOCK).is_file():
         return False
+    with locked_now(folder) as free:
+        return not free
+
+
+@contextmanager
+def locked_now(folder: Path) -> Iterator[bool]:
+    """Lock a folder without waiting, as `locked` does.
+
+    Args:
+        folder: a folder that exists.
+
+    Yields:
+        True; False if another process has locked it, or this one may not.
+    """
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except (Timeout, OSError):
-        return True
-    lock.release()
-    return False
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -193,3 +210,18 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def readable_size(size: float) -> str:
+    """Return a number of bytes in words: `37.2 kB` below a megabyte, else `1,234.5 MB`."""
+    return f"{size / 1e3:.1f} kB" if size < 1e6 else f"{size / 1e6:,.1f} MB"
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder; links are not followed. Nothing there is 0."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            return sum(size_of(inner) for inner in path.iterdir())
+        return path.lstat().st_size
+    except OSError:  # removed by another process, or not readable
+        return 0

@@ -115,9 +115,17 @@ def _check_export(folder: Path, source: str, key: str) -> None:
         name: record for name, record in files.items() if own == directory / name or folder == (directory / name).parent
     }
     if why := damaged_file(directory, in_folder, thorough=True):
+        keep = result.get("keep")
+        if keep == "figures":
+            raise InputError(
+                f"'{source}' is a finished run without a model, which trainer.keep=figures has let go: {why}. Remove its "
+                "result.json, and the command that made it trains it again, with trainer.keep=student",
+                key,
+            )
+        cure = "makes it again, with resume=false" if keep == "student" else "exports it again"
         raise InputError(
-            f"'{source}' is a finished run whose model is not as it was written: {why}. The command that made it exports it "
-            "again; a changed model can be used from a folder of its own, without the result.json",
+            f"'{source}' is a finished run whose model is not as it was written: {why}. The command that made it {cure}; a "
+            "changed model can be used from a folder of its own, without the result.json",
             key,
         )
 

@@ -31,7 +31,7 @@ from kd.forward import Needs
 from kd.models.teachers import CachedTeacher, FrozenTeacher
 from kd.runs.digest import digest_of
 from kd.system import distributed
-from kd.system.files import locked, write_text
+from kd.system.files import locked, readable_size, write_text
 from kd.teacher_cache.precompute import SplitCache, precompute, probe
 from kd.teacher_cache.store import CachedOutputs, Entry, TensorStore, size_of_array
 
@@ -271,8 +271,3 @@ def _not_writable(folder: Path) -> str | None:
             return None
     except OSError as error:
         return f"nothing can be written to {folder} ({error.strerror})"
-
-
-def readable_size(size: float) -> str:
-    """Return a number of bytes in words: `37.2 kB` below a megabyte, else `1,234.5 MB`."""
-    return f"{size / 1e3:.1f} kB" if size < 1e6 else f"{size / 1e6:,.1f} MB"

@@ -28,6 +28,9 @@ DIGITS = 64
 STATE = ("pytorch-lightning_version", "epoch", "global_step", "state_dict", "loops", "callbacks", "lr_schedulers", "kd")
 """Entries that a checkpoint must have for training to resume, besides `optimizer_states`."""
 
+OF_RESUMING = ("callbacks", "lr_schedulers", "optimizer_states")
+"""Entries that a checkpoint of the weights alone does not have."""
+
 ENTRY_TYPES: Mapping[str, type] = {
     **dict.fromkeys(("epoch", "global_step"), int),
     **dict.fromkeys(("loops", "callbacks", "kd"), dict),
@@ -203,6 +206,30 @@ def read_checkpoint(path: Path, digest: str) -> dict[str, Any]:
     if checkpoint.get("digest") != digest:
         raise refused(path, f"it is of the run {checkpoint.get('digest')}, not of {digest}")
     return checkpoint
+
+
+def drop_optimizer(path: Path, digest: str) -> None:
+    """Write a checkpoint of a run again, atomically, without what only resuming needs, such as the state of the optimiser.
+
+    Args:
+        path: path of the file.
+        digest: digest of the run.
+
+    Raises:
+        InputError: if it cannot be read (see `read_checkpoint`) or written.
+    """
+    found = read_checkpoint(path, digest)
+    AtomicCheckpointIO(digest).save_checkpoint({name: found[name] for name in found if name not in OF_RESUMING}, path)
+
+
+def optimizer_bytes(path: Path) -> int:
+    """Return the bytes of the optimiser's state in a checkpoint, whose tensors are not read; 0 for an unreadable file."""
+    try:
+        states = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("optimizer_states", [])
+        values = [value for state in states for of_parameter in state["state"].values() for value in of_parameter.values()]
+        return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+    except Exception:  # noqa: BLE001 - torch's reader raises a dozen types for a damaged file
+        return 0
 
 
 def check_state(found: Mapping[str, Any], engine: Engine, path: Path) -> None:

@@ -1,38 +1,51 @@
 """Execution of a planned run: its checks, the runs that it needs, then its training."""
 
 import contextlib
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from kd.errors import InputError
 from kd.runs.error_keys import rename_error_keys
-from kd.runs.run import Role, Run
+from kd.runs.retention import with_model, write_uses
+from kd.runs.run import Role, Run, keep_of
 from kd.system import distributed
 from kd.system.files import writes_to
+from kd.training.reduce import reduce_run
+
+if TYPE_CHECKING:
+    from kd.data.examples import Examples
 
 
-def execute(run: Run, role: Role | None = None, *, first: bool = True) -> dict[str, Any]:
+def execute(run: Run, role: Role | None = None, *, first: bool = True, model: bool = True) -> dict[str, Any]:
     """Execute a run and the runs that it needs, unless they are done; return its record.
 
     Args:
         run: the run to execute.
         role: its part in the run that needs it; None for the run that the command requests.
         first: True for the run that the command requests; then all runs that it needs are checked before any is executed.
+        model: True if the run that needs this one reads its model. It then retains that, whatever `trainer.keep`, and is
+            trained again if it has let it go.
 
     Raises:
         InputError: for an error that the user can correct.
     """
+    if not first and model:
+        trainer = replace(run.spec.trainer, keep=with_model(run.spec.trainer.keep))
+        run = replace(run, spec=replace(run.spec, trainer=trainer))
 
     def state() -> tuple[dict[str, Any] | None, str | None]:
-        """Return the record and the damage to the exports; for a run that another one needs, digests are compared too."""
+        """Return the record and the damage to the exports; for a run whose model another reads, digests are compared too."""
         record = run.result
-        return record, None if record is None else run.damage(record, thorough=not first)
+        return record, None if record is None else run.damage(record, thorough=not first and model)
 
     purpose = run.name if role is None else f"{role}: {run.name}"
     result, damage = distributed.on_rank_zero(state)
     if result is not None and damage is None:
         distributed.print_rank_zero(f"done already: {purpose}")
         distributed.print_rank_zero(f"  {run.directory}")
-        return result
+        record = result
+        return distributed.on_rank_zero(lambda: reduce_run(run, record, first=first, model=model))
     from kd.build.parts import examples_of
 
     # Referenced from here on, so that the checks and the teachers' runs reuse them.
@@ -45,28 +58,71 @@ def execute(run: Run, role: Role | None = None, *, first: bool = True) -> dict[s
             raise InputError(f"'{run.spec.paths.runs}' is not a folder that all machines share", "paths.runs")
         result, damage = distributed.on_rank_zero(state)  # another process may have finished it while this one waited
         if result is not None and damage is None:
-            return result
+            record = result
+            return distributed.on_rank_zero(lambda: reduce_run(run, record, first=first, model=model, has_lock=True))
+        distributed.on_rank_zero(lambda: write_uses(run))
         for part, needed in run.inputs:
             with rename_error_keys(part, run.spec, run.config):
-                execute(needed, part, first=False)
-        from kd.training.fit import export_again, fit
-
+                execute(needed, part, first=False, model=reads_model(part))
         examples = examples_of(run)  # other ones only if an edit reads a model, which is trained now
 
         distributed.print_rank_zero(f"\n{purpose}\n  {run.directory}")
-        if result is None and distributed.on_rank_zero((run.directory / "result.json").exists):
-            distributed.print_rank_zero(
-                "  its result.json is damaged; the run resumes from its last checkpoint and writes it anew"
-            )
-        if result is not None:
-            distributed.print_rank_zero(f"  done, but {damage}; it is exported again")
-            try:
-                return distributed.on_rank_zero(lambda: export_again(run, examples, result))
-            except InputError as error:
-                if run.spec.resume:
-                    raise
-                distributed.print_rank_zero(f"  it cannot be exported again, so the run starts again: {error.message}")
+        record = fit_or_export(run, examples, result, damage, role)
+        return distributed.on_rank_zero(lambda: reduce_run(run, record, first=first, model=model, has_lock=True))
+
+
+def reads_model(role: Role) -> bool:
+    """Return whether a run reads the model of one that it needs in this role: of a pilot it reads the scores alone."""
+    return role.kind != "pilot"
+
+
+def fit_or_export(
+    run: Run,
+    examples: Mapping[str, "Examples"],
+    result: dict[str, Any] | None,
+    damage: str | None,
+    role: Role | None,
+) -> dict[str, Any]:
+    """Train a locked run whose inputs are done, or export its students again if that is enough; return its record.
+
+    Args:
+        run: the run.
+        examples: examples of its tasks, by name.
+        result: its record; None if it is not done.
+        damage: description of the damage to its exports; None if there is no record.
+        role: its part in the run that needs it; None for the run that the command requests.
+
+    Raises:
+        InputError: for an error that the user can correct, as exports that cannot be written again.
+    """
+    from kd.training.fit import export_again, fit
+
+    if result is None:
+        if distributed.on_rank_zero((run.directory / "result.json").exists):
+            resumes = distributed.on_rank_zero((run.checkpoints / "last.ckpt").exists)
+            then = "the run resumes from its last checkpoint" if resumes else "it has no checkpoint, and is trained again,"
+            distributed.print_rank_zero(f"  its result.json is damaged; {then} and writes it anew")
         return fit(run, examples, role)
+    keep = keep_of(result)
+    if keep == "figures":
+        distributed.print_rank_zero(
+            "  done, but trainer.keep=figures has let its model go, which another run needs: it is trained again"
+        )
+        return fit(run, examples, role)
+    distributed.print_rank_zero(f"  done, but {damage}; it is exported again")
+    try:
+        if keep == "student":
+            raise InputError(
+                f"'{run.directory}' cannot be exported again: trainer.keep=student has let its checkpoint go. Start this run "
+                "again with resume=false",
+                "resume",
+            )
+        return distributed.on_rank_zero(lambda: export_again(run, examples, result))
+    except InputError as error:
+        if run.spec.resume:
+            raise
+        distributed.print_rank_zero(f"  it cannot be exported again, so the run starts again: {error.message}")
+    return fit(run, examples, role)
 
 
 def check_all(run: Run, read: list[Any] | None = None) -> None:
@@ -91,7 +147,7 @@ def check_all(run: Run, read: list[Any] | None = None) -> None:
     check_loggers(run)
     check_run(run, examples)
     for role, needed in run.inputs:
-        if needed.result is None:
+        if not needed.has_model:
             with rename_error_keys(role, run.spec, run.config):
                 check_all(needed, read)
 
