@@ -18,10 +18,11 @@ from wandb_files import runs_in, without_account
 from conftest import tiny_tokenizer, write_csv
 from kd.data import tokenized as tokens
 from kd.errors import InputError
+from kd.results.predictions import Predictions, read_predictions
 from kd.system import distributed
 from kd.training import execute, loggers
 from processes import Command, free_port
-from whole_runs import last_weights, planned, same_weights, weights
+from whole_runs import check_predictions, last_weights, planned, same_weights, weights
 
 Small = Callable[..., list[str]]
 Weights = dict[str, torch.Tensor]
@@ -184,11 +185,12 @@ def uneven(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 
 
 @pytest.fixture(scope="module")
-def of_one(uneven: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Weights, dict]:
-    """Train in one process; return the exported weights and the record."""
+def of_one(uneven: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Weights, dict, Predictions]:
+    """Train in one process; return the exported weights, the record and the predictions."""
     run = planned(uneven(tmp_path_factory.mktemp("one")))
     result = execute.execute(run)
-    return weights(run), result
+    check_predictions(run, result)
+    return weights(run), result, read_predictions(run.directory)
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +208,8 @@ def of_two(uneven: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPat
     return runs
 
 
-def check_equal(overrides: list[str], of_one: tuple[Weights, dict]) -> None:
-    theirs, one = of_one
+def check_equal(overrides: list[str], of_one: tuple[Weights, dict, Predictions]) -> None:
+    theirs, one, predictions = of_one
     run = planned(overrides)
     two = run.result
     assert two is not None
@@ -216,12 +218,17 @@ def check_equal(overrides: list[str], of_one: tuple[Weights, dict]) -> None:
         for split, found in two[part].items():
             assert found == pytest.approx(one[part][split], rel=1e-5), (part, split)
     assert far(weights(run), theirs) < 1e-4  # AdamW over 4 steps
+    check_predictions(run, two)
+    for name, split in read_predictions(run.directory).splits.items():
+        expected = predictions.splits[name]
+        assert (split.texts, split.labels.tolist()) == (expected.texts, expected.labels.tolist())
+        numpy.testing.assert_allclose(split.students["student"], expected.students["student"], atol=1e-3)  # other weights
 
 
 @pytest.mark.slow
 @pytest.mark.ddp
 def test_two_ranks_of_half_a_batch_equal_one_of_a_whole_batch_and_torchrun_beats_slurm(
-    of_two: Path, of_one: tuple[Weights, dict], uneven: Callable[[Path], list[str]]
+    of_two: Path, of_one: tuple[Weights, dict, Predictions], uneven: Callable[[Path], list[str]]
 ) -> None:
     check_equal(uneven(of_two), of_one)
 
@@ -419,7 +426,7 @@ def start_on(
 @pytest.mark.slow
 @pytest.mark.ddp
 def test_two_hosts_equal_one_process(
-    hosts: list[str], of_one: tuple[Weights, dict], uneven: Callable[[Path], list[str]], tmp_path: Path
+    hosts: list[str], of_one: tuple[Weights, dict, Predictions], uneven: Callable[[Path], list[str]], tmp_path: Path
 ) -> None:
     processes = start_on(hosts, uneven(tmp_path))
     outputs = [output_of(process) for process in processes]

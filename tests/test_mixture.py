@@ -22,7 +22,7 @@ from kd.errors import InputError
 from kd.results.mixture import scores
 from kd.runs.members import members
 from kd.training import execute
-from whole_runs import broken_off, last_weights, made, planned, same_weights, torchrun, weights
+from whole_runs import broken_off, check_predictions, last_weights, made, planned, same_weights, torchrun, weights
 
 Mixed = Callable[..., list[str]]
 
@@ -114,6 +114,8 @@ def test_a_mixture_trains_one_body_and_a_head_for_each_task(mixed: Mixed, capsys
     (answer,) = pipeline("text-classification", model=str(run.student / "kind"))("a film great it")
     assert answer["label"] in ("bad", "fine")
     assert record["labels"] == {"mood": ["negative", "positive"], "kind": ["bad", "fine"], "score": None}
+    check_predictions(run, record)
+    assert {path.name for path in run.directory.glob("predictions*/*")} == {"mood.npz", "kind.npz", "score.npz"}
     assert set(record["files"]) >= {f"student/{name}/model.safetensors" for name in heads}
     assert run.is_done(thorough=True)
     execute.deliver(run)
@@ -170,7 +172,9 @@ def test_two_ranks_train_the_mixture_that_one_does(mixed: Mixed, tmp_path: Path)
     two = [*overrides, f"paths.runs={tmp_path}", "trainer=ddp", "trainer.accelerator=cpu"]
     torchrun(two)
     (result,) = tmp_path.glob("finetune-*/result.json")
-    assert json.loads(result.read_text())["digest"] == one.digest
+    record = json.loads(result.read_text())
+    assert record["digest"] == one.digest
+    check_predictions(planned(two), record)
     for name, tensor in last_weights(one).items():
         found = torch.load(result.parent / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"][name]
         torch.testing.assert_close(found, tensor, atol=1e-4, rtol=0)
@@ -199,6 +203,7 @@ def test_mixtures_compose(mixed: Mixed, backbone: Path, more: list[str]) -> None
     mood, score = (AutoModelForSequenceClassification.from_pretrained(run.student / name) for name in ("mood", "score"))
     assert same_weights(mood.bert.state_dict(), score.bert.state_dict())
     assert (mood.config.num_labels, score.config.num_labels) == (2, 1)
+    check_predictions(run, record)
 
 
 def test_a_mixture_does_not_share_heads_among_members(mixed: Mixed) -> None:

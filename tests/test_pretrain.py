@@ -44,6 +44,7 @@ def masked(small: Small, story: Path) -> Small:
 
 def test_masked_language_model_learns_and_is_exported_for_transformers_alone(masked: Small) -> None:
     run, result = made(masked("teacher=[]", "trainer.max_epochs=3", "trainer.batch_size=8"))
+    assert not list(run.directory.glob("predictions*")), "its logits are those of tokens"
     assert set(result["metrics"]["validation"]) == {"loss", "accuracy"}
     assert result["metrics"]["validation"]["loss"] < 3.4 < torch.log(torch.tensor(41.0))
     assert result["selection"]["by"] == "chosen by validation loss over 3 epoch(s)"

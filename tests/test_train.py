@@ -26,7 +26,7 @@ from kd.runs.run import Run
 from kd.training import execute
 from kd.training import fit as fitting
 from processes import Command
-from whole_runs import broken_off, last_weights, made, planned, same_weights, torchrun, weights
+from whole_runs import broken_off, check_predictions, last_weights, made, planned, same_weights, torchrun, weights
 
 Small = Callable[..., list[str]]
 
@@ -399,6 +399,7 @@ def test_torchrun_on_two_ranks_gives_the_result_of_one(finished: tuple[Run, dict
     assert two["ranks"] == 2
     for split, metrics in two["metrics"].items():
         assert metrics == pytest.approx(one["metrics"][split])
+    check_predictions(run, two)
     assert two["teacher_forward_examples"] == 96  # the pass over train, shared by the ranks
     ours, theirs = weights(run), weights(planned(small(*more)))
     # Keys' biases change no attention, so their gradients are rounding alone, which AdamW scales up to its step.

@@ -3,9 +3,10 @@
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -15,6 +16,8 @@ from transformers import AutoModelForSequenceClassification
 from kd.build.check import check_run
 from kd.build.parts import examples_of
 from kd.config.compose import compose
+from kd.results.predictions import SplitPredictions, read_predictions
+from kd.runs.members import members
 from kd.runs.plan import plan
 from kd.runs.run import Run
 from kd.training import execute, trainer
@@ -105,6 +108,52 @@ def broken_off(run: Run, batches: int, monkeypatch: pytest.MonkeyPatch, error: t
         with pytest.raises(error, match=None if error is KeyboardInterrupt else "stopped"):
             execute.execute(run)
     assert run.result is None
+
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": lambda given, labels: (given == labels).mean(),
+    "f1": lambda given, labels: 2 * (given * labels).sum() / (given + labels).sum(),
+    "matthews_corrcoef": lambda given, labels: np.corrcoef(given, labels)[0, 1] if given.std() > 0 else 0.0,
+    "pearson": lambda given, labels: np.corrcoef(given, labels)[0, 1],
+    "mse": lambda given, labels: ((given - labels) ** 2).mean(),
+}
+"""Metrics of predictions, which are classes or scores."""
+
+
+def scores(logits: np.ndarray, labels: np.ndarray, names: Iterable[str]) -> dict[str, float]:
+    """Return metrics of logits by name."""
+    given = logits[:, 0].astype(np.float64) if logits.shape[1] == 1 else logits.argmax(1)
+    return {name: float(METRICS[name](given, labels)) for name in names}
+
+
+def check_metrics(split: SplitPredictions, record: dict, name: str) -> None:
+    """Check that the metrics of all models of a record on a split, and their agreement, follow from the predictions."""
+    labels = split.labels
+    assert split.students.keys() == record["students"].keys()
+    assert split.teachers.keys() == record["metrics_teacher"].keys()
+    for student, logits in split.students.items():
+        entry = record["students"][student]
+        assert scores(logits, labels, entry["metrics"][name]) == pytest.approx(entry["metrics"][name], rel=1e-5), student
+        for teacher, theirs in split.teachers.items():
+            predicted = theirs[:, 0] if theirs.shape[1] == 1 else theirs.argmax(1)
+            (agreement,) = scores(logits, predicted, ["pearson" if theirs.shape[1] == 1 else "accuracy"]).values()
+            assert agreement == pytest.approx(entry["agreement"][name][teacher], rel=1e-4), (student, teacher)
+    for teacher, logits in split.teachers.items():
+        expected = record["metrics_teacher"][teacher][name]
+        assert scores(logits, labels, expected) == pytest.approx(expected, rel=1e-5), teacher
+
+
+def check_predictions(run: Run, record: dict) -> None:
+    """Check that a run kept predictions for all its splits, from which the metrics of its record follow, for each task."""
+    for one in members(run).values():
+        of_task = record if one.member is None else record["tasks"][one.member]
+        predictions = read_predictions(run.directory, one.member)
+        evaluated = [name for name, values in of_task["metrics"].items() if values]
+        assert list(predictions.splits) == evaluated
+        for name, split in predictions.splits.items():
+            assert split.index.tolist() == list(range(of_task["examples"][name]))
+            assert all(logits.dtype == np.float32 for logits in (*split.students.values(), *split.teachers.values()))
+            check_metrics(split, of_task, name)
 
 
 def roles(run: Run) -> list[str]:

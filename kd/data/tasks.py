@@ -49,6 +49,8 @@ class Task(Protocol):
     """Initial bias of a newly initialised head; None is zero."""
     agreement: str
     """Name of the metric that measures a student's agreement with a teacher, whose predictions replace the labels."""
+    row_per_example: bool
+    """True if logits have a row for each example; then a run keeps those of evaluation (`kd.results.predictions`)."""
     partly_labelled: bool
     """True if training examples may have no label (`task.unlabelled`)."""
     column_classes: Mapping[str, list[str]]
@@ -147,6 +149,7 @@ class Labelled:
     start: float | None = None
     column_classes: Mapping[str, list[str]] = {}
     columns: Sequence[str] = ()
+    row_per_example = True
     partly_labelled = False
     label_weight = 1.0
 

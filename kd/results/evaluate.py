@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kd.data.batch import Batch
@@ -14,6 +15,8 @@ from kd.data.metrics import finite_or_none
 from kd.data.tasks import Task
 from kd.forward import Needs
 from kd.models import Encoder, FrozenTeacher
+from kd.results.predictions import Logits
+from kd.system import distributed
 
 Scores = dict[str, float | None]
 
@@ -28,6 +31,7 @@ class Evaluation:
         agreement: student -> teacher -> share of examples with the same predicted class, or Pearson correlation of the scores.
         ensemble: metrics of the students' mean prediction; empty for one student.
         collapsed: student -> True if it predicts a single class, or nearly the same score for every example.
+        logits: logits of all models, from all ranks; None for a task whose logits have no row for each example.
     """
 
     students: dict[str, Scores]
@@ -35,6 +39,42 @@ class Evaluation:
     agreement: dict[str, Scores]
     ensemble: Scores
     collapsed: dict[str, bool] = field(default_factory=dict)
+    logits: Logits | None = None
+
+
+@dataclass
+class Rows:
+    """Logits of the batches of this rank, in float32.
+
+    Attributes:
+        index: position of each example in its split, by batch.
+        students: name -> logits by batch, each (batch, classes).
+        teachers: the same for the teachers.
+    """
+
+    index: list[torch.Tensor] = field(default_factory=list)
+    students: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    teachers: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+
+    def add(self, index: torch.Tensor, students: Mapping[str, torch.Tensor], teachers: Mapping[str, torch.Tensor]) -> None:
+        """Add a batch."""
+        self.index.append(index)
+        for rows, logits in ((self.students, students), (self.teachers, teachers)):
+            for name, values in logits.items():
+                rows.setdefault(name, []).append(values)
+
+    def of_all_ranks(self) -> Logits:
+        """Return the logits of all ranks; every rank has to call this."""
+        students, teachers = (
+            {name: joined(batches) for name, batches in rows.items()} for rows in (self.students, self.teachers)
+        )
+        return Logits(joined(self.index), students, teachers)
+
+
+def joined(batches: Sequence[torch.Tensor]) -> np.ndarray:
+    """Return the rows of these batches on all ranks, in the order of ranks."""
+    rows: np.ndarray = torch.cat(distributed.gather_rows(torch.cat(list(batches)).cpu())).numpy()
+    return rows
 
 
 @torch.no_grad()
@@ -43,7 +83,8 @@ def evaluate(
 ) -> Evaluation:
     """Compute metrics of students and teachers over a loader, in float32, and the agreement of each student with each teacher.
 
-    Under DDP every rank evaluates its share, and torchmetrics reduces over all ranks; no example is counted twice.
+    Under DDP every rank evaluates its share, torchmetrics reduces over all ranks, and the logits are gathered; no example is
+    counted twice.
     """
     for student in students.values():
         student.to(device).eval()
@@ -56,6 +97,7 @@ def evaluate(
     ours, theirs = {name: meters() for name in students}, {teacher.name: meters() for teacher in teachers}
     together = meters() if len(students) > 1 else {}
     collapse = {} if task.collapse() is None else {name: task.collapse().to(device) for name in students}
+    rows = Rows()
     agreement = {name: {teacher.name: task.metric(task.agreement).to(device) for teacher in teachers} for name in students}
     for batch in loader:
         batch = batch.to(device)
@@ -69,17 +111,21 @@ def evaluate(
                 collapse[name].update(task.predict(student_logits), batch.labels)
         if together:
             task.score(together, task.ensemble(list(logits.values())), batch.labels)
+        taught = {}
         for teacher, inputs in zip(teachers, batch.teachers, strict=True):
-            teacher_logits = teacher(inputs, Needs()).logits.float()
+            taught[teacher.name] = teacher_logits = teacher(inputs, Needs()).logits.float()
             task.score(theirs[teacher.name], teacher_logits, batch.labels)
             for name, student_logits in logits.items():
                 agreement[name][teacher.name].update(task.predict(student_logits), task.predict(teacher_logits))
+        if task.row_per_example:
+            rows.add(batch.index, logits, taught)
     return Evaluation(
         {name: _compute(metrics) for name, metrics in ours.items()},
         {name: _compute(metrics) for name, metrics in theirs.items()},
         {name: _compute(metrics) for name, metrics in agreement.items()},
         _compute(together),
         {name: bool(metric.compute()[0]) for name, metric in collapse.items()},
+        rows.of_all_ranks() if task.row_per_example else None,
     )
 
 

@@ -22,6 +22,7 @@ from kd.models.latency import LATENCY_MEASURE, Latency, latencies, to_time
 from kd.results.evaluate import Evaluation, Scores, baseline, folder_megabytes
 from kd.results.export import TOLERANCE, export, largest_difference, model_card, origin
 from kd.results.mixture import mixture_record
+from kd.results.predictions import predictions_of, write_predictions
 from kd.runs.kept import write_kept
 from kd.runs.run import Run
 from kd.system import distributed
@@ -322,7 +323,9 @@ def conclude(
     epoch: Epoch,
     work: Work,
 ) -> dict[str, Any]:
-    """Export the students, check the exports, and write and return the record. The best student on validation is the run's.
+    """Export the students, check the exports, write the predictions, and write and return the record.
+
+    The best student on validation is the run's.
 
     Args:
         run: the run.
@@ -336,6 +339,9 @@ def conclude(
     for part in parts.values():
         for student in part.models.students.values():
             student.to("cpu")
+    for name, part in parts.items():
+        logits = {split: evaluation.logits for split, evaluation in evaluations[name].items()}
+        write_predictions(part.run.predictions, predictions_of(part.examples, logits))
     if not is_mixture(run.spec.task):
         (name,) = parts
         best = headline(engine.task, evaluations[name]["validation"].students)

@@ -215,6 +215,11 @@ class Run:
         return own["metrics"]  # type: ignore[no-any-return]
 
     @property
+    def predictions(self) -> Path:
+        """File with the predictions on the evaluated splits; each task of a mixture has its own."""
+        return predictions_file(self.directory, self.member)
+
+    @property
     def init_run(self) -> "Run":
         """The run whose student this run's student starts from, which it must have."""
         run = self.inputs.init
@@ -238,16 +243,17 @@ class Run:
         """Make the directory and write `config.yaml`.
 
         Args:
-            resume: keep checkpoints and metrics of an earlier start; otherwise they are removed.
+            resume: keep checkpoints, metrics and predictions of an earlier start; otherwise they are removed.
 
         Raises:
             InputError: if the directory cannot be made, or there is a folder where the run will write a file.
         """
         with writing(self.directory):
             if not resume:
-                remove(self.checkpoints)
-                remove(self.directory / "metrics.csv")
-            for name in ("result.json", "metrics.csv", "config.yaml", "checkpoints/last.ckpt", "checkpoints/best.ckpt"):
+                for name in ("checkpoints", "metrics.csv", "predictions.npz", "predictions"):
+                    remove(self.directory / name)
+            checkpoints = ("checkpoints/last.ckpt", "checkpoints/best.ckpt")
+            for name in ("result.json", "metrics.csv", "config.yaml", "predictions.npz", *checkpoints):
                 if (path := self.directory / name).is_dir():
                     raise InputError(f"'{path}' is a folder, where this run writes a file; remove it", "paths.runs")
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -277,6 +283,17 @@ def keep_of(record: Mapping[str, Any]) -> str:
     """Return the word of `kd.config.schema.KEEP` for what a finished run retains; runs of earlier versions retain all."""
     keep = record.get("keep")
     return keep if keep in KEEP else "all"
+def predictions_file(directory: Path, task: str | None = None) -> Path:
+    """Return the path of the predictions of a run (`kd.results.predictions`).
+
+    Args:
+        directory: directory of the run.
+        task: name of a task of a mixture; None for a run of one task.
+
+    >>> predictions_file(Path("run")).as_posix(), predictions_file(Path("run"), "rte").as_posix()
+    ('run/predictions.npz', 'run/predictions/rte.npz')
+    """
+    return directory / "predictions.npz" if task is None else directory / "predictions" / f"{task}.npz"
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:

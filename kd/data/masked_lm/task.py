@@ -41,6 +41,7 @@ class MaskedLM:
     start: float | None = None
     column_classes: Mapping[str, list[str]] = {}
     columns: Sequence[str] = ()
+    row_per_example = False
     partly_labelled = False
 
     def __init__(self, name: str, metrics: Sequence[str], monitor: str) -> None:
