@@ -441,6 +441,9 @@ class DomainFolders:
 FOLDER_KEY = "paths.glue"
 """Key that sets `Glue.root` for all tasks: it belongs to the machine, not to a task."""
 
+REPOSITORY = "nyu-mll/glue"
+"""Data set of GLUE on the hub."""
+
 
 @dataclass(frozen=True, slots=True)
 class Glue:
@@ -473,7 +476,7 @@ class Glue:
     local_label: str | None = None
     local_columns: Sequence[str] | None = None
     validation: Mapping[str, Sequence[str]] | None = None
-    repository: str = "nyu-mll/glue"
+    repository: str = REPOSITORY
     skip_broken: bool = False
     extra: Sequence[str] = ()
 
@@ -516,23 +519,7 @@ class Glue:
             return self.local_columns is None and label in file.readline().rstrip("\r\n").split("\t")
 
     def _from_hub(self) -> Splits:
-        try:
-            from datasets import load_dataset
-        except ImportError as error:
-            raise InputError(
-                "reading GLUE from the hub needs the package 'datasets' (pip install datasets); "
-                f"or point {FOLDER_KEY} at a folder of GLUE's TSV files",
-                FOLDER_KEY,
-            ) from error
-        check_not_here(self.repository, FOLDER_KEY)
-        try:
-            data = load_dataset(self.repository, self.subset)
-        except Exception as error:  # the library raises a dozen kinds for a hub that cannot be reached
-            raise InputError(
-                f"'{self.repository}/{self.subset}' cannot be loaded from the hub ({type(error).__name__}: {error}); "
-                f"or point {FOLDER_KEY} at a folder of GLUE's TSV files",
-                FOLDER_KEY,
-            ) from error
+        data = hub_data(self.repository, self.subset)
         names = {**{split: name for split, (name, _) in self._names().items()}, "test": "test"}
         found: Splits = {}
         for split, name in names.items():
@@ -567,6 +554,31 @@ class Glue:
             names = {split: name for split, (name, _) in self._names().items()}
             return {"hub": f"{self.repository}/{self.subset}", **names}
         return {split: file_fingerprint(path) for split, path in self._files().items()}
+
+
+def hub_data(repository: str, subset: str) -> Any:
+    """Return a data set of the hub, split -> rows.
+
+    Raises:
+        InputError: if it cannot be loaded.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise InputError(
+            "reading GLUE from the hub needs the package 'datasets' (pip install datasets); "
+            f"or point {FOLDER_KEY} at a folder of GLUE's TSV files",
+            FOLDER_KEY,
+        ) from error
+    check_not_here(repository, FOLDER_KEY)
+    try:
+        return load_dataset(repository, subset)
+    except Exception as error:  # the library raises a dozen kinds for a hub that cannot be reached
+        raise InputError(
+            f"'{repository}/{subset}' cannot be loaded from the hub ({type(error).__name__}: {error}); "
+            f"or point {FOLDER_KEY} at a folder of GLUE's TSV files",
+            FOLDER_KEY,
+        ) from error
 
 
 def hub_label(value: Any, feature: object) -> Any:
