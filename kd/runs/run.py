@@ -283,6 +283,8 @@ def keep_of(record: Mapping[str, Any]) -> str:
     """Return the word of `kd.config.schema.KEEP` for what a finished run retains; runs of earlier versions retain all."""
     keep = record.get("keep")
     return keep if keep in KEEP else "all"
+
+
 def predictions_file(directory: Path, task: str | None = None) -> Path:
     """Return the path of the predictions of a run (`kd.results.predictions`).
 
