@@ -41,8 +41,10 @@ def main() -> None:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     found = argparse.ArgumentParser(prog="kd-table", description=DESCRIPTION)
-    found.add_argument("command", choices=sorted(COMMANDS), help="list of tables | plan: what is missing | run: make it")
-    found.add_argument("table", nargs="?", help="name of a table, as pkd_dev, or a file of your own, as mine.yaml")
+    found.add_argument(
+        "command", choices=sorted(COMMANDS), help="list of tables | plan: what is missing | run: make it | submit: for GLUE"
+    )
+    found.add_argument("table", nargs="?", help="a table, as pkd_dev, or a file of yours, as mine.yaml; submit: a run")
     found.add_argument("overrides", nargs="*", help="scale=local (default) or published; overrides of kd-train")
     found.add_argument("--workers", type=int, metavar="N", help="cells side by side (default: a GPU or a core each)")
     found.add_argument("--only", metavar="TEXT", help="cells whose labels contain this, as 'method=pkd student=3l'")
@@ -52,6 +54,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="SLURM: as --sbatch=--gres=gpu:1")
     found.add_argument("--array-limit", type=int, default=1000, metavar="N", help="SLURM: its MaxArraySize, less one")
     found.add_argument("--ray", metavar="ADDRESS", help="make the cells on a Ray cluster: its address, auto, or local")
+    found.add_argument("--out", type=Path, default=Path("glue.zip"), metavar="FILE", help="submit: archive (default glue.zip)")
+    found.add_argument("--fill", choices=["majority"], help="submit: what stands in files that no run predicts")
     found.add_argument("--figures", type=Path, metavar="FILE", help="default: experiments/<table>/ours.csv")
     found.add_argument("--version", action="version", version=version_line())
     return found
@@ -176,4 +180,22 @@ def run_table(arguments: argparse.Namespace) -> int:
     return make(planned, missing, launcher_of(arguments), figures, needed_alone=arguments.needed)
 
 
-COMMANDS = {"list": list_tables, "plan": show_plan, "run": run_table}
+def submit(arguments: argparse.Namespace) -> int:
+    """Write the archive that the server of GLUE takes, from finished runs.
+
+    Raises:
+        InputError: if no run is named, or the archive cannot be made.
+    """
+    from kd.results.submission import write_submission
+
+    words = [word for word in (arguments.table, *arguments.overrides) if word is not None]
+    glue = [word.removeprefix("paths.glue=") for word in words if word.startswith("paths.glue=")]
+    runs = [Path(word).expanduser() for word in words if not word.startswith("paths.glue=")]
+    if not runs:
+        raise InputError("name the directories of finished runs: kd-table submit runs/kd-3l-*", "runs")
+    write_submission(arguments.out.expanduser(), runs, glue=glue[-1] if glue else None, fill=arguments.fill)
+    print(arguments.out)
+    return 0
+
+
+COMMANDS = {"list": list_tables, "plan": show_plan, "run": run_table, "submit": submit}
