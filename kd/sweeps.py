@@ -5,10 +5,8 @@ does not stop the others. A failure is printed when it happens. The last lines g
 those that failed.
 """
 
-import os
 import pickle
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +18,11 @@ from hydra.utils import get_class
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from kd.config.compose import compose, explain
+from kd.config.compose import compose
+from kd.config.failure import Failure
 from kd.config.mixture import expand
 from kd.config.schema import LauncherSpec
-from kd.errors import DISK_FULL, InputError, disk_is_full
+from kd.errors import InputError
 from kd.runs.plan import plan
 from kd.runs.run import Run
 from kd.system import distributed
@@ -53,33 +52,6 @@ class PointsFailed(Exception):
     def __init__(self, status: int) -> None:
         super().__init__(f"exit status {status}")
         self.status = status
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Failure of a point, as text: an exception's traceback would keep models in memory."""
-
-    message: str
-    key: str | None = None
-    users: bool = True
-    """True if the user can correct it."""
-    trace: str | None = None
-    """Traceback to print, if any."""
-
-    @staticmethod
-    def of(error: Exception) -> "Failure":
-        """Return the failure for the exception that is being handled."""
-        shown = traceback.format_exc() if os.environ.get("KD_TRACEBACK") else None
-        if isinstance(error, HydraException | OmegaConfBaseException):
-            error = explain(error)
-        if isinstance(error, InputError):
-            return Failure(error.message, error.key, trace=shown)
-        if disk_is_full(error):
-            return Failure(DISK_FULL, "paths.runs", trace=shown)
-        return Failure(f"{type(error).__name__}: {error}", users=False, trace=traceback.format_exc())
-
-    def __str__(self) -> str:
-        return self.message if self.key is None else f"{self.message}\n  change: {self.key}"
 
 
 @dataclass

@@ -18,10 +18,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from kd.config.compose import FROM_HYDRA, ROOT, check_overrides, conf_folder, explain, typed
+from kd.config.failure import Failure
 from kd.config.mixture import expand
 from kd.errors import DISK_FULL, InputError, disk_is_full
 from kd.runs.plan import plan
-from kd.sweeps import SWEEPER, Failure, PointsFailed, register
+from kd.sweeps import SWEEPER, PointsFailed, register
 from kd.system import distributed
 from kd.system.hardware import configure_openmp, version_line
 from kd.training.execute import check_launch, check_ranks, deliver

@@ -1,4 +1,4 @@
-"""What a finished run retains of its files (`trainer.keep`), and what other runs still get of it."""
+"""Files that a finished run retains (`trainer.keep`), and their use by other runs."""
 
 import json
 import shutil

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from kd.config.failure import Failure as Error
 from kd.launch.jobs import Failure, find_run, plan_command
-from kd.sweeps import Failure as Error
 from kd.system.hardware import configure_openmp
 
 

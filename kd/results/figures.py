@@ -10,7 +10,7 @@ from kd.errors import InputError
 from kd.system.files import atomic_write, locked, writing
 
 CONFIDENCES = ("printed", "copied", "memory", "measured")
-"""Where a value comes from: read in the paper or in its authors' result files | read in a secondary source | recalled, and not
+"""Origins of a value: read in the paper or in its authors' result files | read in a secondary source | recalled, and not
 checked against a source | a run of ours."""
 
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kd.config.failure import Failure as Error
 from kd.errors import InputError
 from kd.launch.jobs import Failure, Job, jobs_of, plan_command
 from kd.results.figures import Figure, read_figures
 from kd.runs.run import Run
-from kd.sweeps import Failure as Error
 from kd.table.definition import Cell, Table
 
 

@@ -133,7 +133,7 @@ class Folder:
 
     @cached_property
     def uses(self) -> Uses | None:
-        """What the runs in the folder use; None if a run does not say it."""
+        """Use of the folder by its runs; None if a run does not say it."""
         uses = [read_uses(directory) for directory in self.directories]
         known = [one for one in uses if one is not None]
         if len(known) < len(uses):

@@ -160,6 +160,19 @@ def test_a_command_without_a_table_ends_with_2(words: list[str], tables: Tables,
     assert "change: " in tables.capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [[], ["nosuch"], ["paths.glue=nowhere"]])
+def test_a_submission_without_finished_runs_is_refused(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["kd-table", "submit", *words])
+    with pytest.raises(SystemExit) as end:
+        command.main()
+    assert end.value.code == 2
+    assert "change: runs" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_cannot_be_written_to_is_refused(tables: Tables) -> None:
     tables.write(seeds(0))
     (tables.folder / "file").write_text("")
