@@ -185,7 +185,7 @@ def test_an_error_in_a_stage_that_lists_names_the_key_that_is_to_be_changed(smal
 
 def test_no_configuration_file_holds_overrides_for_another_run() -> None:
     for path in conf_folder().rglob("*.yaml"):
-        assert "overrides:" not in path.read_text(), path
+        assert path.parent.name == "table" or "overrides:" not in path.read_text(), path
 
 
 # A pool of the first run

@@ -155,9 +155,13 @@ def check_overrides(overrides: Sequence[str]) -> None:
             raise InputError(f"'{shown(override)}' names no task: task=rte, or for a mixture 'task=[sst2,rte]'", key)
 
 
+NO_GROUPS = ("base", "table", "tune")
+"""Folders of the tree that are no groups of a run: parts of other files, and tables of papers."""
+
+
 @cache
 def _groups() -> tuple[str, ...]:
-    return tuple(folder.name for folder in conf_folder().iterdir() if folder.is_dir() and folder.name != "base")
+    return tuple(folder.name for folder in conf_folder().iterdir() if folder.is_dir() and folder.name not in NO_GROUPS)
 
 
 @cache
@@ -316,6 +320,8 @@ def _all_keys() -> list[str]:
     """Return every key of the default configuration files, for suggestions; read as YAML, without composing."""
     keys: list[str] = list(PARTS)
     for file in conf_folder().glob("*/*.yaml"):
+        if file.parent.name in NO_GROUPS[1:]:
+            continue
         group = {"base": file.stem}.get(file.parent.name, file.parent.name)
         group = {"classification": "task", "regression": "task", "masked_lm": "task", "edit": "task.edits"}.get(group, group)
         content = OmegaConf.to_container(OmegaConf.load(file))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.results.comparison import BASELINE, Comparison, Entry, compare, entries_of, entries_of_records, with_details
-from kd.results.figures import read_figures
+from kd.results.figures import Figure, read_figures
 
 
 def compare_runs(records: Sequence[Mapping[str, Any]], title: str) -> Comparison:
@@ -44,18 +44,19 @@ def compare_table(
         InputError: if a file of figures is damaged.
     """
     ours, paper = (read_figures(folder / name) if (folder / name).is_file() else [] for name in ("ours.csv", "paper.csv"))
-    entries = with_expected(entries_of(ours), labels)
+    entries = with_expected(entries_of(ours), labels, paper)
     comparison = compare(entries, paper, title=title, protocol=protocol, baseline=baseline)
     return with_details(comparison, {record["digest"]: record for record in records})
 
 
-def with_expected(entries: Sequence[Entry], labels: Sequence[Mapping[str, str]]) -> list[Entry]:
+def with_expected(entries: Sequence[Entry], labels: Sequence[Mapping[str, str]], paper: Sequence[Figure] = ()) -> list[Entry]:
     """Return entries with the seeds that a table asks for, and entries without values for cells that have no figure at all.
 
     Args:
         entries: our figures.
         labels: labels of each cell, by configuration key; a cell without labels of method, student, task and seed is left out;
             the task may lack if there is one alone.
+        paper: the paper's figures, whose columns stand where there is no figure of ours.
     """
     expected: dict[tuple[str, str, str], set[int]] = {}
     tasks = {entry.task for entry in entries}
@@ -68,14 +69,13 @@ def with_expected(entries: Sequence[Entry], labels: Sequence[Mapping[str, str]])
         replace(entry, expected=frozenset(expected.get((entry.method, entry.student, entry.task), ()))) for entry in entries
     ]
     known = {(entry.method, entry.student, entry.task) for entry in entries}
-    columns: dict[str, list[tuple[str, str]]] = {}
-    for entry in entries:
-        if (entry.split, entry.metric) not in columns.setdefault(entry.task, []):
-            columns[entry.task].append((entry.split, entry.metric))
+    columns: dict[str, dict[tuple[str, str], None]] = {}
+    for one in entries or paper:
+        columns.setdefault(one.task, {})[one.split, one.metric] = None
     for key, seeds in expected.items():
         if key not in known:
             method, student, task = key
-            for split, metric in columns.get(task, [("validation", "")]):
+            for split, metric in columns.get(task, {("validation", ""): None}):
                 row = f"{method} {student}"
                 found.append(Entry(row, method, student, "", task, split, metric, expected=frozenset(seeds)))
     return found
