@@ -224,9 +224,9 @@ def test_two_members_teach_a_student_and_their_run_is_trained_once(
     trained: list[str] = []
     original = fitting.fit
 
-    def fit(run: Run, examples: object) -> object:
+    def fit(run: Run, *more: object) -> object:
         trained.append(run.name)
-        return original(run, examples)  # type: ignore[arg-type]
+        return original(run, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(fitting, "fit", fit)
     run, record = made(taught("method=mt_bert", f"paths.runs={tmp_path}"))

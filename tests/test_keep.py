@@ -27,7 +27,7 @@ Words = Callable[..., list[str]]
 
 EXPORTED = {"student/README.md", "student/config.json", "student/model.safetensors"}
 EXPORTED |= {"student/tokenizer.json", "student/tokenizer_config.json"}
-FIGURES = {"result.json", "config.yaml", "metrics.csv"}
+FIGURES = {"result.json", "config.yaml", "metrics.csv", "predictions.npz"}
 RETAINED = {
     "all": FIGURES | EXPORTED | {f"checkpoints/{name}" for name in ("best.ckpt", "last.ckpt", "costs.json")},
     "best": FIGURES | EXPORTED | {f"checkpoints/{name}" for name in ("best.ckpt", "costs.json")},

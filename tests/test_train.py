@@ -68,7 +68,7 @@ RESULT_KEYS = {
     "resumed examples_per_second teacher_forward_examples teacher_forwards cache notes_teacher labels pipeline origin "
     "max_length limit_train examples epochs batch_size batch_tokens accumulate steps precision ranks lr weights identity "
     "inputs versions hardware git finished latency baseline metrics agreement init export_difference parameters megabytes "
-    "latency_ms collapsed headline students files checksum",
+    "latency_ms collapsed headline students files keep checksum",
     "metrics_last": "validation",
     "metrics_teacher minilm": "validation test",
     "selection": "kind by epoch",
@@ -222,7 +222,7 @@ def test_finished_run_is_not_repeated_and_its_teacher_is_shared(
 ) -> None:
     trained = []
     original = fitting.fit
-    monkeypatch.setattr(fitting, "fit", lambda run, examples: trained.append(run.name) or original(run, examples))
+    monkeypatch.setattr(fitting, "fit", lambda run, *more: trained.append(run.name) or original(run, *more))
     _, again = made(small())
     assert again == finished[1]
     assert trained == []
