@@ -180,9 +180,10 @@ def write(text: str, out: Path | None) -> None:
     if out is None:
         sys.stdout.write(text)
         return
+    out = out.expanduser()
     with writing(out, "--out"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out.expanduser(), text)
+        write_text(out, text)
     print(out)
 
 

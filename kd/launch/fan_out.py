@@ -120,15 +120,16 @@ class FanOut:
             if status is None:
                 continue
             self.running.remove(running)
-            running.claim.release()
             job, seconds = running.job, time.monotonic() - running.began
-            if status == 0 and job.run.is_done():
-                yield self._finish(job, seconds)
-            elif status == 130:
+            done = status == 0 and job.run.is_done()
+            failure = None if done or status == 130 else self._failure_since(job)
+            if failure is None and not done and status != 130:
+                failure = Failure(reason(status, job))
+                failure.record(job.file(".failed"))  # for other commands, before they may take the job
+            running.claim.release()
+            if status == 130:
                 raise KeyboardInterrupt
-            else:
-                failure = self._failure_since(job) or Failure(reason(status, job))
-                yield self._fail(job, failure, seconds)
+            yield self._finish(job, seconds) if failure is None else self._fail(job, failure, seconds)
 
     def _failure_since(self, job: Job) -> Failure | None:
         """Return the failure of a job since this command began, of any command's process."""

@@ -119,7 +119,12 @@ def jobs_of(runs: Mapping[int, Run], commands: Sequence[Sequence[str]]) -> dict[
             add(run, tuple(commands[index]))
     wanted = {run.name for run in runs.values()}
     jobs = {name: replace(job, wanted=name in wanted) for name, job in jobs.items()}
-    return dict(sorted(jobs.items(), key=lambda entry: entry[1].wanted))  # stable: what others need comes first
+    return dict(sorted(jobs.items(), key=lambda entry: entry[0] not in needed_in(jobs)))  # stable: needs stay before
+
+
+def needed_in(jobs: Mapping[str, Job]) -> set[str]:
+    """Return the names of the jobs that others need."""
+    return {name for job in jobs.values() for name in job.needs}
 
 
 def find_run(run: Run, name: str, role: Role | None = None) -> tuple[Role | None, Run]:

@@ -22,7 +22,7 @@ def work(command: list[str], environment: Mapping[str, str], folder: str, log: s
         needs: statuses of the jobs that it needs; Ray waits for them.
     """
     if any(needs):
-        return 0  # the caller knows which of them failed
+        return 1  # the caller knows which of them failed
     with open(log, "ab") as file:
         environment = {**os.environ, **environment}
         return subprocess.run(
@@ -57,7 +57,7 @@ def on_ray(jobs: Mapping[str, Job], address: str, threads: int, gpus: float) -> 
     """
     ray = import_ray()
     try:
-        ray.init(address=None if address == "local" else address, log_to_driver=False, include_dashboard=False)
+        ray.init(address=address, log_to_driver=False, include_dashboard=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"no Ray cluster at '{address}': {' '.join(str(error).split())}", "launcher.address") from error
     try:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kd.errors import InputError
-from kd.launch.jobs import Job
+from kd.launch.jobs import Job, needed_in
+from kd.runs.digest import digest_of
 from kd.system.files import write_text, writing
 
 LARGEST_ARRAY = 1000
@@ -18,7 +19,7 @@ SCRIPT = """#!/bin/bash
 #SBATCH --time={time}
 #SBATCH --requeue
 #SBATCH --signal=B:TERM@120
-#SBATCH --output={log}
+#SBATCH --output="{log}"
 {options}
 # {count} jobs{first}. A task whose run is done ends at once. A requeued task resumes its run from the last
 # checkpoint. What is not done afterwards is in the array of the next script.
@@ -55,8 +56,10 @@ def write_script(
             "launcher.array_limit",
         )
     folder = next(iter(jobs.values())).file("").parent.resolve()
+    content = "".join(json.dumps({"run": job.name, "command": job.command}) + "\n" for job in jobs.values())
+    name = f"{name}-{digest_of({'jobs': content})}"  # tasks read their line when they start: no later script may change it
     listed, script = folder / f"{name}.jobs", folder / f"{name}.sbatch"
-    needed = sum(not job.wanted for job in jobs.values())
+    needed = len(needed_in(jobs))
     text = SCRIPT.format(
         name=name,
         last=len(jobs) - 1,
@@ -71,16 +74,17 @@ def write_script(
     )
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(listed, "".join(json.dumps({"run": job.name, "command": job.command}) + "\n" for job in jobs.values()))
+        write_text(listed, content)
         write_text(script, text)
     return script, needed
 
 
 def submission(script: Path, needed: int, count: int) -> str:
     """Return the commands that submit a script: if jobs need others, these first, and then the rest when they are done."""
+    path = shlex.quote(str(script))
     if not needed or needed == count:
-        return f"sbatch {script}"
+        return f"sbatch {path}"
     return (
-        f"first=$(sbatch --parsable --array=0-{needed - 1} {script})\n"
-        f"sbatch --dependency=afterany:$first --array={needed}-{count - 1} {script}"
+        f"first=$(sbatch --parsable --array=0-{needed - 1} {path})\n"
+        f"sbatch --dependency=afterany:$first --array={needed}-{count - 1} {path}"
     )

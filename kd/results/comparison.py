@@ -16,7 +16,19 @@ BASELINE = "finetune"
 LOWER_IS_BETTER = ("mse", "loss")
 """Metrics of errors."""
 
-BUDGET = ("trainer", "optimizer", "task", "student", "edit", "surgery", "pretrain", "cohort")
+BUDGET = (
+    "trainer",
+    "optimizer",
+    "task",
+    "student",
+    "edit",
+    "surgery",
+    "pretrain",
+    "cohort",
+    "backbone",
+    "experiment",
+    "engine",
+)
 """Parts of the configuration that runs of one budget and one initialisation share."""
 
 Column = tuple[str, str, str]
@@ -275,11 +287,18 @@ def with_differences(entries: Sequence[Entry], baseline: str) -> list[Entry]:
     def pair(entry: Entry) -> tuple[Any, ...]:
         return (entry.student, entry.column, entry.selection, entry.init, entry.budget)
 
-    baselines = {pair(entry): entry for entry in entries if entry.method == baseline and entry.values}
+    baselines: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in entries:
+        if entry.method == baseline and entry.values:
+            baselines.setdefault(pair(entry), []).append(entry)
     families: dict[tuple[Any, ...], dict[str, PairedDifference]] = {}
     for number, entry in enumerate(entries):
-        if entry.method != baseline and entry.values and pair(entry) in baselines:
-            other = baselines[pair(entry)]
+        if entry.method == baseline or not entry.values:
+            continue
+        found = baselines.get(pair(entry), [])
+        found = [other for other in found if other.teacher == entry.teacher] or found
+        if len(found) == 1:  # of several, which may start from another backbone, none is chosen
+            other = found[0]
             difference = seed_difference(entry.values, other.values, higher_is_better=entry.higher_is_better)
             families.setdefault(pair(entry), {})[str(number)] = difference
     differences = {name: difference for family in families.values() for name, difference in corrected(family).items()}

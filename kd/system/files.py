@@ -80,7 +80,7 @@ def is_abandoned(draft: Path) -> bool:
     return False
 
 
-def check_writable(folder: Path | str) -> None:
+def check_writable(folder: Path | str, key: str = "paths.runs") -> None:
     """Check that a folder for runs can be written to; make it if it does not exist.
 
     Raises:
@@ -90,12 +90,12 @@ def check_writable(folder: Path | str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make '{folder}': {error.strerror}", "paths.runs") from error
+        raise InputError(f"cannot make '{folder}': {error.strerror}", key) from error
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"cannot write to '{folder}': {error.strerror}", "paths.runs") from error
+        raise InputError(f"cannot write to '{folder}': {error.strerror}", key) from error
 
 
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from kd.config.schema import LauncherSpec
-from kd.launch.jobs import Failure
+from kd.launch.jobs import Failure, needed_in
 from kd.launch.launcher import QUEUE, launch, workers
 from kd.launch.progress import Progress
 from kd.results.figures import add_figures
+from kd.system.files import check_writable
 from kd.table.cells import PlannedCell, PlannedTable
 
 
@@ -32,10 +33,12 @@ def make(
     Raises:
         InputError: if the folder of the runs cannot be written to.
     """
+    if figures is not None:
+        check_writable(figures.parent, "--figures")
     record_all(planned, planned.cells, figures)  # of runs that were done before
     jobs = planned.jobs(chosen)
     if needed_alone:
-        jobs = {name: job for name, job in jobs.items() if not job.wanted}
+        jobs = {name: job for name, job in jobs.items() if name in needed_in(jobs)}
     cells = {cell.run.name: cell for cell in planned.cells}
     progress = Progress(
         jobs,

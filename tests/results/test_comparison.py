@@ -100,6 +100,17 @@ def test_a_baseline_of_another_start_budget_or_column_is_none(change: dict[str, 
     assert "no baseline of this budget" in markdown(compare(entries_of(figures)))
 
 
+def test_of_several_baselines_that_of_the_same_teacher_counts_or_none() -> None:
+    """A student may start from its teacher's backbone, which the words about its start do not name."""
+    scores = {("a", "finetune"): 0.5, ("a", "kd"): 0.55, ("b", "finetune"): 0.7, ("b", "kd"): 0.75}
+    figures = [figure(method, value, teacher=teacher) for (teacher, method), value in scores.items()]
+    for order in (figures, figures[::-1]):
+        found = {entry.teacher: entry for entry in compare(entries_of(order)).entries if entry.method == "kd"}
+        assert {teacher: round(entry.difference.mean, 3) for teacher, entry in found.items()} == {"a": 0.05, "b": 0.05}
+    entries = compare(entries_of([*figures[::2], figure("kd", 0.6, teacher="c")])).entries
+    assert [entry.difference for entry in entries if entry.method == "kd"] == [None]
+
+
 def test_options_of_a_method_do_not_change_its_budget() -> None:
     assert budget_of("method=kd method.temperature=2 seed=1 student=3l +task.limit_train=9") == "+task.limit_train=9 student=3l"
     figures = [figure("finetune", 0.5), figure("kd", 0.6, command=OURS[6].command + " method.temperature=2")]

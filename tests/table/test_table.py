@@ -213,6 +213,16 @@ def test_an_array_makes_first_what_others_need(tables: Tables) -> None:
     assert "full" in listed.read_text().splitlines()[0].partition("command")[0]
 
 
+def test_a_second_script_leaves_the_first_as_it_is(tables: Tables) -> None:
+    tables.write(seeds(0, 1))
+    tables("--slurm")
+    before = {path: path.read_text() for path in (tables.runs / ".launch").iterdir()}
+    tables("--slurm", "--only", "seed=1")
+    after = {path: path.read_text() for path in (tables.runs / ".launch").iterdir()}
+    assert len(after) == len(before) + 2
+    assert {path: after[path] for path in before} == before
+
+
 def planned(tables: Tables, *products: dict[str, Any]) -> Any:
     content = {"paper": "toy", "title": "A", "scales": {"local": {"overrides": tables.overrides, "cells": list(products)}}}
     return plan_table(parse_table("toy", content), "local", [f"paths.runs={tables.runs}"])
