@@ -198,7 +198,7 @@ def side_by_side(state: Sweep, runs: Mapping[int, Run | None], launcher: Launche
             progress(event)
             continue
         for index in points:
-            state.fail(index, Failure(event.failure.message, event.failure.key, event.failure.users))
+            state.fail(index, event.failure)
 
 
 def planned(state: Sweep, options: Sequence[str]) -> dict[int, Run | None]:

@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from kd.launch.jobs import Job
@@ -54,11 +53,6 @@ class Durations:
         return None if len(known) < len(estimates) else sum(known) / max(1, workers)
 
 
-def folder_bytes(folder: Path) -> int:
-    """Return the size of a folder's files in bytes; links are not followed."""
-    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
-
-
 def duration(seconds: float | None) -> str:
     """Return a duration in words.
 
@@ -71,12 +65,3 @@ def duration(seconds: float | None) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def size(count: float) -> str:
-    """Return a number of bytes in words.
-
-    >>> size(3.2e6), size(48e9)
-    ('3.2 MB', '48.0 GB')
-    """
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -17,7 +17,8 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
-from kd.launch.jobs import Failure, Job
+from kd.config.failure import Failure
+from kd.launch.jobs import Job
 from kd.system.files import check_writable, remove, writing
 
 POLL = 0.2
@@ -76,7 +77,7 @@ class FanOut:
     done: set[str] = field(default_factory=set)
     failed: dict[str, Failure] = field(default_factory=dict)
     elsewhere: set[str] = field(default_factory=set)
-    began: float = field(default_factory=time.time)
+    earlier: dict[str, Failure | None] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Event]:
         """Execute the jobs; yield what changes.
@@ -89,6 +90,7 @@ class FanOut:
         """
         for folder in {job.run.directory.parent for job in self.jobs.values()}:
             check_writable(folder)
+        self.earlier = {job.name: job.failure for job in self.jobs.values()}
         looked = 0.0
         with interrupted_by_sigterm():
             try:
@@ -122,7 +124,7 @@ class FanOut:
             self.running.remove(running)
             job, seconds = running.job, time.monotonic() - running.began
             done = status == 0 and job.run.is_done()
-            failure = None if done or status == 130 else self._failure_since(job)
+            failure = None if done or status == 130 else self._new_failure(job)
             if failure is None and not done and status != 130:
                 failure = Failure(reason(status, job))
                 failure.record(job.file(".failed"))  # for other commands, before they may take the job
@@ -131,10 +133,10 @@ class FanOut:
                 raise KeyboardInterrupt
             yield self._finish(job, seconds) if failure is None else self._fail(job, failure, seconds)
 
-    def _failure_since(self, job: Job) -> Failure | None:
-        """Return the failure of a job since this command began, of any command's process."""
-        failure = Failure.read(job)
-        return failure if failure is not None and failure.at >= self.began else None
+    def _new_failure(self, job: Job) -> Failure | None:
+        """Return the failure of a job since this command began, of any command's process: one that was not there before."""
+        failure = job.failure
+        return failure if failure != self.earlier[job.name] else None
 
     def _start(self) -> Iterator[Event]:
         """Start jobs in the free slots; yield these, and jobs that are found done, failed or executed elsewhere."""
@@ -166,7 +168,7 @@ class FanOut:
         """Return how a job ended in another command; None if it did not."""
         if job.run.is_done():
             return self._finish(job)
-        failure = self._failure_since(job)
+        failure = self._new_failure(job)
         return None if failure is None else self._fail(job, failure)
 
     def _launch(self, job: Job, claim: FileLock, slot: int) -> Running:

@@ -1,7 +1,7 @@
 """Execution of jobs as `launcher` says: on this machine, on a Ray cluster, or later by a queue."""
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from kd.config.schema import LauncherSpec, check_launcher
 from kd.launch.fan_out import Event, FanOut
@@ -9,9 +9,6 @@ from kd.launch.jobs import Job
 from kd.launch.on_ray import on_ray
 from kd.launch.places import places
 from kd.launch.slurm import submission, write_script
-
-QUEUE = "slurm"
-"""Launcher that executes nothing itself."""
 
 
 def workers(launcher: LauncherSpec, jobs: Iterable[Job]) -> int:
@@ -40,15 +37,35 @@ def launch(jobs: Mapping[str, Job], launcher: LauncherSpec, name: str) -> Iterat
         InputError: for a value that is not valid, or a launcher that does not work here.
     """
     check_launcher(launcher)
-    if not jobs:
-        return
-    if launcher.name == QUEUE:
-        script, needed = write_script(name, jobs, sys.executable, launcher.time, launcher.sbatch, launcher.array_limit)
-        print(f"{len(jobs)} jobs. Submit them, and repeat this command afterwards to see what is left:")
-        print(submission(script, needed, len(jobs)))
-        return
-    slots = places(launcher.workers, uses_gpus(jobs.values()))
-    if launcher.name == "ray":
-        yield from on_ray(jobs, launcher.address, int(slots[0]["OMP_NUM_THREADS"]), float("CUDA_VISIBLE_DEVICES" in slots[0]))
-    else:
-        yield from FanOut(jobs, slots)
+    if jobs:
+        yield from LAUNCHERS[launcher.name](jobs, launcher, name)
+
+
+def local(jobs: Mapping[str, Job], launcher: LauncherSpec, name: str) -> Iterator[Event]:
+    """Execute jobs on this machine."""
+    yield from FanOut(jobs, places(launcher.workers, uses_gpus(jobs.values())))
+
+
+def ray(jobs: Mapping[str, Job], launcher: LauncherSpec, name: str) -> Iterator[Event]:
+    """Execute jobs on a Ray cluster, each with the share of a machine that a place of this one has."""
+    (place, *_) = places(launcher.workers, uses_gpus(jobs.values()))
+    yield from on_ray(jobs, launcher.address, int(place["OMP_NUM_THREADS"]), float("CUDA_VISIBLE_DEVICES" in place))
+
+
+def slurm(jobs: Mapping[str, Job], launcher: LauncherSpec, name: str) -> Iterator[Event]:
+    """Write a script for SLURM and print how to submit it; no job changes."""
+    script, needed = write_script(name, jobs, sys.executable, launcher.time, launcher.sbatch, launcher.array_limit)
+    print(f"{len(jobs)} jobs. Submit them, and repeat this command afterwards to see what is left:")
+    print(submission(script, needed, len(jobs)))
+    yield from ()
+
+
+LAUNCHERS: Mapping[str, Callable[[Mapping[str, Job], LauncherSpec, str], Iterator[Event]]] = {
+    "local": local,
+    "ray": ray,
+    "slurm": slurm,
+}
+"""Name of a launcher -> execution of jobs, as `launch` describes."""
+
+QUEUES = ("slurm",)
+"""Launchers after which no job is done yet."""

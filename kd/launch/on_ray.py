@@ -6,9 +6,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from kd.config.failure import Failure
 from kd.errors import InputError
 from kd.launch.fan_out import WORKER, Event, reason
-from kd.launch.jobs import Failure, Job
+from kd.launch.jobs import Job
 
 
 def work(command: list[str], environment: Mapping[str, str], folder: str, log: str, *needs: int) -> int:
@@ -94,6 +95,6 @@ def _execute(ray: Any, jobs: Mapping[str, Job], threads: int, gpus: float) -> It
                 if status == 0 and job.run.is_done():
                     yield Event(job, "done")
                     continue
-                failure = Failure.read(job) or Failure(reason(status, job))
+                failure = job.failure or Failure(reason(status, job))
         failures[job.name] = failure
         yield Event(job, "failed", failure=failure)

@@ -22,9 +22,8 @@ def gpus() -> int:
 def places(workers: int | None, uses_gpus: bool) -> Sequence[Mapping[str, str]]:
     """Return the environment variables of each place in which jobs are executed.
 
-    On a machine with GPUs each place has one of them. Without, by default there is a place for each processor, with one thread:
-    runs side by side need no synchronisation, one with several threads does at each of its small matrix products
-    (`experiments/launch/README.md`).
+    On a machine with GPUs each place has one of them. Without, by default there is a place for each processor, with one thread,
+    because threads of one run wait for each other at each of its small matrix products. Our choice.
 
     Args:
         workers: number of places; None for one for each GPU, or else for each processor.

@@ -47,8 +47,8 @@ class Progress:
         if event.state == "done":
             took = "by another command" if event.seconds is None else duration(event.seconds)
             self.tell(f"[{self.done}/{self.count}] {label}: {score_of(event.job)}{took}{self._left()}")
-        elif event.state == "failed":
-            self.tell(f"[{self.done}/{self.count}] {label}: failed: {event.failure}")
+        elif event.failure is not None:
+            self.tell(f"[{self.done}/{self.count}] {label}: failed: {event.failure.line}")
         elif event.state == "elsewhere":
             self.tell(f"{label}: another command executes it")
 

@@ -18,14 +18,28 @@ SCRIPT = """#!/bin/bash
 #SBATCH --array=0-{last}
 #SBATCH --time={time}
 #SBATCH --requeue
-#SBATCH --signal=B:TERM@120
+#SBATCH --signal=B:USR1@120
 #SBATCH --output="{log}"
 {options}
-# {count} jobs{first}. A task whose run is done ends at once. A requeued task resumes its run from the last
-# checkpoint. What is not done afterwards is in the array of the next script.
+# {count} jobs{first}. A task whose run is done ends at once. One that is preempted or reaches its
+# time limit is queued again and resumes its run from the last checkpoint. What is not done afterwards is in the next script.
 cd {folder}
-exec {python} -m kd.launch.task {jobs} "$SLURM_ARRAY_TASK_ID"
+{python} -m kd.launch.task {jobs} "$SLURM_ARRAY_TASK_ID" &
+task=$!
+trap 'kill -TERM $task' TERM
+trap 'late=yes; kill -TERM $task' USR1
+while kill -0 $task 2> /dev/null; do wait $task; status=$?; done
+if [ "$late" = yes ] && [ "$status" = {interrupted} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then
+  scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
+fi
+exit "$status"
 """
+
+INTERRUPTED = 130
+"""Status of a task that was interrupted."""
+
+RESTARTS = 50
+"""Largest number of times that a task is queued again, so that one which makes no progress in its time ends. Our choice."""
 
 
 def write_script(
@@ -67,6 +81,8 @@ def write_script(
         log=folder / f"{name}-%a.log",
         options="\n".join(f"#SBATCH {option}" for option in options),
         count=len(jobs),
+        interrupted=INTERRUPTED,
+        restarts=RESTARTS,
         first=f", the first {needed} of which the others need" if needed else "",
         folder=shlex.quote(str(Path.cwd())),
         python=shlex.quote(python),

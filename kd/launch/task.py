@@ -1,6 +1,6 @@
 """Execute one job of a file: `python -m kd.launch.task <file> <number>`, as the tasks of an array do.
 
-SIGTERM, with which a queue announces the end of the time limit, interrupts the job; it resumes from its last checkpoint.
+SIGTERM interrupts the job, with status 130; it resumes from its last checkpoint.
 """
 
 import json
@@ -12,6 +12,7 @@ from kd.errors import InputError
 from kd.launch.fan_out import FanOut
 from kd.launch.jobs import Job, find_run, jobs_of, plan_command
 from kd.launch.places import places
+from kd.launch.slurm import INTERRUPTED
 
 
 def execute_task(path: Path, number: int) -> int:
@@ -28,7 +29,7 @@ def execute_task(path: Path, number: int) -> int:
     uses_gpus = any(each.run.spec.trainer.accelerator != "cpu" for each in jobs.values())
     fan_out = FanOut(jobs, places(1, uses_gpus))
     for event in fan_out:
-        print(f"{event.job.name}: {event.state}" + (f": {event.failure}" if event.failure else ""), flush=True)
+        print(f"{event.job.name}: {event.state}" + (f": {event.failure.line}" if event.failure else ""), flush=True)
     return 1 if fan_out.failed else 0
 
 
@@ -47,7 +48,7 @@ def main() -> None:
         print(f"kd: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
 The exit status is that of kd-train: 2 for an error that the user can correct, 1 for any other, 130 on an interrupt.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd.config.failure import Failure as Error
-from kd.launch.jobs import Failure, find_run, plan_command
+from kd.config.failure import Failure
+from kd.launch.jobs import find_run, plan_command
+from kd.runs.error_keys import rename_error_keys
 from kd.system.hardware import configure_openmp
 
 
@@ -17,15 +19,18 @@ def work(name: str, command: Sequence[str]) -> None:
     """Execute the run of this name, which the run of a command is or needs.
 
     Raises:
-        InputError: for an error that the user can correct.
+        InputError: for an error that the user can correct, with a key of the command.
     """
     from kd.training.execute import check_all, deliver, execute, reads_model
 
     asked = plan_command(command)
-    role, run = find_run(asked, name)
-    if role is None:
+    way, run = find_run(asked, name)
+    if not way:
         deliver(run)
-    else:
+        return
+    with contextlib.ExitStack() as renaming:
+        for role, needing in way:
+            renaming.enter_context(rename_error_keys(role, needing.spec, needing.config))
         check_all(run)
         execute(run, role, first=False, model=reads_model(role))
 
@@ -40,9 +45,9 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:  # noqa: BLE001 - every failure is printed and written
-        failure = Error.of(error)
+        failure = Failure.of(error)
         print(f"{failure.trace or ''}\nkd: {failure}", file=sys.stderr, flush=True)
-        Failure(failure.message, failure.key, failure.users).record(Path(file))
+        failure.record(Path(file))
         sys.exit(2 if failure.users else 1)
 
 

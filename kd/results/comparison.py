@@ -1,10 +1,12 @@
 """Comparison of methods: figures as mean and spread over seeds, beside the paper's, and beside a baseline of one budget."""
 
+import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from kd.data.direction import higher_is_better
 from kd.results.figures import Figure
 from kd.results.statistics import PairedDifference, TaskSummary, corrected, seed_difference, task_summary
 from kd.results.tables import differences, grouped
@@ -13,23 +15,8 @@ from kd.runs.digest import digest_of
 BASELINE = "finetune"
 """Label of the method that others are compared with, unless a table names another."""
 
-LOWER_IS_BETTER = ("mse", "loss")
-"""Metrics of errors."""
-
-BUDGET = (
-    "trainer",
-    "optimizer",
-    "task",
-    "student",
-    "edit",
-    "surgery",
-    "pretrain",
-    "cohort",
-    "backbone",
-    "experiment",
-    "engine",
-)
-"""Parts of the configuration that runs of one budget and one initialisation share."""
+BUDGET = ("student", "surgery", "cohort", "task", "data", "held", "optimizer", "trainer")
+"""Parts of a run's identity that runs of one budget and one initialisation share."""
 
 Column = tuple[str, str, str]
 """Task, split and metric."""
@@ -48,7 +35,7 @@ class Entry:
         expected: seeds that the table's definition asks for.
         selection: how the checkpoint was chosen.
         init: initial weights of the student.
-        budget: text that entries of one budget share.
+        budget: digest that entries of one budget share, see `budget_of`.
         settings: settings in which the entry differs from others with the same labels; empty without such.
         digests: seed -> digest of the run.
         commands: seed -> overrides of `kd-train` that make the run.
@@ -84,7 +71,7 @@ class Entry:
     @property
     def higher_is_better(self) -> bool:
         """Return whether a larger value is an improvement."""
-        return self.metric.rpartition("/")[2] not in LOWER_IS_BETTER
+        return higher_is_better(self.metric)
 
     @property
     def defined(self) -> list[float]:
@@ -146,7 +133,7 @@ class Comparison:
 
 
 def entries_of(figures: Iterable[Figure]) -> list[Entry]:
-    """Return entries of our figures: those that differ only in the seed are one entry.
+    """Return entries of our figures: those of one family, which differ only in the seed, are one entry for each column.
 
     Args:
         figures: rows of an `ours.csv`.
@@ -154,7 +141,7 @@ def entries_of(figures: Iterable[Figure]) -> list[Entry]:
     groups: dict[tuple[str, ...], list[Figure]] = {}
     for figure in figures:
         labels = (figure.row, figure.method, figure.student, figure.teacher, *column_of(figure))
-        groups.setdefault((*labels, figure.selection, figure.init, without_seed(figure.command)), []).append(figure)
+        groups.setdefault((*labels, figure.family), []).append(figure)
     entries = []
     for group in groups.values():
         first = group[0]
@@ -170,7 +157,7 @@ def entries_of(figures: Iterable[Figure]) -> list[Entry]:
                 values={int(figure.seeds): figure.value for figure in group},
                 selection=first.selection,
                 init=first.init,
-                budget=budget_of(first.command),
+                budget=first.budget,
                 digests={int(figure.seeds): figure.digest for figure in group},
                 commands={int(figure.seeds): figure.command for figure in group},
             )
@@ -188,8 +175,6 @@ def entries_of_records(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
     groups = grouped(records)
     for group, settings in zip(groups, differences(groups), strict=True):
         first = group[0]
-        identity = first["identity"]
-        same = {name: identity.get(name) for name in (*BUDGET, "data", "init") if name in identity}
         for split, metrics in first["metrics"].items():
             entries += [
                 Entry(
@@ -198,7 +183,7 @@ def entries_of_records(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
                     values={record["seed"]: record["metrics"].get(split, {}).get(metric) for record in group},
                     selection=f"{first['selection']['kind']}, {first['selection']['by']}",
                     init=first["init"],
-                    budget=digest_of(same),
+                    budget=budget_of(first),
                     settings=settings,
                     digests={record["seed"]: record["digest"] for record in group},
                 )
@@ -212,23 +197,28 @@ def column_of(figure: Figure) -> Column:
     return (figure.task, figure.split, figure.metric)
 
 
-def without_seed(command: str) -> str:
-    """Return a command without its seed.
+def words_of(command: str) -> list[str]:
+    """Return the overrides of a command but its seed.
 
-    >>> without_seed("method=kd seed=3 student=3l")
-    'method=kd student=3l'
+    >>> words_of("method=kd seed=3 'task.where={domain: [books, dvd]}'")
+    ['method=kd', 'task.where={domain: [books, dvd]}']
     """
-    return " ".join(word for word in command.split() if not word.startswith("seed="))
+    return [word for word in shlex.split(command) if not word.startswith("seed=")]
 
 
-def budget_of(command: str) -> str:
-    """Return the overrides of a command that set budget, data and initialisation.
+def budget_of(record: Mapping[str, Any]) -> str:
+    """Return a digest that runs share which differ in their methods and seeds alone.
 
-    >>> budget_of("method=kd trainer.max_epochs=3 method.temperature=4 seed=0 student=3l")
-    'student=3l trainer.max_epochs=3'
+    It is of student, initialisation, data, optimiser and trainer; and of the first teacher, if the student starts from it.
+
+    Args:
+        record: content of `result.json`.
     """
-    words = (word for word in command.split() if word.partition("=")[0].partition(".")[0].lstrip("+") in BUDGET)
-    return " ".join(sorted(words))
+    identity = record["identity"]
+    shared = {name: identity[name] for name in BUDGET if name in identity}
+    if identity["student"].get("init_from") == "teacher":
+        shared["teacher"] = [identity["teachers"][:1], identity["inputs"].get(f"teacher {record['teacher'][0]}")]
+    return digest_of(shared)
 
 
 def with_settings(entries: Sequence[Entry]) -> list[Entry]:
@@ -238,7 +228,7 @@ def with_settings(entries: Sequence[Entry]) -> list[Entry]:
         groups.setdefault((*entry.key[:4], entry.column), []).append(entry)
     told = {}
     for group in groups.values():
-        words = [without_seed(next(iter(entry.commands.values()), "")).split() for entry in group]
+        words = [words_of(next(iter(entry.commands.values()), "")) for entry in group]
         common = set.intersection(*map(set, words))
         for entry, own in zip(group, words, strict=True):
             told[id(entry)] = " ".join(word for word in own if word not in common) if len(group) > 1 else ""

@@ -38,7 +38,9 @@ class Figure:
         confidence: one of `CONFIDENCES`.
         digest: digest of the run; empty for a paper's value.
         commit: commit of this repository that made the run; empty for a paper's value.
-        command: overrides of `kd-train` that make the run, without paths; empty for a paper's value.
+        command: overrides of `kd-train` that make the run, without paths, quoted as in a shell; empty for a paper's value.
+        family: digest of everything but the seed, which runs that may be averaged share; empty for a paper's value.
+        budget: digest that runs of one student, initialisation, data and budget share; empty for a paper's value.
     """
 
     paper: str
@@ -61,6 +63,8 @@ class Figure:
     digest: str = ""
     commit: str = ""
     command: str = ""
+    family: str = ""
+    budget: str = ""
 
     @property
     def identity(self) -> tuple[str, ...]:
@@ -74,8 +78,11 @@ COLUMNS = tuple(field.name for field in fields(Figure))
 IDENTITY = ("paper", "table", "row", "method", "student", "teacher", "task", "split", "metric", "seeds", "digest")
 """Attributes that say what a value is of."""
 
-OF_RUNS = ("digest", "commit", "command")
+OF_RUNS = ("digest", "commit", "command", "family", "budget")
 """Columns that `paper.csv` lacks."""
+
+NEEDED_OF_RUNS = ("digest", "family", "budget")
+"""Columns whose value is never empty if the figure is of a run."""
 
 NEEDED = ("paper", "method", "student", "task", "split", "metric", "confidence")
 """Columns whose value is never empty."""
@@ -129,6 +136,10 @@ def _figure(header: Sequence[str], line: Sequence[str], place: str) -> Figure:
     if texts["confidence"] not in CONFIDENCES:
         allowed = ", ".join(CONFIDENCES)
         raise InputError(f"{place}: confidence '{texts['confidence']}' is not one of {allowed}", "confidence")
+    if texts["confidence"] == "measured":
+        for name in NEEDED_OF_RUNS:
+            if not texts.get(name):
+                raise InputError(f"{place}: {name} of a run is empty or missing; `kd-table run` writes it anew", name)
     value, std = (_number(texts.pop(name), name, place) for name in ("value", "std"))
     if std is not None and std < 0:
         raise InputError(f"{place}: std={std} is negative", "std")

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,8 @@ from kd.system.hardware import configure_openmp, version_line
 
 if TYPE_CHECKING:
     from kd.config.schema import LauncherSpec
-    from kd.table.cells import PlannedCell, PlannedTable
+    from kd.table.cells import PlannedTable
+    from kd.table.definition import Cell, Table
 
 DESCRIPTION = """Make the missing cells of a paper's table, each in a process of its own, and first the runs that they need.
 The command can be killed, repeated, and started on several machines that share the folder of the runs: a cell is made once.
@@ -50,9 +52,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--only", metavar="TEXT", help="cells whose labels contain this, as 'method=pkd student=3l'")
     found.add_argument("--needed", action="store_true", help="make only the runs that the cells need, such as teachers")
     found.add_argument("--slurm", action="store_true", help="write the script of an array for SLURM, make nothing")
-    found.add_argument("--time", default="04:00:00", help="SLURM: time limit of a job (default 04:00:00)")
+    found.add_argument("--time", help="SLURM: time limit of a job (launcher.time of kd-train, as the next two)")
     found.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="SLURM: as --sbatch=--gres=gpu:1")
-    found.add_argument("--array-limit", type=int, default=1000, metavar="N", help="SLURM: its MaxArraySize, less one")
+    found.add_argument("--array-limit", type=int, metavar="N", help="SLURM: its MaxArraySize, less one")
     found.add_argument("--ray", metavar="ADDRESS", help="make the cells on a Ray cluster: its address, auto, or local")
     found.add_argument("--out", type=Path, default=Path("glue.zip"), metavar="FILE", help="submit: archive (default glue.zip)")
     found.add_argument("--fill", choices=["majority"], help="submit: what stands in files that no run predicts")
@@ -72,8 +74,8 @@ def list_tables(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def planned_of(arguments: argparse.Namespace) -> "tuple[PlannedTable, list[PlannedCell]]":
-    """Return the planned table of a command, and its missing cells that `--only` chooses.
+def planned_of(arguments: argparse.Namespace) -> "PlannedTable":
+    """Return the planned cells of a command: all of a table, or those that `--only` chooses.
 
     Raises:
         InputError: if no table is named, there is none of this name or scale, or no cell is chosen.
@@ -90,12 +92,29 @@ def planned_of(arguments: argparse.Namespace) -> "tuple[PlannedTable, list[Plann
             scale = word.removeprefix("scale=")
         else:
             more.append(word)
-    planned = plan_table(table, scale, more, figures_file(arguments, table.name), counter())
-    words = (arguments.only or "").split()
-    missing = [cell for cell in planned.missing() if all(word in str(cell.cell).split() for word in words)]
-    if words and not any(all(word in str(cell.cell).split() for word in words) for cell in planned.cells):
-        raise InputError(f"no cell of table {table.name} has the labels --only='{arguments.only}'", "--only")
-    return planned, missing
+    cells = cells_of(table, scale, arguments.only or "")
+    return plan_table(table, cells, more, figures_file(arguments, table.name), show_count)
+
+
+def cells_of(table: "Table", scale: str, labels: str) -> "list[Cell]":
+    """Return the cells of a table that have labels.
+
+    Args:
+        table: the table.
+        scale: name of a scale.
+        labels: as `method=pkd student=3l`, quoted as in a shell; empty for all cells.
+
+    Raises:
+        InputError: if there is no such scale, the labels cannot be read, or no cell has them.
+    """
+    try:
+        words = shlex.split(labels)
+    except ValueError as error:
+        raise InputError(f"--only={labels} cannot be read: {error}", "--only") from error
+    found = [cell for cell in table.cells(scale) if all(word in cell.words for word in words)]
+    if not found:
+        raise InputError(f"no cell of table {table.name} at scale={scale} has the labels --only='{labels}'", "--only")
+    return found
 
 
 def figures_file(arguments: argparse.Namespace, table: str) -> Path:
@@ -104,56 +123,46 @@ def figures_file(arguments: argparse.Namespace, table: str) -> Path:
     return Path("experiments") / table / "ours.csv" if given is None else given.expanduser()
 
 
-def counter() -> "Counter":
-    """Return what shows how many cells are planned: a line on a terminal, else nothing."""
-    return Counter(sys.stderr.isatty())
-
-
-class Counter:
-    """Line on a terminal about the number of planned cells."""
-
-    def __init__(self, shown: bool) -> None:
-        self.shown = shown
-
-    def __call__(self, number: int, count: int) -> None:
-        """Show that a number of cells are planned, of so many."""
-        if self.shown:
-            print(f"\rplanning cell {number + 1} of {count}", end="\r\033[K" if number + 1 == count else "", file=sys.stderr)
+def show_count(number: int, count: int) -> None:
+    """Show on a terminal which cell is being planned."""
+    if sys.stderr.isatty():
+        print(f"\rplanning cell {number + 1} of {count}", end="\r\033[K" if number + 1 == count else "", file=sys.stderr)
 
 
 def show_plan(arguments: argparse.Namespace) -> int:
     """Print what is done, missing and failed, and the time and disk that the rest will take."""
-    from kd.launch.estimate import Durations, duration, folder_bytes, size
-    from kd.launch.jobs import Failure
+    from kd.launch.estimate import Durations, duration
     from kd.launch.places import cores
+    from kd.system.files import readable_size, size_of
 
-    planned, missing = planned_of(arguments)
+    planned = planned_of(arguments)
+    missing = planned.missing()
     jobs = planned.jobs(missing)
-    done = [cell for cell in planned.cells if cell.run.is_done()]
-    failures = {name: failure for name, job in jobs.items() if (failure := Failure.read(job)) is not None}
+    done = {cell.run.name: cell.run for cell in planned.cells if cell.run.is_done()}
+    failures = {name: failure for name, job in jobs.items() if (failure := job.failure) is not None}
     for cell in planned.cells:
-        if planned.is_done(cell):
-            state = "done" if cell.run.is_done() else "done, elsewhere"
+        if cell.run.name in done:
+            state = "done"
+        elif cell.run.digest in planned.recorded:
+            state = "done, elsewhere"
         elif cell.run.name in jobs and jobs[cell.run.name].run.is_locked():
             state = "running"
         else:
             state = "failed" if cell.run.name in failures else "missing"
-        why = f": {failures[cell.run.name]}" if state == "failed" else ""
+        why = f": {failures[cell.run.name].line}" if state == "failed" else ""
         print(f"{state:15} {cell.cell}{why}")
     for broken, failure in planned.broken:
-        print(f"{'broken':15} {broken}: {failure}")
+        print(f"{'broken':15} {broken}: {failure.line}")
     others = [job for job in jobs.values() if not job.wanted]
-    print(
-        f"\n{len(planned.cells) - len(planned.missing())} done, {len(missing)} missing, {len(failures)} of these failed before"
-    )
+    print(f"\n{len(planned.cells) - len(missing)} done, {len(missing)} missing, {len(failures)} of these failed before")
     if planned.broken:
         print(f"{len(planned.broken)} cannot be planned, see above")
     if others:
         print(f"first {len(others)} run(s) that they need: {', '.join(job.name for job in others)}")
     workers = arguments.workers or cores()
-    seconds = Durations(cell.run.result or {} for cell in done).left(jobs.values(), workers)
-    mean = sum(folder_bytes(cell.run.directory) for cell in done) / len(done) if done else None
-    disk = "unknown" if mean is None else size(mean * len(jobs))
+    seconds = Durations(run.result or {} for run in done.values()).left(jobs.values(), workers)
+    mean = sum(size_of(run.directory) for run in done.values()) / len(done) if done else None
+    disk = "unknown" if mean is None else readable_size(mean * len(jobs))
     if jobs:
         why = "" if done else " until a cell is done"
         print(f"time left with {workers} worker(s): {duration(seconds)}{why}; disk: {disk}{why}")
@@ -165,15 +174,17 @@ def launcher_of(arguments: argparse.Namespace) -> "LauncherSpec":
     from kd.config.schema import LauncherSpec
 
     name = "slurm" if arguments.slurm else "local" if arguments.ray is None else "ray"
-    settings = {"workers": arguments.workers, "time": arguments.time, "sbatch": arguments.sbatch}
-    return LauncherSpec(name, **settings, array_limit=arguments.array_limit, address=arguments.ray or "auto")
+    settings = {key: getattr(arguments, key) for key in ("workers", "time", "sbatch", "array_limit")}
+    given = {**settings, "address": arguments.ray}
+    return LauncherSpec(name, **{key: value for key, value in given.items() if value is not None})
 
 
 def run_table(arguments: argparse.Namespace) -> int:
     """Make the missing cells, or write what a cluster's queue needs to make them."""
     from kd.table.make import make
 
-    planned, missing = planned_of(arguments)
+    planned = planned_of(arguments)
+    missing = planned.missing()
     broken = f"; {len(planned.broken)} cannot be planned" if planned.broken else ""
     print(f"{planned.table.title}\n{len(planned.cells)} cells, {len(missing)} to make{broken}", flush=True)
     figures = figures_file(arguments, planned.table.name)

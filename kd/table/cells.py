@@ -1,13 +1,16 @@
 """Cells of a table with their runs: what is done, what is missing, and the figures of what is done."""
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kd.config.failure import Failure as Error
+from kd.config.compose import quoted
+from kd.config.failure import Failure
 from kd.errors import InputError
-from kd.launch.jobs import Failure, Job, jobs_of, plan_command
+from kd.launch.jobs import Job, jobs_of, plan_command
+from kd.results.comparison import budget_of
 from kd.results.figures import Figure, read_figures
 from kd.runs.run import Run
 from kd.table.definition import Cell, Table
@@ -51,7 +54,7 @@ class PlannedCell:
             record: content of the run's `result.json`.
         """
         selection = f"{record['selection']['kind']}, {record['selection']['by']}"
-        words = " ".join(word for word in self.command if not word.startswith(("paths.", "logger.")))
+        words = shlex.join(word for word in self.command if not word.startswith(("paths.", "logger.")))
         return [
             Figure(
                 paper=table.paper,
@@ -74,6 +77,8 @@ class PlannedCell:
                 digest=record["digest"],
                 commit=((record.get("git") or {}).get("commit") or "")[:7],
                 command=words,
+                family=record["family"],
+                budget=budget_of(record),
             )
             for split, metrics in record["metrics"].items()
             for metric, value in metrics.items()
@@ -82,18 +87,16 @@ class PlannedCell:
 
 @dataclass
 class PlannedTable:
-    """A table at a scale, with what is known of its cells.
+    """Cells of a table, with what is known of them.
 
     Attributes:
         table: the table.
-        scale: name of the scale.
         cells: the cells that could be planned.
         broken: cells that could not, with the reason.
         recorded: digests of runs whose figures are in the table's file.
     """
 
     table: Table
-    scale: str
     cells: list[PlannedCell]
     broken: list[tuple[Cell, Failure]]
     recorded: set[str] = field(default_factory=set)
@@ -113,16 +116,16 @@ class PlannedTable:
 
 def plan_table(
     table: Table,
-    scale: str,
+    cells: Sequence[Cell],
     more: Sequence[str],
     figures: Path | None = None,
     tell: Callable[[int, int], None] = lambda number, count: None,
 ) -> PlannedTable:
-    """Plan every cell of a table. A cell that cannot be planned does not stop the others.
+    """Plan cells of a table. A cell that cannot be planned does not stop the others.
 
     Args:
         table: the table.
-        scale: name of a scale.
+        cells: cells of one of its scales.
         more: further overrides, of every cell.
         figures: file of figures that have been made, `ours.csv`, which need not exist.
         tell: called with the number of cells that are planned and that of all.
@@ -130,24 +133,24 @@ def plan_table(
     Raises:
         InputError: if two cells are one run, or the file of figures is damaged.
     """
-    cells, planned, broken = table.cells(scale), [], []
+    planned: list[PlannedCell] = []
+    broken: list[tuple[Cell, Failure]] = []
     seen: dict[str, Cell] = {}
     for number, cell in enumerate(cells):
         tell(number, len(cells))
-        command = (*cell.overrides, f"logger.group={table.name}", *more)
+        command = (*cell.overrides, quoted(f"logger.group={table.name}"), *more)
         try:
             run = plan_command(command)
         except Exception as error:  # noqa: BLE001 - reported with its cell; the others go on
-            failure = Error.of(error)
-            broken.append((cell, Failure(failure.message, failure.key, failure.users)))
+            broken.append((cell, Failure.of(error)))
             continue
         if (other := seen.get(run.digest)) is not None:
             raise InputError(
                 f"two cells of table {table.name} are one run, {run.name}: '{other}' and '{cell}'; remove one of them, or the "
                 "override that makes them alike",
-                f"scales.{scale}.cells",
+                "scales",
             )
         seen[run.digest] = cell
         planned.append(PlannedCell(cell, run, command))
     recorded = {figure.digest for figure in read_figures(figures)} if figures is not None and figures.is_file() else set()
-    return PlannedTable(table, scale, planned, broken, recorded)
+    return PlannedTable(table, planned, broken, recorded)

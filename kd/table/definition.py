@@ -22,6 +22,7 @@ product is the label of its cells in the table; without it the labels of method 
 
 import difflib
 import itertools
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,13 @@ class Cell:
     labels: Mapping[str, str]
     overrides: tuple[str, ...]
 
+    @property
+    def words(self) -> list[str]:
+        """Its labels as `key=label`."""
+        return [f"{key}={label}" for key, label in self.labels.items()]
+
     def __str__(self) -> str:
-        return " ".join(f"{key}={label}" for key, label in self.labels.items())
+        return shlex.join(self.words)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from kd.config.failure import Failure
 from kd.config.schema import LauncherSpec
-from kd.launch.jobs import Failure, needed_in
-from kd.launch.launcher import QUEUE, launch, workers
+from kd.errors import InputError
+from kd.launch.jobs import needed_in
+from kd.launch.launcher import QUEUES, launch, workers
 from kd.launch.progress import Progress
 from kd.results.figures import add_figures
 from kd.system.files import check_writable
@@ -17,7 +19,7 @@ def make(
     planned: PlannedTable,
     chosen: Sequence[PlannedCell],
     launcher: LauncherSpec,
-    figures: Path | None,
+    figures: Path,
     *,
     needed_alone: bool = False,
 ) -> int:
@@ -27,14 +29,13 @@ def make(
         planned: the table.
         chosen: the cells to make.
         launcher: settings of the processes that make them.
-        figures: file of figures to add to; None writes none.
+        figures: file of figures to add to.
         needed_alone: make only the runs that the cells need.
 
     Raises:
         InputError: if the folder of the runs cannot be written to.
     """
-    if figures is not None:
-        check_writable(figures.parent, "--figures")
+    check_writable(figures.parent, "--figures")
     record_all(planned, planned.cells, figures)  # of runs that were done before
     jobs = planned.jobs(chosen)
     if needed_alone:
@@ -53,24 +54,27 @@ def make(
         progress(event)
         name = event.job.name
         if event.state == "done" and name in cells:
-            record_all(planned, [cells[name]], figures)
+            try:
+                record_all(planned, [cells[name]], figures)
+            except (InputError, OSError) as error:  # the run is done, and the next command writes its figures
+                failed.append((f"{cells[name].cell} in {figures}", Failure.of(error)))
         if event.failure is not None and (name in cells or needed_alone):
             failed.append((str(cells[name].cell) if name in cells else name, event.failure))
-    if launcher.name == QUEUE:
+    if launcher.name in QUEUES:
         return 1 if failed else 0
     return close(len(planned.cells) - len(planned.missing()), failed)
 
 
-def record_all(planned: PlannedTable, cells: Iterable[PlannedCell], figures: Path | None) -> None:
+def record_all(planned: PlannedTable, cells: Iterable[PlannedCell], figures: Path) -> None:
     """Add the figures of the finished runs of cells to a file, but those that it has."""
     rows = []
     for cell in cells:
         record = cell.run.result if cell.run.digest not in planned.recorded else None
         if record is not None:
             rows += cell.figures(planned.table, record)
-            planned.recorded.add(cell.run.digest)
-    if rows and figures is not None:
+    if rows:
         add_figures(figures, rows)
+        planned.recorded |= {row.digest for row in rows}
 
 
 def close(done: int, failed: Sequence[tuple[str, Failure]]) -> int:

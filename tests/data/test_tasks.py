@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from kd.config.schema import TaskSpec
+from kd.data.direction import higher_is_better
 from kd.data.examples import build_task, load_examples
 from kd.data.metrics import CLASSIFICATION, REGRESSION
 from kd.data.sources import Example, Splits
-from kd.data.tasks import Classification, Regression, Task, higher_is_better
+from kd.data.tasks import Classification, Regression, Task
 from kd.errors import InputError
 
 

@@ -9,13 +9,13 @@ import torch
 
 from conftest import FILLER, GOOD, SPECIAL, tiny_tokenizer
 from kd.config.compose import compose, typed
+from kd.data.direction import higher_is_better
 from kd.data.examples import Examples, load_examples
 from kd.data.masked_lm.datamodule import MaskedLMDataModule
 from kd.data.masked_lm.source import TextFiles
 from kd.data.masked_lm.task import NOT_PREDICTED, MaskedLM, by_example
 from kd.data.masked_lm.tokenized import MaskedTokens, MixedTokenizer
 from kd.data.sampler import Rows
-from kd.data.tasks import higher_is_better
 from kd.errors import InputError
 from kd.models.surgery.wordpiece import learned_tokens, with_vocabulary
 from kd.runs.identity import source_of

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from kd.launch.jobs import Failure
+from kd.config.failure import Failure
 from kd.runs.run import read_record, write_record
 from kd.system.files import locked
 

@@ -15,9 +15,11 @@ from filelock import FileLock
 from kd.errors import InputError
 from kd.launch import fan_out
 from kd.launch.fan_out import Event, FanOut, take
-from kd.launch.jobs import Failure, Job, find_run, jobs_of, plan_command
+from kd.launch.jobs import Job, find_run, jobs_of, plan_command
 from kd.launch.places import cores, places
+from kd.launch.worker import work
 from kd.system.files import is_locked, locked
+from kd.training import execute
 
 STAND_IN = Path(__file__).parent / "stand_in.py"
 Small = Callable[..., list[str]]
@@ -50,9 +52,9 @@ def test_what_several_commands_need_is_one_job_before_theirs(small: Small, tmp_p
     assert (teacher.wanted, teacher.needs) == (False, ())
     assert [job.wanted for job in students] == [True] * 3
     assert {job.needs for job in students} == {(teacher.name,)}
-    role, run = find_run(students[0].run, teacher.name)
-    assert (str(role), run.digest) == ("teacher minilm", teacher.run.digest)
-    assert find_run(students[0].run, students[0].name)[0] is None
+    ((role, needing),), run = find_run(students[0].run, teacher.name)
+    assert (str(role), needing, run.digest) == ("teacher minilm", students[0].run, teacher.run.digest)
+    assert find_run(students[0].run, students[0].name) == ([], students[0].run)
     with pytest.raises(InputError, match="start again"):
         find_run(students[0].run, "another")
 
@@ -82,7 +84,7 @@ def test_jobs_are_executed_once_and_after_what_they_need(small: Small, tmp_path:
 def test_failures_leave_the_others_alone_and_are_told_with_their_reason(small: Small, tmp_path: Path) -> None:
     found = jobs(commands(small, tmp_path, 0, 13, 14, 15))
     run = FanOut(found, TWO)
-    told = {event.job.run.spec.seed: str(event.failure) for event in run if event.state == "failed"}
+    told = {event.job.run.spec.seed: event.failure.line for event in run if event.failure is not None}
     assert told.keys() == {13, 14, 15}
     assert told[13] == "the loss is not finite (change: optimizer.lr)"
     assert "killed" in told[14]
@@ -95,7 +97,7 @@ def test_failures_leave_the_others_alone_and_are_told_with_their_reason(small: S
 def test_a_failure_is_tried_again_by_the_next_command(small: Small, tmp_path: Path) -> None:
     list(FanOut(jobs(commands(small, tmp_path, 13)), TWO))
     (job,) = jobs(commands(small, tmp_path, 13)).values()
-    assert Failure.read(job).message == "the loss is not finite"
+    assert job.failure.message == "the loss is not finite"
     list(FanOut({job.name: job}, TWO))
     assert events(tmp_path)["began", job.name] == 2
 
@@ -172,3 +174,19 @@ def test_each_place_has_a_gpu_of_those_that_are_visible(monkeypatch: pytest.Monk
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places(None, uses_gpus=True)] == ["0", "1"]
     assert "CUDA_VISIBLE_DEVICES" not in places(None, uses_gpus=False)[0]
+
+
+def test_an_error_of_a_needed_run_names_the_key_of_the_command(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (command,) = commands(small, tmp_path, 0)
+    (teacher, _) = jobs([command]).values()
+
+    def diverges(*arguments: object, **more: object) -> None:
+        raise InputError("the loss is not finite", "optimizer.lr")
+
+    monkeypatch.setattr(execute, "check_all", lambda run: None)
+    monkeypatch.setattr(execute, "execute", diverges)
+    with pytest.raises(InputError) as caught:
+        work(teacher.name, command)
+    assert caught.value.key == "teacher.minilm.run.optimizer.lr"

@@ -28,7 +28,7 @@ def test_jobs_are_executed_once_after_what_they_need_and_failures_told(
     events = list(on_ray.on_ray(jobs, "local", 1, 0.0))
     states = {event.job.name: event.state for event in events}
     assert [states[name] for name in jobs] == ["done", "done", "done", "failed"]
-    (failure,) = [str(event.failure) for event in events if event.failure is not None]
+    (failure,) = [event.failure.line for event in events if event.failure is not None]
     assert failure == "the loss is not finite (change: optimizer.lr)"
     lines = [line.split()[:2] for line in (tmp_path / "events.txt").read_text().splitlines()]
     assert lines[:2] == [["began", next(iter(jobs))], ["done", next(iter(jobs))]]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kd.results.comparison import budget_of, compare, details_of, entries_of, with_details, with_settings
-from kd.results.figures import Figure
+from kd.results.figures import OF_RUNS, Figure
 from kd.results.renderings import FORMATS, as_rows, gap, markdown, ours, paper, ranks, seeds, tex
 from kd.results.statistics import Verdict, holm, sign_flip_p
 
@@ -37,12 +37,14 @@ def figure(method: str, value: float | None, seed: int = 0, **more: Any) -> Figu
         "digest": f"{method}{task}{seed}",
         "commit": "abc",
         "command": f"method={method} student=3l task={task} trainer.max_epochs=3 seed={seed}",
+        "family": f"{method} {task}",
+        "budget": f"{task}, 3 epochs",
     }
     return Figure(**{**values, **more})
 
 
 def printed(method: str, value: float, **more: Any) -> Figure:
-    of_paper = {"seeds": "", "digest": "", "commit": "", "command": "", "confidence": "printed", "source": "Table 1"}
+    of_paper = {"seeds": "", **dict.fromkeys(OF_RUNS, ""), "confidence": "printed", "source": "Table 1"}
     return figure(method, value, **{**of_paper, **more})
 
 
@@ -90,7 +92,7 @@ def test_a_method_is_paired_with_the_baseline_by_seed_and_corrected_over_methods
         {"split": "test"},
         {"metric": "f1"},
         {"task": "mrpc"},
-        {"command": "method=finetune student=3l task=rte trainer.max_epochs=9"},
+        {"budget": "rte, 9 epochs"},
     ],
 )
 def test_a_baseline_of_another_start_budget_or_column_is_none(change: dict[str, Any]) -> None:
@@ -111,10 +113,37 @@ def test_of_several_baselines_that_of_the_same_teacher_counts_or_none() -> None:
     assert [entry.difference for entry in entries if entry.method == "kd"] == [None]
 
 
-def test_options_of_a_method_do_not_change_its_budget() -> None:
-    assert budget_of("method=kd method.temperature=2 seed=1 student=3l +task.limit_train=9") == "+task.limit_train=9 student=3l"
-    figures = [figure("finetune", 0.5), figure("kd", 0.6, command=OURS[6].command + " method.temperature=2")]
-    assert by_method(figures)["kd"].difference.mean == pytest.approx(0.1)
+def identity(**changes: Any) -> dict[str, Any]:
+    """A record of a run with two teachers, as far as its budget reads it, with changes of its identity."""
+    parts = {"method": {"name": "kd", "temperature": 4}, "seed": 0, "student": {"name": "3l", "init_from": "pretrained"}}
+    parts |= {"task": {"limit_train": 9}, "trainer": {"max_epochs": 3}, "teachers": [{"name": "a"}, {"name": "b"}]}
+    parts["inputs"] = {"teacher a": "0a", "teacher b": "0b"}
+    return {"teacher": ["a", "b"], "identity": {**parts, **changes}}
+
+
+@pytest.mark.parametrize("change", [{"method": {"name": "finetune"}}, {"seed": 1}, {"inputs": {"teacher a": "1a"}}])
+def test_runs_that_differ_in_method_seed_and_teacher_have_one_budget(change: dict[str, Any]) -> None:
+    assert budget_of(identity(**change)) == budget_of(identity())
+
+
+@pytest.mark.parametrize(
+    "change", [{"student": {"name": "2l"}}, {"task": {}}, {"trainer": {"max_epochs": 4}}, {"surgery": [{"name": "sps"}]}]
+)
+def test_runs_that_differ_in_student_data_or_trainer_have_budgets_of_their_own(change: dict[str, Any]) -> None:
+    assert budget_of(identity(**change)) != budget_of(identity())
+
+
+def test_of_students_that_start_from_their_first_teacher_it_belongs_to_the_budget() -> None:
+    student = {"name": "3l", "init_from": "teacher"}
+    own = budget_of(identity(student=student))
+    assert own != budget_of(identity(student=student, inputs={"teacher a": "1a", "teacher b": "0b"}))
+    assert own == budget_of(identity(student=student, inputs={"teacher a": "0a", "teacher b": "1b"}))
+
+
+def test_keys_that_change_no_result_and_the_order_of_a_command_split_no_row() -> None:
+    figures = [figure("kd", 0.5), figure("kd", 0.6, 1, command="trainer.num_workers=2 seed=1 student=3l method=kd")]
+    (entry,) = entries_of(figures)
+    assert entry.values == {0: 0.5, 1: 0.6}
 
 
 def test_a_figure_of_the_paper_joins_on_method_student_task_split_and_metric() -> None:
@@ -134,7 +163,7 @@ def test_confidence_of_a_figure_is_told_and_two_figures_give_no_gap() -> None:
 
 
 def test_rows_with_one_label_and_other_settings_are_apart() -> None:
-    figures = [figure("kd", 0.5), figure("kd", 0.6, 1, command=OURS[6].command + " method.temperature=2")]
+    figures = [figure("kd", 0.5), figure("kd", 0.6, 1, family="kd 2", command=f"{OURS[6].command} method.temperature=2")]
     assert [entry.settings for entry in entries_of(figures)] == ["", "method.temperature=2"]
     assert [entry.settings for entry in with_settings(entries_of(OURS))] == [""] * 3
 

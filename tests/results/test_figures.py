@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kd.errors import InputError
-from kd.results.figures import COLUMNS, OF_RUNS, Figure, add_figures, read_figures, write_figures
+from kd.results.figures import COLUMNS, NEEDED_OF_RUNS, OF_RUNS, Figure, add_figures, read_figures, write_figures
 
 PRINTED = Figure(
     paper="pkd",
@@ -29,7 +29,9 @@ PRINTED = Figure(
     source='a file, "quoted", at a commit',
     confidence="printed",
 )
-OURS = replace(PRINTED, value=0.1 + 0.2, std=0.0, seeds="0", confidence="measured", digest="0a39", commit="df571ee")
+OURS = replace(
+    PRINTED, value=0.1 + 0.2, std=0.0, seeds="0", confidence="measured", digest="0a39", commit="df571ee", family="f", budget="b"
+)
 
 
 def write(path: Path, **changes: str) -> Path:
@@ -173,3 +175,11 @@ def test_a_folder_that_cannot_be_written_to_is_an_input_error_without_a_key_of_a
     assert caught.value.key is None
     with pytest.raises(InputError, match="cannot write to"):
         write_figures(tmp_path / "none" / "ours.csv", [OURS])
+
+
+@pytest.mark.parametrize("name", NEEDED_OF_RUNS)
+def test_a_run_without_its_family_or_budget_is_refused(tmp_path: Path, name: str) -> None:
+    write_figures(tmp_path / "ours.csv", [replace(OURS, **{name: ""})])
+    with pytest.raises(InputError, match=f"line 2: {name} of a run is empty") as caught:
+        read_figures(tmp_path / "ours.csv")
+    assert caught.value.key == name

@@ -1,5 +1,6 @@
 """The command `kd-table`: cells that are done, missing, broken and failed; commands that share a table, or are killed."""
 
+import errno
 import os
 import random
 import re
@@ -18,6 +19,7 @@ import yaml
 from kd import table as command
 from kd.errors import InputError
 from kd.launch import fan_out
+from kd.launch.slurm import RESTARTS
 from kd.results.figures import read_figures
 from kd.table.cells import plan_table
 from kd.table.definition import parse_table
@@ -136,8 +138,19 @@ def test_only_chooses_cells_and_needed_their_teachers(tables: Tables) -> None:
     assert all("full" in name for name in tables.events())
     assert tables("--only", "method=finetune seed=1")[0] == 0
     assert len(tables.events()) == 2
-    status, _, err = tables("--only", "method=pkd")
-    assert (status, "no cell" in err) == (2, True)
+    for words in ("method=pkd", "'method=kd"):
+        status, _, err = tables("--only", words)
+        assert (status, "change: --only" in err) == (2, True)
+
+
+def test_only_leaves_out_cells_that_cannot_be_planned_and_reads_labels_with_spaces(tables: Tables) -> None:
+    named = {"my kd": ["method=kd", "method.temperature=2"]}
+    tables.write(seeds(0, method=["nosuch", named]))
+    status, out, err = tables("--only", "'method=my kd'")
+    assert (status, err) == (0, "")
+    assert "1 cells, 1 to make" in out
+    assert [row.method for row in read_figures(tables.figures)] == ["my kd"] * 2
+    assert tables("--only", "method=nosuch", name="plan")[0] == 1
 
 
 def test_two_cells_that_are_one_run_are_refused(tables: Tables) -> None:
@@ -146,7 +159,7 @@ def test_two_cells_that_are_one_run_are_refused(tables: Tables) -> None:
     status, _, err = tables()
     assert status == 2
     assert "two cells" in err
-    assert "change: scales.local.cells" in err
+    assert "change: scales" in err
 
 
 @pytest.mark.parametrize("words", [[], ["nosuch"], ["mine.yaml", "scale=nosuch"]])
@@ -223,9 +236,60 @@ def test_a_second_script_leaves_the_first_as_it_is(tables: Tables) -> None:
     assert {path: after[path] for path in before} == before
 
 
+@pytest.mark.parametrize(
+    ("status", "restarts", "requeued"), [(130, 0, True), (0, 0, False), (1, 0, False), (130, RESTARTS, False)]
+)
+def test_a_task_at_its_time_limit_is_queued_again(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch, status: int, restarts: int, requeued: bool
+) -> None:
+    """The script itself, with stand-ins for the interpreter and for SLURM's `scontrol`."""
+    tables.write(seeds(0))
+    monkeypatch.setattr(sys, "executable", str(tables.folder / "python"))
+    tables("--slurm")
+    (script,) = (tables.runs / ".launch").glob("*.sbatch")
+    programs = {
+        "python": f"trap 'exit {status}' TERM; echo $3 $4 > started; while :; do sleep 0.05; done",
+        "scontrol": "echo $@ > asked",
+    }
+    for name, text in programs.items():
+        (tables.folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tables.folder / name).chmod(0o755)
+    asked, started = tables.folder / "asked", tables.folder / "started"
+    environment = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
+    text = script.read_text().replace(f"cd {Path.cwd()}\n", f"cd {tables.folder}\n")
+    path = f"{tables.folder}:{os.environ['PATH']}"
+    process = subprocess.Popen(["bash", "-c", text], env={**os.environ, **environment, "PATH": path})
+    while not started.exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=30) == status
+    assert started.read_text().endswith(".jobs 3\n")
+    assert asked.exists() == requeued
+    if requeued:
+        assert asked.read_text() == "requeue 7_3\n"
+
+
+def test_a_figure_that_cannot_be_written_does_not_stop_the_others(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables.write(seeds(0, 1))
+
+    def full(path: Path, rows: Sequence[Any]) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kd.table.make.add_figures", full)
+        status, _, err = tables()
+    assert (status, len(tables.events())) == (1, 3)
+    assert "2 cells done, 2 failed" in err
+    assert "change: paths.runs" in err
+    status, out, _ = tables()
+    assert (status, "0 to make" in out) == (0, True)
+    assert len(read_figures(tables.figures)) == 4
+
+
 def planned(tables: Tables, *products: dict[str, Any]) -> Any:
     content = {"paper": "toy", "title": "A", "scales": {"local": {"overrides": tables.overrides, "cells": list(products)}}}
-    return plan_table(parse_table("toy", content), "local", [f"paths.runs={tables.runs}"])
+    table = parse_table("toy", content)
+    return plan_table(table, table.cells("local"), [f"paths.runs={tables.runs}"])
 
 
 def test_labels_that_a_product_lacks_are_those_of_the_run(tables: Tables) -> None:
