@@ -137,7 +137,7 @@ def table_comparison(arguments: argparse.Namespace) -> "Comparison":
     runs = arguments.runs.expanduser()
     records = load_results(runs) if runs.is_dir() else []
     folder = Path("experiments") / table.name
-    comparison = compare_table(folder, labels, records, title=table.title, protocol=table.protocol)
+    comparison = compare_table(folder, arguments.scale, labels, records, title=table.title, protocol=table.protocol)
     methods = arguments.method.split(",") if arguments.method else None
     chosen = [
         entry

@@ -41,6 +41,7 @@ class Figure:
         command: overrides of `kd-train` that make the run, without paths, quoted as in a shell; empty for a paper's value.
         family: digest of everything but the seed, which runs that may be averaged share; empty for a paper's value.
         budget: digest that runs of one student, initialisation, data and budget share; empty for a paper's value.
+        scale: scale of the table that the run is a cell of, as local; empty for a paper's value.
     """
 
     paper: str
@@ -65,6 +66,7 @@ class Figure:
     command: str = ""
     family: str = ""
     budget: str = ""
+    scale: str = ""
 
     @property
     def identity(self) -> tuple[str, ...]:
@@ -78,10 +80,10 @@ COLUMNS = tuple(field.name for field in fields(Figure))
 IDENTITY = ("paper", "table", "row", "method", "student", "teacher", "task", "split", "metric", "seeds", "digest")
 """Attributes that say what a value is of."""
 
-OF_RUNS = ("digest", "commit", "command", "family", "budget")
+OF_RUNS = ("digest", "commit", "command", "family", "budget", "scale")
 """Columns that `paper.csv` lacks."""
 
-NEEDED_OF_RUNS = ("digest", "family", "budget")
+NEEDED_OF_RUNS = ("digest", "family", "budget", "scale")
 """Columns whose value is never empty if the figure is of a run."""
 
 NEEDED = ("paper", "method", "student", "task", "split", "metric", "confidence")

@@ -23,6 +23,7 @@ def compare_runs(records: Sequence[Mapping[str, Any]], title: str) -> Comparison
 
 def compare_table(
     folder: Path,
+    scale: str,
     labels: Sequence[Mapping[str, str]],
     records: Sequence[Mapping[str, Any]],
     *,
@@ -34,7 +35,8 @@ def compare_table(
 
     Args:
         folder: folder with `paper.csv` and `ours.csv`, each of which may be missing.
-        labels: labels of each cell of the table, by configuration key.
+        scale: name of a scale of the table, whose figures are ours.
+        labels: labels of each cell of the scale, by configuration key.
         records: contents of `result.json` of runs.
         title: heading.
         protocol: sentence about the protocol.
@@ -44,7 +46,7 @@ def compare_table(
         InputError: if a file of figures is damaged.
     """
     ours, paper = (read_figures(folder / name) if (folder / name).is_file() else [] for name in ("ours.csv", "paper.csv"))
-    entries = with_expected(entries_of(ours), labels, paper)
+    entries = with_expected(entries_of(figure for figure in ours if figure.scale == scale), labels, paper)
     comparison = compare(entries, paper, title=title, protocol=protocol, baseline=baseline)
     return with_details(comparison, {record["digest"]: record for record in records})
 

@@ -79,6 +79,7 @@ class PlannedCell:
                 command=words,
                 family=record["family"],
                 budget=budget_of(record),
+                scale=self.cell.scale,
             )
             for split, metrics in record["metrics"].items()
             for metric, value in metrics.items()

@@ -42,11 +42,13 @@ class Cell:
     """One run of a table, before it is planned.
 
     Attributes:
+        scale: name of its scale.
         row: label of its row; None for that of its method and student.
         labels: key of kd-train -> label of its value, of the keys that the product lists.
         overrides: the command of kd-train that makes it.
     """
 
+    scale: str
     row: str | None
     labels: Mapping[str, str]
     overrides: tuple[str, ...]
@@ -136,7 +138,7 @@ def parse_table(name: str, content: Any) -> Table:
     scales = {}
     for scale, given in _mapping(values["scales"], "scales").items():
         node = _mapping(given, f"scales.{scale}", SCALE_KEYS)
-        scales[scale] = tuple(_cells(node, f"scales.{scale}"))
+        scales[scale] = tuple(_cells(scale, node, f"scales.{scale}"))
         if not scales[scale]:
             raise InputError(f"table {name} has no rows at scale={scale}", f"scales.{scale}.cells")
     if not scales:
@@ -146,7 +148,7 @@ def parse_table(name: str, content: Any) -> Table:
     return Table(name, str(values["paper"]), str(values["title"]), protocol, scales, reasons)
 
 
-def _cells(node: Mapping[str, Any], key: str) -> Iterator[Cell]:
+def _cells(scale: str, node: Mapping[str, Any], key: str) -> Iterator[Cell]:
     """Yield the cells of a scale."""
     shared = _words(node.get("overrides") or [], f"{key}.overrides")
     for number, given in enumerate(_list(node.get("cells") or [], f"{key}.cells")):
@@ -162,7 +164,7 @@ def _cells(node: Mapping[str, Any], key: str) -> Iterator[Cell]:
         for combination in itertools.product(*axes):
             labels = {axis: label for axis, label, _ in combination}
             own = [word for _, _, words in combination for word in words]
-            yield Cell(None if row is None else str(row), labels, (*shared, *own))
+            yield Cell(scale, None if row is None else str(row), labels, (*shared, *own))
 
 
 def _empty(product: Mapping[str, Any]) -> str:

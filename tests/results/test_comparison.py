@@ -4,12 +4,14 @@ import csv
 import io
 import json
 import statistics
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kd.results.comparison import budget_of, compare, details_of, entries_of, with_details, with_settings
-from kd.results.figures import OF_RUNS, Figure
+from kd.results.figures import OF_RUNS, Figure, write_figures
+from kd.results.gathering import compare_table
 from kd.results.renderings import FORMATS, as_rows, gap, markdown, ours, paper, ranks, seeds, tex
 from kd.results.statistics import Verdict, holm, sign_flip_p
 
@@ -39,6 +41,7 @@ def figure(method: str, value: float | None, seed: int = 0, **more: Any) -> Figu
         "command": f"method={method} student=3l task={task} trainer.max_epochs=3 seed={seed}",
         "family": f"{method} {task}",
         "budget": f"{task}, 3 epochs",
+        "scale": "local",
     }
     return Figure(**{**values, **more})
 
@@ -196,6 +199,15 @@ def test_errors_are_better_if_they_are_smaller() -> None:
     assert found["kd"].difference.verdict == Verdict.BETTER
     assert ours(found["kd"]).startswith("0.40")
     assert ranks(list(found.values()))[found["kd"].key] == 1
+
+
+def test_a_report_of_a_table_shows_the_figures_of_one_scale(tmp_path: Path) -> None:
+    write_figures(tmp_path / "paper.csv", [printed("kd", 0.55)])
+    write_figures(tmp_path / "ours.csv", [figure("kd", 0.5), figure("kd", 0.7, digest="p", family="p", scale="published")])
+    labels = [{"method": "kd", "student": "3l", "task": "rte", "seed": str(seed)} for seed in (0, 1)]
+    for scale, values in (("local", {0: 0.5}), ("published", {0: 0.7})):
+        found = compare_table(tmp_path, scale, labels, [], title="", protocol="")
+        assert [(entry.values, entry.missing, paper(entry)) for entry in found.entries] == [(values, [1], "55.0")]
 
 
 def record(digest: str, seconds: float) -> dict[str, Any]:

@@ -29,9 +29,8 @@ PRINTED = Figure(
     source='a file, "quoted", at a commit',
     confidence="printed",
 )
-OURS = replace(
-    PRINTED, value=0.1 + 0.2, std=0.0, seeds="0", confidence="measured", digest="0a39", commit="df571ee", family="f", budget="b"
-)
+RUN = {"digest": "0a39", "commit": "df571ee", "family": "f", "budget": "b", "scale": "local"}
+OURS = replace(PRINTED, value=0.1 + 0.2, std=0.0, seeds="0", confidence="measured", **RUN)
 
 
 def write(path: Path, **changes: str) -> Path:

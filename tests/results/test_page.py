@@ -24,7 +24,7 @@ def figure(method: str, value: float | None, seed: int = 0, **more: Any) -> Figu
     where = {"task": "rte", "split": "validation", "metric": "accuracy", "value": value, "std": None, "n": 1}
     about = {"seeds": str(seed), "selection": "best", "init": "first layers", "source": "kd", "confidence": "measured"}
     run = {"digest": f"{method}{seed}", "commit": "abc", "command": f"method={method} seed={seed}"}
-    run |= {"family": method, "budget": "all"}
+    run |= {"family": method, "budget": "all", "scale": "local"}
     return Figure(**{**labels, **where, **about, **run, **more})
 
 

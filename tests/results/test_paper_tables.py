@@ -13,6 +13,7 @@ import yaml
 from kd.config.compose import compose, conf_folder, typed
 from kd.config.schema import RunSpec, TaskSpec
 from kd.results.figures import Figure, read_figures
+from kd.table.definition import load_table
 
 EXPERIMENTS = conf_folder().parent / "experiments"
 NAMES = sorted(path.stem for path in (conf_folder() / "table").glob("*.yaml"))
@@ -103,6 +104,14 @@ def composed(name: str, scale: str) -> dict[tuple[str, ...], RunSpec]:
 def is_run(figure: Figure, name: str) -> bool:
     labels = {figure.row, figure.method, figure.student, figure.teacher, figure.task}
     return not labels & set(definition(name).get("not_run", {}))
+
+
+@tables
+def test_the_commands_read_the_cells_that_are_tested_here(name: str) -> None:
+    for scale, read in load_table(name).scales.items():
+        assert [(cell.labels, cell.overrides) for cell in read] == [
+            (cell.labels, cell.overrides) for cell in cells(name, scale)
+        ]
 
 
 def test_every_table_has_its_figures_and_every_file_of_figures_its_table() -> None:
