@@ -296,7 +296,7 @@ def compare(
 
 
 Family = tuple[Any, ...]
-"""What methods share that are compared with one baseline, and whose p are corrected together."""
+"""Labels that methods share which are compared with one baseline, and whose p are corrected together."""
 
 
 def pairs_of(entries: Sequence[Entry], baseline: str) -> dict[int, tuple[Family, Entry]]:
