@@ -73,7 +73,8 @@ def main() -> None:
             from kd.results.gathering import compare_runs
 
             shown = [result for result in results if result["run"] not in left_out]
-            deliver(compare_runs(shown, f"Runs in {arguments.target}"), arguments)
+            folder = Path(arguments.target).expanduser()
+            deliver(compare_runs(shown, f"Runs in {arguments.target}", folder), arguments)
     except InputError as error:
         print(f"kd-report: {error}", file=sys.stderr)
         sys.exit(2)
@@ -88,7 +89,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--format", choices=CHOICES, help="compare with a baseline, in this format")
     found.add_argument("--out", type=Path, metavar="FILE", help="write to this file; default: standard output")
     found.add_argument("--scale", default="local", help="of a table: whose cells are looked for (default local)")
-    found.add_argument("--runs", type=Path, default=Path("runs"), help="of a table: runs with sizes, costs and curves")
+    found.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="of a table: runs with sizes, costs, curves and predictions"
+    )
     found.add_argument("--version", action="version", version=version_line())
     found.add_argument("--json", action="store_true", help="the records themselves, as JSON")
     found.add_argument("--wandb", metavar="ENTITY/PROJECT", help="make a dashboard in this project of Weights & Biases")
@@ -133,11 +136,12 @@ def table_comparison(arguments: argparse.Namespace) -> "Comparison":
     from kd.table.definition import load_table
 
     table = load_table(arguments.target)
-    labels = [cell.labels for cell in table.cells(arguments.scale)]
+    cells = table.cells(arguments.scale)
+    labels = [cell.labels if cell.row is None else {**cell.labels, "row": cell.row} for cell in cells]
     runs = arguments.runs.expanduser()
     records = load_results(runs) if runs.is_dir() else []
     folder = Path("experiments") / table.name
-    comparison = compare_table(folder, arguments.scale, labels, records, title=table.title, protocol=table.protocol)
+    comparison = compare_table(folder, arguments.scale, labels, records, runs, title=table.title, protocol=table.protocol)
     methods = arguments.method.split(",") if arguments.method else None
     chosen = [
         entry

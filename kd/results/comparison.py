@@ -8,12 +8,20 @@ from typing import Any
 
 from kd.data.direction import higher_is_better
 from kd.results.figures import Figure
-from kd.results.statistics import PairedDifference, TaskSummary, corrected, seed_difference, task_summary
+from kd.results.statistics import (
+    ExampleDifference,
+    McNemar,
+    PairedDifference,
+    TaskSummary,
+    corrected,
+    seed_difference,
+    task_summary,
+)
 from kd.results.tables import differences, grouped
 from kd.runs.digest import digest_of
 
 BASELINE = "finetune"
-"""Label of the method that others are compared with, unless a table names another."""
+"""Label of the method that others are compared with."""
 
 BUDGET = ("student", "surgery", "cohort", "task", "data", "held", "optimizer", "trainer")
 """Parts of a run's identity that runs of one budget and one initialisation share."""
@@ -41,6 +49,9 @@ class Entry:
         commands: seed -> overrides of `kd-train` that make the run.
         paper: figures of the paper for the same method, student, task, split and metric.
         difference: difference from the baseline, with p corrected over the methods; None without a baseline.
+        by_example: difference of the trained models from the baseline's, over examples; None if predictions are not at hand.
+        mcnemar: McNemar's test of the same two models; None where there are several seeds, or the metric is not accuracy.
+        incomparable: reason why predictions that are at hand are not compared; empty without such.
         details: sizes and costs from the runs' records, where these are at hand: see `details_of`.
     """
 
@@ -61,6 +72,9 @@ class Entry:
     commands: Mapping[int, str] = field(default_factory=dict)
     paper: tuple[Figure, ...] = ()
     difference: PairedDifference | None = None
+    by_example: ExampleDifference | None = None
+    mcnemar: McNemar | None = None
+    incomparable: str = ""
     details: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -108,14 +122,14 @@ class Comparison:
         protocol: sentence about the protocol.
         entries: the entries, in the order of the rows.
         baseline: label of the method that others are compared with.
-        over_tasks: (method, student, split) -> comparison with the baseline over the tasks.
+        over_tasks: (method, student, teacher, split) -> comparison with the baseline over the tasks.
     """
 
     title: str
     protocol: str
     entries: Sequence[Entry]
     baseline: str = BASELINE
-    over_tasks: Mapping[tuple[str, str, str], TaskSummary] = field(default_factory=dict)
+    over_tasks: Mapping[tuple[str, str, str, str], TaskSummary] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[Column]:
@@ -241,7 +255,6 @@ def compare(
     *,
     title: str = "",
     protocol: str = "",
-    baseline: str = BASELINE,
 ) -> Comparison:
     """Return entries beside the paper's figures and beside a baseline of the same budget and initialisation.
 
@@ -254,7 +267,6 @@ def compare(
         paper: the paper's figures.
         title: heading.
         protocol: sentence about the protocol.
-        baseline: label of the method that others are compared with.
     """
     printed: dict[tuple[str, str, Column], list[Figure]] = {}
     for figure in paper:
@@ -267,40 +279,59 @@ def compare(
         if key not in met
         for figure in figures
     ]
-    compared = with_differences(joined, baseline)
-    return Comparison(title, protocol, [*compared, *alone], baseline, over_tasks(compared))
+    compared = with_differences(joined, BASELINE)
+    return Comparison(title, protocol, [*compared, *alone], over_tasks=over_tasks(compared))
+
+
+Family = tuple[Any, ...]
+"""Labels that methods share which are compared with one baseline, and whose p are corrected together."""
+
+
+def pairs_of(entries: Sequence[Entry], baseline: str) -> dict[int, tuple[Family, Entry]]:
+    """Return the baseline of each entry that has one: that of the same student, column, selection, start and budget.
+
+    Of several, which may start from another backbone, that of the same teacher is taken, or none.
+
+    Returns:
+        Index of the entry -> its family, and its baseline.
+    """
+
+    def family(entry: Entry) -> Family:
+        return (entry.student, entry.column, entry.selection, entry.init, entry.budget)
+
+    baselines: dict[Family, list[Entry]] = {}
+    for entry in entries:
+        if entry.method == baseline and entry.values:
+            baselines.setdefault(family(entry), []).append(entry)
+    pairs = {}
+    for index, entry in enumerate(entries):
+        if entry.method == baseline or not entry.values:
+            continue
+        found = baselines.get(family(entry), [])
+        found = [other for other in found if other.teacher == entry.teacher] or found
+        if len(found) == 1:
+            pairs[index] = (family(entry), found[0])
+    return pairs
 
 
 def with_differences(entries: Sequence[Entry], baseline: str) -> list[Entry]:
-    """Return entries with their differences from the baseline of the same student, column, selection, start and budget."""
-
-    def pair(entry: Entry) -> tuple[Any, ...]:
-        return (entry.student, entry.column, entry.selection, entry.init, entry.budget)
-
-    baselines: dict[tuple[Any, ...], list[Entry]] = {}
-    for entry in entries:
-        if entry.method == baseline and entry.values:
-            baselines.setdefault(pair(entry), []).append(entry)
-    families: dict[tuple[Any, ...], dict[str, PairedDifference]] = {}
-    for number, entry in enumerate(entries):
-        if entry.method == baseline or not entry.values:
-            continue
-        found = baselines.get(pair(entry), [])
-        found = [other for other in found if other.teacher == entry.teacher] or found
-        if len(found) == 1:  # of several, which may start from another backbone, none is chosen
-            other = found[0]
-            difference = seed_difference(entry.values, other.values, higher_is_better=entry.higher_is_better)
-            families.setdefault(pair(entry), {})[str(number)] = difference
+    """Return entries with their differences from their baselines over pairs of seeds."""
+    families: dict[Family, dict[str, PairedDifference]] = {}
+    for index, (family, other) in pairs_of(entries, baseline).items():
+        entry = entries[index]
+        difference = seed_difference(entry.values, other.values, higher_is_better=entry.higher_is_better)
+        families.setdefault(family, {})[str(index)] = difference
     differences = {name: difference for family in families.values() for name, difference in corrected(family).items()}
-    return [replace(entry, difference=differences.get(str(number))) for number, entry in enumerate(entries)]
+    return [replace(entry, difference=differences.get(str(index))) for index, entry in enumerate(entries)]
 
 
-def over_tasks(entries: Sequence[Entry]) -> dict[tuple[str, str, str], TaskSummary]:
-    """Return the comparison with the baseline over tasks of each method, student and split, by each task's first metric."""
-    groups: dict[tuple[str, str, str], dict[str, PairedDifference]] = {}
+def over_tasks(entries: Sequence[Entry]) -> dict[tuple[str, str, str, str], TaskSummary]:
+    """Return comparisons with the baseline over tasks, by method, student, teacher and split, with each task's first metric."""
+    groups: dict[tuple[str, str, str, str], dict[str, PairedDifference]] = {}
     for entry in entries:
         if entry.difference is not None and not entry.settings:
-            groups.setdefault((entry.method, entry.student, entry.split), {}).setdefault(entry.task, entry.difference)
+            key = (entry.method, entry.student, entry.teacher, entry.split)
+            groups.setdefault(key, {}).setdefault(entry.task, entry.difference)
     return {key: task_summary(differences) for key, differences in groups.items()}
 
 

@@ -25,13 +25,13 @@ TOLERANCE = 1e-5
 """Largest difference between the logits of the run's and of the exported model that counts as rounding."""
 
 
-def export(student: Encoder, folder: Path, card: str) -> None:
+def export(student: Encoder, folder: Path, documents: Mapping[str, str]) -> None:
     """Write a student to a folder, atomically.
 
     Args:
         student: the model; extras such as projections are not exported.
         folder: target folder, replaced if it exists.
-        card: text of `README.md`.
+        documents: path in the folder -> text of a file: the model card, and results for the hub.
 
     Raises:
         InputError: if the folder cannot be written.
@@ -40,7 +40,9 @@ def export(student: Encoder, folder: Path, card: str) -> None:
     with writing(folder):
         remove(draft)
         draft.mkdir(parents=True)
-        (draft / "README.md").write_text(card, encoding="utf-8")
+        for name, text in documents.items():
+            (draft / name).parent.mkdir(exist_ok=True)
+            (draft / name).write_text(text, encoding="utf-8")
         student.save(draft)
         readable = (
             (draft / "README.md").stat().st_mode

@@ -6,19 +6,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kd.results.comparison import BASELINE, Comparison, Entry, compare, entries_of, entries_of_records, with_details
+from kd.results.by_example import with_tests_by_example
+from kd.results.comparison import Comparison, Entry, compare, entries_of, entries_of_records, with_details
 from kd.results.figures import Figure, read_figures
+from kd.results.row_labels import row_label
+
+UNKNOWN_COLUMN = ("", "")
+"""Split and metric of cells of a task that nobody has a figure of."""
 
 
-def compare_runs(records: Sequence[Mapping[str, Any]], title: str) -> Comparison:
+def compare_runs(records: Sequence[Mapping[str, Any]], title: str, runs: Path) -> Comparison:
     """Return the comparison of finished runs.
 
     Args:
-        records: contents of `result.json`.
+        records: contents of `result.json`, with the names of the runs' folders as `run`.
         title: heading.
+        runs: folder of the runs.
     """
-    comparison = compare(entries_of_records(records), title=title)
-    return with_details(comparison, {record["digest"]: record for record in records})
+    return with_runs(compare(entries_of_records(records), title=title), records, runs)
+
+
+def with_runs(comparison: Comparison, records: Sequence[Mapping[str, Any]], runs: Path) -> Comparison:
+    """Return a comparison with what the runs at hand add: sizes and costs, and tests by example."""
+    detailed = with_details(comparison, {record["digest"]: record for record in records})
+    return with_tests_by_example(detailed, records, runs)
 
 
 def compare_table(
@@ -26,60 +37,73 @@ def compare_table(
     scale: str,
     labels: Sequence[Mapping[str, str]],
     records: Sequence[Mapping[str, Any]],
+    runs: Path,
     *,
     title: str,
     protocol: str,
-    baseline: str = BASELINE,
 ) -> Comparison:
-    """Return the comparison of a table: our figures beside the paper's, with sizes and costs of runs that are at hand.
+    """Return the comparison of a table: our figures beside the paper's, and what the runs that are at hand add.
 
     Args:
         folder: folder with `paper.csv` and `ours.csv`, each of which may be missing.
         scale: name of a scale of the table, whose figures are ours.
         labels: labels of each cell of the scale, by configuration key.
-        records: contents of `result.json` of runs.
+        records: contents of `result.json` of runs, with the names of their folders as `run`.
+        runs: folder of these runs.
         title: heading.
         protocol: sentence about the protocol.
-        baseline: label of the method that others are compared with.
 
     Raises:
         InputError: if a file of figures is damaged.
     """
     ours, paper = (read_figures(folder / name) if (folder / name).is_file() else [] for name in ("ours.csv", "paper.csv"))
     entries = with_expected(entries_of(figure for figure in ours if figure.scale == scale), labels, paper)
-    comparison = compare(entries, paper, title=title, protocol=protocol, baseline=baseline)
-    return with_details(comparison, {record["digest"]: record for record in records})
+    return with_runs(compare(entries, paper, title=title, protocol=protocol), records, runs)
+
+
+Group = tuple[str, str, str | None, str]
+"""Method, student, teacher and task of cells; the teacher is None where a table does not list it."""
 
 
 def with_expected(entries: Sequence[Entry], labels: Sequence[Mapping[str, str]], paper: Sequence[Figure] = ()) -> list[Entry]:
     """Return entries with the seeds that a table asks for, and entries without values for cells that have no figure at all.
 
+    A point of a grid that has no figure is an entry of its own, if another point has one; else one entry stands for all.
+
     Args:
         entries: our figures.
-        labels: labels of each cell, by configuration key; a cell without labels of method, student, task and seed is left out;
-            the task may lack if there is one alone.
+        labels: labels of each cell, by configuration key, and of its row, if it has one of its own, as `row`; a cell without
+            labels of method, student, task and seed is left out; the task may lack if there is one alone.
         paper: the paper's figures, whose columns stand where there is no figure of ours.
     """
-    expected: dict[tuple[str, str, str], set[int]] = {}
+    expected: dict[Group, dict[str, set[int]]] = {}
     tasks = {entry.task for entry in entries}
     only_task = {"task": tasks.pop()} if len(tasks) == 1 else {}
     for given in labels:
         cell = {**only_task, **given}
         if {"method", "student", "task", "seed"} <= cell.keys():
-            expected.setdefault((cell["method"], cell["student"], cell["task"]), set()).add(int(cell["seed"]))
-    found = [
-        replace(entry, expected=frozenset(expected.get((entry.method, entry.student, entry.task), ()))) for entry in entries
-    ]
-    known = {(entry.method, entry.student, entry.task) for entry in entries}
+            group = (cell["method"], cell["student"], cell.get("teacher"), cell["task"])
+            row = row_label({key: label for key, label in cell.items() if key != "task"})
+            expected.setdefault(group, {}).setdefault(row, set()).add(int(cell["seed"]))
+    found, known = [], set()
+    for entry in entries:
+        listed = (entry.method, entry.student, entry.teacher, entry.task)
+        group = listed if listed in expected else (entry.method, entry.student, None, entry.task)
+        known |= {group, (*group, entry.row)}
+        found.append(replace(entry, expected=frozenset(expected.get(group, {}).get(entry.row, ()))))
     columns: dict[str, dict[tuple[str, str], None]] = {}
     for one in entries or paper:
         columns.setdefault(one.task, {})[one.split, one.metric] = None
-    for key, seeds in expected.items():
-        if key not in known:
-            method, student, task = key
-            for split, metric in columns.get(task, {("validation", ""): None}):
-                row = f"{method} {student}"
-                found.append(Entry(row, method, student, "", task, split, metric, expected=frozenset(seeds)))
+    for group, rows in expected.items():
+        method, student, teacher, task = group
+        lacking = {(row, ""): seeds for row, seeds in rows.items() if (*group, row) not in known}
+        if group not in known and len(rows) > 1:
+            lacking = {(f"{method} {student}", f"{len(rows)} points of a grid"): set.union(*rows.values())}
+        for split, metric in columns.get(task, {UNKNOWN_COLUMN: None}):
+            found += [
+                Entry(*(row, method, student, teacher or "", task, split, metric), expected=frozenset(seeds), settings=settings)
+                for (row, settings), seeds in lacking.items()
+            ]
     return found
 
 

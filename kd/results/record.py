@@ -19,6 +19,7 @@ from kd.engines.models import Models
 from kd.models import Encoder, FrozenTeacher
 from kd.models.heads import HEADS
 from kd.models.latency import LATENCY_MEASURE, Latency, latencies, to_time
+from kd.results.eval_results import eval_results
 from kd.results.evaluate import Evaluation, Scores, baseline, folder_megabytes
 from kd.results.export import TOLERANCE, export, largest_difference, model_card, origin
 from kd.results.mixture import mixture_record
@@ -42,13 +43,14 @@ def exported_files(run: Run, names: Sequence[str], headline: str) -> dict[str, d
     return recorded_files(run.directory, [*folders, *map(kept_file, folders)])
 
 
-def card_of(record: Mapping[str, Any], name: str) -> str:
-    """Return the model card of a student of a run."""
+def documents_of(record: Mapping[str, Any], name: str) -> dict[str, str]:
+    """Return the model card of a student of a run, and its results for the hub, by their paths in the student's folder."""
     own = record["students"][name]
     label = record["student"] if len(record["students"]) == 1 else name
     counts = {"student": own["parameters"], "exported": own["exported"]}
     backbone = record["identity"].get("cohort", {}).get("backbones", {}).get(name)  # None for that of the run
-    return model_card({**record, **own, "student": label, "parameters": counts, "backbone": backbone})
+    about = {**record, **own, "student": label, "parameters": counts, "backbone": backbone}
+    return {"README.md": model_card(about), **eval_results(about)}
 
 
 @dataclass(frozen=True)
@@ -441,7 +443,7 @@ def student_result(
 
 
 def export_students(run: Run, models: Models, data: KDDataModule, result: Result) -> dict[str, StudentResult]:
-    """Export students with their model cards, and what their methods keep.
+    """Export students with their documents, and what their methods keep.
 
     Returns:
         Name of the student -> its entry with size and difference of the exported model.
@@ -449,7 +451,7 @@ def export_students(run: Run, models: Models, data: KDDataModule, result: Result
     record, exported = result.dump(), {}
     for index, (name, student) in enumerate(models.students.items()):
         folder = folder_of(run, name, result.headline)
-        export(student, folder, card_of(record, name))
+        export(student, folder, documents_of(record, name))
         write_kept(folder, models.methods[name].kept())
         exported[name] = replace(
             result.students[name],

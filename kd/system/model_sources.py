@@ -64,13 +64,13 @@ def file_fingerprint(path: Path) -> str:
 def recorded_files(directory: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """Return size and digest of some files, and of those in some folders, by path in a run's directory.
 
-    Files that end in `.md`, which users edit, are left out.
+    Files that end in `.md` or `.yaml`, the model card and results for the hub, which users edit, are left out.
     """
     return {
         file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "digest": file_fingerprint(file)}
         for path in paths
         for file in ([path] if path.is_file() else sorted(path.rglob("*")))
-        if file.is_file() and file.suffix != ".md"
+        if file.is_file() and file.suffix not in (".md", ".yaml")
     }
 
 

@@ -12,6 +12,7 @@ from kd.errors import InputError
 from kd.launch.jobs import Job, jobs_of, plan_command
 from kd.results.comparison import budget_of
 from kd.results.figures import Figure, read_figures
+from kd.results.row_labels import row_label
 from kd.runs.run import Run
 from kd.table.definition import Cell, Table
 
@@ -39,12 +40,8 @@ class PlannedCell:
     @property
     def row(self) -> str:
         """Label of its row."""
-        further = [
-            f"{key}={label}"
-            for key, label in self.cell.labels.items()
-            if key not in ("method", "student", "teacher", "task", "seed")
-        ]
-        return self.cell.row or " ".join([self.label("method"), self.label("student"), *further])
+        own = {} if self.cell.row is None else {"row": self.cell.row}
+        return row_label({**self.cell.labels, **own, "method": self.label("method"), "student": self.label("student")})
 
     def figures(self, table: Table, record: Mapping[str, Any]) -> list[Figure]:
         """Return the figures of its finished run, one for each metric of each split.

@@ -17,7 +17,7 @@ from kd.errors import InputError
 from kd.models import FrozenTeacher
 from kd.results.evaluate import evaluate
 from kd.results.export import export, origin
-from kd.results.record import Work, card_of, conclude, exported_files, folder_of
+from kd.results.record import Work, conclude, documents_of, exported_files, folder_of
 from kd.runs.kept import write_kept
 from kd.runs.members import members
 from kd.runs.run import Role, Run, read_record, write_record
@@ -235,7 +235,7 @@ def export_again(run: Run, examples: Mapping[str, Examples], record: dict[str, A
                     f"'{run.directory / 'result.json'}' has no entry for the student '{student_name}'; remove it", "resume"
                 )
             folder = folder_of(one, student_name, record["headline"])
-            export(student, folder, card_of(own, student_name))
+            export(student, folder, documents_of(own, student_name))
             write_kept(folder, built.methods[student_name].kept())
         written |= exported_files(one, list(built.students), record["headline"])
     for name, recorded in (record.get("files") or {}).items():

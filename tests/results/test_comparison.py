@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 
 import pytest
 
-from kd.results.comparison import budget_of, compare, details_of, entries_of, with_details, with_settings
-from kd.results.figures import OF_RUNS, Figure, write_figures
-from kd.results.gathering import compare_table
-from kd.results.renderings import FORMATS, as_rows, gap, markdown, ours, paper, ranks, seeds, tex
+from kd.results.columns import gap, ours, paper, seeds
+from kd.results.comparison import Entry, budget_of, compare, details_of, entries_of, with_details, with_settings
+from kd.results.figures import OF_RUNS, Figure, read_figures, write_figures
+from kd.results.gathering import compare_table, with_expected
+from kd.results.page import page
+from kd.results.published import compared_with
+from kd.results.renderings import FORMATS, as_rows, markdown, ranks, tex
 from kd.results.statistics import Verdict, holm, sign_flip_p
 
 
@@ -161,7 +165,7 @@ def test_a_figure_of_the_paper_joins_on_method_student_task_split_and_metric() -
 
 def test_confidence_of_a_figure_is_told_and_two_figures_give_no_gap() -> None:
     found = by_method(OURS, printed("kd", 0.55, confidence="memory"), printed("kd", 0.56, row="other", confidence="copied"))
-    assert paper(found["kd"]) == "55.0 (from memory) / 56.0 (copied)"
+    assert paper(found["kd"]) == "55.0 (one run, from memory) / 56.0 (one run, copied)"
     assert gap(found["kd"]) == ""
 
 
@@ -186,9 +190,9 @@ def test_a_comparison_over_tasks_begins_with_five() -> None:
     figures = [
         figure(m, v + (m == "kd") * 0.1, s, task=t) for t in tasks for m in ("finetune", "kd") for s, v in enumerate(BASE)
     ]
-    summary = compare(entries_of(figures)).over_tasks["kd", "3l", "validation"]
+    summary = compare(entries_of(figures)).over_tasks["kd", "3l", "minilm", "validation"]
     assert (summary.better, summary.p) == (5, 0.0625)
-    fewer = compare(entries_of([f for f in figures if f.task != "e"])).over_tasks["kd", "3l", "validation"]
+    fewer = compare(entries_of([f for f in figures if f.task != "e"])).over_tasks["kd", "3l", "minilm", "validation"]
     assert (fewer.better, fewer.p) == (4, None)
 
 
@@ -203,10 +207,11 @@ def test_errors_are_better_if_they_are_smaller() -> None:
 
 def test_a_report_of_a_table_shows_the_figures_of_one_scale(tmp_path: Path) -> None:
     write_figures(tmp_path / "paper.csv", [printed("kd", 0.55)])
-    write_figures(tmp_path / "ours.csv", [figure("kd", 0.5), figure("kd", 0.7, digest="p", family="p", scale="published")])
+    published = figure("kd", 0.7, row="kd 3l", digest="p", family="p", scale="published")
+    write_figures(tmp_path / "ours.csv", [figure("kd", 0.5, row="kd 3l"), published])
     labels = [{"method": "kd", "student": "3l", "task": "rte", "seed": str(seed)} for seed in (0, 1)]
     for scale, values in (("local", {0: 0.5}), ("published", {0: 0.7})):
-        found = compare_table(tmp_path, scale, labels, [], title="", protocol="")
+        found = compare_table(tmp_path, scale, labels, [], tmp_path, title="", protocol="")
         assert [(entry.values, entry.missing, paper(entry)) for entry in found.entries] == [(values, [1], "55.0")]
 
 
@@ -266,3 +271,141 @@ def test_markdown_escapes_bars_and_tells_the_protocol() -> None:
     assert "- Dev set." in text
     assert "best, by validation accuracy" in text
     assert "first layers" in text
+
+
+def of_runs(value: float, row: str, **more: Any) -> Figure:
+    """A figure of pkd_dev's kinds: the mean of an unknown number of runs, or one of a stated number."""
+    return printed("kd", value, row=row, **{"n": None, **more})
+
+
+MEAN = of_runs(
+    0.51, "kd, mean of runs", selection="best: epoch, and cell of the grid, by the mean of its runs, by dev accuracy"
+)
+BEST = of_runs(0.56, "kd, best run", n=1, selection="best: epoch, and run of the grid, by dev accuracy")
+OTHERS = of_runs(0.52, "kd, by others", n=5, confidence="copied", selection="best: on dev")
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations([MEAN, BEST, OTHERS])))
+def test_of_several_figures_our_mean_is_compared_with_the_paper_s_mean_of_runs(order: tuple[Figure, ...]) -> None:
+    kd = by_method(OURS, *order)["kd"]
+    assert gap(kd) == f"{100 * (kd.mean - 0.51):+.1f}"
+    assert paper(kd).split(" / ") == [
+        {MEAN: "51.0 (mean of runs)", BEST: "56.0 (best run)", OTHERS: "52.0 (mean of 5 runs, copied)"}[one] for one in order
+    ]
+    comparison = compare(entries_of(OURS), order)
+    (row,) = (row for row in as_rows(comparison) if row["method"] == "kd")
+    assert (row["paper"], row["paper_row"]) == (0.51, "kd, mean of runs")
+    assert row["minus_paper"] == pytest.approx(kd.mean - 0.51)
+    assert row["paper_values"].count("; ") == 2
+    assert r"} (51.0) \\" in FORMATS["latex"](comparison)
+    assert "never with a best run" in markdown(comparison)
+
+
+def test_a_best_run_alone_is_shown_and_not_compared_with_a_mean() -> None:
+    found = by_method(OURS, BEST)["kd"]
+    assert (paper(found), gap(found)) == ("56.0 (best run)", "")
+    (row,) = (row for row in as_rows(compare(entries_of(OURS), [BEST])) if row["method"] == "kd")
+    assert (row["paper"], row["minus_paper"]) == (0.56, None)
+    one_run = of_runs(0.56, "kd", n=1, selection="best: evaluation of the second stage, on dev")
+    assert gap(by_method(OURS, one_run)["kd"]) == gap(by_method(OURS, of_runs(0.56, "kd"))["kd"]) != ""
+    assert gap(by_method(OURS, one_run, OTHERS)["kd"]) == gap(by_method(OURS, OTHERS)["kd"])
+
+
+def test_the_figures_of_pkd_dev_have_one_mean_of_runs_each() -> None:
+    """The authors' means are compared with ours, never their best runs, nor the means of others."""
+    groups: dict[tuple[str, ...], list[Figure]] = {}
+    for one in read_figures(Path(__file__).parents[2] / "experiments" / "pkd_dev" / "paper.csv"):
+        groups.setdefault((one.method, one.student, one.task, one.split, one.metric), []).append(one)
+    compared = [compared_with(figures) for figures in groups.values()]
+    assert sum(one is not None for one in compared) >= 79
+    for one, figures in zip(compared, groups.values(), strict=True):
+        assert one is None or one.row.endswith("mean of runs") or len(figures) == 1
+        assert (one is None) == all(figure.row.endswith("best run") for figure in figures)
+
+
+def test_latex_tells_teachers_where_rows_differ_in_them() -> None:
+    figures = [figure("kd", 0.5, teacher="small"), figure("kd", 0.6, teacher="large")]
+    text = FORMATS["latex"](compare(entries_of(figures)))
+    assert r"\begin{tabular}{lllr}" in text
+    assert "kd & 3l & small & " in text
+    assert "kd & 3l & large & " in text
+
+
+def test_comparisons_over_tasks_are_by_teacher() -> None:
+    tasks = ["a", "b", "c", "d", "e"]
+    figures = [
+        figure(method, 0.5 + gain, 0, task=task, teacher=teacher)
+        for task in tasks
+        for method, teacher, gain in (
+            *(("finetune", teacher, 0.0) for teacher in ("small", "large")),
+            *(("kd", "small", 0.1), ("kd", "large", -0.1)),
+        )
+    ]
+    comparison = compare(entries_of(figures))
+    found = {key: (summary.better, summary.worse) for key, summary in comparison.over_tasks.items()}
+    assert found == {("kd", "3l", "small", "validation"): (5, 0), ("kd", "3l", "large", "validation"): (0, 5)}
+    assert "- kd 3l of large on validation, over tasks: 0 better, 5 worse" in markdown(comparison)
+    assert {one["teacher"] for one in json.loads(FORMATS["json"](comparison))["over_tasks"]} == {"small", "large"}
+
+
+def cells(**axes: list[str]) -> list[dict[str, str]]:
+    """Labels of the cells of a product; `lr` is the key of a grid."""
+    names = ["optimizer.lr" if name == "lr" else name for name in axes]
+    return [dict(zip(names, point, strict=True)) for point in itertools.product(*axes.values())]
+
+
+GRID = cells(method=["kd"], student=["3l"], teacher=["minilm"], task=["rte"], lr=["1e-5", "5e-5"], seed=["0", "1"])
+
+
+def missing(entries: list[Entry]) -> dict[tuple[str, ...], list[int]]:
+    return {(entry.row, entry.teacher, *entry.column): entry.missing for entry in entries if entry.missing}
+
+
+def test_a_point_of_a_grid_without_figures_is_missing() -> None:
+    """Rows are labelled as those of `ours.csv`, which name the point."""
+    figures = [figure("kd", 0.5, 0, row="kd 3l optimizer.lr=5e-5", metric=metric) for metric in ("accuracy", "f1")]
+    found = with_expected(entries_of(figures), GRID)
+    assert missing(found) == {
+        (row, "minilm", "rte", "validation", metric): seeds
+        for metric in ("accuracy", "f1")
+        for row, seeds in (("kd 3l optimizer.lr=5e-5", [1]), ("kd 3l optimizer.lr=1e-5", [0, 1]))
+    }
+    assert [ours(entry) for entry in found if entry.row == "kd 3l optimizer.lr=1e-5"] == ["missing"] * 2
+    known = [figure("kd", 0.5, seed, row=f"kd 3l optimizer.lr={lr}") for lr in ("1e-5", "5e-5") for seed in (0, 1)]
+    assert missing(with_expected(entries_of(known), GRID)) == {}
+
+
+def test_cells_without_any_figure_are_one_row_under_the_columns_of_their_task() -> None:
+    (entry,) = with_expected([], GRID, [printed("kd", 0.5)])
+    assert (entry.row, entry.settings, entry.missing, entry.column) == (
+        *("kd 3l", "2 points of a grid", [0, 1]),
+        ("rte", "validation", "accuracy"),
+    )
+
+
+def test_cells_that_differ_in_the_teacher_are_apart() -> None:
+    axes = {"method": ["kd"], "student": ["3l"], "teacher": ["minilm", "large"], "task": ["rte"], "seed": ["0", "1"]}
+    found = with_expected(entries_of([figure("kd", 0.5, 0, row="kd 3l")]), cells(**axes))
+    where = ("rte", "validation", "accuracy")
+    assert missing(found) == {("kd 3l", "minilm", *where): [1], ("kd 3l", "large", *where): [0, 1]}
+    del axes["teacher"]  # a table that lists none has that of its runs
+    assert missing(with_expected(entries_of([figure("kd", 0.5, 0, row="kd 3l")]), cells(**axes))) == {
+        ("kd 3l", "minilm", *where): [1]
+    }
+
+
+def test_a_task_without_any_figure_says_so_in_every_format() -> None:
+    labels = cells(method=["kd"], student=["3l"], task=["rte", "cola"], seed=["0"])
+    comparison = compare(with_expected(entries_of([figure("kd", 0.5, 0, row="kd 3l")]), labels))
+    text = FORMATS["markdown"](comparison)
+    assert "## cola: no figure yet\n" in text
+    assert "| kd 3l | 3l |  | missing 0 | missing |" in text
+    assert " &  & rte validation accuracy & cola \\\\" in FORMATS["latex"](comparison)
+    assert "<option></option>" not in page(comparison)
+    json.loads(FORMATS["json"](comparison))
+
+
+def test_a_row_has_the_label_that_its_table_gives_it() -> None:
+    labels = [{**cell, "row": "KD (ours)"} for cell in GRID]
+    found = with_expected(entries_of([figure("kd", 0.5, 0, row="KD (ours)")]), labels)
+    assert missing(found) == {("KD (ours)", "minilm", "rte", "validation", "accuracy"): [1]}

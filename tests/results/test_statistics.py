@@ -20,6 +20,7 @@ from kd.results.statistics import (
     bca_interval,
     bonferroni,
     corrected,
+    corrected_by_example,
     example_difference,
     holm,
     mcnemar,
@@ -357,6 +358,19 @@ def test_other_examples_and_undefined_metrics_are_refused() -> None:
 
 
 # Several tests at once
+
+
+def test_corrected_tests_by_example_have_the_verdict_of_the_corrected_p() -> None:
+    labels = np.ones(100, dtype=int)
+    tests = {str(lost): mcnemar(labels, np.where(np.arange(100) < lost, 0, 1), labels) for lost in (6, 7, 20)}
+    # 2 / 2^6 = .03125 and 2 / 2^7 = .015625, of which Holm makes .03125, since 2 x .015625 is as much.
+    found = corrected_by_example(tests)
+    assert [test.adjusted for test in found.values()] == pytest.approx([0.03125, 0.03125, 3 * 2 / 2**20])
+    assert {test.verdict for test in found.values()} == {Verdict.BETTER}
+    fewer = corrected_by_example(dict.fromkeys("ab", tests["6"]))
+    assert [(test.p, test.adjusted, test.verdict) for test in fewer.values()] == [(0.03125, 0.0625, Verdict.NOT_SHOWN)] * 2
+    bootstrap = corrected_by_example({"a": example_difference(labels, np.where(np.arange(100) < 20, 0, 1), labels, accuracy)})
+    assert bootstrap["a"].adjusted == bootstrap["a"].p
 
 
 def test_corrections_are_those_worked_by_hand() -> None:

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from kd.results.columns import COLUMNS, gap_of, notes, p_of, used_columns
 from kd.results.comparison import Comparison, Entry
 from kd.results.page import svg
-from kd.results.renderings import COLUMNS, notes, used_columns
+from kd.results.published import compared_with
 from kd.results.tables import in_own_units
 
 FOLDER = Path(__file__).parent
@@ -14,7 +15,10 @@ FOLDER = Path(__file__).parent
 Curves = Mapping[str, Sequence[tuple[float, float]]]
 """Digest of a run -> epoch and validation score, as in its `metrics.csv`."""
 
-NUMBERS = ("ours", "ours - paper", "against baseline", "p", "parameters", "speed-up")
+NUMBERS = (
+    *("ours", "ours - paper", "against baseline", "p"),
+    *("by example", "p by example", "p of McNemar", "parameters", "speed-up"),
+)
 """Columns that are sorted by number."""
 
 
@@ -60,7 +64,7 @@ def filters(comparison: Comparison) -> str:
     """Return the controls that choose rows of the table."""
     controls = []
     for name in ("task", "split", "metric", "method", "student"):
-        values = list(dict.fromkeys(getattr(entry, name) for entry in comparison.entries))
+        values = list(dict.fromkeys(filter(None, (getattr(entry, name) for entry in comparison.entries))))
         if len(values) > 1:
             options = "".join(f"<option>{escape(value)}</option>" for value in values)
             controls.append(f'<label>{name}<select name="{name}"><option value="">all</option>{options}</select></label>')
@@ -91,14 +95,16 @@ def table(comparison: Comparison) -> str:
 
 def sort_value(entry: Entry, name: str) -> float | None:
     """Return the number by which a column of numbers is sorted."""
-    difference = entry.difference
-    papers = [figure.value for figure in entry.paper if figure.value is not None]
+    figure = compared_with(entry.paper) or next(iter(entry.paper), None)
     values = {
         "ours": entry.mean,
-        "paper": papers[0] if papers else None,
-        "ours - paper": entry.mean - papers[0] if entry.mean is not None and len(papers) == 1 else None,
-        "against baseline": None if difference is None else difference.mean,
-        "p": None if difference is None else difference.p if difference.adjusted is None else difference.adjusted,
+        "paper": None if figure is None else figure.value,
+        "ours - paper": gap_of(entry),
+        "against baseline": None if entry.difference is None else entry.difference.mean,
+        "p": p_of(entry.difference),
+        "by example": None if entry.by_example is None else entry.by_example.difference,
+        "p by example": p_of(entry.by_example),
+        "p of McNemar": p_of(entry.mcnemar),
         "parameters": entry.details.get("parameters"),
         "speed-up": entry.details.get("speed_up"),
     }

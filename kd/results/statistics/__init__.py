@@ -4,7 +4,14 @@ All tests are two-sided, and a difference is always that of the method minus the
 `docs/statistics.md` explains which test answers which question, and has simulated error rates.
 """
 
-from kd.results.statistics.examples import ExampleDifference, McNemar, example_difference, mcnemar
+from kd.results.statistics.counted import COUNTED
+from kd.results.statistics.examples import (
+    ExampleDifference,
+    McNemar,
+    counted_difference,
+    example_difference,
+    mcnemar,
+)
 from kd.results.statistics.seeds import (
     MIN_SEEDS,
     PairedDifference,
@@ -13,11 +20,12 @@ from kd.results.statistics.seeds import (
     seeds_needed,
     sign_flip_p,
 )
-from kd.results.statistics.several import TaskSummary, bonferroni, corrected, holm, task_summary
+from kd.results.statistics.several import TaskSummary, bonferroni, corrected, corrected_by_example, holm, task_summary
 from kd.results.statistics.verdict import ALPHA, Verdict
 
 __all__ = [
     "ALPHA",
+    "COUNTED",
     "MIN_SEEDS",
     "ExampleDifference",
     "McNemar",
@@ -27,6 +35,8 @@ __all__ = [
     "bca_interval",
     "bonferroni",
     "corrected",
+    "corrected_by_example",
+    "counted_difference",
     "example_difference",
     "holm",
     "mcnemar",

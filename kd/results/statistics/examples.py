@@ -1,7 +1,8 @@
 """Comparison of trained models by example, on predictions for the same examples: paired bootstrap and McNemar's test."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest
 
 from kd.errors import InputError
+from kd.results.statistics.counted import CountedMetric, Floats, one_by_one
 from kd.results.statistics.verdict import ALPHA, ROUNDING, Verdict, decided
 
 Metric = Callable[[NDArray[Any], NDArray[Any]], float]
@@ -16,6 +18,12 @@ Metric = Callable[[NDArray[Any], NDArray[Any]], float]
 
 EXAMPLE_DRAWS = 1_999
 """Number of bootstrap samples of examples, each of which computes the metric of every run."""
+
+SEED = 0
+"""Seed of the generator of the samples: for a number of examples they are always the same."""
+
+BLOCK = 2**21
+"""Largest number of counts that are used at once: 16 MB."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,8 @@ class ExampleDifference:
         low: lower end of the 95 % percentile interval.
         high: upper end.
         p: two-sided p; see `example_difference`.
-        verdict: outcome at ALPHA.
+        verdict: outcome at ALPHA, by `adjusted` if it is set, else by `p`.
+        adjusted: p corrected for several tests; None if it is not corrected.
     """
 
     n: int
@@ -39,6 +48,7 @@ class ExampleDifference:
     high: float
     p: float
     verdict: Verdict
+    adjusted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -49,13 +59,15 @@ class McNemar:
         method_only: number of examples that only the method predicts correctly.
         baseline_only: number of examples that only the baseline predicts correctly.
         p: two-sided p.
-        verdict: outcome at ALPHA.
+        verdict: outcome at ALPHA, by `adjusted` if it is set, else by `p`.
+        adjusted: p corrected for several tests; None if it is not corrected.
     """
 
     method_only: int
     baseline_only: int
     p: float
     verdict: Verdict
+    adjusted: float | None = None
 
 
 def example_difference(
@@ -86,12 +98,40 @@ def example_difference(
         method: (examples,) predictions of one run, or (runs, examples): classes, or scores of a regression.
         baseline: the same for the baseline, of any number of runs.
         labels: (examples,).
-        metric: function of (examples,) predictions and labels, such as accuracy, F1 or the Matthews correlation.
+        metric: function of (examples,) predictions and labels, such as accuracy, F1 or the Matthews correlation. It is called
+            for each run and draw; `counted_difference` is faster for the metrics of `kd.results.statistics.counted`.
         higher_is_better: whether a higher value of the metric is better.
         draws: number of bootstrap samples, from a fixed generator.
 
     Raises:
         InputError: if the numbers of examples differ or are 0, or if the metric is not finite in the sample or in a draw.
+    """
+    return counted_difference(method, baseline, labels, one_by_one(metric), higher_is_better=higher_is_better, draws=draws)
+
+
+def counted_difference(
+    method: ArrayLike,
+    baseline: ArrayLike,
+    labels: ArrayLike,
+    metric: CountedMetric,
+    *,
+    higher_is_better: bool = True,
+    draws: int = EXAMPLE_DRAWS,
+) -> ExampleDifference:
+    """Return what `example_difference` returns, by a metric that is computed for many samples at once.
+
+    The samples of a number of examples are drawn once, and kept for the next call.
+
+    Args:
+        method: as for `example_difference`.
+        baseline: as for `example_difference`.
+        labels: as for `example_difference`.
+        metric: a value of `kd.results.statistics.counted.COUNTED`.
+        higher_is_better: whether a higher value of the metric is better.
+        draws: number of bootstrap samples.
+
+    Raises:
+        InputError: as for `example_difference`.
     """
     ours, theirs, truth = np.atleast_2d(method), np.atleast_2d(baseline), np.asarray(labels)
     n = truth.size
@@ -100,15 +140,14 @@ def example_difference(
             f"predictions and labels need the same examples, at least one, not {_shapes(method, baseline, labels)}"
         )
 
-    def difference(rows: NDArray[np.intp]) -> float:
-        ours_mean, theirs_mean = (np.mean([metric(run[rows], truth[rows]) for run in runs]) for runs in (ours, theirs))
+    def differences(counts: Floats) -> Floats:
+        ours_mean, theirs_mean = (np.mean([metric(run, truth, counts) for run in runs], axis=0) for runs in (ours, theirs))
         # A mean over runs that is equal but for rounding is equal, so that it counts on both sides of 0.
-        equal = abs(ours_mean - theirs_mean) <= ROUNDING * max(abs(ours_mean), abs(theirs_mean))
-        return 0.0 if equal else float(ours_mean - theirs_mean)
+        equal = np.abs(ours_mean - theirs_mean) <= ROUNDING * np.maximum(np.abs(ours_mean), np.abs(theirs_mean))
+        return np.where(equal, 0.0, ours_mean - theirs_mean)
 
-    generator = np.random.default_rng(0)
-    observed = difference(np.arange(n))
-    values = np.sort([difference(generator.integers(n, size=n)) for _ in range(draws)])
+    observed = float(differences(np.ones((1, n)))[0])
+    values = np.sort(np.concatenate([differences(block) for block in blocks(draw_counts(n, draws))]))
     if undefined := int(np.count_nonzero(~np.isfinite([observed, *values]))):
         raise InputError(f"the metric is undefined (not finite) in {undefined} of {1 + draws} samples of the {n} examples")
     differing = int(np.count_nonzero((np.concatenate([ours, theirs]) != ours[0]).any(axis=0)))
@@ -118,6 +157,23 @@ def example_difference(
     rank = max(1, int(ALPHA / 2 * (1 + draws) + ROUNDING))
     verdict = decided(observed if higher_is_better else -observed, p)
     return ExampleDifference(n, differing, observed, float(values[rank - 1]), float(values[-rank]), p, verdict)
+
+
+@lru_cache(maxsize=8)
+def draw_counts(n: int, draws: int) -> NDArray[np.uint8]:
+    """Return the number of times that each of n examples is in each bootstrap sample, (draws, n).
+
+    More than 255 times, the limit of uint8, needs more than 255 examples, and has then a probability below 1 / 255!.
+    """
+    generator = np.random.default_rng(SEED)
+    return np.stack([np.bincount(generator.integers(n, size=n), minlength=n).astype(np.uint8) for _ in range(draws)])
+
+
+def blocks(counts: NDArray[np.uint8]) -> Iterator[Floats]:
+    """Yield counts in blocks of rows, as float64."""
+    rows = max(1, BLOCK // counts.shape[1])
+    for start in range(0, len(counts), rows):
+        yield counts[start : start + rows].astype(np.float64)
 
 
 def mcnemar(method: ArrayLike, baseline: ArrayLike, labels: ArrayLike) -> McNemar:

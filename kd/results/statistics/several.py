@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from kd.results.statistics.examples import sign_p
+from kd.results.statistics.examples import ExampleDifference, McNemar, sign_p
 from kd.results.statistics.seeds import MIN_SEEDS, PairedDifference, seeds_needed
-from kd.results.statistics.verdict import Verdict, decided
+from kd.results.statistics.verdict import ALPHA, Verdict, decided
+
+ExampleTest = TypeVar("ExampleTest", ExampleDifference, McNemar)
 
 MIN_TASKS = 5
 """Smallest number of tasks for statements over tasks."""
@@ -99,6 +102,19 @@ def corrected(
         return replace(difference, adjusted=p, verdict=decided(difference.gain, p, few))
 
     return {name: with_adjusted(d, adjusted[name]) if name in adjusted else d for name, d in differences.items()}
+
+
+def corrected_by_example(tests: Mapping[str, ExampleTest]) -> dict[str, ExampleTest]:
+    """Return tests by example with p corrected by `holm` for their number, and verdicts by the corrected p.
+
+    Args:
+        tests: by method, against one baseline.
+    """
+    adjusted = holm([test.p for test in tests.values()])
+    return {
+        name: replace(test, adjusted=p, verdict=test.verdict if p <= ALPHA else Verdict.NOT_SHOWN)
+        for (name, test), p in zip(tests.items(), adjusted, strict=True)
+    }
 
 
 def task_summary(differences: Mapping[str, PairedDifference]) -> TaskSummary:
