@@ -161,6 +161,7 @@ def deliver(comparison: "Comparison", arguments: argparse.Namespace) -> None:
         write(FORMATS[arguments.format or "markdown"](comparison), arguments.out)
         return
     from kd.results.gathering import validation_curve
+    from kd.results.maps import read_maps
     from kd.results.page import page
 
     folder = arguments.runs if is_table(arguments.target) else Path(arguments.target)
@@ -172,7 +173,8 @@ def deliver(comparison: "Comparison", arguments: argparse.Namespace) -> None:
         for digest, metric in metrics.items()
         if digest in directories
     }
-    write(page(comparison, curves, about=f"Made by {version_line()}"), arguments.out)
+    maps = {digest: read_maps(directories[digest]) for digest in metrics if digest in directories}
+    write(page(comparison, curves, maps, about=f"Made by {version_line()}"), arguments.out)
 
 
 def write(text: str, out: Path | None) -> None:

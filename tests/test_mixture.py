@@ -19,6 +19,7 @@ from kd.config.schema import TaskSpec
 from kd.data.mixture import Mixture
 from kd.data.tasks import Classification
 from kd.errors import InputError
+from kd.results.maps import read_maps
 from kd.results.mixture import scores
 from kd.runs.members import members
 from kd.training import execute
@@ -204,6 +205,14 @@ def test_mixtures_compose(mixed: Mixed, backbone: Path, more: list[str]) -> None
     assert same_weights(mood.bert.state_dict(), score.bert.state_dict())
     assert (mood.config.num_labels, score.config.num_labels) == (2, 1)
     check_predictions(run, record)
+
+
+def test_a_mixture_writes_the_maps_of_all_its_tasks(mixed: Mixed) -> None:
+    run, _ = made(mixed("mood", "score")("method=pkd", "surgery=[sps]", "trainer.max_epochs=1"))
+    assert [(one.task, one.teacher, one.name) for one in read_maps(run.directory)] == [
+        ("mood", "minilm", "hidden"),
+        ("score", "minilm", "hidden"),
+    ]
 
 
 def test_a_mixture_does_not_share_heads_among_members(mixed: Mixed) -> None:

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from kd.errors import InputError, one_of
 
@@ -207,6 +209,40 @@ def resolve(
                 )
         pairs.append((pair[0], pair[1]))
     return tuple(pairs)
+
+
+def matrix(pairs: Pairs, student: int, teacher: int) -> Tensor:
+    """Return pairs of layers as a matrix: 1 for each pair, 0 elsewhere.
+
+    Args:
+        pairs: the pairs.
+        student: number of blocks of the student.
+        teacher: number of blocks of the teacher.
+
+    Returns:
+        (student + 1, teacher + 1), whose rows and columns are layers from 0, the embeddings, on.
+
+    >>> matrix(((1, 2),), 1, 2)
+    tensor([[0., 0., 0.],
+            [0., 0., 1.]])
+    """
+    return block_matrix([(ours, (theirs,)) for ours, theirs in pairs], student, teacher)
+
+
+def block_matrix(blocks: Sequence[tuple[int, tuple[int, ...]]], student: int, teacher: int) -> Tensor:
+    """Return a map to blocks of teacher layers as a matrix, in which the layers of a block have equal parts of 1.
+
+    Arguments and result are those of `matrix`.
+
+    >>> block_matrix(((1, (1, 2)),), 1, 2)
+    tensor([[0.0000, 0.0000, 0.0000],
+            [0.0000, 0.5000, 0.5000]])
+    """
+    weights = torch.zeros(student + 1, teacher + 1)
+    for ours, block in blocks:
+        for theirs in block:
+            weights[ours, theirs] += 1 / len(block)
+    return weights
 
 
 def describe(pairs: Pairs) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kd.errors import InputError
 from kd.forward import Needs, Outputs
-from kd.functional import attribution
+from kd.functional import attribution, layer_maps
 from kd.functional.hidden import near_one
 from kd.functional.logits import SOFT_LOSSES
 from kd.methods.base import Bound, Method, Step
@@ -159,6 +159,7 @@ class ADKD(Method):
             raise InputError("attribution_reduction=norm is the Euclidean norm; with it, use distance=l2", "distance")
         self.attribution_reduction = word(attribution_reduction, ATTRIBUTION_MEANS, "attribution_reduction")
         self.columns: list[int] | None = None
+        self.depths = (0, 0)
 
     def bind(self, bound: Bound) -> None:
         """Check K and the layers, and read the order of the teacher's classes.
@@ -179,6 +180,7 @@ class ADKD(Method):
         if not student.classifies:
             raise InputError("method=ad_kd attributes the decisions of a classifier, and this student has none", "method")
         self.columns = getattr(teacher, "columns", None)
+        self.depths = (student.depth, teacher.depth)
 
     @property
     def maps(self) -> TeacherMaps:
@@ -209,6 +211,10 @@ class ADKD(Method):
                 ours, theirs, student.mask, self.distance, self.norm, self.attribution_reduction
             ),
         }
+
+    def layer_maps(self) -> Sequence[Mapping[str, Tensor]]:
+        """Return the pair of layers that decisions are attributed to."""
+        return [{"attribution": layer_maps.matrix((self.layers,), *self.depths)}]
 
     def batch_dependence(self) -> str | None:
         """Return that `attribution_reduction=tokens` averages over the tokens of a batch."""

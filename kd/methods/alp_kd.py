@@ -1,6 +1,6 @@
 """Attention-based layer projection for knowledge distillation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,11 @@ from kd.forward.needs import Tap
 from kd.functional import combination, layer_maps
 from kd.functional.logits import SOFT_LOSSES
 from kd.methods.base import Bound, Method, Step, match_width
+from kd.methods.epoch_mean import EpochMean
 from kd.methods.features import STATES, tokens_of
 from kd.methods.options import BATCH_MEANS, switch, temperature_schedule, word
 from kd.schedules import Schedule
+from kd.system import distributed
 
 MAPS = {
     "all": combination.every,
@@ -86,6 +88,11 @@ class ALPKD(Method):
         self.scaled = switch(scaled, "scaled")
         self.detach_attention = switch(detach_attention, "detach_attention")
         self.groups: layer_maps.Blocks = ()
+        self.depths = (0, 0)
+        self.attention = EpochMean()
+        """Weights of the teacher layers of all groups, one group after the other."""
+        self.attended: Tensor | None = None
+        """The same of the last batch, until `after_step`."""
         self.project: nn.Module = nn.Identity()
 
     def bind(self, bound: Bound) -> None:
@@ -95,7 +102,9 @@ class ALPKD(Method):
             InputError: for buckets that do not suit the depths.
         """
         student, teacher = bound.student, bound.teacher
-        self.groups = combination.resolve_groups(self.layers, MAPS, student.depth, teacher.depth)
+        self.depths = (student.depth, teacher.depth)
+        self.groups = combination.resolve_groups(self.layers, MAPS, *self.depths)
+        self.attention = EpochMean(sum(len(group) for _, group in self.groups))
         self.project = match_width(student.width, teacher.width)
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
@@ -108,22 +117,38 @@ class ALPKD(Method):
         """Return the loss terms listed in the class docstring."""
         student, teacher = step.student.outputs, step.teacher.outputs
         temperature = self.temperature(step.progress.fraction)
-        squares = []
+        squares, attention = [], []
         for layer, group in self.groups:
             ours, mask = tokens_of(student, layer, self.states)
             theirs = [tokens_of(teacher, other, self.states)[0] for other in group]
-            squares.append(self._squares(self.project(ours), torch.stack(theirs, dim=-2)))
+            projected, layers = self.project(ours), torch.stack(theirs, dim=-2)
+            weights = combination.layer_attention(projected, layers, scaled=self.scaled)
+            target = combination.attended(weights.detach() if self.detach_attention else weights, layers)
+            squares.append(combination.combination_squares(projected, target, "none"))
+            attention.append(means_over_real(weights.detach(), mask))
+        self.attended = torch.cat(attention)
         return {
             "task": step.task.hard(student.logits, step.batch.labels),
             "logits": step.task.soft(student.logits, teacher.logits, temperature, self.loss, self.reduction),
             "hidden": combination.reduce_layers(squares, mask, self.hidden_reduction),
         }
 
-    def _squares(self, ours: Tensor, theirs: Tensor) -> Tensor:
-        """Return squared differences from the attended layers, (batch, tokens, width)."""
-        weights = combination.layer_attention(ours, theirs, scaled=self.scaled)
-        target = combination.attended(weights.detach() if self.detach_attention else weights, theirs)
-        return combination.combination_squares(ours, target, "none")
+    def after_step(self, step: Step, terms: Mapping[str, Tensor]) -> None:
+        """Add the weights of the batch to those of the epoch; under DDP they are those of the global batch."""
+        if self.attended is None:
+            return
+        weight = self.attended.new_full((), step.batch.weight)
+        weighted, weight = distributed.mean([self.attended * weight, weight])
+        self.attention.add(weighted / weight, step.progress.epoch, weight)
+        self.attended = None
+
+    def layer_maps(self) -> Sequence[Mapping[str, Tensor]]:
+        """Return the attention over the teacher's layers: its mean over tokens, examples and the batches of an epoch."""
+        matrix = layer_maps.block_matrix((), *self.depths)
+        pairs = [(layer, other) for layer, group in self.groups for other in group]
+        for pair, weight in zip(pairs, self.attention.values.tolist(), strict=True):
+            matrix[pair] = weight
+        return [{"hidden": matrix}]
 
     def describe(self) -> dict[str, str]:
         """Describe the buckets."""
@@ -133,3 +158,9 @@ class ALPKD(Method):
         """Return that `hidden_reduction=tokens` averages over the tokens of a batch."""
         counted = self.hidden_reduction == "tokens" and self.states == "tokens"
         return "hidden_reduction=tokens is a mean over the tokens of a batch" if counted else None
+
+
+def means_over_real(values: Tensor, mask: Tensor) -> Tensor:
+    """Return means over the real tokens of an example, and then over examples: (batch, tokens, layers) -> (layers,)."""
+    totals = values.masked_fill(~mask[..., None], 0).sum(dim=1)
+    return (totals / mask.sum(dim=1, keepdim=True)).mean(dim=0)

@@ -1,6 +1,6 @@
 """Attention transfer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -69,6 +69,7 @@ class AT(Method):
         self.loss = word(loss, SOFT_LOSSES, "loss")
         self.reduction = word(reduction, BATCH_MEANS, "reduction")
         self.pairs: layer_maps.Pairs = ()
+        self.depths = (0, 0)
 
     def bind(self, bound: Bound) -> None:
         """Resolve the layer map.
@@ -77,6 +78,7 @@ class AT(Method):
             InputError: for a layer map that does not suit the depths.
         """
         self.pairs = pairs_of(self.layers, bound)
+        self.depths = (bound.student.depth, bound.teacher.depth)
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
         """Declare the states of the paired layers."""
@@ -95,6 +97,10 @@ class AT(Method):
             "logits": step.task.soft(student.logits, teacher.logits, temperature, self.loss, self.reduction),
             "activation": torch.stack(errors).sum(),
         }
+
+    def layer_maps(self) -> Sequence[Mapping[str, Tensor]]:
+        """Return the layer map."""
+        return [{"activation": layer_maps.matrix(self.pairs, *self.depths)}]
 
     def describe(self) -> dict[str, str]:
         """Describe the layer map."""

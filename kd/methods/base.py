@@ -358,6 +358,19 @@ class Method(nn.Module):
                 raise InputError(f"'{name}' is {tuple(tensor.shape)} here, and the run before kept it {kept}", "before")
         self.load_state_dict({**self.state_dict(), **{name: state[name] for name in own}})
 
+    def layer_maps(self) -> Sequence[Mapping[str, Tensor]]:
+        """Return the maps from the student's layers to those of each teacher that the method uses, or has learnt.
+
+        Called after `bind`, and at the end of training with the state of the checkpoint that is evaluated; they are written to
+        the run's `maps.json`. What depends on the batch is a mean over an epoch (`kd.methods.epoch_mean`), and equal on all
+        ranks. By default there are none.
+
+        Returns:
+            For each teacher, in the order of `Step.teachers`: name, that of the loss term if there is one -> weights >= 0,
+            (student layers, teacher layers), with layer 0, the embeddings, in both. A layer that is not compared has zeros.
+        """
+        return [{}] * (self.teachers or 0)
+
     def describe(self) -> dict[str, str]:
         """Describe what `bind` resolved, for the preflight: name -> text."""
         return {}

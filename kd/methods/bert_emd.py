@@ -13,6 +13,7 @@ from kd.functional.hidden import PADDING, token_error
 from kd.functional.logits import SOFT_LOSSES
 from kd.functional.transport import MASS_UPDATES, shared_cost_attention, transport_plan
 from kd.methods.base import Bound, Method, Step, check_heads, projection
+from kd.methods.epoch_mean import EpochMean
 from kd.methods.options import BATCH_MEANS, number, switch, temperature_schedule, word
 from kd.schedules import Schedule
 from kd.system import distributed
@@ -72,7 +73,8 @@ class BertEMD(Method):
         state["method.plan_hidden"]  # [i - 1, j - 1]: weight of the pair of student layer i and teacher layer j
 
     The key is for one student without a pool; with a pool the methods are `method.each.0` and so on, in a cohort
-    `method-<name>`. With `trainer.selection=last` the exported student is that of `last.ckpt`.
+    `method-<name>`. With `trainer.selection=last` the exported student is that of `last.ckpt`. The means of the plans over the
+    batches of an epoch are in `mean_plans`, and in the run's `maps.json`.
     """
 
     names = ("task", "logits", "embedding", "hidden", "attention")
@@ -106,6 +108,8 @@ class BertEMD(Method):
         self.reduction = word(reduction, BATCH_MEANS, "reduction")
         self.pairs: layer_maps.Pairs = ()
         self.projections = nn.ModuleDict()
+        self.mean_plans = nn.ModuleDict()
+        """Means of the plans over an epoch, if they are solved for."""
         self.solved: dict[str, tuple[Tensor, Tensor]] = {}
         """Costs and plan of the last batch for each term, on the CPU; emptied by `after_step`."""
 
@@ -134,6 +138,8 @@ class BertEMD(Method):
             for ours, theirs in () if self.solves else self.pairs:
                 flow[ours - 1, theirs - 1] += 1 / len(self.pairs)
             self.register_buffer(f"plan_{kind}", flow)
+        shape = (student.depth, teacher.depth)
+        self.mean_plans = nn.ModuleDict({kind: EpochMean(*shape) for kind in ERRORS if self.solves})
 
     def _pairs(self, student: int, teacher: int) -> layer_maps.Pairs:
         if self.solves:
@@ -237,6 +243,7 @@ class BertEMD(Method):
         solved, self.solved = self.solved, {}
         for kind, (_, flow) in solved.items():
             self.get_buffer(f"plan_{kind}").copy_(flow)
+            self.mean_plans[kind].add(flow, step.progress.epoch)  # type: ignore[operator]
         if not solved or self.update == "none":
             return
         for side in SIDES:
@@ -253,6 +260,11 @@ class BertEMD(Method):
     def plans(self) -> dict[str, Tensor]:
         """Return copies on the CPU of the last plans and the next step's masses; names and shapes as in a checkpoint."""
         return {name: buffer.detach().cpu().clone() for name, buffer in self.named_buffers(recurse=False)}
+
+    def layer_maps(self) -> Sequence[Mapping[str, Tensor]]:
+        """Return the plans, as means over the batches of an epoch, or the fixed map with its masses."""
+        values = {kind: self.get_buffer(f"mean_plans.{kind}.values" if self.solves else f"plan_{kind}") for kind in ERRORS}
+        return [{kind: nn.functional.pad(flow, (1, 0, 1, 0)) for kind, flow in values.items()}]
 
     def describe(self) -> dict[str, str]:
         """Describe the layer map."""

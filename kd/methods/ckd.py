@@ -1,6 +1,6 @@
 """Combinatorial knowledge distillation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,7 @@ class CKD(Method):
         if attention:
             self.names = (*self.names, "attention")
         self.groups: layer_maps.Blocks = ()
+        self.depths = (0, 0)
         self.projections = nn.ModuleList()
 
     def bind(self, bound: Bound) -> None:
@@ -112,8 +113,9 @@ class CKD(Method):
             InputError: for a layer map that does not suit the depths, or embeddings in it with `attention=true`.
         """
         student, teacher = bound.student, bound.teacher
+        self.depths = (student.depth, teacher.depth)
         lowest = 1 if self.attention else 0
-        self.groups = combination.resolve_groups(self.layers, MAPS, student.depth, teacher.depth, lowest=lowest)
+        self.groups = combination.resolve_groups(self.layers, MAPS, *self.depths, lowest=lowest)
         build = widening if self.project == "student" else fusion
         self.projections = nn.ModuleList(build(student.width, teacher.width, len(group)) for _, group in self.groups)
 
@@ -153,6 +155,11 @@ class CKD(Method):
         ours = over_heads(student.attention(layer))
         theirs = torch.stack([over_heads(teacher.attention(other)) for other in group]).mean(dim=0)
         return probability_error(ours, theirs, student.mask)
+
+    def layer_maps(self) -> Sequence[Mapping[str, Tensor]]:
+        """Return the layer map, with equal weights of the layers that are concatenated for a student layer."""
+        names = [name for name in self.names if name in ("hidden", "attention")]
+        return [{name: layer_maps.block_matrix(self.groups, *self.depths) for name in names}]
 
     def describe(self) -> dict[str, str]:
         """Describe the layer map."""

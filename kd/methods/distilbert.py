@@ -1,6 +1,6 @@
 """DistilBERT: soft targets, masked language modelling and the direction of the last states."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kd.data.masked_lm.task import NOT_PREDICTED
 from kd.forward import Forward, Needs
+from kd.functional import layer_maps
 from kd.functional.hidden import cosine_distance
 from kd.functional.logits import SOFT_LOSSES
 from kd.methods.base import Bound, Method, Step, match_width
@@ -115,6 +116,10 @@ class DistilBERT(Method):
             return losses.mean()
         counts = positions.sum(dim=1)
         return (losses * counts).sum() / counts.sum()
+
+    def layer_maps(self) -> Sequence[Mapping[str, Tensor]]:
+        """Return the pair of last layers."""
+        return [{"cosine": layer_maps.matrix((self.depths,), *self.depths)}]
 
     def batch_dependence(self) -> str | None:
         """Return that the weight of an example depends on the lengths of the others, for `token_mean=batch`."""

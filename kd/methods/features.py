@@ -80,6 +80,7 @@ class Features:
         self.feature = word(feature, FEATURES, "feature")
         self.layers = checked_layers(layers)
         self.pairs: layer_maps.Pairs = ()
+        self.depths = (0, 0)
         if feature not in OF_LAYERS and layers != "final":
             raise InputError(
                 f"layers={layers} is about feature=cls and feature=mean; feature={feature} has none, use layers=final",
@@ -95,6 +96,7 @@ class Features:
         """
         if self.feature in OF_LAYERS:
             self.pairs = pairs_of(self.layers, bound)
+            self.depths = (bound.student.depth, bound.teacher.depth)
         elif not bound.student.classifies:
             raise InputError(
                 f"feature={self.feature} is one vector for each example, which a masked language model does not have; use "
@@ -126,6 +128,10 @@ class Features:
         if self.feature == "pooled":
             return [(student.pooled, teacher.pooled)]
         return [(student.logits, teacher.logits)]
+
+    def layer_map(self) -> Tensor | None:
+        """Return the layer map as a matrix; None for features that are of no layer."""
+        return layer_maps.matrix(self.pairs, *self.depths) if self.pairs else None
 
     def describe(self) -> dict[str, str]:
         """Describe the layer map, if there is one."""

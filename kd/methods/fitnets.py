@@ -1,6 +1,6 @@
 """Hints: states of a middle layer of the teacher."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,7 @@ class FitNets(Method):
         if hints_only:
             self.names = ("hidden",)
         self.pairs: layer_maps.Pairs = ()
+        self.depths = (0, 0)
         self.regressors = nn.ModuleList()
 
     def bind(self, bound: Bound) -> None:
@@ -84,6 +85,7 @@ class FitNets(Method):
             InputError: for a layer map that does not suit the depths.
         """
         self.pairs = pairs_of(self.layers, bound)
+        self.depths = (bound.student.depth, bound.teacher.depth)
         if self.hints_only:
             freeze_above(bound.student, max(layer for layer, _ in self.pairs))
         self.regressors = nn.ModuleList(projection(bound.student.width, bound.teacher.width) for _ in self.pairs)
@@ -109,6 +111,10 @@ class FitNets(Method):
             "logits": step.task.soft(student.logits, teacher.logits, temperature, self.loss, self.reduction),
             **hidden,
         }
+
+    def layer_maps(self) -> Sequence[Mapping[str, Tensor]]:
+        """Return the layer map."""
+        return [{"hidden": layer_maps.matrix(self.pairs, *self.depths)}]
 
     def describe(self) -> dict[str, str]:
         """Describe the layer map."""

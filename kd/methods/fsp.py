@@ -1,6 +1,6 @@
 """Distillation of the flow between layers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,7 @@ class FSP(Method):
         if stage == "flow":
             self.names = ("flow",)
         self.pairs: layer_maps.Pairs = ()
+        self.depths = (0, 0)
         self.projections = nn.ModuleList()
 
     def bind(self, bound: Bound) -> None:
@@ -87,7 +88,8 @@ class FSP(Method):
             InputError: for a layer map of fewer than two entries, or other widths with `project=none`.
         """
         student, teacher = bound.student, bound.teacher
-        pairs = layer_maps.resolve(self.layers, student.depth, teacher.depth)
+        self.depths = (student.depth, teacher.depth)
+        pairs = layer_maps.resolve(self.layers, *self.depths)
         if len(pairs) < 2:
             raise InputError(
                 f"a flow is between two entries of the layer map, and layers={self.layers} has {len(pairs)} for a student of "
@@ -131,6 +133,10 @@ class FSP(Method):
             for index in range(len(self.pairs) - 1)
         ]
         return torch.stack(errors).sum()
+
+    def layer_maps(self) -> Sequence[Mapping[str, Tensor]]:
+        """Return the layer map."""
+        return [{"flow": layer_maps.matrix(self.pairs, *self.depths)}]
 
     def describe(self) -> dict[str, str]:
         """Describe the layer map."""

@@ -272,6 +272,7 @@ class L2A(TinyBERT):
 
     def after_step(self, step: Step, terms: Mapping[str, Tensor]) -> None:
         """Take over the traces of the step."""
+        super().after_step(step, terms)
         with torch.no_grad():
             for name, value in self.next.items():
                 getattr(self, name).copy_(value)

@@ -322,6 +322,15 @@ class MLKDBERT(Method):
             "contrast": contrast * tau if self.contrast_scaled else contrast,
         }
 
+    def layer_maps(self) -> Sequence[Mapping[str, Tensor]]:
+        """Return the pairs of layers of each term that compares any."""
+        pairs: dict[str, layer_maps.Pairs] = {}
+        if self.represents:
+            pairs |= {"attention": self.pairs, "hidden": self._hidden_pairs()}
+        if self.predicts:
+            pairs |= {"similarity": (self.depths,), "contrast": (self.depths,)}
+        return [{name: layer_maps.matrix(of_term, *self.depths) for name, of_term in pairs.items()}]
+
     def describe(self) -> dict[str, str]:
         """Describe the layer map, the splits and, if they are drawn, the teacher's heads."""
         if not self.represents:

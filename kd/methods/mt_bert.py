@@ -1,6 +1,6 @@
 """Distillation from several teachers, each weighted by its own error."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,7 @@ class MTBERT(Method):
         self.loss = word(loss, SOFT_LOSSES, "loss")
         self.normalize_weights = switch(normalize_weights, "normalize_weights")
         self.pairs: list[layer_maps.Pairs] = []
+        self.depths: list[tuple[int, int]] = []
         self.projections = nn.ModuleList()
 
     def bind(self, bound: Bound) -> None:
@@ -86,7 +87,8 @@ class MTBERT(Method):
             raise InputError("this method learns from one teacher or more, teacher=[] has none", "teacher")
         student = bound.student
         self.teachers = len(bound.teachers)
-        self.pairs = [self._pairs(student.depth, teacher.depth) for teacher in bound.teachers]
+        self.depths = [(student.depth, teacher.depth) for teacher in bound.teachers]
+        self.pairs = [self._pairs(*depths) for depths in self.depths]
         self.projections = nn.ModuleList(
             nn.ModuleList(self._map(student.width, teacher.width) for _ in pairs)
             for pairs, teacher in zip(self.pairs, bound.teachers, strict=True)
@@ -139,6 +141,11 @@ class MTBERT(Method):
                 squares = (at_least_float32(ours) - at_least_float32(theirs)) ** 2
                 errors.append(mean_over_real(squares.mean(dim=-1), mask, self.padding))
         return torch.stack(errors).sum()
+
+    def layer_maps(self) -> Sequence[Mapping[str, Tensor]]:
+        """Return the layer map of each teacher."""
+        both = zip(self.pairs, self.depths, strict=True)
+        return [{"hidden": layer_maps.matrix(pairs, *depths)} for pairs, depths in both]
 
     def describe(self) -> dict[str, str]:
         """Describe the layer map of each teacher."""

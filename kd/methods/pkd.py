@@ -1,6 +1,6 @@
 """Patient knowledge distillation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,7 @@ class PKD(Method):
         self.reduction = word(reduction, BATCH_MEANS, "reduction")
         self.hidden_reduction = word(hidden_reduction, HIDDEN_MEANS, "hidden_reduction")
         self.pairs: layer_maps.Pairs = ()
+        self.depths = (0, 0)
         self.project: nn.Module = nn.Identity()
 
     def bind(self, bound: Bound) -> None:
@@ -79,7 +80,8 @@ class PKD(Method):
             InputError: for a layer map that does not suit the depths, or that has no pairs.
         """
         student, teacher = bound.student, bound.teacher
-        self.pairs = layer_maps.resolve(self.layers, student.depth, teacher.depth)
+        self.depths = (student.depth, teacher.depth)
+        self.pairs = layer_maps.resolve(self.layers, *self.depths)
         if not self.pairs:
             raise InputError(
                 f"the layer map '{self.layers}' leaves a student of {student.depth} layer(s) nothing to match: it passes "
@@ -103,6 +105,10 @@ class PKD(Method):
             "logits": step.task.soft(student.logits, teacher.logits, temperature, self.loss, self.reduction),
             "hidden": hidden.patience(self.project(ours), theirs, normalize=self.normalize, reduction=self.hidden_reduction),
         }
+
+    def layer_maps(self) -> Sequence[Mapping[str, Tensor]]:
+        """Return the layer map."""
+        return [{"hidden": layer_maps.matrix(self.pairs, *self.depths)}]
 
     def describe(self) -> dict[str, str]:
         """Describe the layer map."""

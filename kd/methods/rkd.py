@@ -1,6 +1,6 @@
 """Relational knowledge distillation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -98,6 +98,11 @@ class RKD(Method):
         if self.most is None or count <= self.most:
             return slice(None)
         return step.across(step.draws("angles", 1))[:, 0].topk(self.most, largest=False).indices
+
+    def layer_maps(self) -> Sequence[Mapping[str, Tensor]]:
+        """Return the layer map, if there is one."""
+        matrix = self.features.layer_map()
+        return [{} if matrix is None else {"distance": matrix, "angle": matrix}]
 
     def describe(self) -> dict[str, str]:
         """Describe the layer map."""

@@ -1,12 +1,13 @@
 """Distillation that reuses the teacher's classifier."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from kd.errors import InputError
 from kd.forward import Needs
+from kd.functional import layer_maps
 from kd.functional.hidden import PADDING, at_least_float32, token_error
 from kd.functional.logits import SOFT_LOSSES
 from kd.methods.base import Bound, Method, Step, projection
@@ -195,6 +196,10 @@ class SimKD(Method):
     def batch_dependence(self) -> str | None:
         """Return that a mean over padding depends on the batch, for `padding=reference`."""
         return "padding=reference averages over padding too" if self.padding == "reference" else None
+
+    def layer_maps(self) -> Sequence[Mapping[str, Tensor]]:
+        """Return the pair of last layers, unless `feature` is what the classifier reads."""
+        return [{} if self.feature == "pooled" else {"feature": layer_maps.matrix((self.depths,), *self.depths)}]
 
     def describe(self) -> dict[str, str]:
         """Describe the layers that make predictions."""

@@ -1,6 +1,6 @@
 """Similarity-preserving distillation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -80,6 +80,11 @@ class SP(Method):
             "logits": step.task.soft(student.logits, teacher.logits, temperature, self.loss, self.reduction),
             "similarity": torch.stack([similarity_error(ours, theirs) for ours, theirs in rows]).sum(),
         }
+
+    def layer_maps(self) -> Sequence[Mapping[str, Tensor]]:
+        """Return the layer map, if there is one."""
+        matrix = self.features.layer_map()
+        return [{} if matrix is None else {"similarity": matrix}]
 
     def describe(self) -> dict[str, str]:
         """Describe the layer map."""

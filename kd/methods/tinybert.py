@@ -1,6 +1,6 @@
 """TinyBERT's Transformer-layer distillation, with the loss functions and layer maps of a later study."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from kd.functional import layer_maps
 from kd.functional.attention import DIRECTIONS, attention_divergence, mean_distribution, probability_error, score_error
 from kd.functional.hidden import PADDING, at_least_float32, token_error
 from kd.methods.base import Bound, Method, Progress, Step, check_heads, freeze_above, projection
+from kd.methods.epoch_mean import EpochMean
 from kd.methods.options import LARGEST_SEED, switch, whole, word
 
 MAPS = ("uniform", "top", "last", "bottom", "mean", "random")
@@ -88,6 +89,7 @@ class TinyBERT(Method):
         self.project = word(project, PROJECTIONS, "project")
         self.teacher_dropout = switch(teacher_dropout, "teacher_dropout")
         self.depths = (0, 0)
+        self.drawn: EpochMean | None = None
         self.projections = nn.ModuleDict()
 
     def bind(self, bound: Bound) -> None:
@@ -116,6 +118,8 @@ class TinyBERT(Method):
             )
         names = dict.fromkeys(self._place(layer) for layer in (0, *self._ours()))
         self.projections = nn.ModuleDict({name: projection(student.width, teacher.width) for name in names})
+        if self.layers == "random" and self.redraw != "run":
+            self.drawn = EpochMean(student.depth + 1, teacher.depth + 1)
 
     def map_at(self, progress: Progress) -> layer_maps.Blocks:
         """Return the teacher layers that each student layer is compared with: several for `mean`, otherwise one.
@@ -184,6 +188,11 @@ class TinyBERT(Method):
         theirs = scores[0] if len(scores) == 1 else mean_distribution(scores, mask)
         return attention_divergence(student.scores(layer), theirs, mask, self.direction, self.padding, reduction)
 
+    def after_step(self, step: Step, terms: Mapping[str, Tensor]) -> None:
+        """Add a map that is drawn anew to those of the epoch."""
+        if self.drawn is not None:
+            self.drawn.add(layer_maps.block_matrix(self.map_at(step.progress), *self.depths), step.progress.epoch)
+
     def _ours(self) -> list[int]:
         """Return the student layers that are compared with a teacher layer; they are the same in every draw."""
         return sorted({layer for layer, _ in self.map_at(Progress())})
@@ -192,6 +201,13 @@ class TinyBERT(Method):
         """Return the name of a student layer's projection."""
         names = {"shared": "all", "paper": "layers" if layer else "embedding", "layer": str(layer)}
         return names[self.project]
+
+    def layer_maps(self) -> Sequence[Mapping[str, Tensor]]:
+        """Return the layer map, for `hidden` with the embeddings; one that is drawn anew as the mean over an epoch."""
+        drawn = self.drawn
+        blocks = layer_maps.block_matrix(self.map_at(Progress()), *self.depths) if drawn is None else drawn.values.clone()
+        embeddings = layer_maps.matrix(((0, 0),), *self.depths).to(blocks)
+        return [{"attention": blocks, "hidden": blocks + embeddings}]
 
     def describe(self) -> dict[str, str]:
         """Describe the layer map and, if it is random, its seed and how often it is drawn."""

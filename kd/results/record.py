@@ -22,6 +22,7 @@ from kd.models.latency import LATENCY_MEASURE, Latency, latencies, to_time
 from kd.results.eval_results import eval_results
 from kd.results.evaluate import Evaluation, Scores, baseline, folder_megabytes
 from kd.results.export import TOLERANCE, export, largest_difference, model_card, origin
+from kd.results.maps import maps_of, write_maps
 from kd.results.mixture import mixture_record
 from kd.results.predictions import predictions_of, write_predictions
 from kd.runs.kept import write_kept
@@ -325,7 +326,7 @@ def conclude(
     epoch: Epoch,
     work: Work,
 ) -> dict[str, Any]:
-    """Export the students, check the exports, write the predictions, and write and return the record.
+    """Export the students, check the exports, write predictions and maps of layers, and write and return the record.
 
     The best student on validation is the run's.
 
@@ -344,6 +345,7 @@ def conclude(
     for name, part in parts.items():
         logits = {split: evaluation.logits for split, evaluation in evaluations[name].items()}
         write_predictions(part.run.predictions, predictions_of(part.examples, logits))
+    write_maps(run.directory, [one for name, part in parts.items() for one in maps_of(part.models, name)], selection)
     if not is_mixture(run.spec.task):
         (name,) = parts
         best = headline(engine.task, evaluations[name]["validation"].students)

@@ -243,17 +243,17 @@ class Run:
         """Make the directory and write `config.yaml`.
 
         Args:
-            resume: keep checkpoints, metrics and predictions of an earlier start; otherwise they are removed.
+            resume: keep checkpoints, metrics, predictions and maps of an earlier start; otherwise they are removed.
 
         Raises:
             InputError: if the directory cannot be made, or there is a folder where the run will write a file.
         """
         with writing(self.directory):
             if not resume:
-                for name in ("checkpoints", "metrics.csv", "predictions.npz", "predictions"):
+                for name in ("checkpoints", "metrics.csv", "predictions.npz", "predictions", "maps.json"):
                     remove(self.directory / name)
             checkpoints = ("checkpoints/last.ckpt", "checkpoints/best.ckpt")
-            for name in ("result.json", "metrics.csv", "config.yaml", "predictions.npz", *checkpoints):
+            for name in ("result.json", "metrics.csv", "config.yaml", "predictions.npz", "maps.json", *checkpoints):
                 if (path := self.directory / name).is_dir():
                     raise InputError(f"'{path}' is a folder, where this run writes a file; remove it", "paths.runs")
             self.checkpoints.mkdir(parents=True, exist_ok=True)

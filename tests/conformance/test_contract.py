@@ -126,6 +126,25 @@ def test_every_declared_need_is_used_and_nothing_else_is_kept(name: str, monkeyp
 
 
 @every_case
+def test_maps_of_layers_are_those_of_the_layers_that_are_read(name: str) -> None:
+    """A layer of a teacher is in a map if the method reads it; the embeddings, which meet the student's, need not be."""
+    bench = Bench(name)
+    for seed in range(6 if len(bench.teachers) > 1 else 1):  # a pool draws a teacher by the step
+        loss = bench.engine.loss(bench.batch(seed=seed), Progress(seed, 100))
+        bench.engine.after_step(loss)
+    teaching = [teacher.encoder for teacher in bench.teachers] or [bench.engine.online] * bench.counts["teachers"]
+    for student, method in zip(bench.students.values(), bench.methods.values(), strict=True):
+        ours, of_teachers = method.needs()
+        for teacher, theirs, maps in zip(teaching, of_teachers, method.layer_maps(), strict=True):
+            assert all(matrix.shape == (student.depth + 1, teacher.depth + 1) for matrix in maps.values())
+            assert all(matrix.isfinite().all() and (matrix >= 0).all() and matrix.any() for matrix in maps.values())
+            assert set(maps) <= set(method.names), "maps have the names of terms"
+            pairs = {tuple(pair) for matrix in maps.values() for pair in matrix.nonzero().tolist()}
+            assert {layer for layer, _ in pairs} <= {tap.layer for tap in ours.taps}
+            assert {layer for _, layer in pairs} - {0} == {tap.layer for tap in theirs.taps if isinstance(tap.layer, int)} - {0}
+
+
+@every_case
 def test_padding_changes_no_term(name: str) -> None:
     bench = untouched(name, double=True)
     batch = bench.batch()

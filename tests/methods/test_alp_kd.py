@@ -1,6 +1,8 @@
 """ALP-KD: worked numbers, its loss as loops over what models show, its buckets, and where its gradient goes."""
 
+import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,12 +10,13 @@ from methods.two_models import LENGTHS, TASK, bound_to, check_padding, encoder, 
 from torch import Tensor, nn
 
 from kd.errors import InputError
-from kd.forward import Needs
+from kd.forward import Forward, Needs
 from kd.functional.combination import attended, combination_squares, layer_attention
 from kd.functional.logits import soft_cross_entropy
 from kd.methods.alp_kd import ALPKD
-from kd.methods.base import Bound, Step
+from kd.methods.base import Bound, Progress, Step
 from kd.models import Encoder, FrozenTeacher
+from kd.system import distributed
 
 STATE, LAYERS = torch.tensor([1.0, 0.0]).double(), torch.eye(2).double()
 BUCKETS = {
@@ -138,6 +141,62 @@ def test_buckets_of_any_depths(layers: str, depths: tuple[int, int], groups: str
 def test_padding_changes_no_term(states: str) -> None:
     models = encoder(2, 16, seed=1).eval(), encoder(6)
     check_padding(lambda padding: bound(*models, padding, states=states), 1e-12)
+
+
+def naive_weights(method: ALPKD, step: Step, buckets: dict[int, list[int]]) -> Tensor:
+    """Means over tokens, then examples, of the softmax of dot products, (student layers, teacher layers)."""
+    ours, theirs = shown(step, teacher=False), shown(step, teacher=True)
+    found = torch.zeros(3, 7).double()
+    for layer, others in buckets.items():
+        for example, length in enumerate(LENGTHS):
+            tokens = length if method.states == "tokens" else 1
+            for token in range(tokens):
+                products = [float(ours[layer][example, token] @ theirs[other][example, token]) for other in others]
+                exponentials = [math.exp(product - max(products)) for product in products]
+                for other, value in zip(others, exponentials, strict=True):
+                    found[layer, other] += value / sum(exponentials) / tokens / len(LENGTHS)
+    return found
+
+
+@pytest.mark.parametrize("states", ["cls", "tokens"])
+@pytest.mark.parametrize("layers", list(BUCKETS))
+def test_map_of_layers_is_the_mean_attention_of_an_epoch(layers: str, states: str) -> None:
+    method, step = bound(encoder(2, seed=1), encoder(6), layers=given(layers), states=states, scaled=False)
+    other = step.replace(student=Forward(encoder(2, seed=3), step.student.inputs, step.student.needs))
+    weights = [naive_weights(method, each, BUCKETS[layers]) for each in (step, other)]
+    for epoch in (0, 1):
+        for each in (step, other)[epoch:]:
+            each = each.replace(progress=Progress(epoch=epoch))
+            method.after_step(each, method.terms(each))
+        (found,) = (maps["hidden"].double() for maps in method.layer_maps())
+        torch.testing.assert_close(found, sum(weights[epoch:]) / (2 - epoch), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found.sum(dim=1), torch.tensor([0.0, 1.0, 1.0]).double())
+
+
+def test_maps_of_two_ranks_are_that_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    method, step = bound(encoder(2, seed=1), encoder(6))
+    parts = []
+    for rows, weight in ((slice(0, 3), 1.5), (slice(3, 4), 0.5)):
+        share = {name: tensor[rows] for name, tensor in step.batch.student.items()}
+        batch = replace(step.batch, student=share, teachers=(share,), labels=step.batch.labels[rows], weight=weight)
+        student, teacher = (Forward(each.model, share, each.needs) for each in (step.student, step.teacher))
+        parts.append(step.replace(student=student, teachers=[teacher], batch=batch))
+
+    def taken(part: Step) -> ALPKD:
+        rank = copy.deepcopy(method)
+        rank.after_step(part, rank.terms(part))
+        return rank
+
+    sent: list[list[Tensor]] = []
+    monkeypatch.setattr(distributed, "mean", lambda tensors: sent.append(list(tensors)) or list(tensors))
+    for part in parts:
+        taken(part)
+    average = [torch.stack(each).mean(0) for each in zip(*sent, strict=True)]
+    monkeypatch.setattr(distributed, "mean", lambda _: average)
+    expected = naive_weights(method, step, BUCKETS["all"])
+    for part in parts:
+        found = taken(part).layer_maps()[0]["hidden"]
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def slope(detach: bool) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from methods.two_models import LABELS, LENGTHS, TASK, encoder, sentences
+from scipy.optimize import linprog
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -166,6 +167,46 @@ def test_next_plan_is_solved_with_the_new_masses() -> None:
     torch.testing.assert_close(flow.sum(1), masses["student_hidden"])
     torch.testing.assert_close(flow.sum(0), masses["teacher_hidden"])
     assert not torch.allclose(flow.sum(0), torch.full((N,), 1 / N).double(), atol=1e-3)
+
+
+def cheapest(cost: list[list[float]], source: Tensor, target: Tensor) -> float:
+    """The least cost of moving one distribution into the other, as a linear program."""
+    rows, columns = len(source), len(target)
+    sums = [[float(pair // columns == row) for pair in range(rows * columns)] for row in range(rows)]
+    sums += [[float(pair % columns == column) for pair in range(rows * columns)] for column in range(columns)]
+    solved = linprog([each for row in cost for each in row], A_eq=sums, b_eq=[*source.tolist(), *target.tolist()])
+    return float(solved.fun)
+
+
+def test_map_of_layers_is_a_plan_of_least_cost_and_then_the_mean_of_the_epochs_plans() -> None:
+    method, step = bound(update="sum")
+    uneven(method)
+    costs, plans = naive_costs(step, method, strict=True), []
+    masses = {
+        f"{side}_{kind}": method.get_buffer(f"{side}_{kind}").clone() for side in ("student", "teacher") for kind in KINDS
+    }
+    for _ in range(3):
+        method.after_step(step, method.terms(step))
+        plans.append({kind: method.get_buffer(f"plan_{kind}").clone() for kind in KINDS})
+        if len(plans) == 1:
+            (first,) = method.layer_maps()
+    for kind in KINDS:
+        source, target = (masses[f"{side}_{kind}"] for side in ("student", "teacher"))
+        flow, least = first[kind][1:, 1:], cheapest(costs[kind], source, target)
+        assert float((flow * torch.tensor(costs[kind])).sum()) == pytest.approx(least, rel=1e-6)  # HiGHS: 1e-7
+        torch.testing.assert_close(flow.sum(dim=1), source)
+        torch.testing.assert_close(flow.sum(dim=0), target)
+        assert float(first[kind].sum()) == pytest.approx(float(flow.sum())), "no mass moves from or to the embeddings"
+        mean = torch.stack([plan[kind] for plan in plans]).mean(dim=0)
+        assert not torch.allclose(mean, plans[-1][kind], atol=1e-3), "plans that are all equal show no mean"
+        torch.testing.assert_close(method.layer_maps()[0][kind][1:, 1:], mean)
+
+
+def test_map_of_layers_of_a_fixed_map_is_that_map() -> None:
+    method, step = bound(mapping=[[1, 4], [2, 1]])
+    method.after_step(step, method.terms(step))
+    for matrix in method.layer_maps()[0].values():
+        assert {tuple(pair): float(matrix[tuple(pair)]) for pair in matrix.nonzero().tolist()} == {(1, 4): 0.5, (2, 1): 0.5}
 
 
 def test_without_an_update_masses_stay_even_and_the_plan_is_kept() -> None:

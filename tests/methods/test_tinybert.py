@@ -442,6 +442,25 @@ def test_random_map_is_drawn_as_often_as_asked_in_range_and_in_order(redraw: str
     assert ("once" in said["layer map is drawn"]) is (redraw == "run")
 
 
+@pytest.mark.parametrize("redraw", ["run", "epoch", "step"])
+def test_map_of_layers_is_the_mean_of_those_drawn_in_an_epoch(redraw: str) -> None:
+    student, teacher = encoder(2, width=4), FrozenTeacher(encoder(6, width=4))
+    method, step = bound(student, teacher, layers="random", redraw=redraw, draw_seed=3)
+    of_epochs: dict[int, list[Any]] = {}
+    for done in range(8):
+        progress = Progress(done, 8, done // 4)
+        method.after_step(step.replace(progress=progress), {})
+        of_epochs.setdefault(progress.epoch, []).append(method.map_at(progress))
+    expected = torch.zeros(3, 7)
+    for blocks in of_epochs[1]:
+        for ours, (theirs,) in blocks:
+            expected[ours, theirs] += 1 / 4
+    (maps,) = method.layer_maps()
+    torch.testing.assert_close(maps["attention"].float(), expected)
+    expected[0, 0] = 1
+    torch.testing.assert_close(maps["hidden"].float(), expected)
+
+
 def test_terms_of_a_random_map_are_those_of_its_pairs(narrow: Encoder, teacher: FrozenTeacher) -> None:
     for done in range(4):
         torch.manual_seed(0)

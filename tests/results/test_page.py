@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 from kd.results.comparison import compare, entries_of, with_details
 from kd.results.figures import Figure
 from kd.results.gathering import validation_curve, with_expected
-from kd.results.page import page, svg
+from kd.results.maps import LayerMap
+from kd.results.page import labels_of, page, svg
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: apt-get install chromium")
@@ -46,14 +48,21 @@ FIGURES = [
     *(figure("pkd<script>alert(1)</script>", 0.55, seed, digest=f"p{seed}") for seed in range(3)),
     figure("kd", 0.3, task="mrpc", digest="m0"),
 ]
+PRINTED = [
+    figure("finetune", 0.095, confidence="printed", digest=""),
+    figure("kd", 0.552, confidence="printed", digest=""),
+    figure("kd", 0.104, task="mrpc", confidence="printed", digest=""),
+]
+"""Figures of a paper, whose order as texts is another than as numbers."""
 
 
 def example() -> str:
     entries = with_expected(entries_of(FIGURES), [{"method": "kd", "student": "2l", "task": "rte", "seed": "0"}])
-    comparison = compare(entries, title="A & <B>", protocol="Dev.")
+    comparison = compare(entries, PRINTED, title="A & <B>", protocol="Dev.")
     comparison = with_details(comparison, {"kd0": record("kd0", 17.0), "finetune0": record("finetune0", 12.0)})
     curves = {"kd0": [(1.0, 0.4), (2.0, 0.6)], "finetune0": [(1.0, 0.3), (2.0, 0.5)]}
-    return page(comparison, curves, {"kd0": {"uniform": [[0.0, 1.0], [1.0, 0.0]]}}, about="made by hand")
+    maps = {"kd0": [LayerMap("rte", "student", "minilm", "hidden", [[0.0, 0.0, 0.0], [0.0, 1.0, 0.0]])]}
+    return page(comparison, curves, maps, about="made by hand")
 
 
 class Balanced(HTMLParser):
@@ -128,6 +137,104 @@ def test_the_front_has_no_point_that_another_beats() -> None:
         assert (point.label in front) == (not beaten)
 
 
+ALIKE = [
+    figure("kd", 0.50, digest="a"),
+    figure("kd", 0.52, student="6l", digest="b"),
+    figure("kd", 0.54, teacher="base", digest="c"),
+    figure("kd", 0.56, teacher="base", init="random", family="r", digest="d"),
+    figure("pkd", 0.58, digest="e"),
+    figure("kd", 0.59, split="test", digest="a"),
+]
+"""Rows with one label; the last is the first again, on another split."""
+LABELS = ["kd, 3l, minilm", "kd, 6l", "kd, 3l, base, first layers", "kd, 3l, base, random", "pkd"]
+
+
+def test_rows_of_one_label_are_told_apart_and_none_is_lost_from_a_chart() -> None:
+    comparison = compare(entries_of(ALIKE))
+    seconds = dict(zip("abcde", range(10, 60, 10), strict=True))
+    records = {digest: {**record(digest, 10.0), "seconds": {"train": time}} for digest, time in seconds.items()}
+    comparison = with_details(comparison, records)
+    curves = {digest: [(1.0, 0.1), (2.0, time / 100)] for digest, time in seconds.items()}
+    maps = {d: [LayerMap("rte", "student", "minilm", "hidden", [[0.0, 0.0], [0.0, time]])] for d, time in seconds.items()}
+    shown = page(comparison, curves, maps)
+    quality, trained, cost, agreement, layers = (part.partition("</h2>")[2] for part in shown.split("<h2>")[2:7])
+    validation = quality.partition("</figure>")[0]
+    assert re.findall(r'<text class="label"[^>]*>(.*?)<', validation) == LABELS
+    assert re.findall(r'<text class="label s.*?>(.*?)<', trained) == LABELS
+    assert re.findall(r"<text.*?>(.*?)<", cost) == [
+        w for label, time in zip(LABELS, seconds.values(), strict=True) for w in (label, f"{time} s")
+    ]
+    assert re.findall(r'<text class="label".*?>(.*?)<', agreement) == LABELS
+    assert re.findall(r"<div>(.*?) on rte, teacher minilm: hidden</div>", layers) == LABELS
+
+
+def test_rows_that_nothing_tells_apart_are_numbered() -> None:
+    (entry,) = entries_of(ALIKE[:1])
+    labels = labels_of([entry, replace(entry, budget="more epochs"), replace(entry, teacher="", budget="fewer")])
+    assert list(labels.values()) == ["kd, minilm (1)", "kd, minilm (2)", "kd, no teacher"]
+
+
+def mapped(*maps: LayerMap, digest: str = "kd0") -> str:
+    return page(compare(entries_of(FIGURES)), maps={digest: list(maps)})
+
+
+def cells(text: str) -> list[tuple[float, float, float, str]]:
+    """Position, opacity and tooltip of each cell of the first heat map."""
+    found = re.findall(r'<rect x="(.*?)" y="(.*?)" width=".*?" height=".*?" fill-opacity="(.*?)"><title>(.*?)</title>', text)
+    return [(float(x), float(y), float(opacity), title) for x, y, opacity, title in found]
+
+
+def test_a_heat_map_has_its_layers_its_scale_and_its_values() -> None:
+    text = mapped(LayerMap("rte", "student", "minilm", "hidden", [[0.0, 0.0, 0.0], [0.0, 0.25, 0.5], [0.0, 0.125, 0.0]]))
+    found = cells(text)
+    assert [(opacity, title) for _, _, opacity, title in found] == [
+        (0.5, "student layer 1, teacher layer 1: 0.25"),
+        (1.0, "student layer 1, teacher layer 2: 0.5"),
+        (0.25, "student layer 2, teacher layer 1: 0.125"),
+    ]
+    assert found[0][0] == found[2][0] < found[1][0]
+    assert found[0][1] == found[1][1] < found[2][1]
+    (chart,) = re.findall(r'<div class="maps">.*?(<svg.*?</svg>)', text)
+    assert re.findall(r'class="tick".*?>(.*?)<', chart) == ["1", "2", "1", "2", "0", "0.5"]  # rows, columns, ends of the scale
+    assert re.findall(r'class="axis".*?>(.*?)<', chart) == ["teacher layer", "student layer"]
+
+
+def test_embeddings_are_shown_where_they_are_compared() -> None:
+    text = mapped(LayerMap("rte", "student", "minilm", "hidden", [[0.0, 0.0], [1.0, 0.0]]))
+    assert [title for *_, title in cells(text)] == ["student layer 1, teacher layer 0: 1"]
+    (chart,) = re.findall(r'<div class="maps">.*?(<svg.*?</svg>)', text)
+    assert re.findall(r'class="tick".*?>(.*?)<', chart) == ["1", "0", "1", "0", "1"]
+    text = mapped(LayerMap("rte", "student", "minilm", "hidden", [[1.0, 0.0], [0.0, 1.0]]))
+    assert [title for *_, title in cells(text)] == [
+        "student layer 0, teacher layer 0: 1",
+        "student layer 1, teacher layer 1: 1",
+    ]
+
+
+def test_equal_maps_are_one_figure_and_many_captions_are_folded() -> None:
+    weights = [[0.0, 0.0], [0.0, 1.0]]
+    maps = [
+        LayerMap(f"t{number}", "student", "minilm", name, weights) for number in range(5) for name in ("hidden", "attention")
+    ]
+    text = mapped(*maps, LayerMap("t0", "student", "minilm", "other", [[0.0, 0.0], [0.0, 0.5]]))
+    figures = re.findall(r"<figure>.*?</figure>", text)
+    assert len(figures) == 2
+    captions = re.findall(r"<div>(.*?)</div>", figures[0].replace('<div class="maps">', ""))
+    assert captions == [f"kd on t{number}, teacher minilm: hidden, attention" for number in range(5)]
+    assert "and 2 more" in figures[0]
+    assert figures[0].index("t2") < figures[0].index("<details>") < figures[0].index("t3")
+    assert "details" not in figures[1]
+
+
+def test_maps_are_of_the_first_seed_at_hand_and_name_students_of_a_cohort() -> None:
+    weights = [[0.0, 0.0], [0.0, 1.0]]
+    one = LayerMap("rte", "a", "minilm", "hidden", weights)
+    assert "kd on rte, teacher minilm: hidden" in mapped(one, digest="kd2")
+    text = mapped(one, replace(one, student="<b>"))
+    assert "kd on rte, student a, teacher minilm: hidden" in text
+    assert "kd on rte, student &lt;b&gt;, teacher minilm: hidden" in text
+
+
 @pytest.mark.parametrize("ends", [(0.0, 1.0), (17.3, 17.4), (-3.0, 250.0), (5.0, 5.0)])
 def test_ticks_are_few_and_inside(ends: tuple[float, float]) -> None:
     scale = svg.Scale(*svg.padded(ends), 0.0, 100.0)
@@ -164,6 +271,11 @@ headers[ours].querySelector("button").click();
 out.push(`up ${texts(ours).join("|")}`);
 headers[ours].querySelector("button").click();
 out.push(`down ${texts(ours).join("|")} ${headers[ours].getAttribute("aria-sort")}`);
+const paper = names.indexOf("paper");
+headers[paper].querySelector("button").click();
+out.push(`paper ${texts(paper).join("|")}`);
+const map = document.querySelector(".maps svg").getBoundingClientRect();
+out.push(`map ${map.width > 150 && map.right <= window.innerWidth}`);
 const select = document.querySelector("select[name=task]");
 select.value = "mrpc"; select.dispatchEvent(new Event("change"));
 out.push(`mrpc ${shown()} ${count.textContent}`);
@@ -189,6 +301,8 @@ def test_the_controls_work_in_a_browser(tmp_path: Path, width: int) -> None:
     assert lines[0] == "rows 5"
     assert lines[1] == "up 30.0|51.0 ± 1.0|55.0 ± 0.0|61.0 ± 1.0|missing"
     assert lines[2] == "down 61.0 ± 1.0|55.0 ± 0.0|51.0 ± 1.0|30.0|missing descending"
-    assert lines[3] == "mrpc 1 1 of 5 rows"
-    assert lines[4] == "search 1"
-    assert lines[5] == "wide true"
+    assert lines[3] == "paper 9.5|10.4|55.2||"
+    assert lines[4] == "map true"
+    assert lines[5] == "mrpc 1 1 of 5 rows"
+    assert lines[6] == "search 1"
+    assert lines[7] == "wide true"

@@ -110,6 +110,10 @@ class Wrapper(Method):
             start = f"{n}."
             inner.inherit({name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)})
 
+    def layer_maps(self) -> Sequence[Mapping[str, Tensor]]:
+        """Return the maps of the inner methods to the teachers of each."""
+        return [maps for inner in self.inners for maps in inner.layer_maps()]
+
     def batch_dependence(self) -> str | None:
         """Return the inner method's reason."""
         return self.inners[0].batch_dependence()

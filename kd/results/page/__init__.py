@@ -1,11 +1,12 @@
 """Comparisons as one HTML page that loads nothing: a table to sort and filter, charts, and the commands of every run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from kd.results.columns import COLUMNS, gap_of, notes, p_of, used_columns
 from kd.results.comparison import Comparison, Entry
+from kd.results.maps import LayerMap
 from kd.results.page import svg
 from kd.results.published import compared_with
 from kd.results.tables import in_own_units
@@ -16,16 +17,22 @@ Curves = Mapping[str, Sequence[tuple[float, float]]]
 """Digest of a run -> epoch and validation score, as in its `metrics.csv`."""
 
 NUMBERS = (
-    *("ours", "ours - paper", "against baseline", "p"),
+    *("ours", "paper", "ours - paper", "against baseline", "p"),
     *("by example", "p by example", "p of McNemar", "parameters", "speed-up"),
 )
 """Columns that are sorted by number."""
+
+TELLING = ("student", "teacher", "selection", "init")
+"""Attributes of entries that tell those of one row and the same settings apart, as they do in one table of a paper."""
+
+NAMED = 3
+"""Number of rows that the caption of a map names; further rows are folded."""
 
 
 def page(
     comparison: Comparison,
     curves: Curves | None = None,
-    maps: Mapping[str, Mapping[str, Sequence[Sequence[float]]]] | None = None,
+    maps: Mapping[str, Sequence[LayerMap]] | None = None,
     about: str = "",
 ) -> str:
     """Return a comparison as an HTML page.
@@ -33,7 +40,7 @@ def page(
     Args:
         comparison: the comparison.
         curves: validation scores of the runs over the epochs.
-        maps: digest of a run -> name of a map from layers of the student to layers of the teacher -> its matrix.
+        maps: digest of a run -> its maps from layers of students to layers of teachers.
         about: sentence about what made the page.
     """
     title = comparison.title or "Results"
@@ -48,7 +55,7 @@ def page(
         charts("Training curves", curve_charts(comparison, curves or {}), "Validation scores, means over seeds."),
         charts("Cost of training", cost_charts(comparison), "Median seconds of a run; comparable on one quiet machine alone."),
         charts("Agreement with the teacher", agreement_charts(comparison), "On the validation split, in percent."),
-        charts("Maps of layers", map_charts(comparison, maps or {}), "Rows: the student's layers; columns: the teacher's."),
+        layer_maps(comparison, maps or {}),
         commands(comparison),
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
@@ -125,18 +132,53 @@ def scaled(entry: Entry, value: float) -> float:
 
 
 def label_of(entry: Entry) -> str:
-    """Return the label of an entry in a chart."""
+    """Return the label of an entry, which others may share."""
     return entry.row + (f" {entry.settings}" if entry.settings else "")
 
 
-def by_column(comparison: Comparison, first_metric: bool = True) -> dict[str, list[Entry]]:
+Series = tuple[str, ...]
+
+
+def series_of(entry: Entry) -> Series:
+    """Return what entries of the same runs share, whatever their task, split and metric, and others do not."""
+    return (*entry.key, entry.selection, entry.init, entry.budget)
+
+
+def labels_of(entries: Iterable[Entry]) -> dict[Series, str]:
+    """Return labels of the entries of a chart, of which no two are equal.
+
+    Where entries share row and settings, the label has those of `TELLING` that tell them apart as well, and else a number.
+    """
+    firsts: dict[Series, Entry] = {}
+    for entry in entries:
+        firsts.setdefault(series_of(entry), entry)
+    labels = {series: label_of(entry) for series, entry in firsts.items()}
+    for name in TELLING:
+        for alike in of_equal_labels(labels):
+            values = {series: getattr(firsts[series], name) for series in alike}
+            if len(set(values.values())) > 1:
+                labels |= {series: f"{labels[series]}, {values[series] or f'no {name}'}" for series in alike}
+    for alike in of_equal_labels(labels):
+        labels |= {series: f"{labels[series]} ({number})" for number, series in enumerate(alike, start=1)}
+    return labels
+
+
+def of_equal_labels(labels: Mapping[Series, str]) -> list[list[Series]]:
+    """Return the series that share a label with others, by label."""
+    groups: dict[str, list[Series]] = {}
+    for series, label in labels.items():
+        groups.setdefault(label, []).append(series)
+    return [alike for alike in groups.values() if len(alike) > 1]
+
+
+def by_column(comparison: Comparison) -> dict[str, list[Entry]]:
     """Return the entries with values of each column; of each task and split only the first metric."""
     groups: dict[str, list[Entry]] = {}
     firsts: dict[tuple[str, str], str] = {}
     for entry in comparison.entries:
         if entry.mean is None:
             continue
-        if first_metric and firsts.setdefault((entry.task, entry.split), entry.metric) != entry.metric:
+        if firsts.setdefault((entry.task, entry.split), entry.metric) != entry.metric:
             continue
         groups.setdefault(f"{entry.task}: {entry.split} {entry.metric}", []).append(entry)
     return groups
@@ -146,11 +188,12 @@ def quality_charts(comparison: Comparison) -> list[tuple[str, str]]:
     """Return a chart of size against quality for each column of which sizes are known."""
     found = []
     for caption, entries in by_column(comparison).items():
+        labels = labels_of(entries)
         points = [
             svg.Point(
                 entry.details["parameters"] / 1e6,
                 scaled(entry, entry.mean),
-                label_of(entry),
+                labels[series_of(entry)],
                 number,
                 None if entry.std is None else scaled(entry, entry.std),
             )
@@ -168,13 +211,13 @@ def curve_charts(comparison: Comparison, curves: Curves) -> list[tuple[str, str]
     for caption, entries in by_column(comparison).items():
         if entries[0].split != "validation":
             continue
-        series = {}
+        series, labels = {}, labels_of(entries)
         for entry in entries:
             runs = [curves[digest] for digest in entry.digests.values() if curves.get(digest)]
             shared = sorted(set.intersection(*({epoch for epoch, _ in run} for run in runs))) if runs else []
             if shared:
                 means = {epoch: sum(dict(run)[epoch] for run in runs) / len(runs) for epoch in shared}
-                series[label_of(entry)] = [(epoch, scaled(entry, value)) for epoch, value in means.items()]
+                series[labels[series_of(entry)]] = [(epoch, scaled(entry, value)) for epoch, value in means.items()]
         if series and any(len(points) > 1 for points in series.values()):
             found.append((caption, svg.lines(series, "epoch", entries[0].metric, caption)))
     return found
@@ -191,22 +234,75 @@ def agreement_charts(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def _bars(comparison: Comparison, name: str, unit: str, factor: float) -> list[tuple[str, str]]:
-    tasks: dict[str, dict[str, float]] = {}
-    for entry in comparison.entries:
-        if name in entry.details:
-            tasks.setdefault(entry.task, {})[label_of(entry)] = factor * entry.details[name]
-    return [(task, svg.bars(values, unit, f"{name} on {task}")) for task, values in tasks.items()]
+    found = []
+    for task, entries in by_task(comparison).items():
+        known = [entry for entry in entries if name in entry.details]
+        labels = labels_of(known)
+        if values := {labels[series_of(entry)]: factor * entry.details[name] for entry in known}:
+            found.append((task, svg.bars(values, unit, f"{name} on {task}")))
+    return found
 
 
-def map_charts(comparison: Comparison, maps: Mapping[str, Mapping[str, Sequence[Sequence[float]]]]) -> list[tuple[str, str]]:
-    """Return heat maps of maps of layers, of the first seed of each entry."""
-    found: dict[str, str] = {}
+def by_task(comparison: Comparison) -> dict[str, list[Entry]]:
+    """Return the entries of each task, of all its splits and metrics."""
+    groups: dict[str, list[Entry]] = {}
     for entry in comparison.entries:
-        digest = entry.digests[min(entry.digests)] if entry.digests else ""
-        for name, matrix in maps.get(digest, {}).items():
-            caption = f"{label_of(entry)} on {entry.task}: {name}"
-            found.setdefault(caption, svg.heat_map(matrix, "teacher", "student", caption))
-    return list(found.items())
+        groups.setdefault(entry.task, []).append(entry)
+    return groups
+
+
+def layer_maps(comparison: Comparison, maps: Mapping[str, Sequence[LayerMap]]) -> str:
+    """Return the section of maps of layers, in which equal maps are one figure; empty without any."""
+    figures = []
+    for (weights, rows, columns), captions in map_groups(comparison, maps).items():
+        shown = "".join(f"<div>{escape(caption)}</div>" for caption in captions[:NAMED])
+        if folded := captions[NAMED:]:
+            lines = "".join(f"<div>{escape(caption)}</div>" for caption in folded)
+            shown += f"<details><summary>and {len(folded)} more</summary>{lines}</details>"
+        chart = svg.heat_map(weights, "teacher layer", "student layer", captions[0], rows, columns)
+        figures.append(f"<figure><figcaption>{shown}</figcaption>{chart}</figure>")
+    if not figures:
+        return ""
+    note = (
+        "Weights of the teacher's layers for each layer of the student, of the first seed at hand and the checkpoint that was "
+        "evaluated; layer 0 is the embeddings. Each colour scale ends at the largest weight of its map. Equal maps are shown "
+        "once."
+    )
+    return f'<h2>Maps of layers</h2><p class="quiet">{note}</p><div class="maps">{"".join(figures)}</div>'
+
+
+Matrix = tuple[tuple[tuple[float, ...], ...], Sequence[int], Sequence[int]]
+"""Weights, and the layers that their rows and columns are of."""
+
+
+def map_groups(comparison: Comparison, maps: Mapping[str, Sequence[LayerMap]]) -> dict[Matrix, list[str]]:
+    """Return the different maps, each with captions that say which rows, tasks, teachers and names it is of."""
+    groups: dict[Matrix, dict[str, dict[str, None]]] = {}
+    for entries in by_task(comparison).values():
+        labels = labels_of(entries)
+        for entry in entries:
+            at_hand = [maps[digest] for _, digest in sorted(entry.digests.items()) if maps.get(digest)]
+            for found in at_hand[:1]:
+                several = len({one.student for one in found}) > 1
+                for one in found:
+                    student = f", student {one.student}" if several else ""
+                    whose = f"{labels[series_of(entry)]} on {one.task}{student}, teacher {one.teacher}"
+                    groups.setdefault(compared(one.weights), {}).setdefault(whose, {})[one.name] = None
+    return {
+        matrix: [f"{whose}: {', '.join(names)}" for whose, names in of_matrix.items()] for matrix, of_matrix in groups.items()
+    }
+
+
+def compared(weights: Sequence[Sequence[float]]) -> Matrix:
+    """Return a map without the embeddings' row, or column, if these are not compared.
+
+    >>> compared([[0, 0, 0], [0, 0.5, 0.5]])
+    (((0.5, 0.5),), range(1, 2), range(1, 3))
+    """
+    rows, columns = range(len(weights)), range(len(weights[0]))
+    rows = rows if any(weights[0]) or len(rows) == 1 else rows[1:]
+    columns = columns if any(row[0] for row in weights) or len(columns) == 1 else columns[1:]
+    return tuple(tuple(weights[row][column] for column in columns) for row in rows), rows, columns
 
 
 def commands(comparison: Comparison) -> str:

@@ -34,27 +34,21 @@ class Point:
 
 @dataclass(frozen=True)
 class Scale:
-    """Linear or logarithmic scale of values to pixels."""
+    """Linear scale of values to pixels."""
 
     low: float
     high: float
     start: float
     end: float
-    logarithmic: bool = False
     whole: bool = False
     """True if ticks are whole numbers, such as epochs."""
 
     def __call__(self, value: float) -> float:
         """Return the pixel of a value."""
-        low, high, value = (math.log10(v) if self.logarithmic else v for v in (self.low, self.high, value))
-        return self.start + (value - low) / ((high - low) or 1.0) * (self.end - self.start)
+        return self.start + (value - self.low) / ((self.high - self.low) or 1.0) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
         """Return about five round values of the range."""
-        if self.logarithmic:
-            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            found = [factor * 10**power for power in powers for factor in (1, 2, 5)]
-            return [value for value in found if self.low <= value <= self.high] or [self.low, self.high]
         rough = (self.high - self.low) / 5 or 1.0
         rough = max(rough, 1.0) if self.whole else rough
         power = 10 ** math.floor(math.log10(rough))
@@ -168,31 +162,63 @@ def bars(values: Mapping[str, float], unit: str, name: str) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def heat_map(matrix: Sequence[Sequence[float]], across: str, up: str, name: str) -> str:
-    """Return a heat map of a matrix of values from 0 on, rows from top to bottom, numbered from 0."""
-    rows, columns = len(matrix), len(matrix[0])
-    side = max(14.0, min(34.0, 380.0 / columns))
-    most = max(max(row) for row in matrix) or 1.0
-    width, height = 60 + side * columns + 10, 20 + side * rows + 40
+def heat_map(
+    matrix: Sequence[Sequence[float]], across: str, up: str, name: str, rows: Sequence[int], columns: Sequence[int]
+) -> str:
+    """Return a heat map of values from 0 on, rows from top to bottom, with the scale of its colours.
+
+    Args:
+        matrix: the values.
+        across: title of the horizontal axis.
+        up: title of the vertical axis.
+        name: name of the chart.
+        rows: numbers of the rows.
+        columns: numbers of the columns.
+    """
+    left, top = 58, 10
+    side = max(14.0, min(28.0, 300.0 / len(columns)))
+    most = max(max(values) for values in matrix) or 1.0
+    across_end, up_end = left + side * len(columns), top + side * len(rows)
+    # The turned title of the vertical axis is about 70 pixels long, whatever the number of rows.
+    width, height = max(across_end + 8, 190), max(up_end, top + 60) + 64
     parts = [
-        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width:.0f}px" role="img" aria-label="{escape(name)}">'
+        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width:.0f}px" role="img" aria-label="{escape(name)}">',
+        f'<rect class="cells" x="{left}" y="{top}" width="{side * len(columns):.1f}" height="{side * len(rows):.1f}"/>',
+        '<g class="cell">',
     ]
-    for row, values in enumerate(matrix):
-        y = 10 + side * row
-        parts.append(f'<text class="tick" x="52" y="{y + side / 2 + 4:.1f}" text-anchor="end">{row}</text>')
-        for column, value in enumerate(values):
-            x = 58 + side * column
-            tooltip = f"<title>{escape(up)} {row}, {escape(across)} {column}: {value:.3f}</title>"
-            parts.append(
-                f'<rect class="cell" x="{x:.1f}" y="{y:.1f}" width="{side - 1:.1f}" height="{side - 1:.1f}" '
-                f'fill-opacity="{max(0.0, value) / most:.3f}">{tooltip}</rect>'
-            )
-    for column in range(columns):
-        x = 58 + side * (column + 0.5)
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{24 + side * rows:.1f}" text-anchor="middle">{column}</text>')
-    middle = 58 + side * columns / 2
-    parts.append(f'<text class="axis" x="{middle:.1f}" y="{height - 4:.0f}" text-anchor="middle">{escape(across)}</text>')
-    centre = 10 + side * rows / 2
+    for row, (layer, values) in enumerate(zip(rows, matrix, strict=True)):
+        for column, (other, value) in enumerate(zip(columns, values, strict=True)):
+            if value > 0:
+                tooltip = f"<title>{escape(up)} {layer}, {escape(across)} {other}: {value:.3g}</title>"
+                at = f'x="{left + side * column:.1f}" y="{top + side * row:.1f}"'
+                size = f'width="{side:.1f}" height="{side:.1f}"'
+                parts.append(f'<rect {at} {size} fill-opacity="{value / most:.3f}">{tooltip}</rect>')
+    parts.append("</g>")
+    for row, layer in enumerate(rows):
+        down = top + side * (row + 0.5) + 4
+        parts.append(f'<text class="tick" x="{left - 6}" y="{down:.1f}" text-anchor="end">{layer}</text>')
+    every = 1 if side >= 18 else 2  # two digits and a gap
+    for column, layer in list(enumerate(columns))[::every]:
+        right = left + side * (column + 0.5)
+        parts.append(f'<text class="tick" x="{right:.1f}" y="{up_end + 14:.1f}" text-anchor="middle">{layer}</text>')
+    middle, centre = max((left + across_end) / 2, left + 36), max((top + up_end) / 2, top + 30)
+    parts.append(f'<text class="axis" x="{middle:.1f}" y="{up_end + 30:.1f}" text-anchor="middle">{escape(across)}</text>')
     turned = f'transform="translate(14 {centre:.1f}) rotate(-90)"'
     parts.append(f'<text class="axis" {turned} text-anchor="middle">{escape(up)}</text>')
-    return "".join([*parts, "</svg>"])
+    return "".join([*parts, *colour_scale(left, height - 18, most), "</svg>"])
+
+
+def colour_scale(left: float, top: float, most: float) -> list[str]:
+    """Return a bar of the colours of a heat map, from 0 to its largest value, with both numbers."""
+    steps, step = 20, 4
+    end = left + steps * step
+    parts = [
+        f'<text class="tick" x="{left - 6}" y="{top + 10:.1f}" text-anchor="end">0</text>',
+        f'<rect class="cells" x="{left}" y="{top:.1f}" width="{steps * step}" height="12"/><g class="cell">',
+    ]
+    parts += [
+        f'<rect class="step" x="{left + step * index}" y="{top:.1f}" width="{step}" height="12" '
+        f'fill-opacity="{(index + 0.5) / steps:.3f}"/>'
+        for index in range(steps)
+    ]
+    return [*parts, f'</g><text class="tick" x="{end + 6}" y="{top + 10:.1f}">{most:.3g}</text>']
