@@ -9,8 +9,9 @@ from transformers import PretrainedConfig
 
 from kd.build.surgeries import config_after, deepening
 from kd.config.schema import RunSpec, StudentSpec
+from kd.data.direction import higher_is_better
 from kd.data.examples import HEAD_OF_KIND
-from kd.data.tasks import Task, higher_is_better
+from kd.data.tasks import Task
 from kd.errors import InputError, prefix_error_keys
 from kd.functional.policy import best, rank_probabilities
 from kd.models.pretrained import load_config

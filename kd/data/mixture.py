@@ -10,9 +10,10 @@ from torch.utils.data import DataLoader, Sampler
 from kd.config.mixture import MEAN
 from kd.data.batch import Batch
 from kd.data.datamodule import Epoch, KDDataModule, ResumableData, RowIndices
+from kd.data.direction import higher_is_better
 from kd.data.held import WithHeld
 from kd.data.sampler import LengthBatches, OptimiserStep, Rows
-from kd.data.tasks import Task, higher_is_better
+from kd.data.tasks import Task
 from kd.errors import InputError
 
 DRAWS = 2

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from kd.config.values import literal
+from kd.data.direction import higher_is_better
 from kd.data.labels import is_missing, label_name, listed, missing
 from kd.data.metrics import CLASSIFICATION, REGRESSION, Collapse
 from kd.data.texts import Example
@@ -472,15 +473,6 @@ def log_mean_probability(logits: Sequence[Tensor], weights: Tensor | None = None
         return log_probabilities.logsumexp(0) - math.log(len(logits))
     # A weight of zero leaves a model out; its logarithm is minus infinity.
     return (log_probabilities + weights.to(log_probabilities.dtype).log().movedim(-1, 0).unsqueeze(-1)).logsumexp(0)
-
-
-def higher_is_better(metric: str) -> bool:
-    """Return whether a larger value of a metric is better: True for all metrics except `mse` and `loss`.
-
-    >>> higher_is_better("accuracy"), higher_is_better("stsb/mse")
-    (True, False)
-    """
-    return metric.rpartition("/")[2] not in ("mse", "loss")
 
 
 class Monitored(Protocol):

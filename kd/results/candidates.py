@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd.data.tasks import higher_is_better
+from kd.data.direction import higher_is_better
 from kd.errors import InputError
 from kd.runs.run import read_record
 

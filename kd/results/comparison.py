@@ -8,6 +8,7 @@ from typing import Any
 from kd.results.figures import Figure
 from kd.results.statistics import PairedDifference, TaskSummary, corrected, seed_difference, task_summary
 from kd.results.tables import differences, grouped
+from kd.results.tuned import selection_words
 from kd.runs.digest import digest_of
 
 BASELINE = "finetune"
@@ -196,7 +197,7 @@ def entries_of_records(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
                     f"{first['method']} {first['student']}",
                     *(first["method"], first["student"], "+".join(first["teacher"]), first["task"], split, metric),
                     values={record["seed"]: record["metrics"].get(split, {}).get(metric) for record in group},
-                    selection=f"{first['selection']['kind']}, {first['selection']['by']}",
+                    selection=selection_words(first),
                     init=first["init"],
                     budget=digest_of(same),
                     settings=settings,

@@ -23,6 +23,7 @@ from kd.results.evaluate import Evaluation, Scores, baseline, folder_megabytes
 from kd.results.export import TOLERANCE, export, largest_difference, model_card, origin
 from kd.results.mixture import mixture_record
 from kd.results.predictions import predictions_of, write_predictions
+from kd.results.tuned import tuned_of
 from kd.runs.kept import write_kept
 from kd.runs.run import Run
 from kd.system import distributed
@@ -225,7 +226,7 @@ class SettingsEntry:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Part of the record about what made the run: everything that enters its digest, its inputs, software and machine."""
+    """Part of the record about what made the run: all that enters its digest, its inputs, software, machine, and the search."""
 
     identity: dict[str, Any]
     inputs: dict[str, str]
@@ -233,6 +234,7 @@ class Provenance:
     hardware: dict[str, Any]
     git: dict[str, Any] | None
     finished: str
+    tuned: list[dict[str, Any]]
 
     @classmethod
     def of(cls, run: Run) -> Self:
@@ -245,6 +247,7 @@ class Provenance:
             hardware=hardware(),
             git=git(),
             finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            tuned=tuned_of(run.spec.tuned),
         )
 
 

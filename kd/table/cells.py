@@ -9,6 +9,7 @@ from kd.config.failure import Failure as Error
 from kd.errors import InputError
 from kd.launch.jobs import Failure, Job, jobs_of, plan_command
 from kd.results.figures import Figure, read_figures
+from kd.results.tuned import selection_words
 from kd.runs.run import Run
 from kd.table.definition import Cell, Table
 
@@ -50,7 +51,6 @@ class PlannedCell:
             table: its table.
             record: content of the run's `result.json`.
         """
-        selection = f"{record['selection']['kind']}, {record['selection']['by']}"
         words = " ".join(word for word in self.command if not word.startswith(("paths.", "logger.")))
         return [
             Figure(
@@ -67,7 +67,7 @@ class PlannedCell:
                 std=None,
                 n=1,
                 seeds=str(record["seed"]),
-                selection=selection,
+                selection=selection_words(record),
                 init=record["init"],
                 source=f"kd {record['versions'].get('kd', '')}".strip(),
                 confidence="measured",

@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from kd.data.batch import Batch
-from kd.data.tasks import higher_is_better
+from kd.data.direction import higher_is_better
 from kd.engines.base import Engine
 from kd.errors import InputError
 from kd.system.files import atomic_write, writing

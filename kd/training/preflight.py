@@ -12,7 +12,8 @@ import torch
 from kd.build.instantiate import build_method
 from kd.config.cohort import students_of
 from kd.data.datamodule import Epoch, KDDataModule
-from kd.data.tasks import Regression, higher_is_better
+from kd.data.direction import higher_is_better
+from kd.data.tasks import Regression
 from kd.data.texts import count_shared
 from kd.engines.base import Engine
 from kd.errors import InputError, with_keys
