@@ -318,7 +318,9 @@ def with_command(space: Space, words: Sequence[str]) -> tuple[Space, tuple[str, 
             keys = {override.partition("=")[0] for override in parameter.overrides(value)}
             if taken := [word for word in fixed if word.partition("=")[0] in keys]:
                 raise InputError(f"'{taken[0]}' is set by {name} too, which the space searches; give {name} a value", name)
-    return with_fixed(Space(space.name, space.fixed, parameters)), tuple(fixed)
+    given = {word.partition("=")[0] for word in words}
+    kept = tuple(word for word in space.fixed if word.partition("=")[0] not in given)
+    return with_fixed(Space(space.name, kept, parameters)), tuple(fixed)
 
 
 def fixed_to(parameter: Parameter, word: str) -> list[str]:

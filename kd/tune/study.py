@@ -123,6 +123,7 @@ class Entry:
         run: name of its run; None if it was not planned.
         failure: reason, if it has failed.
         key: configuration key to change, if it has failed and the user can.
+        repeats: True if it was ended, because it repeats another trial.
     """
 
     number: int
@@ -133,6 +134,7 @@ class Entry:
     run: str | None
     failure: str | None
     key: str | None
+    repeats: bool
 
     @property
     def is_finished(self) -> bool:
@@ -237,10 +239,13 @@ class Study:
             InputError: if the journal is damaged.
         """
         with self._reading():
-            trials = self._study.get_trials(deepcopy=False)
-            entries = [self._entry(trial) for trial in trials if "repeats" not in trial.user_attrs]
+            entries = [entry for entry in self._trials() if not entry.repeats]
             last = {self._words(entry): entry.number for entry in entries}
         return [entry for entry in entries if entry.state != "failed" or entry.number == last[self._words(entry)]]
+
+    def _trials(self) -> list[Entry]:
+        """Return what the study knows of all its trials."""
+        return [self._entry(trial) for trial in self._study.get_trials(deepcopy=False)]
 
     def _words(self, entry: Entry) -> tuple[str, ...]:
         """Return the overrides of a trial; none of one that was killed while it was made."""
@@ -260,6 +265,7 @@ class Study:
             attributes.get("run"),
             failure.get("message"),
             failure.get("key"),
+            "repeats" in attributes,
         )
 
     def take(self, count: int) -> Trial | None:
@@ -308,11 +314,11 @@ class Study:
         """
         if any(entry.state == "waiting" for entry in entries):  # of a command that was killed after it had chosen the point
             return self._new()
-        number = len(self._study.get_trials(deepcopy=False))
+        number = len(trials := self._trials())
         self._study.sampler = self._sampler(self.seed + number)
         if again := [dict(entry.point) for entry in entries if entry.state == "failed" and entry.number in self.failed_before]:
             return self._of_point(again[0])
-        tried = {self._words(entry) for entry in entries}
+        tried = {self._words(entry) for entry in trials}
         left = None
         if self.space.size is not None:
             left = [point for point in self.space.points() if self.space.overrides(point) not in tried]
