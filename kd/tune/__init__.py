@@ -166,7 +166,7 @@ def tune(settings: Settings) -> int:
     import_optuna()
     search = search_of(settings)
     if not search.folder.is_dir():
-        check_all(search.base)  # before a folder is made: what is wrong with the data or a model is wrong in every trial
+        check_all(search.first)  # before a folder is made: what is wrong with the data or a model is wrong in every trial
     study = search.study(settings.sampler, settings.pruner)
     size = search.space.size
     points = "" if size is None else f" of {size} points"

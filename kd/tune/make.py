@@ -8,9 +8,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from kd.config.compose import compose, typed
 from kd.config.failure import Failure
-from kd.config.schema import LONGEST_STUDY, check_name, check_values
+from kd.config.schema import LONGEST_STUDY, check_name
 from kd.data.direction import higher_is_better
 from kd.errors import InputError, disk_is_full
 from kd.launch.jobs import plan_command
@@ -50,6 +49,12 @@ class Search:
     def folder(self) -> Path:
         """Folder of the study, in that of the runs."""
         return self.base.directory.parent / FOLDER / self.name
+
+    @property
+    def first(self) -> Run:
+        """The run of each parameter's first value."""
+        point = {name: parameter.bounds[0] for name, parameter in self.space.parameters.items()}
+        return plan_command([*self.command, *self.space.overrides(point)])
 
     @property
     def monitor(self) -> str:
@@ -104,18 +109,20 @@ def plan_search(space: Space, command: Sequence[str], name: str | None) -> Searc
 
 
 def check_value(command: Sequence[str], overrides: Sequence[str], base: Run, parameter: str) -> None:
-    """Check a value of a parameter on its own.
+    """Check a value of a parameter with the command's other settings, without data or models.
 
     Raises:
-        InputError: if it cannot be composed, is out of range, or changes what trials are compared by.
+        InputError: if its run cannot be planned, an argument is not valid, or it changes what trials are compared by.
     """
+    from kd.build.check import check_arguments
+
     try:
-        config = compose([*command, *overrides])
-        check_values(typed(config))
+        run = plan_command([*command, *overrides])
+        check_arguments(run)
     except InputError as error:
         raise InputError(f"'{' '.join(overrides)}' of the search space: {error.message}", error.key or parameter) from error
     for key in COMPARED:
-        if OmegaConf.select(config, key) != OmegaConf.select(base.config, key):
+        if OmegaConf.select(run.config, key) != OmegaConf.select(base.config, key):
             raise InputError(
                 f"'{' '.join(overrides)}' of the search space changes {key}: scores of such trials cannot be compared",
                 parameter,
