@@ -397,6 +397,15 @@ def every_value(backbone: str, data: str) -> dict[str, Values]:
                 NEVER,
             ),
         ),
+        "tuned.study": Values(
+            st.sampled_from([None, "pkd-3l-rte-s0-0123456789ab", "x" * 240]),
+            union(st.sampled_from(["", " ", "a b", "a/b", "x" * 241, True, 1.5]), NESTED, NEVER),
+        ),
+        "tuned.trials": whole(1, COUNT, null=True),
+        "tuned.by": Values(
+            st.sampled_from([None, "validation accuracy", "x" * 100]),
+            union(st.sampled_from(["", " ", " a", "a ", "a\nb", "x" * 101, True, 1.5]), NESTED, NEVER),
+        ),
         "launcher.name": word("none", "local", "slurm", "ray"),
         "launcher.workers": whole(1, 1024, null=True),
         "launcher.array_limit": whole(1, COUNT),

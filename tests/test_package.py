@@ -37,13 +37,13 @@ def test_wheel_carries_the_configuration_and_works_from_any_folder(tmp_path: Pat
     assert "layers: 4" in found
 
 
-@pytest.mark.parametrize("command", ["train", "bench", "table", "clean"])
+@pytest.mark.parametrize("command", ["train", "bench", "table", "tune", "clean"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     show = f"try: kd.{command}.main()\nexcept SystemExit: pass\nprint(sorted(sys.modules))"
     code = f"import sys; sys.argv = ['kd-{command}', '--help']; import kd.{command}\n{show}"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert f"kd-{command}" in shown
-    for module in ("torch", "lightning", "transformers", "wandb"):
+    for module in ("torch", "lightning", "transformers", "wandb", "optuna"):
         assert f"'{module}'" not in shown
 
 

@@ -69,7 +69,7 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
     from hydra.errors import HydraException
 
     try:
-        parsed = [_parsed(override) for override in overrides]
+        parsed = [parsed_override(override) for override in overrides]
         values = [entry for entry in parsed if _is_value(entry)]
         chosen = tuple(override for override, entry in zip(overrides, parsed, strict=True) if not _is_value(entry))
         # A group that is given as a mapping is merged in the order of the command line, which only Hydra does.
@@ -84,7 +84,12 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 
 
 @lru_cache(maxsize=4096)
-def _parsed(override: str) -> "Override":
+def parsed_override(override: str) -> "Override":
+    """Return Hydra's reading of an override.
+
+    Raises:
+        OverrideParseException: if it is no valid override.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     (parsed,) = OverridesParser.create().parse_overrides([override])
@@ -196,7 +201,7 @@ def quoted(override: str) -> str:
 
     name, equals, value = override.partition("=")
     try:
-        if not equals or not _parsed(override).is_sweep_override():
+        if not equals or not parsed_override(override).is_sweep_override():
             return override
     except HydraException:
         pass
@@ -504,7 +509,7 @@ def as_list(value: object, key: str) -> str:
         return f"'{key}=[...]'"
     meant = shown(value)
     try:
-        words: Any = _parsed(f"{key}=[{meant}]").value()
+        words: Any = parsed_override(f"{key}=[{meant}]").value()
     except HydraException:
         words = [None]
     if any(word is None or isinstance(word, bool | float | dict | list) for word in words):  # not strings unless quoted

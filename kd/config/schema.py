@@ -142,6 +142,18 @@ class TrainerSpec:
 
 
 @dataclass(frozen=True)
+class TunedSpec:
+    """The search that settings came of: its study, its number of trials, and what they were compared by.
+
+    Records and figures state them; they do not change results.
+    """
+
+    study: str | None = None
+    trials: int | None = None
+    by: str | None = None
+
+
+@dataclass(frozen=True)
 class PathsSpec:
     """Folders of runs and data; they do not change results."""
 
@@ -184,6 +196,7 @@ class RunSpec:
     trainer: TrainerSpec = MISSING
     logger: LoggerSpec = field(default_factory=LoggerSpec)
     launcher: LauncherSpec = field(default_factory=LauncherSpec)
+    tuned: TunedSpec = field(default_factory=TunedSpec)
     paths: PathsSpec = MISSING
     surgery: dict[str, dict[str, Any]] = field(default_factory=dict)
     pretrain: dict[str, Any] = field(default_factory=dict)
@@ -232,6 +245,9 @@ LARGEST_SIZES = {"layers": 256, "width": 65_536, "heads": 65_536, "intermediate"
 
 LONGEST_NAME = 64
 """Most bytes of the name of a method, student or task: folder names join all three, and file systems allow 255 bytes."""
+
+LONGEST_STUDY = 240
+"""Most bytes of the name of a study, which is a folder: it has the names of a method, student and task, and a digest."""
 
 KEEP = ("all", "best", "student", "figures")
 """Words of `trainer.keep`: the files that a finished run retains, from the most to the fewest (`kd.runs.retention`)."""
@@ -295,6 +311,23 @@ def check_values(spec: RunSpec) -> None:
     for key, part_name in names.items():
         check_name(part_name, key)
     check_launcher(spec.launcher)
+    check_tuned(spec.tuned)
+
+
+def check_tuned(tuned: TunedSpec) -> None:
+    """Check what a configuration says of the search that it came of.
+
+    Raises:
+        InputError: for an invalid name of a study, a number of trials that is not positive, or a text that is not one line.
+    """
+    if tuned.study is not None:
+        check_name(tuned.study, "tuned.study", LONGEST_STUDY)
+    if tuned.trials is not None:
+        whole(tuned.trials, "tuned.trials", 1, MANY)
+    if tuned.by is not None and not re.fullmatch(r"\S(.{0,98}\S)?", tuned.by):
+        raise InputError(
+            f"tuned.by={shown(tuned.by)} must say what the trials were compared by, as 'validation accuracy'", "tuned.by"
+        )
 
 
 def check_launcher(launcher: LauncherSpec) -> None:
@@ -444,13 +477,18 @@ def check_path(path: str, key: str) -> None:
         raise InputError(f"{key}={shown(path)} is longer than a file system allows", key)
 
 
-def check_name(name: object, key: str) -> None:
-    """Check a name that becomes part of a folder's name.
+def check_name(name: object, key: str, longest: int = LONGEST_NAME) -> None:
+    """Check a name that becomes a folder's name, or part of one.
+
+    Args:
+        name: the name.
+        key: its configuration key.
+        longest: most bytes that it may have.
 
     Raises:
         InputError: if it has a character other than letters, digits, '.', '_' and '-', or is too long.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
         raise InputError(f"{key}='{shown(name)}' becomes part of a folder's name: use letters, digits, '.', '_' and '-'", key)
-    if len(name.encode()) > LONGEST_NAME:
-        raise InputError(f"{key}='{shown(name)}' becomes part of a folder's name: use at most {LONGEST_NAME} bytes", key)
+    if len(name.encode()) > longest:
+        raise InputError(f"{key}='{shown(name)}' becomes part of a folder's name: use at most {longest} bytes", key)

@@ -18,6 +18,7 @@ from kd.results.statistics import (
     task_summary,
 )
 from kd.results.tables import differences, grouped
+from kd.results.tuned import selection_words
 from kd.runs.digest import digest_of
 
 BASELINE = "finetune"
@@ -195,7 +196,7 @@ def entries_of_records(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
                     f"{first['method']} {first['student']}",
                     *(first["method"], first["student"], "+".join(first["teacher"]), first["task"], split, metric),
                     values={record["seed"]: record["metrics"].get(split, {}).get(metric) for record in group},
-                    selection=f"{first['selection']['kind']}, {first['selection']['by']}",
+                    selection=selection_words(first),
                     init=first["init"],
                     budget=budget_of(first),
                     settings=settings,

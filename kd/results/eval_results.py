@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
 from kd.data.sources import REPOSITORY, Glue
+from kd.results.tuned import selection_words
 
 FOLDER = ".eval_results"
 """Folder of the files in the repository of a model."""
@@ -119,9 +120,8 @@ def notes(record: Mapping[str, Any], split: str, found: DevelopmentSet, metric: 
         found: the development set.
         metric: name of the metric.
     """
-    selection = record["selection"]
     return (
         f"{DEFINITIONS[metric]}; development set ({split}), all {found.examples:,} examples, not the test set; "
-        f"{selection['kind']} checkpoint, {selection['by']}; one run, seed {record['seed']}; "
+        f"checkpoint: {selection_words(record)}; one run, seed {record['seed']}; "
         f"kd {record['versions']['kd']}, run {record['digest']}"
     )

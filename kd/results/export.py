@@ -16,6 +16,7 @@ from kd.forward import Needs
 from kd.models import Encoder
 from kd.models.heads import HEADS
 from kd.results.tables import score
+from kd.results.tuned import selection_words
 from kd.runs.identity import backbone_of
 from kd.runs.run import Run
 from kd.system.files import remove, writing
@@ -198,7 +199,7 @@ def _settings(result: Mapping[str, Any]) -> str:
 def model_card(result: Mapping[str, Any]) -> str:
     """Return the text of the model card: use, origin, metrics and how they were measured, and hyper-parameters."""
     teachers = ", ".join(result["teacher"]) or "none"
-    selection, about = result["selection"], result["origin"]
+    about = result["origin"]
     unnamed = {"fill-mask": "the vocabulary (masked language model)"}.get(result["pipeline"], "one score (regression)")
     labels = ", ".join(result["labels"]) if result["labels"] else unnamed
     parameters = f"{result['parameters']['student']:,} (embeddings included)"
@@ -239,7 +240,7 @@ Made with kd {result["versions"]["kd"]}, run `{result["digest"]}`, seed {result[
 
 {_results(result)}
 
-One seed. The checkpoint is the {selection["kind"]} one, {selection["by"]}. Models are scored in float32. What is in
+One seed. Checkpoint: {selection_words(result)}. Models are scored in float32. What is in
 percent here is a fraction in the metadata of this card.
 
 ## Training

@@ -32,7 +32,7 @@ class Figure:
         std: standard deviation over the runs, in the same unit; None if unknown.
         n: number of runs behind the value, at least 1; None if unknown.
         seeds: seeds as printed; of a run of ours its seed. Empty if unknown.
-        selection: best | last | unknown, and by what.
+        selection: best | last | unknown, and by what; of settings that a search chose also its number of trials.
         init: initial weights of the student.
         source: place where the value stands: paper and table, or a file of a repository at a commit.
         confidence: one of `CONFIDENCES`.

@@ -25,6 +25,7 @@ from kd.results.export import TOLERANCE, export, largest_difference, model_card,
 from kd.results.maps import maps_of, write_maps
 from kd.results.mixture import mixture_record
 from kd.results.predictions import predictions_of, write_predictions
+from kd.results.tuned import tuned_of
 from kd.runs.kept import write_kept
 from kd.runs.run import Run
 from kd.system import distributed
@@ -228,7 +229,7 @@ class SettingsEntry:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Part of the record about what made the run: everything that enters its digest, its inputs, software and machine."""
+    """Part of the record about what made the run: all that enters its digest, its inputs, software, machine, and the search."""
 
     identity: dict[str, Any]
     inputs: dict[str, str]
@@ -236,6 +237,7 @@ class Provenance:
     hardware: dict[str, Any]
     git: dict[str, Any] | None
     finished: str
+    tuned: list[dict[str, Any]]
 
     @classmethod
     def of(cls, run: Run) -> Self:
@@ -248,6 +250,7 @@ class Provenance:
             hardware=hardware(),
             git=git(),
             finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            tuned=tuned_of(run.spec.tuned),
         )
 
 

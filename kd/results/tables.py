@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from kd.results.tuned import tuned_words
+
 
 def console(width: int = 200) -> Console:
     """Return the console for tables; names of runs, tasks and folders are printed verbatim, not as rich markup.
@@ -148,7 +150,7 @@ def protocol(results: Sequence[Mapping[str, Any]]) -> str:
         distinct = sorted({str(value) for value in values})
         return distinct[0] if len(distinct) == 1 else "{" + ", ".join(distinct) + "}"
 
-    checkpoint = common(f"{r['selection']['kind']} checkpoint, {r['selection']['by']}" for r in results)
+    checkpoint = common(f"{r['selection']['kind']} checkpoint, {r['selection']['by']}{tuned_words(r)}" for r in results)
     init = common(r["init"] for r in results)
     precision = common(r["precision"] for r in results)
     latency = common(latency_words(r) for r in results)

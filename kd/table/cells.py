@@ -13,6 +13,7 @@ from kd.launch.jobs import Job, jobs_of, plan_command
 from kd.results.comparison import budget_of
 from kd.results.figures import Figure, read_figures
 from kd.results.row_labels import row_label
+from kd.results.tuned import selection_words
 from kd.runs.run import Run
 from kd.table.definition import Cell, Table
 
@@ -50,7 +51,6 @@ class PlannedCell:
             table: its table.
             record: content of the run's `result.json`.
         """
-        selection = f"{record['selection']['kind']}, {record['selection']['by']}"
         words = shlex.join(word for word in self.command if not word.startswith(("paths.", "logger.")))
         return [
             Figure(
@@ -67,7 +67,7 @@ class PlannedCell:
                 std=None,
                 n=1,
                 seeds=str(record["seed"]),
-                selection=selection,
+                selection=selection_words(record),
                 init=record["init"],
                 source=f"kd {record['versions'].get('kd', '')}".strip(),
                 confidence="measured",

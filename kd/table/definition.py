@@ -30,6 +30,7 @@ from typing import Any
 
 import yaml
 
+from kd.config.choices import choice, entries, mapping, words
 from kd.config.compose import conf_folder
 from kd.errors import InputError
 
@@ -131,32 +132,32 @@ def parse_table(name: str, content: Any) -> Table:
     Raises:
         InputError: for a key that does not exist or lacks, a value of the wrong type, or a scale without cells.
     """
-    values = _mapping(content, "table", KEYS)
+    values = mapping(content, "table", KEYS)
     for key in ("paper", "title", "scales"):
         if key not in values:
             raise InputError(f"table {name} has no '{key}'", key)
     scales = {}
-    for scale, given in _mapping(values["scales"], "scales").items():
-        node = _mapping(given, f"scales.{scale}", SCALE_KEYS)
+    for scale, given in mapping(values["scales"], "scales").items():
+        node = mapping(given, f"scales.{scale}", SCALE_KEYS)
         scales[scale] = tuple(_cells(scale, node, f"scales.{scale}"))
         if not scales[scale]:
             raise InputError(f"table {name} has no rows at scale={scale}", f"scales.{scale}.cells")
     if not scales:
         raise InputError(f"table {name} has no rows", "scales")
-    reasons = {str(row): str(reason) for row, reason in _mapping(values.get("not_run") or {}, "not_run").items()}
+    reasons = {str(row): str(reason) for row, reason in mapping(values.get("not_run") or {}, "not_run").items()}
     protocol = " ".join(str(values.get("protocol") or "").split())
     return Table(name, str(values["paper"]), str(values["title"]), protocol, scales, reasons)
 
 
 def _cells(scale: str, node: Mapping[str, Any], key: str) -> Iterator[Cell]:
     """Yield the cells of a scale."""
-    shared = _words(node.get("overrides") or [], f"{key}.overrides")
-    for number, given in enumerate(_list(node.get("cells") or [], f"{key}.cells")):
+    shared = words(node.get("overrides") or [], f"{key}.overrides")
+    for number, given in enumerate(entries(node.get("cells") or [], f"{key}.cells")):
         place = f"{key}.cells.{number}"
-        product = dict(_mapping(given, place))
+        product = dict(mapping(given, place))
         row = product.pop("row", None)
         axes = [
-            [(axis, *_choice(axis, value, f"{place}.{axis}")) for value in _list(values, f"{place}.{axis}")]
+            [(axis, *choice(axis, value, f"{place}.{axis}")) for value in entries(values, f"{place}.{axis}")]
             for axis, values in product.items()
         ]
         if not axes or not all(axes):
@@ -169,43 +170,3 @@ def _cells(scale: str, node: Mapping[str, Any], key: str) -> Iterator[Cell]:
 
 def _empty(product: Mapping[str, Any]) -> str:
     return ", ".join(axis for axis, values in product.items() if not values)
-
-
-def _choice(axis: str, value: Any, key: str) -> tuple[str, list[str]]:
-    """Return the label of a value of an axis, and its overrides."""
-    if isinstance(value, Mapping):
-        if len(value) != 1:
-            raise InputError(f"{key} names one list of overrides at a time, as {{label: [a=1, b=2]}}, not {len(value)}", key)
-        ((label, words),) = value.items()
-        return str(label), _words(words, key)
-    if isinstance(value, list):  # a list group, such as teacher: [[a, b]]
-        return "+".join(map(str, value)), [f"{axis}=[{','.join(map(str, value))}]"]
-    word = _plain(value)
-    return word, [f"{axis}={word}"]
-
-
-def _plain(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _mapping(value: Any, key: str, allowed: Sequence[str] | None = None) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise InputError(f"{key} is {value!r}, where a mapping is needed", key)
-    for name in value:
-        if allowed is not None and name not in allowed:
-            raise InputError(f"{key} has a key '{name}'; it may have {', '.join(allowed)}", f"{key}.{name}")
-    return value
-
-
-def _list(value: Any, key: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise InputError(f"{key} is {value!r}, where a list is needed", key)
-    return value
-
-
-def _words(value: Any, key: str) -> list[str]:
-    words = _list(value, key)
-    for word in words:
-        if not isinstance(word, str):
-            raise InputError(f"{key} has {word!r}, where an override such as optimizer.lr=1e-4 is needed", key)
-    return words

@@ -1,11 +1,12 @@
 """Execution of a planned run: its checks, the runs that it needs, then its training."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kd.errors import InputError
+from kd.results.tuned import state_tuned, tuned_of
 from kd.runs.error_keys import rename_error_keys
 from kd.runs.retention import with_model, write_uses
 from kd.runs.run import Role, Run, keep_of
@@ -14,10 +15,14 @@ from kd.system.files import writes_to
 from kd.training.reduce import reduce_run
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+
     from kd.data.examples import Examples
 
 
-def execute(run: Run, role: Role | None = None, *, first: bool = True, model: bool = True) -> dict[str, Any]:
+def execute(
+    run: Run, role: Role | None = None, *, first: bool = True, model: bool = True, callbacks: "Sequence[Callback]" = ()
+) -> dict[str, Any]:
     """Execute a run and the runs that it needs, unless they are done; return its record.
 
     Args:
@@ -26,6 +31,8 @@ def execute(run: Run, role: Role | None = None, *, first: bool = True, model: bo
         first: True for the run that the command requests; then all runs that it needs are checked before any is executed.
         model: True if the run that needs this one reads its model. It then retains that, whatever `trainer.keep`, and is
             trained again if it has let it go.
+        callbacks: Lightning callbacks of this run's training, beside its own. An error that one raises ends the run, which
+            resumes from its last checkpoint.
 
     Raises:
         InputError: for an error that the user can correct.
@@ -45,7 +52,7 @@ def execute(run: Run, role: Role | None = None, *, first: bool = True, model: bo
         distributed.print_rank_zero(f"done already: {purpose}")
         distributed.print_rank_zero(f"  {run.directory}")
         record = result
-        return distributed.on_rank_zero(lambda: reduce_run(run, record, first=first, model=model))
+        return distributed.on_rank_zero(lambda: conclude_done(run, record, first=first, model=model))
     from kd.build.parts import examples_of
 
     # Referenced from here on, so that the checks and the teachers' runs reuse them.
@@ -59,7 +66,7 @@ def execute(run: Run, role: Role | None = None, *, first: bool = True, model: bo
         result, damage = distributed.on_rank_zero(state)  # another process may have finished it while this one waited
         if result is not None and damage is None:
             record = result
-            return distributed.on_rank_zero(lambda: reduce_run(run, record, first=first, model=model, has_lock=True))
+            return distributed.on_rank_zero(lambda: conclude_done(run, record, first=first, model=model, has_lock=True))
         distributed.on_rank_zero(lambda: write_uses(run))
         for part, needed in run.inputs:
             with rename_error_keys(part, run.spec, run.config):
@@ -67,8 +74,19 @@ def execute(run: Run, role: Role | None = None, *, first: bool = True, model: bo
         examples = examples_of(run)  # other ones only if an edit reads a model, which is trained now
 
         distributed.print_rank_zero(f"\n{purpose}\n  {run.directory}")
-        record = fit_or_export(run, examples, result, damage, role)
+        record = fit_or_export(run, examples, result, damage, role, callbacks)
         return distributed.on_rank_zero(lambda: reduce_run(run, record, first=first, model=model, has_lock=True))
+
+
+def conclude_done(run: Run, record: dict[str, Any], *, first: bool, model: bool, has_lock: bool = False) -> dict[str, Any]:
+    """Return the record of a run that was done before, after what the command changes in it.
+
+    These are the search that its settings came of (`tuned`), and the files that it retains. Arguments as for
+    `kd.training.reduce.reduce_run`.
+    """
+    for entry in tuned_of(run.spec.tuned) if first else []:
+        record = state_tuned(run.directory, entry, has_lock=has_lock) or record
+    return reduce_run(run, record, first=first, model=model, has_lock=has_lock)
 
 
 def reads_model(role: Role) -> bool:
@@ -82,6 +100,7 @@ def fit_or_export(
     result: dict[str, Any] | None,
     damage: str | None,
     role: Role | None,
+    callbacks: "Sequence[Callback]" = (),
 ) -> dict[str, Any]:
     """Train a locked run whose inputs are done, or export its students again if that is enough; return its record.
 
@@ -91,6 +110,7 @@ def fit_or_export(
         result: its record; None if it is not done.
         damage: description of the damage to its exports; None if there is no record.
         role: its part in the run that needs it; None for the run that the command requests.
+        callbacks: Lightning callbacks of the training, beside the run's own.
 
     Raises:
         InputError: for an error that the user can correct, as exports that cannot be written again.
@@ -102,13 +122,13 @@ def fit_or_export(
             resumes = distributed.on_rank_zero((run.checkpoints / "last.ckpt").exists)
             then = "the run resumes from its last checkpoint" if resumes else "it has no checkpoint, and is trained again,"
             distributed.print_rank_zero(f"  its result.json is damaged; {then} and writes it anew")
-        return fit(run, examples, role)
+        return fit(run, examples, role, callbacks)
     keep = keep_of(result)
     if keep == "figures":
         distributed.print_rank_zero(
             "  done, but trainer.keep=figures has let its model go, which another run needs: it is trained again"
         )
-        return fit(run, examples, role)
+        return fit(run, examples, role, callbacks)
     distributed.print_rank_zero(f"  done, but {damage}; it is exported again")
     try:
         if keep == "student":
@@ -122,7 +142,7 @@ def fit_or_export(
         if run.spec.resume:
             raise
         distributed.print_rank_zero(f"  it cannot be exported again, so the run starts again: {error.message}")
-    return fit(run, examples, role)
+    return fit(run, examples, role, callbacks)
 
 
 def check_all(run: Run, read: list[Any] | None = None) -> None:

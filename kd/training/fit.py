@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
 
 from kd.build.engine import build_engine
@@ -26,16 +27,19 @@ from kd.system.hardware import keep_memory
 from kd.teacher_cache.cache import CacheUnused, CacheUsed
 from kd.training.preflight import check_steps, preflight
 from kd.training.tracking import conclude_all, tracking
-from kd.training.trainer import build_trainer, last_step, load_weights, quieten, run_trainer, select
+from kd.training.trainer import build_trainer, callbacks_of, last_step, load_weights, quieten, run_trainer, select
 
 
-def fit(run: Run, examples: Mapping[str, Examples], role: Role | None = None) -> dict[str, Any]:
+def fit(
+    run: Run, examples: Mapping[str, Examples], role: Role | None = None, callbacks: Sequence[Callback] = ()
+) -> dict[str, Any]:
     """Train, evaluate and export a run whose inputs are done.
 
     Args:
         run: the run.
         examples: the examples of each of its tasks, by name.
         role: its part in the run that needs it; None for the run that the command requests.
+        callbacks: Lightning callbacks beside the run's own.
 
     Raises:
         InputError: for an error that the user can correct.
@@ -52,7 +56,7 @@ def fit(run: Run, examples: Mapping[str, Examples], role: Role | None = None) ->
     if step is not None:
         distributed.print_rank_zero(f"  resuming from step {step}")
     with tracking(run, role, step) as loggers:
-        record = train(run, engine, parts, data, starts, step, loggers)
+        record = train(run, engine, parts, data, starts, step, loggers, callbacks)
         distributed.on_rank_zero(lambda: conclude_all(loggers, record, notes_of(parts)))
     return record
 
@@ -65,6 +69,7 @@ def train(
     starts: int,
     step: int | None,
     loggers: Sequence[Logger],
+    callbacks: Sequence[Callback],
 ) -> dict[str, Any]:
     """Train a run, evaluate and export its students, and write and return its record.
 
@@ -76,8 +81,9 @@ def train(
         starts: number of starts of the run, this one included.
         step: optimiser step to resume from; None if training starts.
         loggers: loggers beside the history.
+        callbacks: Lightning callbacks beside the run's own.
     """
-    trainer = build_trainer(run, engine, step, loggers)
+    trainer = build_trainer(run, engine, step, loggers, [*callbacks_of(run, engine), *callbacks])
     run_trainer(trainer, engine, data, run.checkpoints / "last.ckpt" if step is not None else None)
     for part in parts.values():
         for encoder in (*part.models.students.values(), *part.models.teaching):

@@ -64,12 +64,20 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+def callbacks_of(run: Run, engine: Engine) -> list[pl.Callback]:
+    """Return the callbacks of a run's training: its progress bar and its checkpoints."""
+    spec = run.spec.trainer
+    advice = cure(list(run.spec.teacher), vars(run.spec.student))
+    checkpoints = checkpoint_callbacks(run.checkpoints, engine.task.monitor, spec.checkpoint_minutes)
+    return [ProgressBar(run.name, spec.progress, advice), *checkpoints]
+
+
 def build_trainer(
     run: Run,
     engine: Engine,
     step: int | None,
     loggers: Sequence[Logger] = (),
-    callbacks: Sequence[pl.Callback] | None = None,
+    callbacks: Sequence[pl.Callback] = (),
     **options: Any,
 ) -> pl.Trainer:
     """Return the Lightning trainer of a run.
@@ -79,14 +87,10 @@ def build_trainer(
         engine: the LightningModule.
         step: optimiser step to resume from; None if training starts.
         loggers: loggers beside the history.
-        callbacks: callbacks to use instead of the progress bar and the checkpoints.
+        callbacks: its callbacks; see `callbacks_of`.
         options: further arguments of `pl.Trainer`.
     """
     spec = run.spec.trainer
-    if callbacks is None:
-        checkpoints = checkpoint_callbacks(run.checkpoints, engine.task.monitor, spec.checkpoint_minutes)
-        advice = cure(list(run.spec.teacher), vars(run.spec.student))
-        callbacks = [ProgressBar(run.name, spec.progress, advice), *checkpoints]
     history = History(run.directory / "metrics.csv", step)
     distributed.on_rank_zero(lambda: begin_all(loggers, history.rows))
     return pl.Trainer(

@@ -47,7 +47,7 @@ def test_the_hub_s_library_reads_what_was_written() -> None:
     assert (entry.dataset_id, entry.task_id, entry.value) == ("nyu-mll/glue", "rte", 66.79)
     assert (entry.date, entry.source_url) == ("2025-06-01T10:00:00Z", None)
     assert entry.notes == (
-        "accuracy in percent; development set (validation), all 277 examples, not the test set; best checkpoint, chosen by "
+        "accuracy in percent; development set (validation), all 277 examples, not the test set; checkpoint: best, chosen by "
         "validation accuracy over 3 epoch(s); one run, seed 3; kd 0.1.0, run abcdef012345"
     )
 
