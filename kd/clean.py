@@ -9,8 +9,8 @@ Listed are, in the folder of runs and without following links:
 - drafts of files whose process has ended;
 - with `--unfinished DAYS`, runs that are not finished and were not changed for so many days.
 
-A finished run is a result, and is never removed; nor is a study of kd-tune (`tune`). A run that another process has locked is left alone. What was listed is
-checked again, with its lock held, when it is removed.
+A finished run is a result, and is never removed; nor is a study of kd-tune (`tune`). A run that another process has locked is
+left alone. What was listed is checked again, with its lock held, when it is removed.
 
 Exit status 0 if there is nothing to remove, all that was confirmed is removed, the answer is no, or only a list was requested
 (`--dry-run`, or without `--yes` a standard input that is no terminal); 2 if the folder cannot be read, or something cannot be
