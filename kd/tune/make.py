@@ -31,7 +31,7 @@ COMPARED = (
 
 @dataclass(frozen=True)
 class Search:
-    """Search that a command asks for.
+    """Search of a command.
 
     Attributes:
         space: the space, without what the command has fixed.
@@ -63,7 +63,7 @@ class Search:
 
     @property
     def by(self) -> str:
-        """Metric and examples that trials are compared by, in words."""
+        """Score that trials are compared by, in words."""
         share = self.base.spec.task.holdout
         return f"validation {self.monitor}" if share is None else f"{self.monitor} on {share:g} of train"
 

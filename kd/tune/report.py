@@ -1,4 +1,4 @@
-"""Report of a study: the table of its trials, the best one's command, and both as files."""
+"""Results of a study: the table of its trials, the best one's command, and both as files."""
 
 import csv
 import shlex
