@@ -130,7 +130,6 @@ COLUMNS: Mapping[str, Callable[[Entry, Comparison], str]] = {
     "row": lambda entry, _: label(entry),
     "student": lambda entry, _: entry.student,
     "teacher": lambda entry, _: entry.teacher,
-    "seeds": lambda entry, _: seeds(entry),
     "ours": lambda entry, _: ours(entry),
     "paper": lambda entry, _: paper(entry),
     "ours - paper": lambda entry, _: gap(entry),
@@ -140,6 +139,7 @@ COLUMNS: Mapping[str, Callable[[Entry, Comparison], str]] = {
     "by example": lambda entry, _: by_example(entry),
     "p by example": lambda entry, _: probability(entry.by_example),
     "p of McNemar": lambda entry, _: probability(entry.mcnemar),
+    "seeds": lambda entry, _: seeds(entry),
     "parameters": lambda entry, _: detail(entry, "parameters", ",.0f"),
     "speed-up": lambda entry, _: detail(entry, "speed_up", ".2f"),
 }

@@ -399,7 +399,7 @@ def test_a_task_without_any_figure_says_so_in_every_format() -> None:
     comparison = compare(with_expected(entries_of([figure("kd", 0.5, 0, row="kd 3l")]), labels))
     text = FORMATS["markdown"](comparison)
     assert "## cola: no figure yet\n" in text
-    assert "| kd 3l | 3l |  | missing 0 | missing |" in text
+    assert "| kd 3l | 3l |  | missing |  | missing 0 |" in text
     assert " &  & rte validation accuracy & cola \\\\" in FORMATS["latex"](comparison)
     assert "<option></option>" not in page(comparison)
     json.loads(FORMATS["json"](comparison))

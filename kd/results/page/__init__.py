@@ -22,6 +22,9 @@ NUMBERS = (
 )
 """Columns that are sorted by number."""
 
+COLUMN = ("task", "split", "metric")
+"""Attributes of entries whose tables are one below the other in Markdown, and columns here."""
+
 TELLING = ("student", "teacher", "selection", "init")
 """Attributes of entries that tell those of one row and the same settings apart, as they do in one table of a paper."""
 
@@ -81,13 +84,15 @@ def filters(comparison: Comparison) -> str:
 
 def table(comparison: Comparison) -> str:
     """Return the table of all entries."""
-    names = ["task", "split", "metric", *used_columns(comparison)]
+    (row, *others) = used_columns(comparison)
+    names = [row, *COLUMN, *others]
     header = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in names)
     rows = []
     for entry in comparison.entries:
-        cells = [f"<td>{escape(getattr(entry, name))}</td>" for name in ("task", "split", "metric")]
-        for name in names[3:]:
-            text, value = COLUMNS[name](entry, comparison), sort_value(entry, name)
+        cells = []
+        for name in names:
+            text = getattr(entry, name) if name in COLUMN else COLUMNS[name](entry, comparison)
+            value = sort_value(entry, name)
             kind = ' class="number"' if name in NUMBERS else ' class="missing"' if text == "missing" else ""
             if text == "missing":
                 kind = ' class="number missing"'
