@@ -112,7 +112,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a study knows of a trial.
+    """Trial as its study knows it.
 
     Attributes:
         number: its number, from 0.
