@@ -67,8 +67,8 @@ RESULT_KEYS = {
     "": "method student teacher pool task seed digest family metrics_last metrics_teacher metrics_ensemble selection seconds "
     "resumed examples_per_second teacher_forward_examples teacher_forwards cache notes_teacher labels pipeline origin "
     "max_length limit_train examples epochs batch_size batch_tokens accumulate steps precision ranks lr weights identity "
-    "inputs versions hardware git finished latency baseline metrics agreement init export_difference parameters megabytes "
-    "latency_ms collapsed headline students files keep checksum",
+    "inputs versions hardware git finished tuned latency baseline metrics agreement init export_difference parameters "
+    "megabytes latency_ms collapsed headline students files keep checksum",
     "metrics_last": "validation",
     "metrics_teacher minilm": "validation test",
     "selection": "kind by epoch",

@@ -5,6 +5,7 @@ The exit status is that of kd-train: 2 for an error that the user can correct, 1
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ def main() -> None:
     """Run the module as a program. A failure is written to a file for the process that started this one, and for others."""
     configure_openmp()
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a script starts in the background
     name, file, *command = sys.argv[1:]
     try:
         work(name, command)

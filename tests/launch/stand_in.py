@@ -20,6 +20,7 @@ OLD_RESULT = Path(__file__).parent.parent / "old_result.json"
 
 def main() -> None:
     name, failed, *command = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as the worker does
     given = dict(word.split("=", 1) for word in command)  # the last of each key counts
     runs, seed = Path(given["paths.runs"]), int(given.get("seed", 0))
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -146,9 +147,13 @@ def test_an_interrupt_ends_the_processes(small: Small, tmp_path: Path, monkeypat
     monkeypatch.setenv("STAND_IN_SECONDS", "60")
     found = jobs(commands(small, tmp_path, 0))
     run = FanOut(found, TWO)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background of a script ignore it
     threading.Timer(1.0, lambda: os.kill(os.getpid(), number)).start()
-    with pytest.raises(KeyboardInterrupt):
-        list(run)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(run)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert run.running == []
     (teacher, _) = found.values()
     assert not teacher.run.is_done()
@@ -156,6 +161,18 @@ def test_an_interrupt_ends_the_processes(small: Small, tmp_path: Path, monkeypat
     claim = take(teacher)
     assert claim is not None
     claim.release()
+
+
+def test_a_worker_can_be_interrupted_although_its_command_ignores_it() -> None:
+    code = "import signal, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); from kd.launch import worker\n"
+    code += "worker.work = lambda *words: (print('ready', flush=True), time.sleep(60))\n"
+    code += "sys.argv = ['worker', 'run', 'file']; worker.main()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
 
 
 def test_places_share_the_threads_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -277,11 +277,12 @@ def test_samples_are_used_in_blocks_and_none_is_left_out(monkeypatch: pytest.Mon
 
 
 def test_a_report_of_runs_has_the_tests(
-    small: Small, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Make whole runs: predictions and figures are those that runs write."""
-    (finetune, _), (kd, _) = (made(small(f"method={method}", "trainer.keep=figures")) for method in ("finetune", "kd"))
-    words = ["kd-report", str(kd.directory.parent), "--method=finetune,kd", "--format=json"]
+    """Make whole runs, in a folder without others: predictions and figures are those that runs write."""
+    more = (f"paths.runs={tmp_path}", "trainer.keep=figures")
+    (finetune, _), (kd, _) = (made(small(f"method={method}", *more)) for method in ("finetune", "kd"))
+    words = ["kd-report", str(tmp_path), "--method=finetune,kd", "--format=json"]
     monkeypatch.setattr(sys, "argv", words)
     capsys.readouterr()
     report.main()
