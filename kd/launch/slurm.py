@@ -23,12 +23,15 @@ SCRIPT = """#!/bin/bash
 {options}
 # {count} jobs{first}. A task whose run is done ends at once. One that is preempted or reaches its
 # time limit is queued again and resumes its run from the last checkpoint. What is not done afterwards is in the next script.
-cd {folder}
+cd {folder} || exit 1
+task=
+trap '[ -z "$task" ] || kill -TERM "$task"' TERM
+trap 'late=yes; [ -z "$task" ] || kill -TERM "$task"' USR1
 {python} -m kd.launch.task {jobs} "$SLURM_ARRAY_TASK_ID" &
 task=$!
-trap 'kill -TERM $task' TERM
-trap 'late=yes; kill -TERM $task' USR1
-while kill -0 $task 2> /dev/null; do wait $task; status=$?; done
+while kill -0 "$task" 2> /dev/null; do wait "$task"; done
+wait "$task"
+status=$?
 if [ "$late" = yes ] && [ "$status" = {interrupted} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then
   scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
 fi
