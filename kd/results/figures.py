@@ -141,10 +141,8 @@ def _figure(header: Sequence[str], line: Sequence[str], place: str) -> Figure:
     if texts["confidence"] == "measured":
         for name in NEEDED_OF_RUNS:
             if not texts.get(name):
-                raise InputError(
-                    f"{place}: {name} of a run is empty or missing; remove the file, and `kd-table run` writes it anew from the finished runs",
-                    name,
-                )
+                cure = "remove the file, and `kd-table run` writes it anew from the finished runs"
+                raise InputError(f"{place}: {name} of a run is empty or missing; {cure}", name)
     value, std = (_number(texts.pop(name), name, place) for name in ("value", "std"))
     if std is not None and std < 0:
         raise InputError(f"{place}: std={std} is negative", "std")
