@@ -1,9 +1,45 @@
 """Lists of values of keys of kd-train in a YAML file: the axes of a table's products, and the parameters of a search space."""
 
+import difflib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
+
+from kd.config.compose import conf_folder
+from kd.config.values import shown
 from kd.errors import InputError
+
+
+def definition_names(group: str) -> list[str]:
+    """Return the names of the files of a folder of `conf`."""
+    return sorted(path.stem for path in (conf_folder() / group).glob("*.yaml"))
+
+
+def read_definition(name: str, group: str, noun: str, key: str) -> tuple[str, Any]:
+    """Read a YAML file of the package or of the user; return its stem and its content.
+
+    Args:
+        name: name of a file of the package, or the path of a YAML file.
+        group: folder of the package's files in `conf`.
+        noun: the file's kind, for errors.
+        key: key of the errors.
+
+    Raises:
+        InputError: if there is no such file, or it is not YAML.
+    """
+    folder, names = conf_folder() / group, definition_names(group)
+    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    try:
+        return path.stem, yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(names) or 'none'}"
+        reason = hint if path.parent == folder else error.strerror
+        raise InputError(f"no {noun} '{shown(name)}': {reason}", key) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"'{path}' is not YAML: {' '.join(str(error).split())}", key) from error
 
 
 def choice(axis: str, value: Any, key: str) -> tuple[str, list[str]]:

@@ -18,7 +18,7 @@ from typing import IO
 from filelock import FileLock, Timeout
 
 from kd.config.failure import Failure
-from kd.launch.jobs import Job
+from kd.launch.jobs import INTERRUPTED, Job
 from kd.system.files import check_writable, remove, writing
 
 POLL = 0.2
@@ -124,12 +124,12 @@ class FanOut:
             self.running.remove(running)
             job, seconds = running.job, time.monotonic() - running.began
             done = status == 0 and job.run.is_done()
-            failure = None if done or status == 130 else self._new_failure(job)
-            if failure is None and not done and status != 130:
+            failure = None if done or status == INTERRUPTED else self._new_failure(job)
+            if failure is None and not done and status != INTERRUPTED:
                 failure = Failure(reason(status, job))
                 failure.record(job.file(".failed"))  # for other commands, before they may take the job
             running.claim.release()
-            if status == 130:
+            if status == INTERRUPTED:
                 raise KeyboardInterrupt
             yield self._finish(job, seconds) if failure is None else self._fail(job, failure, seconds)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kd.errors import InputError
-from kd.launch.jobs import Job, needed_in
+from kd.launch.jobs import INTERRUPTED, Job, needed_in
 from kd.runs.digest import digest_of
 from kd.system.files import write_text, writing
 
@@ -37,9 +37,6 @@ if [ "$late" = yes ] && [ "$status" = {interrupted} ] && [ "${{SLURM_RESTART_COU
 fi
 exit "$status"
 """
-
-INTERRUPTED = 130
-"""Status of a task that was interrupted."""
 
 RESTARTS = 50
 """Largest number of times that a task is queued again, so that one which makes no progress in its time ends. Our choice."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd.config.failure import Failure
-from kd.launch.jobs import find_run, plan_command
+from kd.launch.jobs import INTERRUPTED, find_run, plan_command
 from kd.runs.error_keys import rename_error_keys
 from kd.system.hardware import configure_openmp
 
@@ -45,7 +45,7 @@ def main() -> None:
     try:
         work(name, command)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - every failure is printed and written
         failure = Failure.of(error)
         print(f"{failure.trace or ''}\nkd: {failure}", file=sys.stderr, flush=True)

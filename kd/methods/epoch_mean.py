@@ -42,5 +42,6 @@ class EpochMean(nn.Module):
             weight: weight > 0 of the batch in the mean; a tensor of one number or a number.
         """
         self.weight.mul_(self.epoch == epoch).add_(weight)  # of a new epoch the batch has the whole weight
-        self.values.add_((values.to(self.values) - self.values) * (weight / self.weight))
+        before = self.values.where(self.epoch == epoch, 0.0)  # of another epoch nothing is left, also if it was not finite
+        self.values.copy_(before + (values.to(before) - before) * (weight / self.weight))
         self.epoch.fill_(epoch)

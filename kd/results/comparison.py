@@ -27,6 +27,9 @@ BASELINE = "finetune"
 BUDGET = ("student", "surgery", "cohort", "task", "data", "held", "optimizer", "trainer")
 """Parts of a run's identity that runs of one budget and one initialisation share."""
 
+STARTS = ("stage", "surgery", "edit")
+"""Roles of needed runs that a student's initial weights or its data come from."""
+
 Column = tuple[str, str, str]
 """Task, split and metric."""
 
@@ -51,7 +54,7 @@ class Entry:
         paper: figures of the paper for the same method, student, task, split and metric.
         difference: difference from the baseline, with p corrected over the methods; None without a baseline.
         by_example: difference of the trained models from the baseline's, over examples; None if predictions are not at hand.
-        mcnemar: McNemar's test of the same two models; None where there are several seeds, or the metric is not accuracy.
+        mcnemar: McNemar's test of the same two models; None where several seeds have a pair, or the metric is not accuracy.
         incomparable: reason why predictions that are at hand are not compared; empty without such.
         details: sizes and costs from the runs' records, where these are at hand: see `details_of`.
     """
@@ -159,7 +162,7 @@ def entries_of(figures: Iterable[Figure]) -> list[Entry]:
         groups.setdefault((*labels, figure.family), []).append(figure)
     entries = []
     for group in groups.values():
-        first = group[0]
+        first = min(group, key=lambda figure: int(figure.seeds))
         entries.append(
             Entry(
                 row=first.row,
@@ -189,7 +192,7 @@ def entries_of_records(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
     entries = []
     groups = grouped(records)
     for group, settings in zip(groups, differences(groups), strict=True):
-        first = group[0]
+        first = min(group, key=lambda record: record["seed"])
         for split, metrics in first["metrics"].items():
             entries += [
                 Entry(
@@ -224,15 +227,19 @@ def words_of(command: str) -> list[str]:
 def budget_of(record: Mapping[str, Any]) -> str:
     """Return a digest that runs share which differ in their methods and seeds alone.
 
-    It is of student, initialisation, data, optimiser and trainer; and of the first teacher, if the student starts from it.
+    It is of student, initialisation, data, optimiser and trainer; of the runs that student, surgery or data start from, which
+    depend on the seed; and of the teacher that the student starts from, if it does.
 
     Args:
         record: content of `result.json`.
     """
     identity = record["identity"]
     shared = {name: identity[name] for name in BUDGET if name in identity}
+    if begins := {role: run for role, run in identity.get("inputs", {}).items() if role.partition(" ")[0] in STARTS}:
+        shared["inputs"] = begins
     if identity["student"].get("init_from") == "teacher":
-        shared["teacher"] = [identity["teachers"][:1], identity["inputs"].get(f"teacher {record['teacher'][0]}")]
+        read = -1 if identity["pool"].get("chain") else 0  # of a chain the method sees the last teacher alone
+        shared["teacher"] = [identity["teachers"][read], identity["inputs"].get(f"teacher {record['teacher'][read]}")]
     return digest_of(shared)
 
 
@@ -285,7 +292,7 @@ def compare(
 
 
 Family = tuple[Any, ...]
-"""Labels that methods share which are compared with one baseline, and whose p are corrected together."""
+"""Labels that entries share whose p are corrected together: of one student, column, selection, start and budget."""
 
 
 def pairs_of(entries: Sequence[Entry], baseline: str) -> dict[int, tuple[Family, Entry]]:

@@ -77,7 +77,7 @@ class Figure:
 COLUMNS = tuple(field.name for field in fields(Figure))
 """Columns of `ours.csv`, in their order."""
 
-IDENTITY = ("paper", "table", "row", "method", "student", "teacher", "task", "split", "metric", "seeds", "digest")
+IDENTITY = ("paper", "table", "row", "method", "student", "teacher", "task", "split", "metric", "seeds", "digest", "scale")
 """Attributes that say what a value is of."""
 
 OF_RUNS = ("digest", "commit", "command", "family", "budget", "scale")

@@ -143,7 +143,7 @@ def show_plan(arguments: argparse.Namespace) -> int:
     for cell in planned.cells:
         if cell.run.name in done:
             state = "done"
-        elif cell.run.digest in planned.recorded:
+        elif planned.is_recorded(cell):
             state = "done, elsewhere"
         elif cell.run.name in jobs and jobs[cell.run.name].run.is_locked():
             state = "running"

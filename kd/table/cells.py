@@ -91,17 +91,21 @@ class PlannedTable:
         table: the table.
         cells: the cells that could be planned.
         broken: cells that could not, with the reason.
-        recorded: digests of runs whose figures are in the table's file.
+        recorded: digest and scale of the runs whose figures are in the table's file.
     """
 
     table: Table
     cells: list[PlannedCell]
     broken: list[tuple[Cell, Failure]]
-    recorded: set[str] = field(default_factory=set)
+    recorded: set[tuple[str, str]] = field(default_factory=set)
 
     def is_done(self, planned: PlannedCell) -> bool:
         """Return whether a cell is done: its run is finished, or its figures were made elsewhere and are in the file."""
-        return planned.run.digest in self.recorded or planned.run.is_done()
+        return self.is_recorded(planned) or planned.run.is_done()
+
+    def is_recorded(self, planned: PlannedCell) -> bool:
+        """Return whether the figures of a cell are in the table's file."""
+        return (planned.run.digest, planned.cell.scale) in self.recorded
 
     def missing(self) -> list[PlannedCell]:
         """Return the cells that are not done."""
@@ -150,5 +154,6 @@ def plan_table(
             )
         seen[run.digest] = cell
         planned.append(PlannedCell(cell, run, command))
-    recorded = {figure.digest for figure in read_figures(figures)} if figures is not None and figures.is_file() else set()
+    ours = read_figures(figures) if figures is not None and figures.is_file() else []
+    recorded = {(figure.digest, figure.scale) for figure in ours}
     return PlannedTable(table, planned, broken, recorded)

@@ -20,18 +20,13 @@ A word `w` of the list of `key` is the override `key=w`. A mapping `{label: [ove
 product is the label of its cells in the table; without it the labels of method and student are.
 """
 
-import difflib
 import itertools
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from kd.config.choices import choice, entries, mapping, words
-from kd.config.compose import conf_folder
+from kd.config.choices import choice, definition_names, entries, mapping, read_definition, words
 from kd.errors import InputError
 
 KEYS = ("paper", "title", "protocol", "scales", "not_run")
@@ -94,14 +89,9 @@ class Table:
         return self.scales[scale]
 
 
-def folder() -> Path:
-    """Return the folder of the tables that come with the package."""
-    return conf_folder() / "table"
-
-
 def table_names() -> list[str]:
     """Return the names of the tables that come with the package."""
-    return sorted(path.stem for path in folder().glob("*.yaml"))
+    return definition_names("table")
 
 
 def load_table(name: str) -> Table:
@@ -113,17 +103,7 @@ def load_table(name: str) -> Table:
     Raises:
         InputError: if there is no such table, or its definition is not valid.
     """
-    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else folder() / f"{name}.yaml"
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        close = difflib.get_close_matches(name, table_names(), n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(table_names()) or 'none'}"
-        reason = hint if path.parent == folder() else error.strerror
-        raise InputError(f"no table '{name}': {reason}", "table") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"'{path}' is not YAML: {' '.join(str(error).split())}", "table") from error
-    return parse_table(path.stem, content)
+    return parse_table(*read_definition(name, "table", "table", "table"))
 
 
 def parse_table(name: str, content: Any) -> Table:

@@ -69,12 +69,12 @@ def record_all(planned: PlannedTable, cells: Iterable[PlannedCell], figures: Pat
     """Add the figures of the finished runs of cells to a file, but those that it has."""
     rows = []
     for cell in cells:
-        record = cell.run.result if cell.run.digest not in planned.recorded else None
+        record = None if planned.is_recorded(cell) else cell.run.result
         if record is not None:
             rows += cell.figures(planned.table, record)
     if rows:
         add_figures(figures, rows)
-        planned.recorded |= {row.digest for row in rows}
+        planned.recorded |= {(row.digest, row.scale) for row in rows}
 
 
 def close(done: int, failed: Sequence[tuple[str, Failure]]) -> int:

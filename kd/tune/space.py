@@ -15,18 +15,14 @@ In a command, choices are separated by commas, as in a sweep, and a range is Hyd
 `optimizer.lr=tag(log,interval(1e-5,1e-3))`.
 """
 
-import difflib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
-
-from kd.config.choices import choice, entries, mapping
-from kd.config.compose import conf_folder, explain, parsed_override
+from kd.config.choices import choice, definition_names, entries, mapping, read_definition
+from kd.config.compose import explain, parsed_override
 from kd.config.values import shown
 from kd.errors import InputError
 
@@ -180,14 +176,9 @@ class Space:
         return {name: parameter.describe() for name, parameter in self.parameters.items()}
 
 
-def folder() -> Path:
-    """Return the folder of the spaces that come with the package."""
-    return conf_folder() / "tune"
-
-
 def space_names() -> list[str]:
     """Return the names of the spaces that come with the package."""
-    return sorted(path.stem for path in folder().glob("*.yaml"))
+    return definition_names("tune")
 
 
 def load_space(name: str) -> Space:
@@ -199,17 +190,7 @@ def load_space(name: str) -> Space:
     Raises:
         InputError: if there is no such space, or its file is not valid.
     """
-    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else folder() / f"{name}.yaml"
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        close = difflib.get_close_matches(name, space_names(), n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(space_names()) or 'none'}"
-        reason = hint if path.parent == folder() else error.strerror
-        raise InputError(f"no search space '{shown(name)}': {reason}", "space") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"'{path}' is not YAML: {' '.join(str(error).split())}", "space") from error
-    return parse_space(path.stem, content)
+    return parse_space(*read_definition(name, "tune", "search space", "space"))
 
 
 def parse_space(name: str, content: Any) -> Space:

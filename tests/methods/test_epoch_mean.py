@@ -46,3 +46,11 @@ def test_long_epochs_lose_no_digits() -> None:
     for number in range(20_000):
         mean.add(torch.tensor([0.1 if number % 2 else 0.3]), 0)
     assert mean.values.item() == pytest.approx(0.2, rel=1e-5)  # float32: a sum of 20,000 numbers would be off by more
+
+
+def test_a_value_that_is_not_finite_ends_with_its_epoch() -> None:
+    mean = EpochMean(2)
+    mean.add(torch.tensor([float("nan"), float("inf")]), 0)
+    mean.add(torch.tensor([1.0, 3.0]), 1)
+    mean.add(torch.tensor([3.0, 5.0]), 1)
+    assert mean.values.tolist() == [2.0, 4.0]

@@ -124,7 +124,7 @@ def identity(**changes: Any) -> dict[str, Any]:
     """A record of a run with two teachers, as far as its budget reads it, with changes of its identity."""
     parts = {"method": {"name": "kd", "temperature": 4}, "seed": 0, "student": {"name": "3l", "init_from": "pretrained"}}
     parts |= {"task": {"limit_train": 9}, "trainer": {"max_epochs": 3}, "teachers": [{"name": "a"}, {"name": "b"}]}
-    parts["inputs"] = {"teacher a": "0a", "teacher b": "0b"}
+    parts |= {"inputs": {"teacher a": "0a", "teacher b": "0b"}, "pool": {}}
     return {"teacher": ["a", "b"], "identity": {**parts, **changes}}
 
 
@@ -134,17 +134,24 @@ def test_runs_that_differ_in_method_seed_and_teacher_have_one_budget(change: dic
 
 
 @pytest.mark.parametrize(
-    "change", [{"student": {"name": "2l"}}, {"task": {}}, {"trainer": {"max_epochs": 4}}, {"surgery": [{"name": "sps"}]}]
+    "change",
+    [
+        *({"inputs": {role: "0"}} for role in ("stage", "surgery svd", "edit chain")),
+        *({"student": {"name": "2l"}}, {"task": {}}, {"trainer": {"max_epochs": 4}}, {"surgery": [{"name": "sps"}]}),
+    ],
 )
 def test_runs_that_differ_in_student_data_or_trainer_have_budgets_of_their_own(change: dict[str, Any]) -> None:
     assert budget_of(identity(**change)) != budget_of(identity())
 
 
-def test_of_students_that_start_from_their_first_teacher_it_belongs_to_the_budget() -> None:
+def test_of_students_that_start_from_their_teacher_it_belongs_to_the_budget() -> None:
     student = {"name": "3l", "init_from": "teacher"}
     own = budget_of(identity(student=student))
     assert own != budget_of(identity(student=student, inputs={"teacher a": "1a", "teacher b": "0b"}))
     assert own == budget_of(identity(student=student, inputs={"teacher a": "0a", "teacher b": "1b"}))
+    chain = {"student": student, "pool": {"chain": True}}
+    assert budget_of(identity(**chain)) == budget_of(identity(**chain, inputs={"teacher a": "1a", "teacher b": "0b"}))
+    assert budget_of(identity(**chain)) != budget_of(identity(**chain, inputs={"teacher a": "0a", "teacher b": "1b"}))
 
 
 def test_keys_that_change_no_result_and_the_order_of_a_command_split_no_row() -> None:

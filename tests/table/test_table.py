@@ -236,6 +236,19 @@ def test_a_second_script_leaves_the_first_as_it_is(tables: Tables) -> None:
     assert {path: after[path] for path in before} == before
 
 
+def test_a_run_of_two_scales_has_figures_of_both(tables: Tables) -> None:
+    tables.write(seeds(0))
+    path = tables.folder / "mine.yaml"
+    scales = yaml.safe_load(path.read_text())["scales"]
+    scales["full"] = {**scales["local"], "cells": [seeds(0, 1)]}
+    path.write_text(yaml.safe_dump({"paper": "toy", "title": "A table", "scales": scales}))
+    assert tables()[0] == 0
+    assert tables("scale=full")[0] == 0
+    assert len(tables.events()) == 3
+    found = Counter((row.scale, row.seeds) for row in read_figures(tables.figures))
+    assert found == {("local", "0"): 2, ("full", "0"): 2, ("full", "1"): 2}
+
+
 @pytest.mark.parametrize(
     ("status", "restarts", "requeued"), [(130, 0, True), (0, 0, False), (1, 0, False), (130, RESTARTS, False)]
 )
@@ -256,10 +269,12 @@ def test_a_task_at_its_time_limit_is_queued_again(
         (tables.folder / name).chmod(0o755)
     asked, started = tables.folder / "asked", tables.folder / "started"
     environment = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
-    text = script.read_text().replace(f"cd {Path.cwd()}\n", f"cd {tables.folder}\n")
+    text = script.read_text().replace(f"cd {Path.cwd()} ", f"cd {tables.folder} ")
     path = f"{tables.folder}:{os.environ['PATH']}"
     process = subprocess.Popen(["bash", "-c", text], env={**os.environ, **environment, "PATH": path})
+    until = time.monotonic() + 30
     while not started.exists():
+        assert time.monotonic() < until
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=30) == status

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from kd.config.compose import compose, typed
+from kd.config.compose import compose, conf_folder, typed
 from kd.config.schema import check_values
 from kd.errors import InputError
-from kd.tune.space import Range, Space, folder, load_space, parse_space, space_names, with_command
+from kd.tune.space import Range, Space, load_space, parse_space, space_names, with_command
 
 
 def points(space: Space) -> set[tuple[str, ...]]:
@@ -41,7 +41,7 @@ def test_every_value_of_the_spaces_of_the_package_is_valid_and_its_source_is_nam
         for value in parameter.bounds:
             check_values(typed(compose([*space.fixed, *parameter.overrides(value)])))
     assert space.fixed[0] == f"method={name}"
-    assert "arXiv:" in (folder() / f"{name}.yaml").read_text()
+    assert "arXiv:" in (conf_folder() / "tune" / f"{name}.yaml").read_text()
 
 
 @pytest.mark.parametrize(

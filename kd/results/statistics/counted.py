@@ -30,13 +30,11 @@ def one_by_one(metric: Callable[[NDArray[Any], NDArray[Any]], float]) -> Counted
     return counted
 
 
-def confusion(predictions: NDArray[Any], labels: NDArray[Any], counts: Floats) -> Floats:
-    """Return confusion matrices, (samples, classes, classes): labels by predictions."""
+def by_class(predictions: NDArray[Any], labels: NDArray[Any], counts: Floats) -> tuple[Floats, Floats, Floats]:
+    """Return correct predictions, labels and predictions of each class, each (samples, classes)."""
     predicted, true = predictions.astype(np.intp), labels.astype(np.intp)
-    classes = 1 + int(max(predicted.max(), true.max(), 1))
-    cells = np.eye(classes**2)[true * classes + predicted]
-    matrices: Floats = (counts @ cells).reshape(len(counts), classes, classes)
-    return matrices
+    rows = np.eye(1 + int(max(predicted.max(), true.max(), 1)))
+    return counts @ (rows[true] * (predicted == true)[:, None]), counts @ rows[true], counts @ rows[predicted]
 
 
 def accuracy(predictions: NDArray[Any], labels: NDArray[Any], counts: Floats) -> Floats:
@@ -46,8 +44,8 @@ def accuracy(predictions: NDArray[Any], labels: NDArray[Any], counts: Floats) ->
 
 def f1_by_class(predictions: NDArray[Any], labels: NDArray[Any], counts: Floats) -> tuple[Floats, NDArray[np.bool_]]:
     """Return F1 of each class, and whether the class occurs among predictions or labels, both (samples, classes)."""
-    matrix = confusion(predictions, labels, counts)
-    right, occurs = matrix.diagonal(axis1=1, axis2=2), matrix.sum(axis=1) + matrix.sum(axis=2)
+    right, true, predicted = by_class(predictions, labels, counts)
+    occurs = true + predicted
     return 2 * right / np.maximum(occurs, 1), occurs > 0
 
 
@@ -65,17 +63,16 @@ def macro_f1(predictions: NDArray[Any], labels: NDArray[Any], counts: Floats) ->
 
 def balanced_accuracy(predictions: NDArray[Any], labels: NDArray[Any], counts: Floats) -> Floats:
     """Return unweighted means of the recall of the classes that occur among the labels."""
-    matrix = confusion(predictions, labels, counts)
-    right, examples = matrix.diagonal(axis1=1, axis2=2), matrix.sum(axis=2)
+    right, examples, _ = by_class(predictions, labels, counts)
     means: Floats = (right / np.maximum(examples, 1)).sum(axis=1) / (examples > 0).sum(axis=1)
     return means
 
 
 def matthews_corrcoef(predictions: NDArray[Any], labels: NDArray[Any], counts: Floats) -> Floats:
     """Return Matthews correlations, 0 where predictions or labels are constant."""
-    matrix = confusion(predictions, labels, counts)
-    true, predicted, total = matrix.sum(axis=2), matrix.sum(axis=1), matrix.sum(axis=(1, 2))
-    covariance = matrix.trace(axis1=1, axis2=2) * total - (true * predicted).sum(axis=1)
+    right, true, predicted = by_class(predictions, labels, counts)
+    total = true.sum(axis=1)
+    covariance = right.sum(axis=1) * total - (true * predicted).sum(axis=1)
     scale = (total**2 - (true**2).sum(axis=1)) * (total**2 - (predicted**2).sum(axis=1))
     return np.where(scale > 0, covariance / np.sqrt(np.where(scale > 0, scale, 1)), 0.0)
 
