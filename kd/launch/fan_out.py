@@ -18,7 +18,8 @@ from typing import IO
 from filelock import FileLock, Timeout
 
 from kd.config.failure import Failure
-from kd.launch.jobs import INTERRUPTED, Job
+from kd.launch.jobs import Job
+from kd.system.command import INTERRUPTED
 from kd.system.files import check_writable, remove, writing
 
 POLL = 0.2

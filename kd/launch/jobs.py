@@ -14,9 +14,6 @@ from kd.runs.run import Role, Run
 FOLDER = ".launch"
 """Folder in that of the runs for claims, failures and output of jobs."""
 
-INTERRUPTED = 130
-"""Exit status of a process that was interrupted, as of kd-train."""
-
 
 @dataclass(frozen=True)
 class Job:

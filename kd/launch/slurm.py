@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kd.errors import InputError
-from kd.launch.jobs import INTERRUPTED, Job, needed_in
+from kd.launch.jobs import Job, needed_in
 from kd.runs.digest import digest_of
+from kd.system.command import INTERRUPTED
 from kd.system.files import write_text, writing
 
 LARGEST_ARRAY = 1000

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from kd.errors import InputError
 from kd.launch.fan_out import FanOut
-from kd.launch.jobs import INTERRUPTED, Job, find_run, jobs_of, plan_command
+from kd.launch.jobs import Job, find_run, jobs_of, plan_command
 from kd.launch.places import places
+from kd.system.command import INTERRUPTED
 
 
 def execute_task(path: Path, number: int) -> int:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd.config.failure import Failure
-from kd.launch.jobs import INTERRUPTED, find_run, plan_command
+from kd.launch.jobs import find_run, plan_command
 from kd.runs.error_keys import rename_error_keys
+from kd.system.command import INTERRUPTED
 from kd.system.hardware import configure_openmp
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kd.errors import InputError
+from kd.system.command import ended
 from kd.system.hardware import configure_openmp, version_line
 
 if TYPE_CHECKING:
@@ -19,25 +20,14 @@ DESCRIPTION = """Make the missing cells of a paper's table, each in a process of
 The command can be killed, repeated, and started on several machines that share the folder of the runs: a cell is made once.
 Overrides, such as paths.runs=... and paths.glue=..., are those of kd-train and count for every cell."""
 
-INTERRUPTED = "kd-table: interrupted; the same command goes on where it was"
-
 
 def main() -> None:
     """Run the command `kd-table`: status 1 if a cell fails, 2 for an error of the command, 130 on an interrupt."""
     arguments = parser().parse_intermixed_args()
     configure_openmp()
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
+    with ended("kd-table"):
         sys.exit(COMMANDS[arguments.command](arguments))
-    except InputError as error:
-        print(f"kd-table: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{INTERRUPTED}", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # `kd-table plan pkd_dev | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kd.errors import DISK_FULL, InputError, disk_is_full, one_of
+from kd.errors import InputError, one_of
+from kd.system.command import ended
 from kd.system.hardware import configure_openmp, version_line
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ examples:
 
 The same command again goes on where it was, and several at once, on machines that share the folder of the runs, share a study.
 Exit status: 0; 1 if a trial fails, 2 for an error of the command, 130 on an interrupt."""
-
-INTERRUPTED = "kd-tune: interrupted; the same command goes on where it was"
 
 DEFAULTS = {"n_trials": "20", "sampler": "auto", "pruner": "median", "study": ""}
 """Words of the command that are no overrides of kd-train, and their defaults."""
@@ -65,22 +64,8 @@ def main() -> None:
     arguments = parser().parse_intermixed_args()
     configure_openmp()
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
+    with ended("kd-tune"):
         sys.exit(list_spaces() if arguments.list else tune(settings_of(arguments.words)))
-    except InputError as error:
-        print(f"kd-tune: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{INTERRUPTED}", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # `kd-tune --list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:
-        if not disk_is_full(error):
-            raise
-        print(f"kd-tune: {DISK_FULL}\n  change: paths.runs", file=sys.stderr)
-        sys.exit(2)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -293,9 +293,11 @@ def test_a_figure_that_cannot_be_written_does_not_stop_the_others(tables: Tables
     with monkeypatch.context() as patch:
         patch.setattr("kd.table.make.add_figures", full)
         status, _, err = tables()
+        again = tables()
     assert (status, len(tables.events())) == (1, 3)
     assert "2 cells done, 2 failed" in err
     assert "change: paths.runs" in err
+    assert (again[0], "change: paths.runs" in again[2]) == (2, True)  # figures of runs that were done before
     status, out, _ = tables()
     assert (status, "0 to make" in out) == (0, True)
     assert len(read_figures(tables.figures)) == 4

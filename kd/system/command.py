@@ -1,0 +1,39 @@
+"""Ends of the commands that execute runs and can be repeated: their messages and exit statuses."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from kd.errors import DISK_FULL, InputError, disk_is_full
+
+INTERRUPTED = 130
+"""Exit status of a process that was interrupted."""
+
+
+@contextmanager
+def ended(name: str) -> Iterator[None]:
+    """End the process with a message for an error that the user can correct, a full disk, or an interrupt.
+
+    Args:
+        name: name of the command.
+
+    Raises:
+        SystemExit: with status 2 for such an error and a full disk, 130 for an interrupt, 1 if nobody reads the output.
+    """
+    try:
+        yield
+    except InputError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; the same command goes on where it was", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if not disk_is_full(error):
+            raise
+        print(f"{name}: {DISK_FULL}\n  change: paths.runs", file=sys.stderr)
+        sys.exit(2)
