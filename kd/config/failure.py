@@ -67,8 +67,9 @@ class Failure:
 
     @property
     def line(self) -> str:
-        """The message and the key in one line."""
-        return self.message if self.key is None else f"{self.message} (change: {self.key})"
+        """The first line of the message, and the key."""
+        message = self.message.partition("\n")[0]
+        return message if self.key is None else f"{message} (change: {self.key})"
 
     def __str__(self) -> str:
         return self.message if self.key is None else f"{self.message}\n  change: {self.key}"

@@ -84,6 +84,5 @@ def close(done: int, failed: Sequence[tuple[str, Failure]]) -> int:
         return 0
     print(f"\nkd-table: {done} cells done, {len(failed)} failed:", file=sys.stderr)
     for label, failure in failed:
-        (message, *_) = failure.message.splitlines() or [""]
-        print(f"  {label}\n    {message}" + (f" (change: {failure.key})" if failure.key else ""), file=sys.stderr)
+        print(f"  {label}\n    {failure.line}", file=sys.stderr)
     return 1

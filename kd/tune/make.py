@@ -185,7 +185,7 @@ def execute_trial(search: Search, study: Study, trial: Trial) -> None:
         if disk_is_full(error):
             raise
         failure = Failure.of(error)
-        study.fail(trial, failure.message, failure.key)
+        study.fail(trial, failure)
         print(f"{failure.trace or ''}trial {trial.number}: failed: {failure}", flush=True)
     else:
         study.complete(trial, value)

@@ -36,9 +36,8 @@ def conclude(search: Search, study: Study) -> int:
         print_best(search, study, best, finished)
     failed = [entry for entry in entries if entry.state == "failed"]
     for entry in failed:
-        change = "" if entry.key is None else f" (change: {entry.key})"
-        (reason, *_) = (entry.failure or "").splitlines() or [""]
-        print(f"trial {entry.number} failed: {reason}{change}", file=sys.stderr)
+        reason = "" if entry.failure is None else f": {entry.failure.line}"
+        print(f"trial {entry.number} failed{reason}", file=sys.stderr)
     return 1 if failed or best is None else 0
 
 
@@ -99,7 +98,11 @@ def write_trials(path: Path, search: Search, entries: Sequence[Entry]) -> None:
         writer.writerow(["trial", "state", search.by, "epochs", "run", *search.space.parameters, "failure"])
         for entry in entries:
             about = (entry.number, entry.state, entry.value, entry.epochs, entry.run)
-            row = (*about, *(entry.point.get(name) for name in search.space.parameters), entry.failure)
+            row = (
+                *about,
+                *(entry.point.get(name) for name in search.space.parameters),
+                entry.failure and entry.failure.message,
+            )
             writer.writerow("" if value is None else value for value in row)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from kd.config.failure import Failure
 from kd.errors import InputError
 from kd.system.files import check_writable, writing
 from kd.tune.space import Choices, Parameter, Range, Space, Value
@@ -122,7 +123,6 @@ class Entry:
         epochs: number of epochs that it has reported.
         run: name of its run; None if it was not planned.
         failure: reason, if it has failed.
-        key: configuration key to change, if it has failed and the user can.
         repeats: True if it was ended, because it repeats another trial.
     """
 
@@ -132,8 +132,7 @@ class Entry:
     value: float | None
     epochs: int
     run: str | None
-    failure: str | None
-    key: str | None
+    failure: Failure | None
     repeats: bool
 
     @property
@@ -255,7 +254,7 @@ class Study:
         scores, attributes = trial.intermediate_values, trial.user_attrs
         value = trial.value if trial.state.name in ("COMPLETE", "PRUNED") else None
         point = trial.params or trial.system_attrs.get("fixed_params", {})
-        failure = attributes.get("failure") or {}
+        failure = attributes.get("failure")
         return Entry(
             trial.number,
             STATES[trial.state.name],
@@ -263,8 +262,7 @@ class Study:
             value,
             len(scores),
             attributes.get("run"),
-            failure.get("message"),
-            failure.get("key"),
+            None if failure is None else Failure(failure["message"], failure["key"]),
             "repeats" in attributes,
         )
 
@@ -363,9 +361,9 @@ class Study:
         """Record that a trial was stopped."""
         self._study.tell(trial.number, state=self._state("PRUNED"))
 
-    def fail(self, trial: Trial, message: str, key: str | None) -> None:
+    def fail(self, trial: Trial, failure: Failure) -> None:
         """Record why a trial failed."""
-        self._attribute(trial.number, "failure", {"message": message, "key": key})
+        self._attribute(trial.number, "failure", {"message": failure.message, "key": failure.key})
         self._study.tell(trial.number, state=self._state("FAIL"))
 
     def best(self, entries: Sequence[Entry]) -> Entry | None:

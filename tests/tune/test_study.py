@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from kd.config.failure import Failure
 from kd.errors import InputError
 from kd.tune import study as studies
 from kd.tune.space import Space, parse_space
@@ -95,12 +96,12 @@ def test_a_command_that_is_killed_while_it_makes_a_trial_loses_nothing(opened: O
 def test_a_failed_trial_is_tried_again_by_the_next_command_alone(opened: Open) -> None:
     study = opened()
     failed = taken(study, 2)
-    study.fail(failed, "it does not fit", "optimizer.lr")
+    study.fail(failed, Failure("it does not fit", "optimizer.lr"))
     failed.lock.release()
     finish(study, taken(study, 2))
     assert study.take(2) is None
     (first, _) = study.entries()
-    assert (first.state, first.failure, first.key) == ("failed", "it does not fit", "optimizer.lr")
+    assert (first.state, first.failure) == ("failed", Failure("it does not fit", "optimizer.lr"))
     again = opened()
     assert finish(again, taken(again, 2)) == failed.overrides
     assert [entry.state for entry in again.entries()] == ["complete", "complete"]
