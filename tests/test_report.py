@@ -10,6 +10,7 @@ import pytest
 
 from kd import report
 from kd.results import tables
+from kd.results.comparison import entries_of_records
 from kd.runs.run import read_record
 
 OLD_RESULT = Path(__file__).parent / "old_result.json"
@@ -92,6 +93,26 @@ def test_only_runs_of_one_family_are_averaged() -> None:
         [("f0", 0), ("f0", 1)],
         [("f1", 0), ("f1", 1)],
     ]
+
+
+def test_a_run_of_a_search_is_not_averaged_with_one_of_none() -> None:
+    """In the table, and in each format of a comparison."""
+    tuned = [{"study": "mine", "trials": 20, "by": "validation accuracy", "best": True}]
+    records = [record(0, tuned=tuned), record(1), record(2, tuned=[])]
+    for order in (records, records[::-1]):
+        rows = {row["seeds"]: row["where"] for row in cells(tables.report_table(order))}
+        assert {tuple(sorted(seeds.split(", "))): where for seeds, where in rows.items()} == {
+            ("0",): "best, validation accuracy, best of 20 trials by validation accuracy",
+            ("1", "2"): "best, validation accuracy",
+        }
+    identities = {"student": {}, "task": {}, "optimizer": {}, "teachers": [], "pool": {}}
+    named = [{**one, "identity": {**one["identity"], **identities}} for one in records]
+    entries = entries_of_records(named)
+    assert {(entry.settings, tuple(entry.values)) for entry in entries} == {
+        ("best, validation accuracy, best of 20 trials by validation accuracy", (0,)),
+        ("best, validation accuracy", (1, 2)),
+    }
+    assert len({entry.key for entry in entries}) == 2
 
 
 def test_rows_that_look_alike_tell_the_settings_in_which_they_differ() -> None:

@@ -107,7 +107,7 @@ def verdict(entry: Entry, baseline: str) -> str:
     if entry.difference is not None:
         unpaired = entry.difference.unpaired
         return str(entry.difference.verdict) + (f"; seeds without a pair: {_list(unpaired)}" if unpaired else "")
-    return "no baseline of this budget" if entry.values else ""
+    return "no baseline of this budget and selection" if entry.values else ""
 
 
 def _list(seeds: Sequence[int]) -> str:
@@ -157,9 +157,9 @@ def notes(comparison: Comparison) -> list[str]:
         inits = sorted({entry.init for entry in own})
         lines.append(f"Ours: {' | '.join(selections)}. Students start from {' | '.join(inits)}.")
     lines.append(
-        f"Baseline: {comparison.baseline} with the same student, initialisation, budget and seeds. Differences are means over "
-        "pairs of seeds, with a 95 % BCa interval from six pairs on; p by a sign-flip test, corrected by Holm over the methods "
-        "of a column; fewer than six pairs decide nothing."
+        f"Baseline: {comparison.baseline} with the same student, initialisation, selection, budget and seeds. Differences are "
+        "means over pairs of seeds, with a 95 % BCa interval from six pairs on; p by a sign-flip test, corrected by Holm over "
+        "the methods of a column; fewer than six pairs decide nothing."
     )
     if any(len(entry.paper) > 1 for entry in own):
         lines.append(

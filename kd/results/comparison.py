@@ -17,7 +17,7 @@ from kd.results.statistics import (
     seed_difference,
     task_summary,
 )
-from kd.results.tables import differences, grouped
+from kd.results.tables import differences, grouped, with_selections
 from kd.results.tuned import selection_words
 from kd.runs.digest import digest_of
 
@@ -47,6 +47,7 @@ class Entry:
         expected: seeds that the table's definition asks for.
         selection: how the checkpoint was chosen.
         init: initial weights of the student.
+        family: digest of everything but the seed.
         budget: digest that entries of one budget share, see `budget_of`.
         settings: settings in which the entry differs from others with the same labels; empty without such.
         digests: seed -> digest of the run.
@@ -70,6 +71,7 @@ class Entry:
     expected: frozenset[int] = frozenset()
     selection: str = ""
     init: str = ""
+    family: str = ""
     budget: str = ""
     settings: str = ""
     digests: Mapping[int, str] = field(default_factory=dict)
@@ -151,7 +153,10 @@ class Comparison:
 
 
 def entries_of(figures: Iterable[Figure]) -> list[Entry]:
-    """Return entries of our figures: those of one family, which differ only in the seed, are one entry for each column.
+    """Return entries of our figures: those of one family and selection are one entry for each column.
+
+    Figures of one family differ only in the seed; of one selection, their checkpoints and settings were chosen alike, so that
+    the best of a search is never averaged with a run that came of none.
 
     Args:
         figures: rows of an `ours.csv`.
@@ -159,7 +164,7 @@ def entries_of(figures: Iterable[Figure]) -> list[Entry]:
     groups: dict[tuple[str, ...], list[Figure]] = {}
     for figure in figures:
         labels = (figure.row, figure.method, figure.student, figure.teacher, *column_of(figure))
-        groups.setdefault((*labels, figure.family), []).append(figure)
+        groups.setdefault((*labels, figure.family, figure.selection), []).append(figure)
     entries = []
     for group in groups.values():
         first = min(group, key=lambda figure: int(figure.seeds))
@@ -175,6 +180,7 @@ def entries_of(figures: Iterable[Figure]) -> list[Entry]:
                 values={int(figure.seeds): figure.value for figure in group},
                 selection=first.selection,
                 init=first.init,
+                family=first.family,
                 budget=first.budget,
                 digests={int(figure.seeds): figure.digest for figure in group},
                 commands={int(figure.seeds): figure.command for figure in group},
@@ -184,7 +190,7 @@ def entries_of(figures: Iterable[Figure]) -> list[Entry]:
 
 
 def entries_of_records(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
-    """Return entries of finished runs: runs of one family, which differ only in the seed, are one entry for each column.
+    """Return entries of finished runs: runs of one family and selection are one entry for each column.
 
     Args:
         records: contents of `result.json`.
@@ -201,6 +207,7 @@ def entries_of_records(records: Sequence[Mapping[str, Any]]) -> list[Entry]:
                     values={record["seed"]: record["metrics"].get(split, {}).get(metric) for record in group},
                     selection=selection_words(first),
                     init=first["init"],
+                    family=first["family"],
                     budget=budget_of(first),
                     settings=settings,
                     digests={record["seed"]: record["digest"] for record in group},
@@ -216,12 +223,12 @@ def column_of(figure: Figure) -> Column:
 
 
 def words_of(command: str) -> list[str]:
-    """Return the overrides of a command but its seed.
+    """Return the overrides of a command but its seed and the search that its settings came of, which no family depends on.
 
-    >>> words_of("method=kd seed=3 'task.where={domain: [books, dvd]}'")
+    >>> words_of("method=kd seed=3 tuned.study=mine 'task.where={domain: [books, dvd]}'")
     ['method=kd', 'task.where={domain: [books, dvd]}']
     """
-    return [word for word in shlex.split(command) if not word.startswith("seed=")]
+    return [word for word in shlex.split(command) if not word.startswith(("seed=", "tuned."))]
 
 
 def budget_of(record: Mapping[str, Any]) -> str:
@@ -244,7 +251,7 @@ def budget_of(record: Mapping[str, Any]) -> str:
 
 
 def with_settings(entries: Sequence[Entry]) -> list[Entry]:
-    """Return entries with the overrides in which they differ from others with the same labels and column."""
+    """Return entries with what tells them from others with the same labels and column: overrides, or else their selection."""
     groups: dict[tuple[Any, ...], list[Entry]] = {}
     for entry in entries:
         groups.setdefault((*entry.key[:4], entry.column), []).append(entry)
@@ -254,7 +261,9 @@ def with_settings(entries: Sequence[Entry]) -> list[Entry]:
         common = set.intersection(*map(set, words))
         for entry, own in zip(group, words, strict=True):
             told[id(entry)] = " ".join(word for word in own if word not in common) if len(group) > 1 else ""
-    return [replace(entry, settings=told[id(entry)]) for entry in entries]
+    kinds = [(*entry.key[:4], entry.column) for entry in entries]
+    settings = with_selections([told[id(entry)] for entry in entries], kinds, [entry.selection for entry in entries])
+    return [replace(entry, settings=words) for entry, words in zip(entries, settings, strict=True)]
 
 
 def compare(

@@ -68,7 +68,8 @@ Group = tuple[str, str, str | None, str]
 def with_expected(entries: Sequence[Entry], labels: Sequence[Mapping[str, str]], paper: Sequence[Figure] = ()) -> list[Entry]:
     """Return entries with the seeds that a table asks for, and entries without values for cells that have no figure at all.
 
-    A point of a grid that has no figure is an entry of its own, if another point has one; else one entry stands for all.
+    A point of a grid that has no figure is an entry of its own, if another point has one; else one entry stands for all. A seed
+    that another entry of the same family has, whose figures were selected otherwise, is not missing.
 
     Args:
         entries: our figures.
@@ -85,12 +86,16 @@ def with_expected(entries: Sequence[Entry], labels: Sequence[Mapping[str, str]],
             group = (cell["method"], cell["student"], cell.get("teacher"), cell["task"])
             row = row_label({key: label for key, label in cell.items() if key != "task"})
             expected.setdefault(group, {}).setdefault(row, set()).add(int(cell["seed"]))
+    had: dict[tuple[object, ...], set[int]] = {}
+    for entry in entries:
+        had.setdefault((*entry.key[:4], entry.family, entry.column), set()).update(entry.values)
     found, known = [], set()
     for entry in entries:
         listed = (entry.method, entry.student, entry.teacher, entry.task)
         group = listed if listed in expected else (entry.method, entry.student, None, entry.task)
         known |= {group, (*group, entry.row)}
-        found.append(replace(entry, expected=frozenset(expected.get(group, {}).get(entry.row, ()))))
+        elsewhere = had[(*entry.key[:4], entry.family, entry.column)] - entry.values.keys()
+        found.append(replace(entry, expected=frozenset(expected.get(group, {}).get(entry.row, ())) - elsewhere))
     columns: dict[str, dict[tuple[str, str], None]] = {}
     for one in entries or paper:
         columns.setdefault(one.task, {})[one.split, one.metric] = None

@@ -3,14 +3,14 @@
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from kd.results.tuned import tuned_words
+from kd.results.tuned import selection_words, tuned_words
 
 
 def console(width: int = 200) -> Console:
@@ -166,10 +166,10 @@ def latency_words(result: Mapping[str, Any]) -> str:
 
 
 def grouped(results: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
-    """Group results that differ only in the seed."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    """Group results that differ only in the seed, and whose figures were selected alike."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for result in results:
-        groups.setdefault(result["family"], []).append(result)
+        groups.setdefault((result["family"], selection_words(result)), []).append(result)
     return list(groups.values())
 
 
@@ -202,7 +202,28 @@ def differences(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
         kind = _kind(group[0])
         shown = {name: value for name, value in next(remaining[kind]).items() if name in varied[kind]}
         words.append(" ".join(f"{name.removeprefix('method.')}={value}" for name, value in shown.items()))
-    return words
+    firsts = [group[0] for group in groups]
+    return with_selections(words, [_kind(first) for first in firsts], [selection_words(first) for first in firsts])
+
+
+def with_selections(settings: Sequence[str], kinds: Sequence[Hashable], selections: Sequence[str]) -> list[str]:
+    """Return the settings of rows with the selection of their figures, where nothing else tells rows of one kind apart.
+
+    Args:
+        settings: settings in which each row differs from others of its kind.
+        kinds: what rows have in common otherwise.
+        selections: how the figures of each row were selected.
+
+    >>> with_selections(["", "", "lr=1"], ["kd", "kd", "kd"], ["best", "best, best of 20 trials", "best"])
+    ['best', 'best, best of 20 trials', 'lr=1']
+    """
+    found: dict[tuple[Hashable, str], set[str]] = {}
+    for kind, words, selection in zip(kinds, settings, selections, strict=True):
+        found.setdefault((kind, words), set()).add(selection)
+    return [
+        ", ".join(filter(None, [words, selection])) if len(found[kind, words]) > 1 else words
+        for kind, words, selection in zip(kinds, settings, selections, strict=True)
+    ]
 
 
 def _kind(result: Mapping[str, Any]) -> str:

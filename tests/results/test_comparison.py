@@ -160,6 +160,50 @@ def test_keys_that_change_no_result_and_the_order_of_a_command_split_no_row() ->
     assert entry.values == {0: 0.5, 1: 0.6}
 
 
+TUNED = "best, by validation accuracy, best of 20 trials by validation accuracy"
+
+
+def searched(seeds: str, **more: Any) -> list[Figure]:
+    """Figures of kd and of its baseline; those of the seeds in capitals came of a search."""
+    return [
+        figure(method, value, seed, selection=TUNED if letter.isupper() else "best, by validation accuracy", **more)
+        for seed, letter in enumerate(seeds)
+        for method, value in (("finetune", 0.5), ("kd", 0.6))
+    ]
+
+
+def test_seeds_of_a_search_are_rows_of_their_own_and_paired_among_themselves() -> None:
+    for order in (searched("Aab"), searched("aAb"), searched("abA")):
+        found = compare(entries_of(order))
+        rows = {(entry.method, entry.selection == TUNED): entry for entry in found.entries}
+        assert {key: len(entry.values) for key, entry in rows.items()} == {
+            (method, tuned): 1 if tuned else 2 for method in ("finetune", "kd") for tuned in (True, False)
+        }
+        assert len(found.rows) == 4  # also where a label is made of row and settings
+        assert {entry.settings for entry in rows.values()} == {TUNED, "best, by validation accuracy"}
+        assert [rows["kd", tuned].difference.n for tuned in (True, False)] == [1, 2]
+        assert found.over_tasks == {}
+    apart = [one for one in searched("Aa") if (one.method, one.selection == TUNED) in (("kd", True), ("finetune", False))]
+    for entry in compare(entries_of(apart)).entries:
+        assert entry.difference is None
+    assert "no baseline of this budget and selection" in markdown(compare(entries_of(apart)))
+
+
+def test_a_search_that_a_command_names_does_not_hide_the_selection() -> None:
+    words = "method=kd student=3l task=rte seed=0"
+    named = figure("kd", 0.6, 0, selection=TUNED, command=f"{words} tuned.study=mine")
+    settings = [entry.settings for entry in entries_of([named, figure("kd", 0.5, 1, command=words)])]
+    assert settings == [TUNED, "best, by validation accuracy"]
+    assert [entry.settings for entry in entries_of([named])] == [""]
+
+
+def test_a_seed_that_was_selected_otherwise_is_not_missing() -> None:
+    labels = cells(method=["kd"], student=["3l"], task=["rte"], seed=["0", "1", "2"])
+    figures = [one for one in searched("Aa", row="kd 3l") if one.method == "kd"]
+    found = with_expected(entries_of(figures), labels)
+    assert {tuple(entry.values): entry.missing for entry in found} == {(0,): [2], (1,): [2]}
+
+
 def test_a_figure_of_the_paper_joins_on_method_student_task_split_and_metric() -> None:
     found = by_method(OURS, printed("kd", 0.55, teacher=""), printed("pkd", 0.6, split="test"))
     assert paper(found["kd"]) == "55.0"
