@@ -15,6 +15,7 @@ from kd.errors import InputError
 from kd.forward import Needs
 from kd.models import Encoder
 from kd.models.heads import HEADS
+from kd.results.eval_results import hub_splits
 from kd.results.tables import score
 from kd.results.tuned import selection_words
 from kd.runs.identity import backbone_of
@@ -113,7 +114,10 @@ def origin(run: Run, student: StudentSpec | None = None) -> dict[str, Any]:
 
 
 def _metadata(result: Mapping[str, Any]) -> ModelCardData:
-    """Return the card's metadata for the hub. Metrics are fractions, as in `result.json`; a missing licence is `unknown`."""
+    """Return the card's metadata for the hub. Metrics are fractions, as in `result.json`; a missing licence is `unknown`.
+
+    Figures that are none of a data set of the hub are left out, see `hub_splits`.
+    """
     source = result["origin"]["backbone"]
     base = re.sub("^(hf|package):", "", source).partition("@")[0]
     if source.startswith("package:"):
@@ -127,8 +131,8 @@ def _metadata(result: Mapping[str, Any]) -> ModelCardData:
             metric_type=name,
             metric_value=value,
         )
-        for split, values in result["metrics"].items()
-        for name, value in values.items()
+        for split in hub_splits(result)
+        for name, value in result["metrics"][split].items()
         if value is not None
     ]
     return ModelCardData(

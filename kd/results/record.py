@@ -19,7 +19,7 @@ from kd.engines.models import Models
 from kd.models import Encoder, FrozenTeacher
 from kd.models.heads import HEADS
 from kd.models.latency import LATENCY_MEASURE, Latency, latencies, to_time
-from kd.results.eval_results import eval_results
+from kd.results.eval_results import eval_results, without_results
 from kd.results.evaluate import Evaluation, Scores, baseline, folder_megabytes
 from kd.results.export import TOLERANCE, export, largest_difference, model_card, origin
 from kd.results.maps import maps_of, write_maps
@@ -448,12 +448,14 @@ def student_result(
 
 
 def export_students(run: Run, models: Models, data: KDDataModule, result: Result) -> dict[str, StudentResult]:
-    """Export students with their documents, and what their methods keep.
+    """Export students with their documents, and what their methods keep; print why there are no results for the hub, if so.
 
     Returns:
         Name of the student -> its entry with size and difference of the exported model.
     """
     record, exported = result.dump(), {}
+    if reason := without_results(record):
+        print(f"no results for the hub beside the student: {reason}", flush=True)
     for index, (name, student) in enumerate(models.students.items()):
         folder = folder_of(run, name, result.headline)
         export(student, folder, documents_of(record, name))

@@ -1,6 +1,9 @@
 """Results for the hub: what the hub's library reads back, and which figures are none of the benchmark."""
 
+import json
 import random
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +13,36 @@ from huggingface_hub import EvalResultEntry, parse_eval_result_entries
 
 from conftest import BAD, GOOD, sentence
 from kd.config.compose import compose, conf_folder, typed
-from kd.data.sources import REPOSITORY
-from kd.results.eval_results import DEFINITIONS, DEVELOPMENT_SETS, eval_results
+from kd.config.schema import TaskSpec
+from kd.data.sources import REPOSITORY, Glue
+from kd.results.eval_results import (
+    CHANGES_EXAMPLES,
+    COLUMNS,
+    DEFINITIONS,
+    DEVELOPMENT_SETS,
+    LABELS,
+    changed_keys,
+    definition_of,
+    eval_results,
+    hub_splits,
+    without_results,
+)
+from kd.results.export import _metadata
+from kd.runs.identity import task_identity, with_class_names
 from kd.training import execute
 from whole_runs import made
+
+OLD_RESULT = Path(__file__).parent.parent / "old_result.json"
 
 RTE = 277
 """Number of examples of RTE's development set."""
 
 
 def record(subset: str = "rte", task: dict[str, Any] | None = None, data: dict[str, Any] | None = None, **more: Any) -> Any:
-    """The parts of a record that say what a student was evaluated on."""
-    source = {"_target_": "Glue", "subset": subset, "folder": subset.upper(), "hub": f"{REPOSITORY}/{subset}"}
+    """The parts of a record that say what a student was evaluated on: those of the package's own task, with changes."""
+    own, source = identity_of(subset)
     return {
-        "identity": {"task": task or {}, "data": {**source, **(data or {})}},
+        "identity": {"task": {**own, **(task or {})}, "data": {**source, **(data or {})}},
         "metrics": {"validation": {"accuracy": 0.66787}, "test": {}},
         "examples": {"train": 2490, "validation": RTE},
         "selection": {"kind": "best", "by": "chosen by validation accuracy over 3 epoch(s)"},
@@ -33,6 +52,13 @@ def record(subset: str = "rte", task: dict[str, Any] | None = None, data: dict[s
         "finished": "2025-06-01T10:00:00Z",
         **more,
     }
+
+
+@cache
+def identity_of(subset: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the digest of a run that reads the hub has of a task and of its data."""
+    own, source = task_identity(typed(compose([f"task={subset}"])).task)
+    return own, with_class_names(source)
 
 
 def read(text: str) -> EvalResultEntry:
@@ -82,6 +108,16 @@ def test_both_development_sets_of_mnli_have_their_subset() -> None:
         {"task": {"where": {"genre": ["fiction"]}}},
         {"task": {"where_evaluated": {"genre": ["fiction"]}}},
         {"examples": {"validation": RTE - 1}},
+        {"task": {"labels": ["not_entailment", "entailment"]}},  # the positive class of F1 is another one
+        {"task": {"labels": None}},
+        {"task": {"codes": {"0": "entailment", "1": "entailment"}}},
+        {"data": {"text": ["sentence1"]}},
+        {"data": {"text": ["sentence2", "sentence1"]}},
+        {"data": {"label": "idx"}},
+        {"data": {"local_text": ["sentence1"]}},
+        {"data": {"local_label": "index"}},
+        {"data": {"local_columns": ["index", "sentence1", "sentence2", "label"]}},
+        {"data": {"validation": "train"}},  # the name of the split on the hub, as `Glue.fingerprint` gives it
         {"data": {"_target_": "Files"}},
         {"data": {"hub": "mine/glue/rte"}},
         {"data": {"subset": "ax"}},
@@ -90,7 +126,43 @@ def test_both_development_sets_of_mnli_have_their_subset() -> None:
     ids=str,
 )
 def test_a_figure_of_other_examples_is_none_of_the_benchmark(changes: dict[str, Any]) -> None:
-    assert eval_results(record(**changes)) == {}
+    found = record(**changes)
+    assert eval_results(found) == {}
+    of_glue = {"hub": f"{REPOSITORY}/rte", "_target_": "Glue", "subset": "rte"}.items() <= found["identity"]["data"].items()
+    keys = [f"task.{key}" for key in changes.get("task", {})] + [f"task.source.{key}" for key in changes.get("data", {})]
+    told = without_results(found)
+    if not of_glue or "validation" not in found["metrics"]:  # other data, of which nobody expects results for the hub
+        assert told == ""
+    else:
+        assert told.startswith(f"it does not evaluate rte of {REPOSITORY} as it is: ")
+        assert told.endswith(", ".join(keys) or "validation has 276 examples in place of 277")
+    assert hub_splits(found) == ([] if "hub" in found["identity"]["data"] else list(found["metrics"]))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"task": {"limit_train": 100, "max_length": 64, "edits": [{"_target_": "LabelNoise", "rate": 0.2}]}},
+        {"task": {"name": "mine", "monitor": "loss", "extra": {"idx": "number"}, "limit_test": 5}},
+        {"data": {"skip_broken": True, "folder": "elsewhere"}},
+    ],
+    ids=str,
+)
+def test_what_changes_training_alone_leaves_the_results(changes: dict[str, Any]) -> None:
+    assert len(eval_results(record(**changes))) == 1
+    assert without_results(record(**changes)) == ""
+    assert hub_splits(record(**changes)) == ["validation"]
+
+
+def test_each_key_of_a_task_and_of_its_source_is_known_to_change_the_evaluation_or_not() -> None:
+    """A new key has to be sorted: results for the hub are of the development set as it is."""
+    of_training = {"name", "metrics", "monitor", "max_length", "limit_train", "limit_test", "extra", "edits", "unlabelled"}
+    of_others = {"kind", "train", "validation", "test", "quoted", "format", "delimiter", "columns", "of", "tau"}
+    in_source = {"source", "text", "label"}  # the source's own, which may differ from the task's, count
+    task = {field.name for field in fields(TaskSpec)}
+    assert task == of_training | of_others | in_source | {*CHANGES_EXAMPLES, *LABELS}
+    source = {field.name for field in fields(Glue)}
+    assert source == {"subset", "folder", "root", "repository", "skip_broken", "extra", "validation", *COLUMNS}
 
 
 def test_metrics_and_subsets_are_those_of_the_tasks() -> None:
@@ -101,12 +173,23 @@ def test_metrics_and_subsets_are_those_of_the_tasks() -> None:
             task = typed(compose([f"task={path.stem}"])).task
             for split in task.source.get("validation") or ["validation"]:
                 one = DEVELOPMENT_SETS[task.source["subset"], split]
+                assert definition_of(path.stem)["source"]["subset"] == path.stem
+                assert changed_keys(record(path.stem)) == []
                 assert set(one.metrics) <= set(task.metrics) & set(DEFINITIONS)
                 found.add((task.source["subset"], split))
     assert found == set(DEVELOPMENT_SETS)
 
 
-def test_a_run_exports_its_results_and_again(backbone: Path, tmp_path: Path) -> None:
+def test_the_card_states_no_figure_of_the_hub_s_data_set_that_is_of_other_examples() -> None:
+    result = {**json.loads(OLD_RESULT.read_text()), **record(metrics={"validation": {"accuracy": 0.7}})}
+    result |= {"pipeline": "text-classification", "origin": {"backbone": "b", "data": REPOSITORY, "license": None}}
+    metadata = _metadata(result).eval_results
+    assert [(figure.dataset_type, figure.metric_value) for figure in metadata] == [(REPOSITORY, 0.7)]
+    limited = {**result, **record(metrics=result["metrics"], task={"limit_validation": 100})}
+    assert _metadata(limited).eval_results is None
+
+
+def test_a_run_exports_its_results_and_again(backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Files that a user has changed are no damage."""
     generator = random.Random(0)
     for split, count in (("train", 64), ("dev", RTE)):
@@ -130,5 +213,8 @@ def test_a_run_exports_its_results_and_again(backbone: Path, tmp_path: Path) -> 
     (run.student / "model.safetensors").unlink()
     execute.execute(run)
     assert read(path.read_text()) == entry
+    assert "no results for the hub" not in capsys.readouterr().out
     limited, _ = made([*words, *place, "trainer.batch_size=16", "task.limit_validation=100"])
     assert not (limited.student / ".eval_results").exists()
+    told = "no results for the hub beside the student: it does not evaluate rte of nyu-mll/glue as it is: task.limit_validation"
+    assert capsys.readouterr().out.count(f"{told}\n") == 1
