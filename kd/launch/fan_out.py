@@ -1,10 +1,12 @@
 """Execution of jobs side by side in processes of this machine, shared with any number of identical commands.
 
 Commands share jobs by locks in the folder of the runs: a job that another process executes is left alone until it is done. A
-job that fails is not tried again by the commands that run at that time, but by the next one.
+job that fails is not tried again by the commands that run at that time, nor by other tasks of its submission to a queue, but by
+the next one.
 """
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -70,15 +72,18 @@ class FanOut:
     Args:
         jobs: name -> job; a job's needs are among them.
         slots: environment variables of each of the places in which jobs are executed, see `places`.
+        submitted: time, in seconds since the epoch, from which a failure that is there already counts: that of the submission
+            to a queue, whose tasks are one command. By default none counts, so that each command tries every job.
     """
 
     jobs: Mapping[str, Job]
     slots: Sequence[Mapping[str, str]]
+    submitted: float = math.inf
     running: list[Running] = field(default_factory=list)
     done: set[str] = field(default_factory=set)
     failed: dict[str, Failure] = field(default_factory=dict)
     elsewhere: set[str] = field(default_factory=set)
-    earlier: dict[str, Failure | None] = field(default_factory=dict)
+    earlier: dict[str, Failure] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Event]:
         """Execute the jobs; yield what changes.
@@ -91,7 +96,8 @@ class FanOut:
         """
         for folder in {job.run.directory.parent for job in self.jobs.values()}:
             check_writable(folder)
-        self.earlier = {job.name: job.failure for job in self.jobs.values()}
+        failures = {job.name: job.failure for job in self.jobs.values()}
+        self.earlier = {name: failure for name, failure in failures.items() if failure and failure.at < self.submitted}
         looked = 0.0
         with interrupted_by_sigterm():
             try:
@@ -135,9 +141,9 @@ class FanOut:
             yield self._finish(job, seconds) if failure is None else self._fail(job, failure, seconds)
 
     def _new_failure(self, job: Job) -> Failure | None:
-        """Return the failure of a job since this command began, of any command's process: one that was not there before."""
+        """Return the failure of a job since this command began, or was submitted, of any command's process."""
         failure = job.failure
-        return failure if failure != self.earlier[job.name] else None
+        return failure if failure != self.earlier.get(job.name) else None
 
     def _start(self) -> Iterator[Event]:
         """Start jobs in the free slots; yield these, and jobs that are found done, failed or executed elsewhere."""

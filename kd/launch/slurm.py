@@ -19,16 +19,18 @@ SCRIPT = """#!/bin/bash
 #SBATCH --array=0-{last}
 #SBATCH --time={time}
 #SBATCH --requeue
-#SBATCH --signal=B:USR1@120
+#SBATCH --signal=B:USR1@{warning}
 #SBATCH --output="{log}"
+#SBATCH --open-mode=append
 {options}
 # {count} jobs{first}. A task whose run is done ends at once. One that is preempted or reaches its
 # time limit is queued again and resumes its run from the last checkpoint. What is not done afterwards is in the next script.
+# The argument is the time of the submission: a run that others need and that fails after it is not tried again by their tasks.
 cd {folder} || exit 1
 task=
 trap '[ -z "$task" ] || kill -TERM "$task"' TERM
 trap 'late=yes; [ -z "$task" ] || kill -TERM "$task"' USR1
-{python} -m kd.launch.task {jobs} "$SLURM_ARRAY_TASK_ID" &
+{python} -m kd.launch.task {jobs} "$SLURM_ARRAY_TASK_ID" "${{1:-$(date +%s)}}" &
 task=$!
 while kill -0 "$task" 2> /dev/null; do wait "$task"; done
 wait "$task"
@@ -38,6 +40,12 @@ if [ "$late" = yes ] && [ "$status" = {interrupted} ] && [ "${{SLURM_RESTART_COU
 fi
 exit "$status"
 """
+
+WARNING = 120
+"""Seconds before the time limit at which a task is told to stop. Our choice: twice `kd.launch.fan_out.GRACE`."""
+
+EARLIER = 60
+"""Seconds by which SLURM may send this signal earlier (sbatch's manual, `--signal`)."""
 
 RESTARTS = 50
 """Largest number of times that a task is queued again, so that one which makes no progress in its time ends. Our choice."""
@@ -57,13 +65,15 @@ def write_script(
         name: name of the array, a part of the files' names.
         jobs: name -> job; those that others need come first.
         python: the interpreter.
-        time: time limit of a task, as SLURM reads it: `04:00:00`.
+        time: time limit of a task, as SLURM reads it: `04:00:00`; 0 is none.
         options: further options of `sbatch`, such as `--gres=gpu:1`.
         largest: largest number of tasks that the cluster allows.
 
     Raises:
-        InputError: if there are more jobs than the cluster allows, or the files cannot be written.
+        InputError: if there are more jobs than the cluster allows, a task would be told to stop as soon as it starts, or the
+            files cannot be written.
     """
+    check_time(time)
     if len(jobs) > largest:
         raise InputError(
             f"{len(jobs)} jobs are more than an array of this cluster may have, {largest}: choose fewer, or give the cluster's "
@@ -79,6 +89,7 @@ def write_script(
         name=name,
         last=len(jobs) - 1,
         time=time,
+        warning=WARNING,
         log=folder / f"{name}-%a.log",
         options="\n".join(f"#SBATCH {option}" for option in options),
         count=len(jobs),
@@ -96,12 +107,46 @@ def write_script(
     return script, needed
 
 
+def check_time(time: str) -> None:
+    """Check that a time limit leaves a task time to work before it is told to stop.
+
+    Raises:
+        InputError: if it does not.
+    """
+    seconds, least = seconds_of(time), WARNING + EARLIER
+    if 0 < seconds <= least:
+        raise InputError(
+            f"launcher.time={time} is too short: a task is told to stop up to {least} seconds before its limit, and would be "
+            "queued again and again without progress",
+            "launcher.time",
+        )
+
+
+def seconds_of(time: str) -> int:
+    """Return the seconds of a time limit as SLURM reads it.
+
+    >>> [seconds_of(time) for time in ("3", "3:30", "04:00:00", "1-12", "1-12:30", "1-00:00:01")]
+    [180, 210, 14400, 129600, 131400, 86401]
+    """
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, minutes, seconds = [0, *parts, 0][:3] if len(parts) < 3 else parts
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 def submission(script: Path, needed: int, count: int) -> str:
-    """Return the commands that submit a script: if jobs need others, these first, and then the rest when they are done."""
+    """Return the commands that submit a script: if jobs need others, these first, and then the rest when they are done.
+
+    Both get the time as an argument, which makes them one submission.
+    """
     path = shlex.quote(str(script))
     if not needed or needed == count:
-        return f"sbatch {path}"
+        return f"sbatch {path} $(date +%s)"
     return (
-        f"first=$(sbatch --parsable --array=0-{needed - 1} {path})\n"
-        f"sbatch --dependency=afterany:$first --array={needed}-{count - 1} {path}"
+        "submitted=$(date +%s)\n"
+        f"first=$(sbatch --parsable --array=0-{needed - 1} {path} $submitted)\n"
+        f"sbatch --dependency=afterany:$first --array={needed}-{count - 1} {path} $submitted"
     )
