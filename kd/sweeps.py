@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kd.config.compose import compose
 from kd.config.failure import Failure
 from kd.config.mixture import expand
-from kd.config.schema import LauncherSpec
+from kd.config.schema import LauncherSpec, launcher_named
 from kd.errors import InputError
 from kd.runs.plan import plan
 from kd.runs.run import Run
@@ -154,7 +154,7 @@ def launcher_of(runs: Mapping[int, Run | None]) -> LauncherSpec | None:
         InputError: if the points do not have one launcher, or it cannot run them.
     """
     launchers = [run.spec.launcher for run in runs.values() if run is not None]
-    chosen = next((launcher for launcher in launchers if launcher.name != "none"), None)
+    chosen = next((launcher for launcher in launchers if launcher_named(launcher.name).execute is not None), None)
     if chosen is None:
         return None
     key = f"launcher={chosen.name}"
@@ -219,7 +219,7 @@ def planned(state: Sweep, options: Sequence[str]) -> dict[int, Run | None]:
         try:
             config = compose([*options, *overrides])
             if asks_hydra(config):
-                if (name := config.launcher.name) != "none":
+                if launcher_named(name := config.launcher.name).execute is not None:
                     raise InputError(
                         f"launcher={name} starts processes that are no Hydra jobs: ${{hydra:...}} has no value there",
                         "launcher",

@@ -182,6 +182,28 @@ class LauncherSpec:
 
 
 @dataclass(frozen=True)
+class Launcher:
+    """A way to execute jobs.
+
+    Attributes:
+        execute: name of a function that executes jobs, see `kd.launch.launcher.launch`; None leaves points to Hydra.
+        queues: True if the jobs are only submitted later, so that none is done when the function returns.
+    """
+
+    execute: str | None = None
+    queues: bool = False
+
+
+LAUNCHERS: Mapping[str, Launcher] = {
+    "none": Launcher(),
+    "local": Launcher("kd.launch.launcher.local"),
+    "slurm": Launcher("kd.launch.launcher.slurm", queues=True),
+    "ray": Launcher("kd.launch.launcher.ray"),
+}
+"""Name of a launcher, as of its file in `conf/launcher` -> what it is."""
+
+
+@dataclass(frozen=True)
 class RunSpec:
     """A whole configuration."""
 
@@ -255,9 +277,6 @@ KEEP = ("all", "best", "student", "figures")
 COLUMN_KINDS = ("classes", "number")
 """Kinds of further columns of a task: names of classes, or numbers; a list of names in place of `classes` fixes their order."""
 
-LAUNCHERS = ("none", "local", "slurm", "ray")
-"""Names of launchers; `none` leaves the points of a sweep to Hydra."""
-
 DECAYS = ("linear", "cosine", "constant")
 """Learning-rate schedules after the warm-up."""
 
@@ -330,13 +349,22 @@ def check_tuned(tuned: TunedSpec) -> None:
         )
 
 
+def launcher_named(name: str) -> Launcher:
+    """Return the launcher of a name.
+
+    Raises:
+        InputError: if there is none.
+    """
+    return LAUNCHERS[word(name, tuple(LAUNCHERS), "launcher.name")]
+
+
 def check_launcher(launcher: LauncherSpec) -> None:
     """Check the values of a launcher.
 
     Raises:
         InputError: for a word that is not in its list, a number out of range, or a text that is no option of `sbatch`.
     """
-    word(launcher.name, LAUNCHERS, "launcher.name")
+    launcher_named(launcher.name)
     if launcher.workers is not None:
         whole(launcher.workers, "launcher.workers", 1, 1024)
     whole(launcher.array_limit, "launcher.array_limit", 1, MANY)

@@ -1,9 +1,11 @@
 """Execution of jobs as `launcher` says: on this machine, on a Ray cluster, or later by a queue."""
 
+import pkgutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
-from kd.config.schema import LauncherSpec, check_launcher
+from kd.config.schema import LauncherSpec, check_launcher, launcher_named
+from kd.errors import InputError
 from kd.launch.fan_out import Event, FanOut
 from kd.launch.jobs import Job
 from kd.launch.on_ray import on_ray
@@ -37,8 +39,11 @@ def launch(jobs: Mapping[str, Job], launcher: LauncherSpec, name: str) -> Iterat
         InputError: for a value that is not valid, or a launcher that does not work here.
     """
     check_launcher(launcher)
+    execute = launcher_named(launcher.name).execute
+    if execute is None:
+        raise InputError(f"launcher={launcher.name} executes no jobs", "launcher")
     if jobs:
-        yield from LAUNCHERS[launcher.name](jobs, launcher, name)
+        yield from pkgutil.resolve_name(execute)(jobs, launcher, name)
 
 
 def local(jobs: Mapping[str, Job], launcher: LauncherSpec, name: str) -> Iterator[Event]:
@@ -58,14 +63,3 @@ def slurm(jobs: Mapping[str, Job], launcher: LauncherSpec, name: str) -> Iterato
     print(f"{len(jobs)} jobs. Submit them, and repeat this command afterwards to see what is left:")
     print(submission(script, needed, len(jobs)))
     yield from ()
-
-
-LAUNCHERS: Mapping[str, Callable[[Mapping[str, Job], LauncherSpec, str], Iterator[Event]]] = {
-    "local": local,
-    "ray": ray,
-    "slurm": slurm,
-}
-"""Name of a launcher -> execution of jobs, as `launch` describes."""
-
-QUEUES = ("slurm",)
-"""Launchers after which no job is done yet."""

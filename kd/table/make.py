@@ -5,10 +5,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from kd.config.failure import Failure
-from kd.config.schema import LauncherSpec
+from kd.config.schema import LauncherSpec, launcher_named
 from kd.errors import InputError
 from kd.launch.jobs import needed_in
-from kd.launch.launcher import QUEUES, launch, workers
+from kd.launch.launcher import launch, workers
 from kd.launch.progress import Progress
 from kd.results.figures import add_figures
 from kd.system.files import check_writable
@@ -60,7 +60,7 @@ def make(
                 failed.append((f"{cells[name].cell} in {figures}", Failure.of(error)))
         if event.failure is not None and (name in cells or needed_alone):
             failed.append((str(cells[name].cell) if name in cells else name, event.failure))
-    if launcher.name in QUEUES:
+    if launcher_named(launcher.name).queues:
         return 1 if failed else 0
     return close(len(planned.cells) - len(planned.missing()), failed)
 

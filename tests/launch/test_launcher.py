@@ -1,6 +1,8 @@
 """Points of a sweep in processes of their own, and what no launcher can run."""
 
+import inspect
 import os
+import pkgutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +10,11 @@ from pathlib import Path
 import pytest
 
 from kd import sweeps, train
+from kd.config.compose import compose, conf_folder, typed
+from kd.config.schema import LAUNCHERS, LauncherSpec
+from kd.errors import InputError
 from kd.launch import fan_out
+from kd.launch.launcher import launch
 
 STAND_IN = Path(__file__).parent / "stand_in.py"
 Small = Callable[..., list[str]]
@@ -76,6 +82,24 @@ def test_an_array_is_written_and_nothing_made(sweep: Sweep, tmp_path: Path) -> N
 def test_what_a_launcher_cannot_run_is_refused(sweep: Sweep, words: list[str], message: str) -> None:
     status, _, err = sweep(*words, "seed=0,1")
     assert (status, message in err, "change: launcher" in err) == (2, True, True), err
+
+
+def test_names_of_launchers_are_those_of_one_table(sweep: Sweep) -> None:
+    """Files, values and functions: `none` alone executes nothing, and what submits jobs leaves none done."""
+    assert {path.stem for path in (conf_folder() / "launcher").glob("*.yaml")} == set(LAUNCHERS)
+    for name, launcher in LAUNCHERS.items():
+        assert typed(compose([f"launcher={name}"])).launcher.name == name
+        assert (launcher.execute is None) == (name == "none")
+        if launcher.execute is not None:
+            assert list(inspect.signature(pkgutil.resolve_name(launcher.execute)).parameters) == ["jobs", "launcher", "name"]
+    for words in (["launcher.name=nosuch"], ["launcher.name=nosuch", "task.limit_train=${hydra:job.num}"]):
+        status, _, err = sweep(*words, "seed=0,1")
+        assert (status, "'nosuch' is not one of none, local" in err, "change: launcher.name" in err) == (2, True, True), err
+
+
+def test_a_launcher_that_executes_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match="launcher=none"):
+        list(launch({}, LauncherSpec("none"), "toy"))
 
 
 def test_ranks_of_torchrun_and_further_configuration_folders_are_refused(
