@@ -1,7 +1,9 @@
 """Making of a table's missing cells, with a line for each that ends."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from kd.config.failure import Failure
@@ -49,7 +51,7 @@ def make(
         workers(launcher, jobs.values()),
         (cell.run.result or {} for cell in planned.cells if cell.run.is_done()),
     )
-    failed = [(str(cell), failure) for cell, failure in planned.broken]
+    problems = [Problem("broken", str(cell), failure) for cell, failure in planned.broken]
     for event in launch(jobs, launcher, planned.table.name):
         progress(event)
         name = event.job.name
@@ -57,12 +59,14 @@ def make(
             try:
                 record_all(planned, [cells[name]], figures)
             except (InputError, OSError) as error:  # the run is done, and the next command writes its figures
-                failed.append((f"{cells[name].cell} in {figures}", Failure.of(error)))
-        if event.failure is not None and (name in cells or needed_alone):
-            failed.append((str(cells[name].cell) if name in cells else name, event.failure))
-    if launcher_named(launcher.name).queues:
-        return 1 if failed else 0
-    return close(len(planned.cells) - len(planned.missing()), failed)
+                problems.append(Problem("figures", f"{cells[name].cell} in {figures}", Failure.of(error)))
+        if event.failure is not None and name in cells:
+            problems.append(Problem("cell", str(cells[name].cell), event.failure))
+        elif event.failure is not None and needed_alone:
+            problems.append(Problem("needed", name, event.failure))
+    if launcher_named(launcher.name).queues and not problems:
+        return 0
+    return close(len(planned.cells) - len(planned.missing()), problems)
 
 
 def record_all(planned: PlannedTable, cells: Iterable[PlannedCell], figures: Path) -> None:
@@ -77,12 +81,38 @@ def record_all(planned: PlannedTable, cells: Iterable[PlannedCell], figures: Pat
         planned.recorded |= {(row.digest, row.scale) for row in rows}
 
 
-def close(done: int, failed: Sequence[tuple[str, Failure]]) -> int:
-    """Print how many cells are done and which failed; return the exit status, 1 if any failed."""
-    if not failed:
+PROBLEMS = {
+    "cell": "{count} failed",
+    "needed": "{count} run(s) that cells need failed",
+    "broken": "{count} cannot be planned",
+    "figures": "figures of {count} of them not written, which the next command does",
+}
+"""Kind of a problem -> words for a number of them, behind that of the cells that are done."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that a command could not do.
+
+    Attributes:
+        kind: a key of `PROBLEMS`.
+        label: the cell or run.
+        failure: the reason.
+    """
+
+    kind: str
+    label: str
+    failure: Failure
+
+
+def close(done: int, problems: Sequence[Problem]) -> int:
+    """Print how many cells are done, how many problems of each kind there were, and each; return 1 if there was any, else 0."""
+    if not problems:
         print(f"\n{done} cells done")
         return 0
-    print(f"\nkd-table: {done} cells done, {len(failed)} failed:", file=sys.stderr)
-    for label, failure in failed:
-        print(f"  {label}\n    {failure.line}", file=sys.stderr)
+    counts = Counter(problem.kind for problem in problems)
+    told = [words.format(count=counts[kind]) for kind, words in PROBLEMS.items() if counts[kind]]
+    print(f"\nkd-table: {', '.join([f'{done} cells done', *told])}:", file=sys.stderr)
+    for problem in sorted(problems, key=lambda problem: list(PROBLEMS).index(problem.kind)):
+        print(f"  {problem.label}\n    {problem.failure.line}", file=sys.stderr)
     return 1

@@ -113,7 +113,7 @@ def test_broken_and_failed_cells_are_listed_and_the_rest_is_made(tables: Tables)
     tables.write(seeds(0, 13), {**seeds(0), "student": ["nosuch"]})
     status, out, err = tables()
     assert status == 1
-    assert "1 cells done, 2 failed" in err
+    assert "kd-table: 1 cells done, 1 failed, 1 cannot be planned:\n  method=kd seed=13" in err.replace(" student=2l", "")
     assert "the loss is not finite (change: optimizer.lr)" in err
     assert "student=nosuch" in err
     assert "1 cannot be planned" in out
@@ -121,6 +121,21 @@ def test_broken_and_failed_cells_are_listed_and_the_rest_is_made(tables: Tables)
     assert status == 1
     assert re.search(r"^failed +method=kd seed=13 .*: the loss is not finite", out, re.MULTILINE)
     assert re.search(r"^broken +method=kd seed=0 student=nosuch: .*nosuch", out, re.MULTILINE)
+
+
+def test_a_needed_run_that_fails_alone_is_no_cell(tables: Tables) -> None:
+    tables.write({**seeds(13), "teacher.minilm.run.seed": [13]})
+    status, _, err = tables("--needed")
+    assert (status, "kd-table: 0 cells done, 1 run(s) that cells need failed:\n  finetune-full-" in err) == (1, True), err
+    status, _, err = tables()
+    assert (status, "kd-table: 0 cells done, 1 failed:\n  method=kd" in err) == (1, True), err
+
+
+def test_an_array_tells_cells_that_cannot_be_planned(tables: Tables) -> None:
+    tables.write(seeds(0), {**seeds(0), "student": ["nosuch"]})
+    status, out, err = tables("--slurm")
+    assert (status, "sbatch " in out) == (1, True)
+    assert "kd-table: 0 cells done, 1 cannot be planned:\n  method=kd seed=0 student=nosuch\n" in err
 
 
 def test_plan_tells_time_and_disk_of_what_is_missing(tables: Tables) -> None:
@@ -295,7 +310,8 @@ def test_a_figure_that_cannot_be_written_does_not_stop_the_others(tables: Tables
         status, _, err = tables()
         again = tables()
     assert (status, len(tables.events())) == (1, 3)
-    assert "2 cells done, 2 failed" in err
+    assert "kd-table: 2 cells done, figures of 2 of them not written, which the next command does:\n" in err
+    assert "failed" not in err
     assert "change: paths.runs" in err
     assert (again[0], "change: paths.runs" in again[2]) == (2, True)  # figures of runs that were done before
     status, out, _ = tables()
