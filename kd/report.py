@@ -122,7 +122,8 @@ def chosen_results(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     if arguments.method:
         results = [result for result in results if result["method"] in arguments.method.split(",")]
     if not results:
-        raise InputError(f"no finished runs in '{folder}'")
+        chosen = "".join(f", {key}={value}" for key in ("task", "method") if (value := getattr(arguments, key)))
+        raise InputError(f"no finished runs in '{folder}'" + (f" with{chosen[1:]}" if chosen else ""))
     return results
 
 

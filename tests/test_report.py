@@ -237,7 +237,9 @@ def test_no_runs_is_said_and_exits_with_two(tmp_path: Path, monkeypatch, capsys,
         command(monkeypatch, folder, *words)
     assert caught.value.code == 2
     captured = capsys.readouterr()
-    assert str(folder) in captured.err
+    asked = {"--task": " with task=mrpc", "--method": " with method=nothing"}
+    chosen = "".join(text for word, text in asked.items() if word in words)
+    assert captured.err == f"kd-report: no finished runs in '{folder}'{chosen}\n"
     assert captured.out == ""
 
 

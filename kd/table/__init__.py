@@ -4,6 +4,8 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     from kd.config.schema import LauncherSpec
     from kd.table.cells import PlannedTable
     from kd.table.definition import Cell, Table
+
+CLEAR_LINE = "\r\033[K"
+"""Control characters with which a terminal goes to the beginning of a line and clears it."""
 
 DESCRIPTION = """Make the missing cells of a paper's table, each in a process of its own, and first the runs that they need.
 The command can be killed, repeated, and started on several machines that share the folder of the runs: a cell is made once.
@@ -83,7 +88,8 @@ def planned_of(arguments: argparse.Namespace) -> "PlannedTable":
         else:
             more.append(word)
     cells = cells_of(table, scale, arguments.only or "")
-    return plan_table(table, cells, more, figures_file(arguments, table.name), show_count)
+    with shown_count() as show:
+        return plan_table(table, cells, more, figures_file(arguments, table.name), show)
 
 
 def cells_of(table: "Table", scale: str, labels: str) -> "list[Cell]":
@@ -113,10 +119,16 @@ def figures_file(arguments: argparse.Namespace, table: str) -> Path:
     return Path("experiments") / table / "ours.csv" if given is None else given.expanduser()
 
 
-def show_count(number: int, count: int) -> None:
-    """Show on a terminal which cell is being planned."""
-    if sys.stderr.isatty():
-        print(f"\rplanning cell {number + 1} of {count}", end="\r\033[K" if number + 1 == count else "", file=sys.stderr)
+@contextmanager
+def shown_count() -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that shows on a terminal which cell is being planned; clear its line at the end, also on an error."""
+    if not sys.stderr.isatty():
+        yield lambda number, count: None
+        return
+    try:
+        yield lambda number, count: print(f"\rplanning cell {number + 1} of {count}", end="", file=sys.stderr, flush=True)
+    finally:
+        print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
 
 
 def show_plan(arguments: argparse.Namespace) -> int:
@@ -144,11 +156,15 @@ def show_plan(arguments: argparse.Namespace) -> int:
     for broken, failure in planned.broken:
         print(f"{'broken':15} {broken}: {failure.line}")
     others = [job for job in jobs.values() if not job.wanted]
-    print(f"\n{len(planned.cells) - len(missing)} done, {len(missing)} missing, {len(failures)} of these failed before")
+    failed_before = sum(cell.run.name in failures for cell in missing)
+    print(f"\n{len(planned.cells) - len(missing)} done, {len(missing)} missing, {failed_before} of these failed before")
     if planned.broken:
         print(f"{len(planned.broken)} cannot be planned, see above")
     if others:
         print(f"first {len(others)} run(s) that they need: {', '.join(job.name for job in others)}")
+    for job in others:
+        if job.name in failures:
+            print(f"{job.name} failed before: {failures[job.name].line}")
     workers = arguments.workers or cores()
     seconds = Durations(run.result or {} for run in done.values()).left(jobs.values(), workers)
     mean = sum(size_of(run.directory) for run in done.values()) / len(done) if done else None

@@ -146,6 +146,26 @@ def test_plan_tells_time_and_disk_of_what_is_missing(tables: Tables) -> None:
     assert re.search(r"time left with \d+ worker\(s\): \d+ s; disk: \d", tables(name="plan")[1])
 
 
+def test_runs_that_failed_before_are_counted_as_what_they_are(tables: Tables) -> None:
+    tables.write({**seeds(13), "method.temperature": [1, 2], "teacher.minilm.run.seed": [13]})
+    tables()
+    _, out, _ = tables(name="plan")
+    assert "0 done, 2 missing, 0 of these failed before\n" in out  # the cells themselves have never been tried
+    assert re.search(
+        r"^first 1 run\(s\) that they need: (finetune-full\S+)\n\1 failed before: the loss is not", out, re.MULTILINE
+    )
+
+
+def test_the_count_of_planned_cells_is_cleared_before_anything_else(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    tables.write(seeds(0, 1))
+    assert tables(name="plan")[2] == f"\rplanning cell 1 of 2\rplanning cell 2 of 2{command.CLEAR_LINE}"
+    tables.write(seeds(0), {**seeds(0), "method.temperature": [4.0]}, seeds(1))  # two cells are one run
+    status, _, err = tables(name="plan")
+    assert status == 2
+    assert err.startswith(f"\rplanning cell 1 of 3\rplanning cell 2 of 3{command.CLEAR_LINE}kd-table: two cells")
+
+
 def test_only_chooses_cells_and_needed_their_teachers(tables: Tables) -> None:
     tables.write(seeds(0, 1, method=["kd", "finetune"]))
     assert tables("--only", "method=finetune", "--needed")[0] == 0
