@@ -13,6 +13,11 @@ CONFIDENCES = ("printed", "copied", "memory", "measured")
 """Origins of a value: read in the paper or in its authors' result files | read in a secondary source | recalled, and not
 checked against a source | a run of ours."""
 
+ONE_RUN = ("best run", "one run")
+AGGREGATES = (*ONE_RUN, "mean of runs", "median of runs", "unknown")
+"""Kinds of a paper's value by the runs behind it: of one that was selected among several, and so higher than a run is expected
+to be | of one that nothing was selected from but its checkpoint | of `n` runs together | not known, without `n`."""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -36,6 +41,7 @@ class Figure:
         init: initial weights of the student.
         source: place where the value stands: paper and table, or a file of a repository at a commit.
         confidence: one of `CONFIDENCES`.
+        aggregate: of a paper's value one of `AGGREGATES`; empty for a run of ours.
         digest: digest of the run; empty for a paper's value.
         commit: commit of this repository that made the run; empty for a paper's value.
         command: overrides of `kd-train` that make the run, without paths, quoted as in a shell; empty for a paper's value.
@@ -61,6 +67,7 @@ class Figure:
     init: str
     source: str
     confidence: str
+    aggregate: str = ""
     digest: str = ""
     commit: str = ""
     command: str = ""
@@ -83,6 +90,9 @@ IDENTITY = ("paper", "table", "row", "method", "student", "teacher", "task", "sp
 OF_RUNS = ("digest", "commit", "command", "family", "budget", "scale")
 """Columns that `paper.csv` lacks."""
 
+OF_PAPERS = ("aggregate",)
+"""Columns that `ours.csv` lacks."""
+
 NEEDED_OF_RUNS = ("digest", "family", "budget", "scale")
 """Columns whose value is never empty if the figure is of a run."""
 
@@ -98,7 +108,8 @@ def read_figures(path: Path) -> list[Figure]:
 
     Raises:
         InputError: naming file and line, if the file cannot be read, a column is missing or unknown, a line has another number
-            of fields, a value of `NEEDED` is empty, a number is none or is not finite, or a confidence is unknown.
+            of fields, a value of `NEEDED` is empty, a number is none or is not finite, a confidence is unknown, or a paper's
+            aggregate is unknown or contradicts its number of runs.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -118,7 +129,7 @@ def _check_header(header: Sequence[str], place: str) -> None:
     Raises:
         InputError: if one is missing, unknown, or there twice.
     """
-    missing = [name for name in COLUMNS if name not in header and name not in OF_RUNS]
+    missing = [name for name in COLUMNS if name not in header and name not in (*OF_RUNS, *OF_PAPERS)]
     if missing:
         raise InputError(f"{place}: missing column {', '.join(missing)}", missing[0])
     for name in header:
@@ -146,7 +157,24 @@ def _figure(header: Sequence[str], line: Sequence[str], place: str) -> Figure:
     value, std = (_number(texts.pop(name), name, place) for name in ("value", "std"))
     if std is not None and std < 0:
         raise InputError(f"{place}: std={std} is negative", "std")
-    return Figure(value=value, std=std, n=_count(texts.pop("n"), place), **texts)
+    count = _count(texts.pop("n"), place)
+    _check_aggregate(texts.get("aggregate", ""), count, texts["confidence"] == "measured", place)
+    return Figure(value=value, std=std, n=count, **texts)
+
+
+def _check_aggregate(aggregate: str, count: int | None, measured: bool, place: str) -> None:
+    """Check the runs behind a value: its kind is told by a word of a list alone, never read out of a sentence.
+
+    Raises:
+        InputError: if a paper's aggregate is no word of the list or contradicts its number of runs, or a run of ours has one.
+    """
+    if measured and aggregate:
+        raise InputError(f"{place}: aggregate '{aggregate}' is of a paper's value, and this one is of a run", "aggregate")
+    if not measured and aggregate not in AGGREGATES:
+        raise InputError(f"{place}: aggregate '{aggregate}' is not one of {', '.join(AGGREGATES)}", "aggregate")
+    if not measured and ((aggregate in ONE_RUN) != (count == 1) or (aggregate == "unknown" and count is not None)):
+        number = "empty" if count is None else str(count)
+        raise InputError(f"{place}: aggregate '{aggregate}' contradicts n, which is {number}", "aggregate")
 
 
 def _number(text: str, name: str, place: str) -> float | None:
@@ -184,14 +212,14 @@ def write_figures(path: Path, figures: Sequence[Figure]) -> None:
 
     Args:
         path: a file whose folder exists.
-        figures: the figures; the columns of `OF_RUNS` are left out if all are of papers.
+        figures: the figures; the columns of `OF_RUNS` are left out if all are of papers, and those of `OF_PAPERS` if none is.
 
     Raises:
         InputError: if the file cannot be written.
         OSError: if the disk is full.
     """
-    of_papers = not any(getattr(figure, name) for figure in figures for name in OF_RUNS)
-    columns = [name for name in COLUMNS if not (of_papers and name in OF_RUNS)]
+    spare = [names for names in (OF_RUNS, OF_PAPERS) if not any(getattr(figure, name) for figure in figures for name in names)]
+    columns = [name for name in COLUMNS if not any(name in names for names in spare)]
     with writing(path, None), atomic_write(path, newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)

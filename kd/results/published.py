@@ -1,27 +1,20 @@
 """Figures of a paper beside ours: of which runs they are, and which of several a mean over seeds is compared with."""
 
-import re
 from collections.abc import Sequence
 
 from kd.results.figures import Figure
 
 
 def is_best_run(figure: Figure) -> bool:
-    """Return whether a figure is that of one run that was selected among several, and so higher than a run is expected to be.
-
-    Such a figure has n=1, and its selection names the run: "best: epoch, and run of the grid, by dev accuracy". One run that
-    nothing was selected from but its checkpoint has n=1, and no such word.
-    """
-    return figure.n == 1 and "run" in re.findall(r"\w+", figure.selection)
+    """Return whether a figure is that of one run, selected among several, and so higher than a run is expected to be."""
+    return figure.aggregate == "best run"
 
 
 def aggregate(figure: Figure) -> str:
-    """Return what a figure is of, in a word or two, by its number of runs and its selection; empty if neither tells."""
-    if figure.n is None:
-        return "mean of runs" if re.search(r"\bmean of (its )?runs\b", figure.selection) else ""
-    if figure.n > 1:
-        return f"mean of {figure.n} runs"
-    return "best run" if is_best_run(figure) else "one run"
+    """Return what a figure is of, in a word or two, with its number of runs if there are several; empty if it is not known."""
+    if figure.aggregate == "unknown":
+        return ""
+    return figure.aggregate if figure.n in (None, 1) else figure.aggregate.replace("of runs", f"of {figure.n} runs")
 
 
 def compared_with(figures: Sequence[Figure]) -> Figure | None:
@@ -34,7 +27,7 @@ def compared_with(figures: Sequence[Figure]) -> Figure | None:
         figures: figures of one method, student, task, split and metric.
     """
     apt = [figure for figure in figures if figure.value is not None and not is_best_run(figure)]
-    apt = [figure for figure in apt if figure.n != 1] or apt
+    apt = [figure for figure in apt if figure.aggregate != "one run"] or apt
     if len(apt) > 1:
         apt = [figure for figure in apt if figure.confidence == "printed"]
     return apt[0] if len(apt) == 1 else None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kd.errors import InputError
-from kd.results.figures import COLUMNS, NEEDED_OF_RUNS, OF_RUNS, Figure, add_figures, read_figures, write_figures
+from kd.results.figures import COLUMNS, NEEDED_OF_RUNS, OF_PAPERS, OF_RUNS, Figure, add_figures, read_figures, write_figures
 
 PRINTED = Figure(
     paper="pkd",
@@ -28,9 +28,10 @@ PRINTED = Figure(
     init="first layers",
     source='a file, "quoted", at a commit',
     confidence="printed",
+    aggregate="best run",
 )
 RUN = {"digest": "0a39", "commit": "df571ee", "family": "f", "budget": "b", "scale": "local"}
-OURS = replace(PRINTED, value=0.1 + 0.2, std=0.0, seeds="0", confidence="measured", **RUN)
+OURS = replace(PRINTED, value=0.1 + 0.2, std=0.0, seeds="0", confidence="measured", aggregate="", **RUN)
 
 
 def write(path: Path, **changes: str) -> Path:
@@ -46,7 +47,11 @@ def write(path: Path, **changes: str) -> Path:
 
 
 def test_what_is_written_is_read_back_to_the_last_digit(tmp_path: Path) -> None:
-    figures = [PRINTED, OURS, replace(PRINTED, value=None, std=0.01, n=None, row="row, with\na line break")]
+    figures = [
+        PRINTED,
+        OURS,
+        replace(PRINTED, value=None, std=0.01, n=None, aggregate="unknown", row="row, with\na line break"),
+    ]
     write_figures(tmp_path / "ours.csv", figures)
     assert read_figures(tmp_path / "ours.csv") == figures
 
@@ -55,9 +60,8 @@ def test_columns_of_runs_stand_in_files_of_runs_alone(tmp_path: Path) -> None:
     write_figures(tmp_path / "paper.csv", [PRINTED])
     write_figures(tmp_path / "ours.csv", [OURS])
     headers = [(tmp_path / name).read_text().splitlines()[0] for name in ("paper.csv", "ours.csv")]
-    assert headers[1] == ",".join(COLUMNS)
-    assert headers[0] == headers[1].removesuffix("," + ",".join(OF_RUNS))
-    assert COLUMNS[-len(OF_RUNS) :] == OF_RUNS
+    shared = [name for name in COLUMNS if name not in (*OF_RUNS, *OF_PAPERS)]
+    assert [header.split(",") for header in headers] == [[*shared, *OF_PAPERS], [*shared, *OF_RUNS]]
 
 
 def test_columns_may_stand_in_any_order(tmp_path: Path) -> None:
@@ -74,7 +78,7 @@ def test_a_byte_order_mark_and_blank_lines_are_no_content(tmp_path: Path) -> Non
     assert read_figures(path) == [PRINTED]
 
 
-@pytest.mark.parametrize("column", [name for name in COLUMNS if name not in OF_RUNS])
+@pytest.mark.parametrize("column", [name for name in COLUMNS if name not in (*OF_RUNS, *OF_PAPERS)])
 def test_a_missing_column_is_named(tmp_path: Path, column: str) -> None:
     path = write(tmp_path / "paper.csv", **{column: "None"})
     with pytest.raises(InputError, match=f"paper.csv, line 1: missing column {column}") as caught:
@@ -95,6 +99,10 @@ def test_a_missing_column_is_named(tmp_path: Path, column: str) -> None:
         ("n", "2.0", "line 2: n '2.0' is not a number of runs"),
         ("task", " ", "line 2: task is empty"),
         ("metric", "", "line 2: metric is empty"),
+        ("aggregate", "the best run", "line 2: aggregate 'the best run' is not one of best run, one run, mean of runs, median"),
+        ("aggregate", "None", "line 2: aggregate '' is not one of best run, one run"),
+        ("aggregate", "mean of runs", "line 2: aggregate 'mean of runs' contradicts n, which is 1"),
+        ("aggregate", "unknown", "line 2: aggregate 'unknown' contradicts n, which is 1"),
         ("accuracy", "0.5", "line 1: unknown column 'accuracy'"),
     ],
 )
@@ -106,11 +114,24 @@ def test_a_wrong_entry_is_refused_with_its_line(tmp_path: Path, column: str, tex
     assert caught.value.key == column
 
 
+@pytest.mark.parametrize(("n", "aggregate"), [("", "best run"), ("5", "one run"), ("5", "unknown")])
+def test_a_kind_of_value_fits_its_number_of_runs(tmp_path: Path, n: str, aggregate: str) -> None:
+    path = write(tmp_path / "paper.csv", n=n, aggregate=aggregate)
+    with pytest.raises(InputError, match=f"line 2: aggregate '{aggregate}' contradicts n, which is {n or 'empty'}"):
+        read_figures(path)
+
+
+def test_a_run_of_ours_has_no_kind(tmp_path: Path) -> None:
+    write_figures(tmp_path / "ours.csv", [replace(OURS, aggregate="best run")])
+    with pytest.raises(InputError, match="of a paper's value, and this one is of a run"):
+        read_figures(tmp_path / "ours.csv")
+
+
 def test_the_line_of_an_error_is_that_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "paper.csv"
     write_figures(path, [replace(PRINTED, row="two\nlines"), PRINTED])
     path.write_text(path.read_text() + "pkd,dev\n")
-    with pytest.raises(InputError, match="line 5: 2 fields in place of 17"):
+    with pytest.raises(InputError, match="line 5: 2 fields in place of 18"):
         read_figures(path)
 
 
