@@ -23,10 +23,9 @@ import sys
 from pathlib import Path
 
 from kd.errors import InputError
+from kd.system.command import INTERRUPTED
 from kd.system.files import readable_size
 from kd.system.hardware import version_line
-
-INTERRUPTED = 130
 
 
 def days(text: str) -> float:

@@ -16,7 +16,7 @@ import torch
 from kd import clean
 from kd.runs.retention import USES
 from kd.runs.run import read_record, write_record
-from kd.system.files import locked_now
+from kd.system.files import LOCK, locked_now
 from kd.training import execute
 from kd.training.checkpoints import AtomicCheckpointIO, optimizer_bytes, read_checkpoint
 from kd.training.leftovers import Folder, Leftover, age_of
@@ -74,7 +74,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
+        if path.is_file() and path.name != LOCK
     }
 
 
@@ -379,7 +379,7 @@ def test_unfinished_runs_are_listed_by_age_if_that_is_asked_for(
     assert age_of(student) == pytest.approx(10, abs=0.1)
     assert not listed(runs, 11)
     assert listed(runs, 9.5) == {student.name: "not finished, and unchanged for 10 days"}
-    (student / ".lock").touch()
+    (student / LOCK).touch()
     assert set(listed(runs, 9.5)) == {student.name}, "to lock a run does not change it"
     before = contents(teacher)
     assert command(monkeypatch, runs, "--yes", "--unfinished", 9.5) == 0
@@ -523,6 +523,27 @@ def test_drafts_of_processes_that_have_ended_are_removed(
     assert all(not path.exists() for path in dead)
     assert set(before) - set(contents(runs)) <= {name for name in before if ".part" in name}
     assert all(path.exists() for path in living)
+
+
+def test_drafts_in_the_parts_of_a_mixture_and_a_cohort_are_removed(
+    runs: Path, student: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Predictions and documents of each task are written where they are, exports beside the folder of another task."""
+    draft = f"{socket.gethostname()}.{gone()}.part"
+    files = [f"predictions/rte.npz.{draft}", f"student/rte/README.md.{draft}", f"student/rte/.eval_results/a.yaml.{draft}"]
+    files += [f"peers/b/rte.method.safetensors.{draft}"]
+    kept = ["predictions/rte.npz", "student/rte/README.md", "student/rte/.eval_results/a.yaml", "peers/b/rte/config.json"]
+    for name in (*files, *kept, "peers/b/sst2.part/config.json", f"peers/b/sst2.part/inside.{draft}"):
+        (student / name).parent.mkdir(parents=True, exist_ok=True)
+        (student / name).write_text("half")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / f"mine.{draft}").write_text("half")
+    (student / "predictions" / "link").symlink_to(tmp_path / "elsewhere")
+    assert set(listed(runs)) == {f"{student.name}/{name}" for name in (*files, "peers/b/sst2.part")}
+    assert command(monkeypatch, runs, "--yes") == 0
+    assert not any((student / name).exists() for name in (*files, "peers/b/sst2.part"))
+    assert all((student / name).is_file() for name in kept)
+    assert (tmp_path / "elsewhere" / f"mine.{draft}").exists()
 
 
 def test_a_record_that_a_person_crafted_reaches_nothing_outside(runs: Path, student: Path, tmp_path: Path) -> None:

@@ -15,14 +15,17 @@ from kd.build.check import check_run
 from kd.build.parts import build_parts, engine_of, examples_of
 from kd.config.compose import check_overrides, compose
 from kd.config.mixture import check_mixture
-from kd.config.schema import TaskSpec
+from kd.config.schema import KEEP, TaskSpec
 from kd.data.mixture import Mixture
 from kd.data.tasks import Classification
 from kd.errors import InputError
 from kd.results.maps import read_maps
 from kd.results.mixture import scores
 from kd.runs.members import members
+from kd.runs.retention import USES
+from kd.system.files import LOCK
 from kd.training import execute
+from kd.training.leftovers import Folder
 from whole_runs import broken_off, check_predictions, last_weights, made, planned, same_weights, torchrun, weights
 
 Mixed = Callable[..., list[str]]
@@ -125,6 +128,24 @@ def test_a_mixture_trains_one_body_and_a_head_for_each_task(mixed: Mixed, capsys
         assert words in table
     card = (run.student / "kind" / "README.md").read_text()
     assert "bad, fine" in card
+
+
+def test_a_mixture_retains_its_predictions_whatever_it_removes(mixed: Mixed, tmp_path: Path) -> None:
+    """A run is reduced from word to word; kd-clean has nothing to remove after any of them."""
+    words = mixed("mood", "score")("method=finetune", "teacher=[]", "trainer.max_epochs=1", f"paths.runs={tmp_path}")
+    figures = {"result.json", "config.yaml", "metrics.csv", "predictions/mood.npz", "predictions/score.npz"}
+    last = {"checkpoints/last.ckpt"}
+    checkpoints = {"checkpoints/best.ckpt", "checkpoints/costs.json"}
+    for keep in KEEP:
+        run, record = made([*words, f"trainer.keep={keep}"])
+        names = (LOCK, USES)
+        found = {path.relative_to(run.directory).as_posix() for path in run.directory.rglob("*") if path.is_file()} - {*names}
+        exported = {name for name in found if name.startswith("student/")}
+        assert {name.split("/")[1] for name in exported} == (set() if keep == "figures" else {"mood", "score"})
+        assert found - exported == figures | {"all": last | checkpoints, "best": checkpoints}.get(keep, set())
+        check_predictions(run, record)
+        assert run.is_done()
+        assert not list(Folder(tmp_path).leftovers())
 
 
 def test_a_mixture_of_one_task_is_that_task_alone(mixed: Mixed) -> None:

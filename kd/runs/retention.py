@@ -1,6 +1,6 @@
 """The files that a finished run retains (`trainer.keep`), and what the runs of a folder use of each other.
 
-| `trainer.keep` | checkpoints | `student/`, `peers/`, `method.safetensors` | record, metrics, configuration |
+| `trainer.keep` | checkpoints | `student/`, `peers/`, `method.safetensors` | record, metrics, predictions and all else |
 |---|---|---|---|
 | `all` | both, with the state of the optimiser | yes | yes |
 | `best` | the chosen one, without that state: the export can be written again | yes | yes |

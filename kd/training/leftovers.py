@@ -13,7 +13,7 @@ from typing import Any
 from kd.errors import InputError
 from kd.runs.retention import Uses, read_uses, removable
 from kd.runs.run import is_record, keep_of, read_record
-from kd.system.files import is_abandoned, locked_now, remove, size_of
+from kd.system.files import LOCK, is_abandoned, locked_now, remove, size_of
 from kd.system.model_sources import fingerprint
 from kd.teacher_cache.cache import CACHE_FORMAT
 from kd.training.checkpoints import optimizer_bytes
@@ -72,7 +72,7 @@ class Folder:
         """
         for owner in (*self.directories, *self.given, *self.stores):
             with contextlib.ExitStack() as held:
-                if (owner / ".lock").exists() and not held.enter_context(locked_now(owner)):
+                if (owner / LOCK).exists() and not held.enter_context(locked_now(owner)):
                     self.notes.append(f"left alone: {owner.name}, which another process has locked")
                     continue
                 yield from self.of(owner)
@@ -117,7 +117,7 @@ class Folder:
     @cached_property
     def directories(self) -> list[Path]:
         """Directories of runs."""
-        marks = (".lock", "config.yaml", "result.json")
+        marks = (LOCK, "config.yaml", "result.json")
         named = [path for path in sorted(self.runs.iterdir()) if RUN.fullmatch(path.name) and is_folder(path)]
         return [path for path in named if any((path / mark).is_file() for mark in marks)]
 
@@ -161,7 +161,7 @@ class Folder:
             return
         if record is not None:
             yield from of_record(directory, record)
-        for place in (directory, *(directory / name for name in ("checkpoints", "student", "peers"))):
+        for place in (directory, *(folder for name in PARTS for folder in folders(directory / name))):
             yield from drafts(directory, place)
         if is_folder(directory / "cache"):
             current = None if record is None else fingerprints(directory)
@@ -213,6 +213,9 @@ class Folder:
                 yield Leftover(folder, paths, sum(map(size_of, paths)), "edited examples, and no run has an edit with a model")
 
 
+PARTS = ("checkpoints", "predictions", "student", "peers")
+"""Folders of a run that have files of its own; of a mixture, the last three have some of each task."""
+
 EDITS = ".edits"
 STORES = (".tokens", EDITS)
 """Folders beside the runs whose files are written without a lock."""
@@ -235,7 +238,7 @@ def is_file(path: Path) -> bool:
 
 def is_free(folder: Path) -> bool:
     """Return whether no other process has locked a folder."""
-    if not (folder / ".lock").exists():
+    if not (folder / LOCK).exists():
         return True
     with locked_now(folder) as free:
         return free
@@ -244,6 +247,14 @@ def is_free(folder: Path) -> bool:
 def entries(folder: Path) -> list[Path]:
     """Return what is in a folder; nothing if it is none, or a link."""
     return sorted(folder.iterdir()) if is_folder(folder) else []
+
+
+def folders(folder: Path) -> Iterator[Path]:
+    """Yield a folder and those in it, but no drafts; nothing if it is no folder, or a link."""
+    if is_folder(folder) and DRAFT.search(folder.name) is None:
+        yield folder
+        for path in entries(folder):
+            yield from folders(path)
 
 
 def finished(directory: Path) -> dict[str, Any] | None:
@@ -256,7 +267,7 @@ def finished(directory: Path) -> dict[str, Any] | None:
 
 def age_of(directory: Path) -> float:
     """Return the days since anything in a folder was changed; locking it is no change."""
-    changed = [path.lstat().st_mtime for path in (directory, *directory.rglob("*")) if path.name != ".lock"]
+    changed = [path.lstat().st_mtime for path in (directory, *directory.rglob("*")) if path.name != LOCK]
     return max(0.0, (time.time() - max(changed)) / DAY)
 
 

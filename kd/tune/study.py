@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from kd.config.failure import Failure
 from kd.errors import InputError
-from kd.system.files import check_writable, writing
+from kd.system.files import LOCK, check_writable, writing
 from kd.tune.space import Choices, Parameter, Range, Space, Value
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ class Study:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with writing(self.folder), FileLock(self.folder / ".lock"):
+        with writing(self.folder), FileLock(self.folder / LOCK):
             yield
 
     @contextlib.contextmanager
