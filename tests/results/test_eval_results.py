@@ -56,7 +56,7 @@ def record(subset: str = "rte", task: dict[str, Any] | None = None, data: dict[s
 
 @cache
 def identity_of(subset: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the digest of a run that reads the hub has of a task and of its data."""
+    """Parts of the digest of a run that reads a task from the hub: those of the task, and of its data."""
     own, source = task_identity(typed(compose([f"task={subset}"])).task)
     return own, with_class_names(source)
 
