@@ -286,6 +286,15 @@ class Tokens:
         """Number of tokens of each example, special ones included."""
         return np.diff(self.offsets)
 
+    def words(self) -> np.ndarray:
+        """Return the ids of the words that occur, padding included, (words,), increasing."""
+        ids, padding = self.columns["input_ids"], self.fill["input_ids"]
+        occurs = np.zeros(1 + max(int(ids.max(initial=0)), padding), dtype=bool)
+        occurs[padding] = True
+        for start in range(0, len(ids), PIECE):  # an index takes 8 bytes
+            occurs[ids[start : start + PIECE]] = True
+        return np.flatnonzero(occurs)
+
     @property
     def longest(self) -> np.ndarray:
         """Largest number of tokens of each example; equal to `lengths`, because nothing is drawn at random."""
