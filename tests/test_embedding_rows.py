@@ -14,7 +14,7 @@ from kd.errors import InputError
 from kd.models.occurring_rows import KEY, OccurringRows
 from kd.runs.run import Run
 from kd.training import execute
-from kd.training.rows import Table, TrainOccurringRows, plan_tables
+from kd.training.rows import Table, TrainOccurringRows, plan_tables, readers_of
 from whole_runs import broken_off, last_weights, made, planned, same_weights
 
 Small = Callable[..., list[str]]
@@ -121,7 +121,8 @@ def tables_of(run: Run) -> list[Table]:
     examples = examples_of(run)
     parts = build_parts(run, examples)
     engine = engine_of(run, {name: part.engine for name, part in parts.items()}, examples)
-    return plan_tables(parts, engine, run.spec.trainer)
+    readers = [reader for part in parts.values() for reader in readers_of(part.models, part.data)]
+    return plan_tables(readers, engine, run.spec.trainer)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

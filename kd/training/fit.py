@@ -26,7 +26,7 @@ from kd.system import distributed
 from kd.system.hardware import keep_memory
 from kd.teacher_cache.cache import CacheUnused, CacheUsed
 from kd.training.preflight import check_steps, preflight
-from kd.training.rows import Table, TrainOccurringRows, plan_tables
+from kd.training.rows import Table, TrainOccurringRows, plan_tables, readers_of
 from kd.training.tracking import conclude_all, tracking
 from kd.training.trainer import build_trainer, callbacks_of, last_step, load_weights, quieten, run_trainer, select
 
@@ -51,7 +51,8 @@ def fit(
     keep_memory()  # from here on, so that memory of building, such as a teacher's weights, is returned to the system
     engine = engine_of(run, {name: part.engine for name, part in parts.items()}, examples)
     data = data_of(run, parts)
-    tables = plan_tables(parts, engine, run.spec.trainer)
+    readers = [reader for part in parts.values() for reader in readers_of(part.models, part.data)]
+    tables = plan_tables(readers, engine, run.spec.trainer)
     distributed.on_rank_zero(lambda: begin(run, parts, data.epoch(), tables))
     starts, parts = count_fills(run, engine, parts)
     step = last_step(run, engine)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from kd.build.parts import Part
 from kd.config.schema import TrainerSpec
 from kd.data.datamodule import KDDataModule
 from kd.engines.base import Engine
+from kd.engines.models import Models
 from kd.methods.base import Method
 from kd.models import Encoder
 from kd.models.occurring_rows import OccurringRows
@@ -58,48 +59,45 @@ class Table:
 
 @dataclass(frozen=True)
 class Reader:
-    """Model that is trained, with the data that it reads.
+    """Model that is trained, with the words that it reads.
 
     Attributes:
         name: its name.
         encoder: the model.
         methods: methods that may run it.
-        data: its training data.
-        key: key of its tokens in `data.tokens`.
+        changes: reason why its training text differs between epochs; None if it does not.
+        words: returns the ids of the words of its training text, padding included, (words,).
     """
 
     name: str
     encoder: Encoder
     methods: Sequence[Method]
-    data: KDDataModule
-    key: str
+    changes: str | None
+    words: Callable[[], np.ndarray]
 
 
-def readers_of(parts: Mapping[str, Part]) -> list[Reader]:
-    """Return the models that a run trains, once for each of its tasks."""
-    readers = []
-    for part in parts.values():
-        models, data = part.models, part.data
-        methods = list(models.methods.values())
-        for (name, student), key in zip(models.students.items(), data.student_keys, strict=True):
-            readers.append(Reader(name, student, methods, data, key))
-        if models.online is not None:
-            readers.append(Reader("teacher", models.online, methods, data, data.teacher_keys[0]))
-    return readers
+def readers_of(models: Models, data: KDDataModule) -> list[Reader]:
+    """Return the models that are trained on data, students and an online teacher."""
+    trained = [*models.students.items()] + ([] if models.online is None else [("teacher", models.online)])
+    methods = list(models.methods.values())
+    return [
+        Reader(name, model, methods, data.changes, partial(data.words, key))
+        for (name, model), key in zip(trained, [*data.student_keys, *data.teacher_keys], strict=False)
+    ]
 
 
-def plan_tables(parts: Mapping[str, Part], engine: Engine, trainer: TrainerSpec) -> list[Table]:
+def plan_tables(trained: Sequence[Reader], engine: Engine, trainer: TrainerSpec) -> list[Table]:
     """Return the word-embedding tables of the models that a run trains, each once, with the rows to train.
 
     Args:
-        parts: the run's tasks, by name.
-        engine: its engine.
+        trained: the models, once for each text that they read.
+        engine: engine of the run.
         trainer: specification of its trainer.
     """
     if trainer.embedding_rows == "all":
         return []
     readers: dict[Any, list[Reader]] = {}
-    for reader in readers_of(parts):
+    for reader in trained:
         module: Any = reader.encoder.word_embeddings
         if any(parameter.requires_grad for parameter in module.parameters()):
             readers.setdefault(getattr(module, "weight", module), []).append(reader)
@@ -112,7 +110,7 @@ def plan_table(weight: Any, readers: Sequence[Reader], engine: Engine, trainer: 
     names = list(dict.fromkeys(reader.name for reader in readers))
     if (reason := why_all(weight, readers, modules, engine, trainer)) is not None:
         return Table(modules, names, reason=reason)
-    words = np.concatenate([reader.data.words(reader.key) for reader in readers])
+    words = np.concatenate([reader.words() for reader in readers])
     ids = torch.from_numpy(np.unique(words).astype(np.int64))
     return Table(modules, names, reason="they all occur in train") if len(ids) == len(weight) else Table(modules, names, ids)
 
@@ -138,8 +136,8 @@ def why_all(
     if others := holders - set(modules):
         return f"a {type(next(iter(others))).__name__} has the same weights, as the decoder of a masked language model does"
     for reader in readers:
-        if reader.data.changes is not None:
-            return f"the text differs between epochs: {reader.data.changes}"
+        if reader.changes is not None:
+            return f"the text differs between epochs: {reader.changes}"
         for method in reader.methods:
             if method.other_words:
                 return f"steps of {type(method).__name__} read words that train does not have"
