@@ -21,6 +21,7 @@ from kd.config.compose import compose
 from kd.data.batch import Batch
 from kd.data.datamodule import KDDataModule
 from kd.data.examples import HEAD_OF_KIND, LIMIT_SEED, Examples
+from kd.engines.base import Engine
 from kd.errors import InputError
 from kd.models.students import plan_student
 from kd.runs.identity import backbone_of
@@ -29,7 +30,7 @@ from kd.runs.plan import plan
 from kd.runs.run import Run, RunInputs
 from kd.system.hardware import keep_memory
 from kd.training.progress_bar import ProgressBar
-from kd.training.rows import Reader, TrainOccurringRows, plan_tables, readers_of
+from kd.training.rows import TrainOccurringRows, plan_tables, readers_of
 from kd.training.trainer import build_trainer, quieten
 
 
@@ -172,8 +173,8 @@ class Turns(pl.Callback):
         self.gate.close(self.examples)
 
 
-def readers_of_whole(prepared: Prepared) -> list[Reader]:
-    """Return the models that are trained, as readers of the whole of train: a turn has few of its words."""
+def occurring_rows(prepared: Prepared, engine: Engine) -> TrainOccurringRows:
+    """Return the callback that trains the rows of embedding tables that occur in the whole of train: a turn has few of them."""
     data, texts = prepared.data, prepared.texts
 
     def words(tokenizer: Any) -> np.ndarray:
@@ -181,7 +182,8 @@ def readers_of_whole(prepared: Prepared) -> list[Reader]:
         return ids
 
     readers = readers_of(prepared.models, data)
-    return [replace(reader, words=partial(words, reader.encoder.tokenizer)) for reader in readers]
+    whole = [replace(reader, words=partial(words, reader.encoder.tokenizer)) for reader in readers]
+    return TrainOccurringRows(plan_tables(whole, engine, prepared.run.spec.trainer))
 
 
 def train_candidate(job: Job, gate: Gate) -> None:
@@ -196,7 +198,7 @@ def train_candidate(job: Job, gate: Gate) -> None:
     run = prepared.run
     engine = build_engine(run, prepared.models, prepared.examples.task)
     gate.ready(prepared.facts(run.spec.trainer.precision), run.spec.trainer.accelerator)
-    rows = TrainOccurringRows(plan_tables(readers_of_whole(prepared), engine, run.spec.trainer))
+    rows = occurring_rows(prepared, engine)
     callbacks = [ProgressBar(run.name, run.spec.trainer.progress), Turns(gate), rows]
     trainer = build_trainer(run, engine, None, callbacks=callbacks, limit_val_batches=0, enable_checkpointing=False)
     trainer.fit(engine, datamodule=prepared.data)
