@@ -377,6 +377,7 @@ def every_value(backbone: str, data: str) -> dict[str, Values]:
             st.sampled_from([1, "1", "auto"]), union(st.sampled_from([0, -1, "many", True, None, 1.0, 10**19]), NESTED, NEVER)
         ),
         "trainer.strategy": word("auto", "ddp"),
+        "trainer.embedding_rows": word("occurring", "all"),
         "trainer.deterministic": switch(),
         "trainer.eval_batch_size": whole(1, COUNT),
         "trainer.num_workers": whole(0, 1024),

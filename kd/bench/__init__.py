@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--steps", type=_positive, default=20, help="optimiser steps of one turn (default 20)")
     parser.add_argument("--repeats", type=_positive, default=5, help="turns of each, after a warm-up (default 5)")
     parser.add_argument("--peer", action="store_true", help="also TextBrewer; needs pip install 'kd[bench]'")
+    parser.add_argument("--bare", action="store_true", help="also fine-tuning in a bare loop, without the trainer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to this file")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the ratios; needs pip install 'kd[bench]'")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write bench.json, table.md and bench.png into this folder")
@@ -41,7 +42,7 @@ def main() -> None:
             need("matplotlib", "--picture" if arguments.picture else "--out")
         from kd.bench.benchmark import benchmark, report
 
-        found = benchmark(arguments.overrides, arguments.steps, arguments.repeats, peer=arguments.peer)
+        found = benchmark(arguments.overrides, arguments.steps, arguments.repeats, peer=arguments.peer, bare=arguments.bare)
     except InputError as error:
         print(f"kd-bench: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd.bench.candidates import BASELINES, CACHED, CANDIDATES, FINETUNE, LIVE, Candidate
+from kd.bench.candidates import BARE, BASELINES, CACHED, CANDIDATES, FINETUNE, LIVE, Candidate
 from kd.bench.cost import product_rate
 from kd.bench.figures import figures, markdown, measurement_notes, tabulate
 from kd.bench.workers import Job, Turn, Worker
@@ -24,7 +24,13 @@ PACKAGES = ("textbrewer",)
 
 
 def benchmark(
-    overrides: Sequence[str], steps: int, repeats: int, *, peer: bool = False, candidates: Sequence[Candidate] = CANDIDATES
+    overrides: Sequence[str],
+    steps: int,
+    repeats: int,
+    *,
+    peer: bool = False,
+    bare: bool = False,
+    candidates: Sequence[Candidate] = CANDIDATES,
 ) -> dict[str, Any]:
     """Time all candidates, turn by turn, and return every figure.
 
@@ -33,6 +39,7 @@ def benchmark(
         steps: optimiser steps of one turn.
         repeats: turns of each candidate, after one warm-up turn.
         peer: whether TextBrewer is compared too.
+        bare: whether fine-tuning in a bare loop is compared too.
         candidates: the candidates to compare; fine-tuning must be one of them.
 
     Raises:
@@ -46,6 +53,8 @@ def benchmark(
 
         check_textbrewer(chosen)
         candidates = [*candidates, *BASELINES]
+    if bare:
+        candidates = [*candidates, BARE]
     for candidate in candidates:
         candidate_overrides = candidate.overrides(overrides)
         plan(compose(candidate_overrides), candidate_overrides)  # report errors of any candidate before one is built

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from kd.runs.stages import without
 
 HARNESS, TEXTBREWER_WORKER = "kd.bench.harness:train_candidate", "kd.bench.textbrewer:train_textbrewer"
+BARE_WORKER = "kd.bench.bare:train_bare"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,9 @@ FINETUNE = Candidate(
     bare=True,
 )
 """The baseline of all ratios."""
+
+BARE = replace(FINETUNE, name="bare", label="fine-tuning in a bare loop", worker=BARE_WORKER)
+"""Fine-tuning without the trainer: the share of the trainer is what the baseline takes more."""
 
 CACHED = Candidate("cached", "{method}, teacher cached", drops=("cache=",), adds=("cache=on",))
 """Candidate whose teacher outputs are precomputed before the timed turns; precomputing counts in `setup_seconds`."""

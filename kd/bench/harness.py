@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,6 +21,7 @@ from kd.config.compose import compose
 from kd.data.batch import Batch
 from kd.data.datamodule import KDDataModule
 from kd.data.examples import HEAD_OF_KIND, LIMIT_SEED, Examples
+from kd.engines.base import Engine
 from kd.errors import InputError
 from kd.models.students import plan_student
 from kd.runs.identity import backbone_of
@@ -28,6 +30,7 @@ from kd.runs.plan import plan
 from kd.runs.run import Run, RunInputs
 from kd.system.hardware import keep_memory
 from kd.training.progress_bar import ProgressBar
+from kd.training.rows import TrainOccurringRows, plan_tables, readers_of
 from kd.training.trainer import build_trainer, quieten
 
 
@@ -40,6 +43,7 @@ class Prepared:
         examples: the examples of a turn.
         models: the students and teachers of the run.
         data: loaders over `examples`.
+        texts: training texts of the task: the rows of the embedding table that they have are trained, as in a run.
         turns_in_epoch: number of training examples of the task, divided by those of a turn.
         began: start of its preparation, in seconds of `time.perf_counter`.
     """
@@ -48,6 +52,7 @@ class Prepared:
     examples: Examples
     models: BuiltModels
     data: KDDataModule
+    texts: Sequence[tuple[str, ...]]
     turns_in_epoch: float
     began: float
 
@@ -111,7 +116,7 @@ def prepare(job: Job) -> Prepared:
     run = replace(run, spec=spec, directory=folder / run.name, inputs=RunInputs(teachers, aids=aids))
     run.directory.mkdir(parents=True)
     examples = build_examples(run)
-    whole = len(examples.texts["train"])
+    whole = examples.texts["train"]
     examples = some(examples, job.steps * spec.trainer.accumulate * spec.trainer.batch_size)
     for needed in teachers.values():
         save_untrained(needed, examples.task.labels, examples.task.head, spec.seed)
@@ -123,7 +128,7 @@ def prepare(job: Job) -> Prepared:
     data, models = build_data(run, examples, models)
     if not job.candidate.bare:
         prefit_methods(run, data, models)
-    return Prepared(run, examples, models, data, whole / len(examples.texts["train"]), began)
+    return Prepared(run, examples, models, data, whole, len(whole) / len(examples.texts["train"]), began)
 
 
 def some(examples: Examples, count: int) -> Examples:
@@ -168,6 +173,19 @@ class Turns(pl.Callback):
         self.gate.close(self.examples)
 
 
+def occurring_rows(prepared: Prepared, engine: Engine) -> TrainOccurringRows:
+    """Return the callback that trains the rows of embedding tables that occur in the whole of train: a turn has few of them."""
+    data, texts = prepared.data, prepared.texts
+
+    def words(tokenizer: Any) -> np.ndarray:
+        ids: np.ndarray = data.read(tokenizer, texts, data.max_length).words()
+        return ids
+
+    readers = readers_of(prepared.models, data)
+    whole = [replace(reader, words=partial(words, reader.encoder.tokenizer)) for reader in readers]
+    return TrainOccurringRows(plan_tables(whole, engine, prepared.run.spec.trainer))
+
+
 def train_candidate(job: Job, gate: Gate) -> None:
     """Run a candidate's turns: the steps of `kd.training.fit` from preflight to evaluation, without checkpoints.
 
@@ -180,6 +198,7 @@ def train_candidate(job: Job, gate: Gate) -> None:
     run = prepared.run
     engine = build_engine(run, prepared.models, prepared.examples.task)
     gate.ready(prepared.facts(run.spec.trainer.precision), run.spec.trainer.accelerator)
-    callbacks = [ProgressBar(run.name, run.spec.trainer.progress), Turns(gate)]
+    rows = occurring_rows(prepared, engine)
+    callbacks = [ProgressBar(run.name, run.spec.trainer.progress), Turns(gate), rows]
     trainer = build_trainer(run, engine, None, callbacks=callbacks, limit_val_batches=0, enable_checkpointing=False)
     trainer.fit(engine, datamodule=prepared.data)

@@ -133,6 +133,7 @@ class TrainerSpec:
     accelerator: str = "cpu"
     devices: Any = 1
     strategy: str = "auto"
+    embedding_rows: str = "occurring"
     deterministic: bool = False
     eval_batch_size: int = 128
     num_workers: int = 0
@@ -293,6 +294,7 @@ def check_values(spec: RunSpec) -> None:
         "selection": ("best", "last"),
         "accelerator": ("cpu", "gpu", "auto"),
         "strategy": ("auto", "ddp"),
+        "embedding_rows": ("occurring", "all"),
         "progress": ("auto", "bar", "plain", "none"),
         "keep": KEEP,
     }

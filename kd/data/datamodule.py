@@ -202,6 +202,11 @@ class KDDataModule(ResumableData):
         """Tokenise the texts of one split."""
         return Tokens(tokenizer, texts, max_length, self.pad_multiple, self.store)  # type: ignore[arg-type]
 
+    def words(self, key: str) -> np.ndarray:
+        """Return the words that training text has, padding included, for the tokenizer with this key: ids, increasing."""
+        ids: np.ndarray = self.tokens["train"][key].words()
+        return ids
+
     def text_of_rows(self, split: str) -> np.ndarray:
         """Return the index of each example's text in the split, (examples,)."""
         return np.arange(len(self.examples.texts[split]))

@@ -21,7 +21,7 @@ from kd.errors import InputError
 from kd.forward import Needs
 from kd.methods.base import Method, Progress, Step
 from kd.models import Encoder, FrozenTeacher
-from kd.system import distributed
+from kd.system import distributed, hardware
 
 
 def check_terms(names: Sequence[str], weights: Mapping[str, Any]) -> None:
@@ -244,7 +244,7 @@ class Engine(pl.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed torch from seed, rank, epoch and batch, so that a resumed run has the dropout masks of an uninterrupted one."""
         entropy = [self.seed, self.global_rank, self.current_epoch, batch_idx]
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        hardware.seed_torch(int(np.random.SeedSequence(entropy).generate_state(1)[0]), self.device)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Finish the batch, unless a callback did so already."""

@@ -92,6 +92,7 @@ class Distiller(Engine):
             self.add_module(self._key("method", name), method)
         self.update_order = update
         self._rounds = self._order_turns()
+        self._clipped = [group for turns in self._rounds for group in clipped_together(turns)]
         self.automatic_optimization = len(self._rounds) == 1
 
     def _key(self, kind: str, name: str) -> str:
@@ -132,7 +133,7 @@ class Distiller(Engine):
 
     def trained(self) -> list[list[nn.Parameter]]:
         """Return the trainable parameters in groups whose gradients are clipped together; see `clipped_together`."""
-        return [group for turns in self.rounds() for group in clipped_together(turns)]
+        return self._clipped
 
     def rates(self) -> dict[nn.Parameter, float]:
         """Return the peak learning rates of parameters whose turn has its own."""

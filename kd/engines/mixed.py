@@ -37,6 +37,8 @@ class MixedEngine(Engine):
         for name, part in parts.items():
             self.add_module(f"of-{name}", part)
             part.guard = self.guard
+        groups = zip(*(part.trained() for part in parts.values()), strict=True)
+        self._clipped = [list(dict.fromkeys(parameter for part in group for parameter in part)) for group in groups]
         self.automatic_optimization = first.automatic_optimization
         self.filled = self.work_of_teachers()
 
@@ -57,8 +59,7 @@ class MixedEngine(Engine):
 
     def trained(self) -> list[list[nn.Parameter]]:
         """Return the trainable parameters in groups whose gradients are clipped together: those of a learner, of all tasks."""
-        groups = zip(*(part.trained() for part in self.parts.values()), strict=True)
-        return [list(dict.fromkeys(parameter for part in group for parameter in part)) for group in groups]
+        return self._clipped
 
     def rates(self) -> Mapping[nn.Parameter, float]:
         """Return the peak learning rates of parameters that do not have the run's."""

@@ -9,18 +9,16 @@ import contextlib
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import IO
 
 from filelock import FileLock, Timeout
 
 from kd.config.failure import Failure
 from kd.launch.jobs import Job
+from kd.launch.processes import Program
 from kd.system.command import INTERRUPTED
 from kd.system.files import check_writable, remove, writing
 
@@ -59,7 +57,7 @@ class Running:
     """A job's process, with the lock that keeps others away from the job."""
 
     job: Job
-    process: "subprocess.Popen[bytes]"
+    program: Program
     claim: FileLock
     slot: int
     began: float
@@ -125,7 +123,7 @@ class FanOut:
     def _reap(self) -> Iterator[Event]:
         """Yield the jobs whose processes have ended."""
         for running in list(self.running):
-            status = running.process.poll()
+            status = running.program.status
             if status is None:
                 continue
             self.running.remove(running)
@@ -181,10 +179,11 @@ class FanOut:
     def _launch(self, job: Job, claim: FileLock, slot: int) -> Running:
         failed = job.file(".failed")
         remove(failed)
-        command = [sys.executable, *WORKER, job.name, str(failed), *job.command]
-        with writing(job.file(".log")), job.file(".log").open("ab") as log:
-            process = start(command, {**os.environ, **self.slots[slot]}, log)
-        return Running(job, process, claim, slot, time.monotonic())
+        arguments, log = [*WORKER, job.name, str(failed), *job.command], job.file(".log")
+        with writing(log):
+            log.open("ab").close()
+        program = Program(arguments, {**os.environ, **self.slots[slot]}, log)
+        return Running(job, program, claim, slot, time.monotonic())
 
     def _finish(self, job: Job, seconds: float | None = None) -> Event:
         self.done.add(job.name)
@@ -200,24 +199,12 @@ class FanOut:
     def _stop(self) -> None:
         """Interrupt the processes that still run, and wait for their ends."""
         for running in self.running:
-            with contextlib.suppress(ProcessLookupError):
-                running.process.send_signal(signal.SIGINT)
+            running.program.interrupt()
         until = time.monotonic() + GRACE
         for running in self.running:
-            try:
-                running.process.wait(max(0.0, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                running.process.kill()
-                running.process.wait()
+            running.program.end(until - time.monotonic())
             running.claim.release()
         self.running.clear()
-
-
-def start(command: Sequence[str], environment: Mapping[str, str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
-    """Start a process in a session of its own, so that Ctrl-C in a terminal reaches the parent alone."""
-    return subprocess.Popen(
-        command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
 
 
 def take(job: Job) -> FileLock | None:

@@ -79,6 +79,7 @@ class BackwardKD(Method):
     """
 
     names = ("task", "logits", "auxiliary")
+    other_words = True  # the map between the tables and the mean norm are of all words
     same_vocabulary = True
 
     def __init__(

@@ -288,6 +288,10 @@ class Method(nn.Module):
     """True if student and teachers must have one vocabulary although no token-level tensor of a teacher is declared, because
     the method runs a model on another one's tokens. A run whose student has another vocabulary is then refused."""
 
+    other_words = False
+    """True if a training step may read rows of the student's word embeddings that no training text has, as those of words that
+    the method draws or mixes, or the whole table; then all rows are trained (`trainer.embedding_rows`)."""
+
     def bind(self, bound: Bound) -> None:
         """Adapt the method to the models: build projections, resolve layer maps, freeze parameters that are not trained.
 

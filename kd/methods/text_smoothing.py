@@ -75,6 +75,7 @@ class TextSmoothing(Method):
     ) -> None:
         super().__init__()
         self.aids = {"mlm": "masked_lm"}
+        self.other_words = True
         self.texts = word(texts, TEXTS, "texts")
         self.rate = schedule(rate, "rate", 0, 1)
         self.temperature = temperature_schedule(temperature)

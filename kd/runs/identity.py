@@ -29,6 +29,7 @@ NOT_IN_DIGEST = [
     "accelerator",
     "devices",
     "strategy",
+    "embedding_rows",
     "eval_batch_size",
     "num_workers",
     "checkpoint_minutes",

@@ -26,6 +26,7 @@ from kd.system import distributed
 from kd.system.hardware import keep_memory
 from kd.teacher_cache.cache import CacheUnused, CacheUsed
 from kd.training.preflight import check_steps, preflight
+from kd.training.rows import Table, TrainOccurringRows, plan_tables, readers_of
 from kd.training.tracking import conclude_all, tracking
 from kd.training.trainer import build_trainer, callbacks_of, last_step, load_weights, quieten, run_trainer, select
 
@@ -50,13 +51,15 @@ def fit(
     keep_memory()  # from here on, so that memory of building, such as a teacher's weights, is returned to the system
     engine = engine_of(run, {name: part.engine for name, part in parts.items()}, examples)
     data = data_of(run, parts)
-    distributed.on_rank_zero(lambda: begin(run, parts, data.epoch()))
+    readers = [reader for part in parts.values() for reader in readers_of(part.models, part.data)]
+    tables = plan_tables(readers, engine, run.spec.trainer)
+    distributed.on_rank_zero(lambda: begin(run, parts, data.epoch(), tables))
     starts, parts = count_fills(run, engine, parts)
     step = last_step(run, engine)
     if step is not None:
         distributed.print_rank_zero(f"  resuming from step {step}")
     with tracking(run, role, step) as loggers:
-        record = train(run, engine, parts, data, starts, step, loggers, callbacks)
+        record = train(run, engine, parts, data, starts, step, loggers, [TrainOccurringRows(tables), *callbacks])
         distributed.on_rank_zero(lambda: conclude_all(loggers, record, notes_of(parts)))
     return record
 
@@ -124,7 +127,7 @@ def with_online(part: Part) -> Part:
     return replace(part, models=replace(models, teachers=[*models.teachers, online]))
 
 
-def begin(run: Run, parts: Mapping[str, Part], epoch: Epoch) -> None:
+def begin(run: Run, parts: Mapping[str, Part], epoch: Epoch, tables: Sequence[Table]) -> None:
     """Make the run's folder, and run the preflight checks of each task."""
     run.begin(resume=run.spec.resume)
     if not run.spec.preflight:
@@ -135,7 +138,10 @@ def begin(run: Run, parts: Mapping[str, Part], epoch: Epoch) -> None:
         with rename_task_error_keys(run.spec.task, name):
             report = preflight(part.run, part.engine, part.data, part.models.inits)
         distributed.print_rank_zero("\n".join(report.lines))
-    for line in check_steps(run, epoch).lines:
+    report = check_steps(run, epoch)
+    for table in tables:
+        report.note(table.line)
+    for line in report.lines:
         distributed.print_rank_zero(line)
 
 

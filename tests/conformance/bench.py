@@ -37,6 +37,7 @@ from kd.models.surgery.embeddings import SurgeryInputs
 from kd.runs.run import RunInputs
 from kd.runs.stages import before_config
 from kd.teacher_cache.store import CachedOutputs, Entry, Share, TensorStore
+from kd.training.rows import Table, TrainOccurringRows
 
 BEFORE = "before"
 METHODS = sorted(path.stem for path in (conf_folder() / "method").glob(f"{os.environ.get(ONLY_METHOD, '*')}.yaml"))
@@ -347,6 +348,22 @@ class Bench:
     def update(self, batch: Batch) -> None:
         """One update, with the engine's own steps."""
         self.engine.after_step(self.engine.update(batch, self.engine.optimizer()))
+
+
+def train_occurring_rows(bench: Bench, batch: Batch) -> None:
+    """Let the students, and an online teacher, train the rows of their embeddings that a batch reads, and no others."""
+    models = {**bench.students, **({} if bench.engine.online is None else {"teacher": bench.engine.online})}
+    readers = zip(models.items(), (*batch.students, batch.teachers[0] if batch.teachers else {}), strict=False)
+    words: dict[torch.nn.Module, list[torch.Tensor]] = {}
+    for (_, model), inputs in readers:
+        read = [inputs["input_ids"], *([] if batch.held is None else [batch.held.student["input_ids"]])]
+        words.setdefault(model.word_embeddings, []).extend(read)
+    tables = [
+        Table([module], [str(n)], torch.cat([ids.flatten() for ids in read]).unique())
+        for n, (module, read) in enumerate(words.items())
+        if type(module) is torch.nn.Embedding
+    ]
+    TrainOccurringRows(tables).setup(None, bench.engine, "fit")  # type: ignore[arg-type]
 
 
 KEPT = [*FILLER[::2], *GOOD[::2], *BAD[::2]]

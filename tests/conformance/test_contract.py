@@ -24,6 +24,7 @@ from conformance.bench import (
     save_two_rank_updates,
     shortest,
     take,
+    train_occurring_rows,
     two_rank_cases,
     untouched,
 )
@@ -302,6 +303,29 @@ def test_one_seed_gives_one_result(name: str) -> None:
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@every_case
+def test_rows_that_do_not_occur_change_no_update(name: str) -> None:
+    """Updates are the same with the rows of the student's table alone that its text reads, unless others are declared."""
+
+    def trained(rows: bool) -> dict[str, torch.Tensor]:
+        bench = Bench(name, dropout=0.1, double=True)
+        batch = bench.batch()
+        if rows:
+            train_occurring_rows(bench, batch)
+        torch.manual_seed(11)
+        for _ in range(2):
+            bench.update(batch)
+        return bench.engine.state_dict()
+
+    if any(method.other_words for method in untouched(name).methods.values()):
+        with pytest.raises((InputError, RuntimeError), match=r"embedding_rows=all|size of tensor"):
+            trained(rows=True)
+        return
+    one, other = trained(rows=False), trained(rows=True)
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[key], other[key], rtol=0, atol=SUMS) for key in one if one[key].is_floating_point())
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
     """Return the parameters after one step of every method, on each of two ranks."""
@@ -339,6 +363,7 @@ CHECKS = (
     test_dropout_is_on_in_every_pass_of_a_student_and_off_in_every_other,
     test_step_in_bf16_autocast_is_finite,
     test_one_seed_gives_one_result,
+    test_rows_that_do_not_occur_change_no_update,
 )
 """The contract of a generated composition, in one test for each composition, so that it is composed once."""
 

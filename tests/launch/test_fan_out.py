@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 
 from kd.errors import InputError
-from kd.launch import fan_out
+from kd.launch import fan_out, processes
 from kd.launch.fan_out import Event, FanOut, take
 from kd.launch.jobs import Job, find_run, jobs_of, plan_command
 from kd.launch.places import cores, places
@@ -30,6 +30,7 @@ TWO = ({"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "1"})
 @pytest.fixture(autouse=True)
 def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fan_out, "WORKER", (str(STAND_IN),))
+    monkeypatch.setattr(processes, "PRELOAD", ())
     monkeypatch.setattr(fan_out, "POLL_OTHERS", 0.2)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
 

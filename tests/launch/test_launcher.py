@@ -13,7 +13,7 @@ from kd import sweeps, train
 from kd.config.compose import compose, conf_folder, typed
 from kd.config.schema import LAUNCHERS, LauncherSpec
 from kd.errors import InputError
-from kd.launch import fan_out
+from kd.launch import fan_out, processes
 from kd.launch.launcher import launch
 
 STAND_IN = Path(__file__).parent / "stand_in.py"
@@ -25,6 +25,7 @@ Sweep = Callable[..., tuple[int, str, str]]
 def sweep(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Sweep:
     """A sweep over kd's seeds in a folder of its own, whose runs are made by a stand-in."""
     monkeypatch.setattr(fan_out, "WORKER", (str(STAND_IN),))
+    monkeypatch.setattr(processes, "PRELOAD", ())
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
 
     def run(*words: str) -> tuple[int, str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kd.errors import InputError
-from kd.launch import fan_out
+from kd.launch import fan_out, processes
 from kd.launch.jobs import Job, jobs_of, plan_command
 from kd.launch.slurm import EARLIER, WARNING, seconds_of, submission, write_script
 from kd.launch.task import execute_task
@@ -25,6 +25,7 @@ Small = Callable[..., list[str]]
 @pytest.fixture(autouse=True)
 def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fan_out, "WORKER", (str(STAND_IN),))
+    monkeypatch.setattr(processes, "PRELOAD", ())
     monkeypatch.setenv("STAND_IN_SECONDS", "0")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
 

@@ -18,7 +18,7 @@ import yaml
 
 from kd import table as command
 from kd.errors import InputError
-from kd.launch import fan_out
+from kd.launch import fan_out, processes
 from kd.launch.slurm import RESTARTS
 from kd.results.figures import read_figures
 from kd.table.cells import plan_table
@@ -52,6 +52,7 @@ class Tables:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["kd-table", name, *self.words(*more)])
             patch.setattr(fan_out, "WORKER", (str(STAND_IN),))
+            patch.setattr(processes, "PRELOAD", ())
             patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
             with pytest.raises(SystemExit) as end:
                 command.main()
@@ -59,7 +60,8 @@ class Tables:
 
     def start(self, seconds: float) -> "subprocess.Popen[bytes]":
         """Start the command in a process of its own, with cells that take so many seconds."""
-        code = f"from kd.launch import fan_out; fan_out.WORKER = ({str(STAND_IN)!r},); fan_out.POLL_OTHERS = 0.3\n"
+        code = f"from kd.launch import fan_out, processes; fan_out.WORKER = ({str(STAND_IN)!r},); fan_out.POLL_OTHERS = 0.3\n"
+        code += "processes.PRELOAD = ()\n"
         code += f"import sys; sys.argv = {['kd-table', 'run', *self.words('--workers=2')]!r}\nfrom kd.table import main; main()"
         path = os.pathsep.join(path for path in sys.path if path)
         environment = {**os.environ, "PYTHONPATH": path, "STAND_IN_SECONDS": str(seconds)}

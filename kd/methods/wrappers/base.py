@@ -28,7 +28,7 @@ class Wrapper(Method):
         self.names, self.teachers, self.uses_teachers = inner.names, inner.teachers, inner.uses_teachers
         self.distances, self.across_ranks = inner.distances, inner.across_ranks
         self.same_vocabulary, self.holds, self.aids = inner.same_vocabulary, inner.holds, dict(inner.aids)
-        self.prefits = inner.prefits
+        self.prefits, self.other_words = inner.prefits, inner.other_words
 
     @property
     def inners(self) -> Sequence[Method]:

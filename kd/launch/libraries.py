@@ -1,0 +1,7 @@
+"""Imports of all that a run needs, for the process that the processes of runs are forks of (`kd.launch.processes`)."""
+
+import kd.build.check
+import kd.launch.jobs
+import kd.results.tables
+import kd.training.fit
+import kd.training.tracking  # noqa: F401 - imported for other processes
