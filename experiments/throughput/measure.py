@@ -3,7 +3,8 @@
     python experiments/throughput/measure.py FOLDER [--cells 4] [--rounds 2] [overrides of kd-train]
 
 makes the teacher once, then the same cells (seeds of one method) by each arrangement in turn, in a folder of runs of its own to
-which the teacher is copied. Prints a CSV: seconds of a round, cells per hour, and the ratio to one process with all threads.
+which the teacher is copied; each round begins with another arrangement. Prints a CSV: seconds of a round, cells per hour, and
+the ratio to one process with all threads. `--leave "one process, 1 thread"` leaves an arrangement out.
 """
 
 import argparse
@@ -47,18 +48,22 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--cells", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--leave", action="append", default=[])
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_intermixed_args()
     cores = len(os.sched_getaffinity(0))
     made, words = arguments.folder / "teacher", [*CELL, *arguments.overrides]
     run([*words, "task.limit_validation=256", "task.limit_test=256", f"paths.runs={made}", "seed=99"], str(cores))
     common = [*words, "task.limit_validation=256", "task.limit_test=256", f"seed={','.join(map(str, range(arguments.cells)))}"]
-    seconds: dict[str, list[float]] = {}
+    tried = {name: one for name, one in arrangements(cores).items() if name not in arguments.leave}
+    seconds: dict[str, list[float]] = {name: [] for name in tried}
     for number in range(arguments.rounds):
-        for name, (more, threads) in arrangements(cores).items():
-            runs = arguments.folder / f"runs-{number}-{len(seconds)}-{name.replace(' ', '_').replace(',', '')}"
+        for index in range(len(tried)):
+            name = list(tried)[(index + number) % len(tried)]
+            more, threads = tried[name]
+            runs = arguments.folder / f"runs-{number}-{name.replace(' ', '_').replace(',', '')}"
             shutil.copytree(made, runs, ignore=lambda _, names: [one for one in names if "-s99-" in one])
-            seconds.setdefault(name, []).append(run(["--multirun", *common, *more, f"paths.runs={runs}"], threads))
+            seconds[name].append(run(["--multirun", *common, *more, f"paths.runs={runs}"], threads))
             shutil.rmtree(runs)
             print(f"{number}: {name}: {seconds[name][-1]:.1f} s", file=sys.stderr, flush=True)
     (first, *_) = seconds.values()
