@@ -210,6 +210,7 @@ def planned(state: Sweep, options: Sequence[str]) -> dict[int, Run | None]:
     Raises:
         InputError: if the folder of all runs cannot be written to, or the ranks do not agree on what fails.
     """
+    from kd.launch.launcher import prepare
     from kd.training.execute import check_launch, deliver
 
     left: dict[int, Run] = {}
@@ -233,6 +234,7 @@ def planned(state: Sweep, options: Sequence[str]) -> dict[int, Run | None]:
                 state.done += 1
             else:
                 left[index] = run
+                prepare(run.spec.launcher)
         except BrokenPipeError:  # the output has been closed
             raise
         except Exception as error:  # noqa: BLE001 - printed at once; the other points go on

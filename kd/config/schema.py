@@ -189,15 +189,17 @@ class Launcher:
     Attributes:
         execute: name of a function that executes jobs, see `kd.launch.launcher.launch`; None leaves points to Hydra.
         queues: True if the jobs are only submitted later, so that none is done when the function returns.
+        prepare: name of a function without arguments that starts what the first needs, while jobs are still planned.
     """
 
     execute: str | None = None
     queues: bool = False
+    prepare: str | None = None
 
 
 LAUNCHERS: Mapping[str, Launcher] = {
     "none": Launcher(),
-    "local": Launcher("kd.launch.launcher.local"),
+    "local": Launcher("kd.launch.launcher.local", prepare="kd.launch.processes.start_server"),
     "slurm": Launcher("kd.launch.launcher.slurm", queues=True),
     "ray": Launcher("kd.launch.launcher.ray"),
 }

@@ -27,6 +27,12 @@ def uses_gpus(jobs: Iterable[Job]) -> bool:
     return any(job.run.spec.trainer.accelerator != "cpu" for job in jobs)
 
 
+def prepare(launcher: LauncherSpec) -> None:
+    """Start what a launcher needs, while jobs are still planned."""
+    if (start := launcher_named(launcher.name).prepare) is not None:
+        pkgutil.resolve_name(start)()
+
+
 def launch(jobs: Mapping[str, Job], launcher: LauncherSpec, name: str) -> Iterator[Event]:
     """Execute jobs and yield what changes; for SLURM, write a script and print how to submit it.
 

@@ -11,6 +11,7 @@ import runpy
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -18,6 +19,14 @@ from kd.system.hardware import configure_openmp
 
 PRELOAD = ("kd.launch.libraries",)
 """Modules that the server imports."""
+
+
+def start_server() -> None:
+    """Start the server, if it does not run yet, without waiting until it has imported the libraries."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(PRELOAD))
+    with environment_of({**os.environ, "OMP_NUM_THREADS": "1"}):  # processes set their own number
+        configure_openmp()
+        forkserver.ensure_running()
 
 
 class Program:
@@ -30,13 +39,11 @@ class Program:
     """
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOAD))
+        start_server()
         target = (list(arguments), dict(environment), str(log))
-        with environment_of(environment):  # of the server, which the first process starts
-            configure_openmp()
-            self.process: ForkServerProcess = context.Process(target=execute, args=target)
-            self.process.start()
+        context = multiprocessing.get_context("forkserver")
+        self.process: ForkServerProcess = context.Process(target=execute, args=target)
+        self.process.start()
 
     @property
     def status(self) -> int | None:
