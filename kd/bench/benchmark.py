@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd.bench.candidates import BARE, BASELINES, CACHED, CANDIDATES, FINETUNE, LIVE, Candidate
+from kd.bench.candidates import BARE, CACHED, CANDIDATES, FINETUNE, LIVE, Candidate
 from kd.bench.cost import product_rate
 from kd.bench.figures import figures, markdown, measurement_notes, tabulate
+from kd.bench.peers import choose_peer
 from kd.bench.workers import Job, Turn, Worker
 from kd.config.compose import compose
 from kd.config.mixture import is_mixture
@@ -18,9 +19,6 @@ from kd.results.tables import console
 from kd.runs.plan import plan
 from kd.runs.run import Run
 from kd.system.hardware import git, hardware, versions
-
-PACKAGES = ("textbrewer",)
-"""Packages whose versions are reported, in addition to those of every run."""
 
 
 def benchmark(
@@ -38,7 +36,7 @@ def benchmark(
         overrides: overrides of a `kd-train` command.
         steps: optimiser steps of one turn.
         repeats: turns of each candidate, after one warm-up turn.
-        peer: whether TextBrewer is compared too.
+        peer: whether another framework is compared too (`kd.bench.peers`).
         bare: whether fine-tuning in a bare loop is compared too.
         candidates: the candidates to compare; fine-tuning must be one of them.
 
@@ -48,13 +46,8 @@ def benchmark(
     """
     chosen = plan(compose(LIVE.overrides(overrides)), overrides)
     check_measurable(chosen)
-    if peer:
-        from kd.bench.textbrewer import check_textbrewer
-
-        check_textbrewer(chosen)
-        candidates = [*candidates, *BASELINES]
-    if bare:
-        candidates = [*candidates, BARE]
+    chosen_peer = choose_peer(chosen) if peer else None
+    candidates = [*candidates, *(chosen_peer.candidates if chosen_peer else ()), *([BARE] if bare else [])]
     for candidate in candidates:
         candidate_overrides = candidate.overrides(overrides)
         plan(compose(candidate_overrides), candidate_overrides)  # report errors of any candidate before one is built
@@ -97,7 +90,7 @@ def benchmark(
     return {
         **setting,
         **figures(labels, facts, rounds, rates, FINETUNE.name),
-        "versions": versions(PACKAGES if peer else ()),
+        "versions": versions(chosen_peer.distributions if chosen_peer else ()),
         "hardware": hardware(),
         "git": git(),
     }

@@ -7,6 +7,7 @@ from kd.runs.stages import without
 
 HARNESS, TEXTBREWER_WORKER = "kd.bench.harness:train_candidate", "kd.bench.textbrewer:train_textbrewer"
 BARE_WORKER = "kd.bench.bare:train_bare"
+SENTENCE_TRANSFORMERS_WORKER = "kd.bench.sentence_transformers:train_sentence_transformers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,7 @@ class Candidate:
         bare: whether teachers are removed once the student, whose shape and weights may come from them, is built.
         worker: `module:function` that runs its turns.
         padded: for TextBrewer, whether every batch is padded to `task.max_length`.
+        by_length: for sentence-transformers, whether it has the run's batches of similar length; else batches drawn at random.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Candidate:
     bare: bool = False
     worker: str = HARNESS
     padded: bool = False
+    by_length: bool = False
 
     def overrides(self, command: Sequence[str]) -> list[str]:
         """Return the overrides of the candidate's run."""
@@ -59,5 +62,21 @@ CANDIDATES: tuple[Candidate, ...] = (FINETUNE, CACHED, LIVE)
 TEXTBREWER = replace(LIVE, name="textbrewer", label="TextBrewer, padded to {max_length}", worker=TEXTBREWER_WORKER, padded=True)
 TEXTBREWER_CUT = replace(LIVE, name="textbrewer_per_batch", label="TextBrewer, padded per batch", worker=TEXTBREWER_WORKER)
 
-BASELINES: tuple[Candidate, ...] = (TEXTBREWER, TEXTBREWER_CUT)
-"""The candidates that `--peer` adds."""
+SENTENCE_TRANSFORMERS = replace(
+    LIVE,
+    name="sentence_transformers",
+    label="sentence-transformers, batches at random",
+    worker=SENTENCE_TRANSFORMERS_WORKER,
+)
+SENTENCE_TRANSFORMERS_BY_LENGTH = replace(
+    SENTENCE_TRANSFORMERS,
+    name="sentence_transformers_by_length",
+    label="sentence-transformers, batches by length",
+    by_length=True,
+)
+
+TEXTBREWER_CANDIDATES: tuple[Candidate, ...] = (TEXTBREWER, TEXTBREWER_CUT)
+SENTENCE_TRANSFORMERS_CANDIDATES: tuple[Candidate, ...] = (SENTENCE_TRANSFORMERS, SENTENCE_TRANSFORMERS_BY_LENGTH)
+
+BASELINES: tuple[Candidate, ...] = (*TEXTBREWER_CANDIDATES, *SENTENCE_TRANSFORMERS_CANDIDATES)
+"""The candidates that `--peer` may add (`kd.bench.peers`)."""

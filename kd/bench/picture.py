@@ -8,7 +8,7 @@ from kd.bench.candidates import FINETUNE
 from kd.bench.figures import batches_in_words, ranged, title
 
 PLAIN, OURS, THEIRS = "#8a8f98", "#2f6db3", "#d08a2e"
-"""Colours of fine-tuning, the method in this harness and TextBrewer: distinct also to colour-blind readers and in print."""
+"""Colours of fine-tuning, the method in this harness and its peer: distinct also to colour-blind readers and in print."""
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:

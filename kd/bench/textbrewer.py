@@ -102,8 +102,6 @@ def check_textbrewer(run: Run) -> None:
         raise InputError("TextBrewer is set up for one frozen teacher and one student; leave out --peer", "--peer")
     if spec.trainer.batch_tokens is not None:
         raise InputError("TextBrewer has batches of trainer.batch_size examples only; leave out --peer", "trainer.batch_tokens")
-    if spec.task.kind != "classification":
-        raise InputError(f"TextBrewer is set up for classification, not for task={spec.task.name}; leave out --peer", "--peer")
 
 
 def distillation(prepared: Prepared) -> dict[str, Any]:

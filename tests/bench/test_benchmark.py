@@ -83,11 +83,11 @@ def failing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 
 def test_missing_extra_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    small: Small, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for option, package in ((["--peer"], "textbrewer"), (["--out", str(tmp_path)], "matplotlib")):
-        status, said = failing(monkeypatch, capsys, *option)
+        status, said = failing(monkeypatch, capsys, *small("method=kd"), *option)
         assert status == 2
         assert package in said
         assert "pip install 'kd[bench]'" in said

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from gates import Recorder
 from kd.bench.candidates import FINETUNE, LIVE, TEXTBREWER, TEXTBREWER_CUT, Candidate
 from kd.bench.harness import prepare
 from kd.bench.harness import train_candidate as train_ours
@@ -84,35 +84,6 @@ def test_batches_are_padded_to_the_maximum_or_to_their_longest(small: Small, tmp
     batch = prepared.data.collate("train")(rows)
     assert torch.equal(batch.labels, cut["labels"])
     assert torch.equal(batch.student["input_ids"], cut["input_ids"])
-
-
-class Recorder:
-    """A gate that notes, at each opening and closing, how many optimiser steps were made."""
-
-    def __init__(self, turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.left, self.steps = turns, 0
-        self.facts: dict[str, Any] = {}
-        self.opened: list[int] = []
-        self.closed: list[tuple[int, int]] = []
-        original = torch.optim.AdamW.step
-
-        def step(optimizer: torch.optim.AdamW, *arguments: Any, **options: Any) -> Any:
-            self.steps += 1
-            return original(optimizer, *arguments, **options)
-
-        monkeypatch.setattr(torch.optim.AdamW, "step", step)
-
-    def ready(self, facts: dict[str, Any], accelerator: str) -> None:
-        self.facts = facts
-
-    def open(self) -> None:
-        if not self.left:
-            raise Finished
-        self.left -= 1
-        self.opened.append(self.steps)
-
-    def close(self, examples: int) -> None:
-        self.closed.append((self.steps, examples))
 
 
 @pytest.mark.parametrize("candidate", [FINETUNE, LIVE, TEXTBREWER, TEXTBREWER_CUT], ids=lambda each: each.name)
