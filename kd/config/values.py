@@ -3,7 +3,7 @@
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from kd.errors import InputError, one_of
@@ -115,6 +115,17 @@ def literal(value: object, most: int = 60) -> str:
     return shown(
         repr(value) if type(value) is int else value, 4 * most
     )  # repr is safe: Python cannot parse an integer too long to print
+
+
+def bare(name: str) -> str:
+    """Return a column's name for a message, without quotes if it needs none."""
+    return name if name.isprintable() and len(name) < 40 else literal(name)
+
+
+def column_names(columns: Iterable[object]) -> str:
+    """Return names of columns for a message, at most 20 of them."""
+    names = [bare(str(name)) for name in columns]
+    return ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
 
 
 def one_line(error: BaseException) -> str:

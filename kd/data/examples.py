@@ -13,8 +13,9 @@ from kd.data.columns import chosen, chosen_mask, classes_of_columns, values_of_c
 from kd.data.edits import Split
 from kd.data.labels import class_names
 from kd.data.masked_lm.task import MaskedLM
-from kd.data.readers import data_path, nonblank_lines, rows
-from kd.data.sources import Source, as_names, examples_of, hash_fraction
+from kd.data.readers import Layout, data_path
+from kd.data.shards import shards_of
+from kd.data.sources import LINES, Source, as_names, hash_fraction, read_shards
 from kd.data.tasks import Classification, Regression, Task
 from kd.data.texts import INTERNED, Table, Texts
 from kd.errors import InputError, one_of
@@ -214,20 +215,18 @@ def with_columns(
 def read_unlabelled(spec: TaskSpec, task: Task) -> Split:
     """Return the training text that has no labels; these are NaN.
 
-    The file is CSV, TSV or JSON Lines with the task's text columns, by its suffix, or a `.txt` with a text on each line.
+    The file, or each shard of a folder, is a table with the task's text columns, by its suffix, or a `.txt` with a text on
+    each line.
 
     Raises:
         InputError: if the file cannot be read, or lacks a column.
     """
     key, text, extra = "unlabelled", as_names(spec.text), list(spec.extra or {})
-    path = data_path(str(spec.unlabelled), key)
-    if path.suffix.lower() == ".txt":
-        if len(text) != 1:
-            raise InputError(f"'{path}' has one text on each line, and the task has pairs: give a table", key)
-        lines = ((number, {text[0]: line}) for number, line in nonblank_lines(path, key))
-        table = examples_of(lines, path, text, None, key, blank=False, extra=extra)
-    else:
-        table = examples_of(rows(path, key), path, text, None, key, blank=False, extra=extra)
+    files = shards_of(data_path(str(spec.unlabelled), key), key)
+    has_lines = files[0].suffix.lower() == LINES
+    if has_lines and len(text) != 1:
+        raise InputError(f"'{files[0]}' has one text on each line, and the task has pairs: give a table", key)
+    table = read_shards(files, text, None, key, Layout("lines" if has_lines else None), extra=extra)
     if spec.where:
         table = table.take(chosen(spec.where, task.column_classes, table))
         check_splits({"unlabelled": table}, key)

@@ -1,4 +1,4 @@
-"""Strict readers of CSV, TSV, JSON Lines and plain lines, whose errors name the line."""
+"""Strict readers of tables, CSV, TSV, JSON Lines, Parquet and Arrow, and of plain lines, whose errors name the line or row."""
 
 import csv
 import json
@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd.config.values import literal
+from kd.config.values import bare, literal
+from kd.data.columnar import COLUMNAR, columnar_rows
 from kd.errors import InputError, one_of
 
 Row = Mapping[str, Any]
 
-FORMATS = ("csv", "tsv", "jsonl", "json", "lines")
+FORMATS = ("csv", "tsv", "jsonl", "json", "lines", *COLUMNAR)
 """Values of `task.format`: `jsonl` and `json` are an object per line, or an array of objects; `lines` is a text per line."""
 
 SUFFIXES: Mapping[str, str] = {
@@ -26,6 +27,8 @@ SUFFIXES: Mapping[str, str] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
 }
 """File suffix -> format, for files without `task.format`."""
 
@@ -46,10 +49,11 @@ MAGIC: Mapping[bytes, str] = {
     b"\xfd7zXZ": "compressed (xz)",
     b"\x28\xb5\x2f\xfd": "compressed (zstd)",
     b"PK\x03\x04": "a zip archive or a spreadsheet",
-    b"PAR1": "a Parquet file",
-    b"ARROW1": "an Arrow file",
 }
 """First bytes of files that are not text -> kind of file."""
+
+MAGIC_OF_COLUMNAR: Mapping[bytes, str] = {b"PAR1": "parquet", b"ARROW1": "arrow"}
+"""First bytes of files that are read by another reader than text -> format."""
 
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # one review may be longer than the default of 128 kB
 
@@ -80,7 +84,8 @@ class Layout:
             raise one_of(self.format, FORMATS, "format")
         kind = self.format or SUFFIXES.get(path.suffix.lower()) or (self.delimiter and "csv")
         if kind is None:
-            raise InputError(f"'{path}' is not a .csv, .tsv or .jsonl file; set format={'|'.join(FORMATS)}", key)
+            known = "a .csv, .tsv, .jsonl, .parquet or .arrow file"
+            raise InputError(f"'{path}' is not {known}; set format={'|'.join(FORMATS)}", key)
         if kind not in ("csv", "tsv"):
             for name in ("delimiter", "columns"):
                 if getattr(self, name) is not None:
@@ -122,8 +127,10 @@ def data_path(name: str, key: str | None) -> Path:
     """Convert a configured path to a `Path`, with `~` expanded.
 
     Raises:
-        InputError: if the home folder cannot be determined.
+        InputError: if it is empty, or the home folder cannot be determined.
     """
+    if not name:
+        raise InputError("an empty path; give a file, or a folder of shards", key)
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
@@ -166,18 +173,21 @@ def rows(
     *,
     skip_broken: bool = False,
     layout: Layout | None = None,
+    wanted: Mapping[str, str | None] | None = None,
 ) -> Iterator[tuple[int, Row]]:
     """Yield the rows of a file with their line numbers.
 
     Args:
-        path: ends in .csv, .tsv, .txt (as TSV), .jsonl, .ndjson or .json (an object a line, or an array of them), unless
-            `layout` gives the format.
+        path: ends in .csv, .tsv, .txt (as TSV), .jsonl, .ndjson or .json (an object a line, or an array of them), .parquet or
+            .arrow, unless `layout` gives the format.
         key: the configuration key that an error names.
         columns: names, for a file without a header.
         quoted: whether fields may be quoted; by default in CSV, not in TSV (as GLUE ships it).
         encoding: by default UTF-8 with or without a byte-order mark.
         skip_broken: leave out lines with a wrong number of fields, with a warning that counts them.
         layout: replaces `columns` and `quoted`, and gives format and delimiter.
+        wanted: columns that are read -> the configuration key that an error about the column names. Parquet and Arrow need it;
+            in other formats all columns are read.
 
     Raises:
         InputError: if the file is missing, empty, of an unknown format, not text, or has a broken line.
@@ -185,6 +195,9 @@ def rows(
     layout = layout or Layout(columns=columns, quoted=quoted)
     check_file(path, key)
     kind = layout.kind(path, key)
+    if kind in COLUMNAR:
+        yield from columnar_rows(path, key, kind, wanted or {})
+        return
     _check_beginning(path, key)
     try:
         if kind in ("csv", "tsv"):
@@ -229,6 +242,9 @@ def _check_beginning(path: Path, key: str | None) -> None:
     for magic, what in MAGIC.items():
         if first.startswith(magic):
             raise InputError(f"'{path}' is {what}, not text: unpack it, or save it as CSV or JSON Lines", key)
+    for magic, kind in MAGIC_OF_COLUMNAR.items():
+        if first.startswith(magic):
+            raise InputError(f"'{path}' is in the format {kind}, not text: its name should end in .{kind}", key)
     if first.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise InputError(f"'{path}' is UTF-16, not UTF-8 text: iconv -f UTF-16 -t UTF-8", key)
     if b"\0" in first:
@@ -277,7 +293,7 @@ def _delimited(
                 elif skip_broken:
                     skipped += 1
                 else:
-                    listed = ", ".join(map(_bare, names[:6])) + (", ..." if len(names) > 6 else "")
+                    listed = ", ".join(map(bare, names[:6])) + (", ..." if len(names) > 6 else "")
                     raise InputError(f"'{path}', line {line}: {len(fields)} fields where {whose} {len(names)} ({listed})", key)
         except csv.Error as error:
             why = str(error)
@@ -286,17 +302,6 @@ def _delimited(
             raise InputError(f"'{path}', line {start}: {why}", key) from error
     if skipped:
         warnings.warn(f"'{path}': {skipped} broken lines were left out", stacklevel=2)
-
-
-def _bare(name: str) -> str:
-    """Format a column's name for a message, without quotes if it needs none."""
-    return name if name.isprintable() and len(name) < 40 else literal(name)
-
-
-def column_names(row: Row) -> str:
-    """Format the column names of a row for a message."""
-    names = [_bare(str(name)) for name in row]
-    return ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kd.config.values import literal, number
-from kd.data.readers import Layout, Row, check_file, column_names, data_path, nonblank_lines, rows
+from kd.config.values import column_names, literal, number
+from kd.data.columnar import COLUMNAR
+from kd.data.readers import SUFFIXES, Layout, Row, data_path, rows
+from kd.data.shards import data_fingerprint, shards_of
 from kd.data.texts import Example as Example
 from kd.data.texts import Table, TableWriter
 from kd.errors import InputError
@@ -133,9 +135,82 @@ def examples_of(
     Raises:
         InputError: if a column is missing, a value is not text (see `check_text`), or there is no row.
     """
-    writer, place = TableWriter(extra), f"'{path}', line "
+    writer = TableWriter(extra)
+    add_examples(writer, table, path, text, label, blank=blank)
+    if not writer.labels:
+        raise InputError(f"the file '{path}' has no examples", key)
+    return writer.table()
+
+
+def read_shards(
+    files: Sequence[Path],
+    text: Sequence[str],
+    label: str | None,
+    key: str | None,
+    layout: Layout,
+    *,
+    blank: bool = False,
+    extra: Sequence[str] = (),
+) -> Table:
+    """Read examples from files, one after the other; labels are None without a label column.
+
+    Args:
+        files: a file, or the shards of a folder.
+        text: text columns; a file of plain lines has one text.
+        label: label column.
+        key: the configuration key that an error about a file names.
+        layout: layout of the files.
+        blank: whether a blank text is allowed.
+        extra: further columns.
+
+    Raises:
+        InputError: if a file cannot be read, a column is missing, a value is not text (see `check_text`), or there is no row.
+    """
+    writer = TableWriter(extra)
+    text = ["text"] if layout.format == "lines" else text
+    wanted = keys_of_columns(text, label, extra)
+    for file in files:
+        number = "row" if layout.kind(file, key) in COLUMNAR else "line"
+        table = rows(file, key, layout=layout, wanted=wanted)
+        add_examples(writer, table, file, text, label, blank=blank, number=number)
+    if not writer.labels:
+        shown = f"the file '{files[0]}' has" if len(files) == 1 else f"the files of the folder '{files[0].parent}' have"
+        raise InputError(f"{shown} no examples", key)
+    return writer.table()
+
+
+def keys_of_columns(text: Sequence[str], label: str | None, extra: Sequence[str]) -> dict[str, str]:
+    """Return the columns to read -> the configuration key that names them."""
     columns = dict.fromkeys(text, "text") | ({} if label is None else {label: "label"})
-    columns |= {name: "extra" for name in extra if name not in columns}
+    return columns | {name: "extra" for name in extra if name not in columns}
+
+
+def add_examples(
+    writer: TableWriter,
+    table: Iterable[tuple[int, Row]],
+    path: Path,
+    text: Sequence[str],
+    label: str | None,
+    *,
+    blank: bool,
+    number: str = "line",
+) -> None:
+    """Add the rows of a file to a table; arguments as for `examples_of`.
+
+    Args:
+        writer: builder of the table, with its further columns.
+        table: rows with their numbers.
+        path: path of the file.
+        text: text columns.
+        label: label column.
+        blank: whether a blank text is allowed.
+        number: word for the numbers of the rows, in messages.
+
+    Raises:
+        InputError: if a column is missing, or a value is not text.
+    """
+    extra, place = list(writer.columns), f"'{path}', {number} "
+    columns = keys_of_columns(text, label, extra)
     for line, row in reported(table, path):
         for name, argument in columns.items():
             if name not in row:
@@ -150,9 +225,6 @@ def examples_of(
             writer.add(texts, value, place, line, [row[name] for name in extra])
         except UnicodeEncodeError as error:
             raise half_character(f"{place}{line}", error) from error
-    if not writer.labels:
-        raise InputError(f"the file '{path}' has no examples", key)
-    return writer.table()
 
 
 def no_column(name: str, row: Row, where: str, key: str) -> InputError:
@@ -232,26 +304,27 @@ def given_paths(train: object, validation: object, test: object, usage: str) -> 
     return paths
 
 
-PER_CLASS = ". One file for each class: '{key}={{pos: pos.txt, neg: neg.txt}}'"
+def fingerprint_of(paths: Mapping[str, Mapping[str | None, Path]], *, any_suffix: bool = False) -> dict[str, str]:
+    """Return a digest of the bytes of every file, and of all shards of every folder.
 
-
-def fingerprint_of(paths: Mapping[str, Mapping[str | None, Path]]) -> dict[str, str]:
-    """Return a digest of every file's bytes.
+    Args:
+        paths: split -> class -> a file, or a folder of shards.
+        any_suffix: whether the files of a folder may have several suffixes.
 
     Raises:
-        InputError: for a file that cannot be read.
+        InputError: for a file or folder that cannot be read.
     """
     digests = {}
     for split, files in paths.items():
         for name, path in files.items():
-            check_file(path, split, PER_CLASS.format(key=split))
-            digests[split if name is None else f"{split}/{name}"] = file_fingerprint(path)
+            own = split if name is None else f"{split}/{name}"
+            digests[own] = data_fingerprint(path, split, any_suffix=any_suffix)
     return digests
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """CSV, TSV or JSON Lines files of the user, or one file for each class.
+    """Files of the user, CSV, TSV, JSON Lines, Parquet or Arrow, or one for each class; a folder of shards is as a file.
 
     Without a validation file, `train` is split by a hash of the text: 90/10 if there is a test file, else 80/10/10
     into train, validation and test (our choice).
@@ -281,7 +354,12 @@ class Files:
     extra: Sequence[str] = ()
 
     def _paths(self) -> dict[str, dict[str | None, Path]]:
-        return given_paths(self.train, self.validation, self.test, "task=file needs train=<file.csv|.tsv|.jsonl>")
+        return given_paths(
+            self.train,
+            self.validation,
+            self.test,
+            "task=file needs train=<a file or a folder of shards>",
+        )
 
     def splits(self) -> Splits:
         """Return the examples of every split.
@@ -304,29 +382,30 @@ class Files:
     def _read(self, path: Path, name: str | None, key: str) -> Table:
         text, label = as_names(self.text), as_names(self.label)
         layout = Layout(as_names(self.format), as_names(self.delimiter), as_names(self.columns), self.quoted)
+        files = shards_of(path, key, any_suffix=self.format is not None)
         if name is None and layout.format != "lines":
             if label in text:
                 raise InputError(f"label={label} is among text={text}: the label would be read as text", "label")
-            return examples_of(rows(path, key, layout=layout), path, text, label, key, blank=False, extra=self.extra)
+            return read_shards(files, text, label, key, layout, extra=self.extra)
         if name is None:
             raise InputError(
                 f"format=lines has no labels: give a file for each class, '{key}={{pos: pos.txt, neg: neg.txt}}'",
                 "format",
             )
-        if layout.format == "lines" or (layout.format is None and path.suffix.lower() not in (".csv", ".tsv", *JSON)):
-            table = ((number, {"text": line}) for number, line in nonblank_lines(path, key))
-            found = examples_of(table, path, ["text"], None, key, blank=False, extra=self.extra)
-        else:
-            found = examples_of(rows(path, key, layout=layout), path, text, None, key, blank=False, extra=self.extra)
+        suffix = files[0].suffix.lower()
+        if layout.format == "lines" or (layout.format is None and (suffix == LINES or suffix not in SUFFIXES)):
+            layout = Layout("lines")
+        found = read_shards(files, text, None, key, layout, extra=self.extra)
         found.labels = [name] * len(found)
         return found
 
     def fingerprint(self) -> dict[str, str]:
-        """Return a digest of every file's bytes."""
-        return fingerprint_of(self._paths())
+        """Return a digest of the bytes of every file."""
+        return fingerprint_of(self._paths(), any_suffix=self.format is not None)
 
 
-JSON = (".jsonl", ".ndjson", ".json")
+LINES = ".txt"
+"""Suffix of files without labels that have a text on each line; with labels it is a table's."""
 
 
 @dataclass(frozen=True, slots=True)

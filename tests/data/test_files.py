@@ -96,6 +96,7 @@ def test_a_file_for_each_class_is_read_line_by_line(tmp_path: Path) -> None:
         ("a.csv", CSV.encode("utf-16-be"), {}, "train", ["NUL byte"]),
         ("a.csv.gz", b"\x1f\x8b\x08abc", {"format": "csv"}, "train", ["gzip"]),
         ("a.csv", b"PK\x03\x04abc", {}, "train", ["zip archive or a spreadsheet"]),
+        ("a.csv", b"PAR1abc", {}, "train", ["in the format parquet", "end in .parquet"]),
         ("a.csv", 'text,label\na,1\n"b,0\nc,1\n', {}, "train", ["line 3", "never closed", "quoted"]),
         ("a.csv", CSV.replace(",", ";"), {}, "text", ["delimiter="]),
         ("a.csv", "I liked it,1\nbad,0\n", {}, "text", ["columns="]),
@@ -131,9 +132,10 @@ def test_a_path_that_is_no_file_is_told(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.csv")
     (tmp_path / "circle.csv").symlink_to(tmp_path / "circle.csv")
     good = write(tmp_path, "a.csv", CSV)
+    (tmp_path / "none").mkdir()
     for train, words in (
-        (str(tmp_path), "is a folder"),
-        ("", "is a folder"),
+        (str(tmp_path), "has a folder in it, 'none'"),
+        ("", "an empty path"),
         (str(tmp_path / "no.csv"), "does not exist"),
         (good + "/b.csv", "does not exist"),
         (str(tmp_path / ("x" * 300)), "name too long"),
@@ -145,7 +147,7 @@ def test_a_path_that_is_no_file_is_told(tmp_path: Path) -> None:
         ([good], "a file, or one for each class"),
         ({"pos": good}, "two classes"),
         ({"pos": good, "neg": None}, "two classes"),
-        ({"pos": good, "neg": str(tmp_path)}, "is a folder"),
+        ({"pos": good, "neg": str(tmp_path / "none")}, "has no files"),
     ):
         for action in ("fingerprint", "splits"):
             with pytest.raises(InputError, match=f"(?i){words}") as caught:

@@ -62,7 +62,7 @@ def test_one_text_may_be_longer_than_the_csv_modules_limit(tmp_path: Path) -> No
     ("name", "content", "words"),
     [
         ("empty.csv", "", ["is empty"]),
-        ("a.xlsx", "text,label\n", ["not a .csv, .tsv or .jsonl file"]),
+        ("a.xlsx", "text,label\n", ["not a .csv, .tsv, .jsonl, .parquet or .arrow file"]),
         ("few.csv", "text,label\nfine,1\nbad\n", ["line 3: 1 fields where the header has 2", "text, label"]),
         ("many.csv", "text,label\nfine,1,2\n", ["line 2: 3 fields where the header has 2"]),
         ("after.csv", 'text,label\n"a\nb\nc",1\nbad\n', ["line 5: 1 fields"]),

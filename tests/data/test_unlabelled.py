@@ -245,7 +245,7 @@ def test_a_method_that_cannot_do_without_labels_is_refused(run: Callable[..., Ru
     ("words", "message"),
     [
         (["task.unlabelled=none.txt"], "does not exist"),
-        (["task.unlabelled={folder}"], "is a folder"),
+        (["task.unlabelled={folder}"], "has files of several formats"),
         (["task.unlabelled={folder}/empty.txt"], "is empty"),
         (["task.unlabelled={folder}/a.csv"], "no column 'text'"),
         (["task.text=[text,b]", "task.train={folder}/b.csv", "task.validation={folder}/b.csv", "task.test=null"], "has pairs"),

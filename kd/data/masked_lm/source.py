@@ -5,9 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd.data.readers import Layout, nonblank_lines
-from kd.data.readers import rows as table_rows
-from kd.data.sources import Splits, as_names, check_hash_split, examples_of, fingerprint_of, given_paths, split_by_hash
+from kd.data.readers import Layout
+from kd.data.shards import shards_of
+from kd.data.sources import (
+    LINES,
+    Splits,
+    as_names,
+    check_hash_split,
+    fingerprint_of,
+    given_paths,
+    read_shards,
+    split_by_hash,
+)
 from kd.data.texts import Table
 from kd.errors import InputError
 
@@ -17,7 +26,7 @@ HELD_OUT = 0.05
 
 @dataclass(frozen=True, slots=True)
 class TextFiles:
-    """Text files of the user: the lines of a `.txt` file, or a column of CSV, TSV or JSON Lines.
+    """Text files of the user: the lines of a `.txt` file, or a column of a table; a folder of shards is as a file.
 
     Without a validation file, `train` is split 95/5 by a hash of the text.
     """
@@ -31,7 +40,12 @@ class TextFiles:
     columns: Sequence[str] | None = None
 
     def _paths(self) -> dict[str, dict[str | None, Path]]:
-        paths = given_paths(self.train, self.validation, None, "task=text needs train=<file.txt|.csv|.tsv|.jsonl>")
+        paths = given_paths(
+            self.train,
+            self.validation,
+            None,
+            "task=text needs train=<a file or a folder of shards>",
+        )
         for split, files in paths.items():
             if None not in files:
                 raise InputError(f"{split} must be a file: text without labels has no classes", split)
@@ -50,12 +64,12 @@ class TextFiles:
         return splits
 
     def _read(self, path: Path, key: str) -> Table:
-        if self.format == "lines" or (self.format is None and path.suffix.lower() == ".txt" and self.delimiter is None):
-            lines = ((number, {"text": line}) for number, line in nonblank_lines(path, key))
-            return examples_of(lines, path, ["text"], None, key)
+        files = shards_of(path, key, any_suffix=self.format is not None)
         layout = Layout(as_names(self.format), as_names(self.delimiter), as_names(self.columns), self.quoted)
-        return examples_of(table_rows(path, key, layout=layout), path, as_names(self.text), None, key)
+        if self.format == "lines" or (self.format is None and files[0].suffix.lower() == LINES and self.delimiter is None):
+            layout = Layout("lines")
+        return read_shards(files, as_names(self.text), None, key, layout, blank=True)
 
     def fingerprint(self) -> dict[str, str]:
-        """Return a digest of every file's bytes."""
-        return fingerprint_of(self._paths())
+        """Return a digest of the bytes of every file."""
+        return fingerprint_of(self._paths(), any_suffix=self.format is not None)
