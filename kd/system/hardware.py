@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 SPINS = 1000
@@ -39,6 +40,12 @@ def cpu_has_bf16() -> bool:
 def is_asynchronous(tensor: "Tensor") -> bool:
     """Return True if reading a tensor's values waits for a device, as on accelerators."""
     return tensor.device.type != "cpu"
+
+
+def to_device(values: "Tensor", device: "torch.device") -> "Tensor":
+    """Return a tensor of the CPU on a device. The copy to a GPU starts from page-locked memory, and nothing waits for it."""
+    cuda = device.type == "cuda"
+    return (values.pin_memory() if cuda else values).to(device, non_blocking=cuda)
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:
