@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ from kd.build.data import build_examples
 from kd.build.engine import build_engine
 from kd.build.models import build_models
 from kd.engines.base import Engine
+from kd.engines.nonfinite import LATEST
 from kd.errors import InputError
 from kd.runs.run import Run, write_record
+from kd.system import distributed
 from kd.training import execute
-from kd.training.checkpoints import ENTRY_TYPES, STATE, AtomicCheckpointIO, read_checkpoint, seal
+from kd.training.checkpoints import ENTRY_TYPES, STATE, AtomicCheckpointIO, EveryFewMinutes, read_checkpoint, seal
 from kd.training.fit import count_fills
 from kd.training.trainer import last_step, select
 from whole_runs import broken_off, planned
@@ -369,3 +372,17 @@ def test_a_record_cannot_name_a_folder_outside_its_run(done: Run, tmp_path: Path
     shutil.rmtree(done.student)
     execute.execute(done)
     assert [path.name for path in victim.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize(("device", "ranks", "asked"), [("cpu", 2, 16), ("cuda", 1, 16), ("cuda", 2, 16 // LATEST)])
+def test_ranks_with_accelerators_agree_on_the_time_once_in_a_few_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, ranks: int, asked: int
+) -> None:
+    asking = []
+    strategy = SimpleNamespace(root_device=torch.device(device), broadcast=lambda due: asking.append(due))
+    monkeypatch.setattr(distributed, "world", lambda: ranks)
+    callback = EveryFewMinutes(tmp_path, minutes=5)
+    for step in range(1, 17):
+        trainer = SimpleNamespace(is_last_batch=False, accumulate_grad_batches=1, global_step=step, strategy=strategy)
+        callback.on_train_batch_end(trainer, None, None, None, step - 1)  # type: ignore[arg-type]
+    assert asking == [False] * asked

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from kd.system import hardware
 
@@ -136,3 +137,15 @@ def test_the_commands_ask_before_torch_reads_its_settings() -> None:
     if not shown:
         pytest.skip("torch was built with another OpenMP")
     assert all("'1000'" in line for line in shown)
+
+
+def test_a_copy_to_a_gpu_starts_from_locked_memory_and_nothing_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.ones(2)
+    assert hardware.to_device(values, torch.device("cpu")) is values
+    done: list[object] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: done.append("pinned") or tensor)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda tensor, device, *, non_blocking: done.append((device, non_blocking)) or tensor
+    )
+    hardware.to_device(values, torch.device("cuda", 1))
+    assert done == ["pinned", (torch.device("cuda", 1), True)]

@@ -17,6 +17,7 @@ from kd.data.sampler import LengthBatches, Rows, TokenBatches
 from kd.data.tasks import Task
 from kd.data.tokenized import AnyTokenizer, Tokens, TokenStore, padded_length, tokenizer_fingerprint
 from kd.errors import InputError
+from kd.system import hardware
 
 
 class RowIndices(Dataset[int]):
@@ -82,8 +83,8 @@ class ResumableData(pl.LightningDataModule):
         self._skip = 0
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Move a batch to a device asynchronously; Lightning's default would wait for each of its tensors."""
-        return batch.to(device, non_blocking=device.type == "cuda")
+        """Move a batch to a device without waiting for it; Lightning's default would wait for each of its tensors."""
+        return batch.map(lambda tensor: hardware.to_device(tensor, device))
 
     def state_dict(self) -> dict[str, int]:
         """Return the number of batches done in the current epoch, so that a resumed epoch continues with the next one."""

@@ -13,6 +13,7 @@ from kd.functional.hidden import near_one
 from kd.functional.logits import SOFT_LOSSES
 from kd.methods.base import Bound, Method, Step
 from kd.methods.options import BATCH_MEANS, temperature_schedule, whole, word
+from kd.models.labels import reordered
 from kd.schedules import Schedule
 
 VIEWS = ("all", "gold")
@@ -201,7 +202,7 @@ class ADKD(Method):
         ours = attribution.token_maps(attribution.attributions(results, self.target, create_graph=True))
         theirs = teacher.derived(self.maps.name)
         if self.columns is not None and theirs.shape[-1] == len(self.columns):
-            theirs = theirs[..., self.columns]
+            theirs = reordered(theirs, self.columns)
         if self.views == "gold" and theirs.shape[-1] > 1:
             ours, theirs = (view_of(maps, step.batch.labels) for maps in (ours, theirs))
         return {

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd.errors import InputError
 from kd.forward import Model, Needs
@@ -15,6 +15,7 @@ from kd.methods.base import Bound, Method, Step
 from kd.methods.options import BATCH_MEANS, number, switch, temperature_schedule, whole, word
 from kd.models import Encoder, FrozenTeacher
 from kd.schedules import Schedule
+from kd.system import hardware
 
 DIRECTIONS = ("divergence", "noise", "student_loss")
 REFRESHES = ("epoch", "batch")
@@ -122,6 +123,9 @@ class BackwardKD(Method):
         self.auxiliary_loss = word(auxiliary_loss, SOFT_LOSSES, "auxiliary_loss")
         self.reduction = word(reduction, BATCH_MEANS, "reduction")
         self.ends: list[int] = []
+        self.last = -1
+        """Epoch of the last copy, the value of the buffer `copied`; reading that one would wait for the device."""
+        self.register_load_state_dict_post_hook(read_last)
 
     def bind(self, bound: Bound) -> None:
         """Copy the student, and read the ids of the tokens that are not moved.
@@ -141,6 +145,7 @@ class BackwardKD(Method):
         self.register_buffer("matrix", torch.zeros(teacher.width, student.width))
         self.register_buffer("mean_norm", torch.zeros(()))
         self.register_buffer("copied", torch.tensor(-1))
+        self.last = -1
 
     def needs(self) -> tuple[Needs, Sequence[Needs]]:
         """Declare logits, of a teacher that runs, with gradients unless only the student's loss is ascended."""
@@ -217,15 +222,15 @@ class BackwardKD(Method):
     def _movable(self, step: Step) -> Tensor:
         """Return where words are moved, (batch, tokens), bool: not at [CLS], [SEP] and padding."""
         ids = step.student.inputs["input_ids"]
-        ends = torch.tensor(self.ends, dtype=ids.dtype, device=ids.device)
+        ends = hardware.to_device(torch.tensor(self.ends, dtype=ids.dtype), ids.device)
         return step.student.inputs["attention_mask"].bool() & ~torch.isin(ids, ends)
 
     @torch.no_grad()
     def _update(self, step: Step) -> None:
         """Copy the student's weights, at the first batch of an epoch or each batch, and compute what follows from them."""
         self.copy.eval()  # the engine's `train()` reaches it
-        copied, epoch = int(self.get_buffer("copied")), step.progress.epoch
-        if self.refresh == "epoch" and copied >= 0 and epoch // self.epochs == copied // self.epochs:
+        epoch = step.progress.epoch
+        if self.refresh == "epoch" and self.last >= 0 and epoch // self.epochs == self.last // self.epochs:
             return
         student, teacher = step.student.model, encoder_of(step.teacher.model)
         for own, given in ((self.copy.parameters(), student.parameters()), (self.copy.buffers(), student.buffers())):
@@ -235,9 +240,10 @@ class BackwardKD(Method):
         ids = torch.arange(count, device=step.student.inputs["input_ids"].device)
         table = self.copy.word_embeddings(ids)
         self.get_buffer("mean_norm").copy_(torch.linalg.vector_norm(at_least_float32(table), dim=-1).mean())
-        if self.transfer == "refresh" or copied < 0:
+        if self.transfer == "refresh" or self.last < 0:
             self.get_buffer("matrix").copy_(ascent.transfer_matrix(table, teacher.word_embeddings(ids), self.ridge))
         self.get_buffer("copied").fill_(epoch)
+        self.last = epoch
 
     def describe(self) -> dict[str, str]:
         """Describe the generation of samples."""
@@ -247,6 +253,11 @@ class BackwardKD(Method):
             f"by a copy of the student, new for {many}",
             "words (student->teacher)": f"{matrix.shape[1]} -> {matrix.shape[0]} by least squares, {self.teacher_words}",
         }
+
+
+def read_last(method: nn.Module, _: object) -> None:
+    """Read the epoch of the last copy from the state that was loaded; a hook of `load_state_dict`."""
+    method.last = int(method.get_buffer("copied"))  # type: ignore[assignment]
 
 
 def encoder_of(teacher: Model) -> Encoder:

@@ -12,6 +12,7 @@ from kd.functional.prototypes import content_vector
 from kd.methods.base import ANY_TEACHERS, Bound, Method, Step
 from kd.methods.domains import DomainHead, check_column, domains_of, in_full, marks_of, spread_of, transferability_of
 from kd.methods.options import number, word
+from kd.system import hardware
 
 CORRUPTIONS = ("permute", "other")
 
@@ -109,7 +110,7 @@ class MetaTeacher(Method):
             return (domains + shift) % count
         # In the order of the examples' indices, so that it does not depend on how the ranks share the batch.
         everyone, order = step.across(domains), step.across(step.batch.index).argsort()
-        shuffled = torch.from_numpy(step.rng("domains").permutation(len(order))).to(order.device)
+        shuffled = hardware.to_device(torch.from_numpy(step.rng("domains").permutation(len(order))), order.device)
         given = torch.empty_like(everyone)
         given[order] = everyone[order[shuffled]]
         own = torch.searchsorted(step.across(step.batch.index)[order].contiguous(), step.batch.index)

@@ -14,6 +14,7 @@ from kd.methods import by_teacher
 from kd.methods.base import ANY_TEACHERS, Bound, Method, Step, Turn
 from kd.methods.options import BATCH_MEANS, held_share, number, switch, temperature_schedule, whole, word
 from kd.schedules import Schedule
+from kd.system import hardware
 
 SELECTIONS = ("policy", "all", "uniform", "random", "fixed", "logistic", "best")
 WITH_POLICY = ("policy", "all")
@@ -219,8 +220,9 @@ class RLKD(Method):
         if self.selection == "best":
             return by_teacher.least_error(by_teacher.errors(step))
         if not self.learns:
-            fixed = {"fixed": self.teacher_weights, "logistic": self.fitted.tolist()}.get(self.selection, [1 / count] * count)
-            return torch.tensor(fixed, device=labels.device).expand(len(labels), -1)
+            given = self.teacher_weights if self.selection == "fixed" else [1 / count] * count
+            fixed = self.fitted if self.selection == "logistic" else hardware.to_device(torch.tensor(given), labels.device)
+            return fixed.expand(len(labels), -1)
         state = self.state_of(step)
         with torch.no_grad():
             probabilities = at_least_float32(self.policy(state)).sigmoid()

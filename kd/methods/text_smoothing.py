@@ -12,6 +12,7 @@ from kd.functional.smoothing import drawn_words, likely_words, mean_embedding
 from kd.methods.base import ANY_TEACHERS, Bound, Method, Step
 from kd.methods.options import BATCH_MEANS, schedule, temperature_schedule, whole, word
 from kd.schedules import Schedule
+from kd.system import hardware
 
 TEXTS = ("smoothed", "both", "alternate")
 REPLACEMENTS = ("mixed", "drawn")
@@ -112,7 +113,9 @@ class TextSmoothing(Method):
         tokens, real = inputs["input_ids"], inputs["attention_mask"].bool()
         replaced = torch.ones_like(real)
         if self.positions == "words":
-            replaced = real & ~torch.isin(tokens, torch.tensor(self.special, device=tokens.device))
+            replaced = real & ~torch.isin(
+                tokens, hardware.to_device(torch.tensor(self.special, dtype=tokens.dtype), tokens.device)
+            )
         mlm: Any = step.aids["mlm"].model
         # The body runs once; the head, whose outputs are large, in chunks.
         none = {**inputs, "predicted": torch.zeros_like(real)}

@@ -16,6 +16,8 @@ from kd.forward.needs import Needs
 from kd.forward.outputs import Outputs
 from kd.forward.taps import blocks_above, differentiable, family_of, record
 from kd.models.compiled import compiled_blocks
+from kd.models.masks import expanded_mask
+from kd.system import hardware
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -226,6 +228,8 @@ class Encoder(nn.Module):
         """Return the arguments of the transformers model."""
         arguments = {name: given[name] for name in self.family.inputs if name in given}
         words = given.get("words")
+        if hardware.is_asynchronous(given["attention_mask"]):
+            arguments["attention_mask"] = expanded_mask(self.model, given["attention_mask"])
         if words is None and "input_ids" not in given:
             words = given.get("embedded")  # the embeddings run on something of this shape, and a hook replaces their output
         if words is not None:

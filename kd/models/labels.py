@@ -3,6 +3,9 @@
 import re
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from kd.data.labels import label_text
 
 
@@ -23,6 +26,15 @@ def columns(task: Sequence[str], model: Sequence[str]) -> list[int] | None:
         if sorted(labels) == sorted(outputs) and len(set(outputs)) == len(outputs):
             return [outputs.index(name) for name in labels]
     return None
+
+
+def reordered(values: Tensor, columns: Sequence[int]) -> Tensor:
+    """Return columns of a tensor in another order, (..., columns). A list as an index would be copied to the device first.
+
+    >>> reordered(torch.tensor([[3.0, 4.0]]), [1, 0]).tolist()
+    [[4.0, 3.0]]
+    """
+    return torch.stack([values[..., column] for column in columns], dim=-1)
 
 
 def _folded(name: str) -> str:

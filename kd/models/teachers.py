@@ -12,7 +12,7 @@ from kd.forward.inputs import Inputs, tensors_of
 from kd.forward.needs import Needs
 from kd.forward.outputs import Outputs, UndeclaredRead
 from kd.models.encoder import Encoder
-from kd.models.labels import columns
+from kd.models.labels import columns, reordered
 
 if TYPE_CHECKING:
     from kd.data.tokenized import AnyTokenizer
@@ -150,7 +150,7 @@ class FrozenTeacher:
 
     def in_order(self, outputs: Outputs) -> Outputs:
         """Return outputs with the logits reordered to the task's label order."""
-        return outputs if self.columns is None else outputs.with_logits(outputs.logits[:, self.columns])
+        return outputs if self.columns is None else outputs.with_logits(reordered(outputs.logits, self.columns))
 
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Move or convert every tensor, as `nn.Module._apply` does for modules."""

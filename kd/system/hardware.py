@@ -55,6 +55,12 @@ def seed_torch(seed: int, device: "torch.device") -> None:
         torch.manual_seed(seed)
 
 
+def to_device(values: "Tensor", device: "torch.device") -> "Tensor":
+    """Return a tensor of the CPU on a device. The copy to a GPU starts from page-locked memory, and nothing waits for it."""
+    cuda = device.type == "cuda"
+    return (values.pin_memory() if cuda else values).to(device, non_blocking=cuda)
+
+
 def resolve_precision(precision: str, accelerator: str) -> str:
     """Return the precision with `auto` resolved: bf16 if the machine computes it in hardware, else float32."""
     if precision != "auto":

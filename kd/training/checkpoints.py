@@ -16,7 +16,9 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from kd.data.batch import Batch
 from kd.data.direction import higher_is_better
 from kd.engines.base import Engine
+from kd.engines.nonfinite import LATEST
 from kd.errors import InputError
+from kd.system import distributed
 from kd.system.files import atomic_write, writing
 
 SEAL = b"kd blake2b-256 "
@@ -99,7 +101,8 @@ class EveryFewMinutes(Checkpoint):
     checkpoint; `last.ckpt` is written at the end of the epoch instead. It does not save between the batches of one optimiser
     step, because accumulated gradients are not part of a checkpoint.
 
-    It measures the time itself, because Lightning's timer does not run for an engine with manual optimisation.
+    It measures the time itself, because Lightning's timer does not run for an engine with manual optimisation. Ranks agree
+    through their devices, and on accelerators so do only once in `LATEST` steps: a step that asks waits for its device.
     """
 
     def __init__(self, folder: Path, minutes: float) -> None:
@@ -112,6 +115,9 @@ class EveryFewMinutes(Checkpoint):
     ) -> None:
         """Save if the interval has passed."""
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        asynchronous = trainer.strategy.root_device.type != "cpu"
+        if distributed.world() > 1 and asynchronous and trainer.global_step % LATEST:
             return
         if trainer.strategy.broadcast(time.monotonic() - self.saved >= self.seconds):
             assert isinstance(pl_module, Engine)

@@ -75,6 +75,13 @@ for each in (TASK, SCORES):  # further columns, for methods that read them
     each.column_classes, each.columns = {"domain": DOMAINS}, ["domain", "transferability"]
 LABELLED = {"l2a": ("method.selects=all",)}
 """Overrides for methods that leave examples with labels alone by default, and all examples here have labels."""
+WAITS = {
+    "bert_emd": "the flow between layers is computed on the CPU",
+    "bss": "only the examples that both models classify correctly are moved, and only until all have crossed the boundary",
+    "text_smoothing": "the masked language model predicts at the tokens that are words, and nowhere else",
+}
+"""Methods whose steps read values from the device, and why: the shapes of their tensors follow from values, or the CPU computes
+a part. All others have to run on a device whose values cannot be read."""
 VOCABULARY = tiny_config().vocab_size
 HELD = 5
 """Examples of a held batch, which two ranks share 3 and 2."""

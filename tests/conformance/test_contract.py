@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from unreadable import DEVICE, move, unreadable
 
 from conformance.bench import (
     CASES,
     GENERATED,
     METHODS,
     STAGED,
+    WAITS,
     Bench,
     Recorded,
     case_name,
@@ -28,10 +30,12 @@ from conformance.bench import (
     two_rank_cases,
     untouched,
 )
+from kd.data.batch import Batch
 from kd.errors import InputError
 from kd.forward.lazy import Detached
 from kd.forward.needs import Needs
 from kd.methods.base import Progress, needs_of_teachers
+from kd.system import hardware
 from kd.teacher_cache.cache import TeacherCache
 from processes import free_port
 
@@ -100,6 +104,28 @@ def test_every_trainable_parameter_gets_a_gradient_and_the_teacher_none(name: st
             assert parameter.grad is None
         for key, tensor in teacher.encoder.state_dict().items():
             assert torch.equal(tensor, state[key]), key
+
+
+@every_case
+@pytest.mark.thorough
+def test_no_step_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(name, dropout=0.1)
+    batch, optimizer = bench.batch(), bench.engine.optimizer()
+
+    def step(batch: Batch, done: int) -> None:
+        bench.engine.after_step(bench.engine.update(batch, optimizer, Progress(done, 100)))
+
+    step(batch, 0)  # the first one of an epoch may read what it keeps until the next
+    move(bench.engine)
+    with unreadable(monkeypatch) as waits:
+        if name.split()[0] in WAITS:
+            with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+                step(batch.to(DEVICE), 1)
+            return
+        batch = batch.map(lambda tensor: hardware.to_device(tensor, DEVICE))
+        step(batch, 1)
+        bench.engine.configure_gradient_clipping(optimizer, 1.0)
+    assert not waits
 
 
 @every_case
