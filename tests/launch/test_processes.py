@@ -94,3 +94,86 @@ print(threading.active_count(), torch.cuda.is_initialized())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["['kd.training.fit', 'lightning', 'transformers']", "1 False"]
+
+
+def test_workers_of_data_loaders_are_forks_and_what_is_registered_for_the_end_is_called(start: Start, tmp_path: Path) -> None:
+    code = """
+import atexit, multiprocessing, os
+atexit.register(lambda: print("at the end"))
+child = multiprocessing.Process(target=lambda: print(os.getppid(), flush=True))
+child.start()
+child.join()
+print(os.getpid())
+"""
+    assert status(start(code)) == 0
+    (parent, own, last) = (tmp_path / "log").read_text().splitlines()
+    assert parent == own
+    assert last == "at the end"
+
+
+def test_the_number_of_threads_may_be_one_for_each_level(start: Start, tmp_path: Path) -> None:
+    assert status(start("import torch; print(torch.get_num_threads())", OMP_NUM_THREADS="2,1")) == 0
+    assert (tmp_path / "log").read_text() == "2\n"
+
+
+COMMAND = """
+import os, sys, time
+from multiprocessing import forkserver
+from pathlib import Path
+from kd.launch import processes
+def main():
+    processes.PRELOAD = tuple(os.environ["PRELOAD"].split())
+    folder = Path(sys.argv[1])
+    program = processes.Program([str(folder / "program.py")], os.environ, folder / "log")
+    while os.environ.get("WAIT") and not ((folder / "log").exists() and (folder / "log").read_text()):
+        time.sleep(0.05)
+    (folder / "groups").write_text(f"{os.getpgid(0)} {os.getpgid(forkserver._forkserver._forkserver_pid)}")
+    if os.environ.get("WAIT"):
+        os.kill(forkserver._forkserver._forkserver_pid, 9)
+        time.sleep(0.5)
+        living = program.status
+        program.interrupt()
+    else:
+        living = None
+    program.end(60)
+    (folder / "ended").write_text(f"{living} {program.status}")
+if __name__ == "__main__":  # processes import this file
+    main()
+"""
+
+
+@pytest.mark.parametrize("redirection", ["", ">&-", "2>&-", ">&- 2>&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_streams_may_be_closed_the_temporary_folder_long_and_the_working_folder_full_of_others_modules(
+    tmp_path: Path, redirection: str
+) -> None:
+    (tmp_path / "program.py").write_text("import sys; print('out', flush=True); print('err', file=sys.stderr)")
+    (tmp_path / "command.py").write_text(COMMAND)
+    far = tmp_path / ("x" * 100)
+    far.mkdir()
+    (far / "filelock.py").write_text("raise RuntimeError")
+    environment = {**os.environ, "PRELOAD": "filelock", "TMPDIR": str(far), "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = f"exec {sys.executable} {tmp_path / 'command.py'} {tmp_path} {redirection}"
+    subprocess.run(["sh", "-c", command], env=environment, cwd=far, check=True, timeout=60)
+    assert (tmp_path / "ended").read_text() == "None 0"
+    assert (tmp_path / "log").read_text() == "out\nerr\n"
+
+
+def test_a_process_that_has_lost_its_server_is_interrupted_and_waited_for(tmp_path: Path) -> None:
+    code = """
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+print("ready", flush=True)
+try:
+    time.sleep(100)
+except KeyboardInterrupt:
+    time.sleep(1)
+    print("saved", flush=True)
+"""
+    (tmp_path / "program.py").write_text(code)
+    (tmp_path / "command.py").write_text(COMMAND)
+    environment = {**os.environ, "PRELOAD": "", "WAIT": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, str(tmp_path / "command.py"), str(tmp_path)], env=environment, check=True, timeout=90)
+    assert (tmp_path / "log").read_text() == "ready\nsaved\n"
+    assert (tmp_path / "ended").read_text().startswith("None ")
+    own, server = (tmp_path / "groups").read_text().split()
+    assert own != server  # signals to the group of the command do not reach the server
