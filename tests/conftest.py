@@ -135,6 +135,17 @@ def _one_call_is_timed() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _no_rank_is_left() -> Iterator[None]:
+    """Fail the test that leaves this process a rank of a job: later tests, and libraries that they call, would be ranks too."""
+    yield
+    left = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ]
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        left.append("a process group")
+    assert not left, f"this test leaves {', '.join(left)}"
+
+
 @pytest.fixture(scope="session")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a pre-trained-looking BERT, 4 x 32, and its tokenizer."""

@@ -3,7 +3,8 @@
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -19,6 +20,9 @@ T = TypeVar("T")
 LONGEST_WAIT = timedelta(days=7)
 """Timeout of a collective: the others wait for rank 0, which may wait for another job's lock, or export a model. Lost ranks
 are detected by the watchdog, `kd.system.watchdog`, not by this timeout."""
+
+LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+"""Environment variables that Lightning's launcher of DDP sets and leaves."""
 
 _watchdog: "Watchdog | None" = None
 _alone = False
@@ -77,6 +81,32 @@ def start(accelerator: str) -> None:
     if not torch.distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device(accelerator).type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=LONGEST_WAIT)
+
+
+@contextmanager
+def alone_afterwards() -> Iterator[None]:
+    """End the process group that Lightning's DDP makes for one process in the body, and restore the environment.
+
+    Other libraries, such as accelerate, take a process with such a group, or with these variables, for a rank of a job. A
+    group that was there before, such as torchrun's, is kept.
+    """
+    import torch
+
+    group = torch.distributed
+    if group.is_initialized() or world() > 1:
+        yield
+        return
+    found = {name: os.environ.get(name) for name in LAUNCHED}
+    try:
+        yield
+    finally:
+        if group.is_initialized() and group.get_world_size() == 1:
+            group.destroy_process_group()
+            for name, value in found.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
 
 def leave(status: int = 0) -> None:

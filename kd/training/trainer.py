@@ -127,7 +127,8 @@ def strategy_of(run: Run, engine: Engine) -> str:
 def run_trainer(trainer: pl.Trainer, engine: Engine, data: pl.LightningDataModule, checkpoint: Path | None) -> None:
     """Train; raise KeyboardInterrupt on Ctrl-C, which Lightning turns into SystemExit."""
     try:
-        trainer.fit(engine, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        with distributed.alone_afterwards():
+            trainer.fit(engine, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit as error:  # Lightning raises it on Ctrl-C
         raise KeyboardInterrupt from error
 
