@@ -7,18 +7,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd.bench.candidates import BARE, CACHED, CANDIDATES, FINETUNE, LIVE, Candidate
-from kd.bench.cost import product_rate
+from kd.bench.candidates import BARE, CANDIDATES, FINETUNE, GRAPHED, LIVE, Candidate
+from kd.bench.cost import device_of, product_rate
 from kd.bench.figures import figures, markdown, measurement_notes, tabulate
+from kd.bench.launches import Launches
 from kd.bench.peers import choose_peer
-from kd.bench.workers import Job, Turn, Worker
+from kd.bench.workers import PROFILE, Job, Turn, Worker
 from kd.config.compose import compose
 from kd.config.mixture import is_mixture
+from kd.config.schema import GRAPHS
 from kd.errors import InputError
 from kd.results.tables import console
 from kd.runs.plan import plan
 from kd.runs.run import Run
 from kd.system.hardware import git, hardware, versions
+
+RECORDING_TURNS = 2
+"""Turns of a candidate with CUDA graphs before its warm-up. A graph is recorded at the second batch of its shape, and replayed
+from the third on; a turn has the same shapes as the others, some of them once."""
 
 
 def benchmark(
@@ -47,7 +53,14 @@ def benchmark(
     chosen = plan(compose(LIVE.overrides(overrides)), overrides)
     check_measurable(chosen)
     chosen_peer = choose_peer(chosen) if peer else None
-    candidates = [*candidates, *(chosen_peer.candidates if chosen_peer else ()), *([BARE] if bare else [])]
+    cuda = device_of(chosen.spec.trainer.accelerator) == "cuda"
+    candidates = [
+        *candidates,
+        *(graphs_of(candidates) if cuda and chosen.spec.trainer.compile != GRAPHS else ()),
+        *(chosen_peer.candidates if chosen_peer else ()),
+        *([BARE] if bare else []),
+    ]
+    further = RECORDING_TURNS + 1 if cuda else 0  # turns that are not measured: of graphs that are recorded, and a profile
     for candidate in candidates:
         candidate_overrides = candidate.overrides(overrides)
         plan(compose(candidate_overrides), candidate_overrides)  # report errors of any candidate before one is built
@@ -56,14 +69,18 @@ def benchmark(
         try:
             for candidate in candidates:
                 say(f"building {candidate.name}")
-                job = Job(candidate, tuple(candidate.overrides(overrides)), steps, repeats + 1, Path(folder))
+                job = Job(candidate, tuple(candidate.overrides(overrides)), steps, repeats + 1 + further, Path(folder))
                 workers[candidate.name] = Worker(job)
-                workers[candidate.name].wait()
-                caches = workers[candidate.name].facts["caches"].values()
-                if candidate is CACHED and not (caches and all(cache["used"] for cache in caches)):
-                    say("no teacher can be cached here, so there is no row with a cache")
+                if (why := why_left_out(candidate, workers[candidate.name])) is not None:
+                    say(f"{why}, so there is no row '{candidate.name}'")
                     workers.pop(candidate.name).close()
+            for candidate in candidates:
+                if candidate.without_graphs is not None and candidate.name in workers:
+                    say(f"recording the graphs of {candidate.name}")
+                    for _ in range(RECORDING_TURNS):
+                        workers[candidate.name].turn()
             rounds, rates = run_rounds(workers, repeats + 1, chosen.spec.trainer.accelerator)
+            launches = profiled(workers) if cuda else {}
         finally:
             for worker in workers.values():
                 worker.close()
@@ -89,11 +106,47 @@ def benchmark(
     facts = {name: {**worker.facts, "overrides": all_overrides[name]} for name, worker in workers.items()}
     return {
         **setting,
-        **figures(labels, facts, rounds, rates, FINETUNE.name),
+        **figures(labels, facts, rounds, rates, FINETUNE.name, launches),
         "versions": versions(chosen_peer.distributions if chosen_peer else ()),
         "hardware": hardware(),
         "git": git(),
     }
+
+
+def graphs_of(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates with CUDA graphs that have a candidate without them among these."""
+    names = [candidate.name for candidate in candidates]
+    return [candidate for candidate in GRAPHED if candidate.without_graphs in names]
+
+
+def why_left_out(candidate: Candidate, worker: Worker) -> str | None:
+    """Wait until a worker is ready for its first turn; return the reason why there is no row of its candidate, None for a row.
+
+    Raises:
+        InputError: for an error of the user.
+        WorkerDied: if the process ends early.
+    """
+    try:
+        worker.wait()
+    except InputError as error:
+        if candidate.without_graphs is None or error.key not in ("trainer.compile", "trainer.pad_multiple"):
+            raise
+        return error.message
+    caches = worker.facts["caches"].values()
+    if candidate.caches and not (caches and all(cache["used"] for cache in caches)):
+        return "no teacher can be cached here"
+    return None
+
+
+def profiled(workers: Mapping[str, Worker]) -> dict[str, Launches]:
+    """Run a further turn of each candidate under torch's profiler, and return its counts."""
+    launches = {}
+    for name, worker in workers.items():
+        say(f"profiling {name}")
+        counts = worker.turn(PROFILE).launches
+        assert counts is not None
+        launches[name] = counts
+    return launches
 
 
 def check_measurable(run: Run) -> None:
@@ -102,13 +155,11 @@ def check_measurable(run: Run) -> None:
     Raises:
         InputError: if it needs a GPU and there is none, or if it uses several devices.
     """
-    import torch
-
+    from kd.build.check import check_machine
     from kd.system import distributed
 
     trainer = run.spec.trainer
-    if trainer.accelerator == "gpu" and not torch.cuda.is_available():
-        raise InputError("torch finds no usable GPU on this machine; use trainer=cpu", "trainer")
+    check_machine(run.spec)
     if distributed.world() > 1 or trainer.strategy != "auto" or str(trainer.devices) != "1":
         raise InputError("kd-bench measures one device; use trainer=cpu or trainer=gpu", "trainer")
     if is_mixture(run.spec.task):

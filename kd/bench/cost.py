@@ -55,6 +55,15 @@ def peak_bytes(accelerator: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def reserved_bytes(accelerator: str) -> int | None:
+    """Return the peak of the memory that torch has reserved on the GPU, in bytes; None if no GPU is used."""
+    if device_of(accelerator) != "cuda":
+        return None
+    import torch
+
+    return torch.cuda.max_memory_reserved()
+
+
 def forget_peak(accelerator: str) -> None:
     """Reset the peak to the memory in use now; where the system cannot do that, the peak still includes building."""
     if device_of(accelerator) == "cuda":

@@ -4,7 +4,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kd.bench.candidates import BASELINES
+from kd.bench.candidates import BASELINES, GRAPHED
+from kd.bench.launches import Launches
 from kd.bench.workers import Turn
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def figures(
     rounds: Sequence[Mapping[str, Turn]],
     rates: Mapping[str, Sequence[float]],
     baseline: str,
+    launches: Mapping[str, Launches] | None = None,
 ) -> dict[str, Any]:
     """Compute every figure of a benchmark from its turns.
 
@@ -47,9 +49,11 @@ def figures(
         rounds: candidate -> turn, for each round; the first round is the warm-up.
         rates: data type -> floating-point operations per second, for each round in which it was timed; the best one counts.
         baseline: the candidate that the others' time is divided by.
+        launches: candidate -> counts of a profiled turn; None or empty where there is no GPU, and so no such figures.
     """
     measured = {name: [turns[name].seconds for turns in rounds[1:]] for name in labels}
     peers = [candidate.name for candidate in BASELINES if candidate.name in labels]
+    without = {one.name: one.without_graphs for one in GRAPHED if one.without_graphs is not None}
     best = {dtype: max(values) for dtype, values in rates.items()}
     candidates = {}
     for name, label in labels.items():
@@ -70,12 +74,15 @@ def figures(
             "tokens_per_second": spread([fact["tokens"] / time for time in seconds]),
             "seconds_per_epoch": spread([time * fact["turns_in_epoch"] for time in seconds]),
             "peak_megabytes": round(max(turns[name].peak_bytes for turns in rounds) / 1e6, 1),
+            **reserved_megabytes([turns[name] for turns in rounds]),
             "flops_per_turn": flops,
             "share_of_matrix_product_rate": None
             if flops is None
             else spread([flops / time / best[fact["dtype"]] for time in seconds]),
             "time_relative_to_finetune": relative(seconds, measured[baseline]),
             **{f"speed_relative_to_{peer}": relative(measured[peer], seconds) for peer in peers},
+            **({"time_relative_to_no_graphs": relative(seconds, measured[without[name]])} if name in without else {}),
+            **({"per_step": launches[name].per_step(fact["steps"])} if launches else {}),
         }
     fact = facts[baseline]
     return {
@@ -88,10 +95,42 @@ def figures(
     }
 
 
+def reserved_megabytes(turns: Sequence[Turn]) -> dict[str, float]:
+    """Return the entry about the memory that torch has reserved on a GPU; empty without one."""
+    reserved = [turn.reserved_bytes for turn in turns if turn.reserved_bytes is not None]
+    return {"peak_reserved_megabytes": round(max(reserved) / 1e6, 1)} if reserved else {}
+
+
+PER_STEP = {
+    "kernel launches/step": "kernel_launches",
+    "graph launches/step": "graph_launches",
+    "kernels/step": "kernels",
+    "waits/step": "waits",
+}
+"""Heading -> name of a count in `per_step`."""
+
+GPU_HEADINGS = ("reserved MB", "time / without graphs", *PER_STEP)
+"""Headings of the columns that only a GPU has, in their order."""
+
+
+def gpu_cells(one: Mapping[str, Any]) -> dict[str, str]:
+    """Return the cells of the columns of `GPU_HEADINGS` that a candidate has figures for, by heading."""
+    row = {}
+    if "peak_reserved_megabytes" in one:
+        row["reserved MB"] = f"{one['peak_reserved_megabytes']:,.0f}"
+    if "time_relative_to_no_graphs" in one:
+        row["time / without graphs"] = ranged(one["time_relative_to_no_graphs"], 2)
+    if "per_step" in one:
+        row |= {heading: f"{one['per_step'][name]:,.1f}" for heading, name in PER_STEP.items()}
+    return row
+
+
 def cells(found: Mapping[str, Any]) -> list[list[str]]:
     """Return the cells of the table: a row of headings, then a row for each candidate."""
     candidates = found["candidates"]
     peers = [candidate.name for candidate in BASELINES if candidate.name in candidates]
+    gpu = {name: gpu_cells(one) for name, one in candidates.items()}
+    more = [heading for heading in GPU_HEADINGS if any(heading in row for row in gpu.values())]
     rows = [
         [
             "candidate",
@@ -102,9 +141,10 @@ def cells(found: Mapping[str, Any]) -> list[list[str]]:
             "share of rate",
             "time / fine-tuning",
             *(f"speed / {candidates[peer]['label']}" for peer in peers),
+            *more,
         ]
     ]
-    for one in candidates.values():
+    for name, one in candidates.items():
         share = one["share_of_matrix_product_rate"]
         own = "" if one["precision"] == found["precision"] else f" ({one['precision']})"
         rows.append(
@@ -117,6 +157,7 @@ def cells(found: Mapping[str, Any]) -> list[list[str]]:
                 "" if share is None else f"{share['median']:.1%}",
                 ranged(one["time_relative_to_finetune"], 2),
                 *(ranged(one[f"speed_relative_to_{peer}"], 2) for peer in peers),
+                *(gpu[name].get(heading, "") for heading in more),
             ]
         )
     return rows
@@ -133,6 +174,13 @@ def title(found: Mapping[str, Any]) -> str:
     return f"method={found['method']} student={found['student']} teacher={teacher} task={found['task']}"
 
 
+GPU_NOTE = (
+    "Reserved memory: the peak of what torch holds on the GPU, graphs included. Per optimiser step, by torch's profiler in a "
+    "further turn of each: launches by the host, waits of the host for the GPU, kernels that ran there, in graphs or alone."
+)
+"""What the columns that only a GPU has are."""
+
+
 def measurement_notes(found: Mapping[str, Any]) -> list[str]:
     """Return sentences that describe how the figures were measured."""
     cpu, threads, gpus = (found["hardware"][name] for name in ("cpu", "threads", "gpus"))
@@ -145,6 +193,7 @@ def measurement_notes(found: Mapping[str, Any]) -> list[str]:
         f"Batches of {batches_in_words(found)}, {found['precision']}, {where}.",
         f"Matrix products: {rates} GFLOP/s; the share is of useful work: the student's own, padding left out. "
         f"Peak memory: {'of tensors on the GPU' if cuda else 'of the whole process'}.",
+        *([GPU_NOTE] if any("per_step" in one for one in found["candidates"].values()) else []),
     ]
 
 

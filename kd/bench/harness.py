@@ -74,6 +74,7 @@ class Prepared:
             "examples": len(self.lengths),
             "tokens": int(self.lengths.sum()),
             "turns_in_epoch": self.turns_in_epoch,
+            "steps": -(-len(self.data.sampler("train", spec.seed)) // spec.trainer.accumulate),
             "flops": sum(training_flops(one, self.lengths) for one in self.models.students.values()) if classifier else None,
             "students": list(self.models.inits.values()),
             "caches": {name: asdict(cache) for name, cache in self.models.caches.items()},
@@ -99,7 +100,7 @@ def prepare(job: Job) -> Prepared:
     spec = replace(
         run.spec,
         paths=replace(run.spec.paths, runs=str(folder)),  # stored tokens and cached outputs of trained teachers go there
-        # Training is stopped before the epoch after the last turn.
+        # Training is stopped before the epoch after the last turn, or earlier.
         trainer=replace(run.spec.trainer, max_epochs=job.turns + 1, progress="none"),
         logger=replace(run.spec.logger, extra={}),
         student=replace(run.spec.student, init="random") if run.inputs.stage else run.spec.student,

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from kd.bench.candidates import Candidate
+from kd.bench.launches import Launches, Profile
 from kd.errors import InputError
 
-WAITING, GO, STOP = "waiting", "go", "stop"
+WAITING, GO, PROFILE, STOP = "waiting", "go", "profile", "stop"
 EXIT_TIMEOUT = 10.0
 """Seconds that a worker has to exit after a stop message."""
 
@@ -27,7 +28,7 @@ class Job:
         candidate: the candidate to measure.
         overrides: overrides of the candidate's run.
         steps: optimiser steps of one turn; fewer if there are not enough examples.
-        turns: number of turns, the warm-up included.
+        turns: largest number of turns, those that are not measured included.
         folder: folder for its files, which is deleted at the end.
     """
 
@@ -47,12 +48,16 @@ class Turn:
         cpu_seconds: CPU time of all threads; lower than usual for its wall-clock time if other processes use the machine.
         examples: number of examples trained on.
         peak_bytes: peak memory of the process since before its first turn.
+        reserved_bytes: on a GPU the peak of what torch has reserved there: the memory of graphs is not all of tensors.
+        launches: counts of a turn that was profiled, whose time says nothing; None for a turn that was measured.
     """
 
     seconds: float
     cpu_seconds: float
     examples: int
     peak_bytes: int
+    reserved_bytes: int | None = None
+    launches: Launches | None = None
 
 
 class Finished(Exception):
@@ -80,6 +85,7 @@ class Gate:
         self.channel, self.job = channel, job
         self.accelerator = "cpu"
         self._began = self._cpu_began = 0.0
+        self._profile: Profile | None = None
 
     def ready(self, facts: Mapping[str, Any], accelerator: str) -> None:
         """Send a description of the built run to the parent, before the first turn."""
@@ -90,7 +96,7 @@ class Gate:
         self.channel.send(dict(facts))
 
     def open(self) -> None:
-        """Wait for the next turn, then start the clock.
+        """Wait for the next turn, then start the clock, and the profiler if the turn is to be profiled.
 
         Raises:
             Finished: if there are no more turns.
@@ -98,18 +104,24 @@ class Gate:
         from kd.bench.cost import synchronise
 
         self.channel.send(WAITING)
-        if self.channel.recv() == STOP:
+        message = self.channel.recv()
+        if message == STOP:
             raise Finished
         synchronise(self.accelerator)
+        if message == PROFILE:
+            self._profile = Profile(self.job.folder)
+            self._profile.start()
         self._began, self._cpu_began = time.perf_counter(), time.process_time()
 
     def close(self, examples: int) -> None:
         """Stop the clock and send the turn's measurement to the parent."""
-        from kd.bench.cost import peak_bytes, synchronise
+        from kd.bench.cost import peak_bytes, reserved_bytes, synchronise
 
+        launches, self._profile = None if self._profile is None else self._profile.stop(), None
         synchronise(self.accelerator)
         seconds, cpu_seconds = time.perf_counter() - self._began, time.process_time() - self._cpu_began
-        self.channel.send(Turn(seconds, cpu_seconds, examples, peak_bytes(self.accelerator)))
+        peak, reserved = peak_bytes(self.accelerator), reserved_bytes(self.accelerator)
+        self.channel.send(Turn(seconds, cpu_seconds, examples, peak, reserved, launches))
 
 
 def work(channel: Connection, job: Job) -> None:
@@ -149,10 +161,14 @@ class Worker:
         self.facts = self._receive()
         self._receive()
 
-    def turn(self) -> Turn:
-        """Run one turn in the worker, and wait until the worker is idle again."""
+    def turn(self, message: str = GO) -> Turn:
+        """Run one turn in the worker, and wait until the worker is idle again.
+
+        Args:
+            message: `GO`, or `PROFILE` for a turn that is profiled.
+        """
         try:
-            self.channel.send(GO)
+            self.channel.send(message)
         except OSError as error:
             raise self._died() from error
         done: Turn = self._receive()

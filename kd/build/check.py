@@ -15,7 +15,7 @@ from kd.build.parts import engine_of
 from kd.build.surgeries import prefix_surgery_errors, surgeries
 from kd.config.edits import edit_nodes
 from kd.config.mixture import rename_task_error_keys, tasks_of
-from kd.config.schema import RunSpec
+from kd.config.schema import GRAPHS, RunSpec
 from kd.config.values import locate, one_line, subclass_of
 from kd.data.examples import Examples
 from kd.engines.base import Engine
@@ -82,10 +82,10 @@ def check_memory(spec: RunSpec, models: Models) -> None:
 
 
 def check_machine(spec: RunSpec) -> None:
-    """Check that this machine supports the accelerator and the precision of a configuration.
+    """Check that this machine supports the accelerator, the precision and the compilation of a configuration.
 
     Raises:
-        InputError: if there is no GPU, and the accelerator or the precision needs one.
+        InputError: if there is no GPU, and one of them needs one; or for CUDA graphs in several processes.
     """
     has_gpu = torch.cuda.is_available()
     if spec.trainer.accelerator == "gpu" and not has_gpu:
@@ -93,6 +93,29 @@ def check_machine(spec: RunSpec) -> None:
     if spec.trainer.precision == "16-mixed" and (spec.trainer.accelerator == "cpu" or not has_gpu):
         raise InputError(  # Lightning would train in bf16 and the record would not say so
             "trainer.precision=16-mixed needs a GPU; on a CPU use 32-true or bf16-mixed", "trainer.precision"
+        )
+    if spec.trainer.compile == GRAPHS:
+        check_graph_machine(spec)
+
+
+def check_graph_machine(spec: RunSpec) -> None:
+    """Check that CUDA graphs can be recorded here.
+
+    Raises:
+        InputError: without CUDA, or for DDP, which reduces gradients between graphs that are recorded or replayed. That could
+            not be tested, and issues of PyTorch report crashes (pytorch/pytorch 128218).
+    """
+    trainer, key = spec.trainer, "trainer.compile"
+    if distributed.device(trainer.accelerator).type == "cpu" or torch.version.cuda is None:
+        where = "trains on the CPU" if torch.version.cuda or not torch.cuda.is_available() else "has a GPU without CUDA"
+        raise InputError(
+            f"trainer.compile={GRAPHS} records CUDA graphs, and this run {where}; use trainer=gpu or trainer.compile=false", key
+        )
+    if distributed.world() > 1 or trainer.strategy != "auto":
+        raise InputError(
+            f"trainer.compile={GRAPHS} records CUDA graphs, which are not tested with DDP; use trainer=gpu, one process, or "
+            "trainer.compile=false",
+            key,
         )
 
 
@@ -205,5 +228,6 @@ def check_member(run: Run, examples: Examples) -> Engine:
                 surgery.dry_run(models.student.tokenizer, flat(examples.texts["train"]))
     check_memory(run.spec, models)
     if run.spec.trainer.compile:
-        check_compiler(distributed.device(run.spec.trainer.accelerator).type)
+        mode = GRAPHS if run.spec.trainer.compile == GRAPHS else None
+        check_compiler(distributed.device(run.spec.trainer.accelerator).type, mode)
     return build_engine(run, models, examples.task)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kd.build.edits import build_edits
 from kd.build.models import BuiltModels
-from kd.config.schema import RunSpec, cache_limit
+from kd.config.schema import RunSpec, cache_limit, padding_multiple
 from kd.data.datamodule import KDDataModule
 from kd.data.examples import Examples, load_examples
 from kd.data.held import cut
@@ -83,7 +83,7 @@ def build_data(run: Run, examples: Examples, models: BuiltModels) -> tuple[KDDat
             workers=spec.trainer.num_workers,
             rank=distributed.rank(),
             world=distributed.world(),
-            pad_multiple=spec.trainer.pad_multiple,
+            pad_multiple=padding_multiple(spec.trainer),
             batch_tokens=spec.trainer.batch_tokens,
             store=Path(spec.paths.runs).expanduser() / ".tokens",
             accumulate=spec.trainer.accumulate,

@@ -198,7 +198,7 @@ def materialise(plan: ModelPlan, texts: Sequence[tuple[str, ...]] = (), body: Mo
         models.students[name] = student
         models.inits[name] = "; ".join([learner.init, *student.notes, *changes])
     for encoder in (*models.students.values(), *models.teaching, *(aid.shape for aid in aids.values())):
-        encoder.compiled = run.spec.trainer.compile
+        encoder.compiled = run.spec.trainer.compile is True  # CUDA graphs are for steps alone: `kd.training.graphs`
     return models
 
 

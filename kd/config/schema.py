@@ -124,11 +124,11 @@ class TrainerSpec:
     max_epochs: int = MISSING
     batch_size: int = MISSING
     batch_tokens: int | None = None
-    pad_multiple: int = 1
+    pad_multiple: int | None = None
     accumulate: int = 1
     clip: float | None = 1.0
     precision: str = "32-true"
-    compile: bool = False
+    compile: Any = False
     selection: str = "best"
     accelerator: str = "cpu"
     devices: Any = 1
@@ -254,6 +254,38 @@ def cache_limit(setting: object) -> float | None:
     return float(size[1]) * 1000.0 ** " kmgt".index(size[2] or " ")
 
 
+GRAPHS = "reduce-overhead"
+"""Value of `trainer.compile`, a mode of `torch.compile`: blocks of the training steps run as CUDA graphs."""
+
+PADDING_OF_GRAPHS = 16
+"""`trainer.pad_multiple` where it is null and blocks run as CUDA graphs, which are recorded for each length: 8 lengths with
+`task.max_length=128`, the number above which torch 2.13 warns. Our choice."""
+
+
+def compile_mode(setting: object) -> bool | str:
+    """Return how `trainer.compile` compiles blocks: not at all, in torch's default mode (True), or in `GRAPHS`.
+
+    Raises:
+        InputError: if the setting is none of these.
+
+    >>> compile_mode("off"), compile_mode(True), compile_mode("reduce-overhead")
+    (False, True, 'reduce-overhead')
+    """
+    modes: dict[str, bool | str] = {GRAPHS: GRAPHS}
+    modes |= dict.fromkeys(("true", "yes", "on", "y", "1"), True)
+    modes |= dict.fromkeys(("false", "no", "off", "n", "0"), False)
+    if (text := str(setting).lower()) not in modes:
+        raise InputError(f"trainer.compile={shown(setting)} must be true, false or {GRAPHS}", "trainer.compile")
+    return modes[text]
+
+
+def padding_multiple(trainer: TrainerSpec) -> int:
+    """Return the number of tokens of which batches are padded to a multiple; null follows from `trainer.compile`."""
+    if trainer.pad_multiple is not None:
+        return trainer.pad_multiple
+    return PADDING_OF_GRAPHS if compile_mode(trainer.compile) == GRAPHS else 1
+
+
 MOST_OF_TASK = {"max_length": MANY, "limit_train": 2**40, "limit_validation": 2**40, "limit_test": 2**40}
 MOST_OF_TRAINER = {
     "max_epochs": MANY,
@@ -302,6 +334,7 @@ def check_values(spec: RunSpec) -> None:
     }
     for key, allowed in words.items():
         word(getattr(trainer, key), allowed, f"trainer.{key}")
+    compile_mode(trainer.compile)
     check_student(student)
     for name, most in MOST_OF_TRAINER.items():
         if (value := getattr(trainer, name)) is not None:

@@ -15,7 +15,7 @@ from kd.data.examples import Examples
 from kd.data.held import Cut, WithHeld, cut
 from kd.data.sampler import LengthBatches, Rows, TokenBatches
 from kd.data.tasks import Task
-from kd.data.tokenized import AnyTokenizer, Tokens, TokenStore, padded_length, tokenizer_fingerprint
+from kd.data.tokenized import AnyTokenizer, Tokens, TokenStore, padded_length, padded_lengths, tokenizer_fingerprint
 from kd.errors import InputError
 from kd.system import hardware
 
@@ -215,6 +215,11 @@ class KDDataModule(ResumableData):
     def epoch(self) -> Epoch:
         """Return the size of an epoch."""
         return Epoch(len(self.sampler("train", self.seed)), self.trained_count)
+
+    @property
+    def padded_lengths(self) -> set[int]:
+        """Numbers of tokens that batches may have after padding."""
+        return padded_lengths(self.pad_multiple, self.max_length)
 
     @property
     def student_key(self) -> str:

@@ -134,6 +134,10 @@ class WithHeld(Sampler[list[int]]):
     def __len__(self) -> int:
         return len(self.inner)
 
+    def sizes(self) -> set[int]:
+        """Return the numbers of examples that global batches have, those of held examples included."""
+        return {*self.inner.sizes(), self.size}
+
     def held_batch(self, index: int) -> np.ndarray:
         """Return the global held batch of the training batch at this index in the current epoch, as indices in train."""
         accumulate = self.inner.accumulate

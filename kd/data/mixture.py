@@ -107,6 +107,10 @@ class MixedBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return sum(len(sampler) for sampler in self.samplers.values())
 
+    def sizes(self) -> set[int]:
+        """Return the numbers of examples that global batches have, whatever their task."""
+        return {size for sampler in self.samplers.values() for size in sampler.sizes()}
+
     def tasks(self, epoch: int) -> np.ndarray:
         """Return the task of each batch of an epoch, as an index into `names`, (batches,)."""
         seed = np.random.SeedSequence(self.seed, spawn_key=(DRAWS, epoch))
@@ -197,6 +201,11 @@ class MixedData(ResumableData):
     def epoch(self) -> Epoch:
         """Return the size of an epoch; a task may have more or fewer batches in it than in an epoch of its own."""
         return Epoch(len(self.sampler()), sum(part.trained_count for part in self.parts.values()))
+
+    @property
+    def padded_lengths(self) -> set[int]:
+        """Numbers of tokens that batches may have after padding."""
+        return {length for part in self.parts.values() for length in part.padded_lengths}
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of training batches."""

@@ -113,12 +113,17 @@ class LengthBatches(Sampler[list[int]]):
         size = POOL * self.batch_size
         return [start for start in range(size, count, size) if count - start >= self.batch_size]
 
-    def smallest(self) -> int:
-        """Return the number of examples of the smallest global batch; the same in every epoch."""
+    def sizes(self) -> set[int]:
+        """Return the numbers of examples that global batches have; the same in every epoch."""
         count = len(self.lengths)
         bounds = [0, *(self._pools(count) if self.seed is not None else []), count]
-        sizes = [end - start for start, end in itertools.pairwise(bounds)]
-        return min(size // -(-size // self.batch_size) for size in sizes)
+        pools = [end - start for start, end in itertools.pairwise(bounds)]
+        counts = [(size, -(-size // self.batch_size)) for size in pools]  # examples and batches, as `_cut` has them
+        return {rounded for size, batches in counts for rounded in (size // batches, -(-size // batches))}
+
+    def smallest(self) -> int:
+        """Return the number of examples of the smallest global batch; the same in every epoch."""
+        return min(self.sizes())
 
     def _cut(self, order: np.ndarray) -> list[np.ndarray]:
         """Return batches whose sizes differ by at most one: a short last batch might leave a rank without an example."""
@@ -242,9 +247,9 @@ class TokenBatches(LengthBatches):
     def __len__(self) -> int:
         return len(self.cuts) + 1
 
-    def smallest(self) -> int:
-        """Return the number of examples of the smallest global batch; the same in every epoch."""
-        return min(end - start for start, end in itertools.pairwise([0, *self.cuts, len(self.lengths)]))
+    def sizes(self) -> set[int]:
+        """Return the numbers of examples that global batches have; the same in every epoch."""
+        return {end - start for start, end in itertools.pairwise([0, *self.cuts, len(self.lengths)])}
 
     def batches(self) -> list[np.ndarray]:
         """Return the global batches of the current epoch."""

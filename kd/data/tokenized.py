@@ -100,6 +100,15 @@ def padded_length(longest: int, multiple: int, most: int) -> int:
     return max(longest, min(-(-longest // multiple) * multiple, most))
 
 
+def padded_lengths(multiple: int, most: int) -> set[int]:
+    """Return the values that `padded_length` can have for texts of 1 to `most` tokens.
+
+    >>> sorted(padded_lengths(8, 30))
+    [8, 16, 24, 30]
+    """
+    return {*range(multiple, most, multiple), most}
+
+
 class TokenStore:
     """Arrays that are computed once and stored in a folder, for later runs and for the other ranks.
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kd.config.schema import GRAPHS
 from kd.data.tokenized import AnyTokenizer, save_tokenizer
 from kd.forward.inputs import Inputs, start_of, tensors_of
 from kd.forward.kinds import Layer
 from kd.forward.needs import Needs
 from kd.forward.outputs import Outputs
 from kd.forward.taps import blocks_above, differentiable, family_of, record
-from kd.models.compiled import compiled_blocks
+from kd.models.compiled import GraphShapes, compiled_blocks
 from kd.models.masks import expanded_mask
 from kd.system import hardware
 
@@ -44,6 +45,9 @@ class Encoder(nn.Module):
         """Remarks on the initial weights that do not affect results."""
         self.compiled = False
         """True if blocks run compiled. They still run uncompiled if gradients, attention or values are needed."""
+        self.graphs: GraphShapes | None = None
+        """Shapes of the passes whose blocks run as CUDA graphs, with the same exceptions; None if none do. It is set for the
+        steps of training alone (`kd.training.graphs`)."""
 
     @property
     def config(self) -> "PretrainedConfig":
@@ -115,8 +119,9 @@ class Encoder(nn.Module):
             record(self.base, self.family, needs, embedded, layer) as recorded,
             self._pooled_in(more, needs),
         ):
-            if self.compiled and not (needs.gradient or needs.inside_blocks):
-                with compiled_blocks(self.blocks):
+            graphs = self.graphs is not None and given["attention_mask"].shape in self.graphs
+            if (self.compiled or graphs) and not (needs.gradient or needs.inside_blocks):
+                with compiled_blocks(self.blocks, GRAPHS if graphs else None):
                     logits = self._logits(given)
             elif needs.gradient:
                 # The fused attention kernels have no second derivative; the plain one has, and its outputs are the same.

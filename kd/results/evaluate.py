@@ -100,7 +100,7 @@ def evaluate(
     rows = Rows()
     agreement = {name: {teacher.name: task.metric(task.agreement).to(device) for teacher in teachers} for name in students}
     for batch in loader:
-        batch = batch.to(device)
+        batch = batch.to(device, non_blocking=True)
         logits = {
             name: student(inputs, Needs()).logits.float()
             for (name, student), inputs in zip(students.items(), batch.students, strict=True)

@@ -13,6 +13,7 @@ from kd.errors import InputError
 from kd.forward import Needs
 from kd.models import Encoder
 from kd.models.pretrained import load_config, load_model, load_tokenizer
+from kd.system import hardware
 from kd.system.model_sources import damaged_file
 from kd.teacher_cache.precompute import batches_by_length
 
@@ -62,6 +63,6 @@ def logits_over(student: Encoder, texts: Texts, max_length: int, device: torch.d
     tokens = Tokens(student.tokenizer, texts, max_length)
     logits: dict[int, np.ndarray] = {}
     for rows in batches_by_length(tokens.offsets, (0, len(texts))):
-        inputs = {name: tensor.to(device) for name, tensor in tokens.pad(rows).items()}
+        inputs = {name: hardware.to_device(tensor, device) for name, tensor in tokens.pad(rows).items()}
         logits |= dict(zip(rows, student(inputs, Needs()).logits.float().cpu().numpy(), strict=True))
     return np.stack([logits[row] for row in range(len(texts))])

@@ -13,7 +13,7 @@ from kd.config.frozen import aids_of
 from kd.config.loggers import check_loggers
 from kd.config.mixture import check_tasks, is_mixture, named, rename_task_error_keys, tasks_of
 from kd.config.pool import RANKED, check_pool
-from kd.config.schema import RunSpec, check_values
+from kd.config.schema import RunSpec, TrainerSpec, check_values, compile_mode, padding_multiple
 from kd.errors import InputError
 from kd.runs.digest import digest_of
 from kd.runs.edits import models_of_edits
@@ -42,8 +42,7 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teac
     check_loggers(spec.logger)
     spec = replace(spec, task=named(spec.task))
     check_tasks(spec.task)
-    precision = resolve_precision(spec.trainer.precision, spec.trainer.accelerator)
-    spec = replace(spec, trainer=replace(spec.trainer, precision=precision))
+    spec = replace(spec, trainer=resolved(spec.trainer))
     check_cohort(spec)
     spec = alone(spec)
     check_pool(spec)
@@ -88,6 +87,16 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teac
     digest = digest_of(identified)
     name = f"{spec.method['name']}-{spec.student.name}-{spec.task.name}-s{spec.seed}-{digest}"
     return Run(config, spec, digest, Path(spec.paths.runs).expanduser() / name, inputs, identified)
+
+
+def resolved(trainer: TrainerSpec) -> TrainerSpec:
+    """Return the trainer with the values that `precision=auto`, the words of `compile` and `pad_multiple=null` stand for."""
+    return replace(
+        trainer,
+        precision=resolve_precision(trainer.precision, trainer.accelerator),
+        compile=compile_mode(trainer.compile),
+        pad_multiple=padding_multiple(trainer),
+    )
 
 
 def further_stages(spec: RunSpec) -> Iterator[tuple[Role, Any]]:

@@ -12,7 +12,7 @@ import torch
 from kd.forward import Needs
 from kd.models.compiled import uncompiled
 from kd.models.teachers import FrozenTeacher
-from kd.system import distributed
+from kd.system import distributed, hardware
 from kd.teacher_cache.store import Entry, Share, TensorStore, stored_as
 
 BATCH_TOKENS = 2048
@@ -132,7 +132,7 @@ def logits_over(teacher: FrozenTeacher, tokens: Any, precision: str, device: tor
     logits: dict[int, torch.Tensor] = {}
     with _on_device(teacher, precision, device):
         for rows in batches_by_length(tokens.offsets, span):
-            inputs = {name: tensor.to(device) for name, tensor in tokens.pad(rows).items()}
+            inputs = {name: hardware.to_device(tensor, device) for name, tensor in tokens.pad(rows).items()}
             outputs = teacher.in_order(teacher.run(inputs, Needs()))
             logits |= dict(zip(rows, outputs.logits.cpu(), strict=True))
             teacher.passes += 1
@@ -169,6 +169,6 @@ def _on_device(teacher: FrozenTeacher, precision: str, device: torch.device) -> 
 def _outputs_of(
     teacher: FrozenTeacher, split: SplitCache, rows: Sequence[int], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    inputs = {name: tensor.to(device) for name, tensor in split.tokens.pad(rows).items()}
+    inputs = {name: hardware.to_device(tensor, device) for name, tensor in split.tokens.pad(rows).items()}
     outputs = teacher.run(inputs, split.needs)
     return {name: tensor for name, tensor in outputs.named().items() if name in split.names}

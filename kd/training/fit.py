@@ -25,6 +25,7 @@ from kd.runs.run import Role, Run, read_record, write_record
 from kd.system import distributed
 from kd.system.hardware import keep_memory
 from kd.teacher_cache.cache import CacheUnused, CacheUsed
+from kd.training.graphs import line_of_graphs
 from kd.training.preflight import check_steps, preflight
 from kd.training.rows import Table, TrainOccurringRows, plan_tables, readers_of
 from kd.training.tracking import conclude_all, tracking
@@ -141,6 +142,9 @@ def begin(run: Run, parts: Mapping[str, Part], epoch: Epoch, tables: Sequence[Ta
     report = check_steps(run, epoch)
     for table in tables:
         report.note(table.line)
+    lengths = {length for part in parts.values() for length in part.data.padded_lengths}
+    if (line := line_of_graphs(run.spec.trainer, lengths)) is not None:
+        report.note(line)
     for line in report.lines:
         distributed.print_rank_zero(line)
 

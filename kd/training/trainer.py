@@ -23,6 +23,7 @@ from kd.training.checkpoints import (
     checkpoint_callbacks,
     read_checkpoint,
 )
+from kd.training.graphs import graph_callbacks
 from kd.training.loggers import History
 from kd.training.progress_bar import ProgressBar
 from kd.training.tracking import begin_all
@@ -104,7 +105,7 @@ def build_trainer(
         gradient_clip_val=spec.clip if engine.automatic_optimization else None,
         deterministic=spec.deterministic,
         logger=[history, *loggers],
-        callbacks=list(callbacks),
+        callbacks=[*graph_callbacks(spec), *callbacks],
         # In a SLURM job, Lightning would take the job's tasks for ranks of this run, and would bypass SIGTERM.
         plugins=[AtomicCheckpointIO(run.digest), *([LightningEnvironment()] if distributed.world() == 1 else [])],
         default_root_dir=run.directory,  # Lightning searches it for a checkpoint in a SLURM job
