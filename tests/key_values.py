@@ -363,14 +363,16 @@ def every_value(backbone: str, data: str) -> dict[str, Values]:
         "trainer.max_epochs": whole(1, COUNT),
         "trainer.batch_size": whole(1, COUNT),
         "trainer.batch_tokens": Values(st.one_of(st.integers(128, 2**31), st.none()), whole(1, 2**31, null=True).illegal),
-        "trainer.pad_multiple": whole(1, 65_536),
+        "trainer.pad_multiple": whole(1, 65_536, null=True),
         "trainer.accumulate": whole(1, COUNT),
         "trainer.clip": Values(
             st.one_of(st.floats(1e-12, 1e12), st.none()),
             union(st.sampled_from([-1, 0, 1e-320, 1e300, True]), WORDS, NESTED, NEVER),
         ),
         "trainer.precision": word("32-true", "bf16-mixed", "64-true", "auto"),
-        "trainer.compile": Values(st.just(False), switch().illegal),
+        "trainer.compile": Values(  # compiling takes long, and CUDA graphs need a GPU
+            st.sampled_from([False, "off"]), union(st.sampled_from(["reduce", "default"]), switch().illegal)
+        ),
         "trainer.selection": word("best", "last"),
         "trainer.accelerator": word("cpu", "auto"),
         "trainer.devices": Values(

@@ -1,7 +1,7 @@
 """CUDA graphs on a CPU: compiled blocks whose outputs and gradients are overwritten when the next step begins.
 
-A graph writes to the same memory at every replay. Here all that a compiled block has returned in a step, and all gradients of the
-parameters of blocks, become NaN when the next step is marked, so that whatever is still read then shows in the result.
+A graph writes to the same memory at every replay. Here all that a compiled block has returned in a step, and all gradients of
+the parameters of blocks, become NaN when the next step is marked, so that whatever is still read then shows in the result.
 """
 
 from collections.abc import Callable, Iterator

@@ -76,8 +76,10 @@ def digests() -> dict[str, str]:
         "trainer.keep=figures",
         "trainer.batch_tokens=null",
         "trainer.pad_multiple=1",
+        "trainer.pad_multiple=null",
         "trainer=gpu",
         "trainer.compile=false",
+        "trainer.compile=off",
         "preflight=false",
         "resume=false",
     ],
@@ -102,6 +104,7 @@ def test_what_does_not_change_a_result_does_not_change_the_digest(
         "trainer.batch_tokens=512",
         "trainer.pad_multiple=8",
         "trainer.compile=true",
+        "trainer.compile=reduce-overhead trainer.pad_multiple=1",
         "trainer.accumulate=2",
         "trainer.clip=null",
         "trainer.precision=bf16-mixed",
@@ -142,6 +145,15 @@ def test_classes_that_configurations_name_differ_by_name_alone() -> None:
 
 def test_with_a_token_budget_the_batch_size_decides_nothing(alone: Planner) -> None:
     assert alone("trainer.batch_tokens=512").digest == alone("trainer.batch_tokens=512", "trainer.batch_size=8").digest
+
+
+def test_padding_follows_from_graphs_unless_it_is_given(alone: Planner) -> None:
+    graphs = alone("trainer.compile=reduce-overhead")
+    assert (graphs.spec.trainer.compile, graphs.spec.trainer.pad_multiple) == ("reduce-overhead", 16)
+    assert graphs.digest == alone("trainer.compile=reduce-overhead", "trainer.pad_multiple=16").digest
+    assert alone("trainer.compile=reduce-overhead", "trainer.pad_multiple=8").spec.trainer.pad_multiple == 8
+    assert (alone().spec.trainer.compile, alone().spec.trainer.pad_multiple) == (False, 1)
+    assert alone("trainer.compile=on").digest == alone("trainer.compile=true").digest
 
 
 def test_a_precision_that_means_the_same_has_one_digest(alone: Planner, monkeypatch: pytest.MonkeyPatch) -> None:

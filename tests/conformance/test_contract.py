@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from overwriting import Overwriting, overwriting
 from unreadable import DEVICE, move, unreadable
 
 from conformance.bench import (
     CASES,
     GENERATED,
+    HELD,
     METHODS,
     STAGED,
     WAITS,
@@ -35,11 +37,17 @@ from kd.errors import InputError
 from kd.forward.lazy import Detached
 from kd.forward.needs import Needs
 from kd.methods.base import Progress, needs_of_teachers
+from kd.models.compiled import GraphShapes
 from kd.system import hardware
 from kd.teacher_cache.cache import TeacherCache
+from kd.training.graphs import encoders_of
 from processes import free_port
 
+REFUSES_GRAPHS = {"ad_kd", "bert_emd", "l2a", "tinybert", "mlkd_bert", "meta_kd"}
+"""Methods that the documentation lists as refused with `trainer.compile=reduce-overhead`, some for their first run."""
+
 every_case = pytest.mark.parametrize("name", CASES)
+__all__ = ["overwriting"]
 
 
 SUMS = 1e-9
@@ -126,6 +134,27 @@ def test_no_step_waits_for_the_device(name: str, monkeypatch: pytest.MonkeyPatch
         step(batch, 1)
         bench.engine.configure_gradient_clipping(optimizer, 1.0)
     assert not waits
+
+
+@every_case
+@pytest.mark.thorough
+def test_no_step_reads_what_the_graphs_of_the_next_one_overwrite(name: str, overwriting: Overwriting) -> None:
+    states = []
+    for shapes in (None, GraphShapes(frozenset({8, HELD}), frozenset({9}))):
+        bench = Bench(name, dropout=0.1)
+        if any(needs.gradient or needs.inside_blocks for needs, _ in (method.needs() for method in bench.methods.values())):
+            assert name.split()[0] in REFUSES_GRAPHS
+            return
+        for model in encoders_of(bench.engine):
+            model.graphs = shapes
+        for step in range(2):
+            torch.manual_seed(step)
+            torch.compiler.cudagraph_mark_step_begin()
+            bench.update(bench.batch(seed=step))
+        states.append(bench.engine.state_dict())
+    assert [bool(passes) for passes in overwriting.steps] == [False, False, True, True]
+    for (key, expected), found in zip(states[0].items(), states[1].values(), strict=True):
+        assert torch.equal(expected, found), key
 
 
 @every_case

@@ -4,9 +4,12 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from kd.data.held import WithHeld
 from kd.data.sampler import POOL, SPREAD, LengthBatches, TokenBatches
-from kd.data.tokenized import padded_length
+from kd.data.tokenized import padded_length, padded_lengths
 from kd.errors import InputError
 
 LENGTHS = np.random.default_rng(0).integers(3, 90, 1003).tolist()
@@ -108,6 +111,7 @@ def test_smallest_batch_is_known_beforehand_and_at_least_half_a_batch(count: int
         sampler.set_epoch(epoch)
         sizes = [len(batch) for batch in sampler]
         assert (min(sizes), len(sizes)) == (sampler.smallest(), len(sampler))
+        assert set(sizes) == sampler.sizes()
     assert sampler.smallest() >= size // 2
 
 
@@ -174,6 +178,34 @@ def test_a_token_budget_lets_examples_of_a_class_meet_equally_often_anywhere_in_
     assert np.mean(crossing) > 0.7
 
 
+# Shapes
+
+
+@given(
+    lengths=st.lists(st.integers(1, 128), min_size=1, max_size=700),
+    multiple=st.sampled_from([8, 16, 32, 48]),
+    size=st.integers(2, 40),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=40, deadline=None)
+def test_padded_batches_have_few_shapes_whatever_the_lengths(lengths: list[int], multiple: int, size: int, seed: int) -> None:
+    padding, buckets = (multiple, 128), padded_lengths(multiple, 128)
+    assert len(buckets) == -(-128 // multiple)
+    by_count, by_tokens = LengthBatches(lengths, size, seed), TokenBatches(lengths, 128 * size, padding, seed)
+    held = WithHeld(by_count, np.arange(len(lengths)), np.arange(3), 2)
+    # A budget has one size of batch for each length, of texts that may fall two lengths short of it, and two for the last ones.
+    for sampler, most in ((by_count, 3 * len(buckets)), (by_tokens, 3 * len(buckets) + 6)):
+        shapes = set()
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            shapes |= {(len(batch), padded_length(max(lengths[row] for row in batch), *padding)) for batch in sampler}
+        assert {rows for rows, _ in shapes} <= sampler.sizes()
+        assert {tokens for _, tokens in shapes} <= buckets
+        assert len(shapes) <= most
+    assert len(by_count.sizes()) <= 3, "full batches, and two sizes for what is left of an epoch"
+    assert held.sizes() == by_count.sizes() | {2}
+
+
 # A budget of tokens
 
 
@@ -193,6 +225,7 @@ def test_a_budget_is_a_hard_limit_and_every_epoch_has_the_same_batches(
             assert len(batch) * padded_length(max(LENGTHS[place] for place in batch), *padding) <= budget
         assert len(batches) == len(sampler)
         assert min(map(len, batches)) == sampler.smallest()
+        assert set(map(len, batches)) == sampler.sizes()
         shapes.add(tuple(sorted(map(len, batches))))
     assert len(shapes) == 1
 

@@ -6,17 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from overwriting import Overwriting, overwriting
 
 from conftest import tiny_model
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.models import Encoder
 from kd.models import compiled as compilation
-from kd.models.compiled import check_compiler
+from kd.models.compiled import GraphShapes, check_compiler, uncompiled
 from kd.training import execute
 from whole_runs import planned
 
 Small = Callable[..., list[str]]
+__all__ = ["overwriting"]
 
 
 def inputs(batch: int, tokens: int, seed: int = 0, padded: bool = True) -> dict[str, torch.Tensor]:
@@ -54,7 +56,7 @@ def test_compiled_blocks_show_the_states_of_this_step_and_give_the_same_gradient
 def test_what_needs_gradients_or_taps_inside_a_block_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def compiled_forward(kind: type) -> Callable[..., object]:
+    def compiled_forward(kind: type, mode: str | None) -> Callable[..., object]:
         seen.append(kind)
         return kind.forward
 
@@ -72,6 +74,36 @@ def test_what_needs_gradients_or_taps_inside_a_block_runs_as_it_is(monkeypatch: 
     assert len(seen) == 4
 
 
+def test_a_pass_has_graphs_if_its_shape_is_one_of_them_and_runs_plain_if_not(overwriting: Overwriting) -> None:
+    encoder = Encoder(tiny_model())
+    encoder.graphs = GraphShapes(frozenset({4, 3}), frozenset({8, 16}))
+    expected = {}
+    for shape in ((4, 8), (3, 16), (4, 9), (2, 8)):
+        given = inputs(*shape)
+        overwriting.events.clear()
+        outputs = encoder(given, Needs(hidden=[2]))
+        expected[shape] = len(overwriting.events)
+        with uncompiled(encoder):
+            assert torch.equal(encoder(given, Needs(hidden=[2])).hidden(2), outputs.hidden(2))
+        assert len(overwriting.events) == expected[shape], "and none where compilation is off"
+    assert expected == {(4, 8): 4, (3, 16): 4, (4, 9): 0, (2, 8): 0}
+    assert overwriting.asked == [{"dynamic": True, "mode": "reduce-overhead"}], "compiled once, for all blocks and shapes"
+    overwriting.events.clear()
+    for needs in (Needs(gradient=True), Needs(attention=[1]), Needs(value=[2])):
+        encoder(inputs(4, 8), needs)
+    assert overwriting.events == []
+    encoder.graphs, encoder.compiled = None, True
+    encoder(inputs(2, 9), Needs())
+    assert overwriting.asked[1:] == [{"dynamic": True, "mode": None}], "without graphs any shape is compiled"
+
+
+def test_a_mode_is_tried_before_training_until_its_graph_has_been_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda function, mode: asked.append(mode) or (lambda values: asked.append("call")))
+    check_compiler("cpu", "reduce-overhead")
+    assert asked == ["reduce-overhead", "call", "call", "call"]
+
+
 def test_an_error_leaves_no_block_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = Encoder(tiny_model())
     encoder.compiled = True
@@ -79,7 +111,7 @@ def test_an_error_leaves_no_block_changed(monkeypatch: pytest.MonkeyPatch) -> No
     def broken(*given: object, **more: object) -> None:
         raise ValueError("broken")
 
-    monkeypatch.setattr(compilation, "compiled_forward", lambda kind: broken)
+    monkeypatch.setattr(compilation, "compiled_forward", lambda kind, mode: broken)
     with pytest.raises(ValueError, match="broken"):
         encoder(inputs(2, 6), Needs())
     assert not any("forward" in module.__dict__ for module in encoder.modules())
@@ -97,7 +129,7 @@ def test_without_a_compiler_the_key_is_named() -> None:
 def test_a_pass_from_a_layer_compiles_the_blocks_that_run_and_leaves_none_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def compiled_forward(kind: type) -> Callable[..., object]:
+    def compiled_forward(kind: type, mode: str | None) -> Callable[..., object]:
         return lambda block, *given, **more: (calls.append(block), kind.forward(block, *given, **more))[1]
 
     monkeypatch.setattr(compilation, "compiled_forward", compiled_forward)
