@@ -21,6 +21,7 @@ from kd.errors import InputError
 from kd.forward import Needs, Outputs, UndeclaredRead
 from kd.models import CachedTeacher, FrozenTeacher
 from kd.runs.run import Run
+from kd.system import hardware
 from kd.system import model_sources as sources
 from kd.system.model_sources import recorded_files
 from kd.teacher_cache import cache as caching
@@ -397,6 +398,15 @@ def test_teacher_of_the_hub_is_run_once_for_the_commit_that_is_loaded(
     _, models, _ = built(overrides)
     assert models.caches["hub"].used is False
     assert "the commit of its weights on the hub is unknown" in capsys.readouterr().out
+
+
+def test_what_a_teacher_reads_to_fill_a_cache_is_copied_from_locked_memory(fresh, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[torch.device] = []
+    monkeypatch.setattr(hardware, "to_device", lambda values, device: copied.append(device) or values)
+    _, models, _ = built(fresh("method=kd"))
+    assert models.caches["minilm"].used
+    assert len(copied) > 6
+    assert set(copied) == {torch.device("cpu")}
 
 
 def test_the_pass_runs_what_is_not_compiled(fresh, monkeypatch: pytest.MonkeyPatch) -> None:

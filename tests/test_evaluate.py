@@ -19,7 +19,7 @@ from kd.forward.taps import FAMILIES
 from kd.models import CachedTeacher, Encoder, FrozenTeacher, latency
 from kd.models.latency import FILLER, LATENCY_CALLS, LATENCY_ROUNDS, latencies, to_time
 from kd.models.students import empty_model, new_model, plan_student
-from kd.results.evaluate import baseline
+from kd.results.evaluate import baseline, evaluate
 from kd.training import preflight
 from kd.training.preflight import Report, check_teachers
 from kd.training.progress_bar import ProgressBar
@@ -61,6 +61,19 @@ def test_predictions_are_alike_where_the_labels_are_not(predictions: list[float]
 def test_what_is_alike_is_said_in_words() -> None:
     assert in_words(collapse([1, 1], [0, 1]), ["bad", "good"]) == "every prediction is 'good'"
     assert "standard deviation 0, that of the labels 2" in in_words(collapse([2.0, 2.0], [1.0, 5.0]), None)
+
+
+def test_nothing_waits_for_the_copy_of_a_batch_that_is_evaluated() -> None:
+    moved = []
+
+    class Batches:
+        def to(self, device: object, *, non_blocking: bool = False) -> None:
+            moved.append((device, non_blocking))
+            raise StopIteration
+
+    with pytest.raises(StopIteration):
+        evaluate({}, [], [Batches()], Classification("toy", ["a", "b"], {}, ["accuracy"], "accuracy"), "cuda")
+    assert moved == [("cuda", True)]
 
 
 def test_the_baseline_predicts_what_train_has_most_of_on_the_other_splits() -> None:

@@ -4,11 +4,12 @@ import importlib.util
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from kd.bench import benchmark as benchmarks
 from kd.bench.benchmark import benchmark
 from kd.bench.candidates import CANDIDATES, FINETUNE, LIVE
 from kd.bench.harness import prepare
-from kd.bench.workers import Job, Worker, WorkerDied
+from kd.bench.launches import Launches
+from kd.bench.workers import GO, PROFILE, STOP, WAITING, Finished, Gate, Job, Turn, Worker, WorkerDied
 from kd.errors import InputError
 from processes import fork_server
 from whole_runs import planned
@@ -123,9 +125,9 @@ def test_a_worker_that_is_killed_is_named_and_its_fellows_are_ended(
             super().__init__(job)
             made.append(self)
 
-        def turn(self) -> object:
+        def turn(self, message: str = GO) -> Turn:
             self.process.kill()
-            return super().turn()
+            return super().turn(message)
 
     monkeypatch.setattr(benchmarks, "Worker", Watched)
     monkeypatch.setattr("kd.bench.cost.MATRIX_SIZES", {"cpu": (64,)})
@@ -184,6 +186,136 @@ def test_an_error_while_building_comes_out_as_what_it_is(small: Small) -> None:
     with pytest.raises(InputError, match="positions of the model") as caught:
         benchmark(small("task.max_length=4000"), 1, 1, candidates=[FINETUNE])
     assert caught.value.key == "task.max_length"
+
+
+class StandIn:
+    """A worker that trains nothing: what a benchmark asks of it, and what it would answer on a GPU.
+
+    Attributes:
+        asked: name of the candidate and message of each turn of all workers, in their order.
+        jobs: the job of each candidate.
+    """
+
+    asked: ClassVar[list[tuple[str, str]]] = []
+    jobs: ClassVar[dict[str, Job]] = {}
+    refuse: ClassVar[dict[str, InputError]] = {}
+
+    def __init__(self, job: Job) -> None:
+        self.name = job.candidate.name
+        self.jobs[self.name] = job
+        fact = {"examples": 16, "tokens": 90, "turns_in_epoch": 6.0, "flops": 1e6, "precision": "32-true", "dtype": "float32"}
+        more = {"students": ["random"], "setup_seconds": 1.0, "device": "cuda", "steps": 1, "caches": {"a": {"used": True}}}
+        self.facts: dict[str, Any] = {**fact, **more}
+
+    def wait(self) -> None:
+        if self.name in self.refuse:
+            raise self.refuse[self.name]
+
+    def turn(self, message: str = GO) -> Turn:
+        self.asked.append((self.name, message))
+        launches = Launches(10, 0, 10, 1, 0) if message == PROFILE else None
+        return Turn(0.5 if "graphs" in self.name else 1.0, 0.5, 16, 10**6, 2 * 10**6, launches)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StandIn]]:
+    """A machine with a GPU, by what a benchmark asks of torch."""
+    for name, value in (("asked", []), ("jobs", {}), ("refuse", {})):
+        monkeypatch.setattr(StandIn, name, value)
+    monkeypatch.setattr(benchmarks, "Worker", StandIn)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(benchmarks, "product_rate", lambda dtype, accelerator: rated.append((dtype, accelerator)) or 1e9)
+    monkeypatch.setattr(benchmarks, "hardware", lambda: {"cpu": "a cpu", "threads": 2, "gpus": ["a card"]})
+    rated: list[tuple[str, str]] = []
+    yield StandIn
+    assert {accelerator for _, accelerator in rated} == {"gpu"}
+
+
+def test_on_a_gpu_there_are_rows_with_graphs_and_a_profile_of_every_row(small: Small, a_gpu: type[StandIn]) -> None:
+    found = benchmark(small("method=kd", "trainer=gpu"), 1, 2)
+    names = ["finetune", "cached", "live", "finetune_graphs", "cached_graphs"]
+    assert list(found["candidates"]) == names
+    labels = [found["candidates"][name]["label"] for name in names[3:]]
+    assert labels == ["fine-tuning, CUDA graphs", "kd, teacher cached, CUDA graphs"]
+    assert found["candidates"]["cached_graphs"]["time_relative_to_no_graphs"]["median"] == 0.5
+    assert all(one["per_step"]["kernels"] == 10 for one in found["candidates"].values())
+    recorded, timed, profiled = a_gpu.asked[:4], a_gpu.asked[4:-5], a_gpu.asked[-5:]
+    assert recorded == [("finetune_graphs", GO)] * 2 + [("cached_graphs", GO)] * 2, "not timed"
+    assert sorted(timed) == sorted((name, GO) for name in names * 3), "a warm-up and two rounds"
+    assert profiled == [(name, PROFILE) for name in names]
+    assert found["candidates"]["finetune_graphs"]["seconds"] == [0.5, 0.5]
+    assert {job.turns for job in a_gpu.jobs.values()} == {1 + 2 + 2 + 1}
+    for name in names:
+        overrides = a_gpu.jobs[name].overrides
+        assert ("trainer.compile=reduce-overhead" in overrides) == ("graphs" in name)
+    assert "method=finetune" in a_gpu.jobs["finetune_graphs"].overrides
+    assert "cache=on" in a_gpu.jobs["cached_graphs"].overrides
+
+
+def test_a_command_with_graphs_has_no_further_rows_of_them(small: Small, a_gpu: type[StandIn]) -> None:
+    found = benchmark(small("method=kd", "trainer=gpu", "trainer.compile=reduce-overhead"), 1, 1)
+    assert list(found["candidates"]) == ["finetune", "cached", "live"]
+    assert all("trainer.compile=reduce-overhead" in job.overrides for job in a_gpu.jobs.values())
+
+
+def test_a_method_that_cannot_have_graphs_has_no_row_with_them(
+    small: Small, a_gpu: type[StandIn], capsys: pytest.CaptureFixture[str]
+) -> None:
+    a_gpu.refuse["cached_graphs"] = InputError("method=ad_kd takes gradients", "trainer.compile")
+    found = benchmark(small("method=kd", "trainer=gpu", "trainer.compile=true"), 1, 1)
+    assert list(found["candidates"]) == ["finetune", "cached", "live", "finetune_graphs"]
+    assert "method=ad_kd takes gradients, so there is no row 'cached_graphs'" in capsys.readouterr().err
+    assert "trainer.compile=true" not in a_gpu.jobs["finetune_graphs"].overrides
+    a_gpu.refuse["cached_graphs"] = InputError("the labels differ", "task.labels")
+    with pytest.raises(InputError, match="labels differ"):
+        benchmark(small("method=kd", "trainer=gpu"), 1, 1)
+    a_gpu.refuse.clear()
+    a_gpu.refuse["live"] = InputError("no graphs", "trainer.compile")
+    with pytest.raises(InputError, match="no graphs"):
+        benchmark(small("method=kd", "trainer=gpu"), 1, 1)
+
+
+def test_without_a_gpu_there_are_no_graphs_no_profile_and_no_further_turns(
+    small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in (("asked", []), ("jobs", {}), ("refuse", {})):
+        monkeypatch.setattr(StandIn, name, value)
+    monkeypatch.setattr(benchmarks, "Worker", StandIn)
+    monkeypatch.setattr("kd.bench.cost.MATRIX_SIZES", {"cpu": (64,)})
+    benchmark(small("method=kd"), 1, 2)
+    assert sorted(StandIn.asked) == sorted((name, GO) for name in ("finetune", "cached", "live") for _ in range(3))
+    assert {job.turns for job in StandIn.jobs.values()} == {3}
+
+
+def test_a_gate_profiles_the_turn_that_it_is_asked_to_profile(tmp_path: Path) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    gate = Gate(theirs, Job(LIVE, (), 1, 3, tmp_path))
+    for message in (GO, PROFILE, GO):
+        ours.send(message)
+        gate.open()
+        torch.ones(3).add(1)
+        gate.close(5)
+    turns = [message for message in (ours.recv() for _ in range(6)) if message != WAITING]
+    assert [turn.examples for turn in turns] == [5, 5, 5]
+    assert [turn.launches for turn in turns] == [None, Launches(0, 0, 0, 0, 0), None]
+    assert [turn.reserved_bytes for turn in turns] == [None] * 3
+    assert list(tmp_path.iterdir()) == []
+    ours.send(STOP)
+    with pytest.raises(Finished):
+        gate.open()
+
+
+@pytest.mark.parametrize(
+    ("words", "key"), [(["trainer.compile=reduce-overhead"], "trainer.compile"), (["trainer=gpu"], "trainer")]
+)
+def test_what_needs_a_gpu_is_refused_before_anything_is_built(small: Small, words: list[str], key: str) -> None:
+    with pytest.raises(InputError, match=r"CUDA graphs|usable GPU") as caught:
+        benchmark(small("method=kd", *words), 1, 1)
+    assert caught.value.key == key
 
 
 def test_baseline_has_the_students_keys_and_none_of_the_methods(small: Small) -> None:

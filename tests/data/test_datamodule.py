@@ -14,6 +14,7 @@ from kd.config.compose import compose, typed
 from kd.data.batch import Batch
 from kd.data.datamodule import KDDataModule, tokenizer_fingerprint
 from kd.data.examples import Examples, load_examples
+from kd.data.mixture import MixedData
 from kd.data.sources import Files, Splits
 from kd.errors import InputError
 from kd.runs.identity import source_of
@@ -230,3 +231,90 @@ def test_loaders_of_processes_give_the_same_batches(load, tokenizer) -> None:
     for one, other in zip(data.train_dataloader(), parallel.train_dataloader(), strict=True):
         assert torch.equal(one.student["input_ids"], other.student["input_ids"])
         assert torch.equal(one.index, other.index)
+
+
+class Locked:
+    """Stand-in for a GPU and for page-locked memory: notes the tensors that are copied into it, and from it to the GPU.
+
+    Attributes:
+        pinned: tensors in locked memory.
+        moved: for each tensor that is moved to the GPU, whether it was in locked memory, and whether nothing waits for it.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pinned: list[torch.Tensor] = []
+        self.moved: list[tuple[bool, bool]] = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: GPU)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: self.pin(tensor))
+        monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **more: self.move(tensor, device, **more))
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor is in locked memory."""
+        return any(one is tensor for one in self.pinned)
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor in locked memory."""
+        if not self.is_pinned(tensor):
+            tensor = tensor.clone()
+            self.pinned.append(tensor)
+        return tensor
+
+    def move(self, tensor: torch.Tensor, device: torch.device, *, non_blocking: bool = False) -> torch.Tensor:
+        """Return the tensor, which stays where it is."""
+        assert device == GPU
+        self.moved.append((self.is_pinned(tensor), non_blocking))
+        return tensor
+
+
+GPU = torch.device("cuda", 0)
+
+
+def tensors_of(value: object) -> list[torch.Tensor]:
+    """Every tensor in an object, found without methods of its own; one that is shared comes once."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    inner = vars(value) if isinstance(value, Batch) else value
+    parts = inner.values() if isinstance(inner, dict) else inner if isinstance(inner, tuple) else ()
+    return list({id(tensor): tensor for part in parts for tensor in tensors_of(part)}.values())
+
+
+class Cached:
+    """Cached outputs of a teacher, as `kd.teacher_cache.store.CachedOutputs` gives them."""
+
+    def pad(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        """Return the outputs of these examples."""
+        return {
+            "attention_mask": torch.ones(len(rows), 3),
+            "logits": torch.ones(len(rows), 2),
+            "cls-2": torch.ones(len(rows), 8),
+        }
+
+
+def test_batches_leave_the_loader_in_locked_memory_and_nothing_waits_for_their_copies(
+    load, tokenizer, other, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = module(load(), tokenizer, other, tokenizer, holds=0.25)
+    data.use_cached(1, {"train": Cached(), "validation": Cached()})
+    # Three tensors of the student, two of the first teacher, three cached ones of the second, labels and index; with held ones.
+    for loader_of, count in ((data.train_dataloader, 20), (data.val_dataloader, 10)):
+        with monkeypatch.context() as patch:
+            locked = Locked(patch)
+            batch = next(iter(loader_of()))
+            given = tensors_of(batch)
+            assert len(given) == count
+            assert all(map(locked.is_pinned, given))
+            data.transfer_batch_to_device(batch, GPU, 0)
+            assert locked.moved == [(True, True)] * count
+            locked.moved.clear()
+            batch.to(GPU, non_blocking=True)  # as an evaluation moves it
+            assert locked.moved == [(True, True)] * count
+
+
+def test_a_mixture_has_its_batches_in_locked_memory_too(load, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = MixedData({"one": module(load(), tokenizer, of="one")}, 1.0, 0)
+    locked = Locked(monkeypatch)
+    batch = next(iter(data.train_dataloader()))
+    data.transfer_batch_to_device(batch, GPU, 0)
+    assert locked.moved == [(True, True)] * len(tensors_of(batch)) != []
