@@ -21,7 +21,8 @@ from kd.data.tokenized import CHECKSUM, read_arrays
 from kd.errors import InputError
 from kd.models.pretrained import load_config, load_model, load_tokenizer
 from kd.report import load_results
-from kd.system.model_sources import package_folder, pretrained
+from kd.system.model_sources import pretrained
+from kd.system.packages import package_folder
 from kd.teacher_cache.store import TensorStore
 from kd.training import execute
 from kd.training.checkpoints import AtomicCheckpointIO, read_checkpoint, seal

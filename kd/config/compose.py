@@ -271,7 +271,7 @@ def _no_such_key(key: str) -> InputError:
         if not own.is_file():
             return InputError(f"there is no key '{key}': teacher=[...] does not list '{name}'", "teacher")
         below, last = key.removeprefix(f"teacher.{name}.run."), key.removeprefix(f"teacher.{name}.")
-        if (below != key and below in _all_keys()) or last in ("labels", "model", "backbone", "member"):
+        if (below != key and below in _all_keys()) or last in ("labels", "model", "backbone", "student_backbone", "member"):
             return InputError(f"'{key}' is not set by conf/teacher/{name}.yaml, if teacher=[...] lists '{name}': {added}", key)
         close = difflib.get_close_matches(key, _all_keys(), n=1, cutoff=0.75)
         listed = _suggest(close) if close and close != [key] else f"; does teacher=[...] list '{name}'?"

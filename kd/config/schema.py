@@ -36,11 +36,12 @@ class TeacherSpec:
     """A teacher: a trained classifier (`model`), or a `backbone` that a run of its own trains first, by `method` on `tasks`.
 
     If that run trains a cohort, `member` is the name of the student that is the teacher; None is the best one, if all
-    have one shape.
+    have one shape. `student_backbone` is the backbone of a student that has none of its own; None is the teacher's.
     """
 
     model: str | None = None
     backbone: str | None = None
+    student_backbone: str | None = None
     labels: list[str] | None = None
     run: dict[str, Any] = field(default_factory=dict)
     tasks: Any = None
@@ -361,7 +362,7 @@ def check_values(spec: RunSpec) -> None:
     paths: dict[str, Any] = {"paths.runs": spec.paths.runs, "paths.glue": spec.paths.glue, "backbone": spec.backbone}
     paths |= {"student.backbone": student.backbone, "student.checkpoint": student.checkpoint}
     for name, teacher in spec.teacher.items():
-        paths |= {f"teacher.{name}.model": teacher.model, f"teacher.{name}.backbone": teacher.backbone}
+        paths |= {f"teacher.{name}.{key}": getattr(teacher, key) for key in ("model", "backbone", "student_backbone")}
     check_paths(paths)
     names: dict[str, Any] = {"method.name": spec.method.get("name"), "student.name": student.name}
     for key, part_name in names.items():

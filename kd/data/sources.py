@@ -20,7 +20,8 @@ from kd.data.texts import Example as Example
 from kd.data.texts import Table, TableWriter
 from kd.errors import InputError
 from kd.system import distributed
-from kd.system.model_sources import check_not_here, file_fingerprint, package_folder, package_version
+from kd.system.model_sources import check_not_here, file_fingerprint
+from kd.system.packages import package_folder, package_version
 
 Splits = dict[str, Sequence[Example]]
 

@@ -21,7 +21,7 @@ from kd.results.tuned import selection_words
 from kd.runs.identity import backbone_of
 from kd.runs.run import Run
 from kd.system.files import remove, writing
-from kd.system.model_sources import hub_commit, pretrained, source_name
+from kd.system.model_sources import base_name, hub_commit, pretrained, source_name
 
 TOLERANCE = 1e-5
 """Largest difference between the logits of the run's and of the exported model that counts as rounding."""
@@ -118,10 +118,6 @@ def _metadata(result: Mapping[str, Any]) -> ModelCardData:
 
     Figures that are none of a data set of the hub are left out, see `hub_splits`.
     """
-    source = result["origin"]["backbone"]
-    base = re.sub("^(hf|package):", "", source).partition("@")[0]
-    if source.startswith("package:"):
-        base = base.partition("/")[0]
     figures = [
         EvalResult(
             task_type=result["pipeline"],
@@ -140,7 +136,7 @@ def _metadata(result: Mapping[str, Any]) -> ModelCardData:
         library_name="transformers",
         pipeline_tag=result["pipeline"],
         tags=["knowledge-distillation", result["method"]],
-        base_model=base,
+        base_model=base_name(result["origin"]["backbone"]),
         datasets=[result["origin"]["data"]],
         metrics=list(dict.fromkeys(name for values in result["metrics"].values() for name in values)),
         model_name=f"{result['student']}-{result['method']}-{result['task']}",

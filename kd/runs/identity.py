@@ -54,8 +54,8 @@ PATH_KEYS = ("root", "train", "validation", "test", "unlabelled")
 def backbone_of(spec: RunSpec, student: StudentSpec | None = None) -> tuple[str, str]:
     """Return the source of a student's shape and vocabulary, and the key that sets it.
 
-    The source is the student's backbone, else that of the first teacher, or of its member of a cohort, else the default
-    `backbone`.
+    The source is the student's backbone, else the one that the first teacher names for students, else that of this teacher, or
+    of its member of a cohort, else the default `backbone`.
 
     Args:
         spec: specification of the run.
@@ -66,6 +66,8 @@ def backbone_of(spec: RunSpec, student: StudentSpec | None = None) -> tuple[str,
     if spec.student.backbone is not None:
         return spec.student.backbone, "student.backbone"
     for name, teacher in spec.teacher.items():
+        if teacher.student_backbone is not None:
+            return teacher.student_backbone, f"teacher.{name}.student_backbone"
         own = backbone_of_entry(nested(teacher.run, "cohort.students"), teacher.member)
         if own is not None:
             return own, f"teacher.{name}.run.cohort.students"

@@ -1,52 +1,26 @@
-"""Sources of models: `hf:<hub id>[@revision]`, `package:<module>/<folder>`, or a path.
+"""Sources of models: `hf:<hub id>[@revision]`, `package:<module>/<folder>`, `zip:<package>/<file>@<sha256>`, or a path.
 
 A source is resolved to arguments of `from_pretrained`, and to a fingerprint that enters a run's digest, because the same
 source may later refer to other weights.
 """
 
 import hashlib
-import importlib.util
 import json
+import os
 import re
+import tempfile
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
 from kd.errors import InputError
-
-
-def package_folder(module: str, key: str | None) -> Path:
-    """Return the folder of an installed package, without importing it.
-
-    Raises:
-        InputError: if it is not installed.
-    """
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        spec = None
-    # Any folder in the working folder can be imported as a namespace package; that is not the installed package.
-    stray = spec is not None and spec.origin is None and package_version(module) == "unknown"
-    if spec is None or stray or not spec.submodule_search_locations:
-        wheel = module.replace("_", "-")
-        raise InputError(
-            f"the package '{module}' is not installed; `make install` brings the ones that kd uses, or: "
-            f"pip install --no-deps {wheel}",
-            key,
-        )
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def package_version(module: str) -> str:
-    """Return the version of the distribution that ships a module, or `unknown`."""
-    try:
-        return metadata.version(module.replace("_", "-"))
-    except metadata.PackageNotFoundError:
-        return "unknown"
+from kd.system import archives
+from kd.system.distributed import print_rank_zero
+from kd.system.files import locked, remove, write_text
+from kd.system.packages import package_folder, package_version, pip_install
 
 
 @lru_cache(maxsize=256)
@@ -145,7 +119,7 @@ def kept_beside(source: str, key: str) -> Path | None:
     Raises:
         InputError: if the source is a folder that is missing or holds no model.
     """
-    folder = None if source.startswith("package:") else _local(source, key)
+    folder = None if source.startswith(("package:", archives.PREFIX)) else _local(source, key)
     return None if folder is None or not kept_file(folder).is_file() else kept_file(folder)
 
 
@@ -160,6 +134,8 @@ def _local(source: str, key: str) -> Path | None:
     if source.startswith("package:"):
         module, _, folder = source.removeprefix("package:").partition("/")
         path = package_folder(module, key) / folder
+    elif source.startswith(archives.PREFIX):
+        path = _unpacked(source, key)
     else:
         path = Path(source).expanduser()
         if (path / "result.json").is_file():  # the directory of a finished run: its exported student is meant
@@ -168,10 +144,56 @@ def _local(source: str, key: str) -> Path | None:
     if not (path / "config.json").is_file():
         raise InputError(
             f"'{source}' holds no model: there is no config.json in {path}. "
-            "A source is hf:<hub id>, package:<module>/<folder>, or a folder",
+            f"A source is hf:<hub id>, package:<module>/<folder>, {archives.FORM}, or a folder",
             key,
         )
     return path
+
+
+RECORD = "files.json"
+"""Name of the file with the digests of what was unpacked, beside the folder `files`."""
+
+
+def _unpacked(source: str, key: str) -> Path:
+    """Return the folder with the model of a zip source; what its packages ship is unpacked at the first use.
+
+    A copy that is not as it was unpacked is made again. An intact one is used also if the packages are gone.
+
+    Raises:
+        InputError: if it has to be unpacked, and a package is missing, a file is damaged, or the cache cannot be written to.
+    """
+    archive = archives.parsed(source, key)
+    home = archives.cache_folder(archive.sha256, key)
+    content, draft = home / "content", home / "content.part"
+    if not _is_intact(content):
+        with archives.writing_to_cache(home, key), tempfile.TemporaryFile(dir=home):
+            pass
+        with locked(home, f"'{source}' is being unpacked by another process; waiting", key):
+            if not _is_intact(content):
+                parts = archives.part_files(archive, source, key)
+                print_rank_zero(f"unpacking {archives.archive_name(source)} to {content}, once")
+                with archives.writing_to_cache(home, key):
+                    remove(draft)
+                    (draft / "files").mkdir(parents=True)
+                    try:
+                        cure = pip_install(archive.packages, "--force-reinstall")
+                        archives.unpack(parts, archive.sha256, draft / "files", cure, key)
+                        write_text(draft / RECORD, json.dumps(recorded_files(draft, [draft / "files"])))
+                        remove(content)
+                        os.replace(draft, content)
+                    finally:
+                        remove(draft)
+    folders = [content / "files", *sorted((content / "files").iterdir())]
+    return next((folder for folder in folders if (folder / "config.json").is_file()), folders[0])
+
+
+def _is_intact(content: Path) -> bool:
+    """Return whether an unpacked folder has the files that its record lists, and no others."""
+    try:
+        record = json.loads((content / RECORD).read_text(encoding="utf-8"))
+        return bool(recorded_files(content, [content / "files"]) == record)
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def check_not_here(name: str, key: str) -> None:
@@ -197,7 +219,21 @@ def pretrained(source: str, key: str) -> tuple[str, dict[str, str]]:
 
 def source_name(source: str) -> str:
     """Return a source as cards and records show it: as given, but of a path on this machine the last folder alone."""
-    return source if source.startswith(("hf:", "package:")) else Path(source).expanduser().resolve().name
+    public = source.startswith(("hf:", "package:", archives.PREFIX))
+    return source if public else Path(source).expanduser().resolve().name
+
+
+def base_name(source: str) -> str:
+    """Return a model's name for the metadata of a card, by its source as `source_name` shows it.
+
+    >>> base_name("hf:owner/name@main"), base_name("package:some_models/small"), base_name("zip:a/b/model.zip@0a1b")
+    ('owner/name', 'some_models', 'model')
+    """
+    if source.startswith("package:"):
+        return source.removeprefix("package:").partition("/")[0]
+    if source.startswith(archives.PREFIX):
+        return archives.archive_name(source)
+    return source.removeprefix("hf:").partition("@")[0]
 
 
 def hub_commit(source: str) -> str | None:
@@ -211,13 +247,15 @@ def hub_commit(source: str) -> str | None:
 
 
 def fingerprint(source: str, key: str) -> str:
-    """Return an identifier of the weights of a source: a package's version, or a digest of a folder's files.
+    """Return an identifier of the weights of a source: a package's version, a zip file's digest, or that of a folder's files.
 
     For the hub it is the name and the revision as given: only `hf:<id>@<revision>` identifies the weights for certain.
     """
     path = _local(source, key)
     if path is None:
         return source
+    if source.startswith(archives.PREFIX):
+        return archives.PREFIX + archives.parsed(source, key).sha256
     if source.startswith("package:"):
         version = package_version(source.removeprefix("package:").partition("/")[0])
         if version != "unknown":
