@@ -96,36 +96,17 @@ def test_student_of_another_family_and_vocabulary_is_taught(beside: Callable[...
     assert teacher.digest_inputs["student"]["backbone"] == f"zip:{mpnet.rpartition('@')[2]}"
 
 
-def groups() -> dict[str, str]:
-    """Return method -> what `docs/models.md` says of it with a student of another vocabulary: `works` or `refused`."""
-    text = (ROOT / "docs" / "models.md").read_text().split("### MPNet")[1].split("###")[0]
-    rows = {row: re.search(rf"^\| {row} \|(.*)\|$", text, re.MULTILINE) for row in ("works", "refused")}
-    return {name: row for row, found in rows.items() if found for name in re.findall(r"`(\w+)`", found[1])}
+@pytest.mark.parametrize("method", ["kd", "pkd", "rkd"])
+def test_method_that_reads_one_vector_of_a_text_accepts_it(beside: Callable[..., list[str]], method: str) -> None:
+    check_all(planned(beside(f"method={method}")))
 
 
-def test_documentation_lists_every_method_once() -> None:
-    assert sorted(groups()) == sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml"))
-
-
-FURTHER = {
-    "mixed_vocab": (),
-    "mkd": (),
-}
-"""Overrides of methods that need more than one teacher or columns of the data."""
-
-
-@pytest.mark.parametrize("method", groups())
-def test_students_of_another_vocabulary_are_refused_where_tokens_are_compared(
-    beside: Callable[..., list[str]], method: str
-) -> None:
-    run = planned(beside(f"method={method}", *FURTHER.get(method, ())))
-    if groups()[method] == "works":
-        check_all(run)
-        return
+@pytest.mark.parametrize("method", ["tinybert", "ckd", "bss"])
+def test_method_that_compares_tokens_needs_its_own_first_layers(beside: Callable[..., list[str]], method: str) -> None:
     with pytest.raises(InputError, match="the student has a vocabulary of its own") as caught:
-        check_all(run)
+        check_all(planned(beside(f"method={method}")))
     assert caught.value.key == "teacher.mpnet.student_backbone"
-    check_all(planned(beside(f"method={method}", "teacher.mpnet.student_backbone=null")))
+    check_all(over(beside(f"method={method}"))("teacher.mpnet.student_backbone=null"))
 
 
 def test_students_of_its_own_are_its_first_layers(small: Callable[..., list[str]], mpnet: str) -> None:
