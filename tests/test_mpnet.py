@@ -40,11 +40,11 @@ def shipped() -> str:
 
 @pytest.fixture(scope="module")
 def mpnet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The source of an MPNet, 3 x 32, with a tokenizer of its own, in two packages that can be imported."""
+    """The source of an MPNet, 4 x 32, with a tokenizer of its own, in two packages that can be imported."""
     folder, site = tmp_path_factory.mktemp("mpnet"), tmp_path_factory.mktemp("site")
     MPNetTokenizer(vocab={word: number for number, word in enumerate(WORDS)}).save_pretrained(folder)
     special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
-    sizes = {"layers": 3, "vocab_size": len(WORDS), "max_position_embeddings": 34, "initializer_range": 0.1}
+    sizes = {"layers": 4, "vocab_size": len(WORDS), "max_position_embeddings": 34, "initializer_range": 0.1}
     tiny_model(seed=2, model_type="mpnet", **sizes, **special).save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     whole = io.BytesIO()
