@@ -224,6 +224,7 @@ def every_value(backbone: str, data: str) -> dict[str, Values]:
         ),
         "teacher.minilm.model": Values(st.none(), union(st.sampled_from([True, 2.5]), NESTED, NEVER)),
         "teacher.minilm.backbone": path(backbone, null=False, also=("teacher.minilm.model",)),
+        "teacher.minilm.student_backbone": path(backbone, null=True),
         "teacher.minilm.labels": Values(st.none(), union(st.sampled_from([3, "a", [None], [True], [1.5], {"a": 1}]), NEVER)),
         "teacher.minilm.tasks": Values(
             st.sampled_from([None, "each"]), union(st.sampled_from([3, "all", True, [], [1], ["rte"], {"a": 1}]), NEVER)

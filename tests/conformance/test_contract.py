@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from conformance.bench import (
     two_rank_cases,
     untouched,
 )
+from kd.config.compose import conf_folder
 from kd.data.batch import Batch
 from kd.errors import InputError
 from kd.forward.lazy import Detached
@@ -432,6 +434,19 @@ def test_method_composes_or_is_refused_with_the_key_to_change(name: str) -> None
     else:
         groups = ("pool", "cohort", "surgery", "student", "task", "teacher", "method")
         assert str(error.key).partition(".")[0] in groups, f"refused without the key to change: {error}"
+
+
+def test_documentation_says_which_methods_need_one_vocabulary() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text().split("### MPNet")[1].split("\n### ")[0]
+    rows = dict(re.findall(r"^\| (works|refused) \|(.*)\|$", text, re.MULTILINE))
+    said = {name: row for row, names in rows.items() for name in re.findall(r"`(\w+)`", names)}
+    assert len(said) == sum(len(re.findall(r"`\w+`", names)) for names in rows.values()), "a method is listed twice"
+    assert set(said) == {path.stem for path in (conf_folder() / "method").glob("*.yaml")}
+    for name in METHODS:
+        cases = [name, *(case for case in STAGED if case.split()[0] == name)]
+        errors = [refusal(f"{case} surgery=[cut_vocabulary]") for case in cases]
+        refused = any(error is not None and "a vocabulary of its own" in error.message for error in errors)
+        assert said[name] == ("refused" if refused else "works"), name
 
 
 @pytest.mark.parametrize("name", [*CASES, *GENERATED])
