@@ -21,6 +21,9 @@ SPINS = 1000
 sleeps; the default is 300,000. Our choice: on two idle cores a step takes as long as with the default, on busy ones a third of
 that (`experiments/bench/README.md`)."""
 
+_threads: str | None = None
+"""Value of `OMP_NUM_THREADS` that `configure_openmp` has set; None if it left the variable alone."""
+
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true", "auto")
 
 
@@ -86,12 +89,19 @@ def configure_openmp() -> None:
     number of threads changes results by rounding only, and `result.json` records it; it depends on the machine, not on its
     current load, so that resumed runs are bitwise equal.
     """
+    global _threads
     if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
     quota = cpu_quota()
     if quota < (os.cpu_count() or 1) and not any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")):
         allowed = len(os.sched_getaffinity(0))
-        os.environ["OMP_NUM_THREADS"] = str(max(1, min(int(quota), allowed)))
+        os.environ["OMP_NUM_THREADS"] = _threads = str(max(1, min(int(quota), allowed)))
+
+
+def threads_asked_for() -> str | None:
+    """Return `OMP_NUM_THREADS` as the user has set it; None if it is not set, or only by `configure_openmp`."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    return None if not threads or threads == _threads else threads
 
 
 def cpu_quota(root: Path = Path("/")) -> float:

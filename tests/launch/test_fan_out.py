@@ -15,10 +15,12 @@ from filelock import FileLock
 
 from kd.errors import InputError
 from kd.launch import fan_out, processes
+from kd.launch import places as division
 from kd.launch.fan_out import Event, FanOut, take
 from kd.launch.jobs import Job, find_run, jobs_of, plan_command
 from kd.launch.places import cores, places
 from kd.launch.worker import work
+from kd.system import hardware
 from kd.system.files import is_locked, locked
 from kd.training import execute
 
@@ -182,6 +184,23 @@ def test_places_share_the_threads_of_the_machine(monkeypatch: pytest.MonkeyPatch
     assert [place["OMP_NUM_THREADS"] for place in places(1, uses_gpus=False)] == [str(cores())]
     with pytest.raises(InputError, match="workers=0"):
         places(0, uses_gpus=False)
+
+
+def test_the_quota_of_a_container_is_shared_and_what_the_user_sets_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(hardware, "_threads", None)
+    for module in (hardware, division):
+        monkeypatch.setattr(module, "cpu_quota", lambda: 4.0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    hardware.configure_openmp()
+    assert os.environ["OMP_NUM_THREADS"] == "4"
+    assert [place["OMP_NUM_THREADS"] for place in places(None, uses_gpus=False)] == ["1"] * 4
+    assert [place["OMP_NUM_THREADS"] for place in places(2, uses_gpus=False)] == ["2"] * 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert [place["OMP_NUM_THREADS"] for place in places(2, uses_gpus=False)] == ["3"] * 2
 
 
 def test_each_place_has_a_gpu_of_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
