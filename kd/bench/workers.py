@@ -1,20 +1,25 @@
-"""One process for each candidate, so that peak memory is measured per candidate; only one of them works at a time."""
+"""One process for each candidate, so that peak memory is measured per candidate.
+
+The candidates of a benchmark work one at a time. Several processes that work at once show what a machine can do with them side
+by side (`kd.launch.measure`).
+"""
 
 import contextlib
 import importlib
 import multiprocessing
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from kd.bench.candidates import Candidate
 from kd.errors import InputError
 
-WAITING, GO, STOP = "waiting", "go", "stop"
+WAITING, STOP = "waiting", "stop"
 EXIT_TIMEOUT = 10.0
 """Seconds that a worker has to exit after a stop message."""
 
@@ -39,6 +44,17 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class Go:
+    """Message that starts a turn.
+
+    Attributes:
+        threads: number of threads of the process from this turn on; None to leave it.
+    """
+
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """Measurement of one turn: an epoch over the few training examples of the benchmark.
 
@@ -46,13 +62,15 @@ class Turn:
         seconds: wall-clock time.
         cpu_seconds: CPU time of all threads; lower than usual for its wall-clock time if other processes use the machine.
         examples: number of examples trained on.
-        peak_bytes: peak memory of the process since before its first turn.
+        peak_bytes: peak memory of the process since before its first turn, on the GPU if it uses one.
+        resident_bytes: peak resident memory of the process since before its first turn.
     """
 
     seconds: float
     cpu_seconds: float
     examples: int
     peak_bytes: int
+    resident_bytes: int
 
 
 class Finished(Exception):
@@ -60,12 +78,18 @@ class Finished(Exception):
 
 
 class WorkerDied(Exception):
-    """Error raised when a worker ends before its turns are done."""
+    """Error raised when a worker ends before its turns are done.
 
-    def __init__(self, name: str, status: int | None) -> None:
+    Args:
+        name: name of its candidate.
+        status: its exit status, that of a signal negative.
+        output: where its output is, in words.
+    """
+
+    def __init__(self, name: str, status: int | None, output: str = "above") -> None:
         how = f"was killed by signal {-status}" if status is not None and status < 0 else f"ended with status {status}"
         memory = "; the system kills processes when memory runs out" if status == -9 else ""
-        super().__init__(f"the process of '{name}' {how} before its turns were done{memory}. Its output is above")
+        super().__init__(f"the process of '{name}' {how} before its turns were done{memory}. Its output is {output}")
 
 
 class Gate:
@@ -98,8 +122,13 @@ class Gate:
         from kd.bench.cost import synchronise
 
         self.channel.send(WAITING)
-        if self.channel.recv() == STOP:
+        message = self.channel.recv()
+        if message == STOP:
             raise Finished
+        if message.threads is not None:
+            import torch
+
+            torch.set_num_threads(message.threads)
         synchronise(self.accelerator)
         self._began, self._cpu_began = time.perf_counter(), time.process_time()
 
@@ -109,7 +138,7 @@ class Gate:
 
         synchronise(self.accelerator)
         seconds, cpu_seconds = time.perf_counter() - self._began, time.process_time() - self._cpu_began
-        self.channel.send(Turn(seconds, cpu_seconds, examples, peak_bytes(self.accelerator)))
+        self.channel.send(Turn(seconds, cpu_seconds, examples, peak_bytes(self.accelerator), peak_bytes("cpu")))
 
 
 def work(channel: Connection, job: Job) -> None:
@@ -118,10 +147,21 @@ def work(channel: Connection, job: Job) -> None:
     module, _, function = job.candidate.worker.partition(":")
     try:
         getattr(importlib.import_module(module), function)(job, Gate(channel, job))
-    except (Finished, EOFError):  # a stop message, or the parent has ended
+    except (Finished, EOFError, BrokenPipeError):  # a stop message, or the parent has ended
         pass
     except InputError as error:  # sent as the base class: a subclass with other arguments could not be unpickled
         channel.send(InputError(error.message, error.key))
+
+
+Start = Callable[[Callable[..., None], tuple[Any, ...]], BaseProcess]
+"""Starts a function with these arguments in a process of its own, and returns the process."""
+
+
+def spawn(function: Callable[..., None], arguments: tuple[Any, ...]) -> BaseProcess:
+    """Start a function in a new interpreter: a fork would inherit the parent's memory and threads."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments, name="kd-bench")
+    process.start()
+    return process
 
 
 class Worker:
@@ -129,35 +169,48 @@ class Worker:
 
     Args:
         job: the measurement to make. The process starts at once and builds the run; `wait` fills `facts`.
+        start: how the process is started.
+        output: where its output is, for messages.
 
     Raises:
-        InputError: from `wait` and `turn`, if the worker raised one.
-        WorkerDied: from `wait` and `turn`, if the process ends early.
+        InputError: from `wait`, `turn` and `done`, if the worker raised one.
+        WorkerDied: from these and `go`, if the process ends early.
     """
 
-    def __init__(self, job: Job) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would inherit the parent's memory and threads
-        self.name = job.candidate.name
-        self.channel, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, job), name=f"kd-bench {self.name}")
-        self.process.start()
+    def __init__(self, job: Job, start: Start = spawn, output: str = "above") -> None:
+        self.name, self.output = job.candidate.name, output
+        self.channel, theirs = multiprocessing.Pipe()
+        self.process = start(work, (theirs, job))
         theirs.close()
         self.facts: dict[str, Any] = {}
 
+    def describe(self) -> dict[str, Any]:
+        """Wait until the worker has built its run, and return its description."""
+        self.facts = self._receive()
+        return self.facts
+
     def wait(self) -> None:
         """Wait until the worker is ready for its first turn."""
-        self.facts = self._receive()
+        self.describe()
         self._receive()
 
-    def turn(self) -> Turn:
-        """Run one turn in the worker, and wait until the worker is idle again."""
+    def go(self, threads: int | None = None) -> None:
+        """Start a turn in the worker, with a number of threads from now on, and return at once; `done` returns the turn."""
         try:
-            self.channel.send(GO)
+            self.channel.send(Go(threads))
         except OSError as error:
             raise self._died() from error
+
+    def done(self) -> Turn:
+        """Return the turn that `go` has started, once the worker is idle again."""
         done: Turn = self._receive()
         self._receive()
         return done
+
+    def turn(self) -> Turn:
+        """Run one turn in the worker, and wait until the worker is idle again."""
+        self.go()
+        return self.done()
 
     def close(self) -> None:
         """Stop the worker process, even in the middle of a turn."""
@@ -183,4 +236,4 @@ class Worker:
 
     def _died(self) -> WorkerDied:
         self.process.join(EXIT_TIMEOUT)
-        return WorkerDied(self.name, self.process.exitcode)
+        return WorkerDied(self.name, self.process.exitcode, self.output)

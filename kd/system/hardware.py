@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -110,20 +110,25 @@ def cpu_quota(root: Path = Path("/")) -> float:
     Args:
         root: root of the file system.
     """
-    table = root / "proc/self/cgroup"
     limits = [math.inf]
+    for folder in _control_groups(root, "cpu"):
+        quota, period = _quota_of(folder)
+        if quota > 0 and period > 0:
+            limits.append(quota / period)
+    return min(limits)
+
+
+def _control_groups(root: Path, controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's control groups for `cpu` or `memory`, and of those above; some may not exist."""
+    table = root / "proc/self/cgroup"
     for line in table.read_text().splitlines() if table.is_file() else []:
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         # Version 2 has one tree, version 1 one per controller. A container may see its own group as the root.
-        mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        mount = root / "sys/fs/cgroup" / (controller if controllers else "")
         group = mount / path.lstrip("/")
-        for folder in (mount, group, *(parent for parent in group.parents if mount in parent.parents)):
-            quota, period = _quota_of(folder)
-            if quota > 0 and period > 0:
-                limits.append(quota / period)
-    return min(limits)
+        yield from (mount, group, *(parent for parent in group.parents if mount in parent.parents))
 
 
 def _quota_of(folder: Path) -> tuple[float, float]:
@@ -134,6 +139,32 @@ def _quota_of(folder: Path) -> tuple[float, float]:
         return float(words[0]), float(words[1])
     except (OSError, ValueError, IndexError):  # no such files, or "max"
         return 0.0, 0.0
+
+
+def available_memory(root: Path = Path("/")) -> float:
+    """Return the bytes that processes may still take without swapping, or less if a control group has less left.
+
+    Infinity outside Linux, where nothing says it.
+
+    Args:
+        root: root of the file system.
+    """
+    table = root / "proc/meminfo"
+    lines = table.read_text().splitlines() if table.is_file() else []
+    rooms = [1024 * float(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return min([math.inf, *rooms, *(_memory_left_in(folder) for folder in _control_groups(root, "memory"))])
+
+
+def _memory_left_in(folder: Path) -> float:
+    """Return the bytes that one control group has left; infinity if it has no limit. Cached pages of files count as free."""
+    second = (folder / "memory.max").is_file()
+    limit, usage = ("memory.max", "memory.current") if second else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    try:
+        most, used = float((folder / limit).read_text()), float((folder / usage).read_text())
+        counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such files, or "max"
+        return math.inf
+    return max(0.0, most - used + float(counts.get("inactive_file" if second else "total_inactive_file", 0)))
 
 
 def keep_memory() -> bool:
@@ -152,13 +183,18 @@ def keep_memory() -> bool:
     return bool(library.mallopt(mmap_threshold, 1 << 30) and library.mallopt(trim_threshold, (1 << 31) - 1))
 
 
+def cpu_name() -> str:
+    """Return the name of the processor."""
+    return _cpuinfo().get("model name", platform.processor() or platform.machine())
+
+
 def hardware() -> dict[str, Any]:
     """Return the processor, the numbers of cores and threads, and the GPUs."""
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
-        "cpu": _cpuinfo().get("model name", platform.processor() or platform.machine()),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,

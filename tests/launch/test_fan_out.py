@@ -98,6 +98,47 @@ def test_failures_leave_the_others_alone_and_are_told_with_their_reason(small: S
     assert all(job.file(".log").is_file() for job in found.values())
 
 
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        ("resumes", "1"),
+        ("has no checkpoint", "2"),
+        ("starts again", "2"),
+        ("has more threads than the machine", "2"),
+        ("has a damaged file", "2"),
+        ("the user sets threads", "2"),
+    ],
+)
+def test_a_run_that_resumes_has_the_threads_that_it_began_with(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, again: str
+) -> None:
+    monkeypatch.setattr(fan_out, "cores", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    command = small("method=finetune", "teacher=[]", "seed=15", f"paths.runs={tmp_path}")
+    (job,) = jobs([command]).values()
+    list(FanOut({job.name: job}, TWO[:1]))
+    assert job.file(".threads").read_text() == "1\n"
+    if change != "has no checkpoint":
+        job.run.checkpoints.mkdir(parents=True)
+        (job.run.checkpoints / "last.ckpt").touch()
+    if change == "starts again":
+        (job,) = jobs([[*command, "resume=false"]]).values()
+    if change in (damages := {"has more threads than the machine": "3", "has a damaged file": "-1"}):
+        job.file(".threads").write_text(damages[change])
+    if change == "the user sets threads":
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    list(FanOut({job.name: job}, [{"OMP_NUM_THREADS": "2"}]))
+    assert [line.split()[2] for line in (tmp_path / "events.txt").read_text().splitlines()] == ["1", again]
+    assert job.file(".threads").read_text() == f"{again}\n"
+
+
+def test_a_run_that_is_done_leaves_no_number_of_threads(small: Small, tmp_path: Path) -> None:
+    found = jobs(commands(small, tmp_path, 0))
+    started = [event.workers for event in FanOut(found, TWO) if event.state == "started"]
+    assert started == [2, 2]
+    assert not list((tmp_path / ".launch").glob("*.threads"))
+
+
 def test_a_failure_is_tried_again_by_the_next_command(small: Small, tmp_path: Path) -> None:
     list(FanOut(jobs(commands(small, tmp_path, 13)), TWO))
     (job,) = jobs(commands(small, tmp_path, 13)).values()
