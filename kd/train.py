@@ -23,9 +23,11 @@ from kd.config.failure import Failure
 from kd.config.mixture import expand
 from kd.errors import DISK_FULL, InputError, disk_is_full
 from kd.runs.plan import plan
+from kd.runs.run import Run
 from kd.sweeps import SWEEPER, PointsFailed, asks_hydra, register
 from kd.system import distributed
 from kd.system.hardware import configure_openmp, version_line
+from kd.system.startup import without_collection
 from kd.training.execute import check_launch, check_ranks, deliver
 
 INTERRUPTED = 130
@@ -55,9 +57,23 @@ def job(config: DictConfig) -> Failure | None:
 
 def make_point(config: DictConfig, overrides: Sequence[str]) -> None:
     """Plan and check the run of a configuration, execute it unless it is done, and print its table."""
+    make(planned(config, overrides))
+
+
+def planned(config: DictConfig, overrides: Sequence[str]) -> Run:
+    """Return the run of a configuration.
+
+    Raises:
+        InputError: for a value that is not valid, or an input that does not exist.
+    """
     typed(config)  # first, because it names the key of a value that cannot be interpolated
     run = plan(config, list(overrides))
     check_launch(run)
+    return run
+
+
+def make(run: Run) -> None:
+    """Check that all ranks have the same run, execute it unless it is done, and print its table."""
     distributed.start(run.spec.trainer.accelerator)
     check_ranks(run)
     deliver(run)
@@ -141,18 +157,19 @@ def overrides_first(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return overrides, options
 
 
-def composed_alone(overrides: Sequence[str]) -> DictConfig | None:
-    """Return the configuration of overrides, which Hydra would compose twice; None if only a job of Hydra has it.
+@without_collection()
+def planned_alone(overrides: Sequence[str]) -> Run | None:
+    """Return the run of overrides, which Hydra would compose twice; None if only a job of Hydra has its configuration.
 
     Such a job is needed for overrides of Hydra's own configuration, and for values that it resolves, as `${hydra:job.num}`.
 
     Raises:
-        InputError: for a group, key or value that does not exist.
+        InputError: for a value that is not valid, or an input that does not exist.
     """
     if any(re.match(r"[+~]*hydra\b", override) for override in overrides):
         return None
     config = compose(overrides)
-    return None if asks_hydra(config) else config
+    return None if asks_hydra(config) else planned(config, overrides)
 
 
 def main() -> None:
@@ -170,8 +187,8 @@ def main() -> None:
         overrides = expand(overrides)
         sys.argv[1:] = [*overrides, *options]
         distributed.join()
-        if not options and (config := composed_alone(overrides)) is not None:
-            make_point(config, overrides)
+        if not options and (run := planned_alone(overrides)) is not None:
+            make(run)
         else:
             status = run_by_hydra()
         distributed.leave(status)

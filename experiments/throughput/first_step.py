@@ -192,7 +192,9 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if arguments.inside is not None:
         inside(arguments.inside, arguments.overrides)
-    found = min((measured(arguments.overrides) for _ in range(arguments.repeats)), key=lambda one: sum(w for w, _ in one.values()))
+    found = min(
+        (measured(arguments.overrides) for _ in range(arguments.repeats)), key=lambda one: sum(w for w, _ in one.values())
+    )
     rows = {name: spent for name, spent in found.items() if not name.startswith("import ") or spent[1] >= arguments.least}
     small = [spent for name, spent in found.items() if name not in rows]
     rows[f"import of {len(small)} others"] = [sum(column) for column in zip(*small, strict=True)] if small else [0.0, 0.0]

@@ -1,8 +1,8 @@
 """Imports of all that a run needs, for the process that the processes of runs are forks of (`kd.launch.processes`)."""
 
-from kd.system.imports import without_collection
+from kd.system.startup import without_collection
 
-with without_collection():
+with without_collection(freeze=True):
     import kd.build.check
     import kd.launch.jobs
     import kd.results.tables

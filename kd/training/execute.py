@@ -12,7 +12,7 @@ from kd.runs.retention import with_model, write_uses
 from kd.runs.run import Role, Run, keep_of
 from kd.system import distributed
 from kd.system.files import writes_to
-from kd.system.imports import without_collection
+from kd.system.startup import without_collection
 from kd.training.reduce import reduce_run
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def execute(
         distributed.print_rank_zero(f"  {run.directory}")
         record = result
         return distributed.on_rank_zero(lambda: conclude_done(run, record, first=first, model=model))
-    with without_collection():
+    with without_collection(freeze=True):
         import kd.build.check
         import kd.training.fit
         import kd.training.tracking  # noqa: F401 - all that the run needs, at once
