@@ -43,10 +43,8 @@ def test_a_run_imports_what_its_libraries_do_and_nothing_else() -> None:
     """What Lightning, Transformers and torchmetrics import of others, such as SciPy and matplotlib, is theirs."""
     code = "import sys, torch, lightning.pytorch, torchmetrics, hydra.compose, huggingface_hub, filelock\n"
     code += "from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification\n"
-    code += (
-        "before = set(sys.modules)\nimport kd.launch.libraries\n"
+    code += "before = set(sys.modules)\nimport kd.launch.libraries\n"
     code += "print(*(f'new:{name}' for name in set(sys.modules) - before))"
-    )
     names = imported(code)
     assert names & set(NEVER) == set()
     new = {name.removeprefix("new:") for name in names if name.startswith("new:")}
