@@ -40,7 +40,7 @@ def test_a_command_that_trains_nothing_imports_no_large_library() -> None:
 
 
 def test_a_run_imports_what_its_libraries_do_and_nothing_else() -> None:
-    """What Lightning, Transformers and torchmetrics import of others, such as SciPy and matplotlib, is theirs."""
+    """Lightning, Transformers and torchmetrics import others themselves, such as SciPy and matplotlib."""
     code = "import sys, torch, lightning.pytorch, torchmetrics, hydra.compose, huggingface_hub, filelock\n"
     code += "from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification\n"
     code += "before = set(sys.modules)\nimport kd.launch.libraries\n"
