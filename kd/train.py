@@ -7,6 +7,7 @@ finished runs return at once.
 
 import contextlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +18,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from kd.config.compose import FROM_HYDRA, ROOT, check_overrides, conf_folder, explain, typed
+from kd.config.compose import FROM_HYDRA, ROOT, check_overrides, compose, conf_folder, explain, typed
 from kd.config.failure import Failure
 from kd.config.mixture import expand
 from kd.errors import DISK_FULL, InputError, disk_is_full
 from kd.runs.plan import plan
-from kd.sweeps import SWEEPER, PointsFailed, register
+from kd.runs.run import Run
+from kd.sweeps import SWEEPER, PointsFailed, asks_hydra, register
 from kd.system import distributed
 from kd.system.hardware import configure_openmp, version_line
+from kd.system.startup import without_collection
 from kd.training.execute import check_launch, check_ranks, deliver
 
 INTERRUPTED = 130
@@ -54,9 +57,23 @@ def job(config: DictConfig) -> Failure | None:
 
 def make_point(config: DictConfig, overrides: Sequence[str]) -> None:
     """Plan and check the run of a configuration, execute it unless it is done, and print its table."""
+    make(planned(config, overrides))
+
+
+def planned(config: DictConfig, overrides: Sequence[str]) -> Run:
+    """Return the run of a configuration.
+
+    Raises:
+        InputError: for a value that is not valid, or an input that does not exist.
+    """
     typed(config)  # first, because it names the key of a value that cannot be interpolated
     run = plan(config, list(overrides))
     check_launch(run)
+    return run
+
+
+def make(run: Run) -> None:
+    """Check that all ranks have the same run, execute it unless it is done, and print its table."""
     distributed.start(run.spec.trainer.accelerator)
     check_ranks(run)
     deliver(run)
@@ -140,35 +157,64 @@ def overrides_first(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return overrides, options
 
 
+@without_collection()
+def planned_alone(overrides: Sequence[str]) -> Run | None:
+    """Return the run of overrides, which Hydra would compose twice; None if only a job of Hydra has its configuration.
+
+    Such a job is needed for overrides of Hydra's own configuration, and for values that it resolves, as `${hydra:job.num}`.
+
+    Raises:
+        InputError: for a value that is not valid, or an input that does not exist.
+    """
+    if any(re.match(r"[+~]*hydra\b", override) for override in overrides):
+        return None
+    config = compose(overrides)
+    return None if asks_hydra(config) else planned(config, overrides)
+
+
 def main() -> None:
     """Run the command `kd-train`."""
     leave_out_working_folder()
     if "--version" in sys.argv[1:]:  # Hydra would print its version
         print(version_line())
         return
-    global _begun
-    _begun = False
     configure_openmp()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints its report and exits with 1
-    command = hydra.main(config_path=str(conf_folder()), config_name=ROOT, version_base="1.3")(job)
     with plain_errors():
         status = 0
         overrides, options = overrides_first(sys.argv[1:])
         check_overrides(overrides)
-        sys.argv[1:] = [*expand(overrides), *options]
+        overrides = expand(overrides)
+        sys.argv[1:] = [*overrides, *options]
         distributed.join()
-        register()
-        try:
-            command()
-        except PointsFailed as failed:
-            status = failed.status
-        except FROM_HYDRA as error:
-            if _begun or isinstance(error, BrokenPipeError):
-                raise
-            raise explain(error) from error  # raised by Hydra for an invalid override
+        if not options and (run := planned_alone(overrides)) is not None:
+            make(run)
+        else:
+            status = run_by_hydra()
         distributed.leave(status)
         if status:
             sys.exit(status)
+
+
+def run_by_hydra() -> int:
+    """Run the command line by Hydra, with its options such as `--multirun`; return the exit status.
+
+    Raises:
+        InputError: for an invalid override.
+    """
+    global _begun
+    _begun = False
+    command = hydra.main(config_path=str(conf_folder()), config_name=ROOT, version_base="1.3")(job)
+    register()
+    try:
+        command()
+    except PointsFailed as failed:
+        return failed.status
+    except FROM_HYDRA as error:
+        if _begun or isinstance(error, BrokenPipeError):
+            raise
+        raise explain(error) from error  # raised by Hydra for an invalid override
+    return 0
 
 
 if __name__ == "__main__":

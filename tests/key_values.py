@@ -411,7 +411,9 @@ def every_value(backbone: str, data: str) -> dict[str, Values]:
             union(st.sampled_from(["", " ", " a", "a ", "a\nb", "x" * 101, True, 1.5]), NESTED, NEVER),
         ),
         "launcher.name": word("none", "local", "slurm", "ray"),
-        "launcher.workers": whole(1, 1024, null=True),
+        "launcher.workers": Values(
+            union(st.integers(1, 1024), st.sampled_from([None, "measure"])), whole(1, 1024, null=True).illegal
+        ),
         "launcher.array_limit": whole(1, COUNT),
         "launcher.time": Values(
             st.sampled_from(["04:00:00", "90", "1-12", "1-12:30:00"]),

@@ -121,6 +121,46 @@ def test_a_quota_is_the_smallest_of_the_control_groups_above(
     assert hardware.cpu_quota(tmp_path / "no Linux") == float("inf")
 
 
+@pytest.mark.parametrize(
+    ("table", "files", "gigabytes"),
+    [
+        ("0::/", {}, 8),
+        ("0::/a", {"a/memory.max": "max", "a/memory.current": "1000000000", "a/memory.stat": "inactive_file 0"}, 8),
+        ("0::/a", {"a/memory.max": "4000000000", "a/memory.current": "1000000000", "a/memory.stat": "inactive_file 0"}, 3),
+        (
+            "0::/a/b",
+            {
+                "a/memory.max": "4000000000",
+                "a/memory.current": "2000000000",
+                "a/memory.stat": "anon 5\ninactive_file 500000000",
+            },
+            2.5,
+        ),
+        (
+            "4:memory:/a\n3:cpu:/b",
+            {
+                "memory/a/memory.limit_in_bytes": "2000000000",
+                "memory/a/memory.usage_in_bytes": "1000000000",
+                "memory/a/memory.stat": "total_inactive_file 0",
+            },
+            1,
+        ),
+        ("0::/a", {"a/memory.max": "1000", "a/memory.current": "2000", "a/memory.stat": "inactive_file 0"}, 0),
+        ("3:cpu:/a", {"memory/a/memory.limit_in_bytes": "5"}, 8),
+    ],
+)
+def test_memory_that_is_available_is_the_least_of_the_machine_and_of_the_control_groups(
+    tmp_path: Path, table: str, files: dict[str, str], gigabytes: float
+) -> None:
+    meminfo = "MemTotal:       16000000 kB\nMemFree:   1000 kB\nMemAvailable:    7812500 kB\n"
+    own = {"proc/self/cgroup": table, "proc/meminfo": meminfo}
+    for name, text in {**own, **{f"sys/fs/cgroup/{name}": text for name, text in files.items()}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert hardware.available_memory(tmp_path) == gigabytes * 1e9
+    assert hardware.available_memory(tmp_path / "no Linux") == float("inf")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP")
 def test_the_commands_ask_before_torch_reads_its_settings() -> None:
     """It shows them on request; the command ends, because of its arguments, before it trains anything."""

@@ -1,13 +1,18 @@
-"""One process for each candidate, so that peak memory is measured per candidate; only one of them works at a time."""
+"""One process for each candidate, so that peak memory is measured per candidate.
+
+The candidates of a benchmark work one at a time. Several processes that work at once show what a machine can do with them side
+by side (`kd.launch.measure`).
+"""
 
 import contextlib
 import importlib
 import multiprocessing
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ from kd.bench.candidates import Candidate
 from kd.bench.launches import Launches, Profile
 from kd.errors import InputError
 
-WAITING, GO, PROFILE, STOP = "waiting", "go", "profile", "stop"
+WAITING, STOP = "waiting", "stop"
 EXIT_TIMEOUT = 10.0
 """Seconds that a worker has to exit after a stop message."""
 
@@ -40,6 +45,22 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class Go:
+    """Message that starts a turn.
+
+    Attributes:
+        threads: number of threads of the process from this turn on; None to leave it.
+        profile: whether the turn is profiled, and its launches are counted.
+    """
+
+    threads: int | None = None
+    profile: bool = False
+
+
+GO, PROFILE = Go(), Go(profile=True)
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
     """Measurement of one turn: an epoch over the few training examples of the benchmark.
 
@@ -47,9 +68,10 @@ class Turn:
         seconds: wall-clock time.
         cpu_seconds: CPU time of all threads; lower than usual for its wall-clock time if other processes use the machine.
         examples: number of examples trained on.
-        peak_bytes: peak memory of the process since before its first turn.
+        peak_bytes: peak memory of the process since before its first turn, on the GPU if it uses one.
         reserved_bytes: on a GPU the peak of what torch has reserved there: the memory of graphs is not all of tensors.
         launches: counts of a turn that was profiled, whose time says nothing; None for a turn that was measured.
+        resident_bytes: peak resident memory of the process since before its first turn.
     """
 
     seconds: float
@@ -58,6 +80,7 @@ class Turn:
     peak_bytes: int
     reserved_bytes: int | None = None
     launches: Launches | None = None
+    resident_bytes: int = 0
 
 
 class Finished(Exception):
@@ -65,12 +88,18 @@ class Finished(Exception):
 
 
 class WorkerDied(Exception):
-    """Error raised when a worker ends before its turns are done."""
+    """Error raised when a worker ends before its turns are done.
 
-    def __init__(self, name: str, status: int | None) -> None:
+    Args:
+        name: name of its candidate.
+        status: its exit status, that of a signal negative.
+        output: where its output is, in words.
+    """
+
+    def __init__(self, name: str, status: int | None, output: str = "above") -> None:
         how = f"was killed by signal {-status}" if status is not None and status < 0 else f"ended with status {status}"
         memory = "; the system kills processes when memory runs out" if status == -9 else ""
-        super().__init__(f"the process of '{name}' {how} before its turns were done{memory}. Its output is above")
+        super().__init__(f"the process of '{name}' {how} before its turns were done{memory}. Its output is {output}")
 
 
 class Gate:
@@ -107,8 +136,12 @@ class Gate:
         message = self.channel.recv()
         if message == STOP:
             raise Finished
+        if message.threads is not None:
+            import torch
+
+            torch.set_num_threads(message.threads)
         synchronise(self.accelerator)
-        if message == PROFILE:
+        if message.profile:
             self._profile = Profile(self.job.folder)
             self._profile.start()
         self._began, self._cpu_began = time.perf_counter(), time.process_time()
@@ -121,7 +154,7 @@ class Gate:
         synchronise(self.accelerator)
         seconds, cpu_seconds = time.perf_counter() - self._began, time.process_time() - self._cpu_began
         peak, reserved = peak_bytes(self.accelerator), reserved_bytes(self.accelerator)
-        self.channel.send(Turn(seconds, cpu_seconds, examples, peak, reserved, launches))
+        self.channel.send(Turn(seconds, cpu_seconds, examples, peak, reserved, launches, peak_bytes("cpu")))
 
 
 def work(channel: Connection, job: Job) -> None:
@@ -130,10 +163,21 @@ def work(channel: Connection, job: Job) -> None:
     module, _, function = job.candidate.worker.partition(":")
     try:
         getattr(importlib.import_module(module), function)(job, Gate(channel, job))
-    except (Finished, EOFError):  # a stop message, or the parent has ended
+    except (Finished, EOFError, BrokenPipeError):  # a stop message, or the parent has ended
         pass
     except InputError as error:  # sent as the base class: a subclass with other arguments could not be unpickled
         channel.send(InputError(error.message, error.key))
+
+
+Start = Callable[[Callable[..., None], tuple[Any, ...]], BaseProcess]
+"""Starts a function with these arguments in a process of its own, and returns the process."""
+
+
+def spawn(function: Callable[..., None], arguments: tuple[Any, ...]) -> BaseProcess:
+    """Start a function in a new interpreter: a fork would inherit the parent's memory and threads."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments, name="kd-bench")
+    process.start()
+    return process
 
 
 class Worker:
@@ -141,36 +185,49 @@ class Worker:
 
     Args:
         job: the measurement to make. The process starts at once and builds the run; `wait` fills `facts`.
+        start: how the process is started.
+        output: where its output is, for messages.
 
     Raises:
-        InputError: from `wait` and `turn`, if the worker raised one.
-        WorkerDied: from `wait` and `turn`, if the process ends early.
+        InputError: from `wait`, `turn` and `done`, if the worker raised one.
+        WorkerDied: from these and `go`, if the process ends early.
     """
 
-    def __init__(self, job: Job) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would inherit the parent's memory and threads
-        self.name = job.candidate.name
-        self.channel, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, job), name=f"kd-bench {self.name}")
-        self.process.start()
+    def __init__(self, job: Job, start: Start = spawn, output: str = "above") -> None:
+        self.name, self.output = job.candidate.name, output
+        self.channel, theirs = multiprocessing.Pipe()
+        self.process = start(work, (theirs, job))
         theirs.close()
         self.facts: dict[str, Any] = {}
 
+    def describe(self) -> dict[str, Any]:
+        """Wait until the worker has built its run, and return its description."""
+        self.facts = self._receive()
+        return self.facts
+
     def wait(self) -> None:
         """Wait until the worker is ready for its first turn."""
-        self.facts = self._receive()
+        self.describe()
         self._receive()
 
-    def turn(self, message: str = GO) -> Turn:
+    def turn(self, message: Go = GO) -> Turn:
         """Run one turn in the worker, and wait until the worker is idle again.
 
         Args:
             message: `GO`, or `PROFILE` for a turn that is profiled.
         """
+        self.go(message)
+        return self.done()
+
+    def go(self, message: Go = GO) -> None:
+        """Start a turn in the worker, and return at once; `done` returns the turn."""
         try:
             self.channel.send(message)
         except OSError as error:
             raise self._died() from error
+
+    def done(self) -> Turn:
+        """Return the turn that `go` has started, once the worker is idle again."""
         done: Turn = self._receive()
         self._receive()
         return done
@@ -199,4 +256,4 @@ class Worker:
 
     def _died(self) -> WorkerDied:
         self.process.join(EXIT_TIMEOUT)
-        return WorkerDied(self.name, self.process.exitcode)
+        return WorkerDied(self.name, self.process.exitcode, self.output)

@@ -176,7 +176,7 @@ class LauncherSpec:
     """Processes that execute the points of a sweep, or the cells of a table; they do not change results."""
 
     name: str = "none"
-    workers: int | None = None
+    workers: Any = None
     time: str = "04:00:00"
     sbatch: list[str] = field(default_factory=list)
     array_limit: int = 1000
@@ -191,20 +191,28 @@ class Launcher:
         execute: name of a function that executes jobs, see `kd.launch.launcher.launch`; None leaves points to Hydra.
         queues: True if the jobs are only submitted later, so that none is done when the function returns.
         prepare: name of a function without arguments that starts what the first needs, while jobs are still planned.
+        measures: True if it executes jobs on this machine, so that `launcher.workers=measure` is about where they are executed.
     """
 
     execute: str | None = None
     queues: bool = False
     prepare: str | None = None
+    measures: bool = False
 
 
 LAUNCHERS: Mapping[str, Launcher] = {
     "none": Launcher(),
-    "local": Launcher("kd.launch.launcher.local", prepare="kd.launch.processes.start_server"),
+    "local": Launcher("kd.launch.launcher.local", prepare="kd.launch.processes.start_server", measures=True),
     "slurm": Launcher("kd.launch.launcher.slurm", queues=True),
     "ray": Launcher("kd.launch.launcher.ray"),
 }
 """Name of a launcher, as of its file in `conf/launcher` -> what it is."""
+
+MOST_WORKERS = 1024
+"""Largest number of processes side by side."""
+
+MEASURE = "measure"
+"""Value of `launcher.workers`: as many as a short measurement finds fastest (`kd.launch.measure`)."""
 
 
 @dataclass(frozen=True)
@@ -402,9 +410,20 @@ def check_launcher(launcher: LauncherSpec) -> None:
     Raises:
         InputError: for a word that is not in its list, a number out of range, or a text that is no option of `sbatch`.
     """
-    launcher_named(launcher.name)
-    if launcher.workers is not None:
-        whole(launcher.workers, "launcher.workers", 1, 1024)
+    chosen = launcher_named(launcher.name)
+    if launcher.workers == MEASURE and chosen.execute is not None and not chosen.measures:
+        raise InputError(
+            f"launcher.workers={MEASURE} measures this machine, and launcher={launcher.name} executes jobs on others; give a "
+            "number, or null",
+            "launcher.workers",
+        )
+    if isinstance(launcher.workers, str) and launcher.workers != MEASURE:
+        raise InputError(
+            f"launcher.workers={shown(launcher.workers)} must be null, {MEASURE}, or a whole number from 1 to {MOST_WORKERS}",
+            "launcher.workers",
+        )
+    if launcher.workers not in (None, MEASURE):
+        whole(launcher.workers, "launcher.workers", 1, MOST_WORKERS)
     whole(launcher.array_limit, "launcher.array_limit", 1, MANY)
     if not re.fullmatch(r"(\d{1,3}-)?\d{1,6}(:\d{1,2}){0,2}", launcher.time, re.ASCII):
         raise InputError(

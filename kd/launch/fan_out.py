@@ -18,9 +18,11 @@ from filelock import FileLock, Timeout
 
 from kd.config.failure import Failure
 from kd.launch.jobs import Job
+from kd.launch.places import cores
 from kd.launch.processes import Program
 from kd.system.command import INTERRUPTED
-from kd.system.files import check_writable, remove, writing
+from kd.system.files import check_writable, remove, write_text, writing
+from kd.system.hardware import threads_asked_for
 
 POLL = 0.2
 """Seconds between two looks at the processes. Our choice."""
@@ -44,12 +46,14 @@ class Event:
         state: `started`, `elsewhere` (another command executes it), `done` or `failed`.
         seconds: time that it took here; None if it was executed elsewhere, or has not ended.
         failure: the reason, if it has failed.
+        workers: number of jobs that are executed side by side, if it was started here.
     """
 
     job: Job
     state: str
     seconds: float | None = None
     failure: Failure | None = None
+    workers: int | None = None
 
 
 @dataclass
@@ -167,7 +171,7 @@ class FanOut:
                 yield change
                 continue
             self.running.append(self._launch(job, claim, self._free[0]))
-            yield Event(job, "started")
+            yield Event(job, "started", workers=len(self.slots))
 
     def _ended(self, job: Job) -> Event | None:
         """Return how a job ended in another command; None if it did not."""
@@ -182,13 +186,16 @@ class FanOut:
         arguments, log = [*WORKER, job.name, str(failed), *job.command], job.file(".log")
         with writing(log):
             log.open("ab").close()
-        program = Program(arguments, {**os.environ, **self.slots[slot]}, log)
+        threads = threads_of(job, self.slots[slot]["OMP_NUM_THREADS"])
+        environment = {**os.environ, **self.slots[slot], "OMP_NUM_THREADS": threads}
+        program = Program(arguments, environment, log)
         return Running(job, program, claim, slot, time.monotonic())
 
     def _finish(self, job: Job, seconds: float | None = None) -> Event:
         self.done.add(job.name)
         self.elsewhere.discard(job.name)
-        remove(job.file(".failed"))
+        for suffix in (".failed", ".threads"):
+            remove(job.file(suffix))
         return Event(job, "done", seconds)
 
     def _fail(self, job: Job, failure: Failure, seconds: float | None = None) -> Event:
@@ -205,6 +212,26 @@ class FanOut:
             running.program.end(until - time.monotonic())
             running.claim.release()
         self.running.clear()
+
+
+def threads_of(job: Job, given: str) -> str:
+    """Return the number of threads for a job: of a run that resumes here, that with which it began; else the given one.
+
+    Sums that other numbers of threads make are rounded differently, so that a run that resumes with another number does not end
+    with the weights of one that was not interrupted.
+
+    Args:
+        job: the job.
+        given: number of threads of its place.
+    """
+    file, resumes = job.file(".threads"), job.run.spec.resume and (job.run.checkpoints / "last.ckpt").exists()
+    with writing(file):
+        if resumes and threads_asked_for() is None and file.is_file():
+            before = file.read_text(encoding="utf-8").strip()
+            if before.isascii() and before.isdigit() and 0 < int(before) <= cores():  # it may have begun on another machine
+                return before
+        write_text(file, f"{given}\n")
+    return given
 
 
 def take(job: Job) -> FileLock | None:

@@ -4,22 +4,22 @@ import pkgutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 
-from kd.config.schema import LauncherSpec, check_launcher, launcher_named
+from kd.config.schema import MEASURE, LauncherSpec, check_launcher, launcher_named
 from kd.errors import InputError
 from kd.launch.fan_out import Event, FanOut
-from kd.launch.jobs import Job
+from kd.launch.jobs import Job, needed_in
 from kd.launch.on_ray import on_ray
 from kd.launch.places import places
 from kd.launch.slurm import submission, write_script
 
 
 def workers(launcher: LauncherSpec, jobs: Iterable[Job]) -> int:
-    """Return the number of jobs that are executed side by side on this machine.
+    """Return the number of jobs that are executed side by side on this machine; before a measurement, as without one.
 
     Raises:
         InputError: if the number that is asked for is not positive.
     """
-    return len(places(launcher.workers, uses_gpus(jobs)))
+    return len(places(None if launcher.workers == MEASURE else launcher.workers, uses_gpus(jobs)))
 
 
 def uses_gpus(jobs: Iterable[Job]) -> bool:
@@ -53,8 +53,18 @@ def launch(jobs: Mapping[str, Job], launcher: LauncherSpec, name: str) -> Iterat
 
 
 def local(jobs: Mapping[str, Job], launcher: LauncherSpec, name: str) -> Iterator[Event]:
-    """Execute jobs on this machine."""
-    yield from FanOut(jobs, places(launcher.workers, uses_gpus(jobs.values())))
+    """Execute jobs on this machine; to measure how many of them side by side, first those that others need."""
+    gpus = uses_gpus(jobs.values())
+    if launcher.workers != MEASURE:
+        yield from FanOut(jobs, places(launcher.workers, gpus))
+        return
+    from kd.launch.measure import measured
+
+    needed = needed_in(jobs)
+    first = FanOut({name: job for name, job in jobs.items() if name in needed}, places(None, gpus))
+    yield from first
+    cells = [job for name, job in jobs.items() if name not in needed and first.done.issuperset(job.needs)]
+    yield from FanOut(jobs, places(measured(cells, uses_gpus=gpus), gpus), done=first.done, failed=first.failed)
 
 
 def ray(jobs: Mapping[str, Job], launcher: LauncherSpec, name: str) -> Iterator[Event]:

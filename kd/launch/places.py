@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from kd.errors import InputError
-from kd.system.hardware import cpu_quota
+from kd.system.hardware import cpu_quota, threads_asked_for
 
 
 def cores() -> int:
@@ -36,7 +36,7 @@ def places(workers: int | None, uses_gpus: bool) -> Sequence[Mapping[str, str]]:
         raise InputError(f"workers={workers} must be at least 1", "launcher.workers")
     devices = gpus() if uses_gpus else 0
     count = workers or devices or cores()
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // count))
+    threads = threads_asked_for() or str(max(1, cores() // count))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if os.environ.get("CUDA_VISIBLE_DEVICES") else None
     environments = []
     for number in range(count):

@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -63,6 +63,24 @@ def short_temporary_folder() -> Iterator[None]:
         tempfile.tempdir = before
 
 
+def fork(
+    function: Callable[..., None], arguments: Sequence[object], environment: Mapping[str, str], log: Path
+) -> ForkServerProcess:
+    """Start a function in a fork of the server, in a session of its own, and return the process.
+
+    Args:
+        function: a function of a module, which is imported in the process if the server has not done so.
+        arguments: its arguments, which have to be picklable.
+        environment: environment variables of the process. The number of OpenMP threads is set too.
+        log: file that its output is appended to.
+    """
+    start_server()
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=execute, args=(function, tuple(arguments), dict(environment), str(log)))
+    process.start()
+    return process
+
+
 class Program:
     """A program of Python that runs in a process of its own, in a session of its own: Ctrl-C reaches its parent alone.
 
@@ -73,11 +91,7 @@ class Program:
     """
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        start_server()
-        target = (list(arguments), dict(environment), str(log))
-        context = multiprocessing.get_context("forkserver")
-        self.process: ForkServerProcess = context.Process(target=execute, args=target)
-        self.process.start()
+        self.process = fork(run_program, [list(arguments)], environment, log)
 
     @property
     def status(self) -> int | None:
@@ -124,8 +138,8 @@ def environment_of(environment: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def execute(arguments: Sequence[str], environment: Mapping[str, str], log: str) -> None:
-    """Execute a program in a forked process; arguments as for `Program`."""
+def execute(function: Callable[..., None], arguments: Sequence[object], environment: Mapping[str, str], log: str) -> None:
+    """Call a function in a forked process; arguments as for `fork`."""
     os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -145,11 +159,16 @@ def execute(arguments: Sequence[str], environment: Mapping[str, str], log: str) 
 
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"].split(",")[0]))
     try:
-        if arguments[0] == "-m":
-            sys.argv = list(arguments[1:])
-            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = list(arguments)
-            runpy.run_path(arguments[0], run_name="__main__")
+        function(*arguments)
     finally:
         atexit._run_exitfuncs()  # a fork ends without them
+
+
+def run_program(arguments: Sequence[str]) -> None:
+    """Run a program of Python in this process; arguments as for `Program`."""
+    if arguments[0] == "-m":
+        sys.argv = list(arguments[1:])
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(arguments)
+        runpy.run_path(arguments[0], run_name="__main__")

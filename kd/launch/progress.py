@@ -16,7 +16,7 @@ class Progress:
         labels: name -> description of a job that a command asks for.
         done: number of commands whose runs were done before.
         count: number of all commands.
-        workers: number of jobs that are executed side by side.
+        workers: number of jobs that are executed side by side, until one is started.
         records: records of finished runs, for estimates.
         tell: prints a line.
     """
@@ -39,6 +39,7 @@ class Progress:
         """Print a line about a change."""
         name = event.job.name
         label = self.labels.get(name, f"{name} (others need it)")
+        self.workers = event.workers or self.workers
         if event.state in ("done", "failed"):
             self.open.pop(name, None)
             self.done += event.state == "done" and event.job.wanted

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,9 @@ SPINS = 1000
 """Value of `GOMP_SPINCOUNT`: rounds for which a waiting thread of GNU's OpenMP, the one in torch's wheels, spins before it
 sleeps; the default is 300,000. Our choice: on two idle cores a step takes as long as with the default, on busy ones a third of
 that (`experiments/bench/README.md`)."""
+
+_threads: str | None = None
+"""Value of `OMP_NUM_THREADS` that `configure_openmp` has set; None if it left the variable alone."""
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true", "auto")
 
@@ -86,12 +89,19 @@ def configure_openmp() -> None:
     number of threads changes results by rounding only, and `result.json` records it; it depends on the machine, not on its
     current load, so that resumed runs are bitwise equal.
     """
+    global _threads
     if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
     quota = cpu_quota()
     if quota < (os.cpu_count() or 1) and not any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")):
         allowed = len(os.sched_getaffinity(0))
-        os.environ["OMP_NUM_THREADS"] = str(max(1, min(int(quota), allowed)))
+        os.environ["OMP_NUM_THREADS"] = _threads = str(max(1, min(int(quota), allowed)))
+
+
+def threads_asked_for() -> str | None:
+    """Return `OMP_NUM_THREADS` as the user has set it; None if it is not set, or only by `configure_openmp`."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    return None if not threads or threads == _threads else threads
 
 
 def cpu_quota(root: Path = Path("/")) -> float:
@@ -100,20 +110,25 @@ def cpu_quota(root: Path = Path("/")) -> float:
     Args:
         root: root of the file system.
     """
-    table = root / "proc/self/cgroup"
     limits = [math.inf]
+    for folder in _control_groups(root, "cpu"):
+        quota, period = _quota_of(folder)
+        if quota > 0 and period > 0:
+            limits.append(quota / period)
+    return min(limits)
+
+
+def _control_groups(root: Path, controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's control groups for `cpu` or `memory`, and of those above; some may not exist."""
+    table = root / "proc/self/cgroup"
     for line in table.read_text().splitlines() if table.is_file() else []:
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         # Version 2 has one tree, version 1 one per controller. A container may see its own group as the root.
-        mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        mount = root / "sys/fs/cgroup" / (controller if controllers else "")
         group = mount / path.lstrip("/")
-        for folder in (mount, group, *(parent for parent in group.parents if mount in parent.parents)):
-            quota, period = _quota_of(folder)
-            if quota > 0 and period > 0:
-                limits.append(quota / period)
-    return min(limits)
+        yield from (mount, group, *(parent for parent in group.parents if mount in parent.parents))
 
 
 def _quota_of(folder: Path) -> tuple[float, float]:
@@ -124,6 +139,32 @@ def _quota_of(folder: Path) -> tuple[float, float]:
         return float(words[0]), float(words[1])
     except (OSError, ValueError, IndexError):  # no such files, or "max"
         return 0.0, 0.0
+
+
+def available_memory(root: Path = Path("/")) -> float:
+    """Return the bytes that processes may still take without swapping, or less if a control group has less left.
+
+    Infinity outside Linux, where nothing says it.
+
+    Args:
+        root: root of the file system.
+    """
+    table = root / "proc/meminfo"
+    lines = table.read_text().splitlines() if table.is_file() else []
+    rooms = [1024 * float(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return min([math.inf, *rooms, *(_memory_left_in(folder) for folder in _control_groups(root, "memory"))])
+
+
+def _memory_left_in(folder: Path) -> float:
+    """Return the bytes that one control group has left; infinity if it has no limit. Cached pages of files count as free."""
+    second = (folder / "memory.max").is_file()
+    limit, usage = ("memory.max", "memory.current") if second else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    try:
+        most, used = float((folder / limit).read_text()), float((folder / usage).read_text())
+        counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such files, or "max"
+        return math.inf
+    return max(0.0, most - used + float(counts.get("inactive_file" if second else "total_inactive_file", 0)))
 
 
 def keep_memory() -> bool:
@@ -142,13 +183,18 @@ def keep_memory() -> bool:
     return bool(library.mallopt(mmap_threshold, 1 << 30) and library.mallopt(trim_threshold, (1 << 31) - 1))
 
 
+def cpu_name() -> str:
+    """Return the name of the processor."""
+    return _cpuinfo().get("model name", platform.processor() or platform.machine())
+
+
 def hardware() -> dict[str, Any]:
     """Return the processor, the numbers of cores and threads, and the GPUs."""
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
-        "cpu": _cpuinfo().get("model name", platform.processor() or platform.machine()),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,

@@ -43,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("table", nargs="?", help="a table, as pkd_dev, or a file of yours, as mine.yaml; submit: a run")
     found.add_argument("overrides", nargs="*", help="scale=local (default) or published; overrides of kd-train")
-    found.add_argument("--workers", type=int, metavar="N", help="cells side by side (default: a GPU or a core each)")
+    found.add_argument(
+        "--workers", type=count, metavar="N", help="cells side by side (default: a GPU or a core each), or measure: the fastest"
+    )
     found.add_argument("--only", metavar="TEXT", help="cells whose labels contain this, as 'method=pkd student=3l'")
     found.add_argument("--needed", action="store_true", help="make only the runs that the cells need, such as teachers")
     found.add_argument("--slurm", action="store_true", help="write the script of an array for SLURM, make nothing")
@@ -56,6 +58,15 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--figures", type=Path, metavar="FILE", help="default: experiments/<table>/ours.csv")
     found.add_argument("--version", action="version", version=version_line())
     return found
+
+
+def count(word: str) -> int | str:
+    """Return a number of the command line, or the word for one that is measured.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    return word if word == "measure" else int(word)
 
 
 def list_tables(arguments: argparse.Namespace) -> int:
@@ -165,7 +176,7 @@ def show_plan(arguments: argparse.Namespace) -> int:
     for job in others:
         if job.name in failures:
             print(f"{job.name} failed before: {failures[job.name].line}")
-    workers = arguments.workers or cores()
+    workers = (isinstance(arguments.workers, int) and arguments.workers) or cores()
     seconds = Durations(run.result or {} for run in done.values()).left(jobs.values(), workers)
     mean = sum(size_of(run.directory) for run in done.values()) / len(done) if done else None
     disk = "unknown" if mean is None else readable_size(mean * len(jobs))

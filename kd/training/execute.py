@@ -12,6 +12,7 @@ from kd.runs.retention import with_model, write_uses
 from kd.runs.run import Role, Run, keep_of
 from kd.system import distributed
 from kd.system.files import writes_to
+from kd.system.startup import without_collection
 from kd.training.reduce import reduce_run
 
 if TYPE_CHECKING:
@@ -53,7 +54,11 @@ def execute(
         distributed.print_rank_zero(f"  {run.directory}")
         record = result
         return distributed.on_rank_zero(lambda: conclude_done(run, record, first=first, model=model))
-    from kd.build.parts import examples_of
+    with without_collection(freeze=True):
+        import kd.build.check
+        import kd.training.fit
+        import kd.training.tracking  # noqa: F401 - all that the run needs, at once
+        from kd.build.parts import examples_of
 
     # Referenced from here on, so that the checks and the teachers' runs reuse them.
     examples = examples_of(run, planned=True)

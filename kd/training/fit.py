@@ -1,7 +1,7 @@
 """Training, evaluation and export of a planned run whose inputs are done, up to its record."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -32,6 +32,37 @@ from kd.training.tracking import conclude_all, tracking
 from kd.training.trainer import build_trainer, callbacks_of, last_step, load_weights, quieten, run_trainer, select
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to be trained.
+
+    Attributes:
+        parts: its tasks, by name.
+        engine: its engine.
+        data: its batches.
+        tables: word-embedding tables of its models, with the rows to train.
+    """
+
+    parts: dict[str, Part]
+    engine: Engine
+    data: KDDataModule | MixedData
+    tables: list[Table]
+
+
+def prepare(run: Run, examples: Mapping[str, Examples]) -> Prepared:
+    """Build a run whose inputs are done, from the examples of each of its tasks.
+
+    Raises:
+        InputError: for parts that do not fit each other, or a teacher that cannot be loaded.
+    """
+    quieten()
+    parts = build_parts(run, examples)
+    keep_memory()  # from here on, so that memory of building, such as a teacher's weights, is returned to the system
+    engine = engine_of(run, {name: part.engine for name, part in parts.items()}, examples)
+    readers = [reader for part in parts.values() for reader in readers_of(part.models, part.data)]
+    return Prepared(parts, engine, data_of(run, parts), plan_tables(readers, engine, run.spec.trainer))
+
+
 def fit(
     run: Run, examples: Mapping[str, Examples], role: Role | None = None, callbacks: Sequence[Callback] = ()
 ) -> dict[str, Any]:
@@ -47,13 +78,8 @@ def fit(
         InputError: for an error that the user can correct.
         KeyboardInterrupt: on Ctrl-C, after Lightning has shut down.
     """
-    quieten()
-    parts = build_parts(run, examples)
-    keep_memory()  # from here on, so that memory of building, such as a teacher's weights, is returned to the system
-    engine = engine_of(run, {name: part.engine for name, part in parts.items()}, examples)
-    data = data_of(run, parts)
-    readers = [reader for part in parts.values() for reader in readers_of(part.models, part.data)]
-    tables = plan_tables(readers, engine, run.spec.trainer)
+    prepared = prepare(run, examples)
+    parts, engine, data, tables = prepared.parts, prepared.engine, prepared.data, prepared.tables
     distributed.on_rank_zero(lambda: begin(run, parts, data.epoch(), tables))
     starts, parts = count_fills(run, engine, parts)
     step = last_step(run, engine)

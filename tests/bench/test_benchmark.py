@@ -21,7 +21,7 @@ from kd.bench.benchmark import benchmark
 from kd.bench.candidates import CANDIDATES, FINETUNE, LIVE
 from kd.bench.harness import prepare
 from kd.bench.launches import Launches
-from kd.bench.workers import GO, PROFILE, STOP, WAITING, Finished, Gate, Job, Turn, Worker, WorkerDied
+from kd.bench.workers import GO, PROFILE, STOP, WAITING, Finished, Gate, Go, Job, Turn, Worker, WorkerDied
 from kd.errors import InputError
 from processes import fork_server
 from whole_runs import planned
@@ -125,7 +125,7 @@ def test_a_worker_that_is_killed_is_named_and_its_fellows_are_ended(
             super().__init__(job)
             made.append(self)
 
-        def turn(self, message: str = GO) -> Turn:
+        def turn(self, message: Go = GO) -> Turn:
             self.process.kill()
             return super().turn(message)
 
@@ -211,7 +211,7 @@ class StandIn:
         if self.name in self.refuse:
             raise self.refuse[self.name]
 
-    def turn(self, message: str = GO) -> Turn:
+    def turn(self, message: Go = GO) -> Turn:
         self.asked.append((self.name, message))
         launches = Launches(10, 0, 10, 1, 0) if message == PROFILE else None
         return Turn(0.5 if "graphs" in self.name else 1.0, 0.5, 16, 10**6, 2 * 10**6, launches)

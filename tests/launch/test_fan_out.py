@@ -15,10 +15,12 @@ from filelock import FileLock
 
 from kd.errors import InputError
 from kd.launch import fan_out, processes
+from kd.launch import places as division
 from kd.launch.fan_out import Event, FanOut, take
 from kd.launch.jobs import Job, find_run, jobs_of, plan_command
 from kd.launch.places import cores, places
 from kd.launch.worker import work
+from kd.system import hardware
 from kd.system.files import is_locked, locked
 from kd.training import execute
 
@@ -94,6 +96,47 @@ def test_failures_leave_the_others_alone_and_are_told_with_their_reason(small: S
     assert "status 3" in told[15]
     assert len(run.done) == 2
     assert all(job.file(".log").is_file() for job in found.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        ("resumes", "1"),
+        ("has no checkpoint", "2"),
+        ("starts again", "2"),
+        ("has more threads than the machine", "2"),
+        ("has a damaged file", "2"),
+        ("the user sets threads", "2"),
+    ],
+)
+def test_a_run_that_resumes_has_the_threads_that_it_began_with(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, again: str
+) -> None:
+    monkeypatch.setattr(fan_out, "cores", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    command = small("method=finetune", "teacher=[]", "seed=15", f"paths.runs={tmp_path}")
+    (job,) = jobs([command]).values()
+    list(FanOut({job.name: job}, TWO[:1]))
+    assert job.file(".threads").read_text() == "1\n"
+    if change != "has no checkpoint":
+        job.run.checkpoints.mkdir(parents=True)
+        (job.run.checkpoints / "last.ckpt").touch()
+    if change == "starts again":
+        (job,) = jobs([[*command, "resume=false"]]).values()
+    if change in (damages := {"has more threads than the machine": "3", "has a damaged file": "-1"}):
+        job.file(".threads").write_text(damages[change])
+    if change == "the user sets threads":
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    list(FanOut({job.name: job}, [{"OMP_NUM_THREADS": "2"}]))
+    assert [line.split()[2] for line in (tmp_path / "events.txt").read_text().splitlines()] == ["1", again]
+    assert job.file(".threads").read_text() == f"{again}\n"
+
+
+def test_a_run_that_is_done_leaves_no_number_of_threads(small: Small, tmp_path: Path) -> None:
+    found = jobs(commands(small, tmp_path, 0))
+    started = [event.workers for event in FanOut(found, TWO) if event.state == "started"]
+    assert started == [2, 2]
+    assert not list((tmp_path / ".launch").glob("*.threads"))
 
 
 def test_a_failure_is_tried_again_by_the_next_command(small: Small, tmp_path: Path) -> None:
@@ -182,6 +225,23 @@ def test_places_share_the_threads_of_the_machine(monkeypatch: pytest.MonkeyPatch
     assert [place["OMP_NUM_THREADS"] for place in places(1, uses_gpus=False)] == [str(cores())]
     with pytest.raises(InputError, match="workers=0"):
         places(0, uses_gpus=False)
+
+
+def test_the_quota_of_a_container_is_shared_and_what_the_user_sets_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(hardware, "_threads", None)
+    for module in (hardware, division):
+        monkeypatch.setattr(module, "cpu_quota", lambda: 4.0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    hardware.configure_openmp()
+    assert os.environ["OMP_NUM_THREADS"] == "4"
+    assert [place["OMP_NUM_THREADS"] for place in places(None, uses_gpus=False)] == ["1"] * 4
+    assert [place["OMP_NUM_THREADS"] for place in places(2, uses_gpus=False)] == ["2"] * 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert [place["OMP_NUM_THREADS"] for place in places(2, uses_gpus=False)] == ["3"] * 2
 
 
 def test_each_place_has_a_gpu_of_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,21 @@ WEIGHTS = "model.safetensors"
 NAMES = {"0": "negative", "1": "positive"}
 
 
+@pytest.mark.parametrize(
+    ("values", "finite"),
+    [
+        ([], True),
+        ([1.0, -2.0], True),
+        ([3e38, 3e38], True),  # whose sum is infinite
+        ([float("inf"), float("-inf")], False),  # whose sum is not a number
+        ([3e38, 3e38, float("nan")], False),
+        ([1.0, float("inf")], False),
+    ],
+)
+def test_numbers_are_finite_if_each_is(values: list[float], finite: bool) -> None:
+    assert pretrained.is_finite(torch.tensor(values)) == finite
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a classifier of the toy task in which everything agrees."""

@@ -210,6 +210,19 @@ def test_a_command_without_a_table_ends_with_2(words: list[str], tables: Tables,
     assert "change: " in tables.capsys.readouterr().err
 
 
+def test_the_number_of_cells_side_by_side_is_given_or_measured(tables: Tables) -> None:
+    found = [command.parser().parse_args(["run", "mine", *words]) for words in ([], ["--workers=3"], ["--workers=measure"])]
+    assert [command.launcher_of(arguments).workers for arguments in found] == [None, 3, "measure"]
+    with pytest.raises(SystemExit):
+        command.parser().parse_args(["run", "mine", "--workers=all"])
+    assert "invalid count value: 'all'" in tables.capsys.readouterr().err
+    tables.write(seeds(0))
+    status, _, err = tables("--workers=measure", "--ray=local")
+    assert (status, "change: launcher.workers" in err) == (2, True)
+    status, _, err = tables("--workers=0")
+    assert (status, "change: launcher.workers" in err) == (2, True)
+
+
 @pytest.mark.parametrize("words", [[], ["nosuch"], ["paths.glue=nowhere"]])
 def test_a_submission_without_finished_runs_is_refused(
     words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
