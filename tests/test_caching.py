@@ -352,13 +352,13 @@ def test_a_limit_is_kept(fresh, word: str, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_what_is_there_counts_towards_the_limit(fresh) -> None:
-    def room(*words: str) -> bool:
-        return built(fresh(*words))[1].caches["minilm"].used
+    def live(*words: str) -> dict[str, int]:
+        return built(fresh(*words))[1].caches["minilm"].live
 
     logits, states = 2 * 4 * (TRAIN + VALIDATION + TEST), 32 * 4 * TRAIN
-    assert room("method=kd", f"cache={logits}")
-    assert not room("method=pkd", f"cache={logits + states - 1}")
-    assert room("method=pkd", f"cache={logits + states}")
+    assert live("method=kd", f"cache={logits}") == {}
+    assert live("method=pkd", f"cache={logits + states - 1}") == {"train": 1}
+    assert live("method=pkd", f"cache={logits + states}") == {}
 
 
 def test_a_folder_that_cannot_be_written_leaves_the_teacher_running(
@@ -488,14 +488,14 @@ def rename(source, target):
         kill()
     replace(source, target)
 
-def stopped(store, name, entry, ranks):
+def stopped(store, name, entry, ranks, span):
     if len(calls) == after:  # at this tensor
         if moment == "begin":
             kill()
         os.replace = rename
         module.write_text = kill if moment == "describe" else module.write_text
     calls.append(name)
-    commit(store, name, entry, ranks)
+    commit(store, name, entry, ranks, span)
 
 TensorStore.commit = stopped
 if moment == "write":

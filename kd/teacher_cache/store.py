@@ -299,8 +299,11 @@ class TensorStore:
     def _whole(self, name: str) -> bool:
         """Return whether all segments that are stored of a tensor are as they were written."""
         try:
-            for begin, _ in self._spans(name):
-                if _checksum(self._path(name, "npy", begin)) != self._description(name, begin)["checksum"]:
+            for begin, end in self._spans(name):
+                about = self._description(name, begin)
+                if about.get("examples", [0, self.examples]) != [begin, end]:
+                    return False
+                if _checksum(self._path(name, "npy", begin)) != about["checksum"]:
                     return False  # before a damaged header is parsed
             self._load(name)
         except UNREADABLE:
