@@ -385,6 +385,7 @@ print("examples", result.teacher.examples, flush=True)
 """
 
 
+@pytest.mark.slow
 def test_processes_with_several_budgets_fill_one_cache_together(tmp_path: Path) -> None:
     settings = [str(EVALUATED + size_of(ALL, 11)), str(EVALUATED + size_of(ALL, 27)), "auto"]
     commands = [Command(["-c", COMPANY, str(tmp_path), setting]) for setting in settings]
