@@ -580,6 +580,15 @@ def test_a_run_with_a_budget_goes_on_where_it_was_stopped(
     assert (entries[0]["live"], entries[0]["written"]) == ({"train": TRAIN - 40}, ["train", "validation", "test"])
 
 
+def test_text_without_labels_and_edited_examples_share_the_budget(fresh, tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text("".join(f"a film with {'good' if n % 2 else 'bad'} scene\n" for n in range(20)))
+    more = (f"task.unlabelled={tmp_path / 'more.txt'}", "edit=[label_noise]", "trainer.num_workers=1")
+    _, result = made(fresh("method=pkd", "cache=9kB", *more))
+    live = result["cache"]["minilm"]["live"]["train"]
+    assert 20 < live < TRAIN + 20, "those without labels follow the others"
+    assert result["teacher_forward_examples"] == TRAIN + 20 - live + 2 * live
+
+
 @pytest.mark.slow
 @pytest.mark.ddp
 def test_two_ranks_with_a_budget_give_the_result_of_one(fresh) -> None:

@@ -194,7 +194,8 @@ class TeacherCache:
         what = f"made in {taken:.1f} s" if written else "from an earlier run"
         if live:
             of = ", ".join(f"{counts[name]:,} of {counts[name] + rest:,} examples of {name}" for name, rest in live.items())
-            line = f"is cached for {of}: {names}, {readable_size(size)}, {what}; it runs at every step on the others"
+            when = " at every step" if "train" in live else ""
+            line = f"is cached for {of}: {names}, {readable_size(size)}, {what}; it runs{when} on the others"
         else:
             line = f"is cached: {names}, {readable_size(size)}, {what if written else f'{what}, teacher not loaded'}"
         distributed.print_rank_zero(f"  teacher '{teacher.name}' {line}")

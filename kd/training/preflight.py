@@ -225,7 +225,8 @@ def report_live(report: Report, models: BuiltModels, data: KDDataModule) -> None
         if isinstance(cache, CacheUsed) and cache.live:
             counts = {split: len(data.examples.texts[split]) for split in cache.live}
             cached = ", ".join(f"{n - cache.live[split]:,} of {n:,} examples of {split}" for split, n in counts.items())
-            report.note(f"teacher {name}: {cached} cached in {readable_size(cache.bytes)}, the others run at each step")
+            when = "at each step" if "train" in cache.live else "when they are evaluated"
+            report.note(f"teacher {name}: {cached} cached in {readable_size(cache.bytes)}, the others run {when}")
 
 
 def check_students(report: Report, engine: Engine) -> None:
