@@ -28,7 +28,7 @@ from kd.teacher_cache import cache as caching
 from kd.teacher_cache import precompute as passes
 from kd.training import execute
 from processes import Command
-from whole_runs import Small, last_weights, made, planned, pool, same_weights
+from whole_runs import Small, broken_off, last_weights, made, planned, pool, same_weights, torchrun
 
 TRAIN, VALIDATION, TEST = 96, 32, 32
 
@@ -117,8 +117,23 @@ def test_cached_and_live_training_from_the_same_outputs_end_with_the_same_weight
     assert all(each["used"] for each in one["cache"].values())
     assert one["teacher_forward_examples"] < other["teacher_forward_examples"]
     assert same_weights(ours, last_weights(live))
+    shutil.rmtree(live.directory)
+    size = min(each["bytes"] for each in one["cache"].values()) * 2 // 3
+    both, third = without_caches(fresh(*words, f"cache={size}"))
+    rest = {name: each["live"]["train"] for name, each in third["cache"].items()}
+    assert all(0 < count < TRAIN for count in rest.values())
+    assert [(each["used"], each["budget"]) for each in third["cache"].values()] == [(True, size)] * len(rest)
+    assert both.digest == live.digest
+    assert same_weights(ours, last_weights(both))
     for key in ("metrics", "metrics_teacher", "agreement"):
-        assert one[key] == other[key], key
+        assert one[key] == other[key] == third[key], key
+
+
+def without_caches(overrides: list[str]) -> tuple[Run, dict]:
+    """Make a run whose teachers' caches are removed before."""
+    for teacher in planned(overrides).inputs.teachers.values():
+        shutil.rmtree(teacher.cache)
+    return made(overrides)
 
 
 def test_cached_and_live_training_differ_by_the_rounding_of_batches_of_other_shapes_alone(fresh) -> None:
@@ -130,7 +145,11 @@ def test_cached_and_live_training_differ_by_the_rounding_of_batches_of_other_sha
     assert all(each["used"] for each in one["cache"].values())
     assert one["teacher_forward_examples"] < other["teacher_forward_examples"]
     theirs = last_weights(live)
-    apart = {name: float((ours[name] - theirs[name]).abs().max()) for name in ours}
+    shutil.rmtree(live.directory)
+    both, third = without_caches(fresh(*words, f"cache={one['cache']['minilm']['bytes'] // 2}"))
+    assert one["teacher_forward_examples"] < third["teacher_forward_examples"] < other["teacher_forward_examples"]
+    mixed = last_weights(both)
+    apart = {name: float(max((ours[name] - each[name]).abs().max() for each in (theirs, mixed))) for name in ours}
     # Sums in another order differ by 1e-16 of their terms, and AdamW, which divides a gradient by its size plus 1e-8, makes at
     # most 1e8 times as much of it: keys' biases, whose gradients are rounding alone, stay below this bound, too.
     assert all(tensor.dtype == torch.float64 for tensor in ours.values() if tensor.is_floating_point())
@@ -325,6 +344,9 @@ def test_damage_is_said_and_made_good(fresh, bad: str, capsys: pytest.CaptureFix
         (False, 0),
         ("2GB", 2e9),
         ("1.5 mb", 1.5e6),
+        ("500MB", 5e8),
+        ("0.5kB", 500),
+        (" 3tb ", 3e12),
         (7, 7),
     ],
 )
@@ -332,7 +354,7 @@ def test_limits(setting: object, limit: float | None) -> None:
     assert cache_limit(setting) == limit
 
 
-@pytest.mark.parametrize("setting", ["sometimes", "-1GB", "GB", "", None, "nan"])
+@pytest.mark.parametrize("setting", ["sometimes", "-1GB", "GB", "", None, "nan", "2GiB", "2 bytes", "1e9", "2GB 1MB", "2,5GB", [1], "inf"])
 def test_a_setting_that_is_none(small: Small, setting: object) -> None:
     with pytest.raises(InputError, match="auto, on, off, or a size") as caught:
         planned(small(f"cache={'null' if setting is None else repr(setting)}"))
@@ -353,13 +375,13 @@ def test_a_limit_is_kept(fresh, word: str, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_what_is_there_counts_towards_the_limit(fresh) -> None:
-    def room(*words: str) -> bool:
-        return built(fresh(*words))[1].caches["minilm"].used
+    def live(*words: str) -> dict[str, int]:
+        return built(fresh(*words))[1].caches["minilm"].live
 
     logits, states = 2 * 4 * (TRAIN + VALIDATION + TEST), 32 * 4 * TRAIN
-    assert room("method=kd", f"cache={logits}")
-    assert not room("method=pkd", f"cache={logits + states - 1}")
-    assert room("method=pkd", f"cache={logits + states}")
+    assert live("method=kd", f"cache={logits}") == {}
+    assert live("method=pkd", f"cache={logits + states - 1}") == {"train": 1}
+    assert live("method=pkd", f"cache={logits + states}") == {}
 
 
 def test_a_folder_that_cannot_be_written_leaves_the_teacher_running(
@@ -498,14 +520,14 @@ def rename(source, target):
         kill()
     replace(source, target)
 
-def stopped(store, name, entry, ranks):
+def stopped(store, name, entry, ranks, span):
     if len(calls) == after:  # at this tensor
         if moment == "begin":
             kill()
         os.replace = rename
         module.write_text = kill if moment == "describe" else module.write_text
     calls.append(name)
-    commit(store, name, entry, ranks)
+    commit(store, name, entry, ranks, span)
 
 TensorStore.commit = stopped
 if moment == "write":
@@ -546,6 +568,63 @@ def test_two_processes_share_one_pass(fresh) -> None:
     assert [process.returncode for process in commands] == [0, 0], outputs
     results = [planned(fresh("method=kd", f"seed={seed}")).result for seed in (0, 1)]
     assert sorted(result["teacher_forward_examples"] for result in results) == [0, TRAIN]
+
+
+def test_a_run_with_a_budget_goes_on_where_it_was_stopped(
+    fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = fresh("method=pkd", f"cache={2 * 4 * (TRAIN + VALIDATION + TEST) + 32 * 4 * 40 - 2 * 4 * 56}")
+    unbroken, result = made(words)
+    out = capsys.readouterr().out
+    assert f"teacher minilm: 40 of {TRAIN} examples of train cached in " in out
+    expected = last_weights(unbroken)
+    shutil.rmtree(unbroken.directory)
+    shutil.rmtree(cache_of(words))
+    run = planned(words)
+    broken_off(run, 8, monkeypatch)  # in the second of two epochs; the first one's checkpoint is there
+    again = execute.execute(run)
+    assert same_weights(last_weights(run), expected)
+    assert again["resumed"] == {"starts": 2, "from_steps": [6]}
+    for key in ("metrics", "teacher_forward_examples", "teacher_forwards"):
+        assert again[key] == result[key], key
+    assert again["teacher_forward_examples"] == 40 + 2 * (TRAIN - 40)
+    entries = [{**each["cache"]["minilm"], "seconds": 0} for each in (again, result)]
+    assert entries[0] == entries[1]
+    assert (entries[0]["live"], entries[0]["written"]) == ({"train": TRAIN - 40}, ["train", "validation", "test"])
+
+
+def test_text_without_labels_and_edited_examples_share_the_budget(fresh, tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text("".join(f"a film with {'good' if n % 2 else 'bad'} scene\n" for n in range(20)))
+    more = (f"task.unlabelled={tmp_path / 'more.txt'}", "edit=[label_noise]", "trainer.num_workers=1")
+    _, result = made(fresh("method=pkd", "cache=9kB", *more))
+    live = result["cache"]["minilm"]["live"]["train"]
+    assert 20 < live < TRAIN + 20, "those without labels follow the others"
+    assert result["teacher_forward_examples"] == TRAIN + 20 - live + 2 * live
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_two_ranks_with_a_budget_give_the_result_of_one(fresh) -> None:
+    words = fresh("method=pkd", "student.dropout=0", "cache=7kB")
+    one, result = made(words)
+    ours = last_weights(one)
+    shutil.rmtree(one.directory)
+    shutil.rmtree(cache_of(words))
+    torchrun([*words, "trainer=ddp", "trainer.accelerator=cpu"])
+    two = planned(words).result
+    assert (two["ranks"], two["digest"]) == (2, result["digest"])
+    assert two["cache"]["minilm"]["live"] == result["cache"]["minilm"]["live"] != {}
+    assert two["teacher_forward_examples"] == result["teacher_forward_examples"]
+    theirs = last_weights(one)
+    # Keys' biases change no attention, so their gradients are rounding alone, which AdamW scales up to its step.
+    apart = {name: float((ours[name] - theirs[name]).abs().max()) for name in ours if not name.endswith("self.key.bias")}
+    assert max(apart.values()) < 1e-5, apart
+
+
+def test_a_mixed_precision_run_with_a_budget_is_made(fresh) -> None:
+    _, result = made(fresh("method=ckd", "trainer.precision=bf16-mixed", "cache=100kB"))
+    assert 0 < result["cache"]["minilm"]["live"]["train"] < TRAIN
+    assert result["metrics"]["test"]["accuracy"] is not None
 
 
 def test_each_teacher_of_a_pool_has_a_cache_of_its_own(fresh, backbone: Path) -> None:

@@ -130,6 +130,15 @@ def test_a_mixture_trains_one_body_and_a_head_for_each_task(mixed: Mixed, capsys
     assert "bad, fine" in card
 
 
+def test_each_task_of_a_mixture_has_a_budget_for_its_teachers_outputs(mixed: Mixed, tmp_path: Path) -> None:
+    """The 600 bytes are logits of 75 examples: 48 are evaluated and 27 trained on; of the smaller task, all are cached."""
+    _, record = made(mixed("mood", "kind")("method=kd", "cache=600", f"paths.runs={tmp_path}"))
+    caches, work = record["cache"], record["teacher_forwards"]
+    assert {name: cache["live"] for name, cache in caches.items()} == {"mood/minilm": {"train": 64 - 27}, "kind/minilm": {}}
+    assert {name: cache["budget"] for name, cache in caches.items()} == {"mood/minilm": 600, "kind/minilm": 600}
+    assert {name: done["examples"] for name, done in work.items()} == {"mood/minilm": 27 + 2 * 37, "kind/minilm": 32}
+
+
 def test_a_mixture_retains_its_predictions_whatever_it_removes(mixed: Mixed, tmp_path: Path) -> None:
     """A run is reduced from word to word; kd-clean has nothing to remove after any of them."""
     words = mixed("mood", "score")("method=finetune", "teacher=[]", "trainer.max_epochs=1", f"paths.runs={tmp_path}")

@@ -57,6 +57,15 @@ def test_every_example_that_is_trained_on_is_given_once_and_no_held_one(small: S
     assert labels.tolist() == [int(data.examples.labels["train"][row]) for row in data.trained]
 
 
+def test_examples_that_are_not_cached_are_run_and_given_in_their_order(small: Small, tmp_path: Path) -> None:
+    method = Given()
+    method.holds = 0.3
+    run = planned(small("method=kd", f"paths.runs={tmp_path}", f"cache={2 * 4 * (32 + 32 + 50)}"))
+    data, (live,) = prefitted(run, method)
+    assert data.tokens["train"]["teacher 0"].cached == 50
+    torch.testing.assert_close(method.given[0][0], live[data.trained], rtol=1e-5, atol=1e-5)
+
+
 def test_teachers_of_a_pool_are_given_in_their_order(small: Small, backbone: Path) -> None:
     method = Given()
     method.teachers = 2

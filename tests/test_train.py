@@ -75,7 +75,7 @@ RESULT_KEYS = {
     "seconds": "train cache before",
     "resumed": "starts from_steps",
     "teacher_forwards minilm": "passes examples batches_used",
-    "cache minilm": "used bytes seconds written",
+    "cache minilm": "used bytes seconds written live budget",
     "origin": "backbone license data columns",
     "identity": "format method engine student teachers inputs pool cohort task data optimizer trainer seed",
     "hardware": "cpu cores threads gpus",

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from kd.build.edits import build_edits
 from kd.build.models import BuiltModels
 from kd.config.schema import RunSpec, cache_limit, padding_multiple
@@ -108,7 +110,7 @@ def prefit_methods(run: Run, data: KDDataModule, models: BuiltModels) -> None:
     Args:
         run: the run.
         data: its data, with the outputs of cached teachers.
-        models: its models; a teacher that is not cached is run once over train.
+        models: its models; a teacher is run once over the examples of train that are not cached.
     """
     asking = [method for method in models.methods.values() if method.prefits]
     if not asking:
@@ -118,12 +120,15 @@ def prefit_methods(run: Run, data: KDDataModule, models: BuiltModels) -> None:
     logits = []
     for index, teacher in enumerate(models.teachers):
         cached = data.tokens["train"].get(f"teacher {index}")
-        if cached is None:
-            tokens = data.tokens["train"][data.teacher_keys[index]]
-            logits.append(logits_over(teacher, tokens, run.spec.trainer.precision, device)[rows])
-        else:
-            outputs = cached.store.read(("logits",), rows)["logits"]
-            logits.append(outputs if teacher.columns is None else outputs[:, teacher.columns])
+        tokens = data.tokens["train"][data.teacher_keys[index]]
+        parts, first = [], 0
+        if cached is not None:
+            first = cached.cached
+            outputs = cached.store.read(("logits",), range(first))["logits"]
+            parts.append(outputs if teacher.columns is None else outputs[:, teacher.columns])
+        if first < len(tokens.lengths):
+            parts.append(logits_over(teacher, tokens, run.spec.trainer.precision, device, first))
+        logits.append(torch.cat(parts)[rows])
     labels = data.examples.labels["train"]
     for method in asking:
         method.prefit(logits, data.examples.task.label_tensor([labels[row] for row in rows]))

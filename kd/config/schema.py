@@ -244,7 +244,8 @@ class RunSpec:
 def cache_limit(setting: object) -> float | None:
     """Return the largest size of a teacher's cache in bytes: 0 for `off`, infinity for `on`, None for `auto`.
 
-    With `auto` the program chooses the limit (`kd.teacher_cache.cache.AUTO_LIMIT`).
+    With `auto` the program chooses the limit (`kd.teacher_cache.cache.AUTO_LIMIT`). A size is a budget: as many examples are
+    cached as fit.
 
     Raises:
         InputError: if the setting is neither a word nor a size.
@@ -259,7 +260,7 @@ def cache_limit(setting: object) -> float | None:
         return named[text]
     size = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmgt]?)b?", text)
     if size is None:
-        raise InputError(f"cache={shown(setting)} must be auto, on, off, or a size as 500MB or 20GB", "cache")
+        raise InputError(f"cache={shown(setting)} must be auto, on, off, or a size as 500MB or 2GB", "cache")
     return float(size[1]) * 1000.0 ** " kmgt".index(size[2] or " ")
 
 

@@ -14,7 +14,7 @@ class Batch:
     Attributes:
         student: tokenizer output, each (batch, tokens); for a masked language model also `predicted`, bool.
         teachers: the same for each teacher; the same object where tokenizers are equal. For a cached teacher, its outputs
-            instead (`kd.teacher_cache.store.CachedOutputs`).
+            instead, and the tokens of the examples that are not cached (`kd.teacher_cache.store.CachedOutputs`).
         labels: (batch,), class indices in the task's order, or float scores; -100 and NaN for an example without a label
             (`task.unlabelled`); for a masked language model (batch, tokens), the
             tokens to predict, and `kd.data.masked_lm.task.NOT_PREDICTED` elsewhere.

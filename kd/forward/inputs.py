@@ -22,7 +22,20 @@ In place of `input_ids`, which may still be there; the last of these keys that i
 
 For a masked language model:
     `predicted`: (batch, tokens), bool; logits are computed at these positions only.
+
+For a teacher whose outputs are cached (`kd.models.teachers.CachedTeacher`), in place of all of these but `attention_mask`:
+    names of `Needs.tensors`: (cached examples, ...), the cached outputs, in the order of the batch.
+    `LIVE` and the name of an output of the tokenizer: (live examples, tokens), of the examples that are not cached, in the
+        order of the batch and padded to the longest of them.
+    `ORDER`: (batch,), for each example its index among the cached ones followed by the live ones. Where it is missing, all
+        examples are cached.
 """
+
+LIVE = "live "
+"""What the names of the inputs begin with that a cached teacher has for examples which are not cached."""
+
+ORDER = "order"
+"""Name of the input that puts cached and live examples in the order of the batch."""
 
 
 def tensors_of(inputs: Inputs) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from kd.bench.candidates import Candidate
 from kd.bench.workers import Job as Measurement
-from kd.bench.workers import Go, Turn, Worker, WorkerDied
+from kd.bench.workers import GO, Go, Turn, Worker, WorkerDied
 from kd.config.cohort import students_of
 from kd.config.mixture import tasks_of
 from kd.errors import InputError
@@ -102,7 +102,7 @@ class Process(Protocol):
     def wait(self) -> None:
         """Wait until it is ready."""
 
-    def go(self, threads: int | None = None) -> None:
+    def go(self, message: Go = GO) -> None:
         """Start a turn."""
 
     def done(self) -> Turn:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kd.forward import Needs, Outputs
-from kd.models import CachedTeacher, Encoder, FrozenTeacher
+from kd.models import Encoder, FrozenTeacher
 from kd.models.pretrained import quiet
 from kd.models.students import empty_model
 
@@ -76,11 +76,11 @@ def _latency(least: Sequence[float]) -> Latency:
 
 
 def to_time(teacher: FrozenTeacher, head: str) -> Encoder:
-    """Return a teacher's model to be timed; for a cached teacher, whose weights are not in memory, a model of its shape.
+    """Return a teacher's model to be timed; for one whose weights are not in memory, a model of its shape.
 
     The time does not depend on the weights as long as they are ordinary numbers: all are `FILLER`. No random numbers are drawn.
     """
-    if not isinstance(teacher, CachedTeacher):
+    if teacher.runs:
         return teacher.encoder
     shape = empty_model(teacher.shape.config, head)
     # from_pretrained initialises buffers and ties weights, as it does for a model that is read from a file.

@@ -1,14 +1,16 @@
-"""Frozen teachers: models that run in training, and teachers whose outputs were cached."""
+"""Frozen teachers: models that run in training, and teachers of which outputs were cached."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from kd.errors import InputError
-from kd.forward.inputs import Inputs, tensors_of
+from kd.forward.inputs import LIVE, ORDER, Inputs, tensors_of
+from kd.forward.kinds import by_token
 from kd.forward.needs import Needs
 from kd.forward.outputs import Outputs, UndeclaredRead
 from kd.models.encoder import Encoder
@@ -54,13 +56,16 @@ class FrozenTeacher:
         kept: what the method that trained it kept (`Method.keeps`), by name; empty while the teacher is only planned.
     """
 
+    runs = True
+    """True if the model runs; False if all outputs that are read were cached, and its weights are not in memory."""
+
     def __init__(
         self,
         encoder: Encoder,
         name: str = "teacher",
         columns: Sequence[int] | None = None,
         load: Callable[[], nn.Module] | None = None,
-        kept: Mapping[str, torch.Tensor] | None = None,
+        kept: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.shape = encoder.eval().requires_grad_(False)
         """Model that has the shape and configuration, but may have no weights."""
@@ -128,12 +133,16 @@ class FrozenTeacher:
     def __call__(self, inputs: Inputs, needs: Needs) -> Outputs:
         """Run one forward pass, without gradients unless `needs.gradient`; logits are in the task's label order."""
         self.batches_used += 1
+        return self.in_order(self.run_counted(inputs, needs))
+
+    def run_counted(self, inputs: Inputs, needs: Needs) -> Outputs:
+        """Run one forward pass and count it, with logits in the teacher's label order."""
         before = self.encoder.forwards
         outputs = self.run(inputs, needs)
         passes = self.encoder.forwards - before  # more than one if `needs.derived` runs further passes
         self.passes += passes
         self.examples += passes * len(tensors_of(inputs)["attention_mask"])
-        return self.in_order(outputs)
+        return outputs
 
     def run(self, inputs: Inputs, needs: Needs) -> Outputs:
         """Run one forward pass that is not counted, with logits in the teacher's label order."""
@@ -144,7 +153,7 @@ class FrozenTeacher:
         return outputs
 
     @torch.no_grad()
-    def logits_of(self, states: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+    def logits_of(self, states: Tensor, ids: Tensor | None = None) -> Tensor:
         """Return masked-LM logits at some positions, (positions, vocabulary); arguments as for `Encoder.logits_of`."""
         return self.encoder.logits_of(states, ids)
 
@@ -152,42 +161,76 @@ class FrozenTeacher:
         """Return outputs with the logits reordered to the task's label order."""
         return outputs if self.columns is None else outputs.with_logits(reordered(outputs.logits, self.columns))
 
-    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Move or convert every tensor, as `nn.Module._apply` does for modules."""
         self.encoder._apply(function)
 
 
 class CachedTeacher(FrozenTeacher):
-    """A frozen teacher that does not run: its inputs are the outputs that it had for the examples (`kd.teacher_cache.cache`).
+    """A frozen teacher whose inputs are the outputs that it had for the examples (`kd.teacher_cache.cache`).
+
+    It does not run, or only on the examples that are not cached.
 
     Args:
-        teacher: the teacher whose outputs were cached; only its `shape` is referenced.
+        teacher: the teacher whose outputs were cached.
         passes: number of forward passes that filled the cache, in this run and on this rank.
         examples: number of examples in these passes, training examples only.
+        runs: whether some examples are not cached; of a teacher that does not run, only its `shape` is referenced.
     """
 
-    def __init__(self, teacher: FrozenTeacher, passes: int = 0, examples: int = 0) -> None:
-        super().__init__(teacher.shape, teacher.name, teacher.columns, kept=teacher.kept)
+    def __init__(self, teacher: FrozenTeacher, passes: int = 0, examples: int = 0, *, runs: bool = False) -> None:
+        super().__init__(teacher.shape, teacher.name, teacher.columns, teacher.load if runs else None, teacher.kept)
+        if runs:
+            self.loaded = teacher.loaded
+        self.runs = runs
         self.passes, self.examples = passes, examples
 
     def __call__(self, inputs: Inputs, needs: Needs) -> Outputs:
-        """Return the cached outputs, with logits in the task's label order.
+        """Return the outputs for a batch, with logits in the task's label order; the examples that are not cached are run.
 
         Args:
-            inputs: tensors of a `kd.teacher_cache.store.CachedOutputs` by name, as `Needs.tensors` names them.
+            inputs: those that a `kd.teacher_cache.store.CachedOutputs` returns.
             needs: the tensors to return.
 
         Raises:
-            UndeclaredRead: for inputs that are not cached outputs, or needs that were not declared when the cache was filled.
+            UndeclaredRead: for other inputs, or needs that were not declared when the cache was filled.
         """
-        cached = tensors_of(inputs)
-        if "logits" not in cached or not cached.keys().isdisjoint(("words", "embedded")):
+        given = tensors_of(inputs)
+        live = {name.removeprefix(LIVE): tensor for name, tensor in given.items() if name.startswith(LIVE)}
+        if not ("logits" in given or (live and self.runs)) or not given.keys().isdisjoint(("input_ids", "words", "embedded")):
             raise UndeclaredRead(
                 f"the teacher '{self.name}' is cached and cannot read other text, words or states; a method whose teachers "
                 "have to run declares Needs(uncacheable_reason='the reason') for them"
             )
         self.batches_used += 1
-        return self.in_order(Outputs.from_named(cached, cached["attention_mask"].bool(), needs, self.heads))
+        mask = given["attention_mask"].bool()
+        own = ("attention_mask", ORDER)
+        cached = {name: tensor for name, tensor in given.items() if not name.startswith(LIVE) and name not in own}
+        if cached:  # also of a batch whose examples all run, so that needs that are not declared are refused in any batch
+            outputs = Outputs.from_named(cached, mask, needs, self.heads)
+        if live:
+            named = cleared(self.run_counted(live, needs).named(), live["attention_mask"], mask.shape[1])
+            parts = {name: [cached[name], named[name]] if cached else [named[name]] for name in needs.tensors}
+            joined = {name: torch.cat(part).index_select(0, given[ORDER]) for name, part in parts.items()}
+            outputs = Outputs.from_named(joined, mask, needs, self.heads)
+        return self.in_order(outputs)
 
-    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Do nothing: the cached outputs are moved with the batch."""
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Move or convert the model if it runs; cached outputs are moved with the batch."""
+        if self.runs:
+            super().apply(function)
+
+
+def cleared(named: Mapping[str, Tensor], mask: Tensor, length: int) -> dict[str, Tensor]:
+    """Return tensors with zeros on padding, as cached ones have them, and with padding up to a length.
+
+    Args:
+        named: tensors by their names in `Needs.tensors`, (batch, width) or (batch, tokens, width).
+        mask: (batch, tokens), 1 for tokens that are not padding.
+        length: number of tokens of the result, at least that of `mask`.
+    """
+    padding, more = (mask == 0)[:, :, None], (0, 0, 0, length - mask.shape[1])
+    return {
+        name: functional.pad(tensor.masked_fill(padding, 0.0), more) if by_token(name) else tensor
+        for name, tensor in named.items()
+    }

@@ -4,6 +4,10 @@ A frozen teacher's outputs for an example never change, so it is run once per sp
 run, for all students, methods and seeds, under a digest of the teacher's weights, the tokenised text and the precision.
 Outputs that cannot be cached, or would be too large, are computed at every step; the others by `kd.teacher_cache.precompute`.
 
+With a size for a limit (a budget), the outputs of as many examples as fit are stored, and the teacher runs at every step on the
+others. They are the first examples of a split in the order of its indices, whatever the seed and the order of training, so that
+runs with other budgets, and without one, read what is there and add the examples that follow.
+
 Guarantees on every machine: cached values are read back bit for bit, and given the same values, training that reads them ends
 with bitwise the same weights as training that runs the teacher. The values themselves equal those of a running teacher up to
 rounding: precomputing uses other batches, and the order in which a processor adds up products depends on their shape, its
@@ -14,11 +18,13 @@ divides by the size of a gradient, such as AdamW, makes the difference visible w
 import contextlib
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,29 +38,37 @@ from kd.models.teachers import CachedTeacher, FrozenTeacher
 from kd.runs.digest import digest_of
 from kd.system import distributed
 from kd.system.files import locked, readable_size, write_text
-from kd.teacher_cache.precompute import SplitCache, precompute, probe
-from kd.teacher_cache.store import CachedOutputs, Entry, TensorStore, size_of_array
+from kd.teacher_cache.precompute import Gap, Piece, SplitCache, precompute, probe
+from kd.teacher_cache.store import CachedOutputs, TensorStore, size_of_array
 
 CACHE_FORMAT = 3
 """Version of the cache layout; incremented when a code change makes existing caches unreadable."""
 AUTO_LIMIT = 8e9
 """Largest size in bytes of one teacher's cache with `cache=auto`, or a quarter of the free disk if less. Our choice."""
 
+Tensors = frozenset[tuple[str, str]]
+"""Tensors of splits: (split, name)."""
+
 
 @dataclass(frozen=True)
 class CacheUsed:
-    """Entry of the record about a teacher that is cached.
+    """Entry of the record about a teacher that is cached, or of which some examples are.
 
     Attributes:
         bytes: size of the outputs that the run reads.
         seconds: time that filling the cache took.
         written: splits whose outputs were computed.
+        live: split -> number of its examples that are not cached, on which the teacher runs whenever a batch has them; splits
+            that are cached as a whole are left out.
+        budget: size in bytes that `cache` gives; None for a word.
     """
 
     used: bool = field(default=True, init=False)
     bytes: int
     seconds: float
     written: list[str]
+    live: dict[str, int] = field(default_factory=dict)
+    budget: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,8 @@ class CachedOrLive:
     """A teacher to train with.
 
     Attributes:
-        teacher: a cached teacher, whose weights are not in memory, or the frozen teacher with its weights loaded.
+        teacher: a cached teacher, or the frozen teacher with its weights loaded. The weights of a cached teacher are in memory
+            only if it runs on some examples.
         record: the entry of the record about its cache.
         outputs: split -> cached outputs, which its batches consist of; empty for a teacher that runs.
     """
@@ -103,7 +118,7 @@ class TeacherCache:
     def cached_or_live(
         self, teacher: FrozenTeacher, tokens: Mapping[str, Any], needs: Needs | None, changes: str | None = None
     ) -> CachedOrLive:
-        """Return the teacher to train with: a cached one if possible, whose missing outputs are computed now.
+        """Return the teacher to train with: a cached one if possible, whose missing outputs are computed now, within the limit.
 
         Args:
             teacher: the frozen teacher.
@@ -114,7 +129,7 @@ class TeacherCache:
             changes: the reason why the text differs between epochs; None if it does not.
 
         Raises:
-            InputError: if the teacher cannot be loaded, or the disk has no room for what `cache=on` asks for.
+            InputError: if the teacher cannot be loaded, or the disk has no room for what `cache` asks for.
         """
         why = self.reason_to_run(teacher, needs, changes)
         if why is None:
@@ -146,30 +161,77 @@ class TeacherCache:
             return f"the positional bias of {teacher.shape.config.model_type}'s attention is not stored"
         return "the commit of its weights on the hub is unknown" if self.weights is None else None
 
+    @property
+    def budget(self) -> float | None:
+        """Size in bytes into which as many examples go as fit; None for a word, with which it is all examples or none."""
+        limit = cache_limit(self.setting)
+        return None if limit is None or math.isinf(limit) else limit
+
     def cached(self, teacher: FrozenTeacher, tokens: Mapping[str, Any], needs: Needs | None) -> CachedOrLive | str:
         """Return a cached teacher, its missing outputs computed; or the reason why it is not cached."""
-        needs_by_split = {split: needs if split == "train" else Needs() for split in tokens}
-        splits = [
-            self.split(teacher, split, tokens[split], wanted) for split, wanted in needs_by_split.items() if wanted is not None
-        ]
-        began, passes, examples = time.perf_counter(), 0, 0
-        missing = distributed.on_rank_zero(lambda: self.missing(teacher, splits))
-        if isinstance(missing, str):
-            return missing
-        for split in splits:
-            if split.name in missing:
-                done = precompute(teacher, split, missing[split.name], self.device)
-                passes, examples = done if split.name == "train" else (passes, examples)
-        teacher.release()  # before the next teacher is loaded
-        for split in splits:
+        needs_by_split = {name: needs if name == "train" else Needs() for name in tokens}
+        splits = {
+            name: self.split(teacher, name, tokens[name], wanted)
+            for name, wanted in needs_by_split.items()
+            if wanted is not None
+        }
+        began = time.perf_counter()
+        written = self.fill(teacher, splits)
+        if isinstance(written, str):
+            return written
+        # Rank 0 counts for all: once the folder is not locked any more, another process may add examples.
+        counts = distributed.on_rank_zero(lambda: {name: split.store.count(split.names) for name, split in splits.items()})
+        live = {name: rest for name, split in splits.items() if (rest := split.store.examples - counts[name])}
+        if live:
+            _ = teacher.encoder  # load the weights now, so that unreadable ones end the run before it begins
+        else:
+            teacher.release()  # before the next teacher is loaded
+        for split in splits.values():
             split.store.open(split.names)
-        taken = time.perf_counter() - began if missing else 0.0
-        size, names = sum(split.store.size(split.names) for split in splits), " ".join(splits[0].names)
-        what = f"made in {taken:.1f} s" if missing else "from an earlier run, teacher not loaded"
-        distributed.print_rank_zero(f"  teacher '{teacher.name}' is cached: {names}, {readable_size(size)}, {what}")
-        record = CacheUsed(size, round(taken, 3), list(missing))
-        outputs = {split.name: CachedOutputs(split.store, split.names, split.tokens) for split in splits}
-        return CachedOrLive(CachedTeacher(teacher, passes, examples), record, outputs)
+        taken = time.perf_counter() - began if written else 0.0
+        size = sum(split.store.size(split.names, counts[name]) for name, split in splits.items())
+        names = " ".join(next(iter(splits.values())).names)
+        what = f"made in {taken:.1f} s" if written else "from an earlier run"
+        if live:
+            of = ", ".join(f"{counts[name]:,} of {counts[name] + rest:,} examples of {name}" for name, rest in live.items())
+            when = " at every step" if "train" in live else ""
+            line = f"is cached for {of}: {names}, {readable_size(size)}, {what}; it runs{when} on the others"
+        else:
+            line = f"is cached: {names}, {readable_size(size)}, {what if written else f'{what}, teacher not loaded'}"
+        distributed.print_rank_zero(f"  teacher '{teacher.name}' {line}")
+        record = CacheUsed(size, round(taken, 3), written, live, None if self.budget is None else int(self.budget))
+        outputs = {name: CachedOutputs(split.store, split.names, split.tokens, counts[name]) for name, split in splits.items()}
+        return CachedOrLive(CachedTeacher(teacher, teacher.passes, teacher.examples, runs=bool(live)), record, outputs)
+
+    def fill(self, teacher: FrozenTeacher, splits: Mapping[str, SplitCache]) -> list[str] | str:
+        """Compute and store the missing outputs, as far as the limit allows; the passes over train are counted.
+
+        Returns:
+            The splits of which outputs were computed, or the reason not to cache the teacher.
+
+        Raises:
+            InputError: if the disk has no room for them.
+        """
+        written: dict[str, None] = {}
+        wide = Tensors()
+        while True:
+            pieces = distributed.on_rank_zero(partial(self.plan, teacher, splits, wide))
+            if isinstance(pieces, str):
+                return pieces
+            narrow = Tensors()
+            for piece in pieces:
+                passes, examples, names = precompute(teacher, splits[piece.split], piece, self.device)
+                if piece.split == "train":
+                    teacher.passes, teacher.examples = teacher.passes + passes, teacher.examples + examples
+                narrow |= {(piece.split, name) for name in names}
+                written[piece.split] = None
+            if not narrow:
+                return list(written)
+            # Some values overflow the type on disk: these tensors are computed again and stored in their own type.
+            for split in written:
+                if kept := sorted(name for owner, name in narrow if owner == split):
+                    distributed.print_rank_zero(f"  {', '.join(kept)} of '{split}' do not fit 16 bits; they are kept in full")
+            wide |= narrow
 
     def split(self, teacher: FrozenTeacher, name: str, tokens: Any, needs: Needs) -> SplitCache:
         """Return the cache of a split, and create its folder on rank 0."""
@@ -184,46 +246,92 @@ class TeacherCache:
             _begin(folder, {"teacher": teacher.name, "task": self.task, "split": name, **about})
         return SplitCache(name, tokens, TensorStore(folder, tokens.offsets), tuple(needs.tensors), needs, precision)
 
-    def missing(self, teacher: FrozenTeacher, splits: Sequence[SplitCache]) -> dict[str, dict[str, Entry]] | str:
-        """Return the tensors to compute, split -> name -> entry, or the reason not to; damaged ones are deleted.
+    def plan(self, teacher: FrozenTeacher, splits: Mapping[str, SplitCache], wide: Tensors) -> list[Piece] | str:
+        """Return the outputs to compute, or the reason not to cache the teacher; damaged ones are deleted.
+
+        Args:
+            teacher: the teacher, which is run over a few examples to learn sizes.
+            splits: caches of the splits by name.
+            wide: tensors to store in their own type.
 
         Raises:
             InputError: if the disk has no room for them.
         """
-        absent = {split.name: names for split in splits if (names := _absent(split))}
-        incomplete = [split for split in splits if split.name in absent]
-        if not incomplete:
-            return {}
-        probed = {split.name: probe(teacher, split, absent[split.name], self.device) for split in incomplete}
-        size = sum(entry.size for entries, _ in probed.values() for entry in entries.values())
-        if why := self.too_large(teacher, size, incomplete[0].needs):
-            return why
-        seconds = sum(seconds for _, seconds in probed.values()) / distributed.world()
-        count = ", ".join(f"{split.name} {split.store.examples}" for split in incomplete)
-        distributed.print_rank_zero(
-            f"  teacher '{teacher.name}' is run once over {count}: {readable_size(size)}, about {seconds:.0f} s"
-        )
-        return {name: entries for name, (entries, _) in probed.items()}
-
-    def too_large(self, teacher: FrozenTeacher, size: int, needs: Needs) -> str | None:
-        """Return the reason if outputs of this size, in bytes, exceed the limit; None if they do not.
-
-        Raises:
-            InputError: if they are within the limit, and the disk has no room for them.
-        """
+        gaps = {name: self.gap(teacher, split, absent, wide) for name, split in splits.items() if (absent := _absent(split))}
+        if not gaps:
+            return []
         free = shutil.disk_usage(self.folder).free
-        limit = cache_limit(self.setting)
-        if limit is None:
-            limit = min(AUTO_LIMIT, free / 4)
-        existing = sum(size_of_array(file) for file in self.folder.glob("*/*.npy"))
-        needed = f"its outputs take {readable_size(size)} ({needs})"
-        if size + existing > limit:
-            beside = f" beside the {readable_size(existing)} that exist" if existing else ""
-            allowed = f"more than cache={self.setting} allows, {readable_size(limit)}"
-            return f"{needed}{beside}, {allowed}; use cache=on or a size"
+        counts = self.counts(splits, gaps, free, whole_fits=bool(wide))
+        if isinstance(counts, str):
+            return counts
+        size = sum(int(gap.sizes[counts[name]]) for name, gap in gaps.items())
         if size * (2 if distributed.world() > 1 else 1) > free:  # ranks' shares are joined
-            raise InputError(f"teacher '{teacher.name}': {needed}, and {readable_size(free)} are free; use cache=off", "cache")
-        return None
+            needed = f"its outputs take {readable_size(size)} ({next(iter(gaps.values())).split.needs})"
+            hint = f"use cache=off or {'a size' if self.budget is None else 'a smaller size'}"
+            raise InputError(f"teacher '{teacher.name}': {needed}, and {readable_size(free)} are free; {hint}", "cache")
+        pieces = [piece for name, gap in gaps.items() for piece in gap.pieces(counts[name])]
+        if pieces:
+            seconds = sum(gaps[piece.split].seconds_of(piece) for piece in pieces) / distributed.world()
+            computed = {name: sum(piece.examples for piece in pieces if piece.split == name) for name in gaps}
+            shown = ", ".join(share_of(name, count, splits[name]) for name, count in computed.items() if count)
+            distributed.print_rank_zero(
+                f"  teacher '{teacher.name}' is run once over {shown}: {readable_size(size)}, about {seconds:.0f} s"
+            )
+        return pieces
+
+    def counts(
+        self, splits: Mapping[str, SplitCache], gaps: Mapping[str, Gap], free: int, *, whole_fits: bool
+    ) -> dict[str, int] | str:
+        """Return the number of examples of each split, from the first on, to cache within the limit; or the reason for none.
+
+        Args:
+            splits: caches of the splits by name.
+            gaps: what is missing of those that are not complete.
+            free: free bytes of the disk.
+            whole_fits: with a word, do not check the limit again.
+        """
+        existing = sum(size_of_array(file) for file in self.folder.glob("*/*.npy"))
+        whole = sum(int(gap.sizes[-1]) for gap in gaps.values())
+        needed = f"its outputs take {readable_size(whole)} ({next(iter(gaps.values())).split.needs})"
+        needed += f" beside the {readable_size(existing)} that exist" if existing else ""
+        counts = {name: split.store.examples for name, split in splits.items()}
+        if self.budget is None:
+            limit = cache_limit(self.setting)
+            limit = min(AUTO_LIMIT, free / 4) if limit is None else limit
+            if whole + existing > limit and not whole_fits:
+                allowed = f"more than cache={self.setting} allows, {readable_size(limit)}"
+                return f"{needed}, {allowed}; use cache=on, or a size, into which as many examples go as fit"
+            return counts
+        counts |= fitting(gaps, max(self.budget - existing, 0))
+        if not (counts["train"] if "train" in counts else any(counts.values())):
+            return f"{needed}, and cache={self.setting} has no room for those of one example; use cache=on or a larger size"
+        return counts
+
+    def gap(self, teacher: FrozenTeacher, split: SplitCache, absent: list[str], wide: Tensors) -> Gap:
+        """Return what is missing of a split."""
+        entries, seconds = probe(teacher, split, absent, self.device)
+        for name, entry in entries.items():
+            last = split.store.entry(name)
+            if (split.name, name) in wide or (last is not None and last.stored == last.shown == entry.shown):
+                entries[name] = replace(entry, stored=entry.shown)
+        return Gap(split, entries, {name: split.store.count([name]) for name in entries}, seconds)
+
+
+def fitting(gaps: Mapping[str, Gap], room: float) -> dict[str, int]:
+    """Return for each split the number of its first examples whose outputs fit into a number of bytes together.
+
+    Splits that are evaluated come first: they have few outputs, and are not worth a pass over them in each run.
+    """
+    counts = {}
+    for name in sorted(gaps, key=lambda name: name == "train"):
+        counts[name] = int(np.searchsorted(gaps[name].sizes, room, side="right")) - 1
+        room -= int(gaps[name].sizes[counts[name]])
+    return counts
+
+
+def share_of(name: str, count: int, split: SplitCache) -> str:
+    """Describe a number of examples of a split."""
+    return f"{name} {count}" if count == split.store.examples else f"{name} {count} of {split.store.examples}"
 
 
 def _absent(split: SplitCache) -> list[str]:

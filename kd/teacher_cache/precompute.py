@@ -1,15 +1,18 @@
 """Precomputation of teacher outputs: a frozen teacher is run once over a split, and its outputs are stored."""
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
 from kd.forward import Needs
+from kd.forward.kinds import by_token
 from kd.models.compiled import uncompiled
 from kd.models.teachers import FrozenTeacher
 from kd.system import distributed, hardware
@@ -43,13 +46,79 @@ class SplitCache:
     precision: str
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive examples of a split whose outputs are computed and stored as one segment of each tensor.
+
+    Attributes:
+        split: name of the split.
+        span: the first example, and the one after the last.
+        entries: name -> description of the segment of each tensor.
+    """
+
+    split: str
+    span: tuple[int, int]
+    entries: Mapping[str, Entry]
+
+    @property
+    def examples(self) -> int:
+        """Number of examples."""
+        return self.span[1] - self.span[0]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Tensors of a split that are not stored for all of its examples.
+
+    Attributes:
+        split: cache of the split.
+        entries: name -> description of the tensor, if it were one segment of all examples.
+        stored: name -> number of examples, from the first on, that are stored of it.
+        seconds: estimated seconds of a forward pass, for each token.
+    """
+
+    split: SplitCache
+    entries: Mapping[str, Entry]
+    stored: Mapping[str, int]
+    seconds: float
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Number of bytes that the first k examples add to those that are stored, for each k, (examples + 1,)."""
+        offsets = self.split.store.offsets.astype(np.int64)
+        sizes = np.zeros(len(offsets), dtype=np.int64)
+        for name, entry in self.entries.items():
+            rows = offsets if by_token(name) else np.arange(len(offsets))
+            sizes += entry.shape[1] * entry.raw.itemsize * np.maximum(rows - rows[self.stored[name]], 0)
+        return sizes
+
+    def pieces(self, count: int) -> list[Piece]:
+        """Return the pieces to compute, so that all tensors are stored for the first `count` examples."""
+        bounds = sorted({*(begin for begin in self.stored.values() if begin < count), count})
+        pieces = []
+        for span in itertools.pairwise(bounds):
+            names = [name for name, begin in self.stored.items() if begin <= span[0]]
+            entries = {
+                name: replace(self.entries[name], shape=(self.split.store.rows(name, span), self.entries[name].shape[1]))
+                for name in names
+            }
+            pieces.append(Piece(self.split.name, span, entries))
+        return pieces
+
+    def seconds_of(self, piece: Piece) -> float:
+        """Return the estimated seconds of the pass over a piece."""
+        begin, end = piece.span
+        offsets = self.split.store.offsets
+        return float(self.seconds * (offsets[end] - offsets[begin]))
+
+
 def probe(
     teacher: FrozenTeacher, split: SplitCache, absent: Iterable[str], device: torch.device
 ) -> tuple[dict[str, Entry], float]:
     """Run a teacher over a few examples of median length.
 
     Returns:
-        The entries of the absent tensors, and the estimated seconds of a run over the split.
+        The entries of the absent tensors, if they are stored for all examples, and the estimated seconds for each token.
     """
     order = np.argsort(np.diff(split.store.offsets), kind="stable")
     middle = max(len(order) // 2 - PROBE_EXAMPLES // 2, 0)
@@ -65,70 +134,66 @@ def probe(
         shape = (split.store.rows(name), outputs[name].shape[-1])
         entries[name] = Entry(shape, *(str(dtype).removeprefix("torch.") for dtype in (stored, outputs[name].dtype)))
     tokens = len(rows) * max(split.tokens.lengths_of(rows))
-    return entries, float(seconds * split.store.offsets[-1] / tokens)
+    return entries, seconds / tokens
 
 
 def precompute(
-    teacher: FrozenTeacher, split: SplitCache, entries: Mapping[str, Entry], device: torch.device
-) -> tuple[int, int]:
-    """Run a teacher over this rank's share of a split and store its outputs.
+    teacher: FrozenTeacher, split: SplitCache, piece: Piece, device: torch.device
+) -> tuple[int, int, frozenset[str]]:
+    """Run a teacher over this rank's share of some examples of a split and store its outputs.
 
-    Tensors appear all at once at the end, so a process that is killed leaves nothing that looks complete.
+    Segments appear all at once at the end, so a process that is killed leaves nothing that looks complete.
 
     Args:
         teacher: the teacher, which is on the CPU again afterwards.
         split: cache of the split.
-        entries: name -> entry of each tensor to store.
+        piece: the examples, which follow those that are stored of each tensor, and the tensors.
         device: device on which the teacher runs.
 
     Returns:
-        The numbers of forward passes and of examples on this rank.
+        The numbers of forward passes and of examples on this rank, and the names of the tensors that are not stored, because
+        the type on disk cannot represent some of their values.
     """
     rank, world = distributed.rank(), distributed.world()
-    span = (split.store.examples * rank // world, split.store.examples * (rank + 1) // world)
-    passes, examples, again = 0, 0, dict(entries)
-    while again:
-        examples += span[1] - span[0]
-        shares = {name: Share(split.store, name, entry, span, rank) for name, entry in again.items()}
-        narrow: set[str] = set()
-        with _on_device(teacher, split.precision, device):
-            for rows in batches_by_length(split.store.offsets, span):
-                outputs = _outputs_of(teacher, split, rows, device)
-                passes += 1
-                narrow |= {name for name, share in shares.items() if not share.write(rows, outputs[name])}
-        for share in shares.values():
-            share.close()
-        too_narrow = set().union(*distributed.gather(narrow))
+    begin, passes = piece.span[0], 0
+    span = (begin + piece.examples * rank // world, begin + piece.examples * (rank + 1) // world)
+    shares = {name: Share(split.store, name, entry, span, rank) for name, entry in piece.entries.items()}
+    narrow: set[str] = set()
+    with _on_device(teacher, split.precision, device):
+        for rows in batches_by_length(split.store.offsets, span):
+            outputs = _outputs_of(teacher, split, rows, device)
+            passes += 1
+            narrow |= {name for name, share in shares.items() if not share.write(rows, outputs[name])}
+    for share in shares.values():
+        share.close()
+    too_narrow = frozenset().union(*distributed.gather(narrow))
 
-        def commit(done: Mapping[str, Entry] = again, but: set[str] = too_narrow) -> None:
-            for name, entry in done.items():
-                if name not in but:
-                    split.store.commit(name, entry, world)
+    def commit() -> None:
+        for name, entry in piece.entries.items():
+            if name in too_narrow:
+                split.store.discard(name, world)
+            else:
+                split.store.commit(name, entry, world, piece.span)
 
-        distributed.on_rank_zero(commit)
-        # Some values overflow the type on disk: these tensors are computed again and stored in their own type.
-        again = {name: replace(entries[name], stored=entries[name].shown) for name in too_narrow}
-        if again:
-            distributed.print_rank_zero(
-                f"  {', '.join(sorted(again))} of '{split.name}' do not fit 16 bits; they are kept in full"
-            )
-    return passes, examples
+    distributed.on_rank_zero(commit)
+    return passes, span[1] - span[0], too_narrow
 
 
-def logits_over(teacher: FrozenTeacher, tokens: Any, precision: str, device: torch.device) -> torch.Tensor:
-    """Run a teacher that is not cached over a split, each rank over a share, and return its logits on every rank.
+def logits_over(teacher: FrozenTeacher, tokens: Any, precision: str, device: torch.device, first: int = 0) -> torch.Tensor:
+    """Run a teacher over the examples of a split that are not cached, each rank over a share; return logits on every rank.
 
     Args:
         teacher: the teacher, which is on the CPU again afterwards; its passes are counted.
         tokens: text of the split, tokenised for the teacher.
         precision: precision of the forward pass.
         device: device on which the teacher runs.
+        first: first of the examples, of which there is one at least.
 
     Returns:
         (examples, classes), on the CPU, with logits in the task's label order.
     """
-    rank, world, count = distributed.rank(), distributed.world(), len(tokens.lengths)
-    span = (count * rank // world, count * (rank + 1) // world)
+    rank, world, count = distributed.rank(), distributed.world(), len(tokens.lengths) - first
+    span = (first + count * rank // world, first + count * (rank + 1) // world)
     logits: dict[int, torch.Tensor] = {}
     with _on_device(teacher, precision, device):
         for rows in batches_by_length(tokens.offsets, span):
@@ -137,7 +202,8 @@ def logits_over(teacher: FrozenTeacher, tokens: Any, precision: str, device: tor
             logits |= dict(zip(rows, outputs.logits.cpu(), strict=True))
             teacher.passes += 1
     teacher.examples += len(logits)
-    return torch.cat(distributed.gather(torch.stack([logits[row] for row in range(*span)])))
+    shares = distributed.gather(torch.stack([logits[row] for row in range(*span)]) if logits else None)
+    return torch.cat([share for share in shares if share is not None])
 
 
 def batches_by_length(offsets: np.ndarray, span: tuple[int, int]) -> Iterator[list[int]]:

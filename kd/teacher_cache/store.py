@@ -1,11 +1,14 @@
-"""Outputs of a frozen teacher over a split, on disk: one memory-mapped file per tensor, indexed by example.
+"""Outputs of a frozen teacher over a split, on disk: memory-mapped files for each tensor, indexed by example.
 
-A folder holds `about.json`, which describes the model and data of all tensors, and for every tensor numpy's `.npy` file and a
-small JSON file with what that format has no place for: the type that a read returns, and a checksum. The JSON file is written
-last and atomically, so a tensor is either complete or missing, and a method that needs further tensors adds files to the
-existing ones.
+A folder holds `about.json`, which describes the model and data of all tensors. A tensor is stored for the first examples of
+the split, most often for all of them, in one or more segments of consecutive examples. A segment is numpy's `.npy` file and a
+small JSON file with what that format has no place for: the examples, the type that a read returns, and a checksum. The JSON
+file is written last and atomically, so a segment is either complete or missing. A method that needs further tensors, and a run
+that stores more examples, add files to the existing ones and change none, so that other processes may read them at that time.
 """
 
+import contextlib
+import glob
 import hashlib
 import io
 import json
@@ -21,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kd.forward.inputs import LIVE, ORDER
 from kd.forward.kinds import by_token
 from kd.system.files import write_text
 
@@ -36,16 +40,28 @@ RELEASE = 8
 """Number of reads after which memory-mapped pages are released."""
 CHUNK = 1 << 24
 """Number of bytes read at a time for a checksum."""
-UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, SyntaxError, tokenize.TokenError, RecursionError)
+LATER = "@"
+"""Character between the name of a tensor and the first example of a segment, in file names; the first segment has none."""
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    SyntaxError,
+    OverflowError,
+    tokenize.TokenError,
+    RecursionError,
+)
 """Errors of numpy and json on a file that is damaged or of another program."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Description of one stored tensor.
+    """Description of a stored tensor, or of one of its segments.
 
     Attributes:
-        shape: (examples or tokens, width).
+        shape: (examples or tokens of the segment, width).
         stored: data type on disk.
         shown: data type that the forward pass returned, and that a read returns.
     """
@@ -65,6 +81,21 @@ class Entry:
         return self.shape[0] * self.shape[1] * self.raw.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive examples of a stored tensor.
+
+    Attributes:
+        span: its first example, and the one after its last.
+        array: the numbers, memory-mapped, (examples or tokens, width).
+        entry: their shape and types.
+    """
+
+    span: tuple[int, int]
+    array: np.ndarray
+    entry: Entry
+
+
 @dataclass
 class TensorStore:
     """Stored tensors of one teacher over one split.
@@ -76,7 +107,7 @@ class TensorStore:
 
     folder: Path
     offsets: np.ndarray
-    _open: dict[str, tuple[np.ndarray, Entry]] = field(default_factory=dict, repr=False)
+    _open: dict[str, list[Segment]] = field(default_factory=dict, repr=False)
     _reads: int = 0
 
     def __getstate__(self) -> dict[str, Any]:  # a memory map that is pickled would be copied
@@ -87,43 +118,61 @@ class TensorStore:
         """Number of examples of the split."""
         return len(self.offsets) - 1
 
-    def rows(self, name: str) -> int:
-        """Return the number of rows of a tensor: tokens or examples of the split."""
-        return int(self.offsets[-1]) if by_token(name) else self.examples
+    def rows(self, name: str, span: tuple[int, int] | None = None) -> int:
+        """Return the number of rows that a tensor has for a span of examples, all by default: their tokens, or one for each."""
+        begin, end = (0, self.examples) if span is None else span
+        return int(self.offsets[end] - self.offsets[begin]) if by_token(name) else end - begin
+
+    def count(self, names: Iterable[str]) -> int:
+        """Return the number of examples, from the first on, of which all of these tensors are stored."""
+        return min(max((end for _, end in self._spans(name)), default=0) for name in names)
 
     def entry(self, name: str) -> Entry | None:
-        """Return the description of a tensor; None if it is not stored, or its files cannot be read."""
+        """Return the description of a tensor's last segment; None if it is not stored, or its files cannot be read."""
         try:
-            return self._load(name)[1]
+            return self._load(name)[-1].entry
         except UNREADABLE:
             return None
 
     def damaged(self, names: Iterable[str]) -> list[str]:
-        """Return the names of stored tensors whose size or checksum is wrong; reads every byte."""
-        return [name for name in names if self._path(name, "json").exists() and not self._whole(name)]
+        """Return the names of stored tensors of which a size or a checksum is wrong; reads every byte."""
+        return [name for name in names if not self._whole(name)]
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """Return the names of tensors that are not stored."""
-        return [name for name in names if not self._path(name, "json").exists()]
+        """Return the names of tensors that are not stored for all examples."""
+        return [name for name in names if self.count([name]) < self.examples]
 
     def remove(self, names: Iterable[str]) -> None:
-        """Delete stored tensors."""
+        """Delete stored tensors: the last segment first, so that a process that is killed leaves the first ones."""
         for name in names:
             self._open.pop(name, None)
-            for ending in ("json", "npy"):
-                self._path(name, ending).unlink(missing_ok=True)
+            for begin in sorted(self._begins(name), reverse=True):
+                for ending in ("json", "npy"):
+                    self._path(name, ending, begin).unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Delete partial files that a killed process left behind."""
+        """Delete what is of no use: partial files of a killed process, and segments that do not continue a tensor."""
         for left in self.folder.glob("*.part*"):
             left.unlink(missing_ok=True)
+        for path in (*self.folder.glob(f"*{LATER}*.json"), *self.folder.glob(f"*{LATER}*.npy")):
+            name, _, begin = path.stem.rpartition(LATER)
+            if begin not in [str(first) for first, _ in self._spans(name)]:
+                path.unlink(missing_ok=True)
 
     def draft(self, name: str, rank: int) -> Path:
         """Return the path to which a rank writes its share of a tensor."""
         return self.folder / f"{name}.part{rank}"
 
-    def commit(self, name: str, entry: Entry, ranks: int) -> None:
-        """Concatenate the ranks' shares to one tensor, synced to disk before its description is written."""
+    def commit(self, name: str, entry: Entry, ranks: int, span: tuple[int, int] | None = None) -> None:
+        """Concatenate the ranks' shares to one segment, synced to disk before its description is written.
+
+        Args:
+            name: name of the tensor.
+            entry: description of the segment.
+            ranks: number of shares.
+            span: its examples, which follow those that are stored; all by default.
+        """
+        begin, end = (0, self.examples) if span is None else span
         whole = self.draft(name, 0)
         with whole.open("ab") as target:
             for rank in range(1, ranks):
@@ -136,71 +185,130 @@ class TensorStore:
         size = len(header(entry)) + entry.size
         if whole.stat().st_size != size:
             raise RuntimeError(f"{whole} has {whole.stat().st_size} bytes, not {size}")
-        checksum = _checksum(whole)
-        os.replace(whole, self._path(name, "npy"))
-        write_text(self._path(name, "json"), json.dumps({"shown": entry.shown, "checksum": checksum}) + "\n")
+        about = {"shown": entry.shown, "examples": [begin, end], "checksum": _checksum(whole)}
+        os.replace(whole, self._path(name, "npy", begin))
+        write_text(self._path(name, "json", begin), json.dumps(about) + "\n")
+
+    def discard(self, name: str, ranks: int) -> None:
+        """Delete the ranks' shares of a tensor."""
+        for rank in range(ranks):
+            self.draft(name, rank).unlink()
 
     def read(self, names: Iterable[str], rows: Sequence[int], longest: int | None = None) -> dict[str, Tensor]:
-        """Return tensors of some examples: (batch, width), or (batch, longest, width) with zeros on padding."""
-        tensors = {}
-        indices = np.asarray(rows)
-        lengths = self.offsets[indices + 1] - self.offsets[indices]
-        for name in names:
-            array, entry = self._array(name)
-            if by_token(name):
-                values = np.zeros((len(indices), longest or int(lengths.max()), entry.shape[1]), dtype=array.dtype)
-                for index, (row, length) in enumerate(zip(indices, lengths, strict=True)):
-                    values[index, :length] = array[self.offsets[row] : self.offsets[row] + length]
-            else:
-                values = array[indices]
-            tensors[name] = _tensor(values, entry.stored).to(getattr(torch, entry.shown))
+        """Return tensors of some examples: (batch, width), or (batch, longest, width) with zeros on padding.
+
+        Raises:
+            IndexError: for an example that is not stored.
+        """
+        indices = np.asarray(rows, dtype=np.int64)
+        if longest is None:
+            longest = int((self.offsets[indices + 1] - self.offsets[indices]).max())
+        tensors = {name: self._read(name, indices, longest) for name in names}
         self._reads += 1
         if self._reads % RELEASE == 0:
             self._release()
         return tensors
 
+    def _read(self, name: str, indices: np.ndarray, longest: int) -> Tensor:
+        segments = self._segments(name)
+        which = np.searchsorted([segment.span[1] for segment in segments], indices, side="right")
+        used = np.unique(which) if len(indices) else [0]  # of no example, the tensor has its width and type all the same
+        parts = [self._read_segment(name, segments[number], indices[which == number], longest) for number in used]
+        if len(parts) == 1:
+            return parts[0]
+        places = np.concatenate([np.flatnonzero(which == number) for number in used])
+        return torch.cat(parts)[torch.from_numpy(places.argsort())]
+
+    def _read_segment(self, name: str, segment: Segment, indices: np.ndarray, longest: int) -> Tensor:
+        """Return a tensor of some examples of one segment."""
+        array, begin = segment.array, segment.span[0]
+        if by_token(name):
+            values = np.zeros((len(indices), longest, array.shape[1]), dtype=array.dtype)
+            starts, ends = (self.offsets[indices + n] - self.offsets[begin] for n in range(2))
+            for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
+                values[index, : end - start] = array[start:end]
+        else:
+            values = array[indices - begin]
+        return _tensor(values, segment.entry.stored).to(getattr(torch, segment.entry.shown))
+
     def open(self, names: Iterable[str]) -> None:
         """Memory-map tensors now, so that they stay readable if the files are deleted."""
         for name in names:
-            self._array(name)
+            self._segments(name)
 
     def _release(self) -> None:
         """Release pages that were read: they stay in the page cache, but no longer count as this process's memory."""
-        for array, _ in self._open.values():
+        for segment in (segment for segments in self._open.values() for segment in segments):
             if hasattr(mmap, "MADV_DONTNEED"):
-                array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+                segment.array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
-    def size(self, names: Iterable[str]) -> int:
-        """Return the total number of bytes of the tensors among `names` that are stored."""
-        return sum(entry.size for name in names if (entry := self.entry(name)) is not None)
+    def size(self, names: Iterable[str], count: int | None = None) -> int:
+        """Return the total number of bytes that are stored of tensors for the first `count` examples, all by default."""
+        most, total = self.examples if count is None else count, 0
+        for name in names:
+            with contextlib.suppress(*UNREADABLE):
+                for segment in self._load(name):
+                    begin, end = segment.span
+                    rows = self.rows(name, (begin, min(end, most))) if begin < most else 0
+                    total += rows * segment.entry.shape[1] * segment.entry.raw.itemsize
+        return total
 
-    def _path(self, name: str, ending: str) -> Path:
-        return self.folder / f"{name}.{ending}"
+    def _path(self, name: str, ending: str, begin: int = 0) -> Path:
+        return self.folder / f"{name}{f'{LATER}{begin}' if begin else ''}.{ending}"
 
-    def _array(self, name: str) -> tuple[np.ndarray, Entry]:
+    def _begins(self, name: str) -> list[int]:
+        """Return the first examples of all segments of which there is a file."""
+        later = (path.stem.rpartition(LATER)[2] for path in self.folder.glob(f"{glob.escape(name)}{LATER}*.*"))
+        return [0, *{int(begin) for begin in later if begin.isascii() and begin.isdigit()}]
+
+    def _spans(self, name: str) -> list[tuple[int, int]]:
+        """Return the examples of a tensor's segments, which follow each other from the first example on."""
+        spans: list[tuple[int, int]] = []
+        end = 0
+        while end < self.examples and self._path(name, "json", end).exists():
+            begin = end
+            try:
+                end = int(self._description(name, begin).get("examples", [0, self.examples])[1])
+            except UNREADABLE:  # its examples are not known, but it has to be removed
+                end = self.examples
+            spans.append((begin, end))
+            if end <= begin:
+                break
+        return spans
+
+    def _segments(self, name: str) -> list[Segment]:
         if name not in self._open:
             self._open[name] = self._load(name)
         return self._open[name]
 
-    def _load(self, name: str) -> tuple[np.ndarray, Entry]:
+    def _load(self, name: str) -> list[Segment]:
         """Memory-map a stored tensor; raise one of `UNREADABLE` for files that `commit` did not write."""
-        shown = self._description(name)["shown"]
-        array = np.lib.format.open_memmap(self._path(name, "npy"), mode="r")
-        rows, width = array.shape
-        if shown not in DTYPE_NAMES.values():
-            raise ValueError(shown)
-        return array, Entry((rows, width), DTYPE_NAMES[array.dtype], shown)
+        segments = []
+        for begin, end in self._spans(name):
+            shown = self._description(name, begin)["shown"]
+            array = np.lib.format.open_memmap(self._path(name, "npy", begin), mode="r")
+            rows, width = array.shape
+            if shown not in DTYPE_NAMES.values() or rows != self.rows(name, (begin, end)):
+                raise ValueError(shown, rows)
+            segments.append(Segment((begin, end), array, Entry((rows, width), DTYPE_NAMES[array.dtype], shown)))
+        return segments
 
-    def _description(self, name: str) -> Any:
-        return json.loads(self._path(name, "json").read_text(encoding="utf-8"))
+    def _description(self, name: str, begin: int) -> Any:
+        return json.loads(self._path(name, "json", begin).read_text(encoding="utf-8"))
 
     def _whole(self, name: str) -> bool:
+        """Return whether all segments that are stored of a tensor are as they were written."""
         try:
-            if _checksum(self._path(name, "npy")) != self._description(name)["checksum"]:
-                return False  # before a damaged header is parsed
-            return self._load(name)[1].shape[0] == self.rows(name)
+            for begin, end in self._spans(name):
+                about = self._description(name, begin)
+                if about.get("examples", [0, self.examples]) != [begin, end]:
+                    return False
+                if _checksum(self._path(name, "npy", begin)) != about["checksum"]:
+                    return False  # before a damaged header is parsed
+            self._load(name)
         except UNREADABLE:
             return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -211,17 +319,35 @@ class CachedOutputs:
         store: the stored tensors.
         names: names of the tensors to read.
         tokens: the teacher's tokens; outputs are padded like them.
+        count: number of examples, from the first on, whose outputs are read; None for all. On the others the teacher runs.
     """
 
     store: TensorStore
     names: tuple[str, ...]
     tokens: Any
+    count: int | None = None
+
+    @property
+    def cached(self) -> int:
+        """Number of examples, from the first on, whose outputs are read."""
+        return self.store.examples if self.count is None else self.count
 
     def pad(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Return the teacher's tensors of these examples, by name, and its `attention_mask`, (batch, tokens)."""
+        """Return a teacher's inputs for these examples, as `kd.forward.inputs` describes them.
+
+        Which examples are cached is known here, on the CPU, so that no step reads it from a device.
+        """
         mask = self.tokens.mask(rows)
-        read = self.store.read(self.names, rows, mask.shape[1])
-        return {"attention_mask": torch.from_numpy(mask.astype(np.int64)), **read}
+        stored = np.asarray(rows) < self.cached
+        cached, live = np.flatnonzero(stored).tolist(), np.flatnonzero(~stored).tolist()
+        inputs = {"attention_mask": torch.from_numpy(mask.astype(np.int64))}
+        if self.cached:  # of none of the examples, too, so that all batches have the same tensors
+            inputs |= self.store.read(self.names, [rows[place] for place in cached], mask.shape[1])
+        if live:
+            tokens = self.tokens.pad([rows[place] for place in live])
+            inputs |= {f"{LIVE}{name}": tensor for name, tensor in tokens.items()}
+            inputs[ORDER] = torch.from_numpy(np.argsort([*cached, *live]))
+        return inputs
 
 
 def _tensor(values: np.ndarray, stored: str) -> Tensor:

@@ -163,7 +163,7 @@ def begin(run: Run, parts: Mapping[str, Part], epoch: Epoch, tables: Sequence[Ta
         if part.run.member is not None:
             distributed.print_rank_zero(f"  {name}:")
         with rename_task_error_keys(run.spec.task, name):
-            report = preflight(part.run, part.engine, part.data, part.models.inits)
+            report = preflight(part.run, part.engine, part.data, part.models)
         distributed.print_rank_zero("\n".join(report.lines))
     report = check_steps(run, epoch)
     for table in tables:

@@ -4,12 +4,13 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from kd.build.instantiate import build_method
+from kd.build.models import BuiltModels
 from kd.config.cohort import students_of
 from kd.data.datamodule import Epoch, KDDataModule
 from kd.data.direction import higher_is_better
@@ -23,6 +24,8 @@ from kd.models.compiled import uncompiled
 from kd.results.evaluate import baseline
 from kd.results.tables import score
 from kd.runs.run import Run
+from kd.system.files import readable_size
+from kd.teacher_cache.cache import CacheUsed
 
 TRIAL_EXAMPLES = 8
 """Number of examples of the trial batch."""
@@ -53,7 +56,7 @@ class Report:
         self.lines.append(f"        {text}")
 
 
-def preflight(run: Run, engine: Engine, data: KDDataModule, inits: Mapping[str, str]) -> Report:
+def preflight(run: Run, engine: Engine, data: KDDataModule, models: BuiltModels) -> Report:
     """Run every check and return the report.
 
     Raises:
@@ -65,9 +68,10 @@ def preflight(run: Run, engine: Engine, data: KDDataModule, inits: Mapping[str, 
     check_held_part(report, run, engine, data)
     check_joint_teachers(report, run)
     check_teachers(report, run, engine, data)
+    report_live(report, models, data)
     for student, learner in engine.learners.items():
         whose = "student" if len(engine.learners) == 1 else f"student {student}"
-        report.note(f"{whose} starts from: {inits[student]}")
+        report.note(f"{whose} starts from: {models.inits[student]}")
         for text in learner.student.asides:
             report.note(f"{whose}: {text}")
         for name, text in learner.method.describe().items():
@@ -213,6 +217,16 @@ def uncounted(engine: Engine) -> Iterator[None]:
             engine.train(training)
             for teacher, count in zip(engine.teachers, counts, strict=True):
                 teacher.work = count
+
+
+def report_live(report: Report, models: BuiltModels, data: KDDataModule) -> None:
+    """Report of which examples a teacher's outputs are cached, where these are not all."""
+    for name, cache in models.caches.items():
+        if isinstance(cache, CacheUsed) and cache.live:
+            counts = {split: len(data.examples.texts[split]) for split in cache.live}
+            cached = ", ".join(f"{n - cache.live[split]:,} of {n:,} examples of {split}" for split, n in counts.items())
+            when = "at each step" if "train" in cache.live else "when they are evaluated"
+            report.note(f"teacher {name}: {cached} cached in {readable_size(cache.bytes)}, the others run {when}")
 
 
 def check_students(report: Report, engine: Engine) -> None:

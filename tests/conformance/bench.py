@@ -175,15 +175,20 @@ SHAPES = (
 
 
 class PlainTokens:
-    """Lengths that padding follows from, as `kd.data.tokenized.Tokens` has them."""
+    """Inputs of a batch, from which some examples are taken as from `kd.data.tokenized.Tokens`."""
 
-    def __init__(self, lengths: torch.Tensor) -> None:
-        self.lengths = lengths.numpy()
+    def __init__(self, inputs: dict[str, torch.Tensor]) -> None:
+        self.inputs = inputs
+        self.lengths = inputs["attention_mask"].sum(dim=1).numpy()
 
     def mask(self, rows: Sequence[int]) -> np.ndarray:
         """Padded to the longest."""
         lengths = self.lengths[list(rows)]
         return np.arange(lengths.max()) < lengths[:, None]
+
+    def pad(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Padded to the longest."""
+        return {name: tensor[list(rows), : self.mask(rows).shape[1]] for name, tensor in self.inputs.items()}
 
 
 class Bench:
@@ -298,32 +303,39 @@ class Bench:
         )
         return replace(batch, student=shown(batch.student, cut=True), teachers=of_teachers, peers=peers)
 
-    def use_cached(self, batch: Batch, folder: Path) -> Batch:
-        """Replace the frozen teachers by what they say of a batch, written to disk and read again; the batch that reads it."""
+    def use_cached(self, batch: Batch, folder: Path, count: int | None = None) -> Batch:
+        """Replace the frozen teachers by what they say of a batch, written to disk and read again; the batch that reads it.
+
+        With a count, so many of the examples are read, from the last one back in steps of two, and teachers run on the others.
+        """
         needs, teachers = needs_of_teachers(self.methods.values(), len(self.teachers)), list(self.teachers)
 
         def cached(batch: Batch, folder: Path) -> Batch:
             found = []
             for place, teacher in enumerate(teachers):  # one that is trained with the students is not among them
-                inputs = batch.teachers[place]
-                lengths = inputs["attention_mask"].sum(dim=1)
-                offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).numpy()
+                rows = range(len(batch))[::-1]
+                order = [*rows[::2], *rows[1::2]]  # that of the store
+                inputs = {name: tensor[order] for name, tensor in batch.teachers[place].items()}
+                tokens = PlainTokens(inputs)
+                offsets = np.concatenate([[0], tokens.lengths.cumsum()])
                 store, said = TensorStore(folder / str(place), offsets), teacher.run(inputs, needs[place]).named()
                 store.folder.mkdir(parents=True)
+                stored = (0, len(batch) if count is None else min(count, len(batch)))
                 for name in needs[place].tensors:
                     kind = str(said[name].dtype).removeprefix("torch.")
-                    entry = Entry((store.rows(name), said[name].shape[-1]), kind, kind)
-                    share = Share(store, name, entry, (0, len(batch)), 0)
-                    assert share.write(range(len(batch)), said[name])
+                    entry = Entry((store.rows(name, stored), said[name].shape[-1]), kind, kind)
+                    share = Share(store, name, entry, stored, 0)
+                    assert share.write(range(stored[1]), said[name][: stored[1]])
                     share.close()
-                    store.commit(name, entry, 1)
-                found.append(CachedOutputs(store, tuple(needs[place].tensors), PlainTokens(lengths)).pad(range(len(batch))))
+                    store.commit(name, entry, 1, stored)
+                outputs = CachedOutputs(store, tuple(needs[place].tensors), tokens, stored[1])
+                found.append(outputs.pad(np.argsort(order).tolist()))
             return replace(batch, teachers=tuple(found) or batch.teachers)
 
         held = None if batch.held is None else cached(batch.held, folder / "held")
         batch = replace(cached(batch, folder), held=held)
         for place, teacher in enumerate(teachers):
-            self.engine.teachers[place] = CachedTeacher(teacher)
+            self.engine.teachers[place] = CachedTeacher(teacher, runs=count is not None)
         return batch
 
     def terms(self, batch: Batch) -> dict[str, torch.Tensor]:

@@ -313,25 +313,29 @@ def test_teachers_stay_in_eval_mode_and_dropout_does_not_reach_them(name: str) -
 @every_case
 @pytest.mark.thorough
 def test_a_cached_teacher_is_as_good_as_one_that_runs(name: str, tmp_path: Path) -> None:
-    live, cached = (Bench(name, dropout=0.1, double=True) for _ in range(2))
+    live, cached, both = (Bench(name, dropout=0.1, double=True) for _ in range(3))
     needs = needs_of_teachers(live.methods.values(), len(live.teachers))
     if any(need.uncacheable_reason or need.gradient or need.words for need in needs):  # then teachers run at every step
         cache = TeacherCache(tmp_path, "weights", "32-true", "on", torch.device("cpu"), "toy")
         assert all(cache.reason_to_run(*each) for each in zip(live.teachers, needs, strict=True))
         return
     batch = live.batch()
-    read = cached.use_cached(batch, tmp_path)
+    read, mixed = cached.use_cached(batch, tmp_path / "all"), both.use_cached(batch, tmp_path / "three", 3)
     gradients = []
-    for bench, seen in ((live, batch), (cached, read)):
+    for bench, seen in ((live, batch), (cached, read), (both, mixed)):
         torch.manual_seed(0)
         bench.engine.loss(seen).total.backward()
         gradients.append({key: parameter.grad for key, parameter in bench.engine.named_parameters()})
     assert not any(teacher.passes for teacher in cached.engine.teachers)
+    for teacher in both.engine.teachers:
+        assert (teacher.passes > 0) == (teacher.batches_used > 0)
+        assert teacher.examples <= (len(batch) - 3) * teacher.passes
     for key, gradient in gradients[0].items():
-        assert (gradient is None) == (gradients[1][key] is None), key
-        if gradient is not None:
-            # What is said of padding is not kept; that zeros stand there in its place may change the order of a sum alone.
-            assert torch.allclose(gradient, gradients[1][key], rtol=0, atol=SUMS), key
+        for other in gradients[1:]:
+            assert (gradient is None) == (other[key] is None), key
+            if gradient is not None:
+                # What is said of padding is not kept; that zeros stand there in its place may change the order of a sum alone.
+                assert torch.allclose(gradient, other[key], rtol=0, atol=SUMS), key
 
 
 @every_case

@@ -352,3 +352,5 @@ def test_the_conformance_suite_caches_outputs_for_held_examples_too(tmp_path: Pa
     expected = live.terms(live.batch())
     found = cached.terms(cached.use_cached(cached.batch(), tmp_path))
     contract.close(expected, found, 0.0)
+    both = Bench(CASE, double=True)
+    contract.close(expected, both.terms(both.use_cached(both.batch(), tmp_path / "three", 3)), contract.SUMS)

@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 
 from kd.bench import cell
-from kd.bench.workers import Finished, Go, Turn, WorkerDied
+from kd.bench.workers import GO, Finished, Go, Turn, WorkerDied
 from kd.bench.workers import Job as Measurement
 from kd.config.schema import LauncherSpec
 from kd.errors import InputError
