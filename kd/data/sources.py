@@ -22,6 +22,9 @@ from kd.errors import InputError
 from kd.system import distributed
 from kd.system.model_sources import check_not_here, file_fingerprint, package_folder, package_version
 
+TABLE_ROWS = 1 << 14
+"""Number of rows that are read at a time from files which need not fit into memory."""
+
 Splits = dict[str, Sequence[Example]]
 
 SAY_AFTER = 10.0
@@ -136,7 +139,7 @@ def examples_of(
         InputError: if a column is missing, a value is not text (see `check_text`), or there is no row.
     """
     writer = TableWriter(extra)
-    add_examples(writer, table, path, text, label, blank=blank)
+    add_examples(writer, reported(table, path), path, text, label, blank=blank)
     if not writer.labels:
         raise InputError(f"the file '{path}' has no examples", key)
     return writer.table()
@@ -167,16 +170,53 @@ def read_shards(
         InputError: if a file cannot be read, a column is missing, a value is not text (see `check_text`), or there is no row.
     """
     writer = TableWriter(extra)
-    text = ["text"] if layout.format == "lines" else text
-    wanted = keys_of_columns(text, label, extra)
-    for file in files:
-        number = "row" if layout.kind(file, key) in COLUMNAR else "line"
-        table = rows(file, key, layout=layout, wanted=wanted)
-        add_examples(writer, table, file, text, label, blank=blank, number=number)
+    for file, word, table in opened(files, text, label, key, layout, extra):
+        add_examples(writer, table, file, in_file(text, layout), label, blank=blank, number=word)
     if not writer.labels:
-        shown = f"the file '{files[0]}' has" if len(files) == 1 else f"the files of the folder '{files[0].parent}' have"
-        raise InputError(f"{shown} no examples", key)
+        raise no_examples(files, key)
     return writer.table()
+
+
+def tables_of(
+    files: Sequence[Path], text: Sequence[str], key: str, layout: Layout, extra: Sequence[str] = (), at_once: int = TABLE_ROWS
+) -> Iterator[tuple[int, Table]]:
+    """Yield examples without labels from files, in tables of few rows: a file need not fit into memory.
+
+    Arguments and errors as for `read_shards`. Each table comes with the index of its file, and has at most `at_once` rows.
+    """
+    empty = True
+    for index, (file, word, table) in enumerate(opened(files, text, None, key, layout, extra)):
+        while True:
+            writer = TableWriter(extra)
+            some = itertools.islice(table, at_once)
+            add_examples(writer, some, file, in_file(text, layout), None, blank=False, number=word)
+            if not writer.labels:
+                break
+            empty = False
+            yield index, writer.table()
+    if empty:
+        raise no_examples(files, key)
+
+
+def opened(
+    files: Sequence[Path], text: Sequence[str], label: str | None, key: str | None, layout: Layout, extra: Sequence[str]
+) -> Iterator[tuple[Path, str, Iterator[tuple[int, Row]]]]:
+    """Yield each file, the word for the numbers of its rows, and the rows; arguments as for `read_shards`."""
+    wanted = keys_of_columns(in_file(text, layout), label, extra)
+    for file in files:
+        word = "row" if layout.kind(file, key) in COLUMNAR else "line"
+        yield file, word, reported(rows(file, key, layout=layout, wanted=wanted), file)
+
+
+def in_file(text: Sequence[str], layout: Layout) -> Sequence[str]:
+    """Return the text columns as they are named in a file: one of plain lines has no names."""
+    return ["text"] if layout.format == "lines" else text
+
+
+def no_examples(files: Sequence[Path], key: str | None) -> InputError:
+    """Return the error for a file, or the shards of a folder, without any example."""
+    shown = f"the file '{files[0]}' has" if len(files) == 1 else f"the files of the folder '{files[0].parent}' have"
+    return InputError(f"{shown} no examples", key)
 
 
 def keys_of_columns(text: Sequence[str], label: str | None, extra: Sequence[str]) -> dict[str, str]:
@@ -211,7 +251,7 @@ def add_examples(
     """
     extra, place = list(writer.columns), f"'{path}', {number} "
     columns = keys_of_columns(text, label, extra)
-    for line, row in reported(table, path):
+    for line, row in table:
         for name, argument in columns.items():
             if name not in row:
                 raise no_column(name, row, f"{place}{line}", argument)

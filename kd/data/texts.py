@@ -1,5 +1,6 @@
 """Texts and raw examples in compact form: a million sentences take their bytes, not a million Python objects."""
 
+import bisect
 import hashlib
 import itertools
 from array import array
@@ -85,6 +86,10 @@ class Texts(Sequence[tuple[str, ...]]):
     def __repr__(self) -> str:
         return f"Texts({len(self)} examples of {self.columns}, {len(self.content)} bytes)"
 
+    def pieces(self) -> Iterator["Texts"]:
+        """Yield the texts in parts that fit into memory; these do already."""
+        yield self
+
     def take(self, rows: Sequence[int] | np.ndarray) -> "Texts":
         """Return these examples, in this order."""
         rows = np.asarray(rows, dtype=np.int64)
@@ -116,13 +121,94 @@ class Texts(Sequence[tuple[str, ...]]):
         return np.fromiter((hash(tuple(row)) for row in values.reshape(-1, columns).tolist()), np.int64, len(self))
 
 
+class JoinedTexts(Sequence[tuple[str, ...]]):
+    """Sequences of texts, one after the other, as one sequence; each may be in memory or on disk.
+
+    Args:
+        parts: the sequences.
+    """
+
+    def __init__(self, *parts: Sequence[tuple[str, ...]]) -> None:
+        self.parts = parts
+        self.starts = list(itertools.accumulate(map(len, parts), initial=0))
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, ...]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[str, ...]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[str, ...] | list[tuple[str, ...]]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        row = index + len(self) if index < 0 else index
+        if not 0 <= row < len(self):
+            raise IndexError(index)
+        part = bisect.bisect_right(self.starts, row) - 1
+        return self.parts[part][row - self.starts[part]]
+
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
+        return itertools.chain(*self.parts)
+
+    def pieces(self) -> Iterator[Texts]:
+        """Yield the texts in parts that fit into memory."""
+        return itertools.chain.from_iterable(map(pieces_of, self.parts))
+
+
+def pieces_of(texts: Sequence[tuple[str, ...]]) -> Iterator[Texts]:
+    """Yield texts in compact form: those that are in memory at once, those on disk piece by piece."""
+    pieces = getattr(texts, "pieces", None)
+    return iter([Texts.of(texts)]) if pieces is None else pieces()
+
+
+class FlatTexts(Sequence[str]):
+    """The single texts of examples, one after the other.
+
+    Args:
+        texts: one or two texts for each example; all parts of a `JoinedTexts` need not have as many.
+    """
+
+    def __init__(self, texts: Sequence[tuple[str, ...]]) -> None:
+        self.texts = texts
+        inner = [FlatTexts(part) for part in texts.parts] if isinstance(texts, JoinedTexts) else []
+        self.columns = len(texts[0]) if len(texts) and not inner else 1
+        self.starts = list(itertools.accumulate(map(len, inner), initial=0))
+        self.parts = inner
+
+    def __len__(self) -> int:
+        return self.starts[-1] if self.parts else len(self.texts) * self.columns
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        row = index + len(self) if index < 0 else index
+        if not 0 <= row < len(self):
+            raise IndexError(index)
+        if self.parts:
+            part = bisect.bisect_right(self.starts, row) - 1
+            return self.parts[part][row - self.starts[part]]
+        return self.texts[row // self.columns][row % self.columns]
+
+    def __iter__(self) -> Iterator[str]:
+        return itertools.chain.from_iterable(self.texts)
+
+
 def count_shared(texts: Sequence[tuple[str, ...]], seen: Sequence[tuple[str, ...]]) -> int:
-    """Return the number of examples whose texts also occur in `seen`.
+    """Return the number of examples whose texts also occur in `seen`, which is read piece by piece.
 
     >>> count_shared([("a",), ("b",), ("a",)], [("a",), ("c",)])
     2
     """
-    return int(np.isin(Texts.of(texts).hashes(), Texts.of(seen).hashes()).sum())
+    hashes = Texts.of(texts).hashes()
+    shared = np.zeros(len(hashes), dtype=bool)
+    for piece in pieces_of(seen):
+        shared |= np.isin(hashes, piece.hashes())
+    return int(shared.sum())
 
 
 class Writer:
