@@ -49,11 +49,12 @@ def build_examples(run: Run, *, planned: bool = False) -> Examples:
     """
     digest = examples_digest(run, planned=planned)
     examples = _examples.get(digest)
-    if examples is None:
+    if not all(distributed.gather(examples is not None)):  # ranks read together, or none does
         source = source_of(run.spec.task)
         edits = build_edits(run.spec.task, None if planned else run)
         with prefix_task_errors():
             examples = _examples[digest] = load_examples(run.spec.task, source, edits, store_of(run))
+    assert examples is not None
     return examples
 
 

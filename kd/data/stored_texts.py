@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
 from kd.data.stored import ABOUT, StoredBytes, describe, description, empty, remove_with
-from kd.data.texts import Texts
+from kd.data.texts import Texts, TextSequence
 from kd.errors import InputError
 from kd.system import distributed
 from kd.system.files import LOCK, locked, remove
@@ -47,7 +47,7 @@ class TextPiece:
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
-class StoredTexts(Sequence[tuple[str, ...]]):
+class StoredTexts(TextSequence):
     """One or two texts for each example, on disk. It behaves like a list of tuples, which are read on access.
 
     Args:
@@ -69,16 +69,8 @@ class StoredTexts(Sequence[tuple[str, ...]]):
     def __len__(self) -> int:
         return (len(self.offsets) - 1) // self.columns
 
-    @overload
-    def __getitem__(self, index: int) -> tuple[str, ...]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[tuple[str, ...]]: ...
-    def __getitem__(self, index: int | slice) -> tuple[str, ...] | list[tuple[str, ...]]:
-        if isinstance(index, slice):
-            return self.take(range(*index.indices(len(self))))[:]
-        row = index + len(self) if index < 0 else index
-        if not 0 <= row < len(self):
-            raise IndexError(index)
+    def row(self, row: int) -> tuple[str, ...]:
+        """Return the texts of one example."""
         return self.span(row, row + 1)[0]
 
     def __iter__(self) -> Iterator[tuple[str, ...]]:

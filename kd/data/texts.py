@@ -3,6 +3,7 @@
 import bisect
 import hashlib
 import itertools
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,38 @@ class Example:
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Texts(Sequence[tuple[str, ...]]):
+class TextSequence(Sequence[tuple[str, ...]]):
+    """Base class of one or two texts for each example, which behave like a list of tuples."""
+
+    @abstractmethod
+    def row(self, row: int) -> tuple[str, ...]:
+        """Return the texts of one example, whose index is in range."""
+
+    @abstractmethod
+    def pieces(self) -> "Iterator[Texts]":
+        """Yield the texts in parts that fit into memory."""
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, ...]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[str, ...]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[str, ...] | list[tuple[str, ...]]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        row = index + len(self) if index < 0 else index
+        if not 0 <= row < len(self):
+            raise IndexError(index)
+        return self.row(row)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Texts(TextSequence):
     """One or two texts for each example, as one UTF-8 buffer and offsets.
 
     It behaves like a list of tuples, which are created on access.
@@ -56,16 +88,8 @@ class Texts(Sequence[tuple[str, ...]]):
     def __len__(self) -> int:
         return (len(self.offsets) - 1) // self.columns
 
-    @overload
-    def __getitem__(self, index: int) -> tuple[str, ...]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[tuple[str, ...]]: ...
-    def __getitem__(self, index: int | slice) -> tuple[str, ...] | list[tuple[str, ...]]:
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
-        row = index + len(self) if index < 0 else index
-        if not 0 <= row < len(self):
-            raise IndexError(index)
+    def row(self, row: int) -> tuple[str, ...]:
+        """Return the texts of one example."""
         bounds = self.offsets[row * self.columns : (row + 1) * self.columns + 1].tolist()
         return tuple(self.content[a:b].decode() for a, b in itertools.pairwise(bounds))
 
@@ -76,18 +100,11 @@ class Texts(Sequence[tuple[str, ...]]):
             texts = [self.content[a:b].decode() for a, b in itertools.pairwise(bounds)]
             yield from zip(*[iter(texts)] * self.columns, strict=True)
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence) or isinstance(other, str):
-            return NotImplemented
-        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
-
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         return f"Texts({len(self)} examples of {self.columns}, {len(self.content)} bytes)"
 
     def pieces(self) -> Iterator["Texts"]:
-        """Yield the texts in parts that fit into memory; these do already."""
+        """Yield the texts, which are in memory already."""
         yield self
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "Texts":
@@ -121,7 +138,7 @@ class Texts(Sequence[tuple[str, ...]]):
         return np.fromiter((hash(tuple(row)) for row in values.reshape(-1, columns).tolist()), np.int64, len(self))
 
 
-class JoinedTexts(Sequence[tuple[str, ...]]):
+class JoinedTexts(TextSequence):
     """Sequences of texts, one after the other, as one sequence; each may be in memory or on disk.
 
     Args:
@@ -135,16 +152,8 @@ class JoinedTexts(Sequence[tuple[str, ...]]):
     def __len__(self) -> int:
         return self.starts[-1]
 
-    @overload
-    def __getitem__(self, index: int) -> tuple[str, ...]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[tuple[str, ...]]: ...
-    def __getitem__(self, index: int | slice) -> tuple[str, ...] | list[tuple[str, ...]]:
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
-        row = index + len(self) if index < 0 else index
-        if not 0 <= row < len(self):
-            raise IndexError(index)
+    def row(self, row: int) -> tuple[str, ...]:
+        """Return the texts of one example."""
         part = bisect.bisect_right(self.starts, row) - 1
         return self.parts[part][row - self.starts[part]]
 
@@ -158,8 +167,7 @@ class JoinedTexts(Sequence[tuple[str, ...]]):
 
 def pieces_of(texts: Sequence[tuple[str, ...]]) -> Iterator[Texts]:
     """Yield texts in compact form: those that are in memory at once, those on disk piece by piece."""
-    pieces = getattr(texts, "pieces", None)
-    return iter([Texts.of(texts)]) if pieces is None else pieces()
+    return texts.pieces() if isinstance(texts, TextSequence) else iter([Texts.of(texts)])
 
 
 class FlatTexts(Sequence[str]):
