@@ -81,19 +81,19 @@ class TokenFiles:
 
     Raises:
         InputError: if the folder cannot be written to.
+        OSError: if there is no room on the disk.
     """
 
     def __init__(self, folder: Path, count: int, kinds: Mapping[str, np.dtype[Any]], *, writes: bool) -> None:
         self.folder, self.count, self.kinds, self.writes = folder, count, dict(kinds), writes
         self.part = folder / f"{this_start() or socket.gethostname()}.part"
         self.lock = FileLock(folder / LOCK, poll_interval=POLL)
-        self.finished = False
-        if writes:
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                with self.lock:
-                    self._begin()
-        self._open()
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with self.lock:  # no other process finishes the store meanwhile, which moves its files
+            if writes:
+                self._begin()
+            self._open()
 
     def _begin(self) -> None:
         """Make the folder of an unfinished store, unless there is one that can go on. The store is locked."""
@@ -125,22 +125,14 @@ class TokenFiles:
         return len(index) == self.count and all(sizes[name] >= end * kind.itemsize for name, kind in self.kinds.items())
 
     def _open(self) -> None:
-        """Open the files; another process may finish the store meanwhile, which moves them."""
-        for attempt in range(5):
-            about = description(self.folder, thorough=False)
-            where = self.part if about is None else self.folder
-            try:
-                mode: Any = "r+" if self.writes and about is None else "r"
-                self.index: np.ndarray = np.memmap(where / INDEX, np.int64, mode)
-                self.files = {name: StoredBytes(where / f"{name}.bin") for name in self.kinds}
-            except FileNotFoundError as error:
-                if attempt == 4:
-                    raise InputError(f"'{self.folder}' is not a folder that all machines share", "paths.runs") from error
-                continue
-            self.finished = about is not None
-            if self.writes and not self.finished:
-                self.drafts = {name: (where / f"{name}.bin").open("r+b", buffering=0) for name in self.kinds}
-            return
+        """Open the files. The store is locked."""
+        self.finished = description(self.folder, thorough=False) is not None
+        where = self.folder if self.finished else self.part
+        mode: Any = "r+" if self.writes and not self.finished else "r"
+        self.index: np.ndarray = np.memmap(where / INDEX, np.int64, mode)
+        self.files = {name: StoredBytes(where / f"{name}.bin") for name in self.kinds}
+        if self.writes and not self.finished:
+            self.drafts = {name: (where / f"{name}.bin").open("r+b", buffering=0) for name in self.kinds}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "count": self.count, "kinds": self.kinds}
@@ -182,31 +174,35 @@ class TokenFiles:
             OSError: if they cannot be written.
         """
         with self.lock:
-            if self.finished or (self.index[rows] != 0).all():
+            fresh = self.index[rows] == 0
+            if self.finished or not fresh.any():
                 return
+            rows, lengths, own = rows[fresh], lengths[fresh], np.repeat(fresh, lengths)
             end = max(-(-os.fstat(draft.fileno()).st_size // self.kinds[name].itemsize) for name, draft in self.drafts.items())
             for name, draft in self.drafts.items():
-                write_at(draft.fileno(), values[name].astype(self.kinds[name]).tobytes(), end * self.kinds[name].itemsize)
+                kind = self.kinds[name]
+                write_at(draft.fileno(), values[name][own].astype(kind).tobytes(), end * kind.itemsize)
             starts = end + np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths[:-1], dtype=np.int64)])
-            fresh = self.index[rows] == 0
-            self.index[rows[fresh]] = (starts[fresh] << LENGTH_BITS) + lengths[fresh] + 1  # last: they can be read from now on
+            self.index[rows] = (starts << LENGTH_BITS) + lengths + 1  # last: they can be read from now on
 
     def finish(self) -> bool:
         """Declare the store finished if every example has tokens; return whether it is."""
-        if self.finished or not self.writes:
-            return self.finished
+        if not self.finished:
+            self.finished = all(self.index[start : start + BLOCK_ROWS].all() for start in range(0, self.count, BLOCK_ROWS))
+            if self.finished and self.writes:
+                self._move()
+        return self.finished
+
+    def _move(self) -> None:
+        """Move the files of a store that has all tokens to its folder, and declare it finished."""
         with self.lock:
-            if not all(self.index[start : start + BLOCK_ROWS].all() for start in range(0, self.count, BLOCK_ROWS)):
-                return False
             if description(self.folder, thorough=False) is None:
                 self.index.flush()  # type: ignore[attr-defined]
                 names = [INDEX, *(f"{name}.bin" for name in self.kinds)]
                 for name in names:
                     os.replace(self.part / name, self.folder / name)
                 describe(self.folder, names, {"examples": self.count})
-                remove(self.part)
-            self.finished = True
-        return True
+            remove(self.part)
 
 
 def allocate(path: Path, size: int) -> None:
@@ -248,7 +244,7 @@ class StoredTokens(Padding):
         store: its folder has the store; a temporary one if it has none.
 
     Raises:
-        InputError: if the folder cannot be written to, or is not one that all machines share.
+        InputError: if the folder cannot be written to.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from kd.data import examples as loading
 from kd.data import sources, stored_texts, stored_tokens
 from kd.data.held import cut
 from kd.data.labels import PartLabels, given_labels, has_label
-from kd.data.sampler import EpochBatches, LengthBatches
+from kd.data.sampler import LengthBatches
 from kd.data.stored import ABOUT, StoredBytes
 from kd.data.stored_texts import StoredTexts, TextPiece, store_texts
 from kd.data.stored_tokens import JoinedTokens, LengthsOnDemand, StoredTokens
@@ -717,28 +717,28 @@ def test_a_file_is_read_a_few_rows_at_a_time(
     assert examples.stored.where(13) == f"'{tmp_path / 'more' / '1.csv'}', line 8"
     load(tmp_path / "more")
     assert sum(read) == 20, "the store has them"
-    load(tmp_path / "more", "task.extra={text: classes}", "task.where={text: [fine]}") if False else None
 
 
 def test_rows_are_selected_while_they_are_read(load: Callable[..., loading.Examples], tmp_path: Path) -> None:
-    (tmp_path / "more.csv").write_text(
-        "text,label\n" + "".join(f"film {row},{('positive', 'negative')[row % 3 > 0]}\n" for row in range(30))
-    )
-    extra = ["task.extra={label: classes}", "task.where={label: [positive]}"]
-    examples = load(tmp_path / "more.csv", *extra)
-    assert examples.stored == [(f"film {row}",) for row in range(0, 30, 3)]
-    assert examples.columns["train"]["label"].tolist() == [1] * len(examples.labels["train"])
+    rows = [f"film {row},{'ab'[row % 2]},{'xy'[row % 3 > 0]}" for row in range(30)]
+    (tmp_path / "train.csv").write_text("\n".join(["text,label,domain", *rows]) + "\n")
+    files = [f"task.{split}={tmp_path / 'train.csv'}" for split in ("train", "validation")]
+    given = [*files, "task.test=null", "task.extra={domain: classes}"]
+    (tmp_path / "more.csv").write_text("domain,text\n" + "".join(f"{'xy'[row % 3 > 0]},more {row}\n" for row in range(30)))
+    examples = load(tmp_path / "more.csv", *given, "task.where={domain: [x]}")
     assert examples.stored is not None
+    assert examples.stored == [(f"more {row}",) for row in range(0, 30, 3)]
+    assert examples.columns["train"]["domain"].tolist() == [0] * 20
     assert examples.stored.where(2).endswith("line 8")
-    both = load(tmp_path / "more.csv", "task.extra={label: classes}")
-    assert both.columns["train"]["label"][-30:].tolist() == [int(row % 3 == 0) for row in range(30)]
-    (tmp_path / "none.csv").write_text("text,label\nfilm,negative\n")
+    both = load(tmp_path / "more.csv", *given)
+    assert both.columns["train"]["domain"][30:].tolist() == [int(row % 3 > 0) for row in range(30)]
+    (tmp_path / "none.csv").write_text("text,domain\nfilm,y\n")
     with pytest.raises(InputError, match="'unlabelled' has no examples; none is selected") as refused:
-        load(tmp_path / "none.csv", *extra)
+        load(tmp_path / "none.csv", *given, "task.where={domain: [x]}")
     assert refused.value.key == "unlabelled"
-    (tmp_path / "third.csv").write_text("text,label\nfilm,negative\nfilm,other\n")
-    with pytest.raises(InputError, match="third.csv', line 3: the column 'label' is 'other'"):
-        load(tmp_path / "third.csv", "task.extra={label: classes}")
+    (tmp_path / "third.csv").write_text("text,domain\nfilm,x\nfilm,z\n")
+    with pytest.raises(InputError, match=r"third\.csv', line 3: the column 'domain' is 'z'"):
+        load(tmp_path / "third.csv", *given)
 
 
 @pytest.mark.parametrize(
@@ -749,7 +749,7 @@ def test_rows_are_selected_while_they_are_read(load: Callable[..., loading.Examp
         ("a.csv", "text,b\n" + "film,1\n" * 9000 + "film\n" + "film,1\n", "line 9002: 1 fields where the header has 2"),
         ("a.csv", "text,b\n" + "film,1\n" * 9000 + '"film,1\n', "line 9002: a quote is opened"),
         ("a.jsonl", '{"text": "film"}\n' * 9000 + '{"text": 3}\n', "line 9001: 'text' is 3, not text"),
-        ("a.jsonl", '{"text": "film"}\n' * 9000 + '{"text": "\\ud800"}\n', "line 9001: half of a character"),
+        ("a.jsonl", '{"text": "film"}\n' * 9000 + '{"text": "film \\ud800"}\n', "line 9001: half of a character"),
         ("a.jsonl", '{"text": "film"}\n' * 9000 + '{"other": "film"}\n', "line 9001: no column 'text'"),
     ],
 )
@@ -830,8 +830,3 @@ def test_texts_take_no_memory_for_each_row(tmp_path: Path) -> None:
         tracemalloc.stop()
         assert seen == count + 1
     assert peaks[60_000] - peaks[1_000] < 59_000 * 60 + 8e6, peaks  # a text has 100 bytes; a table of 4096 rows takes 4 MB
-
-
-def test_order_of_an_epoch_is_the_only_array_of_a_sampler() -> None:
-    batches = EpochBatches(np.arange(1000), np.arange(1000), [0, 400, 1000], 8, np.random.default_rng(0))
-    assert batches[3].base is not None, "a batch is a part of the order"

@@ -1,0 +1,8 @@
+"""`kd-train` that tokenises all text without labels in the background, however little it is."""
+
+from kd.data import datamodule
+from kd.train import main
+
+if __name__ == "__main__":
+    datamodule.MOST_BEFORE = 0
+    main()
