@@ -3,6 +3,12 @@
 from kd.data import datamodule
 from kd.train import main
 
-if __name__ == "__main__":
+
+def run() -> None:
+    """Do what the command does."""
     datamodule.MOST_BEFORE = 0
     main()
+
+
+if __name__ == "__main__":
+    run()

@@ -2,7 +2,6 @@
 
 import csv
 import gc
-import json
 import random
 import shutil
 import weakref
@@ -13,12 +12,12 @@ from pathlib import Path
 import pytest
 import streamed
 import torch
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
-from conftest import BAD, GOOD, sentence, tiny_tokenizer, write_csv
+from conftest import BAD, GOOD, sentence, write_csv
 from kd.build import data as building
+from kd.build.parts import build_parts, examples_of
 from kd.data import datamodule, stored_tokens
+from kd.data.batch import Batch
 from kd.data.examples import Examples
 from kd.data.texts import Texts
 from kd.errors import InputError
@@ -39,6 +38,15 @@ def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path, draw = tmp_path_factory.mktemp("more") / "more.txt", random.Random(7)
     path.write_text("".join(sentence(draw, GOOD + BAD) + "\n" for _ in range(COUNT)))
     return path
+
+
+@pytest.fixture(scope="module")
+def teacher(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs with the teacher alone."""
+    folder = tmp_path_factory.mktemp("teacher") / "runs"
+    for _, needed in planned(small("method=kd", f"paths.runs={folder}")).inputs:
+        execute.execute(needed)
+    return folder
 
 
 @pytest.fixture
@@ -73,46 +81,33 @@ def losses(run: Run) -> list[tuple[str, ...]]:
     return [tuple(row[name] for name in ("step", *names)) for row in rows]
 
 
-KD = ("method=kd", "trainer.accumulate=3", "student.dropout=0.1", "trainer.embedding_rows=all")
+KD = ("method=kd", "trainer.embedding_rows=all", "student.dropout=0.1", "cache=off", "trainer.max_epochs=1")
 SETTINGS = {
-    "accumulation and two epochs": (*KD, "cache=off", "trainer.log_every=1"),
-    "loader processes": (*KD, "cache=off", "trainer.num_workers=2"),
-    "a cache of all": (*KD, "cache=on", "trainer.max_epochs=1"),
-    "a cohort": ("method=dml", "teacher=[]", "cohort.students=2", "trainer.embedding_rows=all", "trainer.max_epochs=1"),
-    "two vocabularies": (*KD, "cache=off", "surgery=[cut_vocabulary]", "trainer.max_epochs=1"),
-    "a budget of tokens": (*KD, "cache=off", "trainer.batch_tokens=160", "trainer.max_epochs=1"),
-    "edits, a limit and a held out part": (
-        *KD,
-        "cache=off",
-        "edit=[label_noise]",
-        "task.limit_train=40",
-        "task.holdout=0.3",
-        "trainer.max_epochs=1",
-    ),
+    "accumulation and two epochs": (*KD, "trainer.accumulate=3", "trainer.max_epochs=2"),
+    "a cache of all": (*KD, "cache=on"),
+    "two vocabularies": (*KD, "surgery=[cut_vocabulary]"),
+    "a budget of tokens": (*KD, "trainer.batch_tokens=320"),
     "a reward on held examples": (
-        "method=kd",
-        "cache=off",
+        *KD,
         "method._target_=engines.reward.Rewarded",
         *(f"~method.{key}" for key in ("temperature", "loss", "reduction")),
         "+method.holds=0.25",
         "+method.turns=1",
         "+method.weights.policy=1.0",
         "+method.weights.held=0.5",
-        "trainer.embedding_rows=all",
-        "trainer.max_epochs=1",
     ),
 }
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_run_ends_as_one_with_all_text_in_memory(
-    small: Small, more: Path, tmp_path: Path, mode: Mode, setting: str, capsys: pytest.CaptureFixture[str]
+    small: Small, more: Path, teacher: Path, tmp_path: Path, mode: Mode, setting: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = {}
     for name in ("memory", "background"):
         mode(name)
-        words = small(*SETTINGS[setting], f"task.unlabelled={more}", f"paths.runs={tmp_path / name}")
-        runs[name] = made(words)
+        shutil.copytree(teacher, tmp_path / name)
+        runs[name] = made(small(*SETTINGS[setting], f"task.unlabelled={more}", f"paths.runs={tmp_path / name}"))
         output = capsys.readouterr().out
         background = f"{COUNT} texts without labels are tokenised in the background of the first epoch"
         assert (background in output) == (name == "background")
@@ -125,45 +120,81 @@ def test_a_run_ends_as_one_with_all_text_in_memory(
     assert not list((tmp_path / "background" / ".tokens").rglob("*.part")), "all tokens were made and the store is finished"
 
 
-def test_pairs_of_texts_from_shards_end_as_in_memory(small: Small, tmp_path: Path, mode: Mode) -> None:
-    draw = random.Random(3)
+def pair_table(path: Path, count: int, label: bool) -> Path:
+    """Pairs of sentences."""
+    draw = random.Random(count)
+    with path.open("w", newline="") as file:
+        rows = [[sentence(draw, (BAD, GOOD)[n % 2]), sentence(draw, GOOD), *["ab"[n % 2]] * label] for n in range(count)]
+        csv.writer(file).writerows([["one", "other", *["label"] * label], *rows])
+    return path
 
-    def table(path: Path, count: int, label: bool) -> Path:
-        with path.open("w", newline="") as file:
-            rows = [[sentence(draw, (BAD, GOOD)[n % 2]), sentence(draw, GOOD), *["ab"[n % 2]] * label] for n in range(count)]
-            csv.writer(file).writerows([["one", "other", *["label"] * label], *rows])
-        return path
 
-    files = [f"task.{split}={table(tmp_path / f'{split}.csv', 48, True)}" for split in ("train", "validation")]
+def batches_of(words: list[str]) -> list[list[Batch]]:
+    """The batches of two epochs of a run without teachers."""
+    run = planned(words)
+    (part,) = build_parts(run, examples_of(run)).values()
+    loader, epochs = part.data.train_dataloader(), []
+    for epoch in range(2):
+        loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        epochs.append(list(loader))
+    part.data.close()
+    return epochs
+
+
+def same_batch(one: Batch, other: Batch) -> bool:
+    """Return whether two batches have the same content."""
+    ours, theirs = ((*one.students, *one.teachers) for one in (one, other))
+    equal = [first.keys() == second.keys() for first, second in zip(ours, theirs, strict=True)]
+    equal += [torch.equal(first[name], second[name]) for first, second in zip(ours, theirs, strict=True) for name in first]
+    equal += [torch.equal(one.index, other.index), torch.equal(one.labels, other.labels)]
+    return all(equal) and (one.weight, one.label_weight) == (other.weight, other.label_weight)
+
+
+DML = ("method=dml", "teacher=[]", "cohort.students=2")
+BATCHES = {
+    "loader processes": ("trainer.num_workers=2",),
+    "accumulation": ("trainer.accumulate=3", "trainer.pad_multiple=4"),
+    "a budget of tokens": ("trainer.batch_tokens=160",),
+    "edits, a limit and a held out part": ("edit=[label_noise]", "task.limit_train=40", "task.holdout=0.3"),
+}
+
+
+@pytest.mark.parametrize("setting", BATCHES)
+def test_batches_are_those_of_text_in_memory(small: Small, more: Path, tmp_path: Path, mode: Mode, setting: str) -> None:
+    found = {}
+    for name in ("memory", "background"):
+        mode(name)
+        found[name] = batches_of(small(*DML, *BATCHES[setting], f"task.unlabelled={more}", f"paths.runs={tmp_path / name}"))
+    for ours, theirs in zip(found["memory"], found["background"], strict=True):
+        assert len(ours) == len(theirs) > 10
+        assert all(map(same_batch, ours, theirs))
+    first, second = ([batch.index.tolist() for batch in epoch] for epoch in found["background"])
+    assert first != second
+
+
+def test_pairs_of_texts_from_shards_are_those_in_memory(small: Small, tmp_path: Path, mode: Mode) -> None:
+    files = [f"task.{split}={pair_table(tmp_path / f'{split}.csv', 48, True)}" for split in ("train", "validation")]
     (tmp_path / "more").mkdir()
     for number in range(3):
-        table(tmp_path / "more" / f"{number}.csv", 70, False)
-    runs = []
+        pair_table(tmp_path / "more" / f"{number}.csv", 70 + number, False)
+    found = []
     for name in ("memory", "disk", "background"):
         mode(name)
-        words = (
-            *files,
-            "task.test=null",
-            "task.text=[one,other]",
-            "trainer.max_epochs=1",
-            f"task.unlabelled={tmp_path / 'more'}",
-        )
-        runs.append(
-            made(small("method=kd", "cache=off", "trainer.embedding_rows=all", *words, f"paths.runs={tmp_path / name}"))
-        )
-    for run, record in runs[1:]:
-        assert same_weights(last_weights(run), last_weights(runs[0][0]))
-        assert record["examples"]["train"] == 48 + 210
+        words = (*files, "task.test=null", "task.text=[one,other]", f"task.unlabelled={tmp_path / 'more'}")
+        found.append(batches_of(small(*DML, *words, f"paths.runs={tmp_path / name}")))
+    for other in found[1:]:
+        assert all(same_batch(*pair) for epochs in zip(found[0], other, strict=True) for pair in zip(*epochs, strict=True))
+    rows = sorted(row for batch in found[2][1] for row in batch.index.tolist())
+    assert rows == list(range(48 + 70 + 71 + 72))
 
 
-def test_a_mixture_ends_as_in_memory(backbone: Path, reviews: Path, more: Path, tmp_path: Path, mode: Mode) -> None:
+def test_a_mixture_is_that_of_text_in_memory(backbone: Path, reviews: Path, more: Path, tmp_path: Path, mode: Mode) -> None:
     write_csv(tmp_path / "kind.csv", 40, 9, ("bad", "fine"))
-    words = ["student=2l", "task=mixture", "method=kd", "cache=off", "trainer.embedding_rows=all", "trainer.progress=none"]
+    words = ["student=2l", "task=mixture", *DML, "trainer.embedding_rows=all", "trainer.progress=none", "trainer.keep=all"]
     for name, file in (("mood", reviews / "train.csv"), ("kind", tmp_path / "kind.csv")):
         of = f"task.of.{name}"
         words += [f"+task@{of}=file", f"{of}.train={file}", f"{of}.validation={file}", f"{of}.max_length=32"]
-    words += [f"task.of.kind.unlabelled={more}", f"backbone={backbone}", f"teacher.minilm.backbone={backbone}"]
-    words += ["teacher.minilm.run.trainer.max_epochs=1", "trainer.max_epochs=1", "trainer.batch_size=16", "trainer.keep=all"]
+    words += [f"task.of.kind.unlabelled={more}", f"backbone={backbone}", "trainer.max_epochs=1", "trainer.batch_size=16"]
     runs = []
     for name in ("memory", "background"):
         mode(name)
@@ -176,7 +207,7 @@ def test_results_do_not_depend_on_what_is_stored_already(
 ) -> None:
     """A run finds the tokens of one with another seed, and half of them of one that was killed."""
     mode("background")
-    words = small(*KD, "cache=off", "trainer.max_epochs=1", f"task.unlabelled={more}")
+    words = small(*DML, "trainer.embedding_rows=all", "trainer.max_epochs=1", f"task.unlabelled={more}")
     first, _ = made([*words, f"paths.runs={tmp_path / 'first'}"])
     made([*words, f"paths.runs={tmp_path / 'second'}", "seed=1"])
     encode = stored_tokens.encode
@@ -205,10 +236,12 @@ def test_results_do_not_depend_on_what_is_stored_already(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stopped_run_goes_on_in_the_middle_of_an_epoch(
-    small: Small, more: Path, tmp_path: Path, mode: Mode, monkeypatch: pytest.MonkeyPatch, workers: int
+    small: Small, more: Path, teacher: Path, tmp_path: Path, mode: Mode, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     mode("background")
-    words = small(*KD, "cache=off", f"task.unlabelled={more}", f"trainer.num_workers={workers}")
+    words = small(*KD, "trainer.accumulate=3", f"task.unlabelled={more}", f"trainer.num_workers={workers}")
+    for name in ("unbroken", "broken"):
+        shutil.copytree(teacher, tmp_path / name)
     unbroken, record = made([*words, f"paths.runs={tmp_path / 'unbroken'}"])
     run = planned([*words, f"paths.runs={tmp_path / 'broken'}", "trainer.checkpoint_minutes=0"])
     broken_off(run, 19, monkeypatch)
@@ -221,10 +254,11 @@ def test_a_stopped_run_goes_on_in_the_middle_of_an_epoch(
 
 
 def test_the_preflight_says_why_a_run_does_not_wait(
-    small: Small, more: Path, tmp_path: Path, mode: Mode, capsys: pytest.CaptureFixture[str]
+    small: Small, more: Path, teacher: Path, tmp_path: Path, mode: Mode, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mode("background")
-    made(small("method=kd", "trainer.max_epochs=1", f"task.unlabelled={more}", f"paths.runs={tmp_path}"))
+    shutil.copytree(teacher, tmp_path / "runs")
+    made(small("method=kd", "trainer.max_epochs=1", f"task.unlabelled={more}", f"paths.runs={tmp_path / 'runs'}"))
     output = capsys.readouterr().out
     why = f"{COUNT} texts without labels are tokenised in the background of the first epoch"
     assert f"student: all rows of the embedding table are trained, because {why}" in output
@@ -233,10 +267,12 @@ def test_the_preflight_says_why_a_run_does_not_wait(
 
 
 def test_few_texts_are_tokenised_before_the_training_as_ever(
-    small: Small, more: Path, tmp_path: Path, mode: Mode, capsys: pytest.CaptureFixture[str]
+    small: Small, more: Path, teacher: Path, tmp_path: Path, mode: Mode, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mode("disk")
-    run, _ = made(small("method=kd", "trainer.max_epochs=1", f"task.unlabelled={more}", f"paths.runs={tmp_path / 'disk'}"))
+    shutil.copytree(teacher, tmp_path / "disk")
+    words = small("method=kd", "trainer.max_epochs=1", f"task.unlabelled={more}")
+    run, _ = made([*words, f"paths.runs={tmp_path / 'disk'}"])
     output = capsys.readouterr().out
     assert "in the background" not in output
     assert "rows of the embedding table occur in train" in output
@@ -252,43 +288,37 @@ def test_few_texts_are_tokenised_before_the_training_as_ever(
     assert same_weights(last_weights(run), last_weights(other))
 
 
-@pytest.fixture
-def refusing(backbone: Path, tmp_path: Path) -> Path:
-    """A backbone whose tokenizer fails on words that it does not know."""
-    folder = tmp_path / "refusing"
-    shutil.copytree(backbone, folder)
-    rules = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
-    del rules["model"]["vocab"]["[UNK]"]
-    rules["added_tokens"] = [token for token in rules["added_tokens"] if token["content"] != "[UNK]"]
-    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(rules)),
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        **names,
-    ).save_pretrained(folder)
-    return folder
+REFUSING = """
+import sys
+import streamed
+from kd.data import stored_tokens
+encode = stored_tokens.encode
+
+def refuse(rules, rows):
+    if any("1950" in text for row in rows for text in row):
+        raise Exception("WordPiece error")
+    return encode(rules, rows)
+
+stored_tokens.encode = refuse
+streamed.run()
+"""
 
 
-def test_a_text_that_cannot_be_tokenised_ends_the_run_and_nothing_looks_done(
-    small: Small, more: Path, refusing: Path, tmp_path: Path
-) -> None:
-    texts = more.read_text().splitlines()
-    bad = tmp_path / "bad.txt"
+def test_a_text_that_cannot_be_tokenised_ends_the_run_and_nothing_looks_done(small: Small, more: Path, tmp_path: Path) -> None:
+    texts, bad = more.read_text().splitlines(), tmp_path / "bad.txt"
     bad.write_text("\n".join([*texts[:250], "a film of 1950", *texts[250:]]) + "\n")
-    words = small(
-        *("method=kd", "cache=off", "trainer.max_epochs=1", f"backbone={refusing}", f"teacher.minilm.backbone={refusing}"),
-        *(f"paths.runs={tmp_path / 'runs'}", f"task.unlabelled={bad}", "preflight=false", "trainer.batch_size=2"),
-    )
-    process = Command([streamed.__file__, *words])
+    given = (f"paths.runs={tmp_path / 'runs'}", f"task.unlabelled={bad}", "trainer.batch_size=2", "preflight=false")
+    words = small(*DML, *given)
+    process = Command(["-c", REFUSING, *words])
     output, _ = process.communicate(240)
     assert process.returncode == 2, output
-    assert f"'{bad}', line 251: the tokenizer fails on this text" in output
+    assert f"'{bad}', line 251: the tokenizer fails on this text (WordPiece error)" in output
     assert "task.unlabelled" in output
     assert "Traceback" not in output
     run = planned(words)
     assert run.result is None
     assert not (run.directory / "result.json").exists()
-    assert run.inputs.teachers["minilm"].result is not None
+    assert not list((tmp_path / "runs" / ".tokens").glob("tokens-*/about.json"))
 
 
 def test_a_bad_row_is_refused_before_anything_is_trained_and_leaves_no_folder(small: Small, more: Path, tmp_path: Path) -> None:
@@ -323,10 +353,12 @@ def ranks(words: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.ddp
 @pytest.mark.parametrize("cache", ["on", "off"])
-def test_two_ranks_end_as_one(small: Small, more: Path, tmp_path: Path, mode: Mode, cache: str) -> None:
+def test_two_ranks_end_as_one(small: Small, more: Path, teacher: Path, tmp_path: Path, mode: Mode, cache: str) -> None:
     mode("background")
     words = ("method=kd", f"cache={cache}", "trainer.embedding_rows=all", "student.dropout=0", "optimizer.factory.eps=1e-3")
     words = small(*words, f"task.unlabelled={more}", "trainer.max_epochs=1")
+    for name in ("one", "two"):
+        shutil.copytree(teacher, tmp_path / name)
     one, _ = made([*words, f"paths.runs={tmp_path / 'one'}"])
     two = [*words, f"paths.runs={tmp_path / 'two'}", "trainer=ddp", "trainer.accelerator=cpu"]
     ranks(two)
@@ -335,6 +367,5 @@ def test_two_ranks_end_as_one(small: Small, more: Path, tmp_path: Path, mode: Mo
     assert run.result["ranks"] == 2
     ours, theirs = last_weights(one), last_weights(run)
     # Sums of float32 in another order; `eps` keeps rounding from deciding a sign.
-    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours if ours[name].is_floating_point()) < 1e-5
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-5
     assert len(list((tmp_path / "two" / ".tokens").glob("tokens-*/about.json"))) == 1
-    assert torch.isfinite(next(iter(theirs.values()))).all()
