@@ -258,7 +258,7 @@ class KDDataModule(ResumableData):
         assert isinstance(stored, StoredTexts)
         own = StoredTokens(tokenizer, stored, max_length, self.pad_multiple, self.store)  # type: ignore[arg-type]
         if len(stored) <= MOST_BEFORE:
-            own.complete()
+            own.complete(announce=False)
         return JoinedTokens(self.read(tokenizer, first, max_length), own)
 
     def words(self, key: str) -> np.ndarray:

@@ -196,7 +196,7 @@ class TokenFiles:
     def _move(self) -> None:
         """Move the files of a store that has all tokens to its folder, and declare it finished."""
         with self.lock:
-            if description(self.folder, thorough=False) is None:
+            if self.part.is_dir() and description(self.folder, thorough=False) is None:  # else another process has moved them
                 self.index.flush()  # type: ignore[attr-defined]
                 names = [INDEX, *(f"{name}.bin" for name in self.kinds)]
                 for name in names:
@@ -347,14 +347,21 @@ class StoredTokens(Padding):
         """True if every example has tokens, as far as this process has looked."""
         return self.files.finished
 
-    def complete(self) -> None:
+    def complete(self, *, announce: bool = True) -> None:
         """Return once every example has tokens.
+
+        Args:
+            announce: whether to print that the training waits for it.
 
         Raises:
             InputError: for a text that the tokenizer refuses.
         """
         if self.finished:
             return
+        if announce:
+            distributed.print_rank_zero(
+                f"  {len(self):,} texts without labels are tokenised now, because all tokens are read before the training"
+            )
         began = said = time.monotonic()
         for start in range(0, len(self), AT_ONCE):
             self.need(np.arange(start, min(start + AT_ONCE, len(self))))

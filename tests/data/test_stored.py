@@ -1,10 +1,12 @@
 """Text without labels on disk: read in one pass, tokenised in any order, shared by processes, and never half there."""
 
+import csv
 import json
 import os
 import signal
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,11 +17,12 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from conftest import FILLER, GOOD, SPECIAL, tiny_tokenizer
+from conftest import FILLER, GOOD, tiny_tokenizer
 from kd.data import examples as loading
-from kd.data import sources, stored_texts, stored_tokens
+from kd.data import readers, sources, stored_texts, stored_tokens
 from kd.data.held import cut
 from kd.data.labels import PartLabels, given_labels, has_label
+from kd.data.readers import Layout, nonblank_lines
 from kd.data.sampler import LengthBatches
 from kd.data.stored import ABOUT, StoredBytes
 from kd.data.stored_texts import StoredTexts, TextPiece, store_texts
@@ -806,27 +809,79 @@ def test_the_held_part_is_cut_as_from_texts_in_memory(load: Callable[..., loadin
     assert (~ours.trained[96:]).sum() >= ours.held.sum()
 
 
-def test_texts_take_no_memory_for_each_row(tmp_path: Path) -> None:
-    """Reading and tokenising 100 times as many rows takes a few more bytes for each: the offsets, the index and an order."""
-    import tracemalloc
+LINES = ["a film", "", " ", "\t", "über", '"quoted"', "(a plot)", "- dash", "日本", "é", "0", "😀 film", "x" * 300]
+ENDS = ["\n", "\r\n", "\r", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\n\n"]
 
-    vocabulary = [*SPECIAL]  # every word is unknown: fast
-    tokenizer = tiny_tokenizer(vocabulary)
-    peaks = {}
-    for count in (1_000, 60_000):
-        folder = tmp_path / str(count)
-        folder.mkdir()
-        (folder / "more.txt").write_text("".join(f"{'long words ' * 9}{row}\n" for row in range(count)))
+
+@pytest.mark.parametrize("seed", range(6))
+def test_lines_read_by_the_piece_are_those_read_one_by_one(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against `str.splitlines` of the whole file, with every kind of line end, and pieces that end anywhere."""
+    monkeypatch.setattr(readers, "PIECE_BYTES", 40 * seed + 1)
+    draw = np.random.default_rng(seed)
+    content = "\ufeff" * (seed % 2) + "".join(f"{draw.choice(LINES)}{draw.choice(ENDS)}" for _ in range(300)) + "end"
+    (tmp_path / "a.txt").write_bytes(content.encode())
+    lines = content.removeprefix("\ufeff").splitlines()
+    expected = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    assert list(nonblank_lines(tmp_path / "a.txt", "unlabelled")) == expected
+    tables = [table for _, table in sources.tables_of([tmp_path / "a.txt"], ["text"], "unlabelled", Layout("lines"))]
+    assert len(tables) > 1
+    found = [(int(number), text) for table in tables for number, (text,) in zip(table.numbers, table.texts, strict=True)]
+    assert found == expected
+    assert tables[-1].where(-1) == f"'{tmp_path / 'a.txt'}', line {len(lines)}"
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet", "arrow"])
+@pytest.mark.parametrize("columns", [["text"], ["text", "other"]])
+def test_tables_read_by_the_piece_are_those_read_whole(
+    tmp_path: Path, kind: str, columns: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kd.data.columnar.AT_ONCE", 7)
+    draw = np.random.default_rng(0)
+    texts = [line for line in LINES if line.strip() and "\t" not in line and (kind != "tsv" or '"' not in line)]
+    rows = [{"text": str(draw.choice(texts)), "other": str(draw.choice(texts)), "n": number} for number in range(40)]
+    path = tmp_path / f"a.{kind}"
+    if kind in ("csv", "tsv"):
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["n", "other", "text"], delimiter="," if kind == "csv" else "\t")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pa = pytest.importorskip("pyarrow")
+        from pyarrow import feather, parquet
+
+        (parquet.write_table if kind == "parquet" else feather.write_feather)(pa.Table.from_pylist(rows), path)
+    whole = sources.read_shards([path, path], columns, None, "unlabelled", Layout(), extra=["n"])
+    pieces = list(sources.tables_of([path, path], columns, "unlabelled", Layout(), ["n"], at_once=7))
+    assert [index for index, _ in pieces] == sorted(index for index, _ in pieces)
+    assert {index for index, _ in pieces} == {0, 1}
+    found = [example for _, table in pieces for example in table]
+    assert found == list(whole)
+    assert max(len(table) for _, table in pieces) == 7
+
+
+def test_texts_take_no_memory_for_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading, tokenising and drawing batches of ten times as many rows takes a few bytes more for each, and no text of 160."""
+    monkeypatch.setattr(readers, "PIECE_BYTES", 1 << 14)
+    for module, name in ((stored_texts, "PIECE_ROWS"), (stored_tokens, "AT_ONCE"), (stored_tokens, "BLOCK_ROWS")):
+        monkeypatch.setattr(module, name, 128)
+    tokenizer, peaks = tiny_tokenizer([]), {}  # every word is unknown: fast
+    for count in (1_000, 10_000):
+        (tmp_path / "more.txt").write_text("".join(f"{'long words ' * 14}{row}\n" for row in range(count)))
         tracemalloc.start()
-        files = [folder / "more.txt"]
-        tables = sources.tables_of(files, ["text"], "unlabelled", sources.Layout("lines"))
+        tables = sources.tables_of([tmp_path / "more.txt"], ["text"], "unlabelled", Layout("lines"))
         pieces = (TextPiece(index, table.texts, table.numbers) for index, table in tables)
-        texts = store_texts(folder / "texts", ["'more.txt', line "], lambda pieces=pieces: pieces, "'more'")
-        tokens = JoinedTokens(Tokens(tokenizer, [("film",)], 9), StoredTokens(tokenizer, texts, 9, 1, TokenStore(folder)))
+        texts = store_texts(tmp_path / str(count), PLACES, lambda pieces=pieces: pieces, "'more'")
+        store = TokenStore(tmp_path / str(count))
+        tokens = JoinedTokens(Tokens(tokenizer, [("film",)], 9), StoredTokens(tokenizer, texts, 9, 1, store))
         lengths = LengthsOnDemand([tokens])
-        seen = sum(len(rows) for rows in LengthBatches(lengths, 16, 0))
+        sampler = LengthBatches(lengths, 8, 0)
+        seen = sum(len(rows) for _ in range(2) for rows in sampler)
         lengths.close()
+        assert count_shared([("film",)], JoinedTexts(Texts.of([("film",)]), texts)) == 1
         peaks[count] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert seen == count + 1
-    assert peaks[60_000] - peaks[1_000] < 59_000 * 60 + 8e6, peaks  # a text has 100 bytes; a table of 4096 rows takes 4 MB
+        assert seen == 2 * (count + 1)
+        del tokens, lengths, sampler, texts
+    assert peaks[10_000] - peaks[1_000] < 9_000 * 40, peaks
