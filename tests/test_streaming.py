@@ -19,6 +19,7 @@ from kd.build.parts import build_parts, examples_of
 from kd.data import datamodule, stored_tokens
 from kd.data.batch import Batch
 from kd.data.examples import Examples
+from kd.data.tasks import NO_CLASS
 from kd.data.texts import Texts
 from kd.errors import InputError
 from kd.runs.run import Run
@@ -251,6 +252,57 @@ def test_a_stopped_run_goes_on_in_the_middle_of_an_epoch(
     assert resumed["resumed"]["from_steps"] == [6]
     assert same_weights(last_weights(run), last_weights(unbroken))
     assert resumed["metrics"] == record["metrics"]
+
+
+def test_the_first_batch_waits_for_its_pool_alone(
+    small: Small, more: Path, tmp_path: Path, mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing made in the background, the preflight's trial batch looks at some texts, and a batch at its own pool."""
+    mode("background")
+    monkeypatch.setattr(datamodule, "TRIAL_TEXTS", 30)
+    monkeypatch.setattr(stored_tokens.LengthsOnDemand, "expect", lambda *_: None)
+    calls, encode = [], stored_tokens.encode
+
+    def counting(rules: object, rows: list[tuple[str, ...]]) -> object:
+        calls.append(len(rows))
+        return encode(rules, rows)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stored_tokens, "encode", counting)
+    run = planned(small(*DML, f"task.unlabelled={more}", f"paths.runs={tmp_path}", "trainer.batch_size=2"))
+    (part,) = build_parts(run, examples_of(run)).values()
+    assert not calls
+    trial = part.data.trial(8)
+    assert sum(calls) == 30
+    assert (len(trial), int((trial.labels == NO_CLASS).sum()) > 0) == (8, True)
+    assert part.data.epoch().examples == 96 + COUNT
+    batches = iter(part.data.train_dataloader())
+    assert not calls[1:]
+    next(batches)
+    assert 30 < sum(calls) <= 30 + 50 * 2
+    assert (part.data.tokens["train"][part.data.student_key].stored.files.index == 0).sum() >= COUNT - 130
+
+
+@pytest.mark.parametrize("setting", ["trainer.batch_tokens=160", "cache=on"])
+def test_a_run_that_needs_all_tokens_first_says_so(
+    small: Small, more: Path, teacher: Path, tmp_path: Path, mode: Mode, setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mode("background")
+    shutil.copytree(teacher, tmp_path / "runs")
+    run = planned(small("method=kd", "cache=off", setting, f"task.unlabelled={more}", f"paths.runs={tmp_path / 'runs'}"))
+    (part,) = build_parts(run, examples_of(run)).values()
+    part.data.train_dataloader()
+    expected = f"  {COUNT} texts without labels are tokenised now, because all tokens are read before the training\n"
+    assert capsys.readouterr().out.count(expected) == 1
+    assert part.data.tokens["train"][part.data.student_key].stored.finished
+
+
+def test_an_argument_that_cannot_work_is_refused_before_texts_are_read(
+    small: Small, more: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "load_examples", lambda *_: pytest.fail("texts were read"))
+    with pytest.raises(InputError) as refused:
+        execute.execute(planned(small("method=kd", "method.loss=none", f"task.unlabelled={more}", f"paths.runs={tmp_path}")))
+    assert refused.value.key == "method.loss"
 
 
 def test_the_preflight_says_why_a_run_does_not_wait(

@@ -277,7 +277,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
 
 
 def test_an_empty_example_has_tokens(tmp_path: Path) -> None:
-    """Of a tokenizer that adds none of its own: no tokens are not the same as none so far."""
+    """No tokens, of a tokenizer that adds none of its own, are not the same as none so far."""
     bare = tiny_tokenizer()
     bare.backend_tokenizer.post_processor = None
     tokens = StoredTokens(bare, stored(tmp_path / "texts", [("film",), ("",), ("a film",)]), 9)
