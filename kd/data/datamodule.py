@@ -228,6 +228,13 @@ class KDDataModule(ResumableData):
         """Number of the examples that are trained on: a text may be several, or none."""
         return self.count("train") if self._trained is None else len(self._trained)
 
+    def trained_from(self, index: int, count: int) -> np.ndarray:
+        """Return the indices in train of at most `count` examples that are trained on, the first ones from an index on."""
+        if self._trained is None:
+            return np.arange(index, min(index + count, self.count("train")))
+        start = np.searchsorted(self._trained, index)
+        return self._trained[start : start + count]
+
     @property
     def later(self) -> str | None:
         """Reason why not all texts of train have tokens before the training; None if they have."""
@@ -293,12 +300,12 @@ class KDDataModule(ResumableData):
         If texts are tokenised in the background of the training, the first examples with a label and the first without one
         alone are looked at.
         """
-        tokens, trained, held = self.tokens["train"][self.student_key], self.trained, self.held
+        tokens, held = self.tokens["train"][self.student_key], self.held
         if self.later is None:
+            trained = self.trained
             lengths = [tokens.lengths[part] for part in (trained, held)]
         else:
-            labelled = trained < len(tokens.first)
-            trained = np.concatenate([trained[labelled][:TRIAL_TEXTS], trained[~labelled][:TRIAL_TEXTS]])
+            trained = np.unique(np.concatenate([self.trained_from(start, TRIAL_TEXTS) for start in (0, len(tokens.first))]))
             self.lengths().need(trained)
             lengths = [np.asarray(tokens.lengths_of(part.tolist()), dtype=np.int64) for part in (trained, held)]
         rows, beside = (part[own.argsort()[:count]].tolist() for part, own in zip((trained, held), lengths, strict=True))

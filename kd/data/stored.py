@@ -53,15 +53,13 @@ class StoredBytes:
 
 
 def describe(folder: Path, names: Iterable[str], facts: dict[str, Any]) -> None:
-    """Declare a folder complete: sync its files to disk, and write `about.json` with these facts.
+    """Declare a folder complete: write `about.json` with these facts, and the checksums by which a later reader finds damage.
 
     Raises:
         OSError: if it cannot be written.
     """
     files = {}
     for name in names:
-        with (folder / name).open("rb+") as file:
-            os.fsync(file.fileno())
         files[name] = {"bytes": (folder / name).stat().st_size, "checksum": checksum_of(folder / name)}
     write_text(folder / ABOUT, json.dumps({**facts, "files": files}) + "\n")
 

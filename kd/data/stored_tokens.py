@@ -197,7 +197,6 @@ class TokenFiles:
         """Move the files of a store that has all tokens to its folder, and declare it finished."""
         with self.lock:
             if self.part.is_dir() and description(self.folder, thorough=False) is None:  # else another process has moved them
-                self.index.flush()  # type: ignore[attr-defined]
                 names = [INDEX, *(f"{name}.bin" for name in self.kinds)]
                 for name in names:
                     os.replace(self.part / name, self.folder / name)

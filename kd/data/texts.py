@@ -127,6 +127,19 @@ class Texts(TextSequence):
         digest.update(self.content)
         return digest.hexdigest()
 
+    def keys(self) -> np.ndarray:
+        """Return a number for each example, equal for equal texts, (examples,): of its size and its last bytes.
+
+        Examples whose numbers are equal need not have equal texts. `hashes` takes ten times as long.
+        """
+        content = np.frombuffer(self.content or b"\0", dtype=np.uint8)
+        starts, ends = self.offsets[: -1 : self.columns], self.offsets[self.columns :: self.columns]
+        keys: np.ndarray = ends - starts
+        sizes = keys
+        for back in range(1, 9):
+            keys = keys * 257 + np.where(back <= sizes, content[np.maximum(ends - back, 0)], 0)
+        return keys
+
     def hashes(self) -> np.ndarray:
         """Return a hash for each example, equal for equal texts, (examples,); valid in this process only."""
         view, columns = memoryview(self.content).toreadonly(), self.columns
@@ -212,10 +225,13 @@ def count_shared(texts: Sequence[tuple[str, ...]], seen: Sequence[tuple[str, ...
     >>> count_shared([("a",), ("b",), ("a",)], [("a",), ("c",)])
     2
     """
-    hashes = Texts.of(texts).hashes()
+    own = Texts.of(texts)
+    hashes, keys = own.hashes(), np.sort(own.keys())
     shared = np.zeros(len(hashes), dtype=bool)
-    for piece in pieces_of(seen):
-        shared |= np.isin(hashes, piece.hashes())
+    for piece in pieces_of(seen) if len(keys) else ():
+        theirs = piece.keys()
+        alike = keys[np.minimum(np.searchsorted(keys, theirs), len(keys) - 1)] == theirs
+        shared |= np.isin(hashes, piece.take(np.flatnonzero(alike)).hashes())
     return int(shared.sum())
 
 

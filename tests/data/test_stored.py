@@ -197,6 +197,26 @@ def test_shared_texts_are_counted_in_all_pieces(tmp_path: Path, monkeypatch: pyt
     both = JoinedTexts(Texts.of(texts[:3]), stored(tmp_path / "texts", texts[3:]))
     evaluated = [("text 1",), ("no",), ("text 19",), ("text 6",), ("text 6",)]
     assert count_shared(evaluated, both) == count_shared(evaluated, texts) == 4
+    assert count_shared([], both) == count_shared([("no",)], both) == 0
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("length", [0, 1, 3, 30])
+def test_shared_texts_are_those_that_are_equal(columns: int, length: int) -> None:
+    """Also of texts whose sizes and last letters are equal, and of empty ones."""
+    draw = np.random.default_rng(length)
+
+    def texts() -> list[tuple[str, ...]]:
+        return [
+            tuple("".join(draw.choice(["a", "b"], draw.integers(length + 1))) + "cd" * 4 * (length > 9) for _ in range(columns))
+            for _ in range(60)
+        ]
+
+    one, other = texts(), texts()
+    assert count_shared(one, Texts.of(other)) == sum(text in set(other) for text in one)
+    keys = Texts.of([*one, *other]).keys()
+    for text, key in zip(one, keys[:60], strict=True):
+        assert all(key == theirs for same, theirs in zip(other, keys[60:], strict=True) if same == text)
 
 
 def test_labels_that_are_missing_take_no_list() -> None:
