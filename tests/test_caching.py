@@ -354,7 +354,9 @@ def test_limits(setting: object, limit: float | None) -> None:
     assert cache_limit(setting) == limit
 
 
-@pytest.mark.parametrize("setting", ["sometimes", "-1GB", "GB", "", None, "nan", "2GiB", "2 bytes", "1e9", "2GB 1MB", "2,5GB", [1], "inf"])
+@pytest.mark.parametrize(
+    "setting", ["sometimes", "-1GB", "GB", "", None, "nan", "2GiB", "2 bytes", "1e9", "2GB 1MB", "2,5GB", [1], "inf"]
+)
 def test_a_setting_that_is_none(small: Small, setting: object) -> None:
     with pytest.raises(InputError, match="auto, on, off, or a size") as caught:
         planned(small(f"cache={'null' if setting is None else repr(setting)}"))

@@ -16,7 +16,7 @@ import torch
 from kd import clean
 from kd.runs.retention import USES
 from kd.runs.run import read_record, write_record
-from kd.system.files import LOCK, locked_now
+from kd.system.files import LOCK, locked, locked_now
 from kd.training import execute
 from kd.training.checkpoints import AtomicCheckpointIO, optimizer_bytes, read_checkpoint
 from kd.training.leftovers import Folder, Leftover, age_of
@@ -497,6 +497,23 @@ def test_edited_examples_are_removed_if_no_run_has_such_an_edit(
     write_record(student / "result.json", record)
     assert command(monkeypatch, runs, "--yes") == 0
     assert [path.name for path in (runs / ".edits").iterdir()] == ["mine.npz"]
+
+
+def test_text_and_tokens_that_are_not_complete_are_removed_after_a_day(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, yesterday = runs / ".tokens", time.time() - 25 * 3600
+    old = {f"texts-{'0' * 32}": "content.bin", f"tokens-{'1' * 32}": "ab.part/index.bin"}
+    kept = {f"texts-{'2' * 32}": "about.json", f"tokens-{'3' * 32}": "ab.part/new.bin", "texts-mine": "content.bin"}
+    for name, file in {**old, **kept}.items():
+        (store / name / file).parent.mkdir(parents=True, exist_ok=True)
+        (store / name / file).write_text("half")
+        for path in (*(store / name).rglob("*"), store / name):
+            os.utime(path, (yesterday, yesterday if "new" not in file else time.time()))
+    assert set(listed(runs)) == {f".tokens/{name}" for name in old}
+    with locked(store / f"texts-{'0' * 32}", "waiting"):
+        assert set(listed(runs)) == {f".tokens/tokens-{'1' * 32}"}
+    os.utime(store / f"texts-{'0' * 32}", (yesterday, yesterday))  # the lock's file is new
+    assert command(monkeypatch, runs, "--yes") == 0
+    assert {path.name for path in store.iterdir() if path.is_dir()} == set(kept)
 
 
 def test_drafts_of_processes_that_have_ended_are_removed(

@@ -10,7 +10,7 @@ from kd.build.data import build_examples, check_held, checked_length
 from kd.build.edits import build_edits, check_edits
 from kd.build.engine import build_engine
 from kd.build.instantiate import build_method, build_optimizer, logger_makers
-from kd.build.models import flat, plan_models
+from kd.build.models import plan_models
 from kd.build.parts import engine_of
 from kd.build.surgeries import prefix_surgery_errors, surgeries
 from kd.config.edits import edit_nodes
@@ -18,6 +18,7 @@ from kd.config.mixture import rename_task_error_keys, tasks_of
 from kd.config.schema import GRAPHS, RunSpec
 from kd.config.values import locate, one_line, subclass_of
 from kd.data.examples import Examples
+from kd.data.texts import FlatTexts
 from kd.engines.base import Engine
 from kd.engines.models import Models
 from kd.errors import InputError, with_keys
@@ -225,7 +226,7 @@ def check_member(run: Run, examples: Examples) -> Engine:
     for name, surgery in surgeries(run.spec).items():
         if hasattr(surgery, "dry_run"):
             with prefix_surgery_errors(run.spec, name):
-                surgery.dry_run(models.student.tokenizer, flat(examples.texts["train"]))
+                surgery.dry_run(models.student.tokenizer, FlatTexts(examples.texts["train"]))
     check_memory(run.spec, models)
     if run.spec.trainer.compile:
         mode = GRAPHS if run.spec.trainer.compile == GRAPHS else None

@@ -1,12 +1,12 @@
 """Examples, data module and teacher caches of a run."""
 
 import contextlib
-import math
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from kd.build.edits import build_edits
@@ -15,6 +15,7 @@ from kd.config.schema import RunSpec, cache_limit, padding_multiple
 from kd.data.datamodule import KDDataModule
 from kd.data.examples import Examples, load_examples
 from kd.data.held import cut
+from kd.data.labels import has_label
 from kd.data.masked_lm.datamodule import MaskedLMDataModule
 from kd.engines.models import Models
 from kd.errors import InputError, prefix_error_keys
@@ -49,12 +50,18 @@ def build_examples(run: Run, *, planned: bool = False) -> Examples:
     """
     digest = examples_digest(run, planned=planned)
     examples = _examples.get(digest)
-    if examples is None:
+    if not all(distributed.gather(examples is not None)):  # ranks read together, or none does
         source = source_of(run.spec.task)
         edits = build_edits(run.spec.task, None if planned else run)
         with prefix_task_errors():
-            examples = _examples[digest] = load_examples(run.spec.task, source, edits)
+            examples = _examples[digest] = load_examples(run.spec.task, source, edits, store_of(run))
+    assert examples is not None
     return examples
+
+
+def store_of(run: Run) -> Path:
+    """Return the folder of tokenised texts, and of texts without labels, that runs share."""
+    return Path(run.spec.paths.runs).expanduser() / ".tokens"
 
 
 def examples_digest(run: Run, *, planned: bool = False) -> str:
@@ -87,7 +94,7 @@ def build_data(run: Run, examples: Examples, models: BuiltModels) -> tuple[KDDat
             world=distributed.world(),
             pad_multiple=padding_multiple(spec.trainer),
             batch_tokens=spec.trainer.batch_tokens,
-            store=Path(spec.paths.runs).expanduser() / ".tokens",
+            store=store_of(run),
             accumulate=spec.trainer.accumulate,
             holds=share_held(models),
             of=run.member,
@@ -97,7 +104,8 @@ def build_data(run: Run, examples: Examples, models: BuiltModels) -> tuple[KDDat
     teachers, caches = [], {}
     for index, (teacher, needs) in enumerate(zip(models.teachers, wanted, strict=True)):
         tokens = {split: by_tokenizer[data.teacher_keys[index]] for split, by_tokenizer in data.tokens.items()}
-        result = teacher_cache(run, teacher.name).cached_or_live(teacher, tokens, needs if taught else None, data.changes)
+        cache, wanted_needs = teacher_cache(run, teacher.name), needs if taught else None
+        result = cache.cached_or_live(teacher, tokens, wanted_needs, data.changes, data.later)
         data.use_cached(index, result.outputs)
         teachers.append(result.teacher)
         caches[teacher.name] = result.record
@@ -126,7 +134,7 @@ def prefit_methods(run: Run, data: KDDataModule, models: BuiltModels) -> None:
             first = cached.cached
             outputs = cached.store.read(("logits",), range(first))["logits"]
             parts.append(outputs if teacher.columns is None else outputs[:, teacher.columns])
-        if first < len(tokens.lengths):
+        if first < len(tokens):
             parts.append(logits_over(teacher, tokens, run.spec.trainer.precision, device, first))
         logits.append(torch.cat(parts)[rows])
     labels = data.examples.labels["train"]
@@ -172,9 +180,9 @@ def check_held(run: Run, examples: Examples, models: Models) -> None:
         return
     with prefix_held_errors(run.spec):
         trained = cut(examples, share, ranks=distributed.world()).trained
-        labels = [label for label, kept in zip(examples.labels["train"], trained, strict=True) if kept]
+        labels = examples.labels["train"]
         try:
-            examples.task.check_labels([label for label in labels if not math.isnan(label)])
+            examples.task.check_labels([labels[row] for row in np.flatnonzero(trained & has_label(labels)).tolist()])
         except InputError as error:
             raise InputError(f"without the held part of train, {error.message}", "holds") from error
 

@@ -25,6 +25,7 @@ from kd.config.compose import typed
 from kd.config.pool import teachers_of
 from kd.config.schema import StudentSpec
 from kd.data.tasks import Task
+from kd.data.texts import FlatTexts
 from kd.data.tokenized import tokenizer_fingerprint
 from kd.engines.models import Models
 from kd.errors import InputError, one_of
@@ -179,7 +180,7 @@ def materialise(plan: ModelPlan, texts: Sequence[tuple[str, ...]] = (), body: Mo
     models = BuiltModels({}, {}, teachers, materialise_online(plan), plan.weights, aids)
     if body is not None and models.online is not None and body.online is not None:
         models.online.share_body(body.online)
-    words = flat(texts) if run.spec.surgery else []
+    words = FlatTexts(texts)
     sharing = HeadSharing(run.spec, plan.task)
     for name, learner in plan.students.items():
         student, changes = apply_surgeries(run, learner.materialise(), words)
@@ -404,8 +405,3 @@ def initial_labels(run: Run, spec: StudentSpec) -> list[str] | None:
         return None
     teacher = run.spec.teacher[teachers_of(run.spec)[0]]
     return None if teacher.model is None else teacher.labels
-
-
-def flat(texts: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return the texts of all examples in one list."""
-    return [text for pair in texts for text in pair]

@@ -10,6 +10,7 @@ from kd.config.mixture import is_mixture, rename_task_error_keys
 from kd.data.datamodule import KDDataModule
 from kd.data.examples import Examples
 from kd.data.mixture import MixedData, Mixture
+from kd.data.texts import JoinedTexts
 from kd.engines.base import Engine
 from kd.engines.distiller import Distiller
 from kd.engines.mixed import MixedEngine
@@ -69,7 +70,7 @@ def build_models_of(run: Run, examples: Mapping[str, Examples]) -> dict[str, Bui
     Raises:
         InputError: for models, teachers, methods or surgeries that do not fit each other.
     """
-    texts = [text for one in examples.values() for text in one.texts["train"]] if run.spec.surgery else []
+    texts = JoinedTexts(*(one.texts["train"] for one in examples.values()))
     built: dict[str, BuiltModels] = {}
     for name, one in members(run).items():
         body = next(iter(built.values()), None)

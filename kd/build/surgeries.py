@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from kd.build.instantiate import instantiate, option_names
 from kd.config.schema import RunSpec
 from kd.config.values import has, locate
+from kd.data.datamodule import MOST_BEFORE
 from kd.data.masked_lm.tokenized import OTHER_VOCABULARY
 from kd.data.tasks import Task
 from kd.data.tokenized import tokenizer_fingerprint
@@ -18,6 +19,7 @@ from kd.models import Encoder, FrozenTeacher
 from kd.models.heads import HEADS
 from kd.models.surgery.embeddings import Surgery, SurgeryInputs
 from kd.runs.run import Run
+from kd.system import distributed
 
 
 def surgery_class(name: str, node: Mapping[str, Any]) -> type[Surgery]:
@@ -103,6 +105,8 @@ def apply_surgeries(run: Run, student: Encoder, texts: Sequence[str]) -> tuple[E
     descriptions = []
     for name, surgery in surgeries(run.spec).items():
         needed = run.inputs.surgeries.get(name)
+        if surgery.changes_vocabulary and len(texts) > MOST_BEFORE:
+            distributed.print_rank_zero(f"  surgery '{name}' reads all {len(texts):,} texts of train")
         with prefix_surgery_errors(run.spec, name):
             student, description = surgery(student, SurgeryInputs(texts, None if needed is None else needed.student))
         descriptions += [description] if description else []

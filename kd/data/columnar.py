@@ -21,7 +21,17 @@ FILE_BEGINS = b"ARROW1"
 def columnar_rows(
     path: Path, key: str | None, kind: str, wanted: Mapping[str, str | None]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the rows of a file with their numbers, from 1.
+    """Yield the rows of a file with their numbers, from 1; arguments, values and errors as for `columnar_pieces`."""
+    for first, columns in columnar_pieces(path, key, kind, wanted):
+        names = list(columns)
+        for number, row in enumerate(zip(*columns.values(), strict=True), first):
+            yield number, dict(zip(names, row, strict=True))
+
+
+def columnar_pieces(
+    path: Path, key: str | None, kind: str, wanted: Mapping[str, str | None]
+) -> Iterator[tuple[int, dict[str, list[Any]]]]:
+    """Yield the values of columns for at most `AT_ONCE` rows at a time, with the number of the first of these, from 1.
 
     Integers, booleans and texts are Python's, dictionary-encoded values are decoded, and a null is None.
 
@@ -49,11 +59,8 @@ def columnar_rows(
             for batch in batches:
                 for start in range(0, batch.num_rows, AT_ONCE):
                     piece = batch.slice(start, AT_ONCE)
-                    values = [_values(piece.column(name), kinds[name]) for name in wanted]
-                    names = list(wanted)
-                    for row in zip(*values, strict=True):
-                        yield first, dict(zip(names, row, strict=True))
-                        first += 1
+                    yield first, {name: _values(piece.column(name), kinds[name]) for name in wanted}
+                    first += piece.num_rows
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         at = "" if first == 1 else f", after row {first - 1}"
         what = "a Parquet file" if kind == "parquet" else "an Arrow file"

@@ -12,12 +12,23 @@ from torch.utils.data import DataLoader, Dataset
 
 from kd.data.batch import Batch
 from kd.data.examples import Examples
-from kd.data.held import Cut, WithHeld, cut
+from kd.data.held import WithHeld, cut
+from kd.data.labels import has_label
 from kd.data.sampler import LengthBatches, Rows, TokenBatches
+from kd.data.stored_texts import StoredTexts
+from kd.data.stored_tokens import JoinedTokens, LengthsOnDemand, StoredTokens
 from kd.data.tasks import Task
+from kd.data.texts import JoinedTexts
 from kd.data.tokenized import AnyTokenizer, Tokens, TokenStore, padded_length, padded_lengths, tokenizer_fingerprint
 from kd.errors import InputError
 from kd.system import hardware
+
+MOST_BEFORE = 100_000
+"""Largest number of texts without labels that are tokenised before the training; more are in the background of the first epoch.
+Our choice: some seconds."""
+
+TRIAL_TEXTS = 1024
+"""Number of examples with labels, and of those without, among which the trial batch is looked for if not all have tokens."""
 
 
 class RowIndices(Dataset[int]):
@@ -86,6 +97,9 @@ class ResumableData(pl.LightningDataModule):
         """Move a batch to a device without waiting for it; Lightning's default would wait for each of its tensors."""
         return batch.map(lambda tensor: hardware.to_device(tensor, device))
 
+    def close(self) -> None:
+        """End what works in the background of the training."""
+
     def state_dict(self) -> dict[str, int]:
         """Return the number of batches done in the current epoch, so that a resumed epoch continues with the next one."""
         if self.trainer is None:
@@ -111,6 +125,11 @@ class Epoch:
 
     batches: int
     examples: int
+
+
+def chosen(values: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
+    """Return the values of these examples; of all if `rows` is None."""
+    return values if rows is None else values[rows]
 
 
 class KDDataModule(ResumableData):
@@ -164,6 +183,7 @@ class KDDataModule(ResumableData):
     ) -> None:
         super().__init__()
         self.of = of
+        self._lengths: LengthsOnDemand | None = None
         self.examples = examples
         self.max_length, self.pad_multiple, self.batch_tokens = max_length, pad_multiple, batch_tokens
         self.accumulate = accumulate
@@ -178,21 +198,59 @@ class KDDataModule(ResumableData):
             for split, texts in examples.texts.items()
         }
         for split in self.tokens:
-            if (count := len(self.tokens[split][self.student_key].lengths)) < world:
+            if (count := self.count(split)) < world:
                 raise InputError(f"'{split}' has {count} examples for {world} ranks", split.partition("_")[0])
         self.shared_tokenizer = len(tokenizers) == 1
         """True if all students and teachers have the same tokenizer."""
-        count = len(examples.texts["train"])
-        parts = cut(examples, holds, ranks=world) if holds else Cut(np.zeros(count, dtype=bool), np.ones(count, dtype=bool))
-        self.held_count, self.trained_count = int(parts.held.sum()), int(parts.trained.sum())
+        self._trained: np.ndarray | None = None
+        self.held = np.zeros(0, dtype=np.int64)
+        """Indices in train of the held examples."""
+        self.held_count, self.trained_count = 0, len(examples.texts["train"])
         """Numbers of examples of train that are held, and that are trained on, as texts."""
-        self.trained, self.held = (np.flatnonzero(part[self.text_of_rows("train")]) for part in (parts.trained, parts.held))
-        """Indices in train of the examples that are trained on, and of the held ones."""
+        if holds:
+            parts = cut(examples, holds, ranks=world)
+            self.held_count, self.trained_count = int(parts.held.sum()), int(parts.trained.sum())
+            text_of_rows = self.text_of_rows("train")
+            self._trained, self.held = (np.flatnonzero(part[text_of_rows]) for part in (parts.trained, parts.held))
         if holds and min(len(self.trained), len(self.held)) < world:  # a text without tokens to predict is no example
             raise InputError(
                 f"holds={holds} holds {len(self.held)} examples and leaves {len(self.trained)} to train on, for {world} ranks",
                 "holds",
             )
+
+    @property
+    def trained(self) -> np.ndarray:
+        """Indices in train of the examples that are trained on."""
+        return np.arange(self.count("train")) if self._trained is None else self._trained
+
+    @property
+    def trained_rows(self) -> int:
+        """Number of the examples that are trained on: a text may be several, or none."""
+        return self.count("train") if self._trained is None else len(self._trained)
+
+    def trained_from(self, index: int, count: int) -> np.ndarray:
+        """Return the indices in train of at most `count` examples that are trained on, the first ones from an index on."""
+        if self._trained is None:
+            return np.arange(index, min(index + count, self.count("train")))
+        start = np.searchsorted(self._trained, index)
+        return self._trained[start : start + count]
+
+    @property
+    def later(self) -> str | None:
+        """Reason why not all texts of train have tokens before the training; None if they have."""
+        stored = self.examples.stored
+        if stored is None or len(stored) <= MOST_BEFORE:
+            return None
+        return f"{len(stored):,} texts without labels are tokenised in the background of the first epoch"
+
+    def count(self, split: str) -> int:
+        """Return the number of examples of a split."""
+        return len(self.tokens[split][self.student_key])
+
+    def close(self) -> None:
+        """End the thread that makes tokens in the background, if there is one."""
+        if self._lengths is not None:
+            self._lengths.close()
 
     def use_cached(self, index: int, splits: Mapping[str, Padded]) -> None:
         """Replace the tokens of the teacher at this index by its cached outputs, in all batches of these splits."""
@@ -200,8 +258,15 @@ class KDDataModule(ResumableData):
             self.tokens[split][f"teacher {index}"] = cached
 
     def read(self, tokenizer: AnyTokenizer, texts: Sequence[tuple[str, ...]], max_length: int) -> Any:
-        """Tokenise the texts of one split."""
-        return Tokens(tokenizer, texts, max_length, self.pad_multiple, self.store)  # type: ignore[arg-type]
+        """Tokenise the texts of one split; those on disk, if they are many, when they are needed."""
+        if not isinstance(texts, JoinedTexts):
+            return Tokens(tokenizer, texts, max_length, self.pad_multiple, self.store)  # type: ignore[arg-type]
+        first, stored = texts.parts
+        assert isinstance(stored, StoredTexts)
+        own = StoredTokens(tokenizer, stored, max_length, self.pad_multiple, self.store)  # type: ignore[arg-type]
+        if len(stored) <= MOST_BEFORE:
+            own.complete(announce=False)
+        return JoinedTokens(self.read(tokenizer, first, max_length), own)
 
     def words(self, key: str) -> np.ndarray:
         """Return the words that training text has, padding included, for the tokenizer with this key: ids, increasing."""
@@ -228,17 +293,35 @@ class KDDataModule(ResumableData):
 
     def rows(self, split: str, count: int) -> list[int]:
         """Return the indices of the first examples of a split, at most `count`."""
-        return list(range(min(count, len(self.tokens[split][self.student_key].lengths))))
+        return list(range(min(count, self.count(split))))
 
     def probe(self, split: str, count: int) -> Batch:
         """Return a batch of at most `count` examples of a split, tokenised as for the exported model."""
         return self.collate(split)(self.rows(split, count))
 
     def trial(self, count: int) -> Batch:
-        """Return a batch of at most `count` of the shortest training examples, with the shortest held ones beside it."""
-        lengths = self.tokens["train"][self.student_key].lengths
-        rows, held = (part[lengths[part].argsort()[:count]].tolist() for part in (self.trained, self.held))
-        return self.collate("train")(Rows(rows, held=Rows(held) if held else None))
+        """Return a batch of at most `count` of the shortest training examples, with the shortest held ones beside it.
+
+        If texts are tokenised in the background of the training, the first examples with a label and the first without one
+        alone are looked at.
+        """
+        tokens, held = self.tokens["train"][self.student_key], self.held
+        if self.later is None:
+            trained = self.trained
+            lengths = [tokens.lengths[part] for part in (trained, held)]
+        else:
+            trained = np.unique(np.concatenate([self.trained_from(start, TRIAL_TEXTS) for start in (0, len(tokens.first))]))
+            self.lengths().need(trained)
+            lengths = [np.asarray(tokens.lengths_of(part.tolist()), dtype=np.int64) for part in (trained, held)]
+        rows, beside = (part[own.argsort()[:count]].tolist() for part, own in zip((trained, held), lengths, strict=True))
+        return self.collate("train")(Rows(rows, held=Rows(beside) if beside else None))
+
+    def lengths(self) -> LengthsOnDemand:
+        """Return the numbers of tokens of the examples that are trained on, of which some may have none before the training."""
+        if self._lengths is None:
+            tokens = {key: self.tokens["train"][key] for key in dict.fromkeys([*self.student_keys, *self.teacher_keys])}
+            self._lengths = LengthsOnDemand(list(tokens.values()), self._trained)
+        return self._lengths
 
     def collate(self, split: str) -> Callable[[Sequence[int]], Batch]:
         """Return the collate function of a split."""
@@ -251,13 +334,12 @@ class KDDataModule(ResumableData):
 
     def loader(self, split: str, seed: int | None = None) -> DataLoader[Batch]:
         """Return a loader over a split: shuffled with a seed, sorted by length without one."""
-        lengths = self.tokens[split][self.student_key].lengths
         sampler = self.sampler(split, seed)
         if seed is not None:
             self._train_sampler = sampler
             sampler.skip = self._skip
         return DataLoader(
-            RowIndices(len(lengths)),  # type: ignore[arg-type]
+            RowIndices(self.count(split)),  # type: ignore[arg-type]
             batch_sampler=sampler,
             collate_fn=self.collate(split),
             num_workers=self.workers,
@@ -273,7 +355,7 @@ class KDDataModule(ResumableData):
         """
         tokens = self.tokens[split][self.student_key]
         holds = seed is not None and len(self.held) > 0
-        lengths, longest = (one[self.trained] if holds else one for one in (tokens.lengths, tokens.longest))
+        trained = self._trained if holds else None
         key, size, accumulate = "trainer.eval_batch_size", self.eval_batch_size, 1
         if seed is not None:
             key, size, accumulate = "trainer.batch_size", self.batch_size, self.accumulate
@@ -281,19 +363,21 @@ class KDDataModule(ResumableData):
         if seed is not None and self.batch_tokens is not None:
             key, size = "trainer.batch_tokens", self.batch_tokens
             padding = (self.pad_multiple, self.max_length)
+            longest = chosen(tokens.longest, trained)
             sampler = TokenBatches(longest, size, padding, seed, self.rank, self.world, accumulate)
+        elif seed is not None and isinstance(tokens, JoinedTokens):
+            sampler = LengthBatches(self.lengths(), size, seed, self.rank, self.world, accumulate)
         else:
-            sampler = LengthBatches(lengths, size, seed, self.rank, self.world, accumulate)
+            sampler = LengthBatches(chosen(tokens.lengths, trained), size, seed, self.rank, self.world, accumulate)
         if split == "train" and self.examples.task.partly_labelled:
-            labelled = ~np.isnan(self.examples.labels["train"])
-            sampler.labelled = labelled[self.trained] if holds else labelled
+            sampler.labelled = chosen(has_label(self.examples.labels["train"]), trained)
         if sampler.smallest() < self.world:
             raise InputError(
                 f"{key}={size} cuts '{split}' into batches of which one has {sampler.smallest()} examples for {self.world} "
                 "ranks to share; it should be larger, so that each has two or more",
                 key,
             )
-        return WithHeld(sampler, self.trained, self.held, self.held_size()) if holds else sampler
+        return sampler if trained is None else WithHeld(sampler, trained, self.held, self.held_size())
 
     def held_size(self) -> int:
         """Return the number of examples of a global held batch, our choice: as many as a training batch has, at most all.

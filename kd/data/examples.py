@@ -1,23 +1,26 @@
 """Examples of a task before tokenisation: read, checked, limited and encoded."""
 
-import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from kd.config.schema import TaskSpec
+from kd.data.columnar import COLUMNAR
 from kd.data.columns import chosen, chosen_mask, classes_of_columns, values_of_columns
 from kd.data.edits import Split
-from kd.data.labels import class_names
+from kd.data.labels import PartLabels, class_names, given_labels
 from kd.data.masked_lm.task import MaskedLM
 from kd.data.readers import Layout, data_path
-from kd.data.shards import shards_of
-from kd.data.sources import LINES, Source, as_names, hash_fraction, read_shards
+from kd.data.shards import data_fingerprint, shards_of
+from kd.data.sources import LINES, Source, as_names, hash_fraction, tables_of
+from kd.data.stored_texts import TEXTS_FORMAT, StoredTexts, TextPiece, store_texts
 from kd.data.tasks import Classification, Regression, Task
-from kd.data.texts import INTERNED, Table, Texts
+from kd.data.texts import INTERNED, JoinedTexts, Table
 from kd.errors import InputError, one_of
 
 LIMIT_SEED = 0
@@ -53,6 +56,13 @@ class Examples:
     evaluated_like: np.ndarray | None = None
 
     @property
+    def stored(self) -> StoredTexts | None:
+        """The texts of train that have no labels and lie on disk; None if there are none."""
+        texts = self.texts["train"]
+        last = texts.parts[-1] if isinstance(texts, JoinedTexts) else None
+        return last if isinstance(last, StoredTexts) else None
+
+    @property
     def evaluated(self) -> list[str]:
         """Names of the splits that are not trained on, `validation` first."""
         return [split for split in self.texts if split != "train"]
@@ -86,7 +96,7 @@ class Edited:
     column: str | None = None
 
 
-def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) -> Examples:
+def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = (), store: Path | None = None) -> Examples:
     """Read a task's examples, encode their labels, edit those of train, and check all.
 
     Text without labels (`unlabelled`) follows the examples of train; neither limit, edits nor holdout apply to it.
@@ -101,6 +111,7 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) 
         spec: the task.
         source: its data source.
         edits: applied in this order.
+        store: folder for text without labels, which is read piece by piece; None for a temporary one.
 
     Raises:
         InputError: for an error in the files or in the configuration of the task.
@@ -153,8 +164,8 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) 
         changes.append(change)
     if first and first == len(edits):
         splits["train"] = limited(splits["train"], spec.limit_train)
-    labels = {split: examples.labels for split, examples in splits.items()}
-    given = [label for label in labels["train"] if not math.isnan(label)]
+    labels: dict[str, Sequence[float]] = {split: examples.labels for split, examples in splits.items()}
+    given = given_labels(labels["train"])
     task.partly_labelled = len(given) < len(labels["train"])
     try:
         task.check_labels(given)
@@ -162,21 +173,27 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = ()) 
         raise InputError(error.message, error.key if spec.limit_train is None else "limit_train") from error
     if isinstance(task, Regression):
         task.start = float(np.mean(given))  # otherwise the first steps only learn the mean
+    ordered = list({"train": None, "validation": None, **dict.fromkeys(raw)})
+    texts, columns = ({split: getattr(splits[split], part) for split in ordered} for part in ("texts", "columns"))
+    labels = {split: labels[split] for split in ordered}
+    origins: Sequence[tuple[str, ...]] | None = splits["train"].origins
     if spec.unlabelled is not None:
         if len(kinds) > len(own):
             raise InputError(
                 f"text without labels has no column '{list(kinds)[-1]}', which an edit adds to train", "unlabelled"
             )
         task.partly_labelled = True
-        splits["train"] = joined(splits["train"], read_unlabelled(spec, task))
-        labels["train"] = splits["train"].labels
-    ordered = list({"train": None, "validation": None, **dict.fromkeys(raw)})
-    texts, columns = ({split: getattr(splits[split], part) for split in ordered} for part in ("texts", "columns"))
-    train = splits["train"]
+        more = read_unlabelled(spec, task, store)
+        if origins is not None:
+            origins = JoinedTexts(origins, more)
+        texts["train"] = JoinedTexts(texts["train"], more)
+        labels["train"] = PartLabels(labels["train"], len(more))
+        columns["train"] = {name: np.concatenate([values, more.column(name)]) for name, values in columns["train"].items()}
     alike = None
     if spec.where_evaluated and own:
-        alike = chosen_mask(spec.where_evaluated, task.column_classes, train.columns, len(train), "where_evaluated")
-    return Examples(task, texts, {split: labels[split] for split in ordered}, columns, changes, train.origins, alike)
+        of_train = columns["train"]
+        alike = chosen_mask(spec.where_evaluated, task.column_classes, of_train, len(labels["train"]), "where_evaluated")
+    return Examples(task, texts, labels, columns, changes, origins, alike)
 
 
 def carried(spec: TaskSpec) -> dict[str, Any]:
@@ -212,35 +229,46 @@ def with_columns(
     return kinds, changes
 
 
-def read_unlabelled(spec: TaskSpec, task: Task) -> Split:
-    """Return the training text that has no labels; these are NaN.
+def read_unlabelled(spec: TaskSpec, task: Task, store: Path | None = None) -> StoredTexts:
+    """Return the training text that has no labels, on disk, with the further columns of the task.
 
     The file, or each shard of a folder, is a table with the task's text columns, by its suffix, or a `.txt` with a text on
-    each line.
+    each line. It is read in one pass, a few rows at a time, unless its texts are stored already.
+
+    Args:
+        spec: the task.
+        task: the task, with the classes of its further columns.
+        store: folder of the stored texts; None for a temporary one.
 
     Raises:
         InputError: if the file cannot be read, or lacks a column.
     """
-    key, text, extra = "unlabelled", as_names(spec.text), list(spec.extra or {})
-    files = shards_of(data_path(str(spec.unlabelled), key), key)
+    key, text, extra = "unlabelled", as_names(spec.text), dict(spec.extra or {})
+    path = data_path(str(spec.unlabelled), key)
+    files = shards_of(path, key)
     has_lines = files[0].suffix.lower() == LINES
     if has_lines and len(text) != 1:
         raise InputError(f"'{files[0]}' has one text on each line, and the task has pairs: give a table", key)
-    table = read_shards(files, text, None, key, Layout("lines" if has_lines else None), extra=extra)
-    if spec.where:
-        table = table.take(chosen(spec.where, task.column_classes, table))
-        check_splits({"unlabelled": table}, key)
-    return Split(table.texts, [math.nan] * len(table), values_of_columns(spec.extra or {}, task.column_classes, table))
+    layout = Layout("lines" if has_lines else None)
+    kind = layout.kind(files[0], key)
 
+    def pieces() -> Iterator[TextPiece]:
+        before, count = data_fingerprint(path, key), 0
+        for index, table in tables_of(files, text, key, layout, list(extra)):
+            if spec.where:
+                table = table.take(chosen(spec.where, task.column_classes, table))
+            count += len(table)
+            yield TextPiece(index, table.texts, table.numbers, values_of_columns(extra, task.column_classes, table))
+        if not count:
+            raise none_selected(key, key)
+        if data_fingerprint(path, key) != before:
+            raise InputError(f"'{path}' changed while it was read", key)
 
-def joined(first: Split, second: Split) -> Split:
-    """Return the examples of both splits."""
-    texts = Texts.of(itertools.chain(first.texts, second.texts))
-    columns = {name: np.concatenate([values, second.columns[name]]) for name, values in first.columns.items()}
-    origins = None
-    if first.origins is not None or second.origins is not None:
-        origins = Texts.of(itertools.chain(first.origins or first.texts, second.origins or second.texts))
-    return Split(texts, [*first.labels, *second.labels], columns, origins)
+    word = "row" if kind in COLUMNAR else "line"
+    named = [TEXTS_FORMAT, data_fingerprint(path, key), kind, text, extra, dict(task.column_classes), spec.where]
+    digest = hashlib.blake2b(json.dumps(named).encode(), digest_size=16).hexdigest()
+    folder = None if store is None else store / f"texts-{digest}"
+    return store_texts(folder, [f"'{file}', {word} " for file in files], pieces, f"'{path}'")
 
 
 def check_splits(raw: Mapping[str, Table], key: str | None = None) -> None:
@@ -255,8 +283,14 @@ def check_splits(raw: Mapping[str, Table], key: str | None = None) -> None:
     """
     for split, table in raw.items():
         if not len(table):
-            why = "the file is too small to be split" if key is None else "none is selected"
-            raise InputError(f"the split '{split}' has no examples; {why}", key or split.partition("_")[0])
+            if key is not None:
+                raise none_selected(split, key)
+            raise InputError(f"the split '{split}' has no examples; the file is too small to be split", split.partition("_")[0])
+
+
+def none_selected(split: str, key: str) -> InputError:
+    """Return the error for an argument that selects no example of a split."""
+    return InputError(f"the split '{split}' has no examples; none is selected", key)
 
 
 T = TypeVar("T", Table, Split)

@@ -8,6 +8,7 @@ from torch.utils.data import Sampler
 
 from kd.config.values import shown
 from kd.data.examples import Examples
+from kd.data.labels import has_label
 from kd.data.sampler import LengthBatches, OptimiserStep, Rows
 from kd.data.sources import hash_fraction
 from kd.errors import InputError
@@ -64,11 +65,11 @@ def cut(examples: Examples, share: float, key: str = "holds", ranks: int = 1) ->
         InputError: if the share is out of range, or fewer examples than there are ranks are held or left to train on.
     """
     share = checked_share(share, key)
-    texts, labels = examples.texts["train"], np.asarray(examples.labels["train"], dtype=np.float64)
+    texts = examples.texts["train"]
     origins = texts if examples.origins is None else examples.origins
     chances = hashes(origins)
     own = chances if examples.origins is None else hashes(texts)
-    may = ~np.isnan(labels)
+    may = has_label(examples.labels["train"])
     if examples.evaluated_like is not None:
         may &= examples.evaluated_like
     if examples.origins is not None:

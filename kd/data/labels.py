@@ -1,10 +1,14 @@
 """Conversion of a file's values to labels: the same class from every file format, or an error."""
 
+import itertools
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
+from typing import Any, overload
+
+import numpy as np
 
 from kd.config.values import literal
 from kd.data.texts import Table
@@ -136,3 +140,54 @@ def class_names(table: Table) -> list[str]:
             "label",
         )
     return names
+
+
+class PartLabels(Sequence[float]):
+    """Labels of examples, as numbers, and behind them examples without any; NaN stands for a missing label.
+
+    Args:
+        labels: the labels.
+        missing: number of the examples behind them.
+    """
+
+    def __init__(self, labels: Sequence[float], missing: int) -> None:
+        self.labels, self.missing = labels, missing
+
+    def __len__(self) -> int:
+        return len(self.labels) + self.missing
+
+    @overload
+    def __getitem__(self, index: int) -> float: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[float]: ...
+    def __getitem__(self, index: int | slice) -> float | list[float]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        row = index + len(self) if index < 0 else index
+        if not 0 <= row < len(self):
+            raise IndexError(index)
+        return self.labels[row] if row < len(self.labels) else math.nan
+
+    def __iter__(self) -> Iterator[float]:
+        return itertools.chain(self.labels, itertools.repeat(math.nan, self.missing))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.concatenate([np.asarray(self.labels, dtype=np.float64), np.full(self.missing, np.nan)])
+
+
+def has_label(labels: Sequence[float]) -> np.ndarray:
+    """Return whether each example has a label, (examples,), bool.
+
+    >>> has_label(PartLabels([1.0, math.nan], 1)).tolist()
+    [True, False, False]
+    """
+    own = labels.labels if isinstance(labels, PartLabels) else labels
+    mask = np.zeros(len(labels), dtype=bool)
+    mask[: len(own)] = ~np.isnan(np.asarray(own, dtype=np.float64))
+    return mask
+
+
+def given_labels(labels: Sequence[float]) -> list[float]:
+    """Return the labels that are not missing."""
+    own = labels.labels if isinstance(labels, PartLabels) else labels
+    return [label for label in own if not math.isnan(label)]

@@ -151,13 +151,14 @@ class Stream(Iterator[tuple[int, int, np.ndarray]]):
 
     def __init__(self, sampler: LengthBatches | WithHeld, count: int) -> None:
         self.sampler, self.count = plain(sampler), count
-        self.epoch, self.batches = -1, list[np.ndarray]()
+        self.epoch = -1
+        self.batches: Sequence[np.ndarray] = []
 
     def __next__(self) -> tuple[int, int, np.ndarray]:
         epoch, index = divmod(self.count, len(self.sampler))
         if epoch != self.epoch:
             self.sampler.set_epoch(epoch)
-            self.epoch, self.batches = epoch, self.sampler.batches()
+            self.epoch, self.batches = epoch, self.sampler.batches(index)
         self.count += 1
         return epoch, index, self.batches[index]
 
@@ -195,7 +196,7 @@ class MixedData(ResumableData):
     def sampler(self) -> MixedBatches:
         """Return the sampler of training batches."""
         samplers = {name: part.sampler("train", self.seed) for name, part in self.parts.items()}
-        sizes = [len(part.trained) for part in self.parts.values()]
+        sizes = [part.trained_rows for part in self.parts.values()]
         return MixedBatches(samplers, sizes, self.tau, self.seed)
 
     def epoch(self) -> Epoch:
@@ -213,13 +214,18 @@ class MixedData(ResumableData):
         self._train_sampler = sampler = self.sampler()
         sampler.skip = self._skip
         return DataLoader(
-            RowIndices(sum(len(part.trained) for part in self.parts.values())),  # type: ignore[arg-type]
+            RowIndices(sum(part.trained_rows for part in self.parts.values())),  # type: ignore[arg-type]
             batch_sampler=sampler,
             collate_fn=MixedCollate({name: part.collate("train") for name, part in self.parts.items()}),
             num_workers=first.workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=first.workers > 0,
         )
+
+    def close(self) -> None:
+        """End what works in the background of the training."""
+        for part in self.parts.values():
+            part.close()
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """Return the loader of each task's validation batches."""

@@ -55,6 +55,9 @@ MAGIC: Mapping[bytes, str] = {
 MAGIC_OF_COLUMNAR: Mapping[bytes, str] = {b"PAR1": "parquet", b"ARROW1": "arrow"}
 """First bytes of files that are read by another reader than text -> format."""
 
+PIECE_BYTES = 1 << 20
+"""Number of characters that are read at a time."""
+
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # one review may be longer than the default of 128 kB
 
 
@@ -219,16 +222,26 @@ def nonblank_lines(path: Path, key: str | None, encoding: str = "utf-8-sig") -> 
     Raises:
         InputError: if the file is missing, empty or not text.
     """
+    for numbers, lines in line_pieces(path, key, encoding):
+        yield from zip(numbers, lines, strict=True)
+
+
+def line_pieces(path: Path, key: str | None, encoding: str = "utf-8-sig") -> Iterator[tuple[list[int], list[str]]]:
+    """Yield the lines of a file that are not blank, about `PIECE_BYTES` at a time: their numbers, and their texts.
+
+    Raises:
+        InputError: if the file is missing, empty or not text.
+    """
     check_file(path, key)
     _check_beginning(path, key)
     number = 0
     try:
         with path.open(encoding=encoding, newline="") as file:
-            for part in file:
-                for line in part.splitlines():  # also splits at separators that `open` does not count as line ends
-                    number += 1
-                    if line.strip():
-                        yield number, line
+            while parts := file.readlines(PIECE_BYTES):
+                lines = "".join(parts).splitlines()  # also splits at separators that `open` does not count as line ends
+                numbers = [at for at, line in enumerate(lines, number + 1) if line and not line.isspace()]
+                yield numbers, [lines[at - number - 1] for at in numbers] if len(numbers) < len(lines) else lines
+                number += len(lines)
     except UnicodeDecodeError as error:
         raise InputError(f"'{path}', line {_undecodable_line(path, encoding)}: not UTF-8 text", key) from error
 

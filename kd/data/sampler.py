@@ -1,8 +1,9 @@
 """Batches of examples of similar length: a pure function of seed and epoch, the same on every rank."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, overload
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -47,6 +48,84 @@ class Rows(list[int]):
         self.label_weight = label_weight
 
 
+class Lengths(Protocol):
+    """Interface of numbers of tokens that are not all there yet (`kd.data.stored_tokens.LengthsOnDemand`)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """Return the numbers of tokens of these examples, once they are there."""
+        ...
+
+    def expect(self, blocks: Iterable[np.ndarray]) -> None:
+        """Prepare the numbers of these examples, which will be asked for in this order."""
+        ...
+
+
+class EpochBatches(Sequence[np.ndarray]):
+    """Global batches of an epoch, in their order; a pool of them is sorted by length and cut when the first one is asked for.
+
+    Args:
+        lengths: tokens of each example.
+        order: the examples in the order of the shuffle; it is changed.
+        bounds: boundaries between pools in it, its start and end included.
+        batch_size: examples of a batch.
+        generator: draws the order of the batches.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray | Lengths,
+        order: np.ndarray,
+        bounds: Sequence[int],
+        batch_size: int,
+        generator: np.random.Generator,
+    ) -> None:
+        self.lengths, self.order, self.bounds = lengths, order, np.asarray(bounds)
+        counts = -(-np.diff(self.bounds) // batch_size)
+        self.firsts = np.concatenate([[0], np.cumsum(counts)])
+        """Number of the first batch of each pool, and the number of all batches."""
+        self.shuffled = generator.permutation(int(self.firsts[-1]))
+        self.sorted = np.zeros(len(counts), dtype=bool)
+
+    def __len__(self) -> int:
+        return len(self.shuffled)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        number = int(self.shuffled[index])
+        pool = int(np.searchsorted(self.firsts, number, side="right")) - 1
+        rows = self.order[self.bounds[pool] : self.bounds[pool + 1]]
+        if not self.sorted[pool]:
+            rows[:] = rows[np.argsort(self.lengths[rows], kind="stable")]
+            self.sorted[pool] = True
+        first, end = (int(self.firsts[one]) for one in (pool, pool + 1))
+        return cut_evenly(rows, end - first, number - first)
+
+    def pools_from(self, index: int) -> Iterator[np.ndarray]:
+        """Yield the examples of each pool, in the order in which the batches from this one on ask for them, then the others."""
+        pools = np.searchsorted(self.firsts, np.roll(self.shuffled, -index), side="right") - 1
+        _, firsts = np.unique(pools, return_index=True)
+        for pool in pools[np.sort(firsts)]:
+            yield self.order[self.bounds[pool] : self.bounds[pool + 1]].copy()
+
+
+def cut_evenly(rows: np.ndarray, count: int, index: int) -> np.ndarray:
+    """Return one of `count` parts whose sizes differ by at most one, as `numpy.array_split` cuts them.
+
+    >>> [cut_evenly(np.arange(5), 2, index).tolist() for index in (0, 1)]
+    [[0, 1, 2], [3, 4]]
+    """
+    size, longer = divmod(len(rows), count)
+    start = index * size + min(index, longer)
+    return rows[start : start + size + (index < longer)]
+
+
 class LengthBatches(Sampler[list[int]]):
     """Batches of example indices, bucketed by length.
 
@@ -65,14 +144,14 @@ class LengthBatches(Sampler[list[int]]):
 
     def __init__(
         self,
-        lengths: Sequence[int] | np.ndarray,
+        lengths: Sequence[int] | np.ndarray | Lengths,
         batch_size: int,
         seed: int | None,
         rank: int = 0,
         world: int = 1,
         accumulate: int = 1,
     ) -> None:
-        self.lengths = np.asarray(lengths)
+        self.lengths: np.ndarray | Lengths = np.asarray(lengths) if isinstance(lengths, Sequence) else lengths
         self.batch_size = batch_size
         self.seed = seed
         self.rank, self.world = rank, world
@@ -97,16 +176,16 @@ class LengthBatches(Sampler[list[int]]):
         bounds = [0, *(self._pools(count) if self.seed is not None else []), count]
         return sum(-(-(end - start) // self.batch_size) for start, end in itertools.pairwise(bounds))
 
-    def batches(self) -> list[np.ndarray]:
-        """Return the global batches of the current epoch."""
+    def batches(self, first: int = 0) -> Sequence[np.ndarray]:
+        """Return the global batches of the current epoch, which will be asked for from this one on."""
         if self.seed is None:
-            return self._cut(np.argsort(self.lengths, kind="stable"))
-        generator = np.random.default_rng([self.seed, self.epoch])
-        order = generator.permutation(len(self.lengths))
-        batches = []
-        for pool in np.split(order, self._pools(len(order))):
-            batches += self._cut(pool[np.argsort(self.lengths[pool], kind="stable")])
-        return [batches[index] for index in generator.permutation(len(batches))]
+            return self._cut(np.argsort(np.asarray(self.lengths), kind="stable"))
+        generator, count = np.random.default_rng([self.seed, self.epoch]), len(self.lengths)
+        order = generator.permutation(count)
+        batches = EpochBatches(self.lengths, order, [0, *self._pools(count), count], self.batch_size, generator)
+        if not isinstance(self.lengths, np.ndarray):
+            self.lengths.expect(batches.pools_from(first))
+        return batches
 
     def _pools(self, count: int) -> list[int]:
         """Return the boundaries between pools; a pool smaller than a batch is merged into the one before it."""
@@ -130,8 +209,8 @@ class LengthBatches(Sampler[list[int]]):
         return np.array_split(order, -(-len(order) // self.batch_size))
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches = self.batches()
         first, self.skip = self.skip, 0
+        batches = self.batches(first)
         for index in range(first, len(batches)):
             begin = index - index % self.accumulate
             of_step = OptimiserStep.of([(self, batch) for batch in batches[begin : begin + self.accumulate]])
@@ -213,7 +292,7 @@ class TokenBatches(LengthBatches):
     ) -> None:
         super().__init__(lengths, 0, seed, rank, world, accumulate)
         self.budget = budget
-        tokens = np.unique(self.lengths)
+        tokens = np.unique(np.asarray(self.lengths))
         if len(tokens) and (longest := padded_length(int(tokens[-1]), *padding)) > budget:
             raise InputError(
                 f"trainer.batch_tokens={budget} is less than one text: the longest has {longest} tokens, padding included. "
@@ -229,7 +308,7 @@ class TokenBatches(LengthBatches):
         for index in range(len(tokens) - 1, -1, -1):
             same = index + 1 < len(tokens) and most[index + 1] <= SPREAD * tokens[index]
             most[index] = most[index + 1] if same else tokens[index]
-        classes: np.ndarray = most[np.searchsorted(tokens, self.lengths)]
+        classes: np.ndarray = most[np.searchsorted(tokens, np.asarray(self.lengths))]
         return classes
 
     def _cuts(self, padding: tuple[int, int]) -> list[int]:
@@ -251,7 +330,7 @@ class TokenBatches(LengthBatches):
         """Return the numbers of examples that global batches have; the same in every epoch."""
         return {end - start for start, end in itertools.pairwise([0, *self.cuts, len(self.lengths)])}
 
-    def batches(self) -> list[np.ndarray]:
+    def batches(self, first: int = 0) -> Sequence[np.ndarray]:
         """Return the global batches of the current epoch."""
         assert self.seed is not None
         generator = np.random.default_rng([self.seed, self.epoch])

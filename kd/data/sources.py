@@ -13,15 +13,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from kd.config.values import column_names, literal, number
-from kd.data.columnar import COLUMNAR
-from kd.data.readers import SUFFIXES, Layout, Row, data_path, rows
+from kd.data.columnar import COLUMNAR, columnar_pieces
+from kd.data.readers import SUFFIXES, Layout, Row, check_file, data_path, line_pieces, rows
 from kd.data.shards import data_fingerprint, shards_of
 from kd.data.texts import Example as Example
-from kd.data.texts import Table, TableWriter
+from kd.data.texts import Table, TableWriter, Texts
 from kd.errors import InputError
 from kd.system import distributed
 from kd.system.model_sources import check_not_here, file_fingerprint
 from kd.system.packages import package_folder, package_version
+
+TABLE_ROWS = 4096
+"""Number of rows that are read at a time from files which need not fit into memory."""
 
 Splits = dict[str, Sequence[Example]]
 
@@ -137,7 +140,7 @@ def examples_of(
         InputError: if a column is missing, a value is not text (see `check_text`), or there is no row.
     """
     writer = TableWriter(extra)
-    add_examples(writer, table, path, text, label, blank=blank)
+    add_examples(writer, reported(table, path), path, text, label, blank=blank)
     if not writer.labels:
         raise InputError(f"the file '{path}' has no examples", key)
     return writer.table()
@@ -168,16 +171,138 @@ def read_shards(
         InputError: if a file cannot be read, a column is missing, a value is not text (see `check_text`), or there is no row.
     """
     writer = TableWriter(extra)
-    text = ["text"] if layout.format == "lines" else text
-    wanted = keys_of_columns(text, label, extra)
-    for file in files:
-        number = "row" if layout.kind(file, key) in COLUMNAR else "line"
-        table = rows(file, key, layout=layout, wanted=wanted)
-        add_examples(writer, table, file, text, label, blank=blank, number=number)
+    for file, word, table in opened(files, text, label, key, layout, extra):
+        add_examples(writer, table, file, in_file(text, layout), label, blank=blank, number=word)
     if not writer.labels:
-        shown = f"the file '{files[0]}' has" if len(files) == 1 else f"the files of the folder '{files[0].parent}' have"
-        raise InputError(f"{shown} no examples", key)
+        raise no_examples(files, key)
     return writer.table()
+
+
+def tables_of(
+    files: Sequence[Path], text: Sequence[str], key: str, layout: Layout, extra: Sequence[str] = (), at_once: int = TABLE_ROWS
+) -> Iterator[tuple[int, Table]]:
+    """Yield examples without labels from files, in tables of few rows: a file need not fit into memory.
+
+    Arguments and errors as for `read_shards`. Each table comes with the index of its file, and has at most `at_once` rows, or
+    those of a piece of text if the files are lines.
+    """
+    text = in_file(text, layout)
+    columns, empty, count, said = keys_of_columns(text, None, extra), True, 0, time.monotonic()
+    for index, file in enumerate(files):
+        place = f"'{file}', {'row' if layout.kind(file, key) in COLUMNAR else 'line'} "
+        for numbers, values in pieces_of_file(file, key, layout, columns, at_once):
+            if numbers:
+                empty = False
+                yield index, table_of(numbers, values, file, text, extra, place)
+            count += len(numbers)
+            if time.monotonic() - said > SAY_AFTER:
+                said = time.monotonic()
+                distributed.print_rank_zero(f"  reading '{file.name}': {count:,} examples so far")
+    if empty:
+        raise no_examples(files, key)
+
+
+def pieces_of_file(
+    file: Path, key: str, layout: Layout, columns: Mapping[str, str], at_once: int
+) -> Iterator[tuple[Sequence[int], Mapping[str, list[Any]]]]:
+    """Yield the numbers and the columns of the rows of a file, at most `at_once` rows at a time, or a piece of lines.
+
+    Args:
+        file: the file.
+        key: the configuration key that an error about the file names.
+        layout: its layout.
+        columns: columns to read -> the configuration key that names them.
+        at_once: number of rows.
+
+    Raises:
+        InputError: if the file cannot be read, or lacks a column.
+    """
+    kind = layout.kind(file, key)
+    if kind == "lines":
+        for numbers, lines in line_pieces(file, key):
+            if numbers and (lacking := [name for name in columns if name != "text"]):
+                raise no_column(lacking[0], {"text": lines[0]}, f"'{file}', line {numbers[0]}", columns[lacking[0]])
+            yield numbers, {"text": lines}
+    elif kind in COLUMNAR:
+        check_file(file, key)
+        for first, values in columnar_pieces(file, key, kind, columns):
+            yield range(first, first + len(next(iter(values.values())))), values
+    else:
+        table = rows(file, key, layout=layout, wanted=columns)
+        while some := list(itertools.islice(table, at_once)):
+            try:
+                values = {name: [row[name] for _, row in some] for name in columns}
+            except KeyError:
+                line, row = next((line, row) for line, row in some if not columns.keys() <= row.keys())
+                name = next(name for name in columns if name not in row)
+                raise no_column(name, row, f"'{file}', line {line}", columns[name]) from None
+            yield [line for line, _ in some], values
+
+
+def table_of(
+    numbers: Sequence[int],
+    columns: Mapping[str, list[Any]],
+    path: Path,
+    text: Sequence[str],
+    extra: Sequence[str],
+    place: str,
+) -> Table:
+    """Return rows without labels as a table; many at once take a tenth of the time of one after the other.
+
+    Args:
+        numbers: the numbers of the rows.
+        columns: column -> values.
+        path: path of the file.
+        text: text columns.
+        extra: further columns.
+        place: prefix of positions.
+
+    Raises:
+        InputError: for a value that is not text, see `check_text`; of several, the first.
+    """
+    texts = [columns[name] for name in text]
+    flat = texts[0] if len(texts) == 1 else list(itertools.chain.from_iterable(zip(*texts, strict=True)))
+    try:
+        for at, value in enumerate(flat):
+            # Nearly every text passes by its first letter; `check_text` is slow for a million of them.
+            if not (isinstance(value, str) and value[:1].isalnum()):
+                check_text(value, text[at % len(text)], f"{place}{numbers[at // len(text)]}", blank=False)
+        content = "".join(flat)
+        if "\0" in content:
+            raise InputError("a NUL character", "text")
+        sizes = map(len, flat if content.isascii() else [value.encode() for value in flat])
+        ends = np.fromiter(itertools.accumulate(sizes), np.int64, len(flat))
+        offsets = np.concatenate([np.zeros(1, dtype=np.int64), ends])
+        found = Texts(content.encode(), offsets, len(text))
+    except (InputError, UnicodeEncodeError):  # the first row with an error, whatever it is, is named
+        writer = TableWriter(extra)
+        each = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+        add_examples(writer, zip(numbers, each, strict=True), path, text, None, blank=False, number=place.split()[-1])
+        return writer.table()
+    place_of = np.zeros(len(numbers), dtype=np.int64)
+    further = {name: columns[name] for name in extra}
+    return Table(found, [None] * len(numbers), [place], place_of, np.asarray(numbers, dtype=np.int64), further)
+
+
+def opened(
+    files: Sequence[Path], text: Sequence[str], label: str | None, key: str | None, layout: Layout, extra: Sequence[str]
+) -> Iterator[tuple[Path, str, Iterator[tuple[int, Row]]]]:
+    """Yield each file, the word for the numbers of its rows, and the rows; arguments as for `read_shards`."""
+    wanted = keys_of_columns(in_file(text, layout), label, extra)
+    for file in files:
+        word = "row" if layout.kind(file, key) in COLUMNAR else "line"
+        yield file, word, reported(rows(file, key, layout=layout, wanted=wanted), file)
+
+
+def in_file(text: Sequence[str], layout: Layout) -> Sequence[str]:
+    """Return the text columns as they are named in a file: one of plain lines has no names."""
+    return ["text"] if layout.format == "lines" else text
+
+
+def no_examples(files: Sequence[Path], key: str | None) -> InputError:
+    """Return the error for a file, or the shards of a folder, without any example."""
+    shown = f"the file '{files[0]}' has" if len(files) == 1 else f"the files of the folder '{files[0].parent}' have"
+    return InputError(f"{shown} no examples", key)
 
 
 def keys_of_columns(text: Sequence[str], label: str | None, extra: Sequence[str]) -> dict[str, str]:
@@ -212,7 +337,7 @@ def add_examples(
     """
     extra, place = list(writer.columns), f"'{path}', {number} "
     columns = keys_of_columns(text, label, extra)
-    for line, row in reported(table, path):
+    for line, row in table:
         for name, argument in columns.items():
             if name not in row:
                 raise no_column(name, row, f"{place}{line}", argument)

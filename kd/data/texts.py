@@ -1,7 +1,9 @@
 """Texts and raw examples in compact form: a million sentences take their bytes, not a million Python objects."""
 
+import bisect
 import hashlib
 import itertools
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +28,38 @@ class Example:
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Texts(Sequence[tuple[str, ...]]):
+class TextSequence(Sequence[tuple[str, ...]]):
+    """Base class of one or two texts for each example, which behave like a list of tuples."""
+
+    @abstractmethod
+    def row(self, row: int) -> tuple[str, ...]:
+        """Return the texts of one example, whose index is in range."""
+
+    @abstractmethod
+    def pieces(self) -> "Iterator[Texts]":
+        """Yield the texts in parts that fit into memory."""
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, ...]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[str, ...]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[str, ...] | list[tuple[str, ...]]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        row = index + len(self) if index < 0 else index
+        if not 0 <= row < len(self):
+            raise IndexError(index)
+        return self.row(row)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Texts(TextSequence):
     """One or two texts for each example, as one UTF-8 buffer and offsets.
 
     It behaves like a list of tuples, which are created on access.
@@ -55,16 +88,8 @@ class Texts(Sequence[tuple[str, ...]]):
     def __len__(self) -> int:
         return (len(self.offsets) - 1) // self.columns
 
-    @overload
-    def __getitem__(self, index: int) -> tuple[str, ...]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[tuple[str, ...]]: ...
-    def __getitem__(self, index: int | slice) -> tuple[str, ...] | list[tuple[str, ...]]:
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
-        row = index + len(self) if index < 0 else index
-        if not 0 <= row < len(self):
-            raise IndexError(index)
+    def row(self, row: int) -> tuple[str, ...]:
+        """Return the texts of one example."""
         bounds = self.offsets[row * self.columns : (row + 1) * self.columns + 1].tolist()
         return tuple(self.content[a:b].decode() for a, b in itertools.pairwise(bounds))
 
@@ -75,15 +100,12 @@ class Texts(Sequence[tuple[str, ...]]):
             texts = [self.content[a:b].decode() for a, b in itertools.pairwise(bounds)]
             yield from zip(*[iter(texts)] * self.columns, strict=True)
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence) or isinstance(other, str):
-            return NotImplemented
-        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
-
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         return f"Texts({len(self)} examples of {self.columns}, {len(self.content)} bytes)"
+
+    def pieces(self) -> Iterator["Texts"]:
+        """Yield the texts, which are in memory already."""
+        yield self
 
     def take(self, rows: Sequence[int] | np.ndarray) -> "Texts":
         """Return these examples, in this order."""
@@ -105,6 +127,19 @@ class Texts(Sequence[tuple[str, ...]]):
         digest.update(self.content)
         return digest.hexdigest()
 
+    def keys(self) -> np.ndarray:
+        """Return a number for each example, equal for equal texts, (examples,): of its size and its last bytes.
+
+        Examples whose numbers are equal need not have equal texts. `hashes` takes ten times as long.
+        """
+        content = np.frombuffer(self.content or b"\0", dtype=np.uint8)
+        starts, ends = self.offsets[: -1 : self.columns], self.offsets[self.columns :: self.columns]
+        keys: np.ndarray = ends - starts
+        sizes = keys
+        for back in range(1, 9):
+            keys = keys * 257 + np.where(back <= sizes, content[np.maximum(ends - back, 0)], 0)
+        return keys
+
     def hashes(self) -> np.ndarray:
         """Return a hash for each example, equal for equal texts, (examples,); valid in this process only."""
         view, columns = memoryview(self.content).toreadonly(), self.columns
@@ -116,13 +151,88 @@ class Texts(Sequence[tuple[str, ...]]):
         return np.fromiter((hash(tuple(row)) for row in values.reshape(-1, columns).tolist()), np.int64, len(self))
 
 
+class JoinedTexts(TextSequence):
+    """Sequences of texts, one after the other, as one sequence; each may be in memory or on disk.
+
+    Args:
+        parts: the sequences.
+    """
+
+    def __init__(self, *parts: Sequence[tuple[str, ...]]) -> None:
+        self.parts = parts
+        self.starts = list(itertools.accumulate(map(len, parts), initial=0))
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def row(self, row: int) -> tuple[str, ...]:
+        """Return the texts of one example."""
+        part = bisect.bisect_right(self.starts, row) - 1
+        return self.parts[part][row - self.starts[part]]
+
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
+        return itertools.chain(*self.parts)
+
+    def pieces(self) -> Iterator[Texts]:
+        """Yield the texts in parts that fit into memory."""
+        return itertools.chain.from_iterable(map(pieces_of, self.parts))
+
+
+def pieces_of(texts: Sequence[tuple[str, ...]]) -> Iterator[Texts]:
+    """Yield texts in compact form: those that are in memory at once, those on disk piece by piece."""
+    return texts.pieces() if isinstance(texts, TextSequence) else iter([Texts.of(texts)])
+
+
+class FlatTexts(Sequence[str]):
+    """The single texts of examples, one after the other.
+
+    Args:
+        texts: one or two texts for each example; all parts of a `JoinedTexts` need not have as many.
+    """
+
+    def __init__(self, texts: Sequence[tuple[str, ...]]) -> None:
+        self.texts = texts
+        inner = [FlatTexts(part) for part in texts.parts] if isinstance(texts, JoinedTexts) else []
+        self.columns = len(texts[0]) if len(texts) and not inner else 1
+        self.starts = list(itertools.accumulate(map(len, inner), initial=0))
+        self.parts = inner
+
+    def __len__(self) -> int:
+        return self.starts[-1] if self.parts else len(self.texts) * self.columns
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        row = index + len(self) if index < 0 else index
+        if not 0 <= row < len(self):
+            raise IndexError(index)
+        if self.parts:
+            part = bisect.bisect_right(self.starts, row) - 1
+            return self.parts[part][row - self.starts[part]]
+        return self.texts[row // self.columns][row % self.columns]
+
+    def __iter__(self) -> Iterator[str]:
+        return itertools.chain.from_iterable(self.texts)
+
+
 def count_shared(texts: Sequence[tuple[str, ...]], seen: Sequence[tuple[str, ...]]) -> int:
-    """Return the number of examples whose texts also occur in `seen`.
+    """Return the number of examples whose texts also occur in `seen`, which is read piece by piece.
 
     >>> count_shared([("a",), ("b",), ("a",)], [("a",), ("c",)])
     2
     """
-    return int(np.isin(Texts.of(texts).hashes(), Texts.of(seen).hashes()).sum())
+    own = Texts.of(texts)
+    hashes, keys = own.hashes(), np.sort(own.keys())
+    shared = np.zeros(len(hashes), dtype=bool)
+    for piece in pieces_of(seen) if len(keys) else ():
+        theirs = piece.keys()
+        alike = keys[np.minimum(np.searchsorted(keys, theirs), len(keys) - 1)] == theirs
+        shared |= np.isin(hashes, piece.take(np.flatnonzero(alike)).hashes())
+    return int(shared.sum())
 
 
 class Writer:

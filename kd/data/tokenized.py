@@ -6,7 +6,8 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib import metadata
@@ -37,6 +38,10 @@ PIECE = 1 << 22
 
 AT_ONCE = 4096
 """Number of texts tokenised at a time: an encoding of 20 words takes 2 kB of memory. It has no effect on the tokens."""
+
+
+KINDS: Mapping[str, type[np.integer[Any]]] = {"input_ids": np.int32, "token_type_ids": np.int8}
+"""Input of a model -> type of its numbers."""
 
 
 class TokenizerPair(Protocol):
@@ -196,13 +201,22 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
         file.write(checksum)
 
 
-def rules_of(tokenizer: "PreTrainedTokenizerFast") -> Tokenizer:
-    """Return a copy of a tokenizer's rules, without truncation and padding."""
+def rules_of(tokenizer: "PreTrainedTokenizerFast", max_length: int | None = None) -> Tokenizer:
+    """Return a copy of a tokenizer's rules, without padding, and with truncation to this number of tokens alone."""
     rules = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     rules.encode_special_tokens = tokenizer.split_special_tokens  # not part of the serialised rules
     rules.no_padding()
     rules.no_truncation()
+    if max_length is not None:
+        rules.enable_truncation(max_length, stride=0, strategy="longest_first", direction=tokenizer.truncation_side)
     return rules
+
+
+def encode(rules: Tokenizer, rows: Sequence[tuple[str, ...]], *, special: bool = True, words: bool = False) -> list[Encoding]:
+    """Return the encodings of some texts, or pairs of texts; arguments as for `encodings`."""
+    given: Any = rows if rows and len(rows[0]) > 1 else [text for (text,) in rows]
+    batch = rules.encode_batch if words else rules.encode_batch_fast
+    return list(batch(given, add_special_tokens=special))
 
 
 def encodings(
@@ -224,17 +238,11 @@ def encodings(
         special: whether special tokens are added around the texts.
         words: whether encodings have word ids, which takes longer.
     """
-    rules = rules_of(tokenizer)
-    if max_length is not None:
-        rules.enable_truncation(max_length, stride=0, strategy="longest_first", direction=tokenizer.truncation_side)
+    rules = rules_of(tokenizer, max_length)
     began = said = time.monotonic()
 
     def piece(start: int) -> list[Encoding]:
-        rows: list[Any] = texts[start : start + AT_ONCE]
-        if texts.columns == 1:
-            rows = [text for (text,) in rows]
-        encode = rules.encode_batch if words else rules.encode_batch_fast
-        return list(encode(rows, add_special_tokens=special))
+        return encode(rules, texts[start : start + AT_ONCE], special=special, words=words)
 
     with ThreadPoolExecutor(1) as pool:
         starts = range(0, len(texts), AT_ONCE)
@@ -251,21 +259,123 @@ def encodings(
 
 def cut(tokenizer: "PreTrainedTokenizerFast", texts: Texts, max_length: int) -> dict[str, np.ndarray]:
     """Return the tokens of all texts as flat arrays, and `offsets`, (examples + 1,), the start of each example's tokens."""
-    names = {"input_ids": ("ids", np.int32), "token_type_ids": ("type_ids", np.int8)}
-    names = {name: names[name] for name in names if name == "input_ids" or name in tokenizer.model_input_names}
     lengths: list[np.ndarray] = []
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in columns_of(tokenizer)}
     for encoded in encodings(tokenizer, texts, max_length):
-        lengths.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))
-        count = int(lengths[-1].sum())
-        for name, (attribute, kind) in names.items():
-            values = itertools.chain.from_iterable(getattr(one, attribute) for one in encoded)
-            columns[name].append(np.fromiter(values, kind, count))
+        some, values = flat_arrays(encoded, columns_of(tokenizer))
+        lengths.append(some)
+        for name, pieces in columns.items():
+            pieces.append(values[name])
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.concatenate(lengths))])
     return {"offsets": offsets, **{name: np.concatenate(pieces) for name, pieces in columns.items()}}
 
 
-class Tokens:
+def flat_arrays(encoded: Sequence[Encoding], columns: Mapping[str, str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return the lengths of encodings, (examples,), and the numbers of each input, one encoding after the other.
+
+    Args:
+        encoded: the encodings.
+        columns: as `columns_of` returns them.
+    """
+    lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+    count = int(lengths.sum())
+    return lengths, {
+        name: np.fromiter(itertools.chain.from_iterable(getattr(one, attribute) for one in encoded), KINDS[name], count)
+        for name, attribute in columns.items()
+    }
+
+
+def settings_of(tokenizer: "PreTrainedTokenizerFast", max_length: int) -> list[Any]:
+    """Return what determines the tokens of a text besides the vocabulary and the rules."""
+    return [tokenizer.truncation_side, tokenizer.model_input_names, max_length]
+
+
+def columns_of(tokenizer: "PreTrainedTokenizerFast") -> dict[str, str]:
+    """Return the inputs of a model that a tokenizer makes -> the attribute of an encoding that holds them."""
+    names = {"input_ids": "ids", "token_type_ids": "type_ids"}
+    return {name: names[name] for name in names if name == "input_ids" or name in tokenizer.model_input_names}
+
+
+class Padding(ABC):
+    """Tokens of the examples of one split, padded per batch.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        max_length: number of tokens to which a text, or a pair of texts, is truncated.
+        multiple: batches are padded to a multiple of this number of tokens, up to `max_length`.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", max_length: int, multiple: int = 1) -> None:
+        self.fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+        self.names = list(columns_of(tokenizer))
+        self.multiple, self.max_length = multiple, max_length
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of examples."""
+
+    @property
+    @abstractmethod
+    def offsets(self) -> np.ndarray:
+        """Start of each example's tokens among all tokens of the split, and the end of the last one's, (examples + 1,)."""
+
+    @property
+    @abstractmethod
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each example, special ones included."""
+
+    @abstractmethod
+    def lengths_of(self, rows: Sequence[int]) -> list[int]:
+        """Return the number of tokens of each of these examples."""
+
+    @abstractmethod
+    def values(self, name: str, rows: Sequence[int]) -> list[np.ndarray]:
+        """Return the numbers of an input, one array for each of these examples."""
+
+    @abstractmethod
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """Yield the numbers of an input for all examples, in their order, in parts of any size; types as in `KINDS`."""
+
+    @property
+    def longest(self) -> np.ndarray:
+        """Largest number of tokens of each example; equal to `lengths`, because nothing is drawn at random."""
+        return self.lengths
+
+    def digest(self) -> str:
+        """Return a digest of all tokens and their order, by which caches of outputs are named."""
+        digest = hashlib.blake2b(self.offsets.tobytes(), digest_size=8)
+        for name in self.names:
+            for block in self.blocks(name):
+                digest.update(block.tobytes())
+        return digest.hexdigest()
+
+    def words(self) -> np.ndarray:
+        """Return the ids of the words that occur, padding included, (words,), increasing."""
+        padding = self.fill["input_ids"]
+        occurs = np.zeros(1 + padding, dtype=bool)
+        occurs[padding] = True
+        for block in self.blocks("input_ids"):
+            occurs = np.pad(occurs, (0, max(1 + int(block.max(initial=0)) - len(occurs), 0)))
+            occurs[block] = True
+        return np.flatnonzero(occurs)
+
+    def pad(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Return inputs of these examples, padded to the longest and then to the multiple, each (batch, tokens)."""
+        mask, inputs = self.mask(rows), {}
+        for name in self.names:
+            padded = np.full(mask.shape, self.fill[name], dtype=np.int64)
+            padded[mask] = np.concatenate(self.values(name, rows))
+            inputs[name] = torch.from_numpy(padded)
+        inputs["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+        return inputs
+
+    def mask(self, rows: Sequence[int]) -> np.ndarray:
+        """Return the mask of these examples' tokens after padding, (batch, tokens), bool."""
+        lengths = self.lengths_of(rows)
+        return np.arange(padded_length(max(lengths), self.multiple, self.max_length)) < np.asarray(lengths)[:, None]
+
+
+class Tokens(Padding):
     """Tokenised texts of one split in flat arrays, which avoid one Python object for each sentence.
 
     Args:
@@ -284,54 +394,42 @@ class Tokens:
         multiple: int = 1,
         store: TokenStore | None = None,
     ) -> None:
+        super().__init__(tokenizer, max_length, multiple)
         texts = Texts.of(texts)
 
         def make() -> dict[str, np.ndarray]:
             return cut(tokenizer, texts, max_length)
 
         def source() -> list[Any]:
-            settings = [tokenizer.truncation_side, tokenizer.model_input_names, max_length]
-            return ["tokens", tokenizer_fingerprint(tokenizer), *settings, texts.digest()]
+            return ["tokens", tokenizer_fingerprint(tokenizer), *settings_of(tokenizer, max_length), texts.digest()]
 
         self.columns = (store or TokenStore()).arrays(source, make)
-        self.offsets = self.columns.pop("offsets")
-        self.fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-        self.multiple, self.max_length = multiple, max_length
+        self._offsets = self.columns.pop("offsets")
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Start of each example's tokens in the arrays, and the end of the last one's, (examples + 1,)."""
+        return self._offsets
 
     @property
     def lengths(self) -> np.ndarray:
         """Number of tokens of each example, special ones included."""
-        return np.diff(self.offsets)
-
-    def words(self) -> np.ndarray:
-        """Return the ids of the words that occur, padding included, (words,), increasing."""
-        ids, padding = self.columns["input_ids"], self.fill["input_ids"]
-        occurs = np.zeros(1 + max(int(ids.max(initial=0)), padding), dtype=bool)
-        occurs[padding] = True
-        for start in range(0, len(ids), PIECE):  # an index takes 8 bytes
-            occurs[ids[start : start + PIECE]] = True
-        return np.flatnonzero(occurs)
-
-    @property
-    def longest(self) -> np.ndarray:
-        """Largest number of tokens of each example; equal to `lengths`, because nothing is drawn at random."""
-        return self.lengths
-
-    def pad(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Return inputs of these examples, padded to the longest and then to the multiple, each (batch, tokens)."""
-        mask, inputs = self.mask(rows), {}
-        for name, values in self.columns.items():
-            padded = np.full(mask.shape, self.fill[name], dtype=np.int64)
-            padded[mask] = np.concatenate([values[self.offsets[row] : self.offsets[row + 1]] for row in rows])
-            inputs[name] = torch.from_numpy(padded)
-        inputs["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
-        return inputs
-
-    def mask(self, rows: Sequence[int]) -> np.ndarray:
-        """Return the mask of these examples' tokens after padding, (batch, tokens), bool."""
-        lengths = self.lengths_of(rows)
-        return np.arange(padded_length(max(lengths), self.multiple, self.max_length)) < np.asarray(lengths)[:, None]
+        return np.diff(self._offsets)
 
     def lengths_of(self, rows: Sequence[int]) -> list[int]:
         """Return the number of tokens of each of these examples."""
-        return [int(self.offsets[row + 1] - self.offsets[row]) for row in rows]
+        return [int(self._offsets[row + 1] - self._offsets[row]) for row in rows]
+
+    def values(self, name: str, rows: Sequence[int]) -> list[np.ndarray]:
+        """Return the numbers of an input, one array for each of these examples."""
+        values, offsets = self.columns[name], self._offsets
+        return [values[offsets[row] : offsets[row + 1]] for row in rows]
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """Yield the numbers of an input for all examples, in their order."""
+        values = self.columns[name]
+        for start in range(0, len(values), PIECE):  # an index takes 8 bytes
+            yield values[start : start + PIECE]

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 
 from kd.bench.candidates import Candidate
-from kd.bench.workers import Job as Measurement
 from kd.bench.workers import GO, Go, Turn, Worker, WorkerDied
+from kd.bench.workers import Job as Measurement
 from kd.config.cohort import students_of
 from kd.config.mixture import tasks_of
 from kd.errors import InputError

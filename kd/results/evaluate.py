@@ -1,6 +1,5 @@
 """Evaluation of models: metrics, agreement with teachers, size and latency."""
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from kd.data.batch import Batch
+from kd.data.labels import given_labels
 from kd.data.metrics import finite_or_none
 from kd.data.tasks import Task
 from kd.forward import Needs
@@ -136,7 +136,7 @@ def baseline(task: Task, labels: Mapping[str, Sequence[float]]) -> dict[str, Sco
         task: defines the constant prediction; for a task without one the result is empty.
         labels: labels by split, as numbers.
     """
-    constant = task.constant([label for label in labels["train"] if not math.isnan(label)])
+    constant = task.constant(given_labels(labels["train"]))
     scores: dict[str, Scores] = {}
     if constant is None:
         return scores

@@ -121,6 +121,21 @@ def writes_to(runs: str) -> Iterator[None]:
         raise InputError(f"cannot write to '{error.filename}': {error.strerror}", "paths.runs") from error
 
 
+@contextmanager
+def made_by_success(folder: Path) -> Iterator[None]:
+    """If the block raises an InputError, remove a folder that it made, and the empty ones above it that it made too."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except InputError:
+        if missing and distributed.is_rank_zero():
+            with contextlib.suppress(OSError):
+                remove(folder)
+                for path in missing[1:]:
+                    path.rmdir()
+        raise
+
+
 LOCK = ".lock"
 """Name of the file in a folder that locks it."""
 

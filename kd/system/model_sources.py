@@ -23,7 +23,7 @@ from kd.system.files import locked, remove, write_text
 from kd.system.packages import package_folder, package_version, pip_install
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def _digest(path: str, size: int, modified: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:16]

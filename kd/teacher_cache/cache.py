@@ -16,7 +16,6 @@ divides by the size of a gradient, such as AdamW, makes the difference visible w
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import shutil
@@ -116,7 +115,12 @@ class TeacherCache:
     task: str
 
     def cached_or_live(
-        self, teacher: FrozenTeacher, tokens: Mapping[str, Any], needs: Needs | None, changes: str | None = None
+        self,
+        teacher: FrozenTeacher,
+        tokens: Mapping[str, Any],
+        needs: Needs | None,
+        changes: str | None = None,
+        later: str | None = None,
     ) -> CachedOrLive:
         """Return the teacher to train with: a cached one if possible, whose missing outputs are computed now, within the limit.
 
@@ -127,11 +131,15 @@ class TeacherCache:
             needs: tensors that all methods together need; None if no method uses the teacher, which is then only evaluated, on
                 the other splits.
             changes: the reason why the text differs between epochs; None if it does not.
+            later: the reason why not all text of train has tokens yet; None if it has. Training would wait for a teacher that
+                reads all of it first, so that `cache=auto` does not cache it.
 
         Raises:
             InputError: if the teacher cannot be loaded, or the disk has no room for what `cache` asks for.
         """
         why = self.reason_to_run(teacher, needs, changes)
+        if why is None and needs is not None and later is not None and cache_limit(self.setting) is None:
+            why = f"{later}; cache=on or a size tokenises them, and runs it over them, before the training"
         if why is None:
             why = distributed.on_rank_zero(lambda: _not_writable(self.folder))
         if why is None:
@@ -237,10 +245,7 @@ class TeacherCache:
         """Return the cache of a split, and create its folder on rank 0."""
         # Evaluation is in float32 whatever the precision of training.
         precision = self.precision if name == "train" or self.precision == "64-true" else "32-true"
-        text = hashlib.blake2b(tokens.offsets.tobytes(), digest_size=8)
-        for column in tokens.columns.values():
-            text.update(np.ascontiguousarray(column).tobytes())
-        about = {"format": CACHE_FORMAT, "weights": self.weights, "text": text.hexdigest(), "precision": precision}
+        about = {"format": CACHE_FORMAT, "weights": self.weights, "text": tokens.digest(), "precision": precision}
         folder = self.folder / f"{name}-{digest_of(about)}"
         if distributed.is_rank_zero():
             _begin(folder, {"teacher": teacher.name, "task": self.task, "split": name, **about})

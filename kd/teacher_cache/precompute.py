@@ -192,7 +192,7 @@ def logits_over(teacher: FrozenTeacher, tokens: Any, precision: str, device: tor
     Returns:
         (examples, classes), on the CPU, with logits in the task's label order.
     """
-    rank, world, count = distributed.rank(), distributed.world(), len(tokens.lengths) - first
+    rank, world, count = distributed.rank(), distributed.world(), len(tokens) - first
     span = (first + count * rank // world, first + count * (rank + 1) // world)
     logits: dict[int, torch.Tensor] = {}
     with _on_device(teacher, precision, device):

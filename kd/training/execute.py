@@ -11,7 +11,7 @@ from kd.runs.error_keys import rename_error_keys
 from kd.runs.retention import with_model, write_uses
 from kd.runs.run import Role, Run, keep_of
 from kd.system import distributed
-from kd.system.files import writes_to
+from kd.system.files import made_by_success, writes_to
 from kd.system.startup import without_collection
 from kd.training.reduce import reduce_run
 
@@ -60,10 +60,10 @@ def execute(
         import kd.training.tracking  # noqa: F401 - all that the run needs, at once
         from kd.build.parts import examples_of
 
-    # Referenced from here on, so that the checks and the teachers' runs reuse them.
+    # Before any run that it needs is trained. The examples are referenced from here on, so that the runs reuse them.
+    read = check_all(run) if first else []
     examples = examples_of(run, planned=True)
-    if first:
-        check_all(run)  # before any run that it needs is trained, and before a folder is made: a refusal leaves none behind
+    del read
     with writes_to(run.spec.paths.runs), contextlib.ExitStack() as held:
         distributed.on_rank_zero(lambda: held.enter_context(run.lock()))
         if not all(distributed.gather(run.directory.is_dir())):
@@ -150,31 +150,46 @@ def fit_or_export(
     return fit(run, examples, role, callbacks)
 
 
-def check_all(run: Run, read: list[Any] | None = None) -> None:
-    """Check a run and all unfinished runs that it needs.
+def check_all(run: Run) -> list[Any]:
+    """Check the run that a command requests, and all unfinished runs that it needs; return the examples that were read for it.
 
-    Args:
-        run: a run that is not done.
-        read: examples that have been read already, which keeps them for runs that need the same ones; None for the run that
-            the command requests.
+    A refusal leaves no folder behind: stored text without labels is removed with a folder of runs that was not there before.
 
     Raises:
         InputError: for settings that cannot work, naming the key of the command.
     """
-    from kd.build.check import check_arguments, check_run
+    from kd.build.check import check_arguments
+    from kd.build.data import store_of
+
+    read: list[Any] = []
+    with made_by_success(store_of(run)):
+        check_arguments(run)
+        check_needed(run, read)
+    return read
+
+
+def check_needed(run: Run, read: list[Any]) -> None:
+    """Check a run that is not done, all but its arguments, and all unfinished runs that it needs.
+
+    Args:
+        run: the run.
+        read: gets the examples that are read, which keeps them for runs that need the same ones.
+
+    Raises:
+        InputError: for settings that cannot work, naming the key of the command.
+    """
+    from kd.build.check import check_run
     from kd.build.parts import examples_of
     from kd.training.tracking import check_loggers
 
-    if read is None:
-        check_arguments(run)
-    read, examples = [] if read is None else read, examples_of(run, planned=True)
+    examples = examples_of(run, planned=True)
     read.append(examples)
     check_loggers(run)
     check_run(run, examples)
     for role, needed in run.inputs:
         if not needed.has_model:
             with rename_error_keys(role, run.spec, run.config):
-                check_all(needed, read)
+                check_needed(needed, read)
 
 
 def deliver(run: Run) -> None:

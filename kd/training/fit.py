@@ -1,5 +1,6 @@
 """Training, evaluation and export of a planned run whose inputs are done, up to its record."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -85,7 +86,7 @@ def fit(
     step = last_step(run, engine)
     if step is not None:
         distributed.print_rank_zero(f"  resuming from step {step}")
-    with tracking(run, role, step) as loggers:
+    with tracking(run, role, step) as loggers, contextlib.closing(data):
         record = train(run, engine, parts, data, starts, step, loggers, [TrainOccurringRows(tables), *callbacks])
         distributed.on_rank_zero(lambda: conclude_all(loggers, record, notes_of(parts)))
     return record

@@ -205,8 +205,12 @@ class Folder:
         return None if named or given else "the cache of a teacher that no run in this folder uses"
 
     def of_store(self, folder: Path) -> Iterator[Leftover]:
-        """Yield drafts in a store, and all of `.edits` if no run has an edit that reads a model."""
+        """Yield drafts and unfinished parts of a store, and all of `.edits` if no run has an edit that reads a model."""
         yield from drafts(folder, folder)
+        for entry in entries(folder):
+            unfinished = PART_OF_STORE.fullmatch(entry.name) and is_folder(entry) and not (entry / "about.json").exists()
+            if unfinished and age_of(entry) >= 1 and is_free(entry):
+                yield Leftover(folder, (entry,), size_of(entry), "text or tokens that are not complete, unchanged for a day")
         if folder.name == EDITS and self.uses is not None and not self.uses.edits:
             paths = tuple(path for path in entries(folder) if STORED.fullmatch(path.name) and is_file(path))
             if paths:
@@ -215,6 +219,9 @@ class Folder:
 
 PARTS = ("checkpoints", "predictions", "student", "peers")
 """Folders of a run that have files of its own; of a mixture, the last three have some of each task."""
+
+PART_OF_STORE = re.compile(r"(texts|tokens)-[0-9a-f]{32}")
+"""Name of a folder of stored text without labels, or of its tokens."""
 
 EDITS = ".edits"
 STORES = (".tokens", EDITS)

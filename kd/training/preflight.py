@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from kd.build.models import BuiltModels
 from kd.config.cohort import students_of
 from kd.data.datamodule import Epoch, KDDataModule
 from kd.data.direction import higher_is_better
+from kd.data.labels import given_labels
 from kd.data.tasks import Regression
 from kd.data.texts import count_shared
 from kd.engines.base import Engine
@@ -94,9 +94,11 @@ def check_data(report: Report, data: KDDataModule) -> None:
     for split in data.examples.evaluated:
         if shared := count_shared(texts[split], texts["train"]):
             report.warn(f"{shared} of {len(texts[split])} texts of '{split}' are also in train")
-    task, scores = data.examples.task, [label for label in data.examples.labels["train"] if not math.isnan(label)]
+    task, scores = data.examples.task, given_labels(data.examples.labels["train"])
     if task.partly_labelled:
         report.ok(f"{len(scores)} examples of train have labels, {len(data.examples.labels['train']) - len(scores)} have none")
+    if data.later is not None:
+        report.note(data.later)
     if isinstance(task, Regression) and min(scores) == max(scores):
         report.warn(f"every training example has the score {scores[0]:g}: there is nothing to learn")
     if data.shared_tokenizer:

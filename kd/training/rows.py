@@ -66,6 +66,7 @@ class Reader:
         encoder: the model.
         methods: methods that may run it.
         changes: reason why its training text differs between epochs; None if it does not.
+        later: reason why not all of its training text has tokens before the training; None if it has.
         words: returns the ids of the words of its training text, padding included, (words,).
     """
 
@@ -73,6 +74,7 @@ class Reader:
     encoder: Encoder
     methods: Sequence[Method]
     changes: str | None
+    later: str | None
     words: Callable[[], np.ndarray]
 
 
@@ -81,7 +83,7 @@ def readers_of(models: Models, data: KDDataModule) -> list[Reader]:
     trained = [*models.students.items()] + ([] if models.online is None else [("teacher", models.online)])
     methods = list(models.methods.values())
     return [
-        Reader(name, model, methods, data.changes, partial(data.words, key))
+        Reader(name, model, methods, data.changes, data.later, partial(data.words, key))
         for (name, model), key in zip(trained, [*data.student_keys, *data.teacher_keys], strict=False)
     ]
 
@@ -138,6 +140,8 @@ def why_all(
     for reader in readers:
         if reader.changes is not None:
             return f"the text differs between epochs: {reader.changes}"
+        if reader.later is not None:
+            return reader.later
         for method in reader.methods:
             if method.other_words:
                 return f"steps of {type(method).__name__} read words that train does not have"

@@ -170,6 +170,9 @@ class MaskedTokens:
         self.lengths = np.minimum(np.rint(cut).astype(np.int64), self.room) + len(ends)
         """Number of tokens of each chunk; the expected number with two vocabularies."""
 
+    def __len__(self) -> int:
+        return len(self.lengths)
+
     def _cut(self, sizes: np.ndarray, words_of_texts: np.ndarray, predictable: np.ndarray) -> Iterator[tuple[int, int]]:
         """Yield chunks that fit for every choice of vocabularies, and that have a token to predict."""
         end = 0

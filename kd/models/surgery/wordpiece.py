@@ -1,5 +1,6 @@
 """Vocabularies: learn one from texts, reduce one to the tokens that texts use, replace a model's."""
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, models, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from kd.data.tokenized import AT_ONCE
 from kd.errors import InputError
 
 ALPHABET = 100
@@ -79,8 +81,10 @@ def used_tokens(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], least:
     prefix = tokenizer.backend_tokenizer.model.continuing_subword_prefix
     vocabulary = tokenizer.get_vocab()
     counts = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
-    for encoding in tokenizer(list(texts), add_special_tokens=False, truncation=False, padding=False).encodings:
-        np.add.at(counts, np.asarray(encoding.ids, dtype=np.int64), 1)
+    remaining = iter(texts)
+    while some := list(itertools.islice(remaining, AT_ONCE)):
+        for encoding in tokenizer(some, add_special_tokens=False, truncation=False, padding=False).encodings:
+            np.add.at(counts, np.asarray(encoding.ids, dtype=np.int64), 1)
     used = set(special_tokens(tokenizer))
     used |= {token for token, number in vocabulary.items() if counts[number] >= least}
     used |= {piece for letter in characters(tokenizer, texts) for piece in (letter, prefix + letter) if piece in vocabulary}
