@@ -15,6 +15,14 @@ from kd.models import Encoder
 LAYERS, WIDTH, HEADS, TOKENS = 3, 24, 3, 9
 ALL = Needs(hidden=range(LAYERS + 1), cls=range(LAYERS + 1), attention=range(1, LAYERS + 1), value=range(1, LAYERS + 1))
 
+CONTEXT = {
+    "bert": "attention.output.dense",
+    "roberta": "attention.output.dense",
+    "distilbert": "attention.out_lin",
+    "mpnet": "attention.attn.o",
+}
+"""Family -> path of the projection that takes attention times values."""
+
 families = pytest.mark.parametrize("family", FAMILIES)
 
 

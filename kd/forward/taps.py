@@ -5,7 +5,7 @@ A new family is a new row in `FAMILIES`.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,9 +27,9 @@ class Family:
     `base`, `pooler` (the linear layer that reads the first token's last state) and `outputs` (the last linear layer; the
     dropout of its input is a sibling module) are paths in the classifier, `masked_lm` is the path of the whole masked-LM
     head in a model that has one (None if the family has no single module for it), `blocks` and `embeddings` are paths in the
-    base model, `query`, `key` and `value` in a block; `intermediate`, `activation` and `dropouts` are names in the
-    configuration. If `positions_skip_padding`, positions are counted over non-padding tokens only, starting after the
-    padding token's id.
+    base model, `query`, `key`, `value` and `context` (the projection of attention times values, whose input has the heads side
+    by side) in a block; `intermediate`, `activation` and `dropouts` are names in the configuration. If
+    `positions_skip_padding`, positions are counted over non-padding tokens only, starting after the padding token's id.
     """
 
     base: str
@@ -37,6 +37,7 @@ class Family:
     query: str
     key: str
     value: str
+    context: str
     inputs: tuple[str, ...]
     dropouts: tuple[str, ...]
     intermediate: str = "intermediate_size"
@@ -58,6 +59,7 @@ FAMILIES: Mapping[str, Family] = {
         query="attention.self.query",
         key="attention.self.key",
         value="attention.self.value",
+        context="attention.output.dense",
         inputs=("input_ids", "attention_mask", "token_type_ids"),
         dropouts=_BERT_DROPOUTS,
         pooler="bert.pooler.dense",
@@ -69,6 +71,7 @@ FAMILIES: Mapping[str, Family] = {
         query="attention.self.query",
         key="attention.self.key",
         value="attention.self.value",
+        context="attention.output.dense",
         inputs=("input_ids", "attention_mask"),
         dropouts=_BERT_DROPOUTS,
         outputs="classifier.out_proj",
@@ -81,6 +84,7 @@ FAMILIES: Mapping[str, Family] = {
         query="attention.q_lin",
         key="attention.k_lin",
         value="attention.v_lin",
+        context="attention.out_lin",
         inputs=("input_ids", "attention_mask"),
         dropouts=("dropout", "attention_dropout", "seq_classif_dropout"),
         intermediate="hidden_dim",
@@ -93,6 +97,7 @@ FAMILIES: Mapping[str, Family] = {
         query="attention.attn.q",
         key="attention.attn.k",
         value="attention.attn.v",
+        context="attention.attn.o",
         inputs=("input_ids", "attention_mask"),
         dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
         outputs="classifier.out_proj",
@@ -204,6 +209,76 @@ def record(
         for projection in dict.fromkeys(block.get_submodule(path) for block in blocks for path in paths):
             hook(projection, keep_projection)
         yield seen
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Parts of a model that its passes are made without.
+
+    Attributes:
+        heads: layer, from 1, and head, from 0, of each attention head whose output is zero.
+        layers: layers, from 1, whose output is their input.
+    """
+
+    heads: frozenset[tuple[int, int]] = field(default_factory=frozenset)
+    layers: frozenset[int] = field(default_factory=frozenset)
+
+    def __or__(self, other: "LeftOut") -> "LeftOut":
+        return LeftOut(self.heads | other.heads, self.layers | other.layers)
+
+    def __bool__(self) -> bool:
+        return bool(self.heads or self.layers)
+
+
+@contextmanager
+def leave_out(base: nn.Module, family: Family, parts: LeftOut, heads: int, from_layer: int = 0) -> Iterator[None]:
+    """Leave out attention heads and layers while the base model runs once inside this context.
+
+    A head's part of attention times values is set to zero before the projection that mixes the heads; the bias of that
+    projection, and the residual connection around it, stay. A layer that is left out returns its input, residual connections
+    and LayerNorms included. Layers are counted by calls of blocks, not by modules, so that of a block that several layers share
+    only the given one is changed. Without any part no hook is registered.
+
+    Enter it before `record`, which then records the states that the pass goes on with.
+
+    Args:
+        base: the model without its head.
+        family: the module paths of its family.
+        parts: the heads and layers.
+        heads: attention heads of a block.
+        from_layer: layer at whose states the pass starts (`blocks_above`).
+    """
+    if not parts:
+        yield
+        return
+    layer = from_layer
+
+    def enter_block(_: nn.Module, __: Any) -> None:
+        nonlocal layer
+        layer += 1
+
+    def zero_heads(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        chosen = [head for of, head in parts.heads if of == layer]
+        if not chosen:
+            return None
+        by_head = arguments[0].unflatten(-1, (heads, -1)).clone()
+        for head in chosen:
+            by_head[..., head, :] = 0
+        return (by_head.flatten(-2), *arguments[1:])
+
+    def return_input(_: nn.Module, arguments: tuple[Tensor, ...], output: Any) -> Any:
+        if layer not in parts.layers:
+            return None
+        return (arguments[0], *output[1:]) if isinstance(output, tuple) else arguments[0]
+
+    with ExitStack() as stack:
+        blocks = list(base.get_submodule(family.blocks).children())  # each module once
+        for block in blocks:
+            stack.callback(block.register_forward_pre_hook(enter_block).remove)
+            stack.callback(block.register_forward_hook(return_input).remove)
+        for projection in dict.fromkeys(block.get_submodule(family.context) for block in blocks):
+            stack.callback(projection.register_forward_pre_hook(zero_heads).remove)
+        yield
 
 
 @contextmanager

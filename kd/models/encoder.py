@@ -15,7 +15,7 @@ from kd.forward.inputs import Inputs, start_of, tensors_of
 from kd.forward.kinds import Layer
 from kd.forward.needs import Needs
 from kd.forward.outputs import Outputs
-from kd.forward.taps import blocks_above, differentiable, family_of, record
+from kd.forward.taps import LeftOut, blocks_above, differentiable, family_of, leave_out, record
 from kd.models.compiled import GraphShapes, compiled_blocks
 from kd.models.masks import expanded_mask
 from kd.system import hardware
@@ -44,10 +44,12 @@ class Encoder(nn.Module):
         self.asides: list[str] = []
         """Remarks on the initial weights that do not affect results."""
         self.compiled = False
-        """True if blocks run compiled. They still run uncompiled if gradients, attention or values are needed."""
+        """True if blocks run compiled. With gradients, attention or values, or without a part, they still run uncompiled."""
         self.graphs: GraphShapes | None = None
         """Shapes of the passes whose blocks run as CUDA graphs, with the same exceptions; None if none do. It is set for the
         steps of training alone (`kd.training.graphs`)."""
+        self.left_out = LeftOut()
+        """Heads and layers that passes are made without; `without` sets them."""
 
     @property
     def config(self) -> "PretrainedConfig":
@@ -116,11 +118,12 @@ class Encoder(nn.Module):
             more["words"] = {None: given["words"]}
         with (
             blocks_above(self.base, self.family, layer),
+            leave_out(self.base, self.family, self.left_out, self.heads, layer),
             record(self.base, self.family, needs, embedded, layer) as recorded,
             self._pooled_in(more, needs),
         ):
             graphs = self.graphs is not None and given["attention_mask"].shape in self.graphs
-            if (self.compiled or graphs) and not (needs.gradient or needs.inside_blocks):
+            if (self.compiled or graphs) and not (needs.gradient or needs.inside_blocks or self.left_out):
                 with compiled_blocks(self.blocks, GRAPHS if graphs else None):
                     logits = self._logits(given)
             elif needs.gradient:
@@ -142,6 +145,35 @@ class Encoder(nn.Module):
             score_bias=None if score_bias is None else lambda: score_bias(self.base, mask),
             start=start,
         )
+
+    @contextlib.contextmanager
+    def without(self, *, head: tuple[int, int] | None = None, layer: int | None = None) -> Iterator["Encoder"]:
+        """Leave out a head or a layer in the passes of this encoder inside this context; no module or parameter is changed.
+
+        Of a head, what it adds to the projection of all heads is zero: the sum goes on without it, as in Michel, Levy and
+        Neubig, Are Sixteen Heads Really Better than One?, NeurIPS 2019, arXiv:1905.10650. Of a layer, the output is
+        its input. Contexts in one another leave out all that they name, and without an argument nothing is left out: the
+        logits are then equal bit for bit.
+
+        Args:
+            head: layer, from 1 to the depth, and head, from 0.
+            layer: layer, from 1 to the depth.
+
+        Raises:
+            ValueError: for a layer or head that the model does not have.
+        """
+        layers = [number for number in (layer, None if head is None else head[0]) if number is not None]
+        if any(not 1 <= number <= self.depth for number in layers):
+            raise ValueError(f"layer {layers[0]} cannot be left out of a model with layers 1 to {self.depth}")
+        if head is not None and not 0 <= head[1] < self.heads:
+            raise ValueError(f"head {head[1]} cannot be left out of a layer with heads 0 to {self.heads - 1}")
+        before = self.left_out
+        more = LeftOut(frozenset() if head is None else frozenset({head}), frozenset() if layer is None else frozenset({layer}))
+        self.left_out = before | more
+        try:
+            yield self
+        finally:
+            self.left_out = before
 
     def _check(self, inputs: Inputs, needs: Needs) -> int | None:
         """Return the layer at whose states a pass starts; None if it starts at text or word embeddings."""

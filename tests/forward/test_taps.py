@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from encoders import ALL, HEADS, LAYERS, TOKENS, WIDTH, eager, encoder, families, hooks, inputs
+from encoders import ALL, CONTEXT, HEADS, LAYERS, TOKENS, WIDTH, eager, encoder, families, hooks, inputs
 from torch import Tensor
 
 from kd.errors import InputError
@@ -13,13 +13,6 @@ from kd.forward import Needs, Outputs, Tap, UndeclaredRead
 from kd.forward.kinds import KIND_OF, KINDS, Kind, by_token
 from kd.forward.taps import family_of
 from kd.models import Encoder
-
-CONTEXT = {  # the projection that takes attention times values
-    "bert": "attention.output.dense",
-    "roberta": "attention.output.dense",
-    "distilbert": "attention.out_lin",
-    "mpnet": "attention.attn.o",
-}
 
 paddings = pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 

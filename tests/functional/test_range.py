@@ -18,16 +18,20 @@ from kd.functional import (
     attention,
     attribution,
     boundary,
+    calibration,
     combination,
+    divergences,
     ensembles,
     flow,
     geometry,
     hidden,
+    linear_probe,
     logits,
     outcomes,
     prototypes,
     reinforce,
     relations,
+    similarity,
     smoothing,
     transport,
 )
@@ -116,7 +120,7 @@ def attention_errors(function: Callable[..., Tensor], s: Situation, distribution
             yield lambda *maps, p=padding, r=reduction: function(*maps, s.mask, padding=p, reduction=r), inputs
 
 
-def divergences(s: Situation) -> Iterator[Call]:
+def attention_divergences(s: Situation) -> Iterator[Call]:
     for direction in attention.DIRECTIONS:
         for padding in PADDING:
             for reduction in OVER_EXAMPLES:
@@ -351,6 +355,28 @@ def outcome_calls(s: Situation) -> Iterator[Call]:
         yield lambda z, c=scheme: outcomes.outcome_labels(z, classes, (0.7, 0.6), c).float(), s.logits()[:1]
 
 
+def calibration_calls(function: Callable[..., Tensor], s: Situation) -> Iterator[Call]:
+    yield lambda z: function(z, classes_of(s)[1]), s.logits()[:1]
+
+
+def distances(function: Callable[..., Tensor], s: Situation) -> Iterator[Call]:
+    yield function, [z.softmax(dim=-1) for z in s.logits()]
+
+
+def maps_of_heads(s: Situation) -> list[Tensor]:
+    return [scores.masked_fill(~s.mask[:, None, None], -1e9).softmax(dim=-1) for scores in s.attention()]
+
+
+def alignments(s: Situation) -> Iterator[Call]:
+    if s.examples > 1:  # one vector has no similarity
+        yield lambda *x: torch.tensor(similarity.linear_cka(*x)), s.states(8)
+
+
+def linear_probes(s: Situation) -> Iterator[Call]:
+    labels = classes_of(s)[1]
+    yield lambda x: linear_probe.fit_linear_probe(x, labels, s.classes).logits(x), s.states(8)[:1]
+
+
 INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
     "activation.hint_error": hints,
     "activation.activation_map": activation_maps,
@@ -364,13 +390,22 @@ INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
     "ascent.gaussian": lambda s: iter([(ascent.gaussian, [s.draw(8, size=0.4, certain=False)[0] + 0.5])]),
     "attention.score_error": lambda s: attention_errors(attention.score_error, s),
     "attention.probability_error": lambda s: attention_errors(attention.probability_error, s, distributions=True),
-    "attention.attention_divergence": divergences,
+    "attention.attention_divergence": attention_divergences,
     "attention.mean_distribution": means_of_distributions,
     "attribution.odds": lambda s: iter([(lambda z: torch.stack(attribution.odds(z)), s.logits()[:1])]),
     "attribution.scores": lambda s: iter([(lambda z: torch.stack(attribution.scores(z)), s.logits()[:1])]),
     "attribution.attributions": attributions,
     "attribution.token_maps": lambda s: iter([(lambda a: attribution.token_maps(a, 3), s.states(6, 4, 2)[:1])]),
     "attribution.map_error": map_errors,
+    "calibration.brier_score": lambda s: calibration_calls(calibration.brier_score, s),
+    "calibration.calibration_error": lambda s: calibration_calls(calibration.calibration_error, s),
+    "calibration.negative_log_likelihood": lambda s: calibration_calls(calibration.negative_log_likelihood, s),
+    "divergences.js_divergence": lambda s: distances(divergences.js_divergence, s),
+    "divergences.total_variation": lambda s: distances(divergences.total_variation, s),
+    "linear_probe.fit_linear_probe": linear_probes,
+    "similarity.head_divergences": lambda s: iter([(lambda *a: similarity.head_divergences(*a, s.mask), maps_of_heads(s))]),
+    "similarity.linear_cka": alignments,
+    "similarity.match_heads": lambda s: iter([(lambda c: torch.tensor(similarity.match_heads(c)).float(), s.states(8)[:1])]),
     "combination.concatenate": lambda s: iter(
         [(lambda *z, n=n: combination.concatenate(z, normalize=n), s.states(6, 8)) for n in (True, False)]
     ),

@@ -4,7 +4,8 @@ All tests are two-sided, and a difference is always that of the method minus the
 `docs/statistics.md` explains which test answers which question, and has simulated error rates.
 """
 
-from kd.results.statistics.counted import COUNTED
+from kd.results.statistics.counted import COUNTED, Statistic
+from kd.results.statistics.estimates import Draws, Estimate, drawn, mean_of
 from kd.results.statistics.examples import (
     ExampleDifference,
     McNemar,
@@ -27,9 +28,12 @@ __all__ = [
     "ALPHA",
     "COUNTED",
     "MIN_SEEDS",
+    "Draws",
+    "Estimate",
     "ExampleDifference",
     "McNemar",
     "PairedDifference",
+    "Statistic",
     "TaskSummary",
     "Verdict",
     "bca_interval",
@@ -37,9 +41,11 @@ __all__ = [
     "corrected",
     "corrected_by_example",
     "counted_difference",
+    "drawn",
     "example_difference",
     "holm",
     "mcnemar",
+    "mean_of",
     "seed_difference",
     "seeds_needed",
     "sign_flip_p",

@@ -16,6 +16,9 @@ Floats = NDArray[np.float64]
 CountedMetric = Callable[[NDArray[Any], NDArray[Any], Floats], Floats]
 """Metric of (examples,) predictions and labels in (samples, examples) counts, (samples,)."""
 
+Statistic = Callable[[Floats], Floats]
+"""Figure of given predictions in (samples, examples) counts, (samples,); NaN where it is undefined."""
+
 CONSTANT = 1e-12
 """Share of the variance of all examples below which a sample counts as constant: rounding alone leaves some 1e-15."""
 

@@ -153,10 +153,17 @@ def counted_difference(
     differing = int(np.count_nonzero((np.concatenate([ours, theirs]) != ours[0]).any(axis=0)))
     sides = 1 + int(np.count_nonzero(values <= 0)), 1 + int(np.count_nonzero(values >= 0))
     p = min(1.0, max(2 * min(sides) / (1 + draws), 2.0 ** (1 - differing)))
-    # The k-th of n draws is the quantile k / (n + 1), which is how p counts.
-    rank = max(1, int(ALPHA / 2 * (1 + draws) + ROUNDING))
     verdict = decided(observed if higher_is_better else -observed, p)
-    return ExampleDifference(n, differing, observed, float(values[rank - 1]), float(values[-rank]), p, verdict)
+    return ExampleDifference(n, differing, observed, *percentiles(values), p, verdict)
+
+
+def percentiles(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the ends of the 95 % percentile interval of the values of bootstrap samples, (draws,), which are sorted.
+
+    The k-th of n draws is the quantile k / (n + 1), which is how p counts.
+    """
+    rank = max(1, int(ALPHA / 2 * (1 + len(values)) + ROUNDING))
+    return float(values[rank - 1]), float(values[-rank])
 
 
 @lru_cache(maxsize=8)
