@@ -37,6 +37,8 @@ ABSOLUTE = {
     ("data/datamodule.py", "trainer.batch_tokens"): "as the sampler",
     ("data/datamodule.py", "trainer.eval_batch_size"): "as the sampler",
     ("models/occurring_rows.py", "trainer.embedding_rows"): "raised in training, where no builder is involved",
+    ("data/stored_tokens.py", "task.unlabelled"): "raised while texts are tokenised in training, where no builder is involved",
+    ("data/stored_texts.py", "paths.runs"): "a check of the folder of runs: the class has no such argument",
     ("models/compiled.py", "trainer.compile"): "a check of the machine: the function has no such argument",
 }
 """Absolute keys, (file, key or beginning of a key) -> the reason why the code knows it."""

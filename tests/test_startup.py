@@ -12,6 +12,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import OmegaConf
 
 from kd import train
+from kd.config.compose import _composed as compositions
 from kd.runs.run import Run
 from kd.system.startup import without_collection
 
@@ -72,6 +73,7 @@ def command(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
 
     def run(*words: str) -> tuple[Run, int]:
         composed.clear()
+        compositions.cache_clear()  # a test before may have chosen the same groups
         monkeypatch.setattr(sys, "argv", ["kd-train", *small("method=kd", f"paths.runs={tmp_path}", *words)])
         train.main()
         return runs[-1], sum("student=2l" in words for words in composed)

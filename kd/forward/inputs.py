@@ -32,7 +32,7 @@ For a teacher whose outputs are cached (`kd.models.teachers.CachedTeacher`), in 
 """
 
 LIVE = "live "
-"""What the names of the inputs begin with that a cached teacher has for examples which are not cached."""
+"""Beginning of the names of the inputs that a cached teacher has for examples which are not cached."""
 
 ORDER = "order"
 """Name of the input that puts cached and live examples in the order of the batch."""

@@ -1,4 +1,4 @@
-"""What a trace of torch's profiler has of a turn on a GPU: counted in traces made by hand, as no GPU is needed."""
+"""Counts of a turn on a GPU, in traces of torch's profiler that are made by hand: no GPU is needed."""
 
 import itertools
 import json
