@@ -178,7 +178,7 @@ GPU_NOTE = (
     "Reserved memory: the peak of what torch holds on the GPU, graphs included. Per optimiser step, by torch's profiler in a "
     "further turn of each: launches by the host, waits of the host for the GPU, kernels that ran there, in graphs or alone."
 )
-"""What the columns that only a GPU has are."""
+"""Explanation of the columns that only a GPU has."""
 
 
 def measurement_notes(found: Mapping[str, Any]) -> list[str]:
