@@ -6,12 +6,12 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
 from kd.config.values import literal
-from kd.data.texts import Table
+from kd.data.texts import RowSequence, Table
 from kd.errors import InputError
 
 MISSING = frozenset({"", "nan", "-nan", "na", "n/a", "#n/a", "<na>", "null", "none", "nat"})
@@ -142,7 +142,7 @@ def class_names(table: Table) -> list[str]:
     return names
 
 
-class PartLabels(Sequence[float]):
+class PartLabels(RowSequence[float]):
     """Labels of examples, as numbers, and behind them examples without any; NaN stands for a missing label.
 
     Args:
@@ -156,16 +156,8 @@ class PartLabels(Sequence[float]):
     def __len__(self) -> int:
         return len(self.labels) + self.missing
 
-    @overload
-    def __getitem__(self, index: int) -> float: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[float]: ...
-    def __getitem__(self, index: int | slice) -> float | list[float]:
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
-        row = index + len(self) if index < 0 else index
-        if not 0 <= row < len(self):
-            raise IndexError(index)
+    def row(self, row: int) -> float:
+        """Return the label of one example."""
         return self.labels[row] if row < len(self.labels) else math.nan
 
     def __iter__(self) -> Iterator[float]:

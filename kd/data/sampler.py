@@ -3,11 +3,12 @@
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, overload
+from typing import Protocol
 
 import numpy as np
 from torch.utils.data import Sampler
 
+from kd.data.texts import RowSequence
 from kd.data.tokenized import padded_length
 from kd.errors import InputError
 
@@ -62,7 +63,7 @@ class Lengths(Protocol):
         ...
 
 
-class EpochBatches(Sequence[np.ndarray]):
+class EpochBatches(RowSequence[np.ndarray]):
     """Global batches of an epoch, in their order; a pool of them is sorted by length and cut when the first one is asked for.
 
     Args:
@@ -91,14 +92,9 @@ class EpochBatches(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return len(self.shuffled)
 
-    @overload
-    def __getitem__(self, index: int) -> np.ndarray: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
-    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
-        if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
-        number = int(self.shuffled[index])
+    def row(self, row: int) -> np.ndarray:
+        """Return one batch."""
+        number = int(self.shuffled[row])
         pool = int(np.searchsorted(self.firsts, number, side="right")) - 1
         rows = self.order[self.bounds[pool] : self.bounds[pool + 1]]
         if not self.sorted[pool]:

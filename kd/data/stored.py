@@ -1,7 +1,6 @@
 """Folders of arrays on disk that need not fit into memory: written once, complete or not there, and read where it is needed."""
 
 import contextlib
-import hashlib
 import json
 import os
 import weakref
@@ -9,13 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kd.system.files import remove, write_text
+from kd.system.files import checksum_of, remove, write_text
 
 ABOUT = "about.json"
 """File that is written last: a folder without it is not complete. It has the size and a checksum of every other file."""
-
-CHECKSUM = 16
-"""Number of bytes of a checksum."""
 
 
 class StoredBytes:
@@ -83,12 +79,6 @@ def description(folder: Path, *, thorough: bool = True) -> dict[str, Any] | None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # missing, or of another program
         return None
     return dict(about)
-
-
-def checksum_of(path: Path) -> str:
-    """Return a checksum of a file, which is read piece by piece."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=CHECKSUM)).hexdigest()
 
 
 def empty(folder: Path, but: Iterable[str] = ()) -> None:

@@ -7,9 +7,11 @@ from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
+
+Item = TypeVar("Item")
 
 INTERNED = 10_000
 """Number of distinct labels up to which equal ones share one object; further ones, as of scores, are stored separately."""
@@ -28,28 +30,32 @@ class Example:
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
-class TextSequence(Sequence[tuple[str, ...]]):
-    """Base class of one or two texts for each example, which behave like a list of tuples."""
+class RowSequence(Sequence[Item]):
+    """Base class of sequences that make an item on access: a subclass has `__len__` and `row`."""
 
     @abstractmethod
-    def row(self, row: int) -> tuple[str, ...]:
-        """Return the texts of one example, whose index is in range."""
-
-    @abstractmethod
-    def pieces(self) -> "Iterator[Texts]":
-        """Yield the texts in parts that fit into memory."""
+    def row(self, row: int) -> Item:
+        """Return the item at an index, which is in range."""
 
     @overload
-    def __getitem__(self, index: int) -> tuple[str, ...]: ...
+    def __getitem__(self, index: int) -> Item: ...
     @overload
-    def __getitem__(self, index: slice) -> list[tuple[str, ...]]: ...
-    def __getitem__(self, index: int | slice) -> tuple[str, ...] | list[tuple[str, ...]]:
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
         if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
+            return [self.row(row) for row in range(*index.indices(len(self)))]
         row = index + len(self) if index < 0 else index
         if not 0 <= row < len(self):
             raise IndexError(index)
         return self.row(row)
+
+
+class TextSequence(RowSequence[tuple[str, ...]]):
+    """Base class of one or two texts for each example, which behave like a list of tuples."""
+
+    @abstractmethod
+    def pieces(self) -> "Iterator[Texts]":
+        """Yield the texts in parts that fit into memory."""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str):
@@ -183,7 +189,7 @@ def pieces_of(texts: Sequence[tuple[str, ...]]) -> Iterator[Texts]:
     return texts.pieces() if isinstance(texts, TextSequence) else iter([Texts.of(texts)])
 
 
-class FlatTexts(Sequence[str]):
+class FlatTexts(RowSequence[str]):
     """The single texts of examples, one after the other.
 
     Args:
@@ -200,16 +206,8 @@ class FlatTexts(Sequence[str]):
     def __len__(self) -> int:
         return self.starts[-1] if self.parts else len(self.texts) * self.columns
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
-        row = index + len(self) if index < 0 else index
-        if not 0 <= row < len(self):
-            raise IndexError(index)
+    def row(self, row: int) -> str:
+        """Return one text."""
         if self.parts:
             part = bisect.bisect_right(self.starts, row) - 1
             return self.parts[part][row - self.starts[part]]
@@ -259,7 +257,7 @@ class Writer:
         return Texts(bytes(self.content), np.frombuffer(self.ends, dtype=np.int64), self.columns)
 
 
-class Table(Sequence[Example]):
+class Table(RowSequence[Example]):
     """Raw examples in compact form, which behave like a list of `Example`s.
 
     Args:
@@ -313,14 +311,9 @@ class Table(Sequence[Example]):
         number = int(self.numbers[row])
         return f"{self.places[self.place[row]]}{number if number >= 0 else ''}"
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
-        return self._example(index, self.texts[index])
+    def row(self, row: int) -> Example:
+        """Return one example."""
+        return self._example(row, self.texts[row])
 
     def __iter__(self) -> Iterator[Example]:
         for row, texts in enumerate(self.texts):

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import glob
+import hashlib
 import os
 import shutil
 import socket
@@ -20,6 +21,9 @@ from kd.system import distributed
 
 ABANDONED = 24 * 3600
 """Age in seconds after which a draft of another machine counts as left behind. Our choice: longer than any write takes."""
+
+CHECKSUM = 16
+"""Number of bytes of the checksum of a file."""
 
 
 @contextmanager
@@ -225,6 +229,16 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def checksum_of(path: Path) -> str:
+    """Return a checksum of a file, 32 hexadecimal digits; it is read piece by piece.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=CHECKSUM)).hexdigest()
 
 
 def readable_size(size: float) -> str:

@@ -9,7 +9,6 @@ that stores more examples, add files to the existing ones and change none, so th
 
 import contextlib
 import glob
-import hashlib
 import io
 import json
 import mmap
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from kd.forward.inputs import LIVE, ORDER
 from kd.forward.kinds import by_token
-from kd.system.files import write_text
+from kd.system.files import checksum_of, write_text
 
 RAW: Mapping[torch.dtype, type] = {
     torch.float64: np.float64,
@@ -185,7 +184,7 @@ class TensorStore:
         size = len(header(entry)) + entry.size
         if whole.stat().st_size != size:
             raise RuntimeError(f"{whole} has {whole.stat().st_size} bytes, not {size}")
-        about = {"shown": entry.shown, "examples": [begin, end], "checksum": _checksum(whole)}
+        about = {"shown": entry.shown, "examples": [begin, end], "checksum": checksum_of(whole)}
         os.replace(whole, self._path(name, "npy", begin))
         write_text(self._path(name, "json", begin), json.dumps(about) + "\n")
 
@@ -303,7 +302,7 @@ class TensorStore:
                 about = self._description(name, begin)
                 if about.get("examples", [0, self.examples]) != [begin, end]:
                     return False
-                if _checksum(self._path(name, "npy", begin)) != about["checksum"]:
+                if checksum_of(self._path(name, "npy", begin)) != about["checksum"]:
                     return False  # before a damaged header is parsed
             self._load(name)
         except UNREADABLE:
@@ -370,14 +369,6 @@ def size_of_array(path: Path) -> int:
         return np.lib.format.open_memmap(path, mode="r").nbytes
     except UNREADABLE:
         return path.stat().st_size
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class Share:
