@@ -343,6 +343,9 @@ def test_damage_is_said_and_made_good(fresh, bad: str, capsys: pytest.CaptureFix
         (False, 0),
         ("2GB", 2e9),
         ("1.5 mb", 1.5e6),
+        ("500MB", 5e8),
+        ("0.5kB", 500),
+        (" 3tb ", 3e12),
         (7, 7),
     ],
 )
@@ -350,7 +353,9 @@ def test_limits(setting: object, limit: float | None) -> None:
     assert cache_limit(setting) == limit
 
 
-@pytest.mark.parametrize("setting", ["sometimes", "-1GB", "GB", "", None, "nan"])
+@pytest.mark.parametrize(
+    "setting", ["sometimes", "-1GB", "GB", "", None, "nan", "inf", "2GiB", "2 bytes", "1e9", "2GB 1MB", "2,5GB"]
+)
 def test_a_setting_that_is_none(small: Small, setting: object) -> None:
     with pytest.raises(InputError, match="auto, on, off, or a size") as caught:
         planned(small(f"cache={'null' if setting is None else repr(setting)}"))
