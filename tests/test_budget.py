@@ -221,6 +221,8 @@ def test_a_teacher_that_runs_on_some_examples_reads_no_other_text_and_nothing_un
 
 def test_the_model_stays_in_memory_only_if_it_runs(tmp_path: Path) -> None:
     part, whole = made(tmp_path, EVALUATED + size_of(ALL, 20)), made(tmp_path, "on")
+    assert part.teacher.loaded is not None, "loaded before training, and once"
+    assert whole.teacher.loaded is whole.teacher.shape
     assert part.teacher.runs
     assert to_time(part.teacher, "classifier") is part.teacher.encoder
     assert not whole.teacher.runs
@@ -439,13 +441,18 @@ made(folder, budgets[-1])
 
 
 @pytest.mark.parametrize(("moment", "after"), [("write", 0), ("begin", 2), ("rename", 3), ("describe", 3)])
-def test_a_kill_while_a_cache_grows_leaves_what_was_there(tmp_path: Path, moment: str, after: int) -> None:
+def test_a_kill_while_a_cache_grows_leaves_what_was_there(
+    tmp_path: Path, moment: str, after: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     few, more = (str(EVALUATED + size_of(ALL, count)) for count in (6, 25))
     done = Command(["-c", KILLED, moment, str(after), str(tmp_path), few, more])
     output, _ = done.communicate(timeout=240)
     assert done.returncode == -signal.SIGKILL, output
+    capsys.readouterr()
     result = made(tmp_path, more)
+    assert "damaged" not in capsys.readouterr().out
     assert counts(result)["train"] == 25
+    assert result.teacher.examples == 25 - 6, "what was there is not computed again"
     assert stored(tmp_path) <= int(more)
     assert not list(tmp_path.rglob("*.part*"))
     made(tmp_path, "auto")

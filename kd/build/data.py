@@ -127,15 +127,15 @@ def prefit_methods(run: Run, data: KDDataModule, models: BuiltModels) -> None:
     device = distributed.device(run.spec.trainer.accelerator)
     logits = []
     for index, teacher in enumerate(models.teachers):
-        cached = data.tokens["train"].get(f"teacher {index}")
+        outputs = data.tokens["train"].get(f"teacher {index}")
         tokens = data.tokens["train"][data.teacher_keys[index]]
-        parts, first = [], 0
-        if cached is not None:
-            first = cached.cached
-            outputs = cached.store.read(("logits",), range(first))["logits"]
-            parts.append(outputs if teacher.columns is None else outputs[:, teacher.columns])
-        if first < len(tokens):
-            parts.append(logits_over(teacher, tokens, run.spec.trainer.precision, device, first))
+        parts, cached = [], 0
+        if outputs is not None:
+            cached = outputs.cached
+            read = outputs.store.read(("logits",), range(cached))["logits"]
+            parts.append(read if teacher.columns is None else read[:, teacher.columns])
+        if cached < len(tokens):
+            parts.append(logits_over(teacher, tokens, run.spec.trainer.precision, device, cached))
         logits.append(torch.cat(parts)[rows])
     labels = data.examples.labels["train"]
     for method in asking:
