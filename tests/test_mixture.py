@@ -11,6 +11,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from conftest import BAD, GOOD, sentence, write_csv
+from kd.bench import cell
+from kd.bench.workers import Finished
+from kd.bench.workers import Job as Measurement
 from kd.build.check import check_run
 from kd.build.parts import build_parts, engine_of, examples_of
 from kd.config.compose import check_overrides, compose
@@ -19,6 +22,7 @@ from kd.config.schema import KEEP, TaskSpec
 from kd.data.mixture import Mixture
 from kd.data.tasks import Classification
 from kd.errors import InputError
+from kd.launch.measure import CELL
 from kd.results.maps import read_maps
 from kd.results.mixture import scores
 from kd.runs.members import members
@@ -431,3 +435,32 @@ def test_a_single_task_is_identified_as_before(mixed: Mixed) -> None:
     """A single task has no key of a mixture in its identity, so that its digest is what it was."""
     run = planned(alone("mood", mixed("mood")("method=kd")))
     assert not {"of", "tau"} & run.digest_inputs["task"].keys()
+
+
+def test_steps_of_a_mixture_are_measured_as_they_are_trained(mixed: Mixed, tmp_path: Path) -> None:
+    """Batches of both tasks, the same in each turn."""
+    words = [*mixed("mood", "score")("method=finetune", "teacher=[]"), f"paths.runs={tmp_path}"]
+    words = [word for word in words if not word.startswith("teacher.")]
+    run = planned(words)
+    prepared = cell.prepare(run, examples_of(run))
+    data = cell.FirstBatches(prepared.data, 4)
+    turns = [[(batch.task, batch.index.tolist()) for batch in data.train_dataloader()] for _ in range(2)]
+    assert turns[0] == turns[1] == [(batch.task, batch.index.tolist()) for batch in prepared.data.train_dataloader()][:4]
+    assert {task for task, _ in turns[0]} == {"mood", "score"}
+    sent: list[dict[str, int]] = []
+
+    class Gate:
+        def ready(self, facts: dict[str, int], accelerator: str) -> None:
+            sent.append(facts)
+
+        def open(self) -> None:
+            if len(sent) > 1:
+                raise Finished
+
+        def close(self, examples: int) -> None:
+            sent.append({"examples": examples})
+
+    with pytest.raises(Finished):
+        cell.train_cell(Measurement(CELL, tuple(words), 4, 1, tmp_path / "scratch"), Gate())  # type: ignore[arg-type]
+    assert sent[0] == {"steps": 4}
+    assert sent[1] == {"examples": sum(len(rows) for _, rows in turns[0])}
