@@ -14,7 +14,7 @@ def figure(caption: str, chart: str) -> str:
     return f"<figure><figcaption>{escape(caption)}</figcaption>{chart}</figure>"
 
 
-def over_seeds(cases: Sequence[Case]) -> str:
+def means(cases: Sequence[Case]) -> str:
     """Return words about means over seeds; empty for one seed."""
     return f" Means over {len(cases)} seeds." if len(cases) > 1 else ""
 
@@ -40,7 +40,7 @@ def alignments(summary: Summary) -> str:
     note = (
         f"Linear CKA of {n} examples; layer 0 is the embeddings. With as few examples, unrelated representations have a "
         "similarity above 0: the captions have the largest one of the same layers with the examples in another order."
-        f"{over_seeds(summary.cases)}"
+        f"{means(summary.cases)}"
     )
     return f'<h3>Similarity of layers</h3><p class="quiet">{escape(note)}</p><div class="maps">{"".join(charts)}</div>'
 
@@ -63,7 +63,7 @@ def probes(summary: Summary) -> str:
     seed = f", seed {summary.cases[0].about.seed}" if len(summary.cases) > 1 else ""
     note = (
         "Logistic regression on frozen, standardised states; the same examples and budget for every layer and model"
-        f"{budget}.{over_seeds(summary.cases)}"
+        f"{budget}.{means(summary.cases)}"
     )
     detail = f"<details><summary>accuracy with intervals{seed}</summary>{table(['layer', *first], rows)}</details>"
     return (
@@ -97,7 +97,7 @@ def attention(summary: Summary) -> str:
     ]
     note = (
         "Jensen-Shannon divergence in bits, 0 for equal attention: mean over the best-matched pairs of heads, the queries of "
-        f"an example, and {n} examples.{over_seeds(summary.cases)}"
+        f"an example, and {n} examples.{means(summary.cases)}"
     )
     return f'<h3>Attention</h3><p class="quiet">{escape(note)}</p><div class="maps">{"".join(charts)}</div>'
 
@@ -137,7 +137,7 @@ def ablations(summary: Summary) -> str:
     seed = f" (seed {summary.cases[0].about.seed})" if len(summary.cases) > 1 else ""
     note = (
         f"Drop of {one.metric} over {one.n} examples, in {'points' if scale == 100.0 else 'its unit'}: the score of the whole "
-        f"model less that without a part; below 0 the model is better without it.{over_seeds(summary.cases)}"
+        f"model less that without a part; below 0 the model is better without it.{means(summary.cases)}"
     )
     return (
         f'<h3>Without a head or a layer</h3><p class="quiet">{escape(note)}</p><div class="maps">{"".join(charts)}</div>'

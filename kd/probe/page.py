@@ -6,7 +6,7 @@ from html import escape
 from kd.probe.charts import ablations, alignments, attention, probes
 from kd.probe.result import Case, Settings
 from kd.probe.summary import Summary
-from kd.probe.words import estimate, label, spread, table
+from kd.probe.words import estimate, label, ordered, over_seeds, spread, table
 from kd.results.page import document
 
 IN_SLICES = ("score.accuracy", "delta.accuracy", "agreement", "lost", "gained", "kl")
@@ -51,9 +51,10 @@ def by_task(summaries: Sequence[Summary]) -> str:
         metric = about.metrics[0]
         names = [f"score.{metric}", f"delta.{metric}", f"retention.{metric}"]
         row = [summary.label, about.task, about.teacher, ", ".join(map(str, summary.seeds)), metric]
-        row.append(spread(names[0], summary.teacher.get(names[0])))
+        row.append(over_seeds(names[0], summary.teacher.get(names[0])))
         for name in names:
-            row += [spread(name, summary.figures.get(name, {}).get(model)) for model in ("student", "control")]
+            shown = spread if name == names[1] else over_seeds
+            row += [shown(name, summary.figures.get(name, {}).get(model)) for model in ("student", "control")]
         rows.append(row)
     header = ["student", "task", "teacher", "seeds", "metric", "teacher's", "student's", "control's"]
     header += ["lost by student", "lost by control", "retained by student", "retained by control"]
@@ -110,7 +111,8 @@ def figures(summary: Summary) -> str:
     controlled = any("control" in by_model for by_model in summary.figures.values())
     header = ["figure", "teacher", "student", *(["control", "student minus control"] if controlled else [])]
     rows = []
-    for name, by_model in summary.figures.items():
+    for name in ordered(summary.figures):
+        by_model = summary.figures[name]
         cells = [spread(name, by_model.get(model)) for model in ("student", "control", "difference")[: 3 if controlled else 1]]
         rows.append([label(name), spread(name, summary.teacher.get(name)), *cells])
     return f"<h3>Predictions, {n:,} examples</h3>{table(header, rows)}{seeds_table(summary)}"
@@ -123,7 +125,7 @@ def seeds_table(summary: Summary) -> str:
     found = [case for case in summary.cases if case.differences is not None]
     header = ["figure", *(f"{model}, seed {case.about.seed}" for case in found for model in ("student", "control"))]
     rows = []
-    for name in summary.figures:
+    for name in ordered(summary.figures):
         compared = [case.differences.figures[name] for case in found if case.differences is not None]
         cells = [estimate(name, value) for one in compared for value in (one.student, one.control)]
         rows.append([label(name), *cells])

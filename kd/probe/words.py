@@ -30,6 +30,26 @@ OWN_UNITS = ("kl", "js", "total_variation", "nll", "brier", "distance")
 NO_VALUE = "undefined"
 
 
+KINDS = ("score", "delta", "retention")
+"""Figures that there is one of for each metric."""
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Return names of figures in the order of tables: those of each metric side by side, then the others.
+
+    >>> ordered(["ece", "delta.f1", "score.f1", "agreement"])
+    ['score.f1', 'delta.f1', 'agreement', 'ece']
+    """
+    listed, others = list(names), list(LABELS)
+    metrics = list(dict.fromkeys(name.partition(".")[2] for name in listed if "." in name))
+
+    def rank(name: str) -> tuple[int, int]:
+        kind, _, metric = name.partition(".")
+        return (metrics.index(metric), KINDS.index(kind)) if metric else (len(metrics), others.index(name))
+
+    return sorted(listed, key=rank)
+
+
 def label(name: str) -> str:
     """Return the name of a figure in tables.
 
@@ -59,14 +79,20 @@ def number(name: str, value: float | None) -> str:
     return text.removeprefix("-") if not float(text) else text
 
 
-def spread(name: str, value: Spread | None) -> str:
-    """Return a figure over seeds as text: with its standard deviation, or for one seed its interval."""
+def over_seeds(name: str, value: Spread | None) -> str:
+    """Return a figure over seeds as text: with its standard deviation, if there are several."""
     if value is None:
         return ""
     text = number(name, value.mean)
-    if value.sd is not None:
-        return f"{text} ± {number(name, value.sd)}"
-    return text if value.low is None else f"{text} [{number(name, value.low)}, {number(name, value.high)}]"
+    return text if value.sd is None else f"{text} ± {number(name, value.sd)}"
+
+
+def spread(name: str, value: Spread | None) -> str:
+    """Return a figure over seeds as text: with its standard deviation, or for one seed its interval."""
+    text = over_seeds(name, value)
+    if value is None or value.low is None:
+        return text
+    return f"{text} [{number(name, value.low)}, {number(name, value.high)}]"
 
 
 def estimate(name: str, value: Estimate | None) -> str:

@@ -236,11 +236,11 @@ def short(value: float, kind: str) -> str:
     """Return a number in a format, without the zero before its point.
 
     >>> short(0.25, ".2f"), short(-0.25, ".1f"), short(-0.001, ".2f"), short(1.0, ".2f")
-    ('.25', '-.2', '.00', '1.00')
+    ('.25', '-.2', '0', '1.00')
     """
     text = format(value, kind)
     if not float(text):
-        text = text.removeprefix("-")
+        return "0"
     return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
 
 
