@@ -37,7 +37,7 @@ def test_wheel_carries_the_configuration_and_works_from_any_folder(tmp_path: Pat
     assert "layers: 4" in found
 
 
-@pytest.mark.parametrize("command", ["train", "bench", "table", "tune", "clean"])
+@pytest.mark.parametrize("command", ["train", "bench", "table", "tune", "clean", "probe"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     show = f"try: kd.{command}.main()\nexcept SystemExit: pass\nprint(sorted(sys.modules))"
     code = f"import sys; sys.argv = ['kd-{command}', '--help']; import kd.{command}\n{show}"

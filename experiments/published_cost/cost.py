@@ -34,7 +34,7 @@ SHAPES = {
     "TinyBERT_General_4L": (4, 312, 1200),
     "TinyBERT_General_6L": (6, 768, 3072),
     "bert-small": (4, 512, 2048),
-    "bert_uncased_L-4_H-512": (4, 512, 2048),
+    **{f"bert_uncased_L-{n}_H-{width}": (n, width, 4 * width) for n in (2, 4, 6, 8, 10, 12) for width in (128, 256, 512, 768)},
 }
 """Part of a source's name -> layers, width and intermediate width."""
 

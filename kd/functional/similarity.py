@@ -6,7 +6,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from kd.functional.divergences import js_divergence
+from kd.functional.divergences import entropy
 
 
 def linear_cka(first: Tensor, second: Tensor) -> float:
@@ -39,6 +39,8 @@ def linear_cka(first: Tensor, second: Tensor) -> float:
 def head_divergences(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
     """Return the Jensen-Shannon divergence between the attention of every head of one layer and every head of another.
 
+    It is `kd.functional.divergences.js_divergence`, with the entropy of each head computed once.
+
     Args:
         first: (batch, heads, tokens, tokens), probabilities by query and key; padded keys have 0. No gradient flows to either.
         second: (batch, other heads, tokens, tokens), for the same tokens.
@@ -48,9 +50,12 @@ def head_divergences(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
         (batch, heads, other heads), in bits, from 0 to 1, float64: means over the real queries of each example, so that
         padding does not enter. No reduction over the batch.
     """
+    ours, theirs = first.detach().double(), second.detach().double()
+    own, other = entropy(ours), entropy(theirs)  # (batch, heads, tokens)
     columns = []
     for head in range(first.shape[1]):  # all pairs at once would take as many times the memory as there are heads
-        rows = js_divergence(first[:, head, None], second)  # (batch, other heads, tokens)
+        mean = entropy((ours[:, head, None] + theirs) / 2)  # (batch, other heads, tokens)
+        rows = (mean - (own[:, head, None] + other) / 2).clamp(0, 1)
         columns.append((rows * mask[:, None]).sum(dim=-1) / mask.sum(dim=-1, keepdim=True))
     return torch.stack(columns, dim=1)
 

@@ -400,6 +400,7 @@ INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
     "calibration.brier_score": lambda s: calibration_calls(calibration.brier_score, s),
     "calibration.calibration_error": lambda s: calibration_calls(calibration.calibration_error, s),
     "calibration.negative_log_likelihood": lambda s: calibration_calls(calibration.negative_log_likelihood, s),
+    "divergences.entropy": lambda s: iter([(divergences.entropy, [s.logits()[0].softmax(dim=-1)])]),
     "divergences.js_divergence": lambda s: distances(divergences.js_divergence, s),
     "divergences.total_variation": lambda s: distances(divergences.total_variation, s),
     "linear_probe.fit_linear_probe": linear_probes,

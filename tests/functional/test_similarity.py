@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import jensenshannon
+from scipy.stats import entropy as scipy_entropy
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, log_loss
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from kd.functional.calibration import brier_score, calibration_error, negative_log_likelihood
-from kd.functional.divergences import js_divergence, total_variation
+from kd.functional.divergences import entropy, js_divergence, total_variation
 from kd.functional.linear_probe import fit_linear_probe
 from kd.functional.logits import kl_divergence
 from kd.functional.similarity import head_divergences, linear_cka, match_heads
@@ -51,6 +52,11 @@ def test_js_divergence_is_one_bit_of_what_shares_nothing_and_zero_of_equals() ->
     padded = [torch.cat([side, torch.zeros(50, 3)], dim=1) for side in (p, q)]
     torch.testing.assert_close(js_divergence(*padded), js_divergence(p, q), rtol=0, atol=1e-15)
     assert js_divergence(p, q).max() < 1
+
+
+def test_entropy_is_that_of_scipy() -> None:
+    p = drawn(20, 4, scale=3.0).softmax(-1)
+    np.testing.assert_allclose(entropy(p), [scipy_entropy(row, base=2) for row in p.numpy()], rtol=0, atol=1e-12)
 
 
 def test_total_variation_is_the_largest_difference_over_all_events() -> None:

@@ -235,6 +235,27 @@ def test_maps_are_of_the_first_seed_at_hand_and_name_students_of_a_cohort() -> N
     assert "kd on rte, student &lt;b&gt;, teacher minilm: hidden" in text
 
 
+def test_a_heat_map_has_two_colours_around_zero_and_numbers_where_they_are_asked_for() -> None:
+    matrix = [[0.5, -0.25], [None, 0.0]]
+    chart = svg.heat_map(matrix, "head", "layer", "drops", [1, 2], [0, 1], most=0.5, numbers=".2f")
+    rects = re.findall(
+        r'<rect x="\S+" y="\S+" width="\S+" height="\S+"( class="less")? fill-opacity="(.*?)"><title>(.*?)<', chart
+    )
+    assert rects == [("", "1.000", "layer 1, head 0: 0.5"), (' class="less"', "0.500", "layer 1, head 1: -0.25")]
+    assert re.findall(r'<text class="(value.*?)".*?>(.*?)<', chart) == [
+        *(("value on", ".50"), ("value", "-.25")),  # a number on a strong colour is in that of the ground
+        *(("value", "-"), ("value", "0")),
+    ]
+    assert re.findall(r'class="tick".*?>(.*?)<', chart) == ["1", "2", "0", "1", "-0.5", "0.5"]
+    assert chart.count("step less") == chart.count('"step"') == 20
+    unsigned = svg.heat_map([[0.5]], "head", "layer", "drops", [1], [0])
+    assert "less" not in unsigned
+    assert "value" not in unsigned
+    assert re.findall(r'class="tick".*?>(.*?)<', unsigned) == ["1", "0", "0", "0.5"]
+    stronger = svg.heat_map([[0.5]], "head", "layer", "drops", [1], [0], most=0.25)
+    assert 'fill-opacity="1.000"><title>' in stronger
+
+
 @pytest.mark.parametrize("ends", [(0.0, 1.0), (17.3, 17.4), (-3.0, 250.0), (5.0, 5.0)])
 def test_ticks_are_few_and_inside(ends: tuple[float, float]) -> None:
     scale = svg.Scale(*svg.padded(ends), 0.0, 100.0)

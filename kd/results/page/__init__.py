@@ -61,13 +61,21 @@ def page(
         layer_maps(comparison, maps or {}),
         commands(comparison),
     ]
+    return document(title, sections, (FOLDER / "script.js").read_text(encoding="utf-8"))
+
+
+def document(title: str, sections: Iterable[str], script: str = "") -> str:
+    """Return an HTML page in the style of the reports, which loads nothing.
+
+    Args:
+        title: title of the page.
+        sections: its sections, in HTML; empty ones are left out.
+        script: JavaScript at its end; empty for none.
+    """
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
-    body = "\n".join(filter(None, sections))
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}<style>\n{style}</style></head>\n'
-        f"<body>\n{body}\n<script>\n{script}</script></body></html>\n"
-    )
+    style = (FOLDER / "style.css").read_text(encoding="utf-8")
+    body = "\n".join([*filter(None, sections), *([f"<script>\n{script}</script>"] if script else [])])
+    return f'<!doctype html>\n<html lang="en"><head>{head}<style>\n{style}</style></head>\n<body>\n{body}</body></html>\n'
 
 
 def filters(comparison: Comparison) -> str:

@@ -162,10 +162,22 @@ def bars(values: Mapping[str, float], unit: str, name: str) -> str:
     return "".join([*parts, "</svg>"])
 
 
+Values = Sequence[Sequence[float | None]]
+"""Values of a heat map by row and column; None where there is none."""
+
+
 def heat_map(
-    matrix: Sequence[Sequence[float]], across: str, up: str, name: str, rows: Sequence[int], columns: Sequence[int]
+    matrix: Values,
+    across: str,
+    up: str,
+    name: str,
+    rows: Sequence[int],
+    columns: Sequence[int],
+    *,
+    most: float | None = None,
+    numbers: str = "",
 ) -> str:
-    """Return a heat map of values from 0 on, rows from top to bottom, with the scale of its colours.
+    """Return a heat map, rows from top to bottom, with the scale of its colours: from 0 on, and if a value is negative below.
 
     Args:
         matrix: the values.
@@ -174,26 +186,38 @@ def heat_map(
         name: name of the chart.
         rows: numbers of the rows.
         columns: numbers of the columns.
+        most: value of the strongest colour, for maps that are compared; None for the largest absolute value.
+        numbers: format of a value, as `.2f`, that is written in each cell; empty writes none.
     """
     left, top = 58, 10
-    side = max(14.0, min(28.0, 300.0 / len(columns)))
-    most = max(max(values) for values in matrix) or 1.0
+    side = 30.0 if numbers else max(14.0, min(28.0, 300.0 / len(columns)))
+    defined = [value for values in matrix for value in values if value is not None]
+    most = most or max((abs(value) for value in defined), default=0.0) or 1.0
+    signed = min(defined, default=0.0) < 0
     across_end, up_end = left + side * len(columns), top + side * len(rows)
     # The turned title of the vertical axis is about 70 pixels long, whatever the number of rows.
-    width, height = max(across_end + 8, 190), max(up_end, top + 60) + 64
+    width, height = max(across_end + 8, 270 if signed else 190), max(up_end, top + 60) + 64
     parts = [
         f'<svg viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width:.0f}px" role="img" aria-label="{escape(name)}">',
         f'<rect class="cells" x="{left}" y="{top}" width="{side * len(columns):.1f}" height="{side * len(rows):.1f}"/>',
         '<g class="cell">',
     ]
+    texts = []
     for row, (layer, values) in enumerate(zip(rows, matrix, strict=True)):
         for column, (other, value) in enumerate(zip(columns, values, strict=True)):
-            if value > 0:
+            strength = 0.0 if value is None else min(abs(value) / most, 1.0)
+            if value:
                 tooltip = f"<title>{escape(up)} {layer}, {escape(across)} {other}: {value:.3g}</title>"
                 at = f'x="{left + side * column:.1f}" y="{top + side * row:.1f}"'
                 size = f'width="{side:.1f}" height="{side:.1f}"'
-                parts.append(f'<rect {at} {size} fill-opacity="{value / most:.3f}">{tooltip}</rect>')
-    parts.append("</g>")
+                kind = ' class="less"' if value < 0 else ""
+                parts.append(f'<rect {at} {size}{kind} fill-opacity="{strength:.3f}">{tooltip}</rect>')
+            if numbers:
+                text = "-" if value is None else short(value, numbers)
+                at = f'x="{left + side * (column + 0.5):.1f}" y="{top + side * (row + 0.5) + 3.5:.1f}"'
+                kind = "value on" if strength > 0.6 else "value"  # written in the colour of the ground
+                texts.append(f'<text class="{kind}" {at} text-anchor="middle">{text}</text>')
+    parts += ["</g>", *texts]
     for row, layer in enumerate(rows):
         down = top + side * (row + 0.5) + 4
         parts.append(f'<text class="tick" x="{left - 6}" y="{down:.1f}" text-anchor="end">{layer}</text>')
@@ -205,20 +229,33 @@ def heat_map(
     parts.append(f'<text class="axis" x="{middle:.1f}" y="{up_end + 30:.1f}" text-anchor="middle">{escape(across)}</text>')
     turned = f'transform="translate(14 {centre:.1f}) rotate(-90)"'
     parts.append(f'<text class="axis" {turned} text-anchor="middle">{escape(up)}</text>')
-    return "".join([*parts, *colour_scale(left, height - 18, most), "</svg>"])
+    return "".join([*parts, *colour_scale(left, height - 18, most, signed=signed), "</svg>"])
 
 
-def colour_scale(left: float, top: float, most: float) -> list[str]:
-    """Return a bar of the colours of a heat map, from 0 to its largest value, with both numbers."""
+def short(value: float, kind: str) -> str:
+    """Return a number in a format, without the zero before its point.
+
+    >>> short(0.25, ".2f"), short(-0.25, ".1f"), short(-0.001, ".2f"), short(1.0, ".2f")
+    ('.25', '-.2', '0', '1.00')
+    """
+    text = format(value, kind)
+    if not float(text):
+        return "0"
+    return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
+
+
+def colour_scale(left: float, top: float, most: float, *, signed: bool = False) -> list[str]:
+    """Return a bar of the colours of a heat map, from 0, or from below it, to its largest value, with the numbers."""
     steps, step = 20, 4
-    end = left + steps * step
+    shades = [*range(steps, 0, -1)] * signed, range(1, steps + 1)
+    end = left + (len(shades[0]) + steps) * step
     parts = [
-        f'<text class="tick" x="{left - 6}" y="{top + 10:.1f}" text-anchor="end">0</text>',
-        f'<rect class="cells" x="{left}" y="{top:.1f}" width="{steps * step}" height="12"/><g class="cell">',
+        f'<text class="tick" x="{left - 6}" y="{top + 10:.1f}" text-anchor="end">{f"{-most:.3g}" if signed else 0}</text>',
+        f'<rect class="cells" x="{left}" y="{top:.1f}" width="{end - left}" height="12"/><g class="cell">',
     ]
-    parts += [
-        f'<rect class="step" x="{left + step * index}" y="{top:.1f}" width="{step}" height="12" '
-        f'fill-opacity="{(index + 0.5) / steps:.3f}"/>'
-        for index in range(steps)
-    ]
+    for index, (shade, kind) in enumerate([(s, "step less") for s in shades[0]] + [(s, "step") for s in shades[1]]):
+        parts.append(
+            f'<rect class="{kind}" x="{left + step * index}" y="{top:.1f}" width="{step}" height="12" '
+            f'fill-opacity="{(shade - 0.5) / steps:.3f}"/>'
+        )
     return [*parts, f'</g><text class="tick" x="{end + 6}" y="{top + 10:.1f}">{most:.3g}</text>']

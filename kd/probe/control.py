@@ -1,0 +1,107 @@
+"""The control of a run: fine-tuning of the same student, without which a loss by distillation looks like one by size."""
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from kd.config.compose import compose, quoted
+from kd.errors import InputError
+from kd.probe.runs import Finished
+from kd.report import load_results
+from kd.results.comparison import BASELINE, budget_of, entries_of_records, pairs_of
+from kd.runs.identity import NOT_IN_DIGEST, backbone_of
+from kd.runs.plan import plan
+from kd.runs.run import is_record
+
+PARTS = ("student", "surgery", "task", "optimizer", "trainer", "paths", "backbone")
+"""Parts of a configuration that a run shares with its control."""
+
+
+def records_beside(directory: Path) -> list[dict[str, Any]]:
+    """Return the records of the runs in the folder of a run, with the names of their folders as `run`."""
+    return [record for record in load_results(directory.parent) if is_record(record)]
+
+
+def control_of(run: Finished, records: Sequence[Mapping[str, Any]]) -> Path | None:
+    """Return the directory of a run's control; None if there is none.
+
+    It is the run of the baseline, fine-tuning, that reports compare the run with, and of its seed: of the same student,
+    initialisation, data, budget and selection (`kd.results.comparison.pairs_of`).
+
+    Args:
+        run: the run.
+        records: those of `records_beside`.
+    """
+    entries = entries_of_records(records)
+    digest, seed = run.record["digest"], run.record["seed"]
+    names = {record["digest"]: record["run"] for record in records}
+    for index, (_, baseline) in pairs_of(entries, BASELINE).items():
+        if entries[index].digests.get(seed) == digest and baseline.digests.get(seed) in names:
+            return run.directory.parent / str(names[baseline.digests[seed]])
+    return None
+
+
+def control_command(run: Finished) -> str:
+    """Return a command that trains a run's control.
+
+    Its options are those in which the run's configuration differs from the defaults. The command is planned, and compared with
+    the run: if it is not of the same budget, options are left to the reader, `...`.
+
+    Args:
+        run: a run that has no control.
+    """
+    spec = run.spec
+    teacher = "teacher=[]"
+    if spec.student.init_from == "teacher":
+        teacher = f"teacher=[{','.join(spec.teacher)}]"
+    words = [f"method={BASELINE}", teacher, f"student={spec.student.name}", f"task={spec.task.name}", f"seed={spec.seed}"]
+    try:
+        backbone = backbone_of(spec)[0]
+        command = [*words, *options(run.config, compose(words), backbone)]
+        planned = plan(compose(command))
+        made = {"identity": planned.digest_inputs, "teacher": list(planned.spec.teacher)}
+        if budget_of(made) == budget_of(run.record):
+            return shlex.join(["kd-train", *command])
+    except InputError:  # an option that no file of the package has, or data that are not here
+        pass
+    return f"{shlex.join(['kd-train', *words])} ..."
+
+
+def options(config: DictConfig, default: DictConfig, backbone: str) -> Iterator[str]:
+    """Yield the overrides that turn the parts of a default configuration, which a run shares with its control, into its own.
+
+    Args:
+        config: configuration of the run.
+        default: configuration of the control without options.
+        backbone: source of the student's backbone, which the first teacher determines if no option does.
+    """
+    own, other = (leaves(parts_of(given)) for given in (config, default))
+    own |= {"student.backbone": backbone} if backbone != other.get("backbone") else {}
+    for key, value in own.items():
+        machine = key.startswith("trainer.") and key.removeprefix("trainer.") in NOT_IN_DIGEST
+        if not machine and not (key in other and other[key] == value):
+            text = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+            yield quoted(f"{'' if key in other else '+'}{key}={text}")
+
+
+def parts_of(config: DictConfig) -> dict[str, Any]:
+    """Return the parts of a configuration that a run shares with its control, with interpolations as they are written."""
+    values: Any = OmegaConf.to_container(config, resolve=False)
+    return {part: values[part] for part in PARTS if part in values}
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by their dotted keys.
+
+    >>> leaves({"a": {"b": 1, "c": []}, "d": 2})
+    {'a.b': 1, 'a.c': [], 'd': 2}
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inside = isinstance(value, Mapping) and bool(value)
+        found |= leaves(value, f"{prefix}{name}.") if inside else {f"{prefix}{name}": value}
+    return found
