@@ -14,12 +14,15 @@ For pairs by example, two classifiers are drawn that agree on most examples and 
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from scipy.stats import binomtest, bootstrap, nct, t
+from scipy.stats import binomtest, bootstrap, nct, skew, t
 
+from kd.results.comparison import entries_of, pairs_of
+from kd.results.figures import read_figures
 from kd.results.statistics import ALPHA, SeedTest, example_difference, holm, mcnemar, p_values, t_interval
 
 Array = NDArray[np.float64]
@@ -135,19 +138,21 @@ def smallest_number_of_pairs() -> None:
         "skewed (exponential)": DISTRIBUTIONS["skewed"],
         "one in ten runs collapses": collapsing,
     }
+    found: dict[str, list[Array]] = {}
+    equal: dict[str, list[str]] = {}
+    for name, sample in cases.items():
+        rng = np.random.default_rng(0)
+        samples = [sample(rng, (draws, n)) for n in pairs]
+        found[name] = [*(p_values(SeedTest.T, values) for values in samples), p_values(SeedTest.SIGN_FLIP, samples[-1])]
+        equal[name] = [f"{100 * np.mean(np.ptp(values, axis=1) == 0):.2f}" for values in samples]
+    columns = ["differences", *(f"t, {n}" for n in pairs), "sign-flip, 6"]
     for level, title in ((ALPHA, ".05"), (ALPHA / METHODS, ".002, Holm's of 25 methods")):
-        columns = [*(f"t, {n}" for n in pairs), "sign-flip, 6"]
-        header(f"False positives of the t-test at {title}, percent of {draws:,}", "differences", *columns)
-        for name, sample in cases.items():
-            rng = np.random.default_rng(0)
-            samples = [sample(rng, (draws, n)) for n in pairs]
-            counts = [rejections(SeedTest.T, values, level) for values in samples]
-            counts.append(rejections(SeedTest.SIGN_FLIP, samples[-1], level))
-            row(name, *[f"{100 * count / draws:.2f}" for count in counts])
+        header(f"False positives at {title}, percent of {draws:,}", *columns)
+        for name, p in found.items():
+            row(name, *[f"{100 * np.mean(values <= level):.2f}" for values in p])
     header(f"All differences equal, percent of {draws:,}", "differences", *map(str, pairs))
     for name in list(cases)[:3]:
-        rng = np.random.default_rng(0)
-        row(name, *[f"{100 * np.mean(np.ptp(cases[name](rng, (draws, n)), axis=1) == 0):.2f}" for n in pairs])
+        row(name, *equal[name])
 
     header("Power of the t-test of normal differences, exact", "", *map(str, pairs))
     for methods in (1, METHODS):
@@ -159,6 +164,26 @@ def smallest_number_of_pairs() -> None:
         "gain of half a spread: percent of what is shown that has the wrong sign",
         *[f"{100 * w / (r + w):.1f}" for r, w in wrong],
     )
+
+
+def measured_skewness() -> None:
+    """Print the skewness of the differences from the baseline in pkd_dev, each group less its mean and over its spread."""
+    entries = entries_of(read_figures(Path(__file__).parents[1] / "pkd_dev" / "ours.csv"))
+    groups = []
+    for index, (_, baseline) in pairs_of(entries, "finetune").items():
+        if entries[index].metric == "accuracy":
+            groups.append([entries[index].values[seed] - baseline.values[seed] for seed in sorted(baseline.values)])
+    shape, draws = np.shape(groups), 2_000
+
+    def pooled(values: Array) -> Array:
+        centred = values - values.mean(axis=-1, keepdims=True)
+        return skew((centred / centred.std(axis=-1, keepdims=True)).reshape(*values.shape[:-2], -1), axis=-1)
+
+    header(f"Skewness of {shape[0]} groups of {shape[1]} differences of accuracies in pkd_dev", "differences", "skewness")
+    row("measured", f"{pooled(np.array(groups)):.2f}")
+    for name in ("normal", "skewed"):
+        low, high = np.quantile(pooled(DISTRIBUTIONS[name](np.random.default_rng(0), (draws, *shape))), (0.025, 0.975))
+        row(f"{name}, 95 % of {draws:,}", f"{low:.2f} to {high:.2f}")
 
 
 def main() -> None:
@@ -179,6 +204,7 @@ def main() -> None:
         measured = [percent(rejections(test, values), draws) for test in TESTS.values() for values in samples]
         row(n, *measured, f"{100 * sum(power_of_t(n, 1.0)):.1f}")
 
+    measured_skewness()
     smallest_number_of_pairs()
 
     rng = np.random.default_rng(0)
