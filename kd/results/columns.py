@@ -100,6 +100,11 @@ def probability(test: PairedDifference | ExampleDifference | McNemar | None) -> 
     return "" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
+def seed_test_name(entry: Entry) -> str:
+    """Return the name of the test that p by seed is of."""
+    return str((entry.difference and entry.difference.test) or "")
+
+
 def verdict(entry: Entry, baseline: str) -> str:
     """Return the outcome of the comparison with the baseline in words."""
     if entry.method == baseline:
@@ -135,6 +140,7 @@ COLUMNS: Mapping[str, Callable[[Entry, Comparison], str]] = {
     "ours - paper": lambda entry, _: gap(entry),
     "against baseline": lambda entry, _: against(entry),
     "p": lambda entry, _: probability(entry.difference),
+    "test": lambda entry, _: seed_test_name(entry),
     "verdict": lambda entry, comparison: verdict(entry, comparison.baseline),
     "by example": lambda entry, _: by_example(entry),
     "p by example": lambda entry, _: probability(entry.by_example),
@@ -158,8 +164,9 @@ def notes(comparison: Comparison) -> list[str]:
         lines.append(f"Ours: {' | '.join(selections)}. Students start from {' | '.join(inits)}.")
     lines.append(
         f"Baseline: {comparison.baseline} with the same student, initialisation, selection, budget and seeds. Differences are "
-        "means over pairs of seeds, with a 95 % BCa interval from six pairs on; p by a sign-flip test, corrected by Holm over "
-        "the methods of a column; fewer than six pairs decide nothing."
+        "means over pairs of seeds, with Student's 95 % interval, uncorrected, from six pairs on; p by the test beside it, "
+        "corrected by Holm over the methods of a column: the sign-flip test where pairs suffice for so many methods, else the "
+        "paired t-test, which supposes normal differences; fewer than six pairs decide nothing."
     )
     if any(len(entry.paper) > 1 for entry in own):
         lines.append(

@@ -5,10 +5,12 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from enum import StrEnum
 from typing import Any
 
 from kd.results.columns import (
     COLUMNS,
+    against,
     by_example,
     gap_of,
     label,
@@ -18,6 +20,7 @@ from kd.results.columns import (
     paper,
     printed,
     probability,
+    seed_test_name,
     seeds,
     title_of,
     used_columns,
@@ -25,7 +28,6 @@ from kd.results.columns import (
 )
 from kd.results.comparison import Comparison, Entry
 from kd.results.published import compared_with
-from kd.results.statistics import Verdict
 
 
 def markdown(comparison: Comparison) -> str:
@@ -50,7 +52,7 @@ def as_rows(comparison: Comparison) -> list[dict[str, Any]]:
             "n": len(entry.values),
             "seeds": seeds(entry),
             **row_of_paper(entry),
-            **fields_of(entry.difference, {"mean": "difference", "low": "low", "high": "high", **P}),
+            **fields_of(entry.difference, BY_SEED),
             "verdict": verdict(entry, comparison.baseline),
             **fields_of(entry.by_example, BY_EXAMPLE, "by_example"),
             **fields_of(entry.mcnemar, MCNEMAR, "mcnemar"),
@@ -66,6 +68,16 @@ def as_rows(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 P = {"p": "p", "adjusted": "p_corrected"}
+BY_SEED = {
+    "mean": "difference",
+    "spread": "spread",
+    "low": "low",
+    "high": "high",
+    **P,
+    "test": "test",
+    "sign_flip": "p_sign_flip",
+    "t": "p_t",
+}
 BY_EXAMPLE = {
     "n": "n",
     "differing": "differing",
@@ -89,7 +101,7 @@ def fields_of(test: object | None, columns: Mapping[str, str], prefix: str = "")
     """
     start = f"{prefix}_" if prefix else ""
     values = {column: None if test is None else getattr(test, name) for name, column in columns.items()}
-    return {start + column: str(value) if isinstance(value, Verdict) else value for column, value in values.items()}
+    return {start + column: str(value) if isinstance(value, StrEnum) else value for column, value in values.items()}
 
 
 def row_of_paper(entry: Entry) -> dict[str, Any]:
@@ -156,7 +168,8 @@ def latex(comparison: Comparison) -> str:
     """Return a comparison as a LaTeX table for booktabs: rows by columns, the best of a column bold, the second underlined.
 
     The paper's value is in parentheses behind ours; of several the one that ours is compared with. Best and second are those of
-    ours with the same student. Teachers are a column if rows differ in them. Tests by example are comments above the table.
+    ours with the same student. Teachers are a column if rows differ in them. Tests by seed and by example are comments above
+    the table.
     """
     columns = comparison.columns
     groups: dict[tuple[Any, ...], list[Entry]] = {}
@@ -164,7 +177,7 @@ def latex(comparison: Comparison) -> str:
         groups.setdefault((one.column, one.student), []).append(one)
     place = {(column, *key): rank for (column, _), of in groups.items() for key, rank in ranks(of).items()}
     labels = (2, 3) if len({key[3] for key in comparison.rows}) > 1 else (2,)  # student and teacher
-    lines = [f"% {line}" for line in (*notes(comparison), *tests_by_example(comparison))]
+    lines = [f"% {line}" for line in (*notes(comparison), *lines_by_seed(comparison), *lines_by_example(comparison))]
     lines += [r"\begin{tabular}{l" + "l" * len(labels) + "r" * len(columns) + "}", r"\toprule"]
     headings = ["", *("" for _ in labels), *(tex(" ".join(filter(None, column))) for column in columns)]
     lines += [" & ".join(headings) + r" \\", r"\midrule"]
@@ -187,14 +200,34 @@ def latex_cell(entry: Entry | None, rank: int | None) -> str:
     return " ".join(filter(None, [text, f"({of_paper})" if of_paper else ""])) or "--"
 
 
-def tests_by_example(comparison: Comparison) -> list[str]:
+def lines_by_seed(comparison: Comparison) -> list[str]:
+    """Return a line for each entry with a test by seed: its name, p and verdict."""
+    lines = []
+    for entry in comparison.entries:
+        if name := seed_test_name(entry):
+            where, p = f"{label(entry)} on {title_of(entry.column)}", probability(entry.difference)
+            test = f"{name}, p {equals(p)}" if p else name
+            lines.append(f"By seed, {where}: {against(entry)}, {test}: {verdict(entry, comparison.baseline)}.")
+    return lines
+
+
+def equals(p: str) -> str:
+    """Return the text of a p with the sign that stands before it, that of equality unless it has one.
+
+    >>> equals("0.031"), equals("< 0.001")
+    ('= 0.031', '< 0.001')
+    """
+    return p if p.startswith("<") else f"= {p}"
+
+
+def lines_by_example(comparison: Comparison) -> list[str]:
     """Return a line for each entry with a test by example."""
     lines = []
     for entry in comparison.entries:
         if entry.by_example is not None:
-            mcnemar = "" if entry.mcnemar is None else f"; McNemar p = {probability(entry.mcnemar)}"
+            mcnemar = "" if entry.mcnemar is None else f"; McNemar p {equals(probability(entry.mcnemar))}"
             where = f"{label(entry)} on {title_of(entry.column)}"
-            lines.append(f"By example, {where}: {by_example(entry)}, p = {probability(entry.by_example)}{mcnemar}.")
+            lines.append(f"By example, {where}: {by_example(entry)}, p {equals(probability(entry.by_example))}{mcnemar}.")
     return lines
 
 

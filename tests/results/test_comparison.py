@@ -17,7 +17,7 @@ from kd.results.gathering import compare_table, with_expected
 from kd.results.page import page
 from kd.results.published import compared_with
 from kd.results.renderings import FORMATS, as_rows, markdown, ranks, tex
-from kd.results.statistics import Verdict, holm, sign_flip_p
+from kd.results.statistics import SeedTest, Verdict, holm, sign_flip_p, t_p
 
 
 def figure(method: str, value: float | None, seed: int = 0, **more: Any) -> Figure:
@@ -81,14 +81,18 @@ def test_values_of_seeds_are_one_entry_with_mean_and_spread() -> None:
 def test_a_method_is_paired_with_the_baseline_by_seed_and_corrected_over_methods() -> None:
     found = by_method(list(reversed(OURS)))  # the order of the rows is not that of the seeds
     differences = {"kd": GAIN, "pkd": [b - a for a, b in zip(BASE, reversed(BASE), strict=True)]}
-    raw = {name: sign_flip_p(values) for name, values in differences.items()}
+    raw = {name: t_p(values) for name, values in differences.items()}  # six seeds decide one sign-flip test, not two
     adjusted = dict(zip(raw, holm(list(raw.values())), strict=True))
     for name, values in differences.items():
         assert found[name].difference.mean == pytest.approx(statistics.mean(values), abs=1e-12)
-        assert (found[name].difference.p, found[name].difference.adjusted) == (raw[name], adjusted[name])
-    assert found["kd"].difference.verdict == Verdict.TOO_FEW_SEEDS  # six seeds decide one test, not two
+        assert found[name].difference.p == pytest.approx(raw[name], rel=1e-9)
+        assert found[name].difference.adjusted == pytest.approx(adjusted[name], rel=1e-9)
+        assert found[name].difference.test == SeedTest.T
+        assert found[name].difference.sign_flip == sign_flip_p(values)
+    assert found["kd"].difference.verdict == Verdict.BETTER
     assert found["finetune"].difference is None
-    assert by_method(OURS[:12])["kd"].difference.verdict == Verdict.BETTER
+    alone = by_method(OURS[:12])["kd"].difference
+    assert (alone.verdict, alone.test, alone.p) == (Verdict.BETTER, SeedTest.SIGN_FLIP, 2 / 64)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +304,42 @@ def test_every_format_has_the_same_numbers() -> None:
         assert row["mean"] == entry.mean
         assert ours(entry) in FORMATS["markdown"](comparison)
         assert ours(entry).replace("±", r"$\pm$") in FORMATS["latex"](comparison)
+
+
+def test_every_format_names_the_test_that_gave_p() -> None:
+    for figures, name, of in ((OURS, "paired t-test", "p_t"), (OURS[:12], "sign-flip test", "p_sign_flip")):
+        comparison = compare(entries_of(figures))
+        (kd,) = [entry for entry in comparison.entries if entry.method == "kd"]
+        content = json.loads(FORMATS["json"](comparison))
+        table = list(csv.DictReader(io.StringIO(FORMATS["csv"](comparison))))
+        for rows in (content["rows"], table):
+            (row,) = [row for row in rows if row["method"] == "kd"]
+            assert row["test"] == name
+            assert row["p"] == row[of]
+            assert float(row["p_sign_flip"]) == kd.difference.sign_flip == 2 / 64
+            assert float(row["p_t"]) == pytest.approx(t_p(GAIN), rel=1e-9)
+            assert float(row["spread"]) == pytest.approx(statistics.stdev(GAIN), rel=1e-9)
+            (base,) = [row for row in rows if row["method"] == "finetune"]
+            assert (base["test"] or None, base["p_t"] or None) == (None, None)
+        header, _, *lines = [line for line in FORMATS["markdown"](comparison).splitlines() if line.startswith("| ")]
+        assert "| p | test | verdict |" in header
+        p = f"{kd.difference.adjusted:.3f}"
+        assert f"| {p} | {name} | better |" in next(line for line in lines if line.startswith("| kd "))
+        assert f"<td>{name}</td>" in page(comparison)
+        (comment,) = [line for line in FORMATS["latex"](comparison).splitlines() if line.startswith("% By seed, kd")]
+        assert comment.startswith("% By seed, kd on rte: validation accuracy: +2.2 [+")
+        assert comment.endswith(f"], {name}, p = {p}: better.")
+        assert FORMATS["latex"](comparison).count("% By seed, ") == len(figures) // 6 - 1
+
+
+def test_equal_differences_have_no_p_in_any_format() -> None:
+    tied = [figure("kd", value + 0.0025, seed) for seed, value in enumerate(BASE)]
+    comparison = compare(entries_of([*OURS[:6], *tied, *OURS[12:]]))
+    (row,) = [row for row in json.loads(FORMATS["json"](comparison))["rows"] if row["method"] == "kd"]
+    assert (row["p"], row["p_corrected"], row["p_t"], row["p_sign_flip"]) == (None, None, None, 2 / 64)
+    assert "| +0.2 |  | paired t-test | undecided: all differences are equal |" in FORMATS["markdown"](comparison)
+    assert ": +0.2, paired t-test: undecided: all differences are equal." in FORMATS["latex"](comparison)
+    assert "undecided: all differences are equal" in page(comparison)
 
 
 def test_latex_has_the_best_bold_and_the_second_underlined() -> None:

@@ -9,25 +9,29 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.stats import binom, norm, permutation_test
+from scipy.stats import binom, norm, permutation_test, t, ttest_rel
 
 from kd.errors import InputError
 from kd.results.statistics import (
     ALPHA,
     MIN_SEEDS,
     PairedDifference,
+    SeedTest,
     Verdict,
-    bca_interval,
     bonferroni,
     corrected,
     corrected_by_example,
     example_difference,
     holm,
     mcnemar,
+    p_values,
     seed_difference,
+    seed_test,
     seeds,
     seeds_needed,
     sign_flip_p,
+    t_interval,
+    t_p,
     task_summary,
 )
 
@@ -138,45 +142,102 @@ def test_six_seeds_find_a_gain_of_one_spread_if_all_have_its_sign() -> None:
     assert binom.ppf(0.0005, 1000, power) <= found <= binom.ppf(0.9995, 1000, power)
 
 
-def naive_bca(values: NDArray[np.float64], draws: int) -> tuple[float, float]:
-    """Transcribe Efron 1987: quantiles at normal.cdf(z0 + (z0 + z) / (1 - a (z0 + z))), with a by the jackknife."""
-    n, rng = len(values), np.random.default_rng(99)
-    means = np.sort(rng.choice(values, (draws, n)).mean(axis=1))
-    z0 = norm.ppf((np.mean(means < values.mean()) + np.mean(means <= values.mean())) / 2)
-    left_out = np.array([np.delete(values, i).mean() for i in range(n)])
-    apart = left_out.mean() - left_out
-    a = (apart**3).sum() / (6 * (apart**2).sum() ** 1.5)
-    ends = [norm.cdf(z0 + (z0 + z) / (1 - a * (z0 + z))) for z in norm.ppf([0.025, 0.975])]
-    low, high = np.quantile(means, ends)
-    return float(low), float(high)
+def naive_t(values: NDArray[np.float64]) -> float:
+    """Transcribe Student 1908: the mean over its estimated standard error."""
+    n, mean = len(values), sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / (n - 1)
+    return float(mean / math.sqrt(variance / n))
 
 
-@pytest.mark.parametrize("sample", ["normal", "skewed"])
-def test_interval_is_a_naive_bca(sample: str) -> None:
-    values = SAMPLES[sample](np.random.default_rng(4), 12)
-    # Two sets of random draws: the 2.5 % quantile of 9,999 has a standard error of about .027 standard errors of the mean.
-    tolerance = 0.08 * values.std() / math.sqrt(12)
-    assert bca_interval(values) == pytest.approx(naive_bca(values, 100_000), abs=tolerance)
-    assert bca_interval(values) == bca_interval(values)
+@samples
+@pytest.mark.parametrize("n", [2, 3, 6, 11])
+def test_t_test_is_that_of_scipy_on_scores_and_a_naive_formula(sample: Draw, n: int) -> None:
+    rng = np.random.default_rng(n)
+    for _ in range(20):
+        ours, theirs = sample(rng, n), rng.integers(-3, 4, n).astype(float)
+        differences = ours - theirs
+        if np.ptp(differences):
+            assert t_p(differences) == pytest.approx(ttest_rel(ours, theirs).pvalue, rel=1e-9)
+            assert t_p(differences) == pytest.approx(2 * t.sf(abs(naive_t(differences)), n - 1), rel=1e-9)
 
 
-def test_interval_follows_scale_and_sign() -> None:
-    values = np.random.default_rng(5).exponential(1, 8)
-    low, high = bca_interval(values) or (math.nan, math.nan)
-    assert bca_interval(values / 128) == pytest.approx((low / 128, high / 128))
-    assert bca_interval(-values) == pytest.approx((-high, -low), abs=0.05)
+def test_t_test_has_the_p_of_a_table() -> None:
+    """Compare with the critical values of Student's distribution for 5 and 2 degrees of freedom, which tables print."""
+    for critical, n, p in ((2.571, 6, 0.05), (4.032, 6, 0.01), (4.303, 3, 0.05), (9.925, 3, 0.01)):
+        apart = np.array([1.0, -1.0] * 3 if n == 6 else [1.0, 0.0, -1.0])
+        values = apart + critical * apart.std(ddof=1) / math.sqrt(n)
+        assert t_p(values) == pytest.approx(p, rel=2e-3)  # critical values have four digits
+        assert t_p(-values) == pytest.approx(p, rel=2e-3)
+        assert t_p(values / 128) == pytest.approx(t_p(values))
 
 
-def test_equal_differences_have_no_interval_and_no_warning() -> None:
+@pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
+def test_interval_is_that_of_student_and_agrees_with_the_t_test(sample: Draw) -> None:
+    rng = np.random.default_rng(4)
+    for n in (2, 6, 12):
+        for _ in range(10):
+            values = sample(rng, n)
+            if not np.ptp(values):
+                continue
+            half = t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)
+            low, high = t_interval(values) or (math.nan, math.nan)
+            assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half))
+            assert (low > 0 or high < 0) == ((t_p(values) or 0) < ALPHA)
+            assert t_interval(-values) == pytest.approx((-high, -low))
+
+
+def test_no_more_than_five_in_a_hundred_normal_nulls_are_rejected_by_the_t_test() -> None:
+    """Compare with a binomial at the level itself, within its quantiles of 0.05 % and 99.95 %; Holm's of 25 methods too."""
+    for n in (3, 6):
+        p = p_values(SeedTest.T, np.random.default_rng(n).normal(size=(50_000, n)))
+        for level in (ALPHA, ALPHA / 25):
+            assert binom.ppf(0.0005, 50_000, level) <= np.count_nonzero(p <= level) <= binom.ppf(0.9995, 50_000, level)
+
+
+@samples
+@pytest.mark.parametrize("n", [2, 3, 7, 22])
+def test_p_of_many_samples_is_that_of_each(sample: Draw, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seeds, "FLIPS", 999)
+    monkeypatch.setattr(seeds, "BLOCK", 5 * 2**n if n <= seeds.EXACT_SEEDS else 3 * 999)  # several blocks, the last not full
+    rows = np.stack([sample(np.random.default_rng(seed), n) for seed in range(12)])
+    rows[3], rows[7] = 0.25, 0
+    assert p_values(SeedTest.SIGN_FLIP, rows).tolist() == [sign_flip_p(row) for row in rows]
+    each = [t_p(row) for row in rows]
+    assert (each[3], each[7]) == (None, 1)
+    np.testing.assert_allclose(p_values(SeedTest.T, rows), [math.nan if p is None else p for p in each], rtol=1e-12)
+    for test in SeedTest:
+        assert p_values(test, np.zeros((0, n))).shape == (0,)
+
+
+def test_equal_differences_have_no_interval_no_p_of_a_t_test_and_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for ours, theirs in ([0.9] * 6, [0.8] * 6), ([0.7] * 6, [0.7] * 6), ([0.3, 0.7] * 3, [0.2, 0.6] * 3):
             found = seed_difference(by_seed(ours), by_seed(theirs))
-            assert (found.low, found.high) == (None, None)
+            assert (found.low, found.high, found.spread) == (None, None, 0)
             assert found.verdict == (Verdict.NOT_SHOWN if ours == theirs else Verdict.BETTER)
-            assert found.p == (1 if ours == theirs else 2 / 64)
-        assert bca_interval([1.0]) is None
-        assert bca_interval([]) is None
+            assert found.p == found.sign_flip == (1 if ours == theirs else 2 / 64)
+            assert found.t == (1 if ours == theirs else None)
+        for function in (t_p, t_interval):
+            assert function([1.0]) is None
+            assert function([]) is None
+
+
+def test_equal_differences_are_undecided_where_the_t_test_decides() -> None:
+    """A quarter point for each of six seeds shows no spread, and no p that is 0; the other methods are corrected as before."""
+    equal, same, other = difference([0.0025] * 6), difference([0.0] * 6), difference([0.011, 0.012, 0.013, 0.01, 0.012, 0.014])
+    found = corrected({"equal": equal, "same": same, "other": other})
+    assert {one.test for one in found.values()} == {SeedTest.T}
+    assert (found["equal"].p, found["equal"].adjusted) == (None, None)
+    assert str(found["equal"].verdict) == "undecided: all differences are equal"
+    assert found["equal"].sign_flip == 2 / 64
+    assert (found["same"].p, found["same"].verdict) == (1, Verdict.NOT_SHOWN)
+    assert found["other"].adjusted == pytest.approx(3 * other.t)
+    assert found["other"].verdict == Verdict.BETTER
+    # One seed off by an example of 400 is a spread, and decides.
+    assert corrected({"a": difference([0.0025] * 5 + [0.005]), "b": same})["a"].adjusted == pytest.approx(
+        2 * 2 * t.sf(7, 5)  # mean 7 / 6 and standard error 1 / 6 of the unit
+    )
 
 
 def test_differences_by_rounding_are_none() -> None:
@@ -202,7 +263,48 @@ def test_verdict_goes_by_p_and_knows_the_direction() -> None:
 def test_fewer_than_six_seeds_have_a_mean_and_p_but_no_interval() -> None:
     found = difference([0.1, 0.2, 0.3])
     assert (found.n, found.mean, found.p) == (3, pytest.approx(0.2), 0.25)
-    assert (found.low, found.high, found.verdict) == (None, None, Verdict.TOO_FEW_SEEDS)
+    assert (found.low, found.high, found.verdict, found.test) == (None, None, Verdict.TOO_FEW_SEEDS, SeedTest.SIGN_FLIP)
+    assert found.spread == pytest.approx(0.1)
+    assert found.t == pytest.approx(2 * t.sf(2 * math.sqrt(3), 2))
+    strong = difference([0.1, 0.1001, 0.1002, 0.1, 0.1001])
+    assert (strong.t or 1) < 1e-6
+    assert corrected(dict.fromkeys("abcdefg", strong)) == dict.fromkeys("abcdefg", strong)
+    assert strong.verdict == Verdict.TOO_FEW_SEEDS
+
+
+def test_the_test_that_decides_depends_on_numbers_of_pairs_and_methods_alone() -> None:
+    rule = {(pairs, methods): seed_test(pairs, methods) for pairs in range(1, 15) for methods in (1, 2, 3, 10, 25, 27)}
+    decided_by_t = {methods: [pairs for pairs in range(1, 15) if rule[pairs, methods] is SeedTest.T] for _, methods in rule}
+    assert decided_by_t == {1: [], 2: [6], 3: [6], 10: [6, 7, 8], 25: [6, 7, 8, 9], 27: [6, 7, 8, 9, 10]}
+    rng = np.random.default_rng(20)
+    for pairs, methods in ((6, 3), (7, 3), (6, 25), (10, 25)):
+        shifts = (0.0, 0.3, 3.0)
+        drawn = {str(k): difference((shifts[k % 3] + rng.normal(size=pairs)).tolist()) for k in range(methods)}
+        for one in corrected(drawn).values():
+            assert one.test == rule[pairs, methods]
+            assert one.p == (one.t if one.test is SeedTest.T else one.sign_flip)
+
+
+def test_six_seeds_decide_twenty_five_methods() -> None:
+    """Gains of five spreads are shown, p is 25, 24, ... times that of the t-test, and no sign-flip test could show any."""
+    rng = np.random.default_rng(21)
+    drawn = {f"m{k}": difference((rng.normal(5.0 if k < 2 else 0.0, 1, 6)).tolist()) for k in range(25)}
+    found = corrected(drawn)
+    raw = [drawn[name].t or 0.0 for name in drawn]
+    assert [one.adjusted for one in found.values()] == holm(raw)
+    assert [name for name, one in found.items() if one.verdict == Verdict.BETTER] == ["m0", "m1"]
+    assert {one.verdict for name, one in found.items() if name not in ("m0", "m1")} == {Verdict.NOT_SHOWN}
+    assert 25 * min(one.sign_flip or 1 for one in found.values()) > ALPHA
+
+
+def test_methods_with_other_numbers_of_seeds_are_tested_by_their_own_test_and_corrected_together() -> None:
+    many = difference([float(k) for k in range(1, 12)])
+    some = difference([5.0, 6, 7, 5, 6, 8])
+    few = difference([1.0, 2, 3])
+    found = corrected({**{f"m{k}": many for k in range(24)}, "some": some, "few": few})
+    assert (found["m0"].test, found["some"].test, found["few"]) == (SeedTest.SIGN_FLIP, SeedTest.T, few)
+    assert found["some"].adjusted == pytest.approx(25 * some.t)
+    assert found["m0"].adjusted == pytest.approx(24 * many.sign_flip)
 
 
 def test_only_seeds_that_both_have_are_paired_and_the_rest_is_returned() -> None:
@@ -220,7 +322,7 @@ def test_order_of_the_seeds_changes_nothing() -> None:
     assert seed_difference(dict(reversed(ours.items())), theirs) == seed_difference(ours, theirs)
 
 
-@pytest.mark.parametrize("function", [sign_flip_p, bca_interval])
+@pytest.mark.parametrize("function", [sign_flip_p, t_p, t_interval])
 def test_differences_that_are_not_finite_are_refused(function: Callable[[list[float]], object]) -> None:
     with pytest.raises(InputError, match="not all finite"):
         function([0.1, math.nan, 0.2])
@@ -420,12 +522,14 @@ def test_methods_against_one_baseline_are_corrected_and_decided_anew() -> None:
     assert [d.p for d in found.values()] == p
 
 
-def test_correction_may_need_more_seeds_than_one_test() -> None:
+def test_a_correction_may_need_the_t_test() -> None:
     six = difference([1.0, 2, 3, 4, 5, 6])
-    assert six.verdict == Verdict.BETTER
+    assert (six.test, six.verdict) == (SeedTest.SIGN_FLIP, Verdict.BETTER)
     found = corrected({"a": six, "b": six, "c": six})
-    assert {d.verdict for d in found.values()} == {Verdict.TOO_FEW_SEEDS}
-    assert {d.adjusted for d in found.values()} == {3 * 2 / 64}
+    assert {(d.test, d.verdict) for d in found.values()} == {(SeedTest.T, Verdict.BETTER)}
+    assert {d.adjusted for d in found.values()} == {3 * six.t}
+    assert corrected(found) == found
+    assert corrected({"a": found["a"]}) == {"a": corrected({"a": six})["a"]}
 
 
 def test_differences_of_few_seeds_are_not_counted_by_a_correction() -> None:

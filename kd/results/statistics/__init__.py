@@ -13,13 +13,18 @@ from kd.results.statistics.examples import (
     example_difference,
     mcnemar,
 )
+from kd.results.statistics.power import detectable_difference, median_spread
 from kd.results.statistics.seeds import (
     MIN_SEEDS,
     PairedDifference,
-    bca_interval,
+    SeedTest,
+    p_values,
     seed_difference,
+    seed_test,
     seeds_needed,
     sign_flip_p,
+    t_interval,
+    t_p,
 )
 from kd.results.statistics.several import TaskSummary, bonferroni, corrected, corrected_by_example, holm, task_summary
 from kd.results.statistics.verdict import ALPHA, Verdict
@@ -33,21 +38,27 @@ __all__ = [
     "ExampleDifference",
     "McNemar",
     "PairedDifference",
+    "SeedTest",
     "Statistic",
     "TaskSummary",
     "Verdict",
-    "bca_interval",
     "bonferroni",
     "corrected",
     "corrected_by_example",
     "counted_difference",
+    "detectable_difference",
     "drawn",
     "example_difference",
     "holm",
     "mcnemar",
     "mean_of",
+    "median_spread",
+    "p_values",
     "seed_difference",
+    "seed_test",
     "seeds_needed",
     "sign_flip_p",
+    "t_interval",
+    "t_p",
     "task_summary",
 ]

@@ -1,19 +1,23 @@
-"""Comparison of a method with a baseline by pairs of runs with one seed: sign-flip test and BCa interval."""
+"""Comparison of a method with a baseline by pairs of runs with one seed: sign-flip test, paired t-test and t interval."""
 
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import bootstrap
+from scipy.stats import ttest_1samp
 
 from kd.errors import InputError
 from kd.results.statistics.verdict import ALPHA, ROUNDING, Verdict, decided
 
+Floats = NDArray[np.float64]
+
 MIN_SEEDS = 6
-"""Smallest number of pairs with which a sign-flip test can reach ALPHA; see `seeds_needed`."""
+"""Smallest number of pairs that decide anything: with fewer a sign-flip test cannot reach ALPHA, see `seeds_needed`, and could
+not contradict a t-test. `experiments/statistics` has the simulations."""
 
 EXACT_SEEDS = 20
 """Largest number of pairs for which all sign assignments are enumerated, about a million; with more, some are drawn."""
@@ -21,8 +25,15 @@ EXACT_SEEDS = 20
 FLIPS = 99_999
 """Number of sign assignments that are drawn. The standard error of a p of .05 is 0.0007."""
 
-DRAWS = 9_999
-"""Number of bootstrap samples of an interval."""
+BLOCK = 2**21
+"""Largest number of sums of sign assignments that are held at once: 16 MB."""
+
+
+class SeedTest(StrEnum):
+    """Test by seed that gives p and verdict."""
+
+    SIGN_FLIP = "sign-flip test"
+    T = "paired t-test"
 
 
 @dataclass(frozen=True)
@@ -32,14 +43,18 @@ class PairedDifference:
     Args:
         n: number of pairs.
         mean: mean difference, method minus baseline; None without pairs.
-        low: lower end of the 95 % interval of the mean, `bca_interval`; None with fewer than MIN_SEEDS pairs, and if all
-            differences are equal.
+        low: lower end of the 95 % interval of the mean, `t_interval`; None with fewer than MIN_SEEDS pairs, and if all
+            differences are equal. It is not corrected for several tests.
         high: upper end.
-        p: two-sided p of `sign_flip_p`; None without pairs.
+        p: two-sided p of `test`; None without pairs, and where that test has none.
         verdict: outcome at ALPHA, by `adjusted` if it is set, else by `p`, never by the interval.
         unpaired: seeds without a pair: only one of the two was run, or a score is undefined.
         higher_is_better: whether a positive difference is an improvement.
         adjusted: p corrected for several tests; None if it is not corrected.
+        test: test that `p` is of, see `seed_test`; None without pairs.
+        sign_flip: two-sided p of `sign_flip_p`; None without pairs.
+        t: two-sided p of `t_p`; None where that is undefined.
+        spread: standard deviation of the differences, with n - 1; None with fewer than two pairs.
     """
 
     n: int
@@ -51,11 +66,26 @@ class PairedDifference:
     unpaired: tuple[int, ...] = ()
     higher_is_better: bool = True
     adjusted: float | None = None
+    test: SeedTest | None = None
+    sign_flip: float | None = None
+    t: float | None = None
+    spread: float | None = None
 
     @property
     def gain(self) -> float:
         """The mean difference, positive for an improvement; 0 without pairs."""
         return (self.mean or 0.0) * (1 if self.higher_is_better else -1)
+
+    def tested(self, comparisons: int = 1) -> "PairedDifference":
+        """Return the difference with the p and the verdict of the test for so many comparisons, not yet corrected.
+
+        Args:
+            comparisons: number of tests that are corrected together.
+        """
+        test = seed_test(self.n, comparisons)
+        p = self.sign_flip if test is SeedTest.SIGN_FLIP else self.t
+        verdict = Verdict.TOO_FEW_SEEDS if self.n < MIN_SEEDS else Verdict.NO_SPREAD if p is None else decided(self.gain, p)
+        return replace(self, test=test, p=p, adjusted=None, verdict=verdict)
 
 
 def seeds_needed(comparisons: int = 1) -> int:
@@ -72,6 +102,23 @@ def seeds_needed(comparisons: int = 1) -> int:
     (6, 7, 11)
     """
     return next(n for n in itertools.count(1) if comparisons * 2 / 2**n <= ALPHA)
+
+
+def seed_test(pairs: int, comparisons: int = 1) -> SeedTest:
+    """Return the test that decides: by the numbers of pairs and comparisons alone, never by the scores.
+
+    It is the sign-flip test if that can decide, with `seeds_needed` pairs or more, because it supposes less. With fewer it is
+    the paired t-test, from MIN_SEEDS pairs on. Below MIN_SEEDS pairs nothing decides, and the p that is shown is that of the
+    sign-flip test. Our choice; `docs/statistics.md` has the reasons.
+
+    Args:
+        pairs: number of pairs.
+        comparisons: number of tests that are corrected together.
+
+    >>> [str(seed_test(pairs, 25)) for pairs in (5, 6, 9, 10)]
+    ['sign-flip test', 'paired t-test', 'paired t-test', 'sign-flip test']
+    """
+    return SeedTest.T if MIN_SEEDS <= pairs < seeds_needed(comparisons) else SeedTest.SIGN_FLIP
 
 
 def sign_flip_p(differences: ArrayLike) -> float:
@@ -95,27 +142,44 @@ def sign_flip_p(differences: ArrayLike) -> float:
     >>> sign_flip_p([1, 2, 3, 4, 5, 6]), sign_flip_p([1, 2, 3])
     (0.03125, 0.25)
     """
+    return float(p_values(SeedTest.SIGN_FLIP, _finite(differences)[None])[0])
+
+
+def t_p(differences: ArrayLike) -> float | None:
+    """Return the two-sided p of Student's paired t-test, which supposes that differences are normal.
+
+    Unlike that of the sign-flip test it can be small with few pairs, and rests on a shape of the differences that so few
+    cannot show. Differences that are all equal give none: t is then infinite, as if nothing were uncertain, where all that is
+    known is that the spread is below the resolution of the scores. If all are 0, p is 1, as that of any test.
+
+    Source: Student, Biometrika 6(1), 1908; computed by `scipy.stats.ttest_1samp`.
+
+    Args:
+        differences: (pairs,), in any unit.
+
+    Returns:
+        p; None with fewer than two differences, and if all are equal to one another and not 0.
+
+    Raises:
+        InputError: if a difference is not finite.
+
+    >>> round(t_p([1, 2, 3, 4, 5, 6]), 4), t_p([0, 0, 0]), t_p([0.25, 0.25, 0.25])
+    (0.0059, 1.0, None)
+    """
     values = _finite(differences)
-    observed = abs(values.sum()) - ROUNDING * np.abs(values).sum()
-    if len(values) <= EXACT_SEEDS:
-        sums = np.zeros(1)
-        for value in values:
-            sums = np.concatenate([sums + value, sums - value])
-        return float(np.mean(np.abs(sums) >= observed))
-    generator, sums = np.random.default_rng(0), np.zeros(FLIPS)
-    for value in values:
-        sums += generator.choice([-value, value], FLIPS)
-    return float((1 + np.count_nonzero(np.abs(sums) >= observed)) / (1 + FLIPS))
+    if len(values) < 2:
+        return None
+    p = float(p_values(SeedTest.T, values[None])[0])
+    return None if math.isnan(p) else p
 
 
-def bca_interval(differences: ArrayLike) -> tuple[float, float] | None:
-    """Return the 95 % bias-corrected and accelerated bootstrap interval of the mean, from a fixed generator.
+def t_interval(differences: ArrayLike) -> tuple[float, float] | None:
+    """Return the 95 % interval of the mean by Student's t; None with fewer than two differences, and if all are equal.
 
-    None if there are fewer than two differences, or if all are equal: the acceleration is then 0 / 0, and a bootstrap would
-    return a single point, as if nothing were uncertain. With few differences intervals are too short, because so small a
-    sample shows too little of the spread: `docs/statistics.md` has the measured coverage.
+    It supposes normal differences. It covers the mean more often than a bootstrap interval (BCa) for six and for ten pairs, of
+    normal differences and of skewed ones: `experiments/statistics` has the rates.
 
-    Source: Efron, Journal of the American Statistical Association 82(397), 1987; computed by `scipy.stats.bootstrap`.
+    Source: Student, Biometrika 6(1), 1908; computed by `scipy.stats.ttest_1samp`.
 
     Args:
         differences: (pairs,), in any unit.
@@ -124,11 +188,53 @@ def bca_interval(differences: ArrayLike) -> tuple[float, float] | None:
         InputError: if a difference is not finite.
     """
     values = _finite(differences)
-    if len(values) < 2 or np.ptp(values) <= ROUNDING * np.abs(values).max():
+    if len(values) < 2 or _all_equal(values[None])[0]:
         return None
-    generator = np.random.default_rng(0)
-    drawn = bootstrap((values,), np.mean, n_resamples=DRAWS, confidence_level=1 - ALPHA, method="BCa", rng=generator)
-    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+    interval = ttest_1samp(values, 0).confidence_interval(1 - ALPHA)
+    return float(interval.low), float(interval.high)
+
+
+def _all_equal(rows: Floats) -> NDArray[np.bool_]:
+    """Return whether the differences of a row, (samples, pairs), are equal but for rounding, (samples,)."""
+    equal: NDArray[np.bool_] = np.ptp(rows, axis=1) <= ROUNDING * np.abs(rows).max(axis=1)
+    return equal
+
+
+def p_values(test: SeedTest, differences: Floats) -> Floats:
+    """Return two-sided p of many samples of differences at once: those of `sign_flip_p` or `t_p`, with NaN for None.
+
+    Args:
+        test: the test.
+        differences: (samples, pairs) finite differences, two or more pairs for the t-test.
+
+    Returns:
+        p of each sample, (samples,).
+    """
+    if test is SeedTest.T:
+        equal = _all_equal(differences)
+        found = np.where(equal & ~differences.any(axis=1), 1.0, np.nan)
+        if not equal.all():
+            found[~equal] = ttest_1samp(differences[~equal], 0, axis=1).pvalue
+        return found
+    size = max(1, BLOCK // 2 ** differences.shape[1] if differences.shape[1] <= EXACT_SEEDS else BLOCK // FLIPS)
+    blocks = [_sign_flip(differences[start : start + size]) for start in range(0, len(differences), size)]
+    return np.concatenate([np.zeros(0), *blocks])
+
+
+def _sign_flip(rows: Floats) -> Floats:
+    """Return the p of the sign-flip test of each row, (samples, pairs)."""
+    observed = np.abs(rows.sum(axis=1)) - ROUNDING * np.abs(rows).sum(axis=1)
+    if rows.shape[1] <= EXACT_SEEDS:
+        sums = np.zeros((len(rows), 1))
+        for column in rows.T[:, :, None]:
+            sums = np.concatenate([sums + column, sums - column], axis=1)
+        exact: Floats = (np.abs(sums) >= observed[:, None]).mean(axis=1)
+        return exact
+    generator, sums = np.random.default_rng(0), np.zeros((len(rows), FLIPS))
+    for column in rows.T[:, :, None]:
+        sums += column * generator.choice([-1.0, 1.0], FLIPS)
+    drawn: Floats = (1 + np.count_nonzero(np.abs(sums) >= observed[:, None], axis=1)) / (1 + FLIPS)
+    return drawn
 
 
 def _finite(values: ArrayLike) -> NDArray[np.float64]:
@@ -148,9 +254,9 @@ def seed_difference(
     same. This function sees only seeds; the caller pairs what else has to agree. Statements are about further seeds on the
     same data and with the same teacher: they do not extend to another teacher if all seeds share one.
 
-    With fewer than MIN_SEEDS pairs p cannot reach ALPHA whatever the scores (see `seeds_needed`), and the verdict is
-    "too few seeds to decide". There is no interval then either: that of three pairs often excludes 0, and would be read as a
-    verdict.
+    With fewer than MIN_SEEDS pairs the verdict is "too few seeds to decide": p of the sign-flip test cannot reach ALPHA
+    whatever the scores (see `seeds_needed`). There is no interval then either, because one would be read as a verdict. p and
+    verdict are those of a single test; `kd.results.statistics.corrected` decides several, by the test that can.
 
     Args:
         method: score of each seed of the method; None or NaN if it is undefined.
@@ -174,11 +280,21 @@ def seed_difference(
     differences[np.abs(differences) <= ROUNDING * np.maximum(np.abs(ours), np.abs(theirs))] = 0
     total = differences.sum()
     mean = float(total / len(pairs)) if abs(total) > ROUNDING * np.abs(differences).sum() else 0.0
-    low, high = (bca_interval(differences) if len(pairs) >= MIN_SEEDS else None) or (None, None)
-    p = sign_flip_p(differences)
-    few = Verdict.TOO_FEW_SEEDS if len(pairs) < MIN_SEEDS else Verdict.NOT_SHOWN
-    verdict = decided(mean if higher_is_better else -mean, p, few)
-    return PairedDifference(len(pairs), mean, low, high, p, verdict, unpaired, higher_is_better)
+    low, high = (t_interval(differences) if len(pairs) >= MIN_SEEDS else None) or (None, None)
+    untested = PairedDifference(
+        *(len(pairs), mean, low, high, None, Verdict.TOO_FEW_SEEDS, unpaired, higher_is_better),
+        sign_flip=sign_flip_p(differences),
+        t=t_p(differences),
+        spread=_spread(differences),
+    )
+    return untested.tested()
+
+
+def _spread(values: Floats) -> float | None:
+    """Return the standard deviation of differences, 0 if they are equal but for rounding; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    return 0.0 if _all_equal(values[None])[0] else float(values.std(ddof=1))
 
 
 def _defined(score: float | None) -> float | None:

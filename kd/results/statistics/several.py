@@ -86,22 +86,22 @@ def corrected(
 
     For several methods against one baseline, or one method on several tasks. Differences of fewer than MIN_SEEDS pairs are
     returned as they are and not counted: the number of pairs alone, whatever the scores, excludes that they are shown, so they
-    add no false rejection. The verdict is "too few seeds to decide" also where p is above ALPHA and the number of pairs is
-    below `seeds_needed` for this number of tests.
+    add no false rejection. Each of the others has the p of the test that `seed_test` gives for its number of pairs and the
+    number of differences that are counted. Where that is the t-test and all differences of seeds are equal, there is no p: it
+    counts as a test with a p of 1, and the verdict is that it is undecided.
 
     Args:
         differences: by method, or by task.
         correction: `holm` or `bonferroni`.
     """
-    p_values = {name: d.p for name, d in differences.items() if d.p is not None and d.n >= MIN_SEEDS}
-    adjusted = dict(zip(p_values, correction(list(p_values.values())), strict=True))
-    needed = seeds_needed(len(adjusted))
-
-    def with_adjusted(difference: PairedDifference, p: float) -> PairedDifference:
-        few = Verdict.TOO_FEW_SEEDS if difference.n < needed else Verdict.NOT_SHOWN
-        return replace(difference, adjusted=p, verdict=decided(difference.gain, p, few))
-
-    return {name: with_adjusted(d, adjusted[name]) if name in adjusted else d for name, d in differences.items()}
+    counted = [name for name, difference in differences.items() if difference.n >= MIN_SEEDS]
+    tested = {name: differences[name].tested(len(counted)) for name in counted}
+    adjusted = correction([1.0 if difference.p is None else difference.p for difference in tested.values()])
+    decisions = {
+        name: difference if difference.p is None else replace(difference, adjusted=p, verdict=decided(difference.gain, p))
+        for (name, difference), p in zip(tested.items(), adjusted, strict=True)
+    }
+    return {name: decisions.get(name, difference) for name, difference in differences.items()}
 
 
 def corrected_by_example(tests: Mapping[str, ExampleTest]) -> dict[str, ExampleTest]:

@@ -17,6 +17,7 @@ class Verdict(StrEnum):
     NOT_SHOWN = "no difference shown"
     TOO_FEW_SEEDS = "too few seeds to decide"
     TOO_FEW_TASKS = "too few tasks to decide"
+    NO_SPREAD = "undecided: all differences are equal"
 
 
 def decided(gain: float, p: float, otherwise: Verdict = Verdict.NOT_SHOWN) -> Verdict:
