@@ -3,7 +3,7 @@
     python experiments/bench/in_turns.py OUT.json [--rounds 5] --of NAME FOLDER [WORD ...] [--of ...] -- WORD ...
 
 FOLDER is a checkout, whose `kd-bench` is called with the words of its `--of` and those behind `--`: overrides and options, such
-as --steps 50 --bare. Each round calls every one of them, beginning with the next, for one turn after a warm-up. Prints a row for
+as --steps 50 --bare. Each round calls every one of them, beginning with the next, for a turn after a warm-up. Prints a row for
 each candidate of each call: examples per second, and the ratio to the first candidate of the first name in the same round.
 """
 
