@@ -4,8 +4,9 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,11 @@ def parser() -> argparse.ArgumentParser:
         "command", choices=sorted(COMMANDS), help="list of tables | plan: what is missing | run: make it | submit: for GLUE"
     )
     found.add_argument("table", nargs="?", help="a table, as pkd_dev, or a file of yours, as mine.yaml; submit: a run")
-    found.add_argument("overrides", nargs="*", help="scale=local (default) or published; overrides of kd-train")
+    found.add_argument(
+        "overrides",
+        nargs="*",
+        help="scale=local (default) or published; rows=pkd,mine: these methods and the baseline; overrides of kd-train",
+    )
     found.add_argument(
         "--workers", type=count, metavar="N", help="cells side by side (default: a GPU or a core each), or measure: the fastest"
     )
@@ -92,23 +97,33 @@ def planned_of(arguments: argparse.Namespace) -> "PlannedTable":
     if arguments.table is None:
         raise InputError(f"name a table: {', '.join(table_names())}", "table")
     table = load_table(arguments.table)
-    scale, more = "local", []
-    for word in arguments.overrides:
-        if word.startswith("scale="):
-            scale = word.removeprefix("scale=")
-        else:
-            more.append(word)
-    cells = cells_of(table, scale, arguments.only or "")
+    scale, rows, more = chosen(arguments.overrides)
+    cells = cells_of(table, scale, rows, arguments.only or "")
     with shown_count() as show:
         return plan_table(table, cells, more, figures_file(arguments, table.name), show)
 
 
-def cells_of(table: "Table", scale: str, labels: str) -> "list[Cell]":
+def chosen(words: Sequence[str]) -> tuple[str, list[str], list[str]]:
+    """Return the scale, the methods of `rows=` and the overrides among the words of a command; no methods are all."""
+    scale, rows, more = "local", [], []
+    for word in words:
+        key, _, value = word.partition("=")
+        if key == "scale":
+            scale = value
+        elif key == "rows":
+            rows = value.strip("[]").split(",")
+        else:
+            more.append(word)
+    return scale, rows, more
+
+
+def cells_of(table: "Table", scale: str, rows: Sequence[str], labels: str) -> "list[Cell]":
     """Return the cells of a table that have labels.
 
     Args:
         table: the table.
         scale: name of a scale.
+        rows: methods, to which the baseline is added if the table has it; empty for all.
         labels: as `method=pkd student=3l`, quoted as in a shell; empty for all cells.
 
     Raises:
@@ -118,7 +133,11 @@ def cells_of(table: "Table", scale: str, labels: str) -> "list[Cell]":
         words = shlex.split(labels)
     except ValueError as error:
         raise InputError(f"--only={labels} cannot be read: {error}", "--only") from error
-    found = [cell for cell in table.cells(scale) if all(word in cell.words for word in words)]
+    from kd.results.comparison import BASELINE
+
+    baseline = [BASELINE] if any(cell.labels.get("method") == BASELINE for cell in table.cells(scale)) else []
+    cells = table.rows(scale, [*baseline, *rows]) if rows else table.cells(scale)
+    found = [cell for cell in cells if all(word in cell.words for word in words)]
     if not found:
         raise InputError(f"no cell of table {table.name} at scale={scale} has the labels --only='{labels}'", "--only")
     return found
@@ -205,7 +224,23 @@ def run_table(arguments: argparse.Namespace) -> int:
     broken = f"; {len(planned.broken)} cannot be planned" if planned.broken else ""
     print(f"{planned.table.title}\n{len(planned.cells)} cells, {len(missing)} to make{broken}", flush=True)
     figures = figures_file(arguments, planned.table.name)
-    return make(planned, missing, launcher_of(arguments), figures, needed_alone=arguments.needed)
+    status = make(planned, missing, launcher_of(arguments), figures, needed_alone=arguments.needed)
+    if (rows := chosen(arguments.overrides)[1]) and not arguments.needed and not planned.missing():
+        show_rows(planned, rows, figures)
+    return status
+
+
+def show_rows(planned: "PlannedTable", rows: Sequence[str], figures: Path) -> None:
+    """Print the rows of some methods beside the baseline, with their verdicts."""
+    from kd.results.comparison import BASELINE, compare, entries_of
+    from kd.results.figures import read_figures
+    from kd.results.renderings import markdown
+
+    scale = planned.cells[0].cell.scale
+    ours = [figure for figure in read_figures(figures) if figure.scale == scale]
+    compared = compare(entries_of(ours), title=planned.table.title, protocol=planned.table.protocol)
+    shown = [entry for entry in compared.entries if entry.method in (*rows, BASELINE)]
+    print(f"\n{markdown(replace(compared, entries=shown))}", end="")
 
 
 def submit(arguments: argparse.Namespace) -> int:

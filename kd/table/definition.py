@@ -17,19 +17,20 @@ scales:
 ```
 
 A word `w` of the list of `key` is the override `key=w`. A mapping `{label: [overrides]}` names a list of overrides. `row` in a
-product is the label of its cells in the table; without it the labels of method and student are.
+product is the label of its cells in the table; without it the labels of method and student are. `new_rows: kd` beside `paper`
+lets `rows=mine` make a row of any other method, whose cells are those of `kd` with `method=mine`.
 """
 
 import itertools
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kd.config.choices import choice, definition_names, entries, mapping, read_definition, words
-from kd.errors import InputError
+from kd.errors import InputError, one_of
 
-KEYS = ("paper", "title", "protocol", "scales", "not_run")
+KEYS = ("paper", "title", "protocol", "scales", "new_rows", "not_run")
 SCALE_KEYS = ("overrides", "cells")
 
 
@@ -54,6 +55,12 @@ class Cell:
         """Its labels as `key=label`."""
         return [f"{key}={label}" for key, label in self.labels.items()]
 
+    def of_method(self, method: str) -> "Cell":
+        """Return the cell with another method in place of its own, which is a word of the list of `method`."""
+        own = f"method={self.labels['method']}"
+        overrides = tuple(f"method={method}" if word == own else word for word in self.overrides)
+        return replace(self, row=None, labels={**self.labels, "method": method}, overrides=overrides)
+
     def __str__(self) -> str:
         return shlex.join(self.words)
 
@@ -69,6 +76,7 @@ class Table:
         protocol: sentence about the protocol of its figures.
         scales: name of a scale, such as `published` or `local` -> its cells.
         not_run: row or method of the paper that kd does not run -> the reason.
+        new_rows: method whose cells a method that the table does not list takes; None if there are no such rows.
     """
 
     name: str
@@ -77,6 +85,7 @@ class Table:
     protocol: str
     scales: Mapping[str, Sequence[Cell]]
     not_run: Mapping[str, str]
+    new_rows: str | None = None
 
     def cells(self, scale: str) -> Sequence[Cell]:
         """Return the cells of a scale.
@@ -87,6 +96,25 @@ class Table:
         if scale not in self.scales:
             raise InputError(f"table {self.name} has no scale={scale}; it has {', '.join(self.scales)}", "scale")
         return self.scales[scale]
+
+    def rows(self, scale: str, methods: Sequence[str]) -> Sequence[Cell]:
+        """Return the cells of some methods, in the order of the table; those that it does not list come last.
+
+        Args:
+            scale: name of a scale.
+            methods: labels of methods of the table, or, where it has `new_rows`, names of other methods.
+
+        Raises:
+            InputError: if there is no such scale or method.
+        """
+        cells = self.cells(scale)
+        listed = [label for cell in cells if (label := cell.labels.get("method")) is not None]
+        new = [method for method in dict.fromkeys(methods) if method not in listed]
+        if new and (self.new_rows is None or not all(method.isidentifier() for method in new)):
+            raise one_of(new[0], tuple(dict.fromkeys(listed)), "rows")
+        pattern = [cell for cell in cells if cell.labels.get("method") == self.new_rows]
+        found = [cell for cell in cells if cell.labels.get("method") in methods]
+        return [*found, *(cell.of_method(method) for method in new for cell in pattern)]
 
 
 def table_names() -> list[str]:
@@ -124,9 +152,19 @@ def parse_table(name: str, content: Any) -> Table:
             raise InputError(f"table {name} has no rows at scale={scale}", f"scales.{scale}.cells")
     if not scales:
         raise InputError(f"table {name} has no rows", "scales")
+    new_rows = values.get("new_rows")
+    if new_rows is not None:
+        for scale, cells in scales.items():
+            own = [cell for cell in cells if cell.labels.get("method") == new_rows]
+            if not own or any(f"method={new_rows}" not in cell.overrides for cell in own):
+                raise InputError(
+                    f"new_rows={new_rows} is the method whose cells other methods take, and 'method: [{new_rows}]' is in no "
+                    f"product at scale={scale}",
+                    "new_rows",
+                )
     reasons = {str(row): str(reason) for row, reason in mapping(values.get("not_run") or {}, "not_run").items()}
     protocol = " ".join(str(values.get("protocol") or "").split())
-    return Table(name, str(values["paper"]), str(values["title"]), protocol, scales, reasons)
+    return Table(name, str(values["paper"]), str(values["title"]), protocol, scales, reasons, new_rows)
 
 
 def _cells(scale: str, node: Mapping[str, Any], key: str) -> Iterator[Cell]:

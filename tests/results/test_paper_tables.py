@@ -20,14 +20,18 @@ NAMES = sorted(path.stem for path in (conf_folder() / "table").glob("*.yaml"))
 Axis = list[tuple[str, str, list[str]]]
 """Key, label and overrides of each entry."""
 
-ANALYSES = {"what_is_lost"}
-"""Papers that are no methods: they analyse students of any method."""
+OURS = {"what_is_lost", "local_bench"}
+"""Papers that are no methods, and no figure of which is known: an analysis of students of any method, and our own benchmark."""
 
-UNKNOWN = {"what_is_lost_grid"}
-"""Tables of which no figure of the paper is known."""
+LOCAL = {"local_bench"}
+"""Tables that have no published scale."""
 
 tables = pytest.mark.parametrize("name", NAMES)
-scales = pytest.mark.parametrize("scale", ["published", "local"])
+published = pytest.mark.parametrize("name", sorted({*NAMES} - LOCAL))
+scales = pytest.mark.parametrize(
+    ("name", "scale"),
+    [(name, scale) for name in NAMES for scale in ("published", "local") if scale == "local" or name not in LOCAL],
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def definition(name: str) -> dict[str, Any]:
 
 @cache
 def figures(name: str) -> list[Figure]:
-    return [] if name in UNKNOWN else read_figures(EXPERIMENTS / name / "paper.csv")
+    return [] if definition(name)["paper"] in OURS else read_figures(EXPERIMENTS / name / "paper.csv")
 
 
 def entries(key: str, values: list[Any]) -> Iterator[tuple[str, list[str]]]:
@@ -121,17 +125,19 @@ def test_the_commands_read_the_cells_that_are_tested_here(name: str) -> None:
 
 
 def test_every_table_has_its_figures_and_every_file_of_figures_its_table() -> None:
-    assert sorted(path.parent.name for path in EXPERIMENTS.glob("*/paper.csv")) == sorted({*NAMES} - UNKNOWN)
+    assert sorted(path.parent.name for path in EXPERIMENTS.glob("*/paper.csv")) == [
+        name for name in NAMES if definition(name)["paper"] not in OURS
+    ]
     assert {"pkd_dev", "tinybert_1", "tinybert_4", "bert_emd_1", "annealing_kd_dev", "distilbert_dev"} <= set(NAMES)
 
 
 @tables
 def test_a_definition_has_its_parts(name: str) -> None:
     found = definition(name)
-    assert set(found) - {"not_run"} == {"paper", "title", "protocol", "scales"}
-    assert set(found["scales"]) == {"published", "local"}
-    assert found["paper"] in ANALYSES or (conf_folder() / "method" / f"{found['paper']}.yaml").is_file()
-    assert name.startswith(f"{found['paper']}_")
+    assert set(found) - {"not_run", "new_rows"} == {"paper", "title", "protocol", "scales"}
+    assert set(found["scales"]) == ({"local"} if name in LOCAL else {"published", "local"})
+    assert found["paper"] in OURS or (conf_folder() / "method" / f"{found['paper']}.yaml").is_file()
+    assert f"{name}_".startswith(f"{found['paper']}_")
     for part in found["scales"].values():
         assert set(part) == {"overrides", "cells"}
         for product in part["cells"]:
@@ -157,7 +163,7 @@ def test_no_two_figures_are_of_one_thing(name: str) -> None:
     assert len(set(keys)) == len(keys)
 
 
-@tables
+@published
 def test_every_figure_has_cells_or_a_reason_for_having_none(name: str) -> None:
     joined = {tuple(cell.labels.get(axis) for axis in ("method", "student", "task")) for cell in cells(name, "published")}
     for figure in figures(name):
@@ -166,7 +172,7 @@ def test_every_figure_has_cells_or_a_reason_for_having_none(name: str) -> None:
     assert set(definition(name).get("not_run", {})) <= labels
 
 
-@tables
+@published
 def test_metrics_and_splits_of_figures_are_those_that_a_run_has(name: str) -> None:
     specs = {cell.labels["task"]: task_of(cell) for cell in cells(name, "published")}
     for figure in figures(name):
@@ -179,7 +185,7 @@ def test_metrics_and_splits_of_figures_are_those_that_a_run_has(name: str) -> No
 MISMATCHED = ("validation_mismatched", "test_mismatched")
 
 
-@tables
+@published
 def test_checkpoints_are_selected_by_the_metric_of_the_figures(name: str) -> None:
     """Published cells monitor the metric of the task's dev figures, if they have only one."""
     metrics = defaultdict(set)
@@ -192,7 +198,6 @@ def test_checkpoints_are_selected_by_the_metric_of_the_figures(name: str) -> Non
 
 
 @scales
-@tables
 def test_every_override_composes(name: str, scale: str) -> None:
     words = {word for overrides in composed(name, scale) for word in overrides}
     for cell in cells(name, scale):
@@ -201,7 +206,6 @@ def test_every_override_composes(name: str, scale: str) -> None:
 
 
 @scales
-@tables
 def test_no_two_cells_are_one_run(name: str, scale: str) -> None:
     overrides = [cell.overrides for cell in cells(name, scale)]
     labels = [tuple(cell.labels.items()) for cell in cells(name, scale)]
@@ -210,7 +214,6 @@ def test_no_two_cells_are_one_run(name: str, scale: str) -> None:
 
 
 @scales
-@tables
 def test_published_cells_take_models_from_the_hub_and_local_ones_from_packages(name: str, scale: str) -> None:
     for cell in cells(name, scale):
         assert any("=hf:" in word for word in cell.overrides) == (scale == "published"), cell
@@ -236,7 +239,7 @@ def test_the_local_cells_of_pkd_dev() -> None:
     assert [cell.labels["seed"] for cell in found[:18]] == ["0"] * 18  # a table that is not complete has all its rows
 
 
-@scales
+@pytest.mark.parametrize("scale", ["published", "local"])
 def test_every_student_of_the_grid_of_layers_and_heads_has_its_control(scale: str) -> None:
     found = cells("what_is_lost_grid", scale)
     students = {"finetune": set(), "kd": set()}

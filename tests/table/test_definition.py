@@ -87,3 +87,35 @@ def test_a_file_of_ones_own_is_a_table(tmp_path: Path) -> None:
 def test_tables_of_the_package_are_valid() -> None:
     for name in table_names():
         load_table(name)
+
+
+def test_rows_are_methods_of_the_table_and_others_in_the_cells_of_one_that_it_names() -> None:
+    product = {"student": ["3l", "2l"], "method": ["finetune", "kd", {"pkd_last": ["method=pkd", "method.layers=last"]}]}
+    table = parse_table("t", content(product, overrides=("task=rte",), new_rows="kd"))
+    assert [str(cell) for cell in table.rows("local", ["pkd_last"])] == [
+        "student=3l method=pkd_last",
+        "student=2l method=pkd_last",
+    ]
+    listed, mine = table.rows("local", ["mine", "kd"])[:2], table.rows("local", ["mine", "kd", "mine"])[2:]
+    assert [cell.labels["method"] for cell in listed] == ["kd", "kd"]
+    assert [cell.overrides for cell in mine] == [
+        ("task=rte", "student=3l", "method=mine"),
+        ("task=rte", "student=2l", "method=mine"),
+    ]
+    assert [cell.labels for cell in mine] == [{"student": "3l", "method": "mine"}, {"student": "2l", "method": "mine"}]
+
+
+@pytest.mark.parametrize(("new_rows", "method"), [(None, "mine"), ("kd", "no name"), ("kd", "")])
+def test_rows_of_a_method_that_the_table_has_no_cells_for_are_refused(new_rows: str | None, method: str) -> None:
+    table = parse_table("t", content({"method": ["finetune", "kd"]}, **({} if new_rows is None else {"new_rows": new_rows})))
+    with pytest.raises(InputError, match="finetune, kd") as caught:
+        table.rows("local", [method])
+    assert caught.value.key == "rows"
+
+
+@pytest.mark.parametrize("name", ["pkd", "pkd_last", "finetune,kd"])
+def test_cells_of_new_rows_are_those_of_a_word_of_the_table(name: str) -> None:
+    product = {"method": ["finetune", {"pkd_last": ["method=pkd", "method.layers=last"]}]}
+    with pytest.raises(InputError, match="other methods take") as caught:
+        parse_table("t", content(product, new_rows=name))
+    assert caught.value.key == "new_rows"

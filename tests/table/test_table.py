@@ -36,11 +36,11 @@ class Tables:
         self.folder, self.capsys = folder, capsys
         self.runs, self.figures = folder / "runs", folder / "ours.csv"
 
-    def write(self, *products: dict[str, Any]) -> Path:
+    def write(self, *products: dict[str, Any], **more: Any) -> Path:
         """Write the definition of a table of these products."""
         scale = {"overrides": self.overrides, "cells": list(products)}
         path = self.folder / "mine.yaml"
-        path.write_text(yaml.safe_dump({"paper": "toy", "title": "A table", "scales": {"local": scale}}))
+        path.write_text(yaml.safe_dump({"paper": "toy", "title": "A table", "scales": {"local": scale}, **more}))
         return path
 
     def words(self, *more: str) -> list[str]:
@@ -109,6 +109,21 @@ def test_a_cell_whose_figures_stand_in_the_file_counts_as_done(tables: Tables) -
     assert status == 0
     assert "2 done, 1 missing" in out
     assert out.count("done, elsewhere") == 2
+
+
+def test_a_method_that_is_not_listed_gets_its_row_and_verdict_by_one_command(tables: Tables) -> None:
+    tables.write(seeds(0, 1, method=["finetune", "kd", "pkd"]), new_rows="kd")
+    status, out, _ = tables("rows=alp_kd")
+    assert (status, "4 cells, 4 to make" in out) == (0, True)
+    table = out[out.index("# A table") :]
+    assert Counter(re.findall(r"^\| (\w+) 2l ", table, re.MULTILINE)) == {"finetune": 2, "alp_kd": 2}
+    assert "too few seeds to decide" in table
+    status, out, _ = tables("rows=alp_kd")
+    assert (status, "4 cells, 0 to make" in out, "# A table" in out) == (0, True, True)
+    status, out, _ = tables("rows=kd", name="plan")
+    assert "2 done, 2 missing" in out
+    status, _, err = tables("rows=nosuch")
+    assert (status, "method=nosuch" in err) == (1, True)
 
 
 def test_broken_and_failed_cells_are_listed_and_the_rest_is_made(tables: Tables) -> None:
