@@ -9,11 +9,10 @@ import torch
 from kd.build.data import build_examples, check_held, checked_length
 from kd.build.edits import build_edits, check_edits
 from kd.build.engine import build_engine
-from kd.build.instantiate import build_method, build_optimizer, logger_makers
+from kd.build.instantiate import build_optimizer, learns_from_labels_alone, logger_makers, method_of
 from kd.build.models import plan_models
 from kd.build.parts import engine_of
 from kd.build.surgeries import prefix_surgery_errors, surgeries
-from kd.config.edits import edit_nodes
 from kd.config.mixture import rename_task_error_keys, tasks_of
 from kd.config.schema import GRAPHS, RunSpec
 from kd.config.values import locate, one_line, subclass_of
@@ -25,11 +24,11 @@ from kd.errors import InputError, with_keys
 from kd.methods.base import Method
 from kd.models.compiled import check_compiler
 from kd.models.labels import columns
-from kd.runs.edits import edit_class
+from kd.runs.edits import unlabelled_sources
 from kd.runs.error_keys import rename_error_keys
 from kd.runs.members import members
 from kd.runs.run import Run
-from kd.schedules import Schedule, extremes
+from kd.schedules import Schedule
 from kd.system import distributed
 
 
@@ -128,8 +127,7 @@ def check_arguments(run: Run) -> None:
     """
     spec = run.spec
     check_machine(spec)  # first, because other errors do not matter on a machine that cannot run this
-    probabilities = [1 / max(len(spec.teacher), 1)] * len(spec.teacher)
-    method, weights = build_method(spec.method, spec.pool, spec.cohort, probabilities)
+    method, weights = method_of(spec)
     for name, task in tasks_of(spec.task).items():
         with rename_task_error_keys(spec.task, name):
             check_unlabelled(replace(spec, task=task), method, weights)
@@ -145,30 +143,25 @@ def check_arguments(run: Run) -> None:
 
 
 def check_unlabelled(spec: RunSpec, method: Method, weights: Mapping[str, Schedule]) -> None:
-    """Check that a method learns from training text without labels, if the task or an edit has some, or else can do without.
+    """Check that a method can do with training text without labels, if the task or an edit has some, or else without it.
 
     Raises:
-        InputError: for a method whose only term is the loss against the labels, or that needs labels elsewhere; or one that
-            needs text without labels where there is none.
+        InputError: for a method that needs labels for other terms than the loss against them; or one that needs text without
+            labels where there is none.
     """
     name = spec.method["name"]
-    making = {key: "edit=[]" for key, node in edit_nodes(spec.task).items() if edit_class(node, key).unlabels}
-    sources = making if spec.task.unlabelled is None else {"task.unlabelled": "task.unlabelled=null"}
+    sources = unlabelled_sources(spec.task)
     if not sources:
         if (why := method.unlabelled_dependence()) is not None:
             raise InputError(
                 f"method={name} needs training examples without labels: {with_keys(why, 'method', spec.method)}; add "
-                "edit=[denoising_chain] or task.unlabelled",
+                "edit=[hidden_labels], edit=[denoising_chain] or task.unlabelled",
                 "task.unlabelled",
             )
         return
+    if learns_from_labels_alone(weights):  # examples without a label are left out
+        return
     key, without = next(iter(sources.items()))
-    if not any(any(extremes(weight)) for term, weight in weights.items() if term != "task"):
-        raise InputError(
-            f"method={name} learns from labels alone, and has no term for text without them; use {without}, or a method with "
-            "a teacher",
-            key,
-        )
     if (why := method.label_dependence()) is not None:
         reason = with_keys(why, "method", spec.method)
         raise InputError(f"method={name} needs the label of every example: {reason}; use {without}", key)

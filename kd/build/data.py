@@ -5,11 +5,13 @@ import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from kd.build.edits import build_edits
+from kd.build.instantiate import learns_from_labels_alone, method_of
 from kd.build.models import BuiltModels
 from kd.config.schema import RunSpec, cache_limit, padding_multiple
 from kd.data.datamodule import KDDataModule
@@ -21,7 +23,7 @@ from kd.engines.models import Models
 from kd.errors import InputError, prefix_error_keys
 from kd.methods.base import needs_of_teachers
 from kd.runs.digest import digest_of
-from kd.runs.edits import models_of_edits
+from kd.runs.edits import models_of_edits, unlabelled_sources
 from kd.runs.identity import prefix_task_errors, source_of
 from kd.runs.inputs import teacher_source
 from kd.runs.run import Run
@@ -54,9 +56,18 @@ def build_examples(run: Run, *, planned: bool = False) -> Examples:
         source = source_of(run.spec.task)
         edits = build_edits(run.spec.task, None if planned else run)
         with prefix_task_errors():
-            examples = _examples[digest] = load_examples(run.spec.task, source, edits, store_of(run))
+            alone = leaves_out_unlabelled(run)
+            examples = _examples[digest] = load_examples(run.spec.task, source, edits, store_of(run), labelled_alone=alone)
     assert examples is not None
     return examples
+
+
+def leaves_out_unlabelled(run: Run) -> bool:
+    """Return whether a task has training examples without labels and the run leaves them out: it learns from labels alone.
+
+    So fine-tuning is a baseline of methods that learn from these too, with the same task.
+    """
+    return bool(unlabelled_sources(run.spec.task)) and learns_from_labels_alone(method_of(run.spec)[1])
 
 
 def store_of(run: Run) -> Path:
@@ -66,7 +77,9 @@ def store_of(run: Run) -> Path:
 
 def examples_digest(run: Run, *, planned: bool = False) -> str:
     """Return a digest of everything that determines the examples; arguments as for `build_examples`."""
-    identified = {part: run.digest_inputs[part] for part in ("task", "data")}
+    identified: dict[str, Any] = {part: run.digest_inputs[part] for part in ("task", "data")}
+    if leaves_out_unlabelled(run):
+        identified["labelled_alone"] = True
     if models_of_edits(run.spec.task):
         models = {name: needed.digest for name, needed in run.inputs.edits.items()}
         identified["edits"] = {"planned": planned, "models": models}

@@ -152,6 +152,21 @@ def build_method(
     return method, schedules
 
 
+def method_of(spec: RunSpec) -> tuple[Method, dict[str, Schedule]]:
+    """Return the method of a run and the schedules of its weights, before the scores of its teachers are known.
+
+    Raises:
+        InputError: as `build_method`.
+    """
+    chances = [1 / max(len(spec.teacher), 1)] * len(spec.teacher)
+    return build_method(spec.method, spec.pool, spec.cohort, chances)
+
+
+def learns_from_labels_alone(weights: Mapping[str, Schedule]) -> bool:
+    """Return whether the loss against the labels is the only term that ever counts."""
+    return not any(any(extremes(weight)) for term, weight in weights.items() if term != "task")
+
+
 def bind_method(method: Method, node: Mapping[str, Any], bound: Bound) -> None:
     """Bind a method to its models.
 

@@ -71,7 +71,8 @@ class Edit(ABC):
         teachers: whether teachers that are fine-tuned by runs of their own learn from the edited examples too, unless the key
             `teachers` of the edit's node says otherwise.
         adds: whether it adds examples to those that there are; `task.limit_train` then counts the examples before it.
-        unlabels: whether examples that it adds have no label; a method without a loss for these is refused.
+        unlabels: whether it makes examples without a label, or takes labels away; a method that learns from labels alone leaves
+            these examples out.
         files: names of the arguments that are paths of files; the content of the files enters the digest of a run instead.
         column: name of the further column that it adds; None if it adds none.
     """
@@ -333,17 +334,17 @@ class Imbalance(Edit):
         return float(self.ratio**-exponent)
 
 
-class FewLabels(Edit):
-    """A few examples of a domain, whose others are left out: a domain of few labels beside others of many.
+class CountedLabels(Edit):
+    """An edit that keeps the labels of a few examples of a domain.
 
-    Which examples stay is decided by a hash of the text and the seed: they do not depend on the order of the file, and fewer
-    are among more. Classes are not balanced (our choice).
+    Which examples these are is decided by a hash of the text and the seed: they do not depend on the order of the file, and
+    fewer are among more. Classes are not balanced (our choice).
 
     Args:
-        count: number of examples that stay; all if there are fewer.
+        count: number of examples that keep their labels; all if there are fewer.
         where: further column of classes -> a class, or several: the examples that are counted; None for all of train. Examples
-            of other classes, and examples without a label, stay.
-        seed: seed of the draws.
+            of other classes, and examples without a label, stay as they are.
+        seed: seed of the draws; examples of a seed and a count are the same for every class of edits.
     """
 
     def __init__(self, count: int, where: Mapping[str, str | Sequence[str]] | None = None, seed: int = 0) -> None:
@@ -351,8 +352,8 @@ class FewLabels(Edit):
         self.where = mapping_of_names(where, "where")
         self.seed = whole(seed, "seed", 0, LARGEST_SEED)
 
-    def __call__(self, train: Split, task: Task) -> Split:
-        """Return the examples that stay, in their order.
+    def kept(self, train: Split, task: Task) -> np.ndarray:
+        """Return whether each example stays as it is, (examples,), bool.
 
         Raises:
             InputError: for a column or a class that the task does not have, or none of whose examples is in train.
@@ -362,9 +363,35 @@ class FewLabels(Edit):
         if not len(rows):
             raise InputError(f"where={shown(self.where)} selects no training example with a label", "where")
         chances = chances_of(train.texts, f"FewLabels {self.seed}")
-        stays = np.ones(len(train), dtype=bool)
-        stays[rows[np.argsort(chances[rows], kind="stable")[self.count :]]] = False
-        return train.take(np.flatnonzero(stays))
+        kept = np.ones(len(train), dtype=bool)
+        kept[rows[np.argsort(chances[rows], kind="stable")[self.count :]]] = False
+        return kept
+
+
+class FewLabels(CountedLabels):
+    """A few examples of a domain, whose others are left out: a domain of few labels beside others of many.
+
+    Arguments as for `CountedLabels`.
+    """
+
+    def __call__(self, train: Split, task: Task) -> Split:
+        """Return the examples that stay, in their order; errors as of `kept`."""
+        return train.take(np.flatnonzero(self.kept(train, task)))
+
+
+class HiddenLabels(CountedLabels):
+    """A few labels, and all of the text: the other examples stay without theirs, and a teacher still teaches on them.
+
+    Arguments as for `CountedLabels`. Runs that learn from labels alone, such as fine-tuning and that of teachers, leave the
+    others out, and are baselines of the same data.
+    """
+
+    unlabels: ClassVar[bool] = True
+
+    def __call__(self, train: Split, task: Task) -> Split:
+        """Return all examples, in their order; errors as of `kept`."""
+        kept = self.kept(train, task).tolist()
+        return replace(train, labels=[label if keeps else math.nan for label, keeps in zip(train.labels, kept, strict=True)])
 
 
 def mapping_of_names(where: object, key: str) -> dict[str, list[str]] | None:
@@ -452,7 +479,7 @@ def described(edit: Edit, before: Split, after: Split, task: Task) -> str:
     if before.texts == after.texts:
         pairs = zip(before.labels, after.labels, strict=True)
         changed = sum(one != other and not (math.isnan(one) and math.isnan(other)) for one, other in pairs)
-        words = [f"{changed} of {len(before)} labels changed"]
+        words = [f"{changed} of {len(before)} labels {'taken away' if edit.unlabels else 'changed'}"]
     else:
         words = [f"{len(before)} -> {len(after)} examples"]
         if edit.unlabels:

@@ -13,7 +13,7 @@ from kd.config.schema import TaskSpec
 from kd.data.columnar import COLUMNAR
 from kd.data.columns import chosen, chosen_mask, classes_of_columns, values_of_columns
 from kd.data.edits import Split
-from kd.data.labels import PartLabels, class_names, given_labels
+from kd.data.labels import PartLabels, class_names, given_labels, has_label
 from kd.data.masked_lm.task import MaskedLM
 from kd.data.readers import Layout, data_path
 from kd.data.shards import data_fingerprint, shards_of
@@ -96,7 +96,14 @@ class Edited:
     column: str | None = None
 
 
-def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = (), store: Path | None = None) -> Examples:
+def load_examples(
+    spec: TaskSpec,
+    source: Source,
+    edits: Sequence[Edited] = (),
+    store: Path | None = None,
+    *,
+    labelled_alone: bool = False,
+) -> Examples:
     """Read a task's examples, encode their labels, edit those of train, and check all.
 
     Text without labels (`unlabelled`) follows the examples of train; neither limit, edits nor holdout apply to it.
@@ -112,6 +119,7 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = (), 
         source: its data source.
         edits: applied in this order.
         store: folder for text without labels, which is read piece by piece; None for a temporary one.
+        labelled_alone: leave out what has no label, of train and of text without labels.
 
     Raises:
         InputError: for an error in the files or in the configuration of the task.
@@ -164,6 +172,9 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = (), 
         changes.append(change)
     if first and first == len(edits):
         splits["train"] = limited(splits["train"], spec.limit_train)
+    if labelled_alone:
+        splits["train"], change = with_labels(splits["train"], spec)
+        changes.append(change)
     labels: dict[str, Sequence[float]] = {split: examples.labels for split, examples in splits.items()}
     given = given_labels(labels["train"])
     task.partly_labelled = len(given) < len(labels["train"])
@@ -177,7 +188,7 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = (), 
     texts, columns = ({split: getattr(splits[split], part) for split in ordered} for part in ("texts", "columns"))
     labels = {split: labels[split] for split in ordered}
     origins: Sequence[tuple[str, ...]] | None = splits["train"].origins
-    if spec.unlabelled is not None:
+    if spec.unlabelled is not None and not labelled_alone:
         if len(kinds) > len(own):
             raise InputError(
                 f"text without labels has no column '{list(kinds)[-1]}', which an edit adds to train", "unlabelled"
@@ -194,6 +205,14 @@ def load_examples(spec: TaskSpec, source: Source, edits: Sequence[Edited] = (), 
         of_train = columns["train"]
         alike = chosen_mask(spec.where_evaluated, task.column_classes, of_train, len(labels["train"]), "where_evaluated")
     return Examples(task, texts, labels, columns, changes, origins, alike)
+
+
+def with_labels(train: Split, spec: TaskSpec) -> tuple[Split, str]:
+    """Return the training examples that have a label, and what was left out, in words."""
+    rows = np.flatnonzero(has_label(train.labels))
+    left = [f"{count} examples without labels"] if (count := len(train) - len(rows)) else []
+    left += [] if spec.unlabelled is None else ["the text of task.unlabelled"]
+    return train.take(rows), f"the method, which learns from labels alone: {' and '.join(left) or 'nothing'} left out"
 
 
 def carried(spec: TaskSpec) -> dict[str, Any]:

@@ -66,6 +66,17 @@ def models_of_edits(task: TaskSpec) -> dict[str, FrozenSpec]:
     return {key.removeprefix("task.edits."): model for key, model in models.items() if model is not None}
 
 
+def unlabelled_sources(task: TaskSpec) -> dict[str, str]:
+    """Return the keys of what gives a task training examples without labels, each with the override that takes it away.
+
+    Raises:
+        InputError: for something that is no edit.
+    """
+    if task.unlabelled is not None:
+        return {"task.unlabelled": "task.unlabelled=null"}
+    return {key: "edit=[]" for key, node in edit_nodes(task).items() if edit_class(node, key).unlabels}
+
+
 def edits_of_teachers(task: TaskSpec) -> Any:
     """Return `task.edits` for the runs that fine-tune teachers: without the edits that are for students alone.
 

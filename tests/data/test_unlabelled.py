@@ -21,6 +21,7 @@ from kd.data.tasks import NO_CLASS, Classification, Regression, Task
 from kd.engines.base import Engine
 from kd.engines.distiller import Distiller
 from kd.errors import InputError
+from kd.results.comparison import budget_of
 from kd.runs.plan import plan
 from kd.runs.run import Run
 from kd.training import execute
@@ -218,15 +219,55 @@ def test_a_run_with_texts_without_labels_ends_with_a_record(
     assert not build_examples(teacher).task.partly_labelled
 
 
+@pytest.mark.parametrize("words", [["method=finetune", "teacher=[]"], ["method=finetune"], ["method.weights.logits=0"]])
+def test_what_learns_from_labels_alone_leaves_the_other_text_out(run: Callable[..., Run], words: list[str]) -> None:
+    check_arguments(run(*words))
+    examples, labelled = build_examples(run(*words)), build_examples(run(*words, "task.unlabelled=null"))
+    assert examples.texts["train"][:] == labelled.texts["train"][:]
+    assert examples.labels["train"] == labelled.labels["train"]
+    assert not examples.task.partly_labelled
+    assert examples.stored is None
+    assert examples.edits == ["the method, which learns from labels alone: the text of task.unlabelled left out"]
+    assert not labelled.edits
+
+
+def test_hidden_labels_are_of_all_but_a_few_examples(small: Callable[..., list[str]]) -> None:
+    def examples(name: str, count: int, *more: str) -> Examples:
+        return build_examples(planned(small(f"edit=[{name}]", f"task.edits.{name}.count={count}", *more)))
+
+    hidden, few, whole = (
+        examples(*words, "method=kd") for words in (("hidden_labels", 9), ("few_labels", 9), ("few_labels", 999))
+    )
+    assert hidden.texts["train"][:] == whole.texts["train"][:]
+    rows = np.flatnonzero(~np.isnan(hidden.labels["train"]))
+    assert [hidden.texts["train"][row] for row in rows] == few.texts["train"][:]
+    assert [hidden.labels["train"][row] for row in rows] == list(few.labels["train"])
+    assert "HiddenLabels: 87 of 96 labels taken away" in hidden.edits[0]
+    for split in ("validation", "test"):
+        assert hidden.labels[split] == whole.labels[split]
+    alone = examples("hidden_labels", 9, "method=finetune")
+    assert (alone.texts["train"][:], list(alone.labels["train"])) == (few.texts["train"][:], list(few.labels["train"]))
+    assert alone.edits[1] == "the method, which learns from labels alone: 87 examples without labels left out"
+
+
+def test_a_baseline_of_labels_alone_has_the_budget_of_what_learns_from_all_text(
+    small: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    words = ("edit=[hidden_labels]", "task.edits.hidden_labels.count=40", "trainer.max_epochs=1", f"paths.runs={tmp_path}")
+    results = {method: made(small(f"method={method}", *words)) for method in ("finetune", "kd")}
+    (_, baseline), (run, taught) = results["finetune"], results["kd"]
+    assert budget_of(baseline) == budget_of(taught)
+    assert (baseline["examples"]["train"], taught["examples"]["train"]) == (40, 96)
+    (teacher,) = run.inputs.teachers.values()
+    assert len(build_examples(teacher).texts["train"]) == 40
+
+
 # What cannot work, and digests
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["method=finetune", "teacher=[]"], "method=finetune learns from labels alone"),
-        (["method=finetune"], "method=finetune learns from labels alone"),
-        (["method.weights.logits=0"], "method=kd learns from labels alone"),
         (["method=ad_kd", "method.views=gold"], "method=ad_kd needs the label of every example: method.views=gold"),
         (
             ["method=ad_kd", "method.views=gold", "teacher=[minilm,minilm_4l]", "pool=stochastic"],
