@@ -3,10 +3,10 @@
     python experiments/statistics/power.py experiments/pkd_dev/ours.csv --task rte --examples 277
     python experiments/statistics/power.py --spread 0.7 --examples 850
 
-With a table's `ours.csv` the spread of each column is the median over its methods of the standard deviation of the differences
-from the baseline, in pairs of seeds as `kd-report` makes them; with `--spread` it is that number of points. The result is the
-difference that is shown in 80 of 100 simulated tables by the rule of docs/statistics.md: `kd.results.statistics`, whose
-function `detectable_difference` says what is simulated.
+With a table's `ours.csv` the spread of each column is the median over its rows, of all students, of the standard deviation of
+the differences from the baseline, in pairs of seeds as `kd-report` makes them; with `--spread` it is that number of points. The
+result is the difference that is shown in 80 of 100 simulated tables by the rule of docs/statistics.md: `kd.results.statistics`,
+whose function `detectable_difference` says what is simulated.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def columns(path: Path, task: str | None) -> Iterator[tuple[str, float, float]]:
             paired += 1
             factor = 1.0 if in_own_units(column[2]) else 100.0
             own = [factor * one.spread for one in differences if one.spread is not None]
-            yield f"{title_of(column)}; {len(own)} methods with spreads of {min(own):.2f} to {max(own):.2f}", spread, factor
+            yield f"{title_of(column)}; {len(own)} differences with spreads of {min(own):.2f} to {max(own):.2f}", spread, factor
     if not paired:
         of_task = f" of task {task}" if task else ""
         raise InputError(f"'{path}' has no two runs{of_task} of a method that have the seeds of two runs of a baseline")

@@ -115,12 +115,16 @@ def null_tables(rng: np.random.Generator, name: str, methods: int, n: int, draws
     return scores[:, 1:] - scores[:, :1]
 
 
-def any_rejection(test: SeedTest, differences: Array) -> list[object]:
-    """Return how often some method is told apart from the baseline if all have equal means, uncorrected and by Holm."""
-    draws, methods, n = differences.shape
-    p = np.nan_to_num(p_values(test, differences.reshape(-1, n)), nan=1.0).reshape(draws, methods)
+def p_of(test: SeedTest, differences: Array) -> Array:
+    """Return p of each method, (tables, methods), for differences (tables, methods, pairs); 1 where the test has none."""
+    p: Array = np.nan_to_num(p_values(test, differences.reshape(-1, differences.shape[2])), nan=1.0)
+    return p.reshape(differences.shape[:2])
+
+
+def any_rejection(p: Array) -> list[object]:
+    """Return how often some p of a table, (tables, methods), is at most ALPHA, uncorrected and by Holm."""
     corrected = sum(min(holm(of_table.tolist())) <= ALPHA for of_table in p)
-    return [percent(int(np.count_nonzero(p.min(axis=1) <= ALPHA)), draws), percent(corrected, draws)]
+    return [percent(int(np.count_nonzero(p.min(axis=1) <= ALPHA)), len(p)), percent(corrected, len(p))]
 
 
 def smallest_number_of_pairs() -> None:
@@ -223,7 +227,11 @@ def main() -> None:
         *((METHODS, n, "t", tuple(DISTRIBUTIONS)) for n in (6, 9)),
     ):
         for name in names:
-            row(methods, n, test, name, *any_rejection(TESTS[test], null_tables(rng, name, methods, n, 1000)))
+            row(methods, n, test, name, *any_rejection(p_of(TESTS[test], null_tables(rng, name, methods, n, 1000))))
+    for name in ("normal", "accuracies"):
+        differences, few = null_tables(rng, name, METHODS, 11, 1000), METHODS // 2
+        p = [p_of(SeedTest.T, differences[:, :few, :6]), p_of(SeedTest.SIGN_FLIP, differences[:, few:])]
+        row(METHODS, "6 and 11", "t and sign-flip", name, *any_rejection(np.concatenate(p, axis=1)))
 
     rng = np.random.default_rng(0)
     header("False positives by example at .05, percent of 300 nulls", "examples", "paired bootstrap of F1", "McNemar")

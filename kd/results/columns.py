@@ -164,10 +164,18 @@ def notes(comparison: Comparison) -> list[str]:
         lines.append(f"Ours: {' | '.join(selections)}. Students start from {' | '.join(inits)}.")
     lines.append(
         f"Baseline: {comparison.baseline} with the same student, initialisation, selection, budget and seeds. Differences are "
-        "means over pairs of seeds, with Student's 95 % interval, uncorrected, from six pairs on; p by the test beside it, "
-        "corrected by Holm over the methods of a column: the sign-flip test where pairs suffice for so many methods, else the "
-        "paired t-test, which supposes normal differences; fewer than six pairs decide nothing."
+        "means over pairs of seeds, from six pairs on with Student's 95 % interval, which supposes normal differences and is "
+        "not corrected. p is that of the test beside it, corrected by Holm over the methods that share student and budget in "
+        "a column: the sign-flip test, which supposes that differences are symmetric about 0 if there is no true one, where "
+        "pairs suffice for so many methods, else the paired t-test, which supposes that they are normal. Fewer than six pairs "
+        "decide nothing."
     )
+    compared = [entry.column for entry in own if entry.difference is not None]
+    if any(entry.missing and entry.column in compared for entry in comparison.entries):
+        lines.append(
+            "Seeds are missing: with them, numbers of pairs and methods change, and so may tests, corrections and verdicts, "
+            "none of which is final."
+        )
     if any(len(entry.paper) > 1 for entry in own):
         lines.append(
             "Of several figures of the paper, ours is compared with the printed one that is a mean over runs, never with a "

@@ -1,6 +1,7 @@
 """Comparisons: what is averaged, paired, joined with the paper, and said of it in each format."""
 
 import csv
+import html
 import io
 import itertools
 import json
@@ -330,6 +331,35 @@ def test_every_format_names_the_test_that_gave_p() -> None:
         assert comment.startswith("% By seed, kd on rte: validation accuracy: +2.2 [+")
         assert comment.endswith(f"], {name}, p = {p}: better.")
         assert FORMATS["latex"](comparison).count("% By seed, ") == len(figures) // 6 - 1
+
+
+def test_every_format_tells_what_each_test_and_the_interval_suppose() -> None:
+    for render in (*FORMATS.values(), page):
+        if render is not FORMATS["csv"]:  # a table alone, without sentences
+            text = html.unescape(render(compare(entries_of(OURS))))
+            assert "Student's 95 % interval, which supposes normal differences and is not corrected" in text
+            assert "sign-flip test, which supposes that differences are symmetric about 0 if there is no true one" in text
+            assert "paired t-test, which supposes that they are normal. Fewer than six pairs decide nothing." in text
+
+
+def test_verdicts_of_a_table_that_lacks_seeds_are_not_called_final() -> None:
+    figures = [figure(one.method, one.value, int(one.seeds), row=f"{one.method} 3l") for one in OURS]
+
+    def labels(methods: list[str], count: int, task: str = "rte") -> list[dict[str, str]]:
+        return cells(method=methods, student=["3l"], teacher=["minilm"], task=[task], seed=[str(seed) for seed in range(count)])
+
+    def note_is_told(figures: list[Figure], labels: list[dict[str, str]]) -> bool:
+        return "Seeds are missing: " in markdown(compare(with_expected(entries_of(figures), labels)))
+
+    complete = labels(["finetune", "kd", "pkd"], 6)
+    assert not note_is_told(figures, complete)
+    assert not note_is_told(figures, [])
+    assert note_is_told([one for one in figures if (one.method, one.seeds) != ("pkd", "5")], complete)
+    assert note_is_told([one for one in figures if one.method != "pkd"], complete)
+    assert note_is_told(figures, [*complete, *labels(["finetune"], 7)])
+    # Nothing is compared in the column of what is missing.
+    assert not note_is_told(figures, [*complete, *labels(["kd"], 1, "mrpc")])
+    assert not note_is_told([one for one in figures if one.method != "finetune"], complete)
 
 
 def test_equal_differences_have_no_p_in_any_format() -> None:

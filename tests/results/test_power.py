@@ -152,7 +152,7 @@ def test_the_script_reads_spreads_of_a_table(
     text = printed(
         script, capsys, monkeypatch, str(path), "--task", "rte", "--examples", "277", "--seeds", "3", "6", "--methods", "2"
     )
-    title = f"rte: validation accuracy; 4 methods with spreads of {min(spreads):.2f} to {max(spreads):.2f}"
+    title = f"rte: validation accuracy; 4 differences with spreads of {min(spreads):.2f} to {max(spreads):.2f}"
     assert f"{title}: spread {np.median(spreads):.2f}, 277 examples" in text
     smallest = 100 * detectable_difference(np.median(spreads) / 100, 6, 2, examples=277)
     assert text.splitlines()[-2:] == ["| 3 | too few seeds |", f"| 6 | {smallest:.2f} (paired t-test) |"]

@@ -307,6 +307,29 @@ def test_methods_with_other_numbers_of_seeds_are_tested_by_their_own_test_and_co
     assert found["m0"].adjusted == pytest.approx(24 * many.sign_flip)
 
 
+def test_a_family_of_both_tests_has_a_false_positive_in_no_more_than_five_tables_in_a_hundred() -> None:
+    """Decide 300 null tables of eight methods, four of six and four of nine seeds, of one baseline; three more have five.
+
+    The bound is the quantile of 99.95 % of a binomial at ALPHA. Uncorrected p would be below ALPHA in a quarter of the tables.
+    """
+    rng, tables, seeds_of = np.random.default_rng(23), 300, [6] * 4 + [9] * 4 + [5] * 3
+    assert [seed_test(pairs, 8) for pairs in (6, 9)] == [SeedTest.T, SeedTest.SIGN_FLIP]
+    rejected = uncorrected = 0
+    for _ in range(tables):
+        baseline, *scores = rng.normal(size=(1 + len(seeds_of), 9)).tolist()
+        named = {
+            str(k): seed_difference(by_seed(values[:pairs]), by_seed(baseline[:pairs]))
+            for k, (values, pairs) in enumerate(zip(scores, seeds_of, strict=True))
+        }
+        found = list(corrected(named).values())
+        assert {one.test for one in found[:4]} | {one.test for one in found[4:8]} == set(SeedTest)
+        assert {one.verdict for one in found[8:]} == {Verdict.TOO_FEW_SEEDS}
+        rejected += any(one.verdict in (Verdict.BETTER, Verdict.WORSE) for one in found)
+        uncorrected += min(one.p for one in found[:8] if one.p is not None) <= ALPHA
+    assert rejected <= binom.ppf(0.9995, tables, ALPHA)
+    assert uncorrected > 2 * binom.ppf(0.9995, tables, ALPHA)
+
+
 def test_only_seeds_that_both_have_are_paired_and_the_rest_is_returned() -> None:
     ours = {5: 0.5, 0: 0.9, 2: 0.8, 3: None, 4: math.nan}
     theirs = {0: 0.8, 1: 0.1, 2: 0.6, 3: 0.7, 4: 0.7}

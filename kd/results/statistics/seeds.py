@@ -109,7 +109,9 @@ def seed_test(pairs: int, comparisons: int = 1) -> SeedTest:
 
     It is the sign-flip test if that can decide, with `seeds_needed` pairs or more, because it supposes less. With fewer it is
     the paired t-test, from MIN_SEEDS pairs on. Below MIN_SEEDS pairs nothing decides, and the p that is shown is that of the
-    sign-flip test. Our choice; `docs/statistics.md` has the reasons.
+    sign-flip test. Our choice; `docs/statistics.md` has the reasons, and the price: `seeds_needed` pairs show less than one
+    pair fewer does by the t-test. Pairs with an undefined score do not count, so that a run without one may change the
+    test; such seeds are reported as unpaired.
 
     Args:
         pairs: number of pairs.
