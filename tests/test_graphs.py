@@ -116,7 +116,7 @@ def test_a_step_is_marked_before_all_passes_over_its_batch_and_only_these_have_g
 
 def test_a_teacher_that_is_cached_in_part_has_no_graphs(words: Words, overwriting: Overwriting) -> None:
     more = ["method=kd", "trainer.batch_tokens=80", "trainer.pad_multiple=4"]
-    budget = 8 * (30 + 70)  # logits of two classes in float32 for 30 examples of train, and those of both splits that are evaluated
+    budget = 800  # bytes: logits of two classes in float32 for 100 examples, of which 64 are evaluated
     around = Around(overwriting.events)
     engine = train(planned(words(*more, f"cache={budget}", GRAPHS)), around)
     (teacher,) = engine.teachers

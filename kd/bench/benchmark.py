@@ -74,8 +74,9 @@ def benchmark(
                 if (why := why_left_out(candidate, workers[candidate.name])) is not None:
                     say(f"{why}, so there is no row '{candidate.name}'")
                     workers.pop(candidate.name).close()
+            graphs = chosen.spec.trainer.compile == GRAPHS  # then all candidates have them
             for candidate in candidates:
-                if candidate.without_graphs is not None and candidate.name in workers:
+                if (graphs or candidate.without_graphs is not None) and candidate.name in workers:
                     say(f"recording the graphs of {candidate.name}")
                     for _ in range(RECORDING_TURNS):
                         workers[candidate.name].turn()

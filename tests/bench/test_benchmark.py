@@ -260,6 +260,8 @@ def test_on_a_gpu_there_are_rows_with_graphs_and_a_profile_of_every_row(small: S
 def test_a_command_with_graphs_has_no_further_rows_of_them(small: Small, a_gpu: type[StandIn]) -> None:
     found = benchmark(small("method=kd", "trainer=gpu", "trainer.compile=reduce-overhead"), 1, 1)
     assert list(found["candidates"]) == ["finetune", "cached", "live"]
+    recorded = [(name, GO) for name in found["candidates"] for _ in range(2)]
+    assert a_gpu.asked[:6] == recorded, "graphs of the command's own rows are recorded before the clock runs, too"
     assert all("trainer.compile=reduce-overhead" in job.overrides for job in a_gpu.jobs.values())
 
 
