@@ -140,13 +140,20 @@ def why_left_out(candidate: Candidate, worker: Worker) -> str | None:
 
 
 def profiled(workers: Mapping[str, Worker]) -> dict[str, Launches]:
-    """Run a further turn of each candidate under torch's profiler, and return its counts."""
+    """Run a further turn of each candidate under torch's profiler, and return its counts.
+
+    A turn on a GPU has kernels. Where the profiler saw none, as in a container without the permissions that it needs, nothing
+    was counted, and the candidate has no such figures.
+    """
     launches = {}
     for name, worker in workers.items():
         say(f"profiling {name}")
         counts = worker.turn(PROFILE).launches
         assert counts is not None
-        launches[name] = counts
+        if counts.kernels:
+            launches[name] = counts
+        else:
+            say(f"torch's profiler saw no kernel on the GPU, so the launches of '{name}' are not counted")
     return launches
 
 
