@@ -301,6 +301,16 @@ def test_what_the_profiler_did_not_see_is_not_counted_as_nothing(
     assert "so the launches of 'finetune' are not counted" in capsys.readouterr().err
 
 
+def test_graphs_without_a_compiler_leave_out_a_row_and_do_not_end_the_benchmark(small: Small, tmp_path: Path) -> None:
+    job = Job(FINETUNE, tuple(FINETUNE.overrides(small("trainer.compile=true"))), 1, 1, tmp_path)
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}),
+        pytest.raises(InputError, match=r"torch\.compile does not work here") as caught,
+    ):
+        prepare(job)
+    assert caught.value.key == "trainer.compile", "the key by which a row is left out"
+
+
 def test_without_a_gpu_there_are_no_graphs_no_profile_and_no_further_turns(
     small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
