@@ -19,6 +19,7 @@ from kd.build.models import build_models
 from kd.build.parts import examples_of
 from kd.engines.base import Engine
 from kd.errors import InputError
+from kd.models import CachedTeacher
 from kd.runs.run import Run
 from kd.system import distributed
 from kd.training.graphs import encoders_of, line_of_graphs
@@ -111,6 +112,19 @@ def test_a_step_is_marked_before_all_passes_over_its_batch_and_only_these_have_g
         assert events[end + 1 :] == ([] if number % 5 else ["validation", "end of validation"]), "nothing compiled in it"
     assert {tokens for _, tokens in around.shapes} == {16}, "the texts have 6 to 13"
     assert [model.graphs for model in encoders_of(engine)] == [None] * 3, "nor after training"
+
+
+def test_a_teacher_that_is_cached_in_part_has_no_graphs(words: Words, overwriting: Overwriting) -> None:
+    more = ["method=kd", "trainer.batch_tokens=80", "trainer.pad_multiple=4"]
+    budget = 800  # bytes: logits of two classes in float32 for 100 examples, of which 64 are evaluated
+    around = Around(overwriting.events)
+    engine = train(planned(words(*more, f"cache={budget}", GRAPHS)), around)
+    (teacher,) = engine.teachers
+    assert isinstance(teacher, CachedTeacher)
+    assert teacher.runs
+    assert teacher.passes, "on the examples that are not cached"
+    for events, shape in zip(overwriting.steps, around.shapes, strict=True):
+        assert {event[:2] for event in events if isinstance(event, tuple)} == {shape}, "of the student alone"
 
 
 @pytest.mark.parametrize("more", [["method=finetune"], ["method=pkd"]], ids=" ".join)

@@ -74,8 +74,9 @@ def benchmark(
                 if (why := why_left_out(candidate, workers[candidate.name])) is not None:
                     say(f"{why}, so there is no row '{candidate.name}'")
                     workers.pop(candidate.name).close()
+            graphs = chosen.spec.trainer.compile == GRAPHS  # then all candidates have them
             for candidate in candidates:
-                if candidate.without_graphs is not None and candidate.name in workers:
+                if (graphs or candidate.without_graphs is not None) and candidate.name in workers:
                     say(f"recording the graphs of {candidate.name}")
                     for _ in range(RECORDING_TURNS):
                         workers[candidate.name].turn()
@@ -139,13 +140,20 @@ def why_left_out(candidate: Candidate, worker: Worker) -> str | None:
 
 
 def profiled(workers: Mapping[str, Worker]) -> dict[str, Launches]:
-    """Run a further turn of each candidate under torch's profiler, and return its counts."""
+    """Run a further turn of each candidate under torch's profiler, and return its counts.
+
+    A turn on a GPU has kernels. Where the profiler saw none, as in a container without the permissions that it needs, nothing
+    was counted, and the candidate has no such figures.
+    """
     launches = {}
     for name, worker in workers.items():
         say(f"profiling {name}")
         counts = worker.turn(PROFILE).launches
         assert counts is not None
-        launches[name] = counts
+        if counts.kernels:
+            launches[name] = counts
+        else:
+            say(f"torch's profiler saw no kernel on the GPU, so the launches of '{name}' are not counted")
     return launches
 
 

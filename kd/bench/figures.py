@@ -1,7 +1,7 @@
 """Figures of a benchmark: summaries of the turns in which its candidates train alternately, and tables of them."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kd.bench.candidates import BASELINES, GRAPHED
@@ -49,7 +49,7 @@ def figures(
         rounds: candidate -> turn, for each round; the first round is the warm-up.
         rates: data type -> floating-point operations per second, for each round in which it was timed; the best one counts.
         baseline: the candidate that the others' time is divided by.
-        launches: candidate -> counts of a profiled turn; None or empty where there is no GPU, and so no such figures.
+        launches: candidate -> counts of a profiled turn; a candidate that is not in it has no such figures. None without a GPU.
     """
     measured = {name: [turns[name].seconds for turns in rounds[1:]] for name in labels}
     peers = [candidate.name for candidate in BASELINES if candidate.name in labels]
@@ -82,7 +82,7 @@ def figures(
             "time_relative_to_finetune": relative(seconds, measured[baseline]),
             **{f"speed_relative_to_{peer}": relative(measured[peer], seconds) for peer in peers},
             **({"time_relative_to_no_graphs": relative(seconds, measured[without[name]])} if name in without else {}),
-            **({"per_step": launches[name].per_step(fact["steps"])} if launches else {}),
+            **({"per_step": launches[name].per_step(fact["steps"])} if launches and name in launches else {}),
         }
     fact = facts[baseline]
     return {
@@ -174,11 +174,17 @@ def title(found: Mapping[str, Any]) -> str:
     return f"method={found['method']} student={found['student']} teacher={teacher} task={found['task']}"
 
 
-GPU_NOTE = (
-    "Reserved memory: the peak of what torch holds on the GPU, graphs included. Per optimiser step, by torch's profiler in a "
-    "further turn of each: launches by the host, waits of the host for the GPU, kernels that ran there, in graphs or alone."
-)
-"""Explanation of the columns that only a GPU has."""
+def gpu_notes(candidates: Collection[Mapping[str, Any]]) -> list[str]:
+    """Return the explanation of the columns that only a GPU has; nothing without one."""
+    if not any("peak_reserved_megabytes" in one for one in candidates):
+        return []
+    counted = (
+        "Per optimiser step, by torch's profiler in a further turn of each: launches by the host, waits of the host for the "
+        "GPU, kernels that ran there, in graphs or alone."
+    )
+    if not all("per_step" in one for one in candidates):
+        counted = "Where launches and kernels are missing, torch's profiler saw nothing of the GPU. " + counted
+    return [f"Reserved memory: the peak of what torch holds on the GPU, graphs included. {counted}"]
 
 
 def measurement_notes(found: Mapping[str, Any]) -> list[str]:
@@ -193,7 +199,7 @@ def measurement_notes(found: Mapping[str, Any]) -> list[str]:
         f"Batches of {batches_in_words(found)}, {found['precision']}, {where}.",
         f"Matrix products: {rates} GFLOP/s; the share is of useful work: the student's own, padding left out. "
         f"Peak memory: {'of tensors on the GPU' if cuda else 'of the whole process'}.",
-        *([GPU_NOTE] if any("per_step" in one for one in found["candidates"].values()) else []),
+        *gpu_notes(found["candidates"].values()),
     ]
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from kd.bench.cost import DTYPES, device_of, training_flops
 from kd.bench.workers import Gate, Job
+from kd.build.check import check_compilation
 from kd.build.data import build_data, build_examples, prefit_methods
 from kd.build.engine import build_engine
 from kd.build.inputs import prefix_student_errors
@@ -96,6 +97,7 @@ def prepare(job: Job) -> Prepared:
     run = plan(compose(job.overrides), job.overrides)
     # For a method with two runs, measure the first: the second is plain distillation or fine-tuning.
     run = run.inputs.before or run
+    check_compilation(run.spec)  # a row with graphs that cannot be recorded here is left out, and does not end the benchmark
     folder = job.folder / job.candidate.name
     spec = replace(
         run.spec,

@@ -119,6 +119,16 @@ def check_graph_machine(spec: RunSpec) -> None:
         )
 
 
+def check_compilation(spec: RunSpec) -> None:
+    """Check that torch.compile works on this machine, if blocks are compiled.
+
+    Raises:
+        InputError: if it fails.
+    """
+    if spec.trainer.compile:
+        check_compiler(distributed.device(spec.trainer.accelerator).type, GRAPHS if spec.trainer.compile == GRAPHS else None)
+
+
 def check_arguments(run: Run) -> None:
     """Check all that needs neither data nor models: methods, schedules, surgeries, edits, optimisers, loggers.
 
@@ -221,7 +231,5 @@ def check_member(run: Run, examples: Examples) -> Engine:
             with prefix_surgery_errors(run.spec, name):
                 surgery.dry_run(models.student.tokenizer, FlatTexts(examples.texts["train"]))
     check_memory(run.spec, models)
-    if run.spec.trainer.compile:
-        mode = GRAPHS if run.spec.trainer.compile == GRAPHS else None
-        check_compiler(distributed.device(run.spec.trainer.accelerator).type, mode)
+    check_compilation(run.spec)
     return build_engine(run, models, examples.task)

@@ -17,7 +17,7 @@ from torch import nn
 from kd.config.schema import GRAPHS, TrainerSpec
 from kd.data.batch import Batch
 from kd.engines.base import Engine
-from kd.models import Encoder
+from kd.models import CachedTeacher, Encoder
 from kd.models.compiled import GraphShapes
 
 
@@ -37,13 +37,18 @@ def line_of_graphs(trainer: TrainerSpec, lengths: Collection[int]) -> str | None
 
 
 def encoders_of(engine: nn.Module) -> Iterator[Encoder]:
-    """Yield all models of an engine, frozen ones included, each once."""
+    """Yield the models of an engine whose passes have the shapes of its batches, frozen ones included, each once.
+
+    A teacher of which some outputs are cached is left out: the number of examples that it runs on differs from batch to batch,
+    and where it happens to be the size of another batch, a graph would be recorded for it.
+    """
     seen: dict[Encoder, None] = {}
     for module in engine.modules():
         if isinstance(module, Encoder):
             seen[module] = None
         elif isinstance(module, Engine):
-            seen |= dict.fromkeys(frozen.encoder for frozen in (*module.teachers, *module.aids.values()))
+            frozen = (*module.teachers, *module.aids.values())
+            seen |= dict.fromkeys(one.encoder for one in frozen if not isinstance(one, CachedTeacher))
     yield from seen
 
 

@@ -19,6 +19,7 @@ from kd import bench
 from kd.bench import benchmark as benchmarks
 from kd.bench.benchmark import benchmark
 from kd.bench.candidates import CANDIDATES, FINETUNE, LIVE
+from kd.bench.figures import cells, measurement_notes
 from kd.bench.harness import prepare
 from kd.bench.launches import Launches
 from kd.bench.workers import GO, PROFILE, STOP, WAITING, Finished, Gate, Go, Job, Turn, Worker, WorkerDied
@@ -260,6 +261,8 @@ def test_on_a_gpu_there_are_rows_with_graphs_and_a_profile_of_every_row(small: S
 def test_a_command_with_graphs_has_no_further_rows_of_them(small: Small, a_gpu: type[StandIn]) -> None:
     found = benchmark(small("method=kd", "trainer=gpu", "trainer.compile=reduce-overhead"), 1, 1)
     assert list(found["candidates"]) == ["finetune", "cached", "live"]
+    recorded = [(name, GO) for name in found["candidates"] for _ in range(2)]
+    assert a_gpu.asked[:6] == recorded, "graphs of the command's own rows are recorded before the clock runs, too"
     assert all("trainer.compile=reduce-overhead" in job.overrides for job in a_gpu.jobs.values())
 
 
@@ -278,6 +281,34 @@ def test_a_method_that_cannot_have_graphs_has_no_row_with_them(
     a_gpu.refuse["live"] = InputError("no graphs", "trainer.compile")
     with pytest.raises(InputError, match="no graphs"):
         benchmark(small("method=kd", "trainer=gpu"), 1, 1)
+
+
+def test_what_the_profiler_did_not_see_is_not_counted_as_nothing(
+    small: Small, a_gpu: type[StandIn], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def turn(self: StandIn, message: Go = GO) -> Turn:
+        blind = Launches(0, 0, 0, 0, 0) if self.name != "live" else Launches(10, 0, 10, 1, 0)
+        return Turn(1.0, 0.5, 16, 10**6, 2 * 10**6, blind if message == PROFILE else None)
+
+    monkeypatch.setattr(a_gpu, "turn", turn)
+    found = benchmark(small("method=kd", "trainer=gpu"), 1, 1)
+    assert [name for name, one in found["candidates"].items() if "per_step" in one] == ["live"]
+    head, *rows = cells(found)
+    assert [row[head.index("kernels/step")] for row in rows] == ["", "", "10.0", "", ""]
+    note = measurement_notes(found)[-1]
+    assert note.startswith("Reserved memory")
+    assert "saw nothing of the GPU" in note
+    assert "so the launches of 'finetune' are not counted" in capsys.readouterr().err
+
+
+def test_graphs_without_a_compiler_leave_out_a_row_and_do_not_end_the_benchmark(small: Small, tmp_path: Path) -> None:
+    job = Job(FINETUNE, tuple(FINETUNE.overrides(small("trainer.compile=true"))), 1, 1, tmp_path)
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}),
+        pytest.raises(InputError, match=r"torch\.compile does not work here") as caught,
+    ):
+        prepare(job)
+    assert caught.value.key == "trainer.compile", "the key by which a row is left out"
 
 
 def test_without_a_gpu_there_are_no_graphs_no_profile_and_no_further_turns(
