@@ -149,13 +149,7 @@ def varied(student: StudentSpec, entry: object, changes: object) -> StudentSpec:
             f"cohort.students: '{entry}' is neither a name of conf/student nor a mapping of {', '.join(VARIED)}",
             "cohort.students",
         )
-    try:
-        base = OmegaConf.structured(student)
-        OmegaConf.set_readonly(base, False)  # which it is because the dataclass is frozen
-        merged = OmegaConf.to_object(OmegaConf.merge(base, changes))
-    except OmegaConfBaseException as error:
-        raise InputError(f"cohort.students: '{entry}': {str(error).splitlines()[0]}", "cohort.students") from error
-    assert isinstance(merged, StudentSpec)
+    merged = merged_student(student, entry, changes) if changes else replace(student)
     check_cohort_student(merged, entry)
     if not isinstance(merged.name, str) or not re.fullmatch(r"[\w-][\w.-]*", merged.name) or merged.name in RESERVED:
         raise InputError(
@@ -167,6 +161,22 @@ def varied(student: StudentSpec, entry: object, changes: object) -> StudentSpec:
         raise InputError(f"cohort.students: init={merged.init} is set for all students, by student.init", "cohort.students")
     if changes and student.init in WHOLE_MODEL_INITS:
         raise InputError(f"students from one {student.init} have to be equal: use cohort.students=2", "cohort.students")
+    return merged
+
+
+def merged_student(student: StudentSpec, entry: object, changes: dict[str, Any]) -> StudentSpec:
+    """Return a copy of a student with values, which OmegaConf converts to the types of their keys.
+
+    Raises:
+        InputError: for a value that has another type.
+    """
+    try:
+        base = OmegaConf.structured(student)
+        OmegaConf.set_readonly(base, False)  # which it is because the dataclass is frozen
+        merged = OmegaConf.to_object(OmegaConf.merge(base, changes))
+    except OmegaConfBaseException as error:
+        raise InputError(f"cohort.students: '{entry}': {str(error).splitlines()[0]}", "cohort.students") from error
+    assert isinstance(merged, StudentSpec)
     return merged
 
 

@@ -16,7 +16,8 @@ from kd.config.schema import StudentSpec
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.forward.taps import FAMILIES, family_of
-from kd.models.students import chosen_layers, describe_init, plan_student
+from kd.models.heads import HEADS
+from kd.models.students import chosen_layers, describe_init, empty_model, plan_student
 
 LABELS = ["negative", "positive"]
 DEPTH = 4
@@ -433,3 +434,25 @@ def test_backbone_of_an_unknown_family_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with refused("backbone", "'gpt2' is not one of"):
         student(tmp_path)
+
+
+@families
+@pytest.mark.parametrize("head", HEADS)
+def test_an_empty_model_is_the_one_that_transformers_makes_without_memory(family: str, head: str) -> None:
+    def described(model: nn.Module) -> tuple[object, ...]:
+        tied: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            tied.setdefault(id(parameter), []).append(name)
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        shapes = {name: (tensor.shape, tensor.dtype, tensor.device.type, tensor.requires_grad) for name, tensor in tensors}
+        return type(model), shapes, sorted(tied.values()), model.training, model.config.to_dict(), model.all_tied_weights_keys
+
+    state = torch.get_rng_state()
+    empty = empty_model(tiny_config(family), head)
+    assert torch.equal(torch.get_rng_state(), state), "no random number is drawn"
+    with torch.device("meta"):
+        plain = HEADS[head].auto.from_config(tiny_config(family))
+    assert described(empty) == described(plain)
+    assert all(tensor.is_meta for tensor in empty.parameters())
+    linear = nn.Linear(2, 2)
+    assert float(linear.weight.abs().max()) > 0, "modules that are made later are initialised"
