@@ -363,7 +363,7 @@ def test_tasks_of_a_mixture_have_a_case_each_and_scores_have_correlations_layers
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("nowhere",), "'nowhere' is not the directory of a finished run"),
+        (("nowhere",), "'nowhere' is not the directory of a finished run: there is no such folder"),
         (("--split", "train"), "'train' is not one of validation, test"),
         (("--only", "ckaa"), "'ckaa' is not one of differences, cka, probes, attention, ablation. Did you mean 'cka'?"),
         (("--vectors", "max"), "'max' is not one of mean, cls"),
@@ -384,6 +384,22 @@ def test_what_cannot_be_compared_is_refused(
     monkeypatch.chdir(tmp_path)
     assert message in refused(monkeypatch, capsys, seeds[0][0].directory, *words)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_finished_run_is_refused_with_what_to_do(
+    seeds: list[tuple[Run, dict]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    directory = copied(seeds[0][0], tmp_path / "runs")
+    assert f"is a folder of runs; name runs in it, such as {tmp_path / 'runs'}" in refused(
+        monkeypatch, capsys, tmp_path / "runs"
+    )
+    record = directory / "result.json"
+    record.write_text(record.read_text().replace('"seed"', '"sed"'))
+    assert f"result.json of '{directory}' is damaged" in refused(monkeypatch, capsys, directory)
+    record.unlink()
+    assert f"the run '{directory}' is not finished: its command continues it" in refused(monkeypatch, capsys, directory)
+    (tmp_path / "empty").mkdir()
+    assert "there is no result.json in it" in refused(monkeypatch, capsys, tmp_path / "empty")
 
 
 def test_a_run_without_a_teacher_takes_one_and_is_its_own_control(
