@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kd.functional.similarity import EQUAL
+
 ITERATIONS = 200
 """Largest number of iterations of L-BFGS. Our choice: a few times what standardised features need."""
 
@@ -35,7 +37,8 @@ def fit_linear_probe(features: Tensor, labels: Tensor, classes: int, c: float = 
     r"""Fit a probe: minimise :math:`C \sum_i CE_i + \frac12 \|W\|_F^2` by L-BFGS over all examples, from zero weights.
 
     The features are standardised by their mean and standard deviation over these examples, so that the same C regularises
-    models with states of another scale alike; the bias is not regularised. Alain and Bengio, arXiv:1610.01644, propose linear
+    models with states of another scale alike; one that varies by rounding alone is left as it is, so that no probe reads the
+    rounding. The bias is not regularised. Alain and Bengio, arXiv:1610.01644, propose linear
     probes; budget, regularisation and standardisation are our choice. All is computed in float64 and is the same each time.
 
     Args:
@@ -46,7 +49,7 @@ def fit_linear_probe(features: Tensor, labels: Tensor, classes: int, c: float = 
     """
     given = features.detach().double()
     mean, scale = given.mean(dim=0), given.std(dim=0, correction=0)
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = torch.where(scale > EQUAL * given.square().mean(dim=0).sqrt(), scale, 1.0)
     inputs = (given - mean) / scale
     weight = torch.zeros(classes, given.shape[1], dtype=torch.double, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.double, requires_grad=True)

@@ -144,9 +144,8 @@ def print_table(summaries: "Sequence[Summary]") -> None:
         for name, label in {**names, **LABELS}.items():
             if name in summary.figures:
                 of = summary.figures[name]
-                table.add_row(
-                    label, *(spread(name, one) for one in (summary.teacher.get(name), of["student"], of.get("control")))
-                )
+                models = [spread(name, of.get(model), len(summary.cases)) for model in ("student", "control")]
+                table.add_row(label, spread(name, summary.teacher.get(name)), *models)
         if summary.figures:
             out.print(table)
         for case in summary.cases:

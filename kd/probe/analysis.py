@@ -1,5 +1,6 @@
 """Analysis of finished runs: a student beside its teacher and its control, for each task, student, teacher and seed."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from kd.probe.ablation import Ablation, ablated_logits, ablation_of
 from kd.probe.attention import attention_similarity
 from kd.probe.control import control_command, control_of, records_beside
 from kd.probe.differences import differences
-from kd.probe.models import ModelSource, load, student_source, teacher_source
+from kd.probe.models import LOADED, ModelSource, load, shape_of, student_source, teacher_source
 from kd.probe.outputs import logits_of, same_tokens, vectors_of
 from kd.probe.representations import Probed, alignment_of, probes_of
 from kd.probe.result import PARTS, About, Case, Settings
@@ -42,6 +43,8 @@ class Analysis:
         """Settings in which the record of a run, by its identity, differs from others of its task, method and models."""
         self._kept: dict[tuple[Any, ...], Any] = {}
         self._records: dict[Path, list[dict[str, Any]]] = {}
+        self._vectors: OrderedDict[tuple[Any, ...], list[torch.Tensor]] = OrderedDict()
+        """Vectors of the models that were used last: those of many runs would not fit into memory."""
 
     def once(self, key: tuple[Any, ...], compute: Callable[[], T]) -> T:
         """Return what was computed under a key, or compute it."""
@@ -93,8 +96,12 @@ class Analysis:
         key = digest_of({"task": identity["task"], "data": identity["data"]})
         return self.once(("examples", key), lambda: choose(run, self.settings, key))
 
-    def subject(self, run: Finished, kind: str, name: str, place: ModelSource | str, chosen: Chosen) -> Subject:
+    def subject(
+        self, run: Finished, kind: str, name: str, place: ModelSource | str, chosen: Chosen, max_length: int
+    ) -> Subject:
         """Return a model of a run with its logits: those that the run stored, or else computed ones.
+
+        Stored logits of texts that were truncated elsewhere are not used, so that student and teacher read the same.
 
         Args:
             run: the run.
@@ -102,21 +109,26 @@ class Analysis:
             name: name of the model in the run.
             place: where it is loaded from, or a reason why it cannot be.
             chosen: the examples.
+            max_length: number of tokens to which they are truncated.
 
         Raises:
             InputError: if the stored predictions are of other examples, or do not give the scores of the run's record; or if
                 there are none, and no model.
         """
         stored = stored_predictions(run, chosen, same=run is not self.given_for(run))
-        logits = None if stored is None else getattr(stored, kind).get(name)
+        logits = None if stored is None or run.task.max_length != max_length else getattr(stored, kind).get(name)
         if logits is not None:
             own = run.record["students"][name]["metrics"] if kind == "students" else run.record["metrics_teacher"][name]
             check_scores(f"{name} of {run.name}", logits, chosen, own[chosen.split])
             return Subject(place, logits, True)
         if isinstance(place, str):
-            raise InputError(f"'{run.directory}' has no stored predictions of {name}, and {place}", KEY)
-        texts, length = list(chosen.examples.texts[chosen.split]), run.task.max_length
-        computed = self.once(("logits", place, chosen.key), lambda: logits_of(load(place, chosen.classes), texts, length))
+            raise InputError(
+                f"'{run.directory}' has no stored predictions of {name}, and {place}; to train it again, remove its "
+                "result.json and repeat its command",
+                KEY,
+            )
+        texts = list(chosen.examples.texts[chosen.split])
+        computed = self.once(("logits", place, chosen.key), lambda: logits_of(load(place, chosen.classes), texts, max_length))
         return Subject(place, computed.numpy(), False)
 
     def case(self, run: Finished, student: str, teacher: str, chosen: Chosen) -> Case:
@@ -131,18 +143,19 @@ class Analysis:
         Raises:
             InputError: for files that do not fit together.
         """
-        subjects = {"student": self.subject(run, "students", student, student_source(run, student), chosen)}
+        length = run.task.max_length
+        subjects = {"student": self.subject(run, "students", student, student_source(run, student), chosen, length)}
         given = self.given_for(run)
         if given is None:
-            subjects["teacher"] = self.subject(run, "teachers", teacher, teacher_source(run, teacher), chosen)
+            subjects["teacher"] = self.subject(run, "teachers", teacher, teacher_source(run, teacher), chosen, length)
         else:
             best = str(given.record["headline"])
             teacher = f"{given.record['method']} {given.label(best)}, seed {given.record['seed']}"
-            subjects["teacher"] = self.subject(given, "students", best, student_source(given, best), chosen)
+            subjects["teacher"] = self.subject(given, "students", best, student_source(given, best), chosen, length)
         control, without = self.control(run)
         if control is not None:
             name = student if student in control.students else str(control.record["headline"])
-            subjects["control"] = self.subject(control, "students", name, student_source(control, name), chosen)
+            subjects["control"] = self.subject(control, "students", name, student_source(control, name), chosen, length)
         own = run.record["students"][student]
         about = About(
             task=run.task.name,
@@ -158,7 +171,9 @@ class Analysis:
             family=str(run.record["family"]),
             selection=run.selection,
             init=str(own["init"]),
-            max_length=run.task.max_length,
+            shape=shape_of(run, student),
+            majority=(run.record.get("baseline") or {}).get(chosen.split, {}),
+            max_length=length,
             control=None if control is None else control.name,
             control_init="" if control is None else str(control.record["init"]),
             without_control=without,
@@ -253,8 +268,13 @@ class Analysis:
     def vectors(self, model: Subject, chosen: Chosen, length: int, split: str | None = None) -> list[torch.Tensor]:
         """Return the vectors of a model in each layer, of the chosen examples of the split or of train."""
         texts = chosen.texts(chosen.rows if split is None else chosen.train_rows, split)
-        key = ("vectors", model.place, chosen.key, split)
-        return self.once(key, lambda: vectors_of(self.loaded(model, chosen), texts, length, self.settings.vectors))
+        key = (model.place, chosen.key, split, length)
+        if key not in self._vectors:
+            self._vectors[key] = vectors_of(self.loaded(model, chosen), texts, length, self.settings.vectors)
+        self._vectors.move_to_end(key)
+        while len(self._vectors) > 2 * LOADED:  # of the chosen split and of train
+            self._vectors.popitem(last=False)
+        return self._vectors[key]
 
     def loaded(self, model: Subject, chosen: Chosen) -> FrozenTeacher:
         """Return a model that has a place."""

@@ -26,7 +26,7 @@ def largest(matrices: Iterable[Sequence[Sequence[float | None]]]) -> float:
 
 def alignments(summary: Summary) -> str:
     """Return heat maps of the similarity of layers."""
-    matrices = by_role(summary.cases, "cka", lambda one: one.matrix)
+    matrices = by_role(summary.cases, "cka", lambda one: [[cell.value for cell in row] for row in one.matrix])
     unrelated = by_role(summary.cases, "cka", lambda one: one.unrelated)
     if not matrices:
         return ""

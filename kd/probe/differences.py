@@ -72,6 +72,7 @@ class Differences:
         churn: `student`, `control` -> number of examples by teacher right, wrong (rows) and the model right, wrong (columns);
             empty for scores.
         slices: the same figures by slice.
+        one_class: `teacher`, `student`, `control` -> the class that this model predicts for every example, if it does.
         absent: name of a figure, or of a kind of figures -> reason why there is none.
     """
 
@@ -80,6 +81,7 @@ class Differences:
     teacher: Mapping[str, Estimate]
     churn: Mapping[str, list[list[int]]] = field(default_factory=dict)
     slices: Sequence[Slice] = ()
+    one_class: Mapping[str, str] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -119,7 +121,9 @@ def differences(
         some = {model: logits[chosen] for model, logits in models.items()}
         own, of_slice = compared(some, teacher[chosen], labels[chosen], SLICED, True)
         slices.append(Slice(by, name, int(chosen.sum()), own, of_slice))
-    return Differences(len(labels), figures, of_teacher, churn, slices, absent)
+    predicted = {name: np.unique(predictions(logits, True)) for name, logits in {"teacher": teacher, **models}.items()}
+    one_class = {name: classes[values[0]] for name, values in predicted.items() if len(values) == 1}
+    return Differences(len(labels), figures, of_teacher, churn, slices, one_class, absent)
 
 
 def compared(

@@ -8,6 +8,7 @@ from kd.errors import InputError
 from kd.models import Encoder, FrozenTeacher
 from kd.models.pretrained import label_names, load_config, load_model, load_tokenizer
 from kd.models.teachers import match_labels
+from kd.probe.result import Shape
 from kd.probe.runs import KEY, Finished
 from kd.runs.run import is_record, keep_of, read_record
 
@@ -58,6 +59,17 @@ def teacher_source(run: Finished, teacher: str) -> ModelSource | str:
     if not folder.is_dir():
         return f"the run of the teacher '{teacher}' has no exported student (trainer.keep={keep_of(record)})"
     return ModelSource(str(folder))
+
+
+def shape_of(run: Finished, student: str) -> Shape | None:
+    """Return the sizes of an exported student by its `config.json`; None if its run has let it go. No weights are read."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(run.folder(student), local_files_only=True)
+        return Shape(int(config.num_hidden_layers), int(config.num_attention_heads), int(config.hidden_size))
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 @lru_cache(maxsize=LOADED)

@@ -16,6 +16,9 @@ from kd.system.hardware import version_line
 JSON, HTML = "probe.json", "probe.html"
 """Names of the files."""
 
+FORMAT = 1
+"""Version of the JSON: a larger one has other names or meanings; further names alone do not change it."""
+
 
 def write_files(folder: Path, summaries: Sequence[Summary], settings: Settings) -> list[Path]:
     """Write both files; return their paths.
@@ -36,6 +39,7 @@ def write_files(folder: Path, summaries: Sequence[Summary], settings: Settings) 
 def as_json(summaries: Sequence[Summary], settings: Settings) -> dict[str, Any]:
     """Return all figures as values that JSON holds: fractions, nats and bits; None where one is undefined."""
     return {
+        "format": FORMAT,
         "made_by": version_line(),
         "settings": {**asdict(settings), "bootstrap_samples": EXAMPLE_DRAWS, "interval": 0.95},
         "summaries": [

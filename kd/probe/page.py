@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from html import escape
 
 from kd.probe.charts import ablations, alignments, attention, probes
+from kd.probe.grid import by_size
 from kd.probe.result import Case, Settings
 from kd.probe.summary import Summary
-from kd.probe.words import estimate, label, ordered, over_seeds, spread, table
+from kd.probe.words import estimate, label, number, ordered, over_seeds, spread, table
 from kd.results.page import document
 
 IN_SLICES = ("score.accuracy", "delta.accuracy", "agreement", "lost", "gained", "kl")
@@ -27,6 +28,7 @@ def page(summaries: Sequence[Summary], settings: Settings, about: str) -> str:
         f"<h1>{title}</h1>",
         f'<p class="quiet">{escape(about)} {escape(explained(settings))}</p>',
         by_task(summaries) if "differences" in settings.parts else "",
+        by_size(summaries),
         *(of_summary(summary) for task in tasks for summary in summaries if summary.cases[0].about.task == task),
     ]
     return document(title, sections)
@@ -51,14 +53,20 @@ def by_task(summaries: Sequence[Summary]) -> str:
         metric = about.metrics[0]
         names = [f"score.{metric}", f"delta.{metric}", f"retention.{metric}"]
         row = [summary.label, about.task, about.teacher, ", ".join(map(str, summary.seeds)), metric]
+        row += [number(names[0], about.majority.get(metric)) if metric in about.majority else ""]
         row.append(over_seeds(names[0], summary.teacher.get(names[0])))
         for name in names:
             shown = spread if name == names[1] else over_seeds
-            row += [shown(name, summary.figures.get(name, {}).get(model)) for model in ("student", "control")]
+            row += [
+                shown(name, summary.figures.get(name, {}).get(model), len(summary.cases)) for model in ("student", "control")
+            ]
         rows.append(row)
-    header = ["student", "task", "teacher", "seeds", "metric", "teacher's", "student's", "control's"]
+    header = ["student", "task", "teacher", "seeds", "metric", "constant prediction", "teacher", "student", "control"]
     header += ["lost by student", "lost by control", "retained by student", "retained by control"]
-    note = "Lost: the teacher's score less the model's, in points. Retained: the model's score over the teacher's."
+    note = (
+        "Lost: the teacher's score less the model's, in points. Retained: the model's score over the teacher's. Constant "
+        "prediction: the most frequent class, or the mean score, of train; retention counts from 0, so that even this has one."
+    )
     return f'<h2>By task</h2><p class="quiet">{note}</p>{table(header, rows)}'
 
 
@@ -97,6 +105,10 @@ def description(summary: Summary) -> str:
             words = case.about.without_control
             shown = f"<code>{escape(words)}</code>" if words.startswith("kd-train") else escape(words)
             items.append(f"No control of seed {case.about.seed}: {shown}")
+    for case in summary.cases:
+        for model, name in ({} if case.differences is None else case.differences.one_class).items():
+            of = f"the {model}" + (f" of seed {case.about.seed}" if len(summary.cases) > 1 else "")
+            items.append(escape(f"Of {of} all predictions are '{name}': it has learnt nothing that these figures could show."))
     computed = [case.about.run for case in summary.cases if "computed" in case.about.logits.values()]
     if computed:
         items.append(escape(f"Logits were not stored, and computed from the exported models: {', '.join(computed)}."))
@@ -113,7 +125,8 @@ def figures(summary: Summary) -> str:
     rows = []
     for name in ordered(summary.figures):
         by_model = summary.figures[name]
-        cells = [spread(name, by_model.get(model)) for model in ("student", "control", "difference")[: 3 if controlled else 1]]
+        models = ("student", "control", "difference")[: 3 if controlled else 1]
+        cells = [spread(name, by_model.get(model), len(summary.cases)) for model in models]
         rows.append([label(name), spread(name, summary.teacher.get(name)), *cells])
     return f"<h3>Predictions, {n:,} examples</h3>{table(header, rows)}{seeds_table(summary)}"
 
@@ -160,7 +173,7 @@ def slices(summary: Summary) -> str:
             one.name,
             f"{one.n:,}",
             spread("score.accuracy", one.teacher.get("score.accuracy")),
-            *(spread(name, one.figures[name].get(model)) for name in IN_SLICES for model in models),
+            *(spread(name, one.figures[name].get(model), len(summary.cases)) for name in IN_SLICES for model in models),
         ]
         for one in summary.slices
     ]

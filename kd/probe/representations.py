@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kd.functional.linear_probe import ITERATIONS, fit_linear_probe
-from kd.functional.similarity import linear_cka
-from kd.results.statistics import Estimate, drawn, mean_of
+from kd.functional.similarity import leave_one_out_cka, linear_cka
+from kd.results.statistics import Estimate, drawn, jackknifed, mean_of
 
 SEED = 0
 """Seed of the permutation of examples that gives unrelated representations."""
@@ -23,13 +23,14 @@ class Alignment:
 
     Attributes:
         n: number of examples.
-        matrix: rows are the model's layers, columns the teacher's, from layer 0, the embeddings' output.
+        matrix: rows are the model's layers, columns the teacher's, from layer 0, the embeddings' output; the intervals are
+            those of a jackknife, because the repeated examples of a bootstrap sample raise CKA.
         unrelated: the same with the model's examples in another order: what CKA is where nothing is shared, above 0 for few
             examples.
     """
 
     n: int
-    matrix: Matrix
+    matrix: list[list[Estimate]]
     unrelated: Matrix
 
 
@@ -64,10 +65,12 @@ def alignment_of(model: Sequence[Tensor], teacher: Sequence[Tensor]) -> Alignmen
     """
     n = len(model[0])
     order = torch.randperm(n, generator=torch.Generator().manual_seed(SEED))
-    matrices = [
-        [[defined(linear_cka(ours[rows], theirs)) for theirs in teacher] for ours in model] for rows in (torch.arange(n), order)
+    matrix = [
+        [jackknifed(linear_cka(ours, theirs), leave_one_out_cka(ours, theirs).numpy(), (0.0, 1.0)) for theirs in teacher]
+        for ours in model
     ]
-    return Alignment(n, *matrices)
+    unrelated = [[defined(linear_cka(ours[order], theirs)) for theirs in teacher] for ours in model]
+    return Alignment(n, matrix, unrelated)
 
 
 def probes_of(

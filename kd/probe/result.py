@@ -32,6 +32,21 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """Sizes of an encoder.
+
+    Attributes:
+        layers: number of blocks.
+        heads: attention heads of a block.
+        width: size of a hidden state.
+    """
+
+    layers: int
+    heads: int
+    width: int
+
+
+@dataclass(frozen=True)
 class About:
     """Description of what a case compares.
 
@@ -49,6 +64,9 @@ class About:
         family: digest of everything but the seed.
         selection: how its checkpoint was chosen.
         init: initial weights of the student.
+        shape: sizes of the student; None if its run has let it go.
+        majority: metric -> score of predicting the class that is most frequent in train, or the mean of its scores; what a
+            model that has learnt nothing may reach.
         max_length: number of tokens to which texts are truncated.
         control: name of the directory of the control; None without one.
         control_init: initial weights of the control.
@@ -69,6 +87,8 @@ class About:
     family: str
     selection: str
     init: str
+    shape: Shape | None
+    majority: Mapping[str, float | None]
     max_length: int
     control: str | None
     control_init: str

@@ -85,7 +85,7 @@ def finished_tasks(directory: Path, overrides: Sequence[str] = ()) -> list[Finis
     """
     record = read_record(directory / "result.json")
     if record is None or not is_record(record):
-        raise InputError(f"'{directory}' is not the directory of a finished run: there is no valid result.json in it", KEY)
+        raise InputError(why_no_record(directory), KEY)
     config = read_config(directory / "config.yaml", overrides)
     spec = typed(config)
     task = named(spec.task)
@@ -104,6 +104,20 @@ def finished_tasks(directory: Path, overrides: Sequence[str] = ()) -> list[Finis
                 KEY,
             )
     return found
+
+
+def why_no_record(directory: Path) -> str:
+    """Return why a directory has no record of a finished run, and what to do."""
+    if not directory.is_dir():
+        return f"'{directory}' is not the directory of a finished run: there is no such folder"
+    if (directory / "result.json").exists():
+        return f"result.json of '{directory}' is damaged, or none of a run: the command that made the run makes it again"
+    if (directory / "config.yaml").exists():
+        return f"the run '{directory}' is not finished: its command continues it"
+    runs = sorted(path.parent.name for path in directory.glob("*/result.json"))
+    if runs:
+        return f"'{directory}' is a folder of runs; name runs in it, such as {directory / runs[0]} or {directory}/*"
+    return f"'{directory}' is not the directory of a finished run: there is no result.json in it"
 
 
 def read_config(path: Path, overrides: Sequence[str]) -> DictConfig:

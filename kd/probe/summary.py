@@ -56,7 +56,7 @@ class Summary:
     Attributes:
         cases: the cases, by seed.
         figures: figures over seeds.
-        teacher: figures of the teacher alone.
+        teacher: figures of the teacher alone, over the teachers if each seed has its own.
         slices: the same by slice.
     """
 
@@ -111,8 +111,9 @@ def spreads_of(figures: Sequence[Mapping[str, Compared]]) -> Spreads:
 
 
 def alone(figures: Sequence[Mapping[str, Estimate]]) -> dict[str, Spread]:
-    """Return figures of one model over seeds."""
-    return {name: spread_of([one[name] for one in figures if name in one]) for name in figures[0]}
+    """Return figures of the teacher over seeds; one teacher that all seeds share is one model, without a spread."""
+    different = [one for index, one in enumerate(figures) if one not in figures[:index]]
+    return {name: spread_of([one[name] for one in different if name in one]) for name in figures[0]}
 
 
 def spread_of(estimates: Sequence[Estimate]) -> Spread:

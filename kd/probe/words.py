@@ -79,20 +79,29 @@ def number(name: str, value: float | None) -> str:
     return text.removeprefix("-") if not float(text) else text
 
 
-def over_seeds(name: str, value: Spread | None) -> str:
-    """Return a figure over seeds as text: with its standard deviation, if there are several."""
+def over_seeds(name: str, value: Spread | None, seeds: int | None = None) -> str:
+    """Return a figure over seeds as text: with its standard deviation, if there are several.
+
+    Args:
+        name: name of the figure.
+        value: the figure.
+        seeds: number of seeds of the figures beside it; if this one has fewer, the text says so.
+
+    >>> over_seeds("lost", Spread(0.25, None, 1), 2)
+    '25.0 (1 of 2 seeds)'
+    """
     if value is None:
         return ""
     text = number(name, value.mean)
-    return text if value.sd is None else f"{text} ± {number(name, value.sd)}"
+    text = text if value.sd is None else f"{text} ± {number(name, value.sd)}"
+    return f"{text} ({value.seeds} of {seeds} seeds)" if seeds is not None and value.seeds < seeds else text
 
 
-def spread(name: str, value: Spread | None) -> str:
-    """Return a figure over seeds as text: with its standard deviation, or for one seed its interval."""
-    text = over_seeds(name, value)
-    if value is None or value.low is None:
-        return text
-    return f"{text} [{number(name, value.low)}, {number(name, value.high)}]"
+def spread(name: str, value: Spread | None, seeds: int | None = None) -> str:
+    """Return a figure over seeds as text: with its standard deviation, or for one of one seed its interval."""
+    if value is None or value.low is None or (seeds or 1) > 1:
+        return over_seeds(name, value, seeds)
+    return f"{over_seeds(name, value)} [{number(name, value.low)}, {number(name, value.high)}]"
 
 
 def estimate(name: str, value: Estimate | None) -> str:

@@ -372,6 +372,11 @@ def alignments(s: Situation) -> Iterator[Call]:
         yield lambda *x: torch.tensor(similarity.linear_cka(*x)), s.states(8)
 
 
+def alignments_without_one(s: Situation) -> Iterator[Call]:
+    if s.examples > 2:
+        yield similarity.leave_one_out_cka, s.states(8)
+
+
 def linear_probes(s: Situation) -> Iterator[Call]:
     labels = classes_of(s)[1]
     yield lambda x: linear_probe.fit_linear_probe(x, labels, s.classes).logits(x), s.states(8)[:1]
@@ -406,6 +411,7 @@ INPUTS: dict[str, Callable[[Situation], Iterator[Call]]] = {
     "linear_probe.fit_linear_probe": linear_probes,
     "similarity.head_divergences": lambda s: iter([(lambda *a: similarity.head_divergences(*a, s.mask), maps_of_heads(s))]),
     "similarity.linear_cka": alignments,
+    "similarity.leave_one_out_cka": alignments_without_one,
     "similarity.match_heads": lambda s: iter([(lambda c: torch.tensor(similarity.match_heads(c)).float(), s.states(8)[:1])]),
     "combination.concatenate": lambda s: iter(
         [(lambda *z, n=n: combination.concatenate(z, normalize=n), s.states(6, 8)) for n in (True, False)]

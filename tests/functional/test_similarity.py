@@ -18,7 +18,7 @@ from kd.functional.calibration import brier_score, calibration_error, negative_l
 from kd.functional.divergences import entropy, js_divergence, total_variation
 from kd.functional.linear_probe import fit_linear_probe
 from kd.functional.logits import kl_divergence
-from kd.functional.similarity import head_divergences, linear_cka, match_heads
+from kd.functional.similarity import head_divergences, leave_one_out_cka, linear_cka, match_heads
 
 
 def drawn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -183,6 +183,47 @@ def test_cka_of_what_does_not_vary_is_undefined_and_of_other_examples_refused() 
         linear_cka(drawn(5, 2), drawn(6, 2))
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_cka_is_in_its_range(seed: int) -> None:
+    """Also where one side has less rank than the other, more features than there are examples, or a large mean."""
+    generator = torch.Generator().manual_seed(seed)
+    count, width, other = (int(torch.randint(low, 40, (), generator=generator)) for low in (3, 1, 1))
+    states = drawn(count, width, seed=seed) * 10.0 ** (seed % 7 - 3) + 1000 * (seed % 2)
+    for others in (drawn(count, other, seed=seed + 50), states[:, :1], states.flip(0)):
+        assert 0 <= linear_cka(states, others) <= 1
+        assert (leave_one_out_cka(states, others).nan_to_num() <= 1).all()
+
+
+def test_vectors_that_differ_by_rounding_alone_have_no_similarity() -> None:
+    rounded = torch.full((9, 4), 0.3) * (1 + 1e-7 * torch.arange(9)[:, None])
+    other = drawn(9, 3)
+    assert math.isnan(linear_cka(rounded, other))
+    assert math.isnan(linear_cka(other, rounded))
+    assert leave_one_out_cka(rounded, other).isnan().all()
+    assert 0 < linear_cka(0.3 * (1 + 1e-3 * drawn(9, 4)), other) < 1
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 2), (12, 30, 5)])
+def test_cka_without_each_example_is_that_of_the_others(shape: tuple[int, int, int]) -> None:
+    count, width, other = shape
+    first, second = 5 + drawn(count, width), drawn(count, other, seed=1)
+    second[:, 0] += first[:, 0]
+    found = leave_one_out_cka(first, second)
+    for index, value in enumerate(found.tolist()):
+        rest = [row for row in range(count) if row != index]
+        assert value == pytest.approx(naive_cka(first[rest].numpy(), second[rest].numpy()), abs=1e-12)
+    torch.testing.assert_close(leave_one_out_cka(first, 3 * first), torch.ones(count).double(), rtol=0, atol=1e-12)
+
+
+def test_cka_without_the_example_that_alone_varies_is_undefined() -> None:
+    first = torch.ones(5, 2)
+    first[3] = 7.0
+    undefined = leave_one_out_cka(first, drawn(5, 2)).isnan()
+    assert undefined.tolist() == [False, False, False, True, False]
+    with pytest.raises(ValueError, match="5 and 6 examples"):
+        leave_one_out_cka(drawn(5, 2), drawn(6, 2))
+
+
 # Heads
 
 
@@ -266,3 +307,12 @@ def test_a_probe_reads_what_is_linear_and_ignores_a_feature_that_does_not_vary()
     assert probe.weight[:, 3].abs().max() == 0
     with torch.no_grad():
         assert torch.equal(fit_linear_probe(features, truth, 3).weight, probe.weight)
+
+
+def test_a_probe_does_not_read_the_rounding_of_a_feature() -> None:
+    truth = labels(90)
+    features = drawn(90, 2)
+    telling = torch.cat([features, (0.5 + 1e-8 * truth)[:, None]], dim=1)  # less than a unit of float32 beside 0.5
+    weight = fit_linear_probe(telling, truth, 3).weight
+    assert weight[:, 2].abs().max() < 1e-6
+    torch.testing.assert_close(weight[:, :2], fit_linear_probe(features, truth, 3).weight, rtol=0, atol=1e-6)

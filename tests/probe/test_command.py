@@ -1,9 +1,12 @@
 """The command on whole runs: figures beside those of the records, controls, teachers, and what is refused."""
 
+import contextlib
+import io
 import json
 import shlex
 import shutil
 import sys
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from kd.probe import analysis
 from kd.results.predictions import Predictions, SplitPredictions, read_predictions, write_predictions
 from kd.runs.plan import plan
 from kd.runs.run import Run, read_record, write_record
-from whole_runs import Small, made, pool
+from whole_runs import Small, made
 
 QUICK = ("--only", "differences")
 
@@ -31,10 +34,11 @@ STUDENT = ("optimizer.lr=2e-3", "trainer.max_epochs=3", "preflight=false")
 """Overrides with which its student does."""
 
 
-def probed(monkeypatch: pytest.MonkeyPatch, out: Path, *words: object) -> dict[str, Any]:
+def probed(out: Path, *words: object) -> dict[str, Any]:
     """The JSON that the command leaves in a folder."""
-    monkeypatch.setattr(sys, "argv", ["kd-probe", *map(str, words), "--out", str(out)])
-    kd.probe.main()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["kd-probe", *map(str, words), "--out", str(out)])
+        kd.probe.main()
     found: dict[str, Any] = json.loads((out / "probe.json").read_text())
     assert {path.name for path in out.iterdir()} == {"probe.json", "probe.html"}
     return found
@@ -62,6 +66,25 @@ def control(small: Small) -> Run:
     return run
 
 
+@dataclass
+class Probed:
+    """What one command leaves and prints."""
+
+    json: dict[str, Any]
+    page: str
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def whole(seeds: list[tuple[Run, dict[str, Any]]], control: Run, tmp_path_factory: pytest.TempPathFactory) -> Probed:
+    """All parts of both seeds, of which the first has a control."""
+    del control
+    out, printed = tmp_path_factory.mktemp("whole") / "out", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        found = probed(out, *(run.directory for run, _ in seeds), "--examples", 20, "--train-examples", 40)
+    return Probed(found, (out / "probe.html").read_text(), printed.getvalue())
+
+
 def copied(run: Run, folder: Path) -> Path:
     """A copy of a run and of what it needs, in another folder of runs."""
     for each in (run, *(needed for _, needed in run.inputs)):
@@ -75,14 +98,9 @@ def value(case: dict[str, Any], name: str, model: str = "student") -> float:
 
 
 def test_all_parts_of_two_seeds_and_a_control(
-    seeds: list[tuple[Run, dict]],
-    control: Run,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    whole: Probed, seeds: list[tuple[Run, dict]], control: Run, tmp_path: Path
 ) -> None:
-    words = [run.directory for run, _ in seeds]
-    found = probed(monkeypatch, tmp_path / "out", *words, "--examples", 20, "--train-examples", 40)
+    found = whole.json
     first, second = found["cases"]
     for case, (run, record) in zip((first, second), seeds, strict=True):
         about = case["about"]
@@ -115,14 +133,41 @@ def test_all_parts_of_two_seeds_and_a_control(
     assert spread["student"]["sd"] == pytest.approx(np.std(accuracies, ddof=1))
     assert (spread["control"]["mean"], spread["control"]["sd"]) == (value(first, "score.accuracy", "control"), None)
     assert not [word for word in (str(tmp_path), str(seeds[0][0].directory.parent)) if word in json.dumps(found["summaries"])]
-    shown = capsys.readouterr().out
-    assert "lost: wrong, teacher right" in shown
-    assert "No control of seed 1: kd-train method=finetune" in shown
-    page = (tmp_path / "out" / "probe.html").read_text()
-    assert page.count("<svg") == 2 + 1 + 2 + 3
-    assert "http" not in page.replace("http://www.w3.org", "")
-    check_balanced(page)
     assert 0.5 < value(first, "agreement") < 1
+
+
+def test_a_control_of_fewer_seeds_says_so(whole: Probed) -> None:
+    (summary,) = whole.json["summaries"]
+    first, second = (value(case, "score.accuracy") for case in whole.json["cases"])
+    of_control = value(whole.json["cases"][0], "score.accuracy", "control")
+    assert f"{100 * of_control:.1f} (1 of 2 seeds)" in whole.page
+    assert f"{100 * of_control:.1f} (1 of 2 seeds)" in whole.printed
+    difference = summary["figures"]["score.accuracy"]["difference"]
+    assert (difference["mean"], difference["seeds"]) == (pytest.approx(first - of_control), 1)
+    assert difference["mean"] != pytest.approx((first + second) / 2 - of_control)
+
+
+def test_one_teacher_of_all_seeds_has_no_spread(whole: Probed) -> None:
+    (summary,) = whole.json["summaries"]
+    of_teacher = whole.json["cases"][0]["differences"]["teacher"]["score.accuracy"]
+    spread = summary["teacher_figures"]["score.accuracy"]
+    assert (spread["mean"], spread["sd"], spread["seeds"]) == (of_teacher["value"], None, 1)
+    assert (spread["low"], spread["high"]) == (of_teacher["low"], of_teacher["high"])
+
+
+def test_the_table_and_the_page_of_two_seeds(whole: Probed) -> None:
+    assert "lost: wrong, teacher right" in whole.printed
+    assert "No control of seed 1: kd-train method=finetune" in whole.printed
+    assert whole.page.count("<svg") == 2 + 1 + 2 + 3
+    assert "http" not in whole.page.replace("http://www.w3.org", "")
+    check_balanced(whole.page)
+
+
+def test_the_size_and_the_constant_prediction_of_a_student(whole: Probed, seeds: list[tuple[Run, dict]]) -> None:
+    for case, (_, record) in zip(whole.json["cases"], seeds, strict=True):
+        assert case["about"]["shape"] == {"layers": 2, "heads": 4, "width": 32}
+        assert case["about"]["majority"] == record["baseline"]["validation"]
+    assert f"{100 * seeds[0][1]['baseline']['validation']['accuracy']:.1f}</td>" in whole.page
 
 
 class Balanced(HTMLParser):
@@ -148,31 +193,28 @@ def check_balanced(page: str) -> None:
 
 
 def test_the_command_that_makes_the_missing_control_is_of_the_same_budget(
-    seeds: list[tuple[Run, dict]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small: Small
+    seeds: list[tuple[Run, dict]], tmp_path: Path, small: Small
 ) -> None:
     run, _ = seeds[1]
-    found = probed(monkeypatch, tmp_path / "out", run.directory, *QUICK)
+    found = probed(tmp_path / "out", run.directory, *QUICK)
     command = found["cases"][0]["about"]["without_control"]
     words = shlex.split(command)[1:]
     assert {"method=finetune", "teacher=[]", "seed=1", "optimizer.lr=0.002"} <= set(words)
     assert plan(compose(words)).digest == plan(compose(small("method=finetune", "teacher=[]", "seed=1", *STUDENT))).digest
 
 
-def test_a_student_beside_itself_has_lost_nothing(
-    seeds: list[tuple[Run, dict]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_student_beside_itself_has_lost_nothing(seeds: list[tuple[Run, dict]], tmp_path: Path) -> None:
     (run, _), _ = seeds
     words = (run.directory, "--teacher", run.directory, "--examples", 12, "--train-examples", 30)
-    found = probed(monkeypatch, tmp_path / "out", *words)
-    assert probed(monkeypatch, tmp_path / "again", *words) == found, "the same command gives the same figures"
-    (case,) = found["cases"]
+    (case,) = probed(tmp_path / "out", *words)["cases"]
     for name, expected in {"agreement": 1, "kl": 0, "js": 0, "total_variation": 0, "lost": 0, "delta.accuracy": 0}.items():
         one = case["differences"]["figures"][name]["student"]
         assert (one["value"], one["low"], one["high"]) == (expected, expected, expected), name
     assert value(case, "retention.accuracy") == 1
     assert value(case, "gained") == 0
     for layer in range(3):
-        assert case["cka"]["student"]["matrix"][layer][layer] == pytest.approx(1, abs=1e-12)
+        one = case["cka"]["student"]["matrix"][layer][layer]
+        assert (one["value"], one["low"], one["high"]) == pytest.approx((1, 1, 1), abs=1e-12)
     for layer in range(2):
         assert case["attention"]["student"]["matrix"][layer][layer]["value"] == 0
         assert case["attention"]["student"]["heads"][layer][layer] == [[head, head] for head in range(4)]
@@ -181,13 +223,24 @@ def test_a_student_beside_itself_has_lost_nothing(
     assert value(case, "agreement", "control") < 1, "the control is another model"
 
 
-def test_logits_that_were_not_stored_are_computed(
-    seeds: list[tuple[Run, dict]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_teacher_that_was_evaluated_on_longer_texts_reads_the_same_tokens_as_the_student(
+    seeds: list[tuple[Run, dict]], tmp_path: Path
 ) -> None:
     run, _ = seeds[0]
-    stored = probed(monkeypatch, tmp_path / "stored", copied(run, tmp_path / "runs"), *QUICK)["cases"][0]
+    teacher = copied(run.inputs.teachers["minilm"], tmp_path / "runs")
+    longer = (teacher / "config.yaml").read_text().replace("max_length: 32", "max_length: 64")
+    (teacher / "config.yaml").write_text(longer)
+    (case,) = probed(tmp_path / "out", run.directory, "--teacher", teacher, *QUICK)["cases"]
+    (own,) = probed(tmp_path / "own", run.directory, *QUICK)["cases"]
+    assert case["about"]["logits"] == {"student": "stored", "teacher": "computed", "control": "stored"}
+    assert value(case, "kl") == pytest.approx(value(own, "kl"), abs=1e-6)
+
+
+def test_logits_that_were_not_stored_are_computed(seeds: list[tuple[Run, dict]], tmp_path: Path) -> None:
+    run, _ = seeds[0]
+    stored = probed(tmp_path / "stored", copied(run, tmp_path / "runs"), *QUICK)["cases"][0]
     (tmp_path / "runs" / run.name / "predictions.npz").unlink()
-    computed = probed(monkeypatch, tmp_path / "computed", tmp_path / "runs" / run.name, *QUICK)["cases"][0]
+    computed = probed(tmp_path / "computed", tmp_path / "runs" / run.name, *QUICK)["cases"][0]
     assert computed["about"]["logits"] == {"student": "computed", "teacher": "computed"}
     assert stored["about"]["control"] is None, "the copy's folder has no control"
     for name in ("score.accuracy", "agreement", "kl", "ece"):
@@ -201,7 +254,7 @@ def test_without_models_differences_are_left_and_the_rest_has_a_reason(
     directory = copied(run, tmp_path / "runs")
     shutil.rmtree(directory / "student")
     write_record(directory / "result.json", {**record, "keep": "figures"})
-    (case,) = probed(monkeypatch, tmp_path / "out", directory, "--examples", 8, "--train-examples", 20)["cases"]
+    (case,) = probed(tmp_path / "out", directory, "--examples", 8, "--train-examples", 20)["cases"]
     assert value(case, "score.accuracy") == pytest.approx(record["metrics"]["validation"]["accuracy"])
     reason = f"the run {run.name} has no exported student (trainer.keep=figures)"
     assert case["absent"] == {f"{part}/student": reason for part in ("cka", "probes", "attention", "ablation")}
@@ -209,7 +262,7 @@ def test_without_models_differences_are_left_and_the_rest_has_a_reason(
     assert reason in capsys.readouterr().out
     assert reason in (tmp_path / "out" / "probe.html").read_text()
     shutil.rmtree(tmp_path / "runs" / run.inputs.teachers["minilm"].name)
-    (case,) = probed(monkeypatch, tmp_path / "out", directory, "--only", "ablation")["cases"]
+    (case,) = probed(tmp_path / "out", directory, "--only", "ablation")["cases"]
     assert "is not beside the run" in case["absent"]["ablation/teacher"]
     assert case["differences"] is None
     (directory / "predictions.npz").unlink()
@@ -239,28 +292,36 @@ def test_predictions_that_are_not_those_of_the_record_are_refused(
     stored(labels=1 - split.labels)
     assert "evaluated on other examples" in refused(monkeypatch, capsys, directory, *QUICK)
     stored()
-    assert len(probed(monkeypatch, tmp_path / "out", directory, *QUICK)["cases"]) == 1
+    assert len(probed(tmp_path / "out", directory, *QUICK)["cases"]) == 1
 
 
-def test_several_teachers_are_compared_one_by_one(
-    small: Small, backbone: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_teachers_are_compared_one_by_one_and_one_of_another_vocabulary_without_attention(
+    seeds: list[tuple[Run, dict]], small: Small, tmp_path: Path
 ) -> None:
-    run, record = made(
-        small("method=kd", "pool=wkd", *pool(backbone, "minilm", "minilm_4l"), "trainer.max_epochs=1", "preflight=false")
-    )
-    found = probed(monkeypatch, tmp_path / "out", run.directory, "--split", "test", *QUICK)
-    assert [case["about"]["teacher"] for case in found["cases"]] == ["minilm", "minilm_4l"]
+    """The teachers are trained classifiers: the student of another run, and a random one that reads other tokens."""
+    other = tmp_path / "reversed"
+    model = tiny_model(seed=3, initializer_range=0.1)
+    model.config.id2label, model.config.label2id = {0: "positive", 1: "negative"}, {"positive": 0, "negative": 1}
+    model.save_pretrained(other)
+    tiny_tokenizer(sorted(word for word in tiny_tokenizer().get_vocab() if not word.startswith("["))).save_pretrained(other)
+    of_run = seeds[0][0].student
+    words = ("teacher=[one,other]", f"+teacher.one.model={of_run}", f"+teacher.other.model={other}")
+    run, record = made(small("method=kd", "pool=wkd", *words, "trainer.max_epochs=1", "preflight=false"))
+    found = probed(tmp_path / "out", run.directory, "--split", "test", "--examples", 8, "--only", "differences,cka,attention")
+    assert [case["about"]["teacher"] for case in found["cases"]] == ["one", "other"]
     for case in found["cases"]:
         assert case["about"]["split"] == "test"
         assert value(case, "agreement") == pytest.approx(record["agreement"]["test"][case["about"]["teacher"]])
+        assert list(case["cka"]) == ["student"]
+    first, second = found["cases"]
+    assert (list(first["attention"]), first["absent"]) == (["student"], {})
+    assert "another vocabulary than the teacher" in second["absent"]["attention/student"]
 
 
-def test_a_cohort_has_a_case_for_each_student_and_an_online_teacher_has_predictions_alone(
-    small: Small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_cohort_has_a_case_for_each_student_and_an_online_teacher_has_predictions_alone(small: Small, tmp_path: Path) -> None:
     words = ("method=dml", "cohort.teacher=online", "cohort.students=[1l,2l]", "trainer.max_epochs=1", "preflight=false")
     run, record = made(small(*words))
-    found = probed(monkeypatch, tmp_path / "out", run.directory, "--examples", 8, "--train-examples", 20)
+    found = probed(tmp_path / "out", run.directory, "--examples", 8, "--train-examples", 20)
     students = list(record["students"])
     assert [case["about"]["student"] for case in found["cases"]] == students
     for name, case in zip(students, found["cases"], strict=True):
@@ -269,65 +330,40 @@ def test_a_cohort_has_a_case_for_each_student_and_an_online_teacher_has_predicti
         assert list(case["ablation"]) == list(case["probes"]) == ["student"]
 
 
-def test_scores_have_correlations_layers_and_attention(
-    small: Small, reviews: Path, backbone: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_tasks_of_a_mixture_have_a_case_each_and_scores_have_correlations_layers_and_attention(
+    small: Small, reviews: Path, tmp_path: Path
 ) -> None:
-    files = []
+    """Both tasks have the toy's texts; the second has scores, and is smaller."""
     for split in ("train", "validation", "test"):
         text = (reviews / f"{split}.csv").read_text()
         (tmp_path / f"{split}.csv").write_text(text.replace(",negative", ",1.5").replace(",positive", ",4"))
-        files.append(f"task.{split}={tmp_path / split}.csv")
-    words = ("task.kind=regression", "task.labels=null", "task.metrics=[pearson,mse]", "task.monitor=pearson")
-    run, record = made(small("method=kd", *words, *files, "trainer.max_epochs=1", "preflight=false"))
-    (case,) = probed(monkeypatch, tmp_path / "out", run.directory, "--examples", 16)["cases"]
-    assert value(case, "score.pearson") == pytest.approx(record["metrics"]["validation"]["pearson"], rel=1e-5)
-    assert value(case, "agreement") == pytest.approx(record["agreement"]["validation"]["minilm"], rel=1e-4)
-    assert case["absent"] == {"probes": "the probes are classifiers, and the task has scores"}
-    assert set(case["differences"]["absent"]) == {"retention.mse", "classes", "slices"}
-    assert case["ablation"]["student"]["metric"] == "pearson"
-    assert list(case["cka"]) == list(case["attention"]) == ["student"]
-
-
-def test_models_of_other_vocabularies_have_no_similarity_of_attention(
-    seeds: list[tuple[Run, dict]], small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "reversed"
-    tiny_model(seed=3, initializer_range=0.1).save_pretrained(folder)
-    vocabulary = list(tiny_tokenizer().get_vocab())
-    tiny_tokenizer(sorted(word for word in vocabulary if not word.startswith("["))).save_pretrained(folder)
-    other, _ = made(
-        small("method=finetune", "teacher=[]", f"student.backbone={folder}", "trainer.max_epochs=1", "preflight=false")
-    )
-    run, _ = seeds[0]
-    words = (run.directory, "--teacher", other.directory, "--examples", 8, "--train-examples", 20)
-    (case,) = probed(monkeypatch, tmp_path / "out", *words)["cases"]
-    assert "another vocabulary than the teacher" in case["absent"]["attention/student"]
-    assert list(case["cka"]) == ["student", "control"]
-    assert case["about"]["teacher"] == "finetune 2l, seed 0"
-
-
-def test_tasks_of_a_mixture_have_a_case_each(
-    small: Small, reviews: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Both tasks are the toy's; the second is smaller."""
     base = [word for word in small("method=kd", "trainer.max_epochs=1", "preflight=false") if not word.startswith("task")]
     tasks = [f"+task@task.of.{name}=file" for name in ("a", "b")]
-    files = [
-        f"task.of.{name}.{split}={reviews / split}.csv" for name in ("a", "b") for split in ("train", "validation", "test")
-    ]
+    folders = {"a": reviews, "b": tmp_path}
+    files = [f"task.of.{n}.{part}={of}/{part}.csv" for n, of in folders.items() for part in ("train", "validation", "test")]
     more = ["task.of.a.max_length=32", "task.of.b.max_length=32", "task.of.b.limit_validation=20"]
-    run, record = made([*base, "task=mixture", *tasks, *files, *more, "task.monitor=mean"])
-    found = probed(monkeypatch, tmp_path / "out", run.directory, *QUICK)
+    scores = [f"task.of.b.{word}" for word in ("kind=regression", "labels=null", "metrics=[pearson,mse]", "monitor=pearson")]
+    run, record = made([*base, "task=mixture", *tasks, *files, *more, *scores, "task.monitor=mean"])
+    found = probed(tmp_path / "out", run.directory, "--examples", 16, "--train-examples", 20)
     assert [case["about"]["task"] for case in found["cases"]] == ["a", "b"]
-    for name, case in zip(("a", "b"), found["cases"], strict=True):
-        assert value(case, "score.accuracy") == pytest.approx(record["tasks"][name]["metrics"]["validation"]["accuracy"])
-    assert found["cases"][1]["differences"]["n"] == 20
+    first, second = found["cases"]
+    accuracy = record["tasks"]["a"]["metrics"]["validation"]["accuracy"]
+    assert value(first, "score.accuracy") == pytest.approx(accuracy)
+    assert list(first["probes"]) == list(first["ablation"]) == ["teacher", "student"]
+    assert second["differences"]["n"] == 20
+    of_task = record["tasks"]["b"]
+    assert value(second, "score.pearson") == pytest.approx(of_task["metrics"]["validation"]["pearson"], rel=1e-5)
+    assert value(second, "agreement") == pytest.approx(of_task["agreement"]["validation"]["minilm"], rel=1e-4)
+    assert second["absent"] == {"probes": "the probes are classifiers, and the task has scores"}
+    assert set(second["differences"]["absent"]) == {"retention.mse", "classes", "slices"}
+    assert second["ablation"]["student"]["metric"] == "pearson"
+    assert list(second["cka"]) == list(second["attention"]) == ["student"]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("nowhere",), "'nowhere' is not the directory of a finished run"),
+        (("nowhere",), "'nowhere' is not the directory of a finished run: there is no such folder"),
         (("--split", "train"), "'train' is not one of validation, test"),
         (("--only", "ckaa"), "'ckaa' is not one of differences, cka, probes, attention, ablation. Did you mean 'cka'?"),
         (("--vectors", "max"), "'max' is not one of mean, cls"),
@@ -350,6 +386,22 @@ def test_what_cannot_be_compared_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_is_no_finished_run_is_refused_with_what_to_do(
+    seeds: list[tuple[Run, dict]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    directory = copied(seeds[0][0], tmp_path / "runs")
+    assert f"is a folder of runs; name runs in it, such as {tmp_path / 'runs'}" in refused(
+        monkeypatch, capsys, tmp_path / "runs"
+    )
+    record = directory / "result.json"
+    record.write_text(record.read_text().replace('"seed"', '"sed"'))
+    assert f"result.json of '{directory}' is damaged" in refused(monkeypatch, capsys, directory)
+    record.unlink()
+    assert f"the run '{directory}' is not finished: its command continues it" in refused(monkeypatch, capsys, directory)
+    (tmp_path / "empty").mkdir()
+    assert "there is no result.json in it" in refused(monkeypatch, capsys, tmp_path / "empty")
+
+
 def test_a_run_without_a_teacher_takes_one_and_is_its_own_control(
     control: Run,
     seeds: list[tuple[Run, dict]],
@@ -360,9 +412,9 @@ def test_a_run_without_a_teacher_takes_one_and_is_its_own_control(
     monkeypatch.chdir(tmp_path)
     assert "has no teacher to compare its student with; --teacher" in refused(monkeypatch, capsys, control.directory)
     teacher = seeds[0][0].inputs.teachers["minilm"]
-    (case,) = probed(monkeypatch, tmp_path / "out", control.directory, "--teacher", teacher.directory, *QUICK)["cases"]
+    (case,) = probed(tmp_path / "out", control.directory, "--teacher", teacher.directory, *QUICK)["cases"]
     assert case["about"]["without_control"] == "the run is fine-tuning, which is the control of other runs"
-    (other,) = probed(monkeypatch, tmp_path / "out", seeds[0][0].directory, *QUICK)["cases"]
+    (other,) = probed(tmp_path / "out", seeds[0][0].directory, *QUICK)["cases"]
     for name in ("agreement", "lost", "kl"):
         assert value(case, name) == value(other, name, "control")
 
@@ -410,7 +462,7 @@ def test_what_is_computed_of_a_teacher_is_computed_once(
         return original(model, *given)
 
     monkeypatch.setattr(analysis, "ablated_logits", counting)
-    probed(monkeypatch, tmp_path / "out", *(run.directory for run, _ in seeds), "--only", "ablation", "--examples", 4)
+    probed(tmp_path / "out", *(run.directory for run, _ in seeds), "--only", "ablation", "--examples", 4)
     assert len(calls) == len(set(calls))
     assert sum("full" in name for name in calls) == 1
 

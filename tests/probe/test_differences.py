@@ -10,7 +10,7 @@ from scipy.stats import entropy, pearsonr, spearmanr
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from kd.probe.differences import Differences, churn_of, differences, slices_of
-from kd.results.statistics import COUNTED, Draws, counted_difference, drawn, mean_of
+from kd.results.statistics import COUNTED, Draws, Estimate, counted_difference, drawn, jackknifed, mean_of
 from kd.results.statistics.estimates import MOST_UNDEFINED
 
 CLASSES = ("bad", "good", "so-so")
@@ -192,6 +192,15 @@ def test_scores_have_correlations_and_no_classes() -> None:
     assert (result.churn, result.slices) == ({}, ())
 
 
+def test_a_model_that_predicts_one_class_is_named() -> None:
+    data = models()
+    assert of(data).one_class == {}
+    data["control"] = np.tile(np.array([[0.0, 1.0, 0.5]], dtype=np.float32), (120, 1))
+    assert of(data).one_class == {"control": "good"}
+    data["teacher"] = data["student"] = 0 * data["control"]
+    assert of(data).one_class == {"teacher": "bad", "student": "bad", "control": "good"}
+
+
 # Slices
 
 
@@ -242,6 +251,18 @@ def test_a_mean_has_the_interval_of_its_resampled_examples() -> None:
     means = np.sort([values[generator.integers(50, size=50)].mean() for _ in range(1999)])
     assert (found.low, found.high) == pytest.approx((means[49], means[-50]), abs=1e-12)
     assert found.value == pytest.approx(values.mean())
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    values = np.random.default_rng(4).normal(size=30)
+    without = np.array([np.delete(values, row).mean() for row in range(30)])
+    found = jackknifed(values.mean(), without)
+    half = 1.959964 * values.std(ddof=1) / math.sqrt(30)
+    assert (found.low, found.high, found.n) == (pytest.approx(values.mean() - half), pytest.approx(values.mean() + half), 30)
+    assert jackknifed(0.99, np.linspace(0.9, 1.0, 30), (0.0, 1.0)).high == 1.0
+    without[3] = math.nan
+    assert jackknifed(0.5, without) == Estimate(0.5, None, None, 30)
+    assert jackknifed(math.nan, values) == Estimate(None, None, None, 30)
 
 
 def test_a_figure_that_few_samples_have_has_no_interval() -> None:

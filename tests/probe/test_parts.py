@@ -19,6 +19,7 @@ from kd.probe.ablation import ablated_logits, ablation_of
 from kd.probe.attention import attention_similarity
 from kd.probe.outputs import logits_of, same_tokens, vectors_of
 from kd.probe.representations import alignment_of, probes_of
+from kd.results.statistics import Estimate
 
 TEXTS = [(" ".join([*FILLER[: 2 + number % 7], word]),) for number, word in enumerate([*GOOD, *BAD])]
 LABELS = np.array([1.0] * len(GOOD) + [0.0] * len(BAD))
@@ -72,13 +73,35 @@ def test_similarity_of_layers_is_cka_of_each_pair_and_one_of_a_model_with_itself
     found = alignment_of(ours, theirs)
     assert (found.n, len(found.matrix), {len(row) for row in found.matrix}) == (len(TEXTS), 3, {4})
     for layer, other in itertools.product(range(3), range(4)):
-        assert found.matrix[layer][other] == linear_cka(ours[layer], theirs[other])
+        cell = found.matrix[layer][other]
+        assert (cell.value, cell.n) == (linear_cka(ours[layer], theirs[other]), len(TEXTS))
+        assert cell.low < cell.value < cell.high
     itself = alignment_of(ours, ours)
     for layer in range(3):
-        assert itself.matrix[layer][layer] == pytest.approx(1, abs=1e-12)
+        assert itself.matrix[layer][layer].value == pytest.approx(1, abs=1e-12)
         assert itself.unrelated[layer][layer] < 0.9
     flat = alignment_of([torch.ones(5, 3)], [torch.randn(5, 2)])
-    assert flat.matrix == flat.unrelated == [[None]]
+    assert (flat.matrix, flat.unrelated) == ([[Estimate(None, None, None, 5)]], [[None]])
+
+
+def test_the_interval_of_cka_is_that_of_leaving_out_one_example() -> None:
+    ours, theirs = (vectors_of(found, TEXTS, LENGTH, "mean")[1] for found in (model(0), model(1)))
+    n = len(TEXTS)
+    without = [linear_cka(*(side[[row for row in range(n) if row != left]] for side in (ours, theirs))) for left in range(n)]
+    half = 1.959964 * math.sqrt((n - 1) ** 2 / n * np.var(without, ddof=1))
+    cell = alignment_of([ours], [theirs]).matrix[0][0]
+    assert (cell.low, cell.high) == pytest.approx((cell.value - half, min(cell.value + half, 1.0)), abs=1e-6)
+
+
+def test_first_tokens_of_layer_0_are_equal_and_have_no_similarity_and_no_probe_reads_them() -> None:
+    vectors = vectors_of(model(), TEXTS, LENGTH, "cls")
+    found = alignment_of(vectors, vectors)
+    assert [cell.value for cell in found.matrix[0]] == [row[0].value for row in found.matrix] == [None] * 3
+    assert found.matrix[1][1].value == pytest.approx(1, abs=1e-12)
+    truth = torch.from_numpy(LABELS).long()
+    probed = probes_of(vectors, truth, vectors, truth, 2)
+    assert probed.layers[0].value == 0.5, "one class for all, of two equally frequent ones"
+    assert probed.layers[2].value > 0.5
 
 
 def test_attention_of_a_model_with_itself_does_not_diverge_and_heads_match_themselves() -> None:

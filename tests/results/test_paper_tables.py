@@ -248,16 +248,32 @@ def test_every_student_of_the_grid_of_layers_and_heads_has_its_control(scale: st
     assert students["finetune"] == students["kd"]
 
 
-def test_heads_of_the_grid_are_of_the_size_of_their_labels() -> None:
-    widths: dict[str, set[int]] = {}
-    for cell in cells("what_is_lost_grid", "local"):
-        spec = typed(compose([word for word in cell.overrides if word.startswith(("student", "trainer"))])).student
-        if (label := cell.labels.get("student.heads")) is not None and cell.labels["seed"] == "0":
-            heads, size = map(int, label.split("x"))
-            assert (spec.heads, spec.width or 384) == (heads, heads * size)
-            widths.setdefault(cell.labels["student"], set()).add(heads * size)
-            assert spec.init == "random"
-    assert widths == {student: {64, 128, 384} for student in ("1l", "2l", "4l", "6l")}
+GRID = {
+    "local": (384, {64, 128, 384}, {2, 4, 12}, {"1l", "2l", "4l", "6l"}),
+    "published": (768, {128, 256, 384, 768}, {2, 4, 6, 12}, {"1l", "2l", "3l", "4l", "6l", "8l", "12l"}),
+}
+"""Width of the teacher; widths of a fixed head size, heads and students of the grid of random students."""
+
+
+@scales
+def test_heads_of_the_grid_are_of_the_size_of_their_labels_at_a_fixed_width_and_at_a_fixed_head_size(scale: str) -> None:
+    full, widths, heads, students = GRID[scale]
+    found: dict[str, set[tuple[int, int]]] = {}
+    for cell in cells("what_is_lost_grid", scale):
+        label, task = cell.labels.get("student.heads"), cell.labels["task"]
+        if label is None or (cell.labels["method"], cell.labels["seed"], task) != ("kd", "0", "mrpc"):
+            continue
+        words = [word for word in cell.overrides if word.startswith(("student", "trainer", "optimizer"))]
+        spec = typed(compose(words)).student
+        count, size = map(int, label.split("x"))
+        assert (spec.heads, spec.width or full) == (count, count * size)
+        assert spec.init == "random", "heads of another number have no pre-trained weights"
+        layers = cell.labels["student"].removesuffix("l")
+        assert spec.layers == (None if layers == "12" else int(layers))
+        found.setdefault(cell.labels["student"], set()).add((count, count * size))
+    sizes = {(count, full) for count in heads} | {(count, count * min(widths) // min(heads)) for count in heads}
+    assert found == dict.fromkeys(students, sizes)
+    assert {width for _, width in sizes} == widths
 
 
 @tables

@@ -5,7 +5,7 @@ All tests are two-sided, and a difference is always that of the method minus the
 """
 
 from kd.results.statistics.counted import COUNTED, Statistic
-from kd.results.statistics.estimates import Draws, Estimate, drawn, mean_of
+from kd.results.statistics.estimates import Draws, Estimate, drawn, jackknifed, mean_of
 from kd.results.statistics.examples import (
     ExampleDifference,
     McNemar,
@@ -50,6 +50,7 @@ __all__ = [
     "drawn",
     "example_difference",
     "holm",
+    "jackknifed",
     "mcnemar",
     "mean_of",
     "median_spread",
