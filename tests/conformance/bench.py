@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from conftest import BAD, FILLER, GOOD, ONLY_METHOD, tiny_config, tiny_model, tiny_tokenizer
 from kd.build.instantiate import bind_method, build_method
@@ -94,11 +94,15 @@ def configured(case: str, more: Sequence[str] = ()) -> DictConfig:
     return before_config(config) if BEFORE in overrides else config
 
 
-@functools.cache
-def specification(case: str, more: tuple[str, ...] = ()) -> tuple[RunSpec, int]:
-    """The typed configuration of a case, and the number of its students. It is shared: nothing changes it."""
-    spec = typed(configured(case, more))
-    return spec, len(students_of(spec))
+SPECIFICATIONS: dict[tuple[str, tuple[str, ...]], RunSpec] = {}
+"""Typed configurations by case and further overrides: composing takes longer than a step, and ranks get those of their test."""
+
+
+def specification(case: str, more: tuple[str, ...] = ()) -> RunSpec:
+    """The typed configuration of a case. It is shared: nothing changes it."""
+    if (case, more) not in SPECIFICATIONS:
+        SPECIFICATIONS[case, more] = typed(configured(case, more))
+    return SPECIFICATIONS[case, more]
 
 
 @functools.cache
@@ -108,15 +112,26 @@ def shared_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def encoder(seed: int, outputs: int = 3, **sizes: Any) -> Encoder:
-    """A random model for `TASK` or `SCORES`, with weights large enough that its layers and classes differ."""
-    model = tiny_model(seed, num_labels=outputs, **sizes)
+    """A random model for `TASK` or `SCORES`, with weights large enough that its layers and classes differ.
+
+    It is a copy of one that is initialised once, and leaves the generator of random numbers where initialisation does.
+    """
+    model, state = initialised(seed, outputs, tuple(sizes.items()))
+    torch.set_rng_state(state)
+    return Encoder(copy.deepcopy(model), shared_tokenizer())
+
+
+@functools.cache
+def initialised(seed: int, outputs: int, sizes: tuple[tuple[str, Any], ...]) -> tuple[PreTrainedModel, torch.Tensor]:
+    """The model of `encoder`, and the state of the generator of random numbers after its initialisation."""
+    model = tiny_model(seed, num_labels=outputs, **dict(sizes))
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.2)
             if "word_embeddings" in name:
                 parameter.data[0] = 0
-    return Encoder(model, shared_tokenizer())
+    return model, torch.get_rng_state()
 
 
 def aid(seed: int, head: str | None) -> Encoder:
@@ -124,6 +139,12 @@ def aid(seed: int, head: str | None) -> Encoder:
     torch.manual_seed(90 + seed)
     config = tiny_config(initializer_range=0.2)
     return Encoder(HEADS[head or "classifier"].auto.from_config(config).eval(), shared_tokenizer())
+
+
+@functools.cache
+def method_of_teacher(name: str) -> dict[str, Any]:
+    """The node of a method that trains a teacher."""
+    return typed(compose([f"method={name}", "teacher=[]"])).method
 
 
 def batch_of(count: int = 8, tokens: int = 9, seed: int = 0, teachers: int = 1, students: int = 1) -> Batch:
@@ -140,6 +161,16 @@ def batch_of(count: int = 8, tokens: int = 9, seed: int = 0, teachers: int = 1, 
     columns = {"domain": domains, "transferability": torch.rand(count, generator=generator)}
     index = torch.arange(count)
     return Batch(inputs, (inputs,) * teachers, labels, index, 1.0, (inputs,) * (students - 1), columns=columns)
+
+
+SUMS = 1e-9
+"""Beyond rounding in float64: terms are of a size of 1 to 1e3, sums of 1e4 products at most; 1e3 * 1e4 * 1e-16 is 1e-9."""
+
+
+def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert one.keys() == other.keys()
+    for term in one:
+        assert float((one[term] - other[term]).abs()) <= tolerance, f"{term}: {one[term]} and {other[term]}"
 
 
 def take(batch: Batch, rows: torch.Tensor) -> Batch:
@@ -213,7 +244,8 @@ class Bench:
         more: Sequence[str] = (),
         double: bool = False,
     ) -> None:
-        spec, count = specification(case, tuple(more))
+        spec = specification(case, tuple(more))
+        count = len(students_of(spec))
         self.weights = spec.method["weights"]
         self.task: Task = SCORES if spec.task.kind == "regression" else TASK
         self.outputs = 1 if self.task is SCORES else len(TASK.names)
@@ -264,8 +296,7 @@ class Bench:
 
     def kept_by(self, spec: RunSpec, teacher: FrozenTeacher) -> dict[str, torch.Tensor]:
         """Return the state that the method which trains a teacher keeps."""
-        name = spec.teacher[teacher.name].method
-        method, _ = build_method(typed(compose([f"method={name}", "teacher=[]"])).method)
+        method, _ = build_method(method_of_teacher(spec.teacher[teacher.name].method))
         if method.keeps:
             with torch.random.fork_rng():
                 torch.manual_seed(5)
@@ -497,7 +528,12 @@ class Collated:
 
 
 def save_two_rank_updates(
-    rank: int, world: int, port: int, folder: Path, cases: Sequence[tuple[str, tuple[str, ...], int]]
+    rank: int,
+    world: int,
+    port: int,
+    folder: Path,
+    cases: Sequence[tuple[str, tuple[str, ...], int]],
+    specifications: dict[tuple[str, tuple[str, ...]], RunSpec],
 ) -> None:
     """One rank of a two-rank step of every case; each writes what the parameters became."""
     from torch import nn
@@ -505,6 +541,7 @@ def save_two_rank_updates(
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
+    SPECIFICATIONS.update(specifications)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
 
     class Stepper(nn.Module):

@@ -8,29 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from overwriting import Overwriting, overwriting
 from unreadable import DEVICE, move, unreadable
 
 from conformance.bench import (
     CASES,
-    GENERATED,
     HELD,
     METHODS,
     STAGED,
+    SUMS,
     WAITS,
     Bench,
     Recorded,
-    case_name,
+    close,
     configured,
     more_padding,
-    option_cases,
     refusal,
-    save_two_rank_updates,
-    shortest,
     take,
     train_occurring_rows,
-    two_rank_cases,
     untouched,
 )
 from kd.config.compose import conf_folder
@@ -43,23 +38,12 @@ from kd.models.compiled import GraphShapes
 from kd.system import hardware
 from kd.teacher_cache.cache import TeacherCache
 from kd.training.graphs import encoders_of
-from processes import free_port
 
 REFUSES_GRAPHS = {"ad_kd", "bert_emd", "l2a", "tinybert", "mlkd_bert", "meta_kd"}
 """Methods that the documentation lists as refused with `trainer.compile=reduce-overhead`, some for their first run."""
 
 every_case = pytest.mark.parametrize("name", CASES)
 __all__ = ["overwriting"]
-
-
-SUMS = 1e-9
-"""Beyond rounding in float64: terms are of a size of 1 to 1e3, sums of 1e4 products at most; 1e3 * 1e4 * 1e-16 is 1e-9."""
-
-
-def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float) -> None:
-    assert one.keys() == other.keys()
-    for term in one:
-        assert float((one[term] - other[term]).abs()) <= tolerance, f"{term}: {one[term]} and {other[term]}"
 
 
 @pytest.mark.parametrize("name", [*METHODS, *STAGED])
@@ -387,33 +371,6 @@ def test_rows_that_do_not_occur_change_no_update(name: str) -> None:
     assert all(torch.allclose(one[key], other[key], rtol=0, atol=SUMS) for key in one if one[key].is_floating_point())
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
-    """Return the parameters after one step of every method, on each of two ranks."""
-    folder = tmp_path_factory.mktemp("ranks")
-    # New interpreters, not forks of one: sets have other orders in each, and methods must not depend on them.
-    mp.spawn(save_two_rank_updates, args=(2, free_port(), folder, two_rank_cases()), nprocs=2)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
-
-
-@pytest.mark.parametrize(("name", "option"), option_cases())
-def test_what_depends_on_the_batch_says_so(name: str, option: str) -> None:
-    """The mean of a term over the halves of a batch is the term, unless the method declares a dependence, which then shows."""
-    if (error := refusal(name, option)) is not None:
-        assert error.key is not None, f"refused without the key to change: {error}"
-        return
-    bench = Bench(name, more=[option], double=True)
-    bench.update(bench.batch(seed=1))  # after which a baseline differs from the latest reward
-    batch = bench.batch()
-    batch = take(batch, batch.student["attention_mask"].sum(dim=1).argsort())  # so that the halves are padded differently
-    halves = [shortest(take(batch, rows)) for rows in torch.arange(8).split(4)]
-    whole, parts = bench.terms(batch), [bench.terms(half) for half in halves]
-    means = {term: sum(part[term] for part in parts) / 2 for term in whole}
-    # The update may have made a sum over width and tokens as large as 1e10, whose rounding in float64 is 1e-6.
-    apart = max(float((value - means[term]).abs() / value.abs().clamp(min=1)) for term, value in whole.items())
-    assert (apart <= SUMS) == (bench.batch_dependence() is None), f"{apart}: {bench.batch_dependence()}"
-
-
 CHECKS = (
     test_terms_are_finite_scalars_named_like_the_weights,
     test_every_trainable_parameter_gets_a_gradient_and_the_teacher_none,
@@ -429,17 +386,6 @@ CHECKS = (
 """The contract of a generated composition, in one test for each composition, so that it is composed once."""
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("name", GENERATED)
-def test_method_composes_or_is_refused_with_the_key_to_change(name: str) -> None:
-    if (error := refusal(name)) is None:
-        for check in CHECKS:
-            check(name)
-    else:
-        groups = ("pool", "cohort", "surgery", "student", "task", "teacher", "method")
-        assert str(error.key).partition(".")[0] in groups, f"refused without the key to change: {error}"
-
-
 def test_documentation_says_which_methods_need_one_vocabulary() -> None:
     text = (Path(__file__).parents[2] / "docs" / "models.md").read_text().split("### MPNet")[1].split("\n### ")[0]
     rows = dict(re.findall(r"^\| (works|refused) \|(.*)\|$", text, re.MULTILINE))
@@ -451,24 +397,3 @@ def test_documentation_says_which_methods_need_one_vocabulary() -> None:
         errors = [refusal(f"{case} surgery=[cut_vocabulary]") for case in cases]
         refused = any(error is not None and "a vocabulary of its own" in error.message for error in errors)
         assert said[name] == ("refused" if refused else "works"), name
-
-
-@pytest.mark.parametrize("name", [*CASES, *GENERATED])
-@pytest.mark.ddp
-def test_two_ranks_with_their_shares_equal_one_with_the_whole(name: str, two_ranks: list) -> None:
-    cases = [case for case in two_rank_cases() if case[0] == name]
-    assert cases or refusal(name) is not None
-    for _, more, count in cases:
-        case, bench = case_name(name, more, count), Bench(name, more=more, double=True)
-        before = copy.deepcopy(bench.engine.state_dict())
-        bench.update(bench.batch(count))
-        moved = 0.0
-        for key, tensor in bench.engine.state_dict().items():
-            one, other = (rank[case][key] for rank in two_ranks)
-            assert torch.equal(one, other), f"{case}, {key}: the ranks drifted apart"
-            step = float((tensor - before[key]).abs().max())
-            moved = max(moved, step)
-            if bench.split_matters():
-                continue
-            assert float((one - tensor).abs().max()) <= SUMS * max(1.0, step), f"{case}, {key}"
-        assert moved > 1e-4
