@@ -198,9 +198,10 @@ class TokenFiles:
         with self.lock:
             if self.part.is_dir() and description(self.folder, thorough=False) is None:  # else another process has moved them
                 names = [INDEX, *(f"{name}.bin" for name in self.kinds)]
-                for name in names:
+                # Before the files are moved: checksums take a while, in which a kill is to cost no tokens.
+                describe(self.part, names, {"examples": self.count})
+                for name in (*names, ABOUT):
                     os.replace(self.part / name, self.folder / name)
-                describe(self.folder, names, {"examples": self.count})
             remove(self.part)
 
 

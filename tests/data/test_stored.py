@@ -375,7 +375,17 @@ def test_processes_that_make_tokens_at_once_share_a_store(tokenizer: PreTrainedT
     same_tokens(StoredTokens(tokenizer, stored(tmp_path / "texts", texts), 9, 1, TokenStore(tmp_path)), plain, list(range(600)))
 
 
-@pytest.mark.parametrize("moment", ["before the tokens", "after the tokens", "after the index", "while it is finished"])
+TOKENISED_AGAIN = {
+    "before the tokens": 560,
+    "after the tokens": 560,
+    "after the index": 510,
+    "while it is described": 0,
+    "while it is moved": 600,
+}
+"""Moment at which a process is killed -> number of 600 texts that the next one tokenises."""
+
+
+@pytest.mark.parametrize("moment", TOKENISED_AGAIN)
 def test_a_kill_leaves_a_store_that_goes_on(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,8 +413,10 @@ def test_a_kill_leaves_a_store_that_goes_on(
             if calls == 9:
                 die()
 
-        if moment == "while it is finished":
+        if moment == "while it is described":  # which reads all tokens once more
             stored_tokens.describe = die  # type: ignore[assignment]
+        elif moment == "while it is moved":
+            stored_tokens.os.replace = lambda old, new: die() if Path(new).name == "input_ids.bin" else Path(old).rename(new)
         elif moment == "after the index":
             StoredTokens._make = made  # type: ignore[method-assign]
         else:
@@ -419,7 +431,7 @@ def test_a_kill_leaves_a_store_that_goes_on(
     assert not (folder / ABOUT).exists()
     calls = counted(monkeypatch)
     make_all(tmp_path, 1)
-    assert sum(calls) == (600 if moment == "while it is finished" else 510 if moment == "after the index" else 560)
+    assert sum(calls) == TOKENISED_AGAIN[moment]
     plain = Tokens(tokenizer, texts, 9)
     same_tokens(StoredTokens(tokenizer, stored(tmp_path / "texts", texts), 9, 1, TokenStore(tmp_path)), plain, list(range(600)))
 
