@@ -18,7 +18,7 @@ from kd.data.stored import ABOUT, StoredBytes, describe, description, empty, rem
 from kd.data.texts import Texts, TextSequence
 from kd.errors import InputError
 from kd.system import distributed
-from kd.system.files import LOCK, locked, remove
+from kd.system.files import LOCK, locked, note_stored, remove
 
 TEXTS_FORMAT = 1
 """Version of the stored format, part of the digest that names every folder; incremented when the format changes."""
@@ -143,6 +143,7 @@ def store_texts(
                 if about is None:
                     if (folder / ABOUT).exists():
                         distributed.print_rank_zero(f"  the stored texts '{folder}' are damaged; {what} is read again")
+                    note_stored(folder)
                     write_texts(folder, pieces())
                     about = description(folder, thorough=False)
         assert about is not None

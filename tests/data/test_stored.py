@@ -30,6 +30,7 @@ from kd.data.stored_tokens import JoinedTokens, LengthsOnDemand, StoredTokens
 from kd.data.texts import FlatTexts, JoinedTexts, Texts, count_shared
 from kd.data.tokenized import Tokens, TokenStore
 from kd.errors import InputError
+from kd.system.files import made_by_success
 
 WORDS = [*FILLER, *GOOD]
 PLACES = ["'a.txt', line ", "'b.txt', line "]
@@ -177,6 +178,36 @@ def test_a_second_process_waits_for_the_texts(tmp_path: Path, capfd: pytest.Capt
     process.join(60)
     assert found == texts
     assert "another process reads 'more'; waiting for it" in capfd.readouterr().out
+
+
+def test_what_another_process_stores_meanwhile_outlives_a_refusal(tmp_path: Path) -> None:
+    """As of two commands in a new folder of runs, one of which is refused: the other may still be writing."""
+    store, texts = tmp_path / "runs" / ".tokens", some_texts(30)
+    begun, go_on = get_context("fork").Event(), get_context("fork").Event()
+
+    def slow() -> Iterator[TextPiece]:
+        begun.set()
+        go_on.wait(60)
+        return pieces_of(texts)
+
+    other = get_context("fork").Process(target=store_texts, args=(store / "other", PLACES, slow, "'other'"))
+
+    def refused() -> None:
+        stored(store / "own", texts)
+        other.start()
+        begun.wait(60)
+        raise InputError("refused")
+
+    with pytest.raises(InputError, match="refused"), made_by_success(store):
+        refused()
+    assert [path.name for path in store.iterdir()] == ["other"]
+    go_on.set()
+    other.join(60)
+    assert other.exitcode == 0
+    assert store_texts(store / "other", PLACES, lambda: pytest.fail("read twice"), "'other'") == texts
+    with pytest.raises(InputError, match="refused"), made_by_success(store):
+        raise InputError("refused")
+    assert (store / "other").exists(), "it was there before"
 
 
 def test_joined_and_flat_texts_are_those_of_their_parts(tmp_path: Path) -> None:
