@@ -542,8 +542,15 @@ class Ahead:
                         if self.stopped.is_set():
                             return
                         tokens.stored.prepare(own[begin : begin + AT_ONCE])
-            for tokens in self.tokens:
-                tokens.stored.files.finish()
+            for stored in (tokens.stored for tokens in self.tokens):
+                # Texts that equal a held one are not trained on, but the store is finished with them alone.
+                for begin in range(0, len(stored), AT_ONCE):
+                    if self.stopped.is_set():
+                        return
+                    rest = stored.files.missing(np.arange(begin, min(begin + AT_ONCE, len(stored))))
+                    if len(rest):
+                        stored.prepare(rest)
+                stored.files.finish()
         except BaseException as error:  # noqa: BLE001 - raised again by `check`, in the thread that trains
             self.error = error
 

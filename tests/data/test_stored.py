@@ -710,6 +710,18 @@ def test_tokens_are_made_ahead_of_the_batches(tokenizer: PreTrainedTokenizerFast
     assert lengths.ahead is None, "nothing is left to make"
 
 
+def test_a_store_is_finished_although_some_texts_are_not_trained_on(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Those that equal a held one; a later run, which may need them, finds all tokens."""
+    tokens = on_demand(tokenizer, some_texts(900), tmp_path).tokens
+    lengths = LengthsOnDemand(tokens, np.arange(0, 900, 3))
+    assert len(LengthBatches(lengths, 4, 0).batches()[0]) == 4
+    assert lengths.ahead is not None
+    lengths.ahead.thread.join(60)
+    assert lengths.ahead.error is None
+    assert tokens[0].stored.finished
+    assert not list(tmp_path.rglob("*.part"))
+
+
 def test_the_thread_ends_when_it_is_told_to(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
