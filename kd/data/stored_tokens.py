@@ -57,6 +57,10 @@ number, so that no process ever reads a position without its length. 0 stands fo
 POLL = 0.002
 """Seconds between looks at a store that another process writes."""
 
+MOST_BYTES = 1 << 22
+"""Largest number of bytes of text that are tokenised at a time; one text may have more. Our choice: an encoding, which has the
+tokens beyond the largest length too, takes some 25 times the memory of its text."""
+
 BLOCK_ROWS = 1 << 16
 """Number of examples whose index is read at a time."""
 
@@ -320,9 +324,10 @@ class StoredTokens(Padding):
     def _make(self, rows: np.ndarray) -> None:
         """Make and store the tokens of those of some examples that have none. This thread has `lock`."""
         rows = self.files.missing(rows)
-        if len(rows):
-            lengths, values = flat_arrays(self._encodings(rows), self.inputs)
-            self.files.add(rows, lengths, values)
+        for some in np.split(rows, bounds_by_size(self.texts.sizes(rows).tolist(), MOST_BYTES)):
+            if len(some):
+                lengths, values = flat_arrays(self._encodings(some), self.inputs)
+                self.files.add(some, lengths, values)
 
     def _encodings(self, rows: np.ndarray) -> list[Encoding]:
         """Return the encodings of some examples.
@@ -402,6 +407,21 @@ class StoredTokens(Padding):
             firsts = starts[bounds[:-1]]
             for array in self.files.read(name, firsts.tolist(), (ends - firsts).tolist()):
                 yield array.astype(KINDS[name])
+
+
+def bounds_by_size(sizes: Sequence[int], most: int) -> list[int]:
+    """Return where to cut a sequence, so that the sizes of no part add up to more than `most`, but for a part of one item.
+
+    >>> bounds_by_size([2, 2, 2, 9, 1], 4)
+    [2, 3, 4]
+    """
+    bounds, total = [], 0
+    for index, size in enumerate(sizes):
+        if index and total + size > most:
+            bounds.append(index)
+            total = 0
+        total += size
+    return bounds
 
 
 def check_store(folder: Path) -> None:

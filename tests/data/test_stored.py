@@ -84,6 +84,18 @@ def test_stored_texts_behave_like_a_list(tmp_path: Path, columns: int, monkeypat
     assert found.column("n").dtype == np.float32
 
 
+@pytest.mark.parametrize("columns", [1, 2])
+def test_few_long_texts_are_read_at_a_time(tmp_path: Path, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_texts, "PIECE_ROWS", 7)
+    monkeypatch.setattr(stored_texts, "PIECE_BYTES", 100)
+    texts = [("x" * (number * 7 % 60 if number % 10 else 300),) * columns for number in range(100)]
+    pieces = list(stored(tmp_path / "texts", texts).pieces())
+    assert [row for piece in pieces for row in piece] == texts
+    assert all(len(piece) == 1 or len(piece.content) <= 100 for piece in pieces)
+    assert 1 < max(map(len, pieces)) <= 7
+    assert list(stored(tmp_path / "none", []).pieces()) == []
+
+
 def test_texts_are_read_once_and_shared(tmp_path: Path) -> None:
     texts = some_texts(30)
     first = stored(tmp_path / "texts", texts)
@@ -720,6 +732,26 @@ def test_a_store_is_finished_although_some_texts_are_not_trained_on(tokenizer: P
     assert lengths.ahead.error is None
     assert tokens[0].stored.finished
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_few_long_texts_are_tokenised_at_a_time(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_tokens, "MOST_BYTES", 1000)
+    sizes: list[list[int]] = []
+    encode = stored_tokens.encode
+    monkeypatch.setattr(
+        stored_tokens,
+        "encode",
+        lambda rules, rows: sizes.append([len(row[0].encode()) for row in rows]) or encode(rules, rows),
+    )
+    texts = [("film " * (number * 7 % 90 if number % 10 else 300),) for number in range(100)]
+    tokens = StoredTokens(tokenizer, stored(tmp_path / "texts", texts), 9, 1, TokenStore(tmp_path))
+    tokens.need(np.arange(100))
+    assert [size for some in sizes for size in some] == [len(text[0]) for text in texts]
+    assert all(sum(some) <= 1000 or len(some) == 1 for some in sizes)
+    assert len(sizes) < 50
+    same_tokens(tokens, Tokens(tokenizer, texts, 9), list(range(100)))
 
 
 def test_the_thread_ends_when_it_is_told_to(
