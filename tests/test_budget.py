@@ -1,6 +1,8 @@
 """A cache of a given size: which examples it has, what a batch of both kinds gives, and how caches of other sizes share it."""
 
+import errno
 import json
+import os
 import pickle
 import random
 import signal
@@ -457,6 +459,29 @@ def test_a_kill_while_a_cache_grows_leaves_what_was_there(
     assert not list(tmp_path.rglob("*.part*"))
     made(tmp_path, "auto")
     check_complete(tmp_path)
+
+
+def test_a_disk_that_fills_up_keeps_what_was_there_and_nothing_of_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program takes the space that was free when the cache was planned."""
+    few, more = (EVALUATED + size_of(ALL, count) for count in (6, 25))
+    made(tmp_path, few)
+    allocate, calls = os.posix_fallocate, []
+
+    def full(descriptor: int, begin: int, size: int) -> None:
+        allocate(descriptor, begin, size)
+        calls.append(size)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        made(tmp_path, more)
+    assert not list(tmp_path.rglob("*.part*"))
+    monkeypatch.undo()
+    result = made(tmp_path, more)
+    assert (counts(result)["train"], result.teacher.examples) == (25, 25 - 6)
 
 
 # Files

@@ -595,6 +595,22 @@ def test_a_run_with_a_budget_goes_on_where_it_was_stopped(
     assert (entries[0]["live"], entries[0]["written"]) == ({"train": TRAIN - 40}, ["train", "validation", "test"])
 
 
+@pytest.mark.parametrize(("setting", "filled", "live"), [("off", 0, TRAIN), ("on", TRAIN - 40, 0), ("1MB", TRAIN - 40, 0)])
+def test_a_run_that_was_stopped_goes_on_with_another_budget(
+    fresh, monkeypatch: pytest.MonkeyPatch, setting: str, filled: int, live: int
+) -> None:
+    budget = f"cache={2 * 4 * (TRAIN + VALIDATION + TEST) + 32 * 4 * 40 - 2 * 4 * 56}"
+    run = planned(fresh("method=pkd", budget))
+    broken_off(run, 8, monkeypatch)  # in the second of two epochs; the first one's checkpoint is there
+    again = planned(fresh("method=pkd", f"cache={setting}"))
+    assert again.digest == run.digest
+    result = execute.execute(again)
+    assert result["resumed"] == {"starts": 2, "from_steps": [6]}
+    first, second = TRAIN - 40, live  # that ran in each epoch
+    assert result["teacher_forward_examples"] == 40 + first + filled + second
+    assert result["cache"]["minilm"].get("live", {}) == {}
+
+
 def test_text_without_labels_and_edited_examples_share_the_budget(fresh, tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text("".join(f"a film with {'good' if n % 2 else 'bad'} scene\n" for n in range(20)))
     more = (f"task.unlabelled={tmp_path / 'more.txt'}", "edit=[label_noise]", "trainer.num_workers=1")

@@ -20,7 +20,7 @@ from kd.build.inputs import prefix_student_errors
 from kd.build.models import BuiltModels, build_models
 from kd.config.compose import compose
 from kd.data.batch import Batch
-from kd.data.datamodule import KDDataModule
+from kd.data.datamodule import KDDataModule, why_later
 from kd.data.examples import HEAD_OF_KIND, LIMIT_SEED, Examples
 from kd.engines.base import Engine
 from kd.errors import InputError
@@ -45,6 +45,7 @@ class Prepared:
         models: the students and teachers of the run.
         data: loaders over `examples`.
         texts: training texts of the task: the rows of the embedding table that they have are trained, as in a run.
+        later: reason why a run has not all of their tokens before the training, and trains all rows; None if it has.
         turns_in_epoch: number of training examples of the task, divided by those of a turn.
         began: start of its preparation, in seconds of `time.perf_counter`.
     """
@@ -54,6 +55,7 @@ class Prepared:
     models: BuiltModels
     data: KDDataModule
     texts: Sequence[tuple[str, ...]]
+    later: str | None
     turns_in_epoch: float
     began: float
 
@@ -119,7 +121,7 @@ def prepare(job: Job) -> Prepared:
     run = replace(run, spec=spec, directory=folder / run.name, inputs=RunInputs(teachers, aids=aids))
     run.directory.mkdir(parents=True)
     examples = build_examples(run)
-    whole = examples.texts["train"]
+    whole, later = examples.texts["train"], why_later(examples)
     examples = some(examples, job.steps * spec.trainer.accumulate * spec.trainer.batch_size)
     for needed in teachers.values():
         save_untrained(needed, examples.task.labels, examples.task.head, spec.seed)
@@ -131,7 +133,7 @@ def prepare(job: Job) -> Prepared:
     data, models = build_data(run, examples, models)
     if not job.candidate.bare:
         prefit_methods(run, data, models)
-    return Prepared(run, examples, models, data, whole, len(whole) / len(examples.texts["train"]), began)
+    return Prepared(run, examples, models, data, whole, later, len(whole) / len(examples.texts["train"]), began)
 
 
 def some(examples: Examples, count: int) -> Examples:
@@ -185,7 +187,7 @@ def occurring_rows(prepared: Prepared, engine: Engine) -> TrainOccurringRows:
         return ids
 
     readers = readers_of(prepared.models, data)
-    whole = [replace(reader, words=partial(words, reader.encoder.tokenizer)) for reader in readers]
+    whole = [replace(one, later=prepared.later, words=partial(words, one.encoder.tokenizer)) for one in readers]
     return TrainOccurringRows(plan_tables(whole, engine, prepared.run.spec.trainer))
 
 

@@ -132,6 +132,14 @@ def chosen(values: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
     return values if rows is None else values[rows]
 
 
+def why_later(examples: Examples) -> str | None:
+    """Return the reason why not all texts of train have tokens before the training; None if they have."""
+    stored = examples.stored
+    if stored is None or len(stored) <= MOST_BEFORE:
+        return None
+    return f"{len(stored):,} texts without labels are tokenised in the background of the first epoch"
+
+
 class KDDataModule(ResumableData):
     """Loaders over a task, tokenised for its students and teachers.
 
@@ -238,10 +246,7 @@ class KDDataModule(ResumableData):
     @property
     def later(self) -> str | None:
         """Reason why not all texts of train have tokens before the training; None if they have."""
-        stored = self.examples.stored
-        if stored is None or len(stored) <= MOST_BEFORE:
-            return None
-        return f"{len(stored):,} texts without labels are tokenised in the background of the first epoch"
+        return why_later(self.examples)
 
     def count(self, split: str) -> int:
         """Return the number of examples of a split."""

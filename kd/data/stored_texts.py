@@ -18,13 +18,13 @@ from kd.data.stored import ABOUT, StoredBytes, describe, description, empty, rem
 from kd.data.texts import Texts, TextSequence
 from kd.errors import InputError
 from kd.system import distributed
-from kd.system.files import LOCK, locked, remove
+from kd.system.files import LOCK, locked, note_stored, remove
 
 TEXTS_FORMAT = 1
 """Version of the stored format, part of the digest that names every folder; incremented when the format changes."""
 
-PIECE_ROWS = 4096
-"""Number of texts that are read at a time."""
+PIECE_ROWS, PIECE_BYTES = 4096, 1 << 24
+"""Largest numbers of texts, and of their bytes, that are read at a time; one text may have more bytes."""
 
 OFFSET, NUMBER, FILE = (np.dtype(name) for name in ("<i8", "<i8", "<i4"))
 """Types of the numbers in the files."""
@@ -77,9 +77,13 @@ class StoredTexts(TextSequence):
         return itertools.chain.from_iterable(self.pieces())
 
     def pieces(self) -> Iterator[Texts]:
-        """Yield the texts in parts of at most `PIECE_ROWS` examples, each in memory."""
-        for start in range(0, len(self), PIECE_ROWS):
-            yield self.span(start, min(start + PIECE_ROWS, len(self)))
+        """Yield the texts in parts of at most `PIECE_ROWS` examples, and `PIECE_BYTES` but for a single one, each in memory."""
+        start = 0
+        while start < len(self):
+            begins = self.offsets[start * self.columns :: self.columns][: PIECE_ROWS + 1]
+            end = start + max(int(np.searchsorted(begins, begins[0] + PIECE_BYTES, side="right")) - 1, 1)
+            yield self.span(start, end)
+            start = end
 
     def span(self, start: int, end: int) -> Texts:
         """Return the texts from one index to another, which is not included."""
@@ -94,6 +98,12 @@ class StoredTexts(TextSequence):
         content = b"".join([self.content.read(start, end - start) for start, end in spans])
         sizes = np.diff(bounds, axis=1).reshape(-1)
         return Texts(content, np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)]), self.columns)
+
+    def sizes(self, rows: np.ndarray) -> np.ndarray:
+        """Return the number of bytes of the texts of each of these examples, (examples,)."""
+        begins = self.offsets[rows * self.columns]
+        sizes: np.ndarray = self.offsets[(rows + 1) * self.columns] - begins
+        return sizes
 
     def where(self, row: int) -> str:
         """Return the position of an example in its file, for messages."""
@@ -143,6 +153,7 @@ def store_texts(
                 if about is None:
                     if (folder / ABOUT).exists():
                         distributed.print_rank_zero(f"  the stored texts '{folder}' are damaged; {what} is read again")
+                    note_stored(folder)
                     write_texts(folder, pieces())
                     about = description(folder, thorough=False)
         assert about is not None

@@ -57,6 +57,10 @@ number, so that no process ever reads a position without its length. 0 stands fo
 POLL = 0.002
 """Seconds between looks at a store that another process writes."""
 
+MOST_BYTES = 1 << 22
+"""Largest number of bytes of text that are tokenised at a time; one text may have more. Our choice: an encoding, which has the
+tokens beyond the largest length too, takes some 25 times the memory of its text."""
+
 BLOCK_ROWS = 1 << 16
 """Number of examples whose index is read at a time."""
 
@@ -198,9 +202,10 @@ class TokenFiles:
         with self.lock:
             if self.part.is_dir() and description(self.folder, thorough=False) is None:  # else another process has moved them
                 names = [INDEX, *(f"{name}.bin" for name in self.kinds)]
-                for name in names:
+                # Before the files are moved: checksums take a while, in which a kill is to cost no tokens.
+                describe(self.part, names, {"examples": self.count})
+                for name in (*names, ABOUT):
                     os.replace(self.part / name, self.folder / name)
-                describe(self.folder, names, {"examples": self.count})
             remove(self.part)
 
 
@@ -319,9 +324,10 @@ class StoredTokens(Padding):
     def _make(self, rows: np.ndarray) -> None:
         """Make and store the tokens of those of some examples that have none. This thread has `lock`."""
         rows = self.files.missing(rows)
-        if len(rows):
-            lengths, values = flat_arrays(self._encodings(rows), self.inputs)
-            self.files.add(rows, lengths, values)
+        for some in np.split(rows, bounds_by_size(self.texts.sizes(rows).tolist(), MOST_BYTES)):
+            if len(some):
+                lengths, values = flat_arrays(self._encodings(some), self.inputs)
+                self.files.add(some, lengths, values)
 
     def _encodings(self, rows: np.ndarray) -> list[Encoding]:
         """Return the encodings of some examples.
@@ -401,6 +407,21 @@ class StoredTokens(Padding):
             firsts = starts[bounds[:-1]]
             for array in self.files.read(name, firsts.tolist(), (ends - firsts).tolist()):
                 yield array.astype(KINDS[name])
+
+
+def bounds_by_size(sizes: Sequence[int], most: int) -> list[int]:
+    """Return where to cut a sequence, so that the sizes of no part add up to more than `most`, but for a part of one item.
+
+    >>> bounds_by_size([2, 2, 2, 9, 1], 4)
+    [2, 3, 4]
+    """
+    bounds, total = [], 0
+    for index, size in enumerate(sizes):
+        if index and total + size > most:
+            bounds.append(index)
+            total = 0
+        total += size
+    return bounds
 
 
 def check_store(folder: Path) -> None:
@@ -541,8 +562,15 @@ class Ahead:
                         if self.stopped.is_set():
                             return
                         tokens.stored.prepare(own[begin : begin + AT_ONCE])
-            for tokens in self.tokens:
-                tokens.stored.files.finish()
+            for stored in (tokens.stored for tokens in self.tokens):
+                # Texts that equal a held one are not trained on, but the store is finished with them alone.
+                for begin in range(0, len(stored), AT_ONCE):
+                    if self.stopped.is_set():
+                        return
+                    rest = stored.files.missing(np.arange(begin, min(begin + AT_ONCE, len(stored))))
+                    if len(rest):
+                        stored.prepare(rest)
+                stored.files.finish()
         except BaseException as error:  # noqa: BLE001 - raised again by `check`, in the thread that trains
             self.error = error
 

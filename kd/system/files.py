@@ -125,19 +125,36 @@ def writes_to(runs: str) -> Iterator[None]:
         raise InputError(f"cannot write to '{error.filename}': {error.strerror}", "paths.runs") from error
 
 
+_stored: list[Path] = []
+"""Folders that `made_by_success` removes if its block fails."""
+
+
 @contextmanager
 def made_by_success(folder: Path) -> Iterator[None]:
-    """If the block raises an InputError, remove a folder that it made, and the empty ones above it that it made too."""
+    """If the block raises an InputError, remove what it stored in a folder that was not there before (`note_stored`).
+
+    The folder and those above it, if the block made them, are removed too, but only if they are empty: another process may have
+    begun to use them.
+    """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    _stored.clear()
     try:
         yield
     except InputError:
         if missing and distributed.is_rank_zero():
             with contextlib.suppress(OSError):
-                remove(folder)
-                for path in missing[1:]:
+                for path in _stored:
+                    with locked_now(path) as free:  # else another process stores the same now
+                        if free:
+                            remove(path)
+                for path in missing:
                     path.rmdir()
         raise
+
+
+def note_stored(folder: Path) -> None:
+    """Note that this process writes a folder which is stored for later, before it does; see `made_by_success`."""
+    _stored.append(folder)
 
 
 LOCK = ".lock"

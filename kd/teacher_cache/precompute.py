@@ -157,25 +157,26 @@ def precompute(
     rank, world = distributed.rank(), distributed.world()
     begin, passes = piece.span[0], 0
     span = (begin + piece.examples * rank // world, begin + piece.examples * (rank + 1) // world)
-    shares = {name: Share(split.store, name, entry, span, rank) for name, entry in piece.entries.items()}
-    narrow: set[str] = set()
-    with _on_device(teacher, split.precision, device):
-        for rows in batches_by_length(split.store.offsets, span):
-            outputs = _outputs_of(teacher, split, rows, device)
-            passes += 1
-            narrow |= {name for name, share in shares.items() if not share.write(rows, outputs[name])}
-    for share in shares.values():
-        share.close()
-    too_narrow = frozenset().union(*distributed.gather(narrow))
+    with split.store.drafts(piece.entries, rank):
+        shares = {name: Share(split.store, name, entry, span, rank) for name, entry in piece.entries.items()}
+        narrow: set[str] = set()
+        with _on_device(teacher, split.precision, device):
+            for rows in batches_by_length(split.store.offsets, span):
+                outputs = _outputs_of(teacher, split, rows, device)
+                passes += 1
+                narrow |= {name for name, share in shares.items() if not share.write(rows, outputs[name])}
+        for share in shares.values():
+            share.close()
+        too_narrow = frozenset().union(*distributed.gather(narrow))
 
-    def commit() -> None:
-        for name, entry in piece.entries.items():
-            if name in too_narrow:
-                split.store.discard(name, world)
-            else:
-                split.store.commit(name, entry, world, piece.span)
+        def commit() -> None:
+            for name, entry in piece.entries.items():
+                if name in too_narrow:
+                    split.store.discard(name, world)
+                else:
+                    split.store.commit(name, entry, world, piece.span)
 
-    distributed.on_rank_zero(commit)
+        distributed.on_rank_zero(commit)
     return passes, span[1] - span[0], too_narrow
 
 

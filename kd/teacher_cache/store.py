@@ -14,7 +14,7 @@ import json
 import mmap
 import os
 import tokenize
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,16 @@ class TensorStore:
     def draft(self, name: str, rank: int) -> Path:
         """Return the path to which a rank writes its share of a tensor."""
         return self.folder / f"{name}.part{rank}"
+
+    @contextlib.contextmanager
+    def drafts(self, names: Collection[str], rank: int) -> Iterator[None]:
+        """Delete a rank's shares of these tensors if the block raises: on a full disk they would be what fills it."""
+        try:
+            yield
+        except BaseException:
+            for name in names:
+                self.draft(name, rank).unlink(missing_ok=True)
+            raise
 
     def commit(self, name: str, entry: Entry, ranks: int, span: tuple[int, int] | None = None) -> None:
         """Concatenate the ranks' shares to one segment, synced to disk before its description is written.

@@ -20,9 +20,11 @@ from kd.bench import benchmark as benchmarks
 from kd.bench.benchmark import benchmark
 from kd.bench.candidates import CANDIDATES, FINETUNE, LIVE
 from kd.bench.figures import cells, measurement_notes
-from kd.bench.harness import prepare
+from kd.bench.harness import occurring_rows, prepare
 from kd.bench.launches import Launches
 from kd.bench.workers import GO, PROFILE, STOP, WAITING, Finished, Gate, Go, Job, Turn, Worker, WorkerDied
+from kd.build.engine import build_engine
+from kd.data import datamodule
 from kd.errors import InputError
 from processes import fork_server
 from whole_runs import planned
@@ -181,6 +183,23 @@ def test_a_method_that_reads_its_teachers_outputs_before_training_is_given_them(
     asked = tuple(LIVE.overrides(small("method=pea_kd")))
     method = prepare(Job(LIVE, asked, 1, 2, tmp_path)).models.methods["student"]
     assert sum(method.counts) == 16  # one step
+
+
+def test_text_that_a_run_tokenises_in_the_background_is_not_tokenised_for_a_benchmark(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows of the table are trained then, as in the run; which of them occur is not looked up."""
+    monkeypatch.setattr(datamodule, "MOST_BEFORE", 10)
+    (tmp_path / "more.txt").write_text("a good film\n" * 20)
+    words = LIVE.overrides(small("method=kd", f"task.unlabelled={tmp_path / 'more.txt'}"))
+    prepared = prepare(Job(LIVE, tuple(words), 2, 1, tmp_path / "bench"))
+    engine = build_engine(prepared.run, prepared.models, prepared.examples.task)
+    assert occurring_rows(prepared, engine).tables == {}
+    assert not list(tmp_path.rglob("tokens-*"))
+    monkeypatch.setattr(datamodule, "MOST_BEFORE", 20)
+    prepared = prepare(Job(LIVE, tuple(words), 2, 1, tmp_path / "few"))
+    engine = build_engine(prepared.run, prepared.models, prepared.examples.task)
+    assert len(occurring_rows(prepared, engine).tables) == 1
 
 
 def test_an_error_while_building_comes_out_as_what_it_is(small: Small) -> None:

@@ -30,6 +30,7 @@ from kd.data.stored_tokens import JoinedTokens, LengthsOnDemand, StoredTokens
 from kd.data.texts import FlatTexts, JoinedTexts, Texts, count_shared
 from kd.data.tokenized import Tokens, TokenStore
 from kd.errors import InputError
+from kd.system.files import made_by_success
 
 WORDS = [*FILLER, *GOOD]
 PLACES = ["'a.txt', line ", "'b.txt', line "]
@@ -81,6 +82,18 @@ def test_stored_texts_behave_like_a_list(tmp_path: Path, columns: int, monkeypat
     assert (found.where(0), found.where(22), found.where(23)) == ("'a.txt', line 1", "'a.txt', line 23", "'b.txt', line 1")
     assert found.column("n").tolist() == [float(n % 23 % 7) for n in range(45)]
     assert found.column("n").dtype == np.float32
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_few_long_texts_are_read_at_a_time(tmp_path: Path, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_texts, "PIECE_ROWS", 7)
+    monkeypatch.setattr(stored_texts, "PIECE_BYTES", 100)
+    texts = [("x" * (number * 7 % 60 if number % 10 else 300),) * columns for number in range(100)]
+    pieces = list(stored(tmp_path / "texts", texts).pieces())
+    assert [row for piece in pieces for row in piece] == texts
+    assert all(len(piece) == 1 or len(piece.content) <= 100 for piece in pieces)
+    assert 1 < max(map(len, pieces)) <= 7
+    assert list(stored(tmp_path / "none", []).pieces()) == []
 
 
 def test_texts_are_read_once_and_shared(tmp_path: Path) -> None:
@@ -177,6 +190,36 @@ def test_a_second_process_waits_for_the_texts(tmp_path: Path, capfd: pytest.Capt
     process.join(60)
     assert found == texts
     assert "another process reads 'more'; waiting for it" in capfd.readouterr().out
+
+
+def test_what_another_process_stores_meanwhile_outlives_a_refusal(tmp_path: Path) -> None:
+    """As of two commands in a new folder of runs, one of which is refused: the other may still be writing."""
+    store, texts = tmp_path / "runs" / ".tokens", some_texts(30)
+    begun, go_on = get_context("fork").Event(), get_context("fork").Event()
+
+    def slow() -> Iterator[TextPiece]:
+        begun.set()
+        go_on.wait(60)
+        return pieces_of(texts)
+
+    other = get_context("fork").Process(target=store_texts, args=(store / "other", PLACES, slow, "'other'"))
+
+    def refused() -> None:
+        stored(store / "own", texts)
+        other.start()
+        begun.wait(60)
+        raise InputError("refused")
+
+    with pytest.raises(InputError, match="refused"), made_by_success(store):
+        refused()
+    assert [path.name for path in store.iterdir()] == ["other"]
+    go_on.set()
+    other.join(60)
+    assert other.exitcode == 0
+    assert store_texts(store / "other", PLACES, lambda: pytest.fail("read twice"), "'other'") == texts
+    with pytest.raises(InputError, match="refused"), made_by_success(store):
+        raise InputError("refused")
+    assert (store / "other").exists(), "it was there before"
 
 
 def test_joined_and_flat_texts_are_those_of_their_parts(tmp_path: Path) -> None:
@@ -375,7 +418,17 @@ def test_processes_that_make_tokens_at_once_share_a_store(tokenizer: PreTrainedT
     same_tokens(StoredTokens(tokenizer, stored(tmp_path / "texts", texts), 9, 1, TokenStore(tmp_path)), plain, list(range(600)))
 
 
-@pytest.mark.parametrize("moment", ["before the tokens", "after the tokens", "after the index", "while it is finished"])
+TOKENISED_AGAIN = {
+    "before the tokens": 560,
+    "after the tokens": 560,
+    "after the index": 510,
+    "while it is described": 0,
+    "while it is moved": 600,
+}
+"""Moment at which a process is killed -> number of 600 texts that the next one tokenises."""
+
+
+@pytest.mark.parametrize("moment", TOKENISED_AGAIN)
 def test_a_kill_leaves_a_store_that_goes_on(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,8 +456,10 @@ def test_a_kill_leaves_a_store_that_goes_on(
             if calls == 9:
                 die()
 
-        if moment == "while it is finished":
+        if moment == "while it is described":  # which reads all tokens once more
             stored_tokens.describe = die  # type: ignore[assignment]
+        elif moment == "while it is moved":
+            stored_tokens.os.replace = lambda old, new: die() if Path(new).name == "input_ids.bin" else Path(old).rename(new)
         elif moment == "after the index":
             StoredTokens._make = made  # type: ignore[method-assign]
         else:
@@ -419,7 +474,7 @@ def test_a_kill_leaves_a_store_that_goes_on(
     assert not (folder / ABOUT).exists()
     calls = counted(monkeypatch)
     make_all(tmp_path, 1)
-    assert sum(calls) == (600 if moment == "while it is finished" else 510 if moment == "after the index" else 560)
+    assert sum(calls) == TOKENISED_AGAIN[moment]
     plain = Tokens(tokenizer, texts, 9)
     same_tokens(StoredTokens(tokenizer, stored(tmp_path / "texts", texts), 9, 1, TokenStore(tmp_path)), plain, list(range(600)))
 
@@ -665,6 +720,38 @@ def test_tokens_are_made_ahead_of_the_batches(tokenizer: PreTrainedTokenizerFast
     lengths.close()
     LengthBatches(lengths, 4, 1).batches()
     assert lengths.ahead is None, "nothing is left to make"
+
+
+def test_a_store_is_finished_although_some_texts_are_not_trained_on(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Those that equal a held one; a later run, which may need them, finds all tokens."""
+    tokens = on_demand(tokenizer, some_texts(900), tmp_path).tokens
+    lengths = LengthsOnDemand(tokens, np.arange(0, 900, 3))
+    assert len(LengthBatches(lengths, 4, 0).batches()[0]) == 4
+    assert lengths.ahead is not None
+    lengths.ahead.thread.join(60)
+    assert lengths.ahead.error is None
+    assert tokens[0].stored.finished
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_few_long_texts_are_tokenised_at_a_time(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_tokens, "MOST_BYTES", 1000)
+    sizes: list[list[int]] = []
+    encode = stored_tokens.encode
+    monkeypatch.setattr(
+        stored_tokens,
+        "encode",
+        lambda rules, rows: sizes.append([len(row[0].encode()) for row in rows]) or encode(rules, rows),
+    )
+    texts = [("film " * (number * 7 % 90 if number % 10 else 300),) for number in range(100)]
+    tokens = StoredTokens(tokenizer, stored(tmp_path / "texts", texts), 9, 1, TokenStore(tmp_path))
+    tokens.need(np.arange(100))
+    assert [size for some in sizes for size in some] == [len(text[0]) for text in texts]
+    assert all(sum(some) <= 1000 or len(some) == 1 for some in sizes)
+    assert len(sizes) < 50
+    same_tokens(tokens, Tokens(tokenizer, texts, 9), list(range(100)))
 
 
 def test_the_thread_ends_when_it_is_told_to(
