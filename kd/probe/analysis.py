@@ -236,7 +236,7 @@ class Analysis:
     def part(self, part: str, model: Subject, teacher: Subject, chosen: Chosen, about: About) -> Any:
         """Return a part of the analysis of a model, or a reason why there is none; see `Case`."""
         where = (model.place, chosen.key)
-        texts, length = chosen.texts(chosen.rows), about.max_length
+        texts, length = chosen.texts(chosen.part_rows), about.max_length
         if part == "cka":
             return alignment_of(self.vectors(model, chosen, length), self.vectors(teacher, chosen, length))
         if part == "attention":
@@ -244,11 +244,10 @@ class Analysis:
             if not same_tokens(ours, theirs):
                 return "it has another vocabulary than the teacher, so that their tokens cannot be compared"
             return self.once(("attention", teacher.place, *where), lambda: attention_similarity(ours, theirs, texts, length))
-        labels = chosen.labels[chosen.rows]
         if part == "ablation":
 
             def drops() -> Ablation:
-                logits = ablated_logits(self.loaded(model, chosen), texts, length)
+                logits, labels = ablated_logits(self.loaded(model, chosen), texts, length), chosen.labels[chosen.part_rows]
                 return ablation_of(logits, labels, about.metrics[0], classifies=chosen.classes is not None)
 
             return self.once(("ablation", *where), drops)
@@ -259,7 +258,7 @@ class Analysis:
                 self.vectors(model, chosen, length, "train"),
                 torch.from_numpy(train_labels).long(),
                 self.vectors(model, chosen, length),
-                torch.from_numpy(labels).long(),
+                torch.from_numpy(chosen.labels[chosen.rows]).long(),
                 len(chosen.classes or ()),
             )
 
