@@ -117,14 +117,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in zip(header, kinds, strict=True))
     lines = []
     for row in body:
-        cells = [
-            f"<td{' class="number missing"' if text == NO_VALUE else kind}>{escape(text)}</td>"
-            for text, kind in zip(row, kinds, strict=True)
-        ]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return (
-        f'<div class="wide"><table class="figures"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-    )
+        own = [' class="number missing"' if text == NO_VALUE else kind for text, kind in zip(row, kinds, strict=True)]
+        cells = "".join(f"<td{kind}>{escape(text)}</td>" for text, kind in zip(row, own, strict=True))
+        lines.append(f"<tr>{cells}</tr>")
+    parts = f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f'<div class="wide"><table class="figures">{parts}</table></div>'
 
 
 def is_number(text: str) -> bool:
