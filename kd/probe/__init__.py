@@ -8,6 +8,7 @@ contribute. The measures here are our choice.
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -124,7 +125,8 @@ def probe(arguments: argparse.Namespace) -> None:
 
     runs = [run for directory in directories for run in finished_tasks(directory, overrides)]
     given = None if arguments.teacher is None else finished_tasks(arguments.teacher.expanduser(), overrides)
-    summaries = summaries_of(Analysis(settings, given).cases(runs))
+    analysis = Analysis(settings, given, lambda words: print(words, file=sys.stderr, flush=True))
+    summaries = summaries_of(analysis.cases(runs))
     files = write_files(arguments.out.expanduser(), summaries, settings)
     print_table(summaries)
     for file in files:

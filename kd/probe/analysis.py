@@ -34,10 +34,17 @@ class Analysis:
     Args:
         settings: the settings.
         teacher: a run whose student takes the place of every run's own teacher; None for these.
+        progress: function that is called with the words of each case before it is computed.
     """
 
-    def __init__(self, settings: Settings, teacher: Sequence[Finished] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        teacher: Sequence[Finished] | None = None,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.settings = settings
+        self.progress = progress
         self.given = teacher
         self.told: dict[int, str] = {}
         """Settings in which the record of a run, by its identity, differs from others of its task, method and models."""
@@ -62,12 +69,19 @@ class Analysis:
         checked = [(run, self.chosen(run), self.teachers(run)) for run in runs]  # before anything is computed
         groups = grouped([run.record for run in runs])
         self.told = {id(record): words for group, words in zip(groups, differences_of(groups), strict=True) for record in group}
-        return [
-            self.case(run, student, teacher, chosen)
+        cases = [
+            (run, student, teacher, chosen)
             for run, chosen, teachers in checked
             for student in run.students
             for teacher in teachers
         ]
+        found = []
+        for number, case in enumerate(cases, start=1):
+            run, student, teacher, _ = case
+            words = [run.name, *([run.task.name] if run.member else []), *([student] if len(run.students) > 1 else []), teacher]
+            self.progress(f"{number} of {len(cases)}: {', '.join(filter(None, words))}")
+            found.append(self.case(*case))
+        return found
 
     def teachers(self, run: Finished) -> list[str]:
         """Return the names of the teachers that a run is compared with.

@@ -68,7 +68,7 @@ def control(small: Small) -> Run:
 
 @dataclass
 class Probed:
-    """What one command leaves and prints."""
+    """Files and output of one command."""
 
     json: dict[str, Any]
     page: str
