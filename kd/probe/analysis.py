@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,7 +11,7 @@ from kd.errors import InputError
 from kd.models import FrozenTeacher
 from kd.probe.ablation import Ablation, ablated_logits, ablation_of
 from kd.probe.attention import attention_similarity
-from kd.probe.control import control_command, control_of, records_beside
+from kd.probe.control import control_command, controls_beside
 from kd.probe.differences import differences
 from kd.probe.models import LOADED, ModelSource, load, shape_of, student_source, teacher_source
 from kd.probe.outputs import logits_of, same_tokens, vectors_of
@@ -49,7 +48,6 @@ class Analysis:
         self.told: dict[int, str] = {}
         """Settings in which the record of a run, by its identity, differs from others of its task, method and models."""
         self._kept: dict[tuple[Any, ...], Any] = {}
-        self._records: dict[Path, list[dict[str, Any]]] = {}
         self._vectors: OrderedDict[tuple[Any, ...], list[torch.Tensor]] = OrderedDict()
         """Vectors of the models that were used last: those of many runs would not fit into memory."""
 
@@ -200,9 +198,8 @@ class Analysis:
         if run.record["method"] == BASELINE:
             return None, "the run is fine-tuning, which is the control of other runs"
         folder = run.directory.parent
-        if folder not in self._records:
-            self._records[folder] = records_beside(run.directory)
-        directory = control_of(run, self._records[folder])
+        controls = self.once(("controls", folder), lambda: controls_beside(run.directory))
+        directory = controls.get(str(run.record["digest"]))
         if directory is None:
             return None, control_command(run)
         found = next(one for one in finished_tasks(directory) if one.task.name == run.task.name)
