@@ -8,6 +8,7 @@ contribute. The measures here are our choice.
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,8 +56,14 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--split", default="validation", help="split that is compared (default: validation)")
     found.add_argument("--only", metavar="PARTS", help="differences,cka,probes,attention,ablation: these parts alone")
     found.add_argument("--teacher", type=Path, metavar="RUN", help="a finished run whose student takes the teacher's place")
-    found.add_argument("--examples", default="128", metavar="N", help="examples that models are run on (default: 128)")
+    found.add_argument("--examples", default="500", metavar="N", help="examples of CKA and linear probes (default: 500)")
     found.add_argument("--train-examples", default="500", metavar="N", help="of each linear probe (default: 500)")
+    found.add_argument(
+        "--part-examples",
+        default="128",
+        metavar="N",
+        help="examples of attention, and of models without a head or a layer, a pass for each (default: 128)",
+    )
     found.add_argument("--vectors", default="mean", help="mean or cls: vector of an example, of all tokens or the first")
     found.add_argument("--version", action="version", version=version_line())
     return found
@@ -78,13 +85,12 @@ def settings_of(arguments: argparse.Namespace) -> "Settings":
     if arguments.vectors not in VECTORS:
         raise one_of(arguments.vectors, VECTORS, "--vectors")
     counts = []
-    for name in ("examples", "train_examples"):
+    for name in ("examples", "train_examples", "part_examples"):
         key, text = f"--{name.replace('_', '-')}", getattr(arguments, name)
         if not (text.isascii() and text.isdigit() and 2 <= int(text) <= 10**9):
             raise InputError(f"{key}={text} must be a whole number, at least 2", key)
         counts.append(int(text))
-    examples, train_examples = counts
-    return Settings(arguments.split, parts, examples, train_examples, arguments.vectors)
+    return Settings(arguments.split, parts, *counts, vectors=arguments.vectors)
 
 
 def directories_of(words: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -119,7 +125,8 @@ def probe(arguments: argparse.Namespace) -> None:
 
     runs = [run for directory in directories for run in finished_tasks(directory, overrides)]
     given = None if arguments.teacher is None else finished_tasks(arguments.teacher.expanduser(), overrides)
-    summaries = summaries_of(Analysis(settings, given).cases(runs))
+    analysis = Analysis(settings, given, lambda words: print(words, file=sys.stderr, flush=True))
+    summaries = summaries_of(analysis.cases(runs))
     files = write_files(arguments.out.expanduser(), summaries, settings)
     print_table(summaries)
     for file in files:

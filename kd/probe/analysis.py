@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,7 +11,7 @@ from kd.errors import InputError
 from kd.models import FrozenTeacher
 from kd.probe.ablation import Ablation, ablated_logits, ablation_of
 from kd.probe.attention import attention_similarity
-from kd.probe.control import control_command, control_of, records_beside
+from kd.probe.control import control_command, controls_beside
 from kd.probe.differences import differences
 from kd.probe.models import LOADED, ModelSource, load, shape_of, student_source, teacher_source
 from kd.probe.outputs import logits_of, same_tokens, vectors_of
@@ -34,15 +33,21 @@ class Analysis:
     Args:
         settings: the settings.
         teacher: a run whose student takes the place of every run's own teacher; None for these.
+        progress: function that is called with the words of each case before it is computed.
     """
 
-    def __init__(self, settings: Settings, teacher: Sequence[Finished] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        teacher: Sequence[Finished] | None = None,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.settings = settings
+        self.progress = progress
         self.given = teacher
         self.told: dict[int, str] = {}
         """Settings in which the record of a run, by its identity, differs from others of its task, method and models."""
         self._kept: dict[tuple[Any, ...], Any] = {}
-        self._records: dict[Path, list[dict[str, Any]]] = {}
         self._vectors: OrderedDict[tuple[Any, ...], list[torch.Tensor]] = OrderedDict()
         """Vectors of the models that were used last: those of many runs would not fit into memory."""
 
@@ -62,12 +67,19 @@ class Analysis:
         checked = [(run, self.chosen(run), self.teachers(run)) for run in runs]  # before anything is computed
         groups = grouped([run.record for run in runs])
         self.told = {id(record): words for group, words in zip(groups, differences_of(groups), strict=True) for record in group}
-        return [
-            self.case(run, student, teacher, chosen)
+        cases = [
+            (run, student, teacher, chosen)
             for run, chosen, teachers in checked
             for student in run.students
             for teacher in teachers
         ]
+        found = []
+        for number, case in enumerate(cases, start=1):
+            run, student, teacher, _ = case
+            words = [run.name, *([run.task.name] if run.member else []), *([student] if len(run.students) > 1 else []), teacher]
+            self.progress(f"{number} of {len(cases)}: {', '.join(filter(None, words))}")
+            found.append(self.case(*case))
+        return found
 
     def teachers(self, run: Finished) -> list[str]:
         """Return the names of the teachers that a run is compared with.
@@ -186,9 +198,8 @@ class Analysis:
         if run.record["method"] == BASELINE:
             return None, "the run is fine-tuning, which is the control of other runs"
         folder = run.directory.parent
-        if folder not in self._records:
-            self._records[folder] = records_beside(run.directory)
-        directory = control_of(run, self._records[folder])
+        controls = self.once(("controls", folder), lambda: controls_beside(run.directory))
+        directory = controls.get(str(run.record["digest"]))
         if directory is None:
             return None, control_command(run)
         found = next(one for one in finished_tasks(directory) if one.task.name == run.task.name)
@@ -236,7 +247,7 @@ class Analysis:
     def part(self, part: str, model: Subject, teacher: Subject, chosen: Chosen, about: About) -> Any:
         """Return a part of the analysis of a model, or a reason why there is none; see `Case`."""
         where = (model.place, chosen.key)
-        texts, length = chosen.texts(chosen.rows), about.max_length
+        texts, length = chosen.texts(chosen.part_rows), about.max_length
         if part == "cka":
             return alignment_of(self.vectors(model, chosen, length), self.vectors(teacher, chosen, length))
         if part == "attention":
@@ -244,11 +255,10 @@ class Analysis:
             if not same_tokens(ours, theirs):
                 return "it has another vocabulary than the teacher, so that their tokens cannot be compared"
             return self.once(("attention", teacher.place, *where), lambda: attention_similarity(ours, theirs, texts, length))
-        labels = chosen.labels[chosen.rows]
         if part == "ablation":
 
             def drops() -> Ablation:
-                logits = ablated_logits(self.loaded(model, chosen), texts, length)
+                logits, labels = ablated_logits(self.loaded(model, chosen), texts, length), chosen.labels[chosen.part_rows]
                 return ablation_of(logits, labels, about.metrics[0], classifies=chosen.classes is not None)
 
             return self.once(("ablation", *where), drops)
@@ -259,7 +269,7 @@ class Analysis:
                 self.vectors(model, chosen, length, "train"),
                 torch.from_numpy(train_labels).long(),
                 self.vectors(model, chosen, length),
-                torch.from_numpy(labels).long(),
+                torch.from_numpy(chosen.labels[chosen.rows]).long(),
                 len(chosen.classes or ()),
             )
 

@@ -36,10 +36,10 @@ def alignments(summary: Summary) -> str:
         chance = largest([unrelated[role]])
         rows, columns = range(len(matrix)), range(len(matrix[0]))
         chart = svg.heat_map(matrix, "teacher layer", f"{role} layer", f"CKA of {role}", rows, columns, most=1.0, numbers=".2f")
-        charts.append(figure(f"{role} (of unrelated examples at most {chance:.2f})", chart))
+        charts.append(figure(f"{role}, by chance up to {chance:.2f}", chart))
     note = (
-        f"Linear CKA of {n} examples; layer 0 is the embeddings. With as few examples, unrelated representations have a "
-        "similarity above 0: the captions have the largest one of the same layers with the examples in another order."
+        f"Linear CKA of {n} examples, 1 for representations that are equal but for rotation and scale; layer 0 is the "
+        "embeddings. By chance: the largest value of the same layers with the examples of one model in another order."
         f"{means(summary.cases)}"
     )
     return f'<h3>Similarity of layers</h3><p class="quiet">{escape(note)}</p><div class="maps">{"".join(charts)}</div>'
@@ -61,9 +61,11 @@ def probes(summary: Summary) -> str:
     one = next(iter(first.values()), None)
     budget = "" if one is None else f": {one.train} training and {one.layers[0].n} other examples, C = {one.c:g}"
     seed = f", seed {summary.cases[0].about.seed}" if len(summary.cases) > 1 else ""
+    widths = [layer.high - layer.low for layer in one.layers if layer.low is not None and layer.high is not None] if one else []
+    certain = f" Intervals are about ± {50 * sum(widths) / len(widths):.0f} points for one seed." if widths else ""
     note = (
-        "Logistic regression on frozen, standardised states; the same examples and budget for every layer and model"
-        f"{budget}.{means(summary.cases)}"
+        "Accuracy of logistic regression on frozen, standardised vectors; the same examples and budget for every layer and "
+        f"model{budget}.{certain}{means(summary.cases)}"
     )
     detail = f"<details><summary>accuracy with intervals{seed}</summary>{table(['layer', *first], rows)}</details>"
     return (
@@ -135,9 +137,11 @@ def ablations(summary: Summary) -> str:
         for layer in range(depth)
     ]
     seed = f" (seed {summary.cases[0].about.seed})" if len(summary.cases) > 1 else ""
+    least = f" One example is {100 / one.n:.1f} points; intervals are in probe.json." if one.metric == "accuracy" else ""
     note = (
         f"Drop of {one.metric} over {one.n} examples, in {'points' if scale == 100.0 else 'its unit'}: the score of the whole "
-        f"model less that without a part; below 0 the model is better without it.{means(summary.cases)}"
+        f"model less that without a part; below 0, in the other colour, the model is better without it.{least}"
+        f"{means(summary.cases)}"
     )
     return (
         f'<h3>Without a head or a layer</h3><p class="quiet">{escape(note)}</p><div class="maps">{"".join(charts)}</div>'

@@ -1,7 +1,7 @@
 """The control of a run: fine-tuning of the same student, without which a loss by distillation looks like one by size."""
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +21,20 @@ PARTS = ("student", "surgery", "task", "optimizer", "trainer", "paths", "backbon
 """Parts of a configuration that a run shares with its control."""
 
 
-def records_beside(directory: Path) -> list[dict[str, Any]]:
-    """Return the records of the runs in the folder of a run, with the names of their folders as `run`."""
-    return [record for record in load_results(directory.parent) if is_record(record)]
+def controls_beside(directory: Path) -> dict[str, Path]:
+    """Return the directories of the controls of the runs in the folder of a run, by the digest of the run.
 
-
-def control_of(run: Finished, records: Sequence[Mapping[str, Any]]) -> Path | None:
-    """Return the directory of a run's control; None if there is none.
-
-    It is the run of the baseline, fine-tuning, that reports compare the run with, and of its seed: of the same student,
-    initialisation, data, budget and selection (`kd.results.comparison.pairs_of`).
-
-    Args:
-        run: the run.
-        records: those of `records_beside`.
+    A control is the run of the baseline, fine-tuning, that reports compare a run with, and of its seed: of the same student,
+    initialisation, data, budget and selection (`kd.results.comparison.pairs_of`). Runs without one are left out.
     """
-    entries = entries_of_records(records)
-    digest, seed = run.record["digest"], run.record["seed"]
-    names = {record["digest"]: record["run"] for record in records}
+    records = [record for record in load_results(directory.parent) if is_record(record)]
+    names = {record["digest"]: str(record["run"]) for record in records}
+    entries, controls = entries_of_records(records), {}
     for index, (_, baseline) in pairs_of(entries, BASELINE).items():
-        if entries[index].digests.get(seed) == digest and baseline.digests.get(seed) in names:
-            return run.directory.parent / str(names[baseline.digests[seed]])
-    return None
+        for seed, digest in entries[index].digests.items():
+            if baseline.digests.get(seed) in names:
+                controls[digest] = directory.parent / names[baseline.digests[seed]]
+    return controls
 
 
 def control_command(run: Finished) -> str:

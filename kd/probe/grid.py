@@ -1,4 +1,4 @@
-"""What is lost by number of layers and of attention heads: heat maps over students of several sizes."""
+"""Heat maps of what is lost by number of layers and of attention heads, over students of several sizes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -10,8 +10,8 @@ from kd.probe.summary import Summary
 from kd.probe.words import estimate, label, number, ordered, over_seeds, spread, table
 from kd.results.page import document
 
-IN_SLICES = ("score.accuracy", "delta.accuracy", "agreement", "lost", "gained", "kl")
-"""Figures that the table of slices shows; the JSON has all."""
+IN_SLICES = {"delta.accuracy": "teacher minus", "agreement": "agreement,", "lost": "lost,", "gained": "gained,", "kl": "KL,"}
+"""Figures that the table of slices shows, and what stands before the model's name; the JSON has all, with intervals."""
 
 
 def page(summaries: Sequence[Summary], settings: Settings, about: str) -> str:
@@ -26,23 +26,35 @@ def page(summaries: Sequence[Summary], settings: Settings, about: str) -> str:
     tasks = dict.fromkeys(summary.cases[0].about.task for summary in summaries)
     sections = [
         f"<h1>{title}</h1>",
-        f'<p class="quiet">{escape(about)} {escape(explained(settings))}</p>',
+        explained(settings),
         by_task(summaries) if "differences" in settings.parts else "",
         by_size(summaries),
         *(of_summary(summary) for task in tasks for summary in summaries if summary.cases[0].about.task == task),
+        f'<p class="quiet">{escape(about)}</p>',
     ]
     return document(title, sections)
 
 
 def explained(settings: Settings) -> str:
-    """Return sentences about how the figures are measured."""
-    return (
-        f"Split: {settings.split}. Brackets: 95 % bootstrap intervals over examples, for these trained models; ±: standard "
-        "deviation over seeds. The control is fine-tuning of the same student, initialisation, data, budget and seed: what it "
-        "loses, a model of this size loses without distillation. Shares, scores and calibration errors in percent. Models "
-        f"are run on at most {settings.examples} examples, linear probes are trained on at most {settings.train_examples}; the "
-        f"vector of an example is {'the mean of its tokens' if settings.vectors == 'mean' else 'that of its first token'}."
+    """Return how the page is read."""
+    control = (
+        "Student: a model that was trained with a teacher. Control: fine-tuning of the same student with the same "
+        "initialisation, data, budget and seed, and no teacher. What the control lacks, a model of this size lacks without "
+        "distillation; only the difference between the two is one of distillation."
     )
+    vector = "the mean of its tokens" if settings.vectors == "mean" else "that of its first token"
+    items = [
+        f"Examples: the {settings.split} split. Scores, shares and calibration errors are in percent.",
+        "[a, b]: 95 % interval over examples, for these trained models. ±: standard deviation over seeds, in its place.",
+    ]
+    if set(settings.parts) - {"differences"}:
+        items.append(
+            f"Layers are compared on at most {settings.examples} examples, attention and models without a part on at most "
+            f"{settings.part_examples}; linear probes are trained on at most {settings.train_examples}. The vector of an "
+            f"example is {vector}."
+        )
+    listed = "".join(f"<li>{escape(item)}</li>" for item in items)
+    return f'<p>{escape(control)}</p><ul class="quiet">{listed}</ul>'
 
 
 def by_task(summaries: Sequence[Summary]) -> str:
@@ -91,10 +103,10 @@ def of_summary(summary: Summary) -> str:
 
 def description(summary: Summary) -> str:
     """Return what a configuration's runs are: seeds, selection, initialisation, and the control."""
-    about = summary.cases[0].about
+    about, several = summary.cases[0].about, len(summary.cases) > 1
     lines = [
-        f"Seeds {', '.join(map(str, summary.seeds))}; {about.split} split; {about.selection}; starts from {about.init}.",
-        f"Runs: {', '.join(case.about.run for case in summary.cases)}.",
+        f"Seed{'s' * several} {', '.join(map(str, summary.seeds))}; {about.selection}; starts from {about.init}.",
+        f"Run{'s' * several}: {', '.join(case.about.run for case in summary.cases)}.",
     ]
     items = [escape(line) for line in lines]
     for case in summary.cases:
@@ -107,7 +119,7 @@ def description(summary: Summary) -> str:
             items.append(f"No control of seed {case.about.seed}: {shown}")
     for case in summary.cases:
         for model, name in ({} if case.differences is None else case.differences.one_class).items():
-            of = f"the {model}" + (f" of seed {case.about.seed}" if len(summary.cases) > 1 else "")
+            of = f"the {model}" + (f" of seed {case.about.seed}" if several else "")
             items.append(escape(f"Of {of} all predictions are '{name}': it has learnt nothing that these figures could show."))
     computed = [case.about.run for case in summary.cases if "computed" in case.about.logits.values()]
     if computed:
@@ -155,8 +167,22 @@ def churn(cases: Sequence[Case]) -> str:
         for index, side in enumerate(("right", "wrong"))
     ]
     header = ["examples", *(f"{model} {side}" for model in differences.churn for side in ("right", "wrong"))]
-    note = f" (seed {cases[0].about.seed})" if len(cases) > 1 else ""
-    return f"<h3>Churn{note}</h3>{table(header, rows)}"
+    seed = f" (seed {cases[0].about.seed})" if len(cases) > 1 else ""
+    sums = [identity(model, *counts) for model, counts in differences.churn.items()]
+    note = f"accuracy = teacher's accuracy * (1 - lost) + (100 - teacher's accuracy) * gained; {'; '.join(sums)}."
+    return f'<h3>Churn{seed}</h3>{table(header, rows)}<p class="quiet">{escape(note)}</p>'
+
+
+def identity(model: str, teacher_right: Sequence[int], teacher_wrong: Sequence[int]) -> str:
+    """Return the accuracy of a model by its churn, as a sum in percent.
+
+    >>> identity("student", [81, 9], [2, 8])
+    'student: 90.0 * 0.900 + 10.0 * 0.200 = 83.0'
+    """
+    right, wrong = sum(teacher_right), sum(teacher_wrong)
+    kept, gained = (counts[0] / max(sum(counts), 1) for counts in (teacher_right, teacher_wrong))
+    shares = [100 * count / (right + wrong) for count in (right, wrong, teacher_right[0] + teacher_wrong[0])]
+    return f"{model}: {shares[0]:.1f} * {kept:.3f} + {shares[1]:.1f} * {gained:.3f} = {shares[2]:.1f}"
 
 
 def slices(summary: Summary) -> str:
@@ -166,18 +192,25 @@ def slices(summary: Summary) -> str:
     controlled = any("control" in by_model for by_model in summary.figures.values())
     models = ("student", "control") if controlled else ("student",)
     header = ["sliced by", "slice", "examples", "teacher's accuracy"]
-    header += [f"{label(name)}{f', {model}' if controlled else ''}" for name in IN_SLICES for model in models]
+    header += [f"{words} {model}" for words in IN_SLICES.values() for model in models]
     rows = [
         [
             one.by,
             one.name,
             f"{one.n:,}",
-            spread("score.accuracy", one.teacher.get("score.accuracy")),
-            *(spread(name, one.figures[name].get(model), len(summary.cases)) for name in IN_SLICES for model in models),
+            over_seeds("score.accuracy", one.teacher.get("score.accuracy")),
+            *(
+                (spread if name == "delta.accuracy" else over_seeds)(name, one.figures[name].get(model), len(summary.cases))
+                for name in IN_SLICES
+                for model in models
+            ),
         ]
         for one in summary.slices
     ]
-    note = "Length: words. Confidence: the teacher's largest probability. Both are cut in three, as equal as ties permit."
+    note = (
+        "Length: words. Confidence: the teacher's largest probability. Both are cut in three, as equal as ties permit. The "
+        "intervals of the other figures are in probe.json."
+    )
     return f'<h3>Slices</h3><p class="quiet">{note}</p>{table(header, rows)}'
 
 

@@ -19,15 +19,17 @@ class Settings:
     Attributes:
         split: split whose examples are compared.
         parts: parts of the analysis, of `PARTS`.
-        examples: largest number of examples that models are run on; differences are of all examples.
+        examples: largest number of examples of the similarity of layers and of linear probes; differences are of all examples.
         train_examples: largest number of training examples of each linear probe.
+        part_examples: largest number of examples of attention and of models without a part, which take a pass for each part.
         vectors: one of `kd.probe.outputs.VECTORS`.
     """
 
     split: str = "validation"
     parts: tuple[str, ...] = PARTS
-    examples: int = 128
+    examples: int = 500
     train_examples: int = 500
+    part_examples: int = 128
     vectors: str = "mean"
 
 

@@ -49,7 +49,8 @@ class Chosen:
         examples: all of them.
         split: the split that is compared.
         labelled: indices of those of the split that have a label.
-        rows: indices of those that models are run on.
+        rows: indices of those whose vectors are compared.
+        part_rows: indices of those that models are run on without their parts; the first of `rows` in the order of the draw.
         train_rows: indices of the training examples of linear probes.
         digest: digest of the texts of the split.
     """
@@ -59,6 +60,7 @@ class Chosen:
     split: str
     labelled: NDArray[np.int64]
     rows: NDArray[np.int64]
+    part_rows: NDArray[np.int64]
     train_rows: NDArray[np.int64]
     digest: str
 
@@ -106,8 +108,16 @@ def choose(run: Finished, settings: Settings, key: str) -> Chosen:
     )
     if not len(labelled):
         raise InputError(f"the split '{split}' of {run.task.name} has no labels", "--split")
-    rows, train_rows = some(labelled, settings.examples), some(trained, settings.train_examples)
-    return Chosen(key, examples, split, labelled, rows, train_rows, Texts.of(examples.texts[split]).digest())
+    return Chosen(
+        key,
+        examples,
+        split,
+        labelled,
+        some(labelled, settings.examples),
+        some(labelled, settings.part_examples),
+        some(trained, settings.train_examples),
+        Texts.of(examples.texts[split]).digest(),
+    )
 
 
 def some(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:

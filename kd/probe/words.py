@@ -110,17 +110,24 @@ def estimate(name: str, value: Estimate | None) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table whose first columns are words, and whose cells with a digit are numbers."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
-    body = []
-    for row in rows:
-        cells = "".join(f"<td{kind(text, index)}>{escape(text)}</td>" for index, text in enumerate(row))
-        body.append(f"<tr>{cells}</tr>")
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    """Return a table; columns whose cells are all numbers, but for the first column, are set to the right."""
+    body = [list(row) for row in rows]
+    numbers = [index > 0 and all(is_number(row[index]) for row in body) for index in range(len(header))]
+    kinds = [' class="number"' if number else "" for number in numbers]
+    head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in zip(header, kinds, strict=True))
+    lines = []
+    for row in body:
+        own = [' class="number missing"' if text == NO_VALUE else kind for text, kind in zip(row, kinds, strict=True)]
+        cells = "".join(f"<td{kind}>{escape(text)}</td>" for text, kind in zip(row, own, strict=True))
+        lines.append(f"<tr>{cells}</tr>")
+    parts = f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f'<div class="wide"><table class="figures">{parts}</table></div>'
 
 
-def kind(text: str, index: int) -> str:
-    """Return the class of a cell, as an attribute."""
-    if text == NO_VALUE:
-        return ' class="number missing"'
-    return ' class="number"' if index and text[:1] in "-0123456789" and text else ""
+def is_number(text: str) -> bool:
+    """Return whether a cell is a number, with or without its interval, or has none.
+
+    >>> is_number("-0.5 [-0.7, 0.1]"), is_number(""), is_number("undefined"), is_number("3 to 17"), is_number("a")
+    (True, True, True, True, False)
+    """
+    return text in ("", NO_VALUE) or text[0] in "-0123456789"

@@ -68,7 +68,7 @@ def control(small: Small) -> Run:
 
 @dataclass
 class Probed:
-    """What one command leaves and prints."""
+    """Files and output of one command."""
 
     json: dict[str, Any]
     page: str
@@ -81,7 +81,9 @@ def whole(seeds: list[tuple[Run, dict[str, Any]]], control: Run, tmp_path_factor
     del control
     out, printed = tmp_path_factory.mktemp("whole") / "out", io.StringIO()
     with contextlib.redirect_stdout(printed):
-        found = probed(out, *(run.directory for run, _ in seeds), "--examples", 20, "--train-examples", 40)
+        found = probed(
+            out, *(run.directory for run, _ in seeds), "--examples", 20, "--train-examples", 40, "--part-examples", 10
+        )
     return Probed(found, (out / "probe.html").read_text(), printed.getvalue())
 
 
@@ -119,7 +121,8 @@ def test_all_parts_of_two_seeds_and_a_control(
         assert list(case["cka"]) == list(case["attention"]) == roles
         assert list(case["probes"]) == list(case["ablation"]) == ["teacher", *roles]
         assert (len(case["cka"]["student"]["matrix"]), len(case["cka"]["student"]["matrix"][0])) == (3, 5)
-        assert case["cka"]["student"]["n"] == case["attention"]["student"]["n"] == case["ablation"]["student"]["n"] == 20
+        assert case["cka"]["student"]["n"] == case["probes"]["student"]["layers"][0]["n"] == 20
+        assert case["attention"]["student"]["n"] == case["ablation"]["student"]["n"] == 10
         assert case["probes"]["student"]["train"] == 40
         assert [len(case["ablation"][role]["heads"]) for role in ("teacher", "student")] == [4, 2]
     assert first["about"]["control"] == control.name
@@ -205,7 +208,7 @@ def test_the_command_that_makes_the_missing_control_is_of_the_same_budget(
 
 def test_a_student_beside_itself_has_lost_nothing(seeds: list[tuple[Run, dict]], tmp_path: Path) -> None:
     (run, _), _ = seeds
-    words = (run.directory, "--teacher", run.directory, "--examples", 12, "--train-examples", 30)
+    words = (run.directory, "--teacher", run.directory, "--examples", 12, "--train-examples", 30, "--part-examples", 8)
     (case,) = probed(tmp_path / "out", *words)["cases"]
     for name, expected in {"agreement": 1, "kl": 0, "js": 0, "total_variation": 0, "lost": 0, "delta.accuracy": 0}.items():
         one = case["differences"]["figures"][name]["student"]
@@ -254,7 +257,7 @@ def test_without_models_differences_are_left_and_the_rest_has_a_reason(
     directory = copied(run, tmp_path / "runs")
     shutil.rmtree(directory / "student")
     write_record(directory / "result.json", {**record, "keep": "figures"})
-    (case,) = probed(tmp_path / "out", directory, "--examples", 8, "--train-examples", 20)["cases"]
+    (case,) = probed(tmp_path / "out", directory, "--examples", 8, "--train-examples", 20, "--part-examples", 8)["cases"]
     assert value(case, "score.accuracy") == pytest.approx(record["metrics"]["validation"]["accuracy"])
     reason = f"the run {run.name} has no exported student (trainer.keep=figures)"
     assert case["absent"] == {f"{part}/student": reason for part in ("cka", "probes", "attention", "ablation")}
@@ -307,7 +310,18 @@ def test_teachers_are_compared_one_by_one_and_one_of_another_vocabulary_without_
     of_run = seeds[0][0].student
     words = ("teacher=[one,other]", f"+teacher.one.model={of_run}", f"+teacher.other.model={other}")
     run, record = made(small("method=kd", "pool=wkd", *words, "trainer.max_epochs=1", "preflight=false"))
-    found = probed(tmp_path / "out", run.directory, "--split", "test", "--examples", 8, "--only", "differences,cka,attention")
+    found = probed(
+        tmp_path / "out",
+        run.directory,
+        "--split",
+        "test",
+        "--examples",
+        8,
+        "--part-examples",
+        8,
+        "--only",
+        "differences,cka,attention",
+    )
     assert [case["about"]["teacher"] for case in found["cases"]] == ["one", "other"]
     for case in found["cases"]:
         assert case["about"]["split"] == "test"
@@ -321,7 +335,7 @@ def test_teachers_are_compared_one_by_one_and_one_of_another_vocabulary_without_
 def test_a_cohort_has_a_case_for_each_student_and_an_online_teacher_has_predictions_alone(small: Small, tmp_path: Path) -> None:
     words = ("method=dml", "cohort.teacher=online", "cohort.students=[1l,2l]", "trainer.max_epochs=1", "preflight=false")
     run, record = made(small(*words))
-    found = probed(tmp_path / "out", run.directory, "--examples", 8, "--train-examples", 20)
+    found = probed(tmp_path / "out", run.directory, "--examples", 8, "--train-examples", 20, "--part-examples", 8)
     students = list(record["students"])
     assert [case["about"]["student"] for case in found["cases"]] == students
     for name, case in zip(students, found["cases"], strict=True):
@@ -344,7 +358,7 @@ def test_tasks_of_a_mixture_have_a_case_each_and_scores_have_correlations_layers
     more = ["task.of.a.max_length=32", "task.of.b.max_length=32", "task.of.b.limit_validation=20"]
     scores = [f"task.of.b.{word}" for word in ("kind=regression", "labels=null", "metrics=[pearson,mse]", "monitor=pearson")]
     run, record = made([*base, "task=mixture", *tasks, *files, *more, *scores, "task.monitor=mean"])
-    found = probed(tmp_path / "out", run.directory, "--examples", 16, "--train-examples", 20)
+    found = probed(tmp_path / "out", run.directory, "--examples", 16, "--train-examples", 20, "--part-examples", 16)
     assert [case["about"]["task"] for case in found["cases"]] == ["a", "b"]
     first, second = found["cases"]
     accuracy = record["tasks"]["a"]["metrics"]["validation"]["accuracy"]
@@ -369,6 +383,7 @@ def test_tasks_of_a_mixture_have_a_case_each_and_scores_have_correlations_layers
         (("--vectors", "max"), "'max' is not one of mean, cls"),
         (("--examples", "1"), "--examples=1 must be a whole number, at least 2"),
         (("--train-examples", "many"), "--train-examples=many must be"),
+        (("--part-examples", "0"), "--part-examples=0 must be"),
         (("task.limit_validation=3",), "would change what the runs are of"),
         (("--teacher", "nowhere"), "'nowhere' is not the directory"),
     ],
@@ -462,7 +477,7 @@ def test_what_is_computed_of_a_teacher_is_computed_once(
         return original(model, *given)
 
     monkeypatch.setattr(analysis, "ablated_logits", counting)
-    probed(tmp_path / "out", *(run.directory for run, _ in seeds), "--only", "ablation", "--examples", 4)
+    probed(tmp_path / "out", *(run.directory for run, _ in seeds), "--only", "ablation", "--part-examples", 4)
     assert len(calls) == len(set(calls))
     assert sum("full" in name for name in calls) == 1
 
