@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import streamed
@@ -55,8 +56,8 @@ def mode(monkeypatch: pytest.MonkeyPatch) -> Mode:
     """Let runs from now on have their text without labels in `memory`, on `disk`, or in the `background`."""
     load, most = building.load_examples, datamodule.MOST_BEFORE
 
-    def in_memory(*given: object) -> Examples:
-        examples = load(*given)  # type: ignore[arg-type]
+    def in_memory(*given: Any, **named: Any) -> Examples:
+        examples = load(*given, **named)
         if examples.stored is None:
             return examples
         texts, labels = Texts.of(list(examples.texts["train"])), list(examples.labels["train"])

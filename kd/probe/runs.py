@@ -20,7 +20,7 @@ from kd.runs.identity import prefix_task_errors, source_of
 from kd.runs.run import is_record, read_record
 
 KEY = "RUN"
-"""What the errors about a run name: the argument of the command."""
+"""Name that errors give a run: the argument of the command."""
 
 
 @dataclass(frozen=True)

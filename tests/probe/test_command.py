@@ -308,7 +308,13 @@ def test_teachers_are_compared_one_by_one_and_one_of_another_vocabulary_without_
     model.save_pretrained(other)
     tiny_tokenizer(sorted(word for word in tiny_tokenizer().get_vocab() if not word.startswith("["))).save_pretrained(other)
     of_run = seeds[0][0].student
-    words = ("teacher=[one,other]", f"+teacher.one.model={of_run}", f"+teacher.other.model={other}")
+    words = (
+        "teacher=[minilm,minilm_3l]",
+        "teacher.minilm.backbone=null",
+        f"+teacher.minilm.model={of_run}",
+        "teacher.minilm_3l.backbone=null",
+        f"+teacher.minilm_3l.model={other}",
+    )
     run, record = made(small("method=kd", "pool=wkd", *words, "trainer.max_epochs=1", "preflight=false"))
     found = probed(
         tmp_path / "out",
@@ -322,7 +328,7 @@ def test_teachers_are_compared_one_by_one_and_one_of_another_vocabulary_without_
         "--only",
         "differences,cka,attention",
     )
-    assert [case["about"]["teacher"] for case in found["cases"]] == ["one", "other"]
+    assert [case["about"]["teacher"] for case in found["cases"]] == ["minilm", "minilm_3l"]
     for case in found["cases"]:
         assert case["about"]["split"] == "test"
         assert value(case, "agreement") == pytest.approx(record["agreement"]["test"][case["about"]["teacher"]])

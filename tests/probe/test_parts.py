@@ -1,4 +1,4 @@
-"""What models compute: vectors, similarity of layers and attention, probes and drops, beside plain passes of one example."""
+"""Vectors, similarity of layers and attention, probes and drops of models, beside plain passes of one example."""
 
 import itertools
 import math

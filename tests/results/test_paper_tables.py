@@ -255,7 +255,7 @@ GRID = {
 """Width of the teacher; widths of a fixed head size, heads and students of the grid of random students."""
 
 
-@scales
+@pytest.mark.parametrize("scale", ["published", "local"])
 def test_heads_of_the_grid_are_of_the_size_of_their_labels_at_a_fixed_width_and_at_a_fixed_head_size(scale: str) -> None:
     full, widths, heads, students = GRID[scale]
     found: dict[str, set[tuple[int, int]]] = {}
