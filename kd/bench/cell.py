@@ -1,7 +1,9 @@
 """A candidate that takes the training steps of a run whose inputs are done, as the run itself would."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 from torch.utils.data import DataLoader
 
@@ -20,6 +22,23 @@ from kd.training.rows import TrainOccurringRows
 from kd.training.trainer import build_trainer
 
 
+class ChosenBatches(list[list[int]]):
+    """Batches of example indices that are there already, in the place of the sampler that gave them.
+
+    Args:
+        batches: the batches.
+        sizes: as the sampler's `sizes` has them, which CUDA graphs are recorded for (`kd.training.graphs`).
+    """
+
+    def __init__(self, batches: Iterable[list[int]], sizes: set[int]) -> None:
+        super().__init__(batches)
+        self._sizes = sizes
+
+    def sizes(self) -> set[int]:
+        """Return the numbers of examples that batches of an epoch have."""
+        return self._sizes
+
+
 class FirstBatches(ResumableData):
     """The first training batches of other data, the same ones in every epoch, so that all turns take the same steps.
 
@@ -31,7 +50,10 @@ class FirstBatches(ResumableData):
     def __init__(self, data: KDDataModule | MixedData, count: int) -> None:
         super().__init__()
         self._loader = data.train_dataloader()
-        self.batches = list(islice(iter(self._loader.batch_sampler or ()), count))
+        sampler: Any = self._loader.batch_sampler
+        self.batches = ChosenBatches(islice(iter(sampler), count), sampler.sizes())
+        self.padded_lengths = data.padded_lengths
+        """Numbers of tokens that batches may have after padding."""
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the loader of training batches."""
@@ -62,6 +84,7 @@ def train_cell(job: Job, gate: Gate) -> None:
     run = replace(run, spec=replace(run.spec, trainer=trainer), directory=job.folder / run.name)
     run.directory.mkdir(parents=True)
     data = FirstBatches(prepared.data, -(-job.steps // trainer.accumulate) * trainer.accumulate)
+    prepared.data.close()  # these batches have their tokens; those of further text are made once, and not in every step
     gate.ready({"steps": len(data.batches)}, trainer.accelerator)
     callbacks = [Turns(gate), TrainOccurringRows(prepared.tables)]
     lightning = build_trainer(run, prepared.engine, None, callbacks=callbacks, limit_val_batches=0, enable_checkpointing=False)

@@ -309,25 +309,31 @@ class StoredTokens(Padding):
         try:
             with self.lock:
                 self.urgent.clear()
-                for start in range(0, len(missing), AT_ONCE):
-                    self._make(missing[start : start + AT_ONCE])
+                for some in self._parts(missing):
+                    self._make(some)
         finally:
             self.urgent.clear()
 
     def prepare(self, rows: np.ndarray) -> None:
         """Make the tokens of some examples, at most `AT_ONCE`, ahead of the time; see `need`."""
-        while self.urgent.is_set():
-            time.sleep(POLL)
-        with self.lock:
-            self._make(rows)
+        for some in self._parts(rows):
+            while self.urgent.is_set():
+                time.sleep(POLL)
+            with self.lock:
+                self._make(some)
+
+    def _parts(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield some examples in parts that are tokenised at a time: of at most `AT_ONCE`, and of few bytes (`MOST_BYTES`)."""
+        for start in range(0, len(rows), AT_ONCE):
+            some = rows[start : start + AT_ONCE]
+            yield from np.split(some, bounds_by_size(self.texts.sizes(some).tolist(), MOST_BYTES))
 
     def _make(self, rows: np.ndarray) -> None:
         """Make and store the tokens of those of some examples that have none. This thread has `lock`."""
         rows = self.files.missing(rows)
-        for some in np.split(rows, bounds_by_size(self.texts.sizes(rows).tolist(), MOST_BYTES)):
-            if len(some):
-                lengths, values = flat_arrays(self._encodings(some), self.inputs)
-                self.files.add(some, lengths, values)
+        if len(rows):
+            lengths, values = flat_arrays(self._encodings(rows), self.inputs)
+            self.files.add(rows, lengths, values)
 
     def _encodings(self, rows: np.ndarray) -> list[Encoding]:
         """Return the encodings of some examples.

@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -154,9 +155,10 @@ def measure(counts: Sequence[int], threads: Mapping[int, str], start: Callable[[
         for count in counts:
             if count not in fitting(counts, memory, available):
                 break
-            new = [start(index) for index in range(len(processes), count)]
-            processes += new
-            for process in new:
+            first = len(processes)
+            for index in range(first, count):
+                processes.append(start(index))
+            for process in processes[first:]:
                 process.wait()
             own = int(threads[count].split(",")[0])
             together(processes, own)
@@ -169,9 +171,15 @@ def measure(counts: Sequence[int], threads: Mapping[int, str], start: Callable[[
                 memory = max(memory, *(turn.resident_bytes for turn in done))
             rates[count] = statistics.median(turns)
     finally:
-        for process in processes:
-            process.close()
+        close_all(processes)
     return Speeds(rates, dict(threads), memory, time.monotonic() - began, datetime.date.today().isoformat())
+
+
+def close_all(processes: Sequence[Process]) -> None:
+    """End processes at the same time: one that is in the middle of a turn has some seconds to end it."""
+    if processes:
+        with ThreadPoolExecutor(len(processes)) as pool:
+            list(pool.map(lambda process: process.close(), processes))
 
 
 def together(processes: Sequence[Process], threads: int) -> list[Turn]:
@@ -329,31 +337,54 @@ def speeds_of(
     """
     folder, available = cells[0].file("").parent, available_memory()
     folder.mkdir(parents=True, exist_ok=True)
-    log, environments = folder / "workers.log", places(counts[-1], uses_gpus)
+    environments = places(counts[-1], uses_gpus)
     threads = {count: places(count, uses_gpus)[0]["OMP_NUM_THREADS"] for count in counts}
-    with tempfile.TemporaryDirectory(prefix="kd-measure-") as scratch:
 
-        def start(cell: Job, candidate: Candidate, index: int = 0) -> Worker:
-            environment = {**os.environ, **environments[index]}
-            job = Measurement(candidate, cell.command, STEPS, MOST_TURNS, Path(scratch) / str(index))
-            return Worker(job, lambda function, arguments: fork(function, arguments, environment, log), f"in '{log}'")
+    def start(cell: Job, candidate: Candidate, log: Path, scratch: Path, index: int = 0) -> Worker:
+        environment = {**os.environ, **environments[index]}
+        job = Measurement(candidate, cell.command, STEPS, MOST_TURNS, scratch / str(index))
+        return Worker(job, lambda function, arguments: fork(function, arguments, environment, log), f"in '{log}'")
 
-        cell = largest(cells, start)
-        about = {"machine": machine(uses_gpus), "versions": versions(), "shape": shape_of(cell.run)}
-        path = folder / f"workers-{digest_of(about)}.json"
-        with alone(path, tell) if read_speeds(path, counts, available) is None else contextlib.nullcontext():
-            if (speeds := read_speeds(path, counts, available)) is not None:
-                return speeds, f"measured on {speeds.date}"
-            if len(cells) == 1:
-                return None, "one cell is left"
-            speeds = measure(counts, threads, lambda index: start(cell, CELL, index), available)
-            remove(log)
-            when = f"measured in {speeds.seconds:.0f} s"
-            try:
-                write_speeds(path, speeds, about)
-            except InputError as error:
-                when += f", and not stored: {error.message}"
-            return speeds, when
+    log = folder / "sizes.log"
+    cell = largest(cells, lambda cell, candidate: start(cell, candidate, log, folder))
+    remove(log)
+    about = {"machine": machine(uses_gpus), "versions": versions(), "shape": shape_of(cell.run)}
+    path = folder / f"workers-{digest_of(about)}.json"
+    with alone(path, tell) if read_speeds(path, counts, available) is None else contextlib.nullcontext():
+        if (speeds := read_speeds(path, counts, available)) is not None:
+            return speeds, f"measured on {speeds.date}"
+        if len(cells) == 1:
+            return None, "one cell is left"
+        with scratch_folder(path.with_suffix(".part")) as scratch:
+            log = path.with_suffix(".log")
+            speeds = measure(counts, threads, lambda index: start(cell, CELL, log, scratch, index), available)
+        remove(log)
+        when = f"measured in {speeds.seconds:.0f} s"
+        try:
+            write_speeds(path, speeds, about)
+        except InputError as error:
+            when += f", and not stored: {error.message}"
+        return speeds, when
+
+
+@contextlib.contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder for the files of the processes in another one, which has nothing else, and remove it afterwards.
+
+    What a killed measurement left there is removed first; its processes may still be ending.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    with contextlib.suppress(OSError):
+        remove(folder)
+    folder.mkdir(exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
+            yield Path(scratch)
+    finally:
+        with contextlib.suppress(OSError):
+            remove(folder)
 
 
 @contextlib.contextmanager

@@ -754,6 +754,31 @@ def test_few_long_texts_are_tokenised_at_a_time(
     same_tokens(tokens, Tokens(tokenizer, texts, 9), list(range(100)))
 
 
+def test_the_thread_lets_the_training_go_first_between_long_texts(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_tokens, "MOST_BYTES", 10)
+    asked, going, encode = threading.Event(), threading.Event(), stored_tokens.encode
+    order: list[str] = []
+
+    def noted(rules: Tokenizer, rows: list[tuple[str, ...]]) -> object:
+        order.append(threading.current_thread().name)
+        going.set()
+        asked.wait(60)
+        return encode(rules, rows)
+
+    monkeypatch.setattr(stored_tokens, "encode", noted)
+    tokens = StoredTokens(tokenizer, stored(tmp_path / "texts", [("a film story",)] * 50), 9, 1, TokenStore(tmp_path))
+    ahead = threading.Thread(target=tokens.prepare, args=(np.arange(50),), name="ahead")
+    ahead.start()
+    going.wait(60)
+    threading.Timer(0.2, asked.set).start()  # `need` waits for the lock by then
+    tokens.need(np.array([49]))
+    ahead.join(60)
+    assert order.index(threading.current_thread().name) < 10, "of 50 texts, each of which is a part"
+    assert not len(tokens.files.missing(np.arange(50)))
+
+
 def test_the_thread_ends_when_it_is_told_to(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
