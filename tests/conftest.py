@@ -1,10 +1,13 @@
 """Small models and small data, made here: no test needs a network or a hub."""
 
 import csv
+import gc
+import multiprocessing
 import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from kd.models import latency
+from processes import fork_server, start_fork_server
 
 GOOD = "fine good great lovely warm bright clever funny moving rich".split()
 BAD = "poor bad awful dull cold bleak stupid tired boring thin".split()
@@ -107,6 +111,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         _most_work_first(items)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Leave modules and tests, which stay, out of collections: Python's collector would search them again and again.
+
+    A process of a whole session starts the fork server for its tests.
+    """
+    gc.collect()
+    gc.freeze()
+    if hasattr(session.config, "workerinput"):
+        os.environ["OMP_NUM_THREADS"] = "1"
+        start_fork_server()
+
+
 def _most_work_first(items: list[pytest.Item]) -> None:
     """Order files by the work in them: pytest-xdist gives one after the other to its workers, and the last should be short."""
     work: Counter[Path] = Counter()
@@ -144,6 +160,18 @@ def _no_rank_is_left() -> Iterator[None]:
         torch.distributed.destroy_process_group()
         left.append("a process group")
     assert not left, f"this test leaves {', '.join(left)}"
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let workers of the benchmark need no import of PyTorch; those of a test without this fixture are new interpreters."""
+    server = fork_server()
+
+    def get_context(kind: str) -> ForkServerContext:
+        assert kind == "spawn"
+        return server
+
+    monkeypatch.setattr(multiprocessing, "get_context", get_context)
 
 
 @pytest.fixture(scope="session")

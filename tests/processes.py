@@ -1,9 +1,10 @@
 """Commands in processes of their own that need no import of PyTorch: they are forked from a process that has imported it.
 
 A new interpreter spends several seconds on the imports of PyTorch, Lightning and Transformers, more than a run of the toy task
-takes. The fork server of `multiprocessing` imports them once, and nothing of `kd`. Signals, exit status, output and environment
-of such a process are those of a new interpreter. What is not: sets have the same order in all of them, and variables of the
-environment that PyTorch reads while it is imported have no effect. Tests of either start interpreters with `subprocess`.
+takes. The fork server of `multiprocessing` imports them once, and what `kd` needs for a run. Signals, exit status, output and
+environment of such a process are those of a new interpreter. What is not: sets have the same order in all of them, and
+variables of the environment that libraries read while they are imported have no effect; modules of `kd` read none then. Tests
+of either start interpreters with `subprocess`.
 """
 
 import atexit
@@ -23,13 +24,13 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 PACKAGES = """
-    torch torch.distributed.run torch.distributed.elastic.agent.server.local_elastic_agent
+    kd.launch.libraries torch torch.distributed.run torch.distributed.elastic.agent.server.local_elastic_agent
     torch.distributed.elastic.rendezvous.static_tcp_rendezvous torch.distributed.elastic.rendezvous.c10d_rendezvous_backend
     torch.nn.parallel lightning.pytorch torchmetrics.classification torchmetrics.regression torchmetrics.text tokenizers
     safetensors.torch transformers transformers.models.bert.modeling_bert hydra hydra._internal.hydra omegaconf
     huggingface_hub filelock rich.table rich.console numpy tqdm
 """.split()
-"""Modules that the server imports; none of `kd`, so that each process reads its own settings from its environment."""
+"""Modules that the server imports. The first is what `kd` imports for its own server, and leaves them out of collections."""
 
 
 def fork_server() -> ForkServerContext:
@@ -37,6 +38,16 @@ def fork_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PACKAGES)
     return context
+
+
+def start_fork_server() -> None:
+    """Start the server now, without waiting for its imports.
+
+    `multiprocessing` has one server. If it does not run yet, `kd.launch` starts it with modules of its own, and tests of
+    `kd.launch` with none: the processes of all later tests would then import the libraries again.
+    """
+    fork_server()
+    forkserver.ensure_running()
 
 
 def free_port() -> int:

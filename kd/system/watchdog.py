@@ -20,8 +20,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-PATIENCE = float(os.environ.get("KD_PATIENCE", "40"))
-"""Seconds without a heartbeat after which a rank counts as lost. Our choice: five times the delay of a busy store."""
+PATIENCE = 40.0
+"""Seconds without a heartbeat after which a rank counts as lost, unless the environment variable KD_PATIENCE has a number. Our
+choice: five times the delay of a busy store."""
 LOOKS = 8
 """Number of heartbeats and checks in that time."""
 MEETING = timedelta(minutes=10)
@@ -47,14 +48,15 @@ class Watchdog:
     Args:
         rank: rank of this process.
         world: number of processes of the job.
-        patience: seconds without a heartbeat after which a rank counts as lost.
+        patience: seconds without a heartbeat after which a rank counts as lost; None for KD_PATIENCE, or else `PATIENCE`.
     """
 
-    def __init__(self, rank: int, world: int, patience: float = PATIENCE) -> None:
+    def __init__(self, rank: int, world: int, patience: float | None = None) -> None:
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
-        self.rank, self.world, self.patience = rank, world, patience
+        self.rank, self.world = rank, world
+        self.patience = float(os.environ.get("KD_PATIENCE", PATIENCE)) if patience is None else patience
         # A separate connection, because a collective may block that of the process group for as long as it waits.
         self.store = PrefixStore("kd", next(iter(rendezvous("env://", timeout=MEETING)))[0])
         self.store.add(f"beat/{rank}", 1)

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,22 +25,9 @@ from kd.bench.workers import GO, PROFILE, STOP, WAITING, Finished, Gate, Go, Job
 from kd.build.engine import build_engine
 from kd.data import datamodule
 from kd.errors import InputError
-from processes import fork_server
 from whole_runs import planned
 
 Small = Callable[..., list[str]]
-
-
-@pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers that need no import of PyTorch; those of a test without this fixture are new interpreters."""
-    server = fork_server()
-
-    def get_context(kind: str) -> ForkServerContext:
-        assert kind == "spawn"
-        return server
-
-    monkeypatch.setattr(multiprocessing, "get_context", get_context)
 
 
 @pytest.mark.slow

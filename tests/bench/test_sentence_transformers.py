@@ -226,6 +226,7 @@ def test_weights_that_one_squared_error_lacks_are_refused(scores: Small, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_bench_compares_it_with_fine_tuning(scores: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sentence_transformers")
     monkeypatch.setattr("kd.bench.cost.MATRIX_SIZES", {"cpu": (64,)})
