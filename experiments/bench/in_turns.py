@@ -8,6 +8,7 @@ each candidate of each call: examples per second, and the ratio to the first can
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -15,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+USAGE = "in_turns.py OUT.json [--rounds 5] --of NAME FOLDER [WORD ...] [--of ...] -- WORD ..."
 
 
 def speeds(folder: Path, words: list[str]) -> dict[str, float]:
@@ -50,17 +53,24 @@ def summary(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, di
     }
 
 
+def parts(words: list[str], mark: str) -> list[list[str]]:
+    """Return the parts between marks. argparse would take options of `kd-bench` behind an `--of` for its own."""
+    ends = [-1, *(place for place, word in enumerate(words) if word == mark), len(words)]
+    return [words[start + 1 : end] for start, end in itertools.pairwise(ends)]
+
+
 def main() -> None:
     """Run every call in turns; write and print the figures."""
-    parser = argparse.ArgumentParser()
+    mine, *rest = parts(sys.argv[1:], "--")
+    own, *named = parts(mine, "--of")
+    parser = argparse.ArgumentParser(usage=USAGE)
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--of", action="append", nargs="+", required=True, metavar="NAME")
-    mine, words = sys.argv[1:], []
-    if "--" in mine:
-        mine, words = mine[: mine.index("--")], mine[mine.index("--") + 1 :]
-    arguments = parser.parse_args(mine)
-    calls = [(name, Path(folder), more) for name, folder, *more in arguments.of]
+    arguments = parser.parse_args(own)
+    if not named or any(len(call) < 2 for call in named) or len(rest) > 1:
+        parser.error("give each --of a name and a folder, and the words of all behind one --")
+    words = rest[0] if rest else []
+    calls = [(name, Path(folder), more) for name, folder, *more in named]
     rounds = []
     for number in range(arguments.rounds):
         shift = number % len(calls)
