@@ -4,7 +4,7 @@
 
 prints the table of README.md, from a generator with seed 0. Two representations share some latent features and have noise of
 their own; what an interval should cover is the mean CKA of that many examples, over the draws. `jackknife` is the interval of
-`kd-probe`; `bootstrap` is the percentile interval of samples with replacement, in which about a third of the examples is missing
+`kd-probe`; `bootstrap` is the percentile interval of samples with replacement, in which a third of the examples is missing
 and others are there several times. Kernels are weighted by the number of times that a sample has each example.
 """
 
