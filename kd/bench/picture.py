@@ -37,7 +37,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     axes.set_yticks(places, [one["label"] for one in candidates.values()])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.38 * widest)
-    axes.set_xlabel("time for the same examples, relative to fine-tuning the same student (shorter is better)", fontsize=9)
+    figure.supxlabel("time for the same examples, relative to fine-tuning the same student (shorter is better)", fontsize=9)
     how = f"median and range of {found['repeats']} rounds, batches of {batches_in_words(found)}, {found['precision']}"
     axes.set_title(f"{title(found)}\n{how}", fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
