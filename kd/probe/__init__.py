@@ -84,13 +84,13 @@ def settings_of(arguments: argparse.Namespace) -> "Settings":
             raise one_of(part, PARTS, "--only")
     if arguments.vectors not in VECTORS:
         raise one_of(arguments.vectors, VECTORS, "--vectors")
-    counts = []
+    counts = {}
     for name in ("examples", "train_examples", "part_examples"):
         key, text = f"--{name.replace('_', '-')}", getattr(arguments, name)
         if not (text.isascii() and text.isdigit() and 2 <= int(text) <= 10**9):
             raise InputError(f"{key}={text} must be a whole number, at least 2", key)
-        counts.append(int(text))
-    return Settings(arguments.split, parts, *counts, vectors=arguments.vectors)
+        counts[name] = int(text)
+    return Settings(arguments.split, parts, vectors=arguments.vectors, **counts)
 
 
 def directories_of(words: Sequence[str]) -> tuple[list[Path], list[str]]:
