@@ -18,12 +18,17 @@ LOGGERS = ("lightning.pytorch", "lightning.fabric")
 def own_hydra() -> Iterator[None]:
     """Let configurations be composed from the files of kd alone, also inside an application of Hydra, which is put back."""
     from hydra import initialize_config_dir, version
+    from hydra.core.global_hydra import GlobalHydra
 
-    base = version.getbase()
+    base, instance = version.getbase(), GlobalHydra.instance()
+    application = instance.hydra
+    instance.clear()  # it can be initialised once
     try:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
             yield
     finally:
+        GlobalHydra.set_instance(instance)
+        instance.hydra = application
         if hasattr(base, "release"):  # otherwise nothing of Hydra has set one yet
             version.VersionBase.instance().setbase(base)  # type: ignore[arg-type]
 
