@@ -8,7 +8,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from kd.build.instantiate import build_schedule
 from kd.config.compose import conf_folder
@@ -227,7 +227,8 @@ def task_of(student: PreTrainedModel) -> Classification | Regression:
 
 def labels_of(model: PreTrainedModel) -> list[str]:
     """Return the names of a model's classes, in the order of its outputs."""
-    return [str(model.config.id2label[number]) for number in range(model.config.num_labels)]
+    config: Any = model.config
+    return [str(config.id2label[number]) for number in range(config.num_labels)]
 
 
 def frozen_teacher(student: PreTrainedModel, teacher: PreTrainedModel, name: str) -> FrozenTeacher:

@@ -485,7 +485,7 @@ class Files:
 
     @property
     def _any_suffix(self) -> bool:
-        """Whether the configuration names the format, so that suffixes do not count."""
+        """True if the configuration names the format, so that suffixes do not count."""
         return self.format is not None or self.pattern is not None
 
     def _paths(self) -> dict[str, dict[str | None, Path]]:

@@ -1,4 +1,4 @@
-"""What docs/python.md and its notebook show works, and names every public name."""
+"""Examples of docs/python.md and of its notebook, which run, and the public names, which the page lists."""
 
 import json
 import re

@@ -88,7 +88,7 @@ def test_a_student_that_is_not_there_is_an_error(run: kd.RunResult, tmp_path: Pa
 
 
 def state() -> dict[str, Any]:
-    """What a run changes in a process, but for modules and the allocator."""
+    """Parts of a process that a run changes, but for modules and the allocator."""
     return {
         "environment": dict(os.environ),
         "filters": list(warnings.filters),
