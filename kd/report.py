@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.errors import InputError
+from kd.results.finished import load_results as load_results
 from kd.results.tables import UNITS, console, protocol, report_table
 from kd.system.files import write_text, writing
 from kd.system.hardware import version_line
@@ -18,21 +19,6 @@ if TYPE_CHECKING:
 
 CHOICES = ("markdown", "csv", "latex", "json", "html")
 """Formats of comparisons, whose modules are imported only where they are used."""
-
-
-def load_results(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of all finished runs in a folder, oldest first."""
-    records = []
-    if folder.exists():
-        next(folder.iterdir(), None)  # raises OSError for an unreadable folder, for which `glob` yields nothing
-    for path in folder.glob("*/result.json"):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(record, dict) and "students" in record:  # otherwise a file of another program
-            records.append({**record, "run": path.parent.name})
-    return sorted(records, key=lambda record: record.get("finished", ""))
 
 
 def first_runs(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

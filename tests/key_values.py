@@ -295,6 +295,15 @@ def every_value(backbone: str, data: str) -> dict[str, Values]:
         "task.delimiter": Values(
             st.sampled_from(["comma", ",", None]), union(st.sampled_from(["::", "", '"', "\n", True, 1.5]), NESTED, NEVER)
         ),
+        "task.pattern": Values(
+            st.none(),
+            union(st.sampled_from(["(", "", "(?P<label>", "no group", "(?P<text>a)(?P<label>b)", True, 1.5, 3]), NESTED, NEVER),
+            ("task.text", "task.label"),
+        ),
+        "task.encoding": Values(
+            st.sampled_from([None, "latin-1", "utf-8", "cp1252"]),
+            union(st.sampled_from(["", "no such", "base64", "utf-16", True, 1.5, 3]), NESTED, NEVER),
+        ),
         "task.columns": Values(st.none(), union(st.sampled_from([[], ["a", "a"], ["text", "label"], [""]]), NEVER)),
         "task.extra": Values(
             st.sampled_from([None, {}, {"label": "classes"}]),

@@ -97,6 +97,8 @@ class TaskSpec:
     format: str | None = None
     delimiter: str | None = None
     columns: list[str] | None = None
+    pattern: str | None = None
+    encoding: str | None = None
     extra: dict[str, Any] | None = None
     where: dict[str, Any] | None = None
     where_evaluated: dict[str, Any] | None = None

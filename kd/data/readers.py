@@ -1,5 +1,6 @@
 """Strict readers of tables, CSV, TSV, JSON Lines, Parquet and Arrow, and of plain lines, whose errors name the line or row."""
 
+import codecs
 import csv
 import json
 import re
@@ -55,6 +56,9 @@ MAGIC: Mapping[bytes, str] = {
 MAGIC_OF_COLUMNAR: Mapping[bytes, str] = {b"PAR1": "parquet", b"ARROW1": "arrow"}
 """First bytes of files that are read by another reader than text -> format."""
 
+UTF8 = "utf-8-sig"
+"""Encoding of text by default: UTF-8 with or without a byte-order mark."""
+
 PIECE_BYTES = 1 << 20
 """Number of characters that are read at a time."""
 
@@ -70,12 +74,16 @@ class Layout:
         delimiter: one character, or one of the words of `DELIMITERS`.
         columns: names of all columns, for a file whose first line is an example.
         quoted: whether fields may be quoted; by default in CSV, not in TSV (as GLUE ships it).
+        pattern: regular expression that matches each line of a file of lines, whose named groups are the columns.
+        encoding: encoding of text; by default UTF-8 with or without a byte-order mark.
     """
 
     format: str | None = None
     delimiter: str | None = None
     columns: Sequence[str] | None = None
     quoted: bool | None = None
+    pattern: str | None = None
+    encoding: str | None = None
 
     def kind(self, path: Path, key: str | None) -> str:
         """Return the format of a file.
@@ -85,7 +93,9 @@ class Layout:
         """
         if self.format is not None and self.format not in FORMATS:
             raise one_of(self.format, FORMATS, "format")
-        kind = self.format or SUFFIXES.get(path.suffix.lower()) or (self.delimiter and "csv")
+        if self.pattern is not None and self.format not in (None, "lines"):
+            raise InputError(f"pattern is for lines, and format={self.format}", "pattern")
+        kind = self.format or (self.pattern and "lines") or SUFFIXES.get(path.suffix.lower()) or (self.delimiter and "csv")
         if kind is None:
             known = "a .csv, .tsv, .jsonl, .parquet or .arrow file"
             raise InputError(f"'{path}' is not {known}; set format={'|'.join(FORMATS)}", key)
@@ -93,7 +103,41 @@ class Layout:
             for name in ("delimiter", "columns"):
                 if getattr(self, name) is not None:
                     raise InputError(f"{name} is for tables (csv, tsv), '{path}' is {kind}", name)
+        if kind in COLUMNAR and self.encoding is not None:
+            raise InputError(f"encoding is for text, '{path}' is {kind}", "encoding")
         return kind
+
+    def codec(self) -> str:
+        """Return the encoding of text.
+
+        Raises:
+            InputError: for one that Python does not have.
+        """
+        if self.encoding is None:
+            return UTF8
+        try:
+            name = codecs.lookup(self.encoding).name
+            "".encode(name)
+        except (LookupError, ValueError) as error:  # a codec of bytes, as base64, is no encoding of text
+            raise InputError(f"encoding={literal(self.encoding)} is no encoding of text; latin-1 is one", "encoding") from error
+        return name
+
+    def expression(self) -> re.Pattern[str]:
+        """Return the pattern, compiled.
+
+        Raises:
+            InputError: if it is no regular expression, or has no named group.
+        """
+        try:
+            found = re.compile(self.pattern or "")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise InputError(f"pattern={literal(self.pattern)} is no regular expression: {error}", "pattern") from error
+        if not found.groupindex:
+            raise InputError(
+                f"pattern={literal(self.pattern)} names no column; a named group does: '(?P<label>\\w+) (?P<text>.+)'",
+                "pattern",
+            )
+        return found
 
     def separator(self, kind: str) -> str:
         """Return the character between fields.
@@ -172,7 +216,7 @@ def rows(
     key: str | None,
     columns: Sequence[str] | None = None,
     quoted: bool | None = None,
-    encoding: str = "utf-8-sig",
+    encoding: str = UTF8,
     *,
     skip_broken: bool = False,
     layout: Layout | None = None,
@@ -201,22 +245,26 @@ def rows(
     if kind in COLUMNAR:
         yield from columnar_rows(path, key, kind, wanted or {})
         return
+    if layout.encoding is not None:
+        encoding = layout.codec()
     _check_beginning(path, key)
     try:
         if kind in ("csv", "tsv"):
             yield from _delimited(path, key, layout, kind, encoding, skip_broken=skip_broken)
+        elif layout.pattern is not None:
+            yield from _matched(path, key, layout.expression(), encoding)
         elif kind == "lines":
             for number, line in nonblank_lines(path, key, encoding):
                 yield number, {"text": line}
         else:
             yield from _json_rows(path, key, encoding)
     except UnicodeDecodeError as error:
-        raise InputError(f"'{path}', line {_undecodable_line(path, encoding)}: not UTF-8 text", key) from error
+        raise _not_text(path, key, encoding) from error
     except OSError as error:
         raise InputError(f"the file '{path}' cannot be read ({error.strerror})", key) from error
 
 
-def nonblank_lines(path: Path, key: str | None, encoding: str = "utf-8-sig") -> Iterator[tuple[int, str]]:
+def nonblank_lines(path: Path, key: str | None, encoding: str = UTF8) -> Iterator[tuple[int, str]]:
     """Yield the lines of a file that are not blank, with their numbers.
 
     Raises:
@@ -226,7 +274,7 @@ def nonblank_lines(path: Path, key: str | None, encoding: str = "utf-8-sig") -> 
         yield from zip(numbers, lines, strict=True)
 
 
-def line_pieces(path: Path, key: str | None, encoding: str = "utf-8-sig") -> Iterator[tuple[list[int], list[str]]]:
+def line_pieces(path: Path, key: str | None, encoding: str = UTF8) -> Iterator[tuple[list[int], list[str]]]:
     """Yield the lines of a file that are not blank, about `PIECE_BYTES` at a time: their numbers, and their texts.
 
     Raises:
@@ -238,12 +286,34 @@ def line_pieces(path: Path, key: str | None, encoding: str = "utf-8-sig") -> Ite
     try:
         with path.open(encoding=encoding, newline="") as file:
             while parts := file.readlines(PIECE_BYTES):
-                lines = "".join(parts).splitlines()  # also splits at separators that `open` does not count as line ends
+                # UTF-8 is also split at separators that `open` does not count as line ends. In latin-1 one of these is a byte
+                # that texts of Windows have for three dots.
+                whole = encoding == UTF8
+                lines = "".join(parts).splitlines() if whole else [part.rstrip("\r\n") for part in parts]
                 numbers = [at for at, line in enumerate(lines, number + 1) if line and not line.isspace()]
                 yield numbers, [lines[at - number - 1] for at in numbers] if len(numbers) < len(lines) else lines
                 number += len(lines)
     except UnicodeDecodeError as error:
-        raise InputError(f"'{path}', line {_undecodable_line(path, encoding)}: not UTF-8 text", key) from error
+        raise _not_text(path, key, encoding) from error
+
+
+def _not_text(path: Path, key: str | None, encoding: str) -> InputError:
+    """Return the error for a file that is not text in an encoding."""
+    line = _undecodable_line(path, encoding)
+    if encoding != UTF8:
+        return InputError(f"'{path}', line {line}: not {encoding} text", "encoding")
+    return InputError(f"'{path}', line {line}: not UTF-8 text; encoding=latin-1 reads text of that encoding", key)
+
+
+def _matched(path: Path, key: str | None, pattern: re.Pattern[str], encoding: str) -> Iterator[tuple[int, Row]]:
+    """Yield the named groups of each line that is not blank."""
+    for number, line in nonblank_lines(path, key, encoding):
+        found = pattern.fullmatch(line)
+        if found is None:
+            raise InputError(
+                f"'{path}', line {number}: {literal(line)} does not match pattern={literal(pattern.pattern)}", "pattern"
+            )
+        yield number, found.groupdict()
 
 
 def _check_beginning(path: Path, key: str | None) -> None:

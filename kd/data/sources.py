@@ -296,7 +296,7 @@ def opened(
 
 def in_file(text: Sequence[str], layout: Layout) -> Sequence[str]:
     """Return the text columns as they are named in a file: one of plain lines has no names."""
-    return ["text"] if layout.format == "lines" else text
+    return ["text"] if layout.format == "lines" and layout.pattern is None else text
 
 
 def no_examples(files: Sequence[Path], key: str | None) -> InputError:
@@ -466,6 +466,8 @@ class Files:
         delimiter: see `quoted`.
         columns: see `quoted`.
         extra: further columns.
+        pattern: see `quoted`.
+        encoding: see `quoted`.
     """
 
     train: Any
@@ -478,6 +480,13 @@ class Files:
     delimiter: str | None = None
     columns: Sequence[str] | None = None
     extra: Sequence[str] = ()
+    pattern: str | None = None
+    encoding: str | None = None
+
+    @property
+    def _any_suffix(self) -> bool:
+        """True if the configuration names the format, so that suffixes do not count."""
+        return self.format is not None or self.pattern is not None
 
     def _paths(self) -> dict[str, dict[str | None, Path]]:
         return given_paths(
@@ -507,9 +516,13 @@ class Files:
 
     def _read(self, path: Path, name: str | None, key: str) -> Table:
         text, label = as_names(self.text), as_names(self.label)
-        layout = Layout(as_names(self.format), as_names(self.delimiter), as_names(self.columns), self.quoted)
-        files = shards_of(path, key, any_suffix=self.format is not None)
-        if name is None and layout.format != "lines":
+        layout = Layout(
+            *(as_names(self.format), as_names(self.delimiter), as_names(self.columns), self.quoted),
+            *(as_names(self.pattern), as_names(self.encoding)),
+        )
+        layout.codec()
+        files = shards_of(path, key, any_suffix=self._any_suffix)
+        if name is None and (layout.format != "lines" or layout.pattern is not None):
             if label in text:
                 raise InputError(f"label={label} is among text={text}: the label would be read as text", "label")
             return read_shards(files, text, label, key, layout, extra=self.extra)
@@ -519,15 +532,16 @@ class Files:
                 "format",
             )
         suffix = files[0].suffix.lower()
-        if layout.format == "lines" or (layout.format is None and (suffix == LINES or suffix not in SUFFIXES)):
-            layout = Layout("lines")
+        is_lines = layout.format == "lines" or (layout.format is None and (suffix == LINES or suffix not in SUFFIXES))
+        if is_lines and layout.pattern is None:
+            layout = Layout("lines", encoding=layout.encoding)
         found = read_shards(files, text, None, key, layout, extra=self.extra)
         found.labels = [name] * len(found)
         return found
 
     def fingerprint(self) -> dict[str, str]:
         """Return a digest of the bytes of every file."""
-        return fingerprint_of(self._paths(), any_suffix=self.format is not None)
+        return fingerprint_of(self._paths(), any_suffix=self._any_suffix)
 
 
 LINES = ".txt"

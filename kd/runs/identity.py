@@ -47,6 +47,9 @@ COLUMN_KEYS = ("text", "label", "columns")
 OMIT_IF_EMPTY = ("extra", "where", "where_evaluated", "edits", "of")
 """Keys of a task that enter the digest only if they are set, so that runs without them have the digests of before."""
 
+OMIT_IF_NONE = ("pattern", "encoding")
+"""Keys of a task, and of its source, that enter the digest only if they are given; as `OMIT_IF_EMPTY`."""
+
 PATH_KEYS = ("root", "train", "validation", "test", "unlabelled")
 """Keys with paths of data files; the content of the files enters the digest instead."""
 
@@ -206,8 +209,9 @@ def task_identity(task: TaskSpec) -> tuple[dict[str, Any], dict[str, Any]]:
     for key in OMIT_IF_EMPTY:
         if not values[key]:
             values.pop(key)
+    values = given_of(values)
     del values["tau"]
-    source = {key: value for key, value in values.pop("source").items() if key not in PATH_KEYS}
+    source = given_of({key: value for key, value in values.pop("source").items() if key not in PATH_KEYS})
     source.update({name: as_names(source[name]) for name in COLUMN_KEYS if name in source})
     data_source = source_of(task)
     with prefix_task_errors():
@@ -215,6 +219,11 @@ def task_identity(task: TaskSpec) -> tuple[dict[str, Any], dict[str, Any]]:
         if task.unlabelled is not None:
             data = {**data, **fingerprint_of({"unlabelled": {None: data_path(task.unlabelled, "unlabelled")}})}
     return {key: value for key, value in values.items() if key not in PATH_KEYS}, {**source, **data}
+
+
+def given_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values without those of `OMIT_IF_NONE` that are not given."""
+    return {key: value for key, value in values.items() if key not in OMIT_IF_NONE or value is not None}
 
 
 def method_identity(spec: RunSpec) -> dict[str, Any]:

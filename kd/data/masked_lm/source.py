@@ -38,6 +38,7 @@ class TextFiles:
     format: str | None = None
     delimiter: str | None = None
     columns: Sequence[str] | None = None
+    encoding: str | None = None
 
     def _paths(self) -> dict[str, dict[str | None, Path]]:
         paths = given_paths(
@@ -65,9 +66,11 @@ class TextFiles:
 
     def _read(self, path: Path, key: str) -> Table:
         files = shards_of(path, key, any_suffix=self.format is not None)
-        layout = Layout(as_names(self.format), as_names(self.delimiter), as_names(self.columns), self.quoted)
+        names = as_names(self.format), as_names(self.delimiter), as_names(self.columns)
+        layout = Layout(*names, self.quoted, encoding=as_names(self.encoding))
+        layout.codec()
         if self.format == "lines" or (self.format is None and files[0].suffix.lower() == LINES and self.delimiter is None):
-            layout = Layout("lines")
+            layout = Layout("lines", encoding=layout.encoding)
         return read_shards(files, as_names(self.text), None, key, layout, blank=True)
 
     def fingerprint(self) -> dict[str, str]:
