@@ -1,4 +1,4 @@
-"""Finished runs that are probed: the tasks of each, their students, their teachers, and their controls."""
+"""Finished runs that a command reads: the tasks of each, and where their students and teachers are."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +13,12 @@ from kd.config.compose import explain, typed
 from kd.config.mixture import check_tasks, named, rename_task_error_keys, tasks_of
 from kd.config.schema import RunSpec, TaskSpec
 from kd.data.examples import HEAD_OF_KIND, Examples, load_examples
+from kd.data.labels import label_text
 from kd.errors import InputError
 from kd.models.heads import HEADS
 from kd.results.tuned import selection_words
 from kd.runs.identity import prefix_task_errors, source_of
-from kd.runs.run import is_record, read_record
+from kd.runs.run import is_record, keep_of, read_record
 
 KEY = "RUN"
 """Name that errors give a run: the argument of the command."""
@@ -72,6 +73,21 @@ class Finished:
         return self.directory / str(self.record["students"][student]["folder"])
 
 
+@dataclass(frozen=True)
+class ModelSource:
+    """Place that a model is loaded from.
+
+    Attributes:
+        source: a folder, `hf:<id>` or `package:<module>/<folder>`.
+        key: key that errors name.
+        labels: `teacher.<name>.labels`, names of its outputs in their order; None for those of its configuration.
+    """
+
+    source: str
+    key: str = KEY
+    labels: tuple[str, ...] | None = None
+
+
 def finished_tasks(directory: Path, overrides: Sequence[str] = ()) -> list[Finished]:
     """Return the tasks of a finished run.
 
@@ -99,8 +115,8 @@ def finished_tasks(directory: Path, overrides: Sequence[str] = ()) -> list[Finis
     for one in found:
         if one.task.kind not in HEAD_OF_KIND or not HEADS[HEAD_OF_KIND[one.task.kind]].labelled:
             raise InputError(
-                f"'{directory}' trains a masked language model, whose logits are those of tokens: kd-probe compares models of "
-                "classes and of scores",
+                f"'{directory}' trains a masked language model, whose logits are those of tokens; this command "
+                "reads models of classes and of scores",
                 KEY,
             )
     return found
@@ -149,3 +165,33 @@ def examples_of(run: Finished) -> Examples:
         source = source_of(run.task)
         with prefix_task_errors():
             return load_examples(run.task, source)
+
+
+def student_source(run: Finished, student: str) -> ModelSource | str:
+    """Return the place of an exported student; a reason if the run has let it go."""
+    if not run.folder(student).is_dir():
+        return f"the run {run.name} has no exported student (trainer.keep={keep_of(run.record)})"
+    return ModelSource(str(run.folder(student)))
+
+
+def teacher_source(run: Finished, teacher: str) -> ModelSource | str:
+    """Return the place of a teacher of a run: a trained classifier, or the student of the run that trained it.
+
+    Returns:
+        The place, or a reason why there is none.
+    """
+    if run.spec.cohort.teacher == "online":
+        return f"the teacher '{teacher}' was trained together with the students, and is not exported"
+    spec = run.spec.teacher[teacher]
+    if spec.model is not None:
+        labels = tuple(label_text(name) for name in spec.labels) if spec.labels else None
+        return ModelSource(spec.model, f"teacher.{teacher}.model", labels)
+    directory = run.directory.parent / str(run.record["inputs"][f"teacher {teacher}"])
+    record = read_record(directory / "result.json")
+    if record is None or not is_record(record):
+        return f"the run of the teacher '{teacher}', {directory.name}, is not beside the run {run.name}"
+    of_task = record["tasks"][run.task.name] if "tasks" in record else record
+    folder = directory / str(of_task["students"][spec.member or record["headline"]]["folder"])
+    if not folder.is_dir():
+        return f"the run of the teacher '{teacher}' has no exported student (trainer.keep={keep_of(record)})"
+    return ModelSource(str(folder))
