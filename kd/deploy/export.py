@@ -224,7 +224,7 @@ def write_files(student: "Student", folder: Path, formats: Sequence[str], export
     from kd.models.pretrained import load_tokenizer
 
     deployed = student.deployed
-    model, tokenizer = load_classifier(deployed.folder), load_tokenizer(str(deployed.folder), KEY)
+    model, tokenizer = load_classifier(str(deployed.folder)), load_tokenizer(str(deployed.folder), KEY)
     torchs = TorchRuntime(model)
     texts, labels, task = examples.texts["validation"], examples.labels["validation"], examples.task
     tokens = Tokens(tokenizer, texts, deployed.max_length)

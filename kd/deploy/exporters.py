@@ -81,8 +81,9 @@ def write_int8(onnx: Path, path: Path) -> None:
     """Write ONNX with weights in int8, the embedding tables among them; activations are quantised as they come.
 
     Source: dynamic quantisation of onnxruntime. Activations are scaled by the range of a whole batch, so that an example's
-    logits depend a little on the others of its batch. Weights have 7 bits: processors without VNNI add products of 8 bits in
-    16 bits, which would overflow.
+    logits depend a little on the others of its batch. Weights have a scale for each output and 7 bits: processors without VNNI
+    add products of 8 bits in 16 bits, which would overflow. Our choice: of eight ways it was the closest to float32 on two
+    students; one scale for each matrix cost up to 3 points of accuracy.
 
     Args:
         onnx: file in float32.
@@ -94,7 +95,12 @@ def write_int8(onnx: Path, path: Path) -> None:
     quantization = needed("onnxruntime.quantization", "onnx")
     with exporting("onnxruntime.quantization"):
         quantization.quantize_dynamic(
-            onnx, path, weight_type=quantization.QuantType.QInt8, reduce_range=True, op_types_to_quantize=["MatMul", "Gather"]
+            onnx,
+            path,
+            weight_type=quantization.QuantType.QInt8,
+            per_channel=True,
+            reduce_range=True,
+            op_types_to_quantize=["MatMul", "Gather"],
         )
 
 

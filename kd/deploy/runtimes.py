@@ -118,14 +118,17 @@ def needed(module: str, extra: str) -> Any:
         raise InputError(f"this needs the package {module}: pip install 'kd[{extra}]' ({first_line(error)})") from error
 
 
-def load_classifier(folder: Path) -> nn.Module:
-    """Return the classifier in a folder of transformers, in float32.
+def load_classifier(source: str, key: str = KEY) -> nn.Module:
+    """Return the classifier of a source, in float32.
+
+    Args:
+        source: a folder of transformers, `hf:<id>` or `package:<module>/<folder>`.
+        key: key that errors name.
 
     Raises:
         InputError: if it cannot be loaded.
     """
-    source = str(folder)
-    return load_model(source, KEY, load_config(source, KEY), head_needed=True)
+    return load_model(source, key, load_config(source, key), head_needed=True)
 
 
 def open_file(format: str, path: Path, threads: int | None = None) -> Runtime:
@@ -154,7 +157,7 @@ def open_student(deployed: Deployed, format: str, device: torch.device | str = "
         InputError: if it has no such file, the file is damaged, or the library is missing.
     """
     path = deployed.path(format)
-    return TorchRuntime(load_classifier(deployed.folder), device) if format == "torch" else open_file(format, path)
+    return TorchRuntime(load_classifier(str(deployed.folder)), device) if format == "torch" else open_file(format, path)
 
 
 def input_names(model_type: str, made: Sequence[str]) -> list[str]:

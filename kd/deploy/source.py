@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kd.config.schema import TaskSpec
 from kd.data.sources import as_names
-from kd.deploy.folder import KEY, Deployed, is_exported, read_folder, why_none
+from kd.deploy.folder import KEY, Deployed, is_exported, why_none
 from kd.errors import InputError
 from kd.models.pretrained import label_names, load_config
 from kd.results.finished import Finished, finished_tasks, student_source
@@ -83,16 +83,3 @@ def text_columns(task: TaskSpec) -> list[str]:
     source = task.source
     local = source.get("local_text") if source.get("root") else None
     return list(as_names(list(local or task.text)))
-
-
-def deployed_of(folder: Path, chosen: str | None = None) -> Deployed:
-    """Return the student of an exported folder, or of a finished run.
-
-    Raises:
-        InputError: if the folder is neither, or names several students of which none is chosen.
-    """
-    if not is_exported(folder):
-        return student_of(folder, chosen).deployed
-    if chosen is not None:
-        raise InputError(f"--student={chosen} chooses a student of a run, and '{folder}' is an exported folder", "--student")
-    return read_folder(folder)
