@@ -37,7 +37,7 @@ examples:
 
 def main() -> None:
     """Run the command `kd-export`: status 1 for a missed gate, 2 for an error of the command, 130 on an interrupt."""
-    arguments = parser().parse_args()
+    arguments = parser().parse_intermixed_args()
     configure_openmp()
     with ended("kd-export"):
         status = export(arguments)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,15 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd.config.values import one_line
 from kd.deploy.runtimes import needed
 from kd.errors import InputError, disk_is_full
-from kd.models.pretrained import first_line, quiet
+from kd.models.pretrained import quiet
 
 OPSET = 17
 """Version of ONNX's operators: the first with layer normalisation, which all current runtimes read."""
 
 EXPORTERS = ("torchscript", "dynamo")
 """Values of `--exporter`: how torch writes ONNX. `torchscript` traces the model, in seconds; torch calls it deprecated."""
+
+
+OPERATOR = re.compile(r"\baten::\w+")
+"""Name of an operator of torch in the messages of libraries, which may be pages long."""
 
 
 class Logits(nn.Module):
@@ -136,7 +142,7 @@ def exporting(library: str) -> Iterator[None]:
         library: its name.
 
     Raises:
-        InputError: with the first line of the library's error.
+        InputError: with the beginning of the library's error.
     """
     silent = logging.CRITICAL
     before = logging.root.manager.disable
@@ -150,7 +156,9 @@ def exporting(library: str) -> Iterator[None]:
     except Exception as error:  # each library raises classes of its own for an operator that it does not know
         if disk_is_full(error):
             raise
-        raise InputError(f"{library} does not export this model: {first_line(error)}", "--formats") from error
+        operators = ", ".join(dict.fromkeys(OPERATOR.findall(str(error))))
+        named = f" with {operators}" if operators else ""
+        raise InputError(f"{library} does not export this model{named}: {one_line(error)}", "--formats") from error
     finally:
         logging.disable(before)
 

@@ -48,7 +48,7 @@ OWN = "own"
 
 def main() -> None:
     """Run the command `kd-latency`: status 2 for an error of the command, 130 on an interrupt."""
-    arguments = parser().parse_args()
+    arguments = parser().parse_intermixed_args()
     configure_openmp()
     with ended("kd-latency"):
         latency(arguments)

@@ -37,7 +37,7 @@ LAYOUT = ("format", "delimiter", "columns", "quoted")
 
 def main() -> None:
     """Run the command `kd-predict`: status 2 for an error of the command, 130 on an interrupt."""
-    arguments = parser().parse_args()
+    arguments = parser().parse_intermixed_args()
     configure_openmp()
     with ended("kd-predict"):
         predict(arguments)
