@@ -190,7 +190,7 @@ def latency(arguments: argparse.Namespace) -> None:
     from kd.system.hardware import cpu_has_bf16, hardware, versions
 
     student = student_of(directories[0], arguments.student, overrides)
-    rows, absent = measured(student, settings, cores)
+    rows, absent = measured(student, settings, cores, out.parent)
     content = {
         "name": student.deployed.name,
         "task": student.deployed.task,
@@ -211,8 +211,14 @@ def latency(arguments: argparse.Namespace) -> None:
     print(out)
 
 
-def measured(student: "Student", settings: Settings, cores: int) -> tuple[list[Row], dict[str, str]]:
+def measured(student: "Student", settings: Settings, cores: int, folder: Path) -> tuple[list[Row], dict[str, str]]:
     """Return the latencies of a student and of its teachers; and name of a teacher -> why it is not measured.
+
+    Args:
+        student: the student.
+        settings: the settings.
+        cores: number of cores.
+        folder: folder for files of models, which are removed.
 
     Raises:
         InputError: if the machine is busy, a model cannot be exported, or the data cannot be read.
@@ -233,9 +239,9 @@ def measured(student: "Student", settings: Settings, cores: int) -> tuple[list[R
     texts = examples_of(student.run).texts["validation"] if None in settings.tokens else None
     before = torch.get_num_threads()
     try:
-        with scratch(Path.cwd()) as folder:
+        with scratch(folder) as temporary:
             models = {
-                name: Timed(place, folder / str(number), settings.runtimes, student.deployed.max_length, texts)
+                name: Timed(place, temporary / str(number), settings.runtimes, student.deployed.max_length, texts)
                 for number, (name, place) in enumerate(sources.items())
             }
             rows = list(
