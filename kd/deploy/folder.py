@@ -12,7 +12,7 @@ from kd.system.model_sources import damaged_file
 KEY = "RUN"
 """Name that errors give a run or an exported folder: the argument of the commands."""
 
-RECORD = "kd.json"
+RECORD = "deployment.json"
 """File of an exported folder with what the files of Hugging Face do not say: columns of text, truncation, checks."""
 
 VERSION = 1

@@ -281,11 +281,12 @@ class Timed:
         self.place, self.runtimes, self.max_length, self.texts = place, runtimes, max_length, texts
         self.load = lambda: load_classifier(place.source, place.key)
         model = self.load()
-        self.config: Any = model.config
+        config: Any = model.config
+        self.config = config
         self.tokenizer = load_tokenizer(place.source, place.key)
         self.rules, self.encode = rules_of(self.tokenizer, max_length), encode
         self.tokens = Tokens(self.tokenizer, [("a",)] if texts is None else texts, max_length)
-        self.names = input_names(self.config.model_type, list(self.tokens.pad([0])))
+        self.names = input_names(str(self.config.model_type), list(self.tokens.pad([0])))
         self.files = {name: folder / Path(FORMATS[name].path).name for name in FORMATS}
         folder.mkdir()
         example = dict(random_batch(self.names, self.config, 2, 16, seed=7))

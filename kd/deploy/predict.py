@@ -111,8 +111,8 @@ def predict(arguments: argparse.Namespace) -> None:
 
         deployed = student_of(folder, arguments.student).deployed
     if text is not None and len(text) != len(deployed.text):
-        count = "two columns" if len(deployed.text) == 2 else "one column"
-        raise InputError(f"task.text={text}: the texts of '{deployed.task}' are in {count}", "task.text")
+        columns = "two columns" if len(deployed.text) == 2 else "one column"
+        raise InputError(f"task.text={text}: the texts of '{deployed.task}' are in {columns}", "task.text")
     format = arguments.format or next((name for name in ("torch", "onnx") if name in deployed.files), None)
     count = predict_with(deployed, format or next(iter(deployed.files)), arguments.file.expanduser(), out, text, layout)
     say(f"{count:,} texts")

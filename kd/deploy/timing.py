@@ -1,4 +1,4 @@
-"""Latencies of calls that take turns: every round calls each candidate once, and starts with another one."""
+"""Latencies of calls that take turns: every round calls each candidate once, in another order."""
 
 import os
 import time
@@ -11,7 +11,7 @@ from kd.errors import InputError
 from kd.system.hardware import cpu_quota
 
 Call = Callable[[], object]
-"""What is timed."""
+"""Function whose time is taken."""
 
 Prepare = Callable[[int], Call]
 """Function from the number of a round to its call; what it does itself is not timed."""
@@ -33,11 +33,31 @@ class Latency:
         return cls(len(seconds), median, p95, p99)
 
 
-def in_turns(candidates: Mapping[str, Prepare], calls: int, warm_up: int) -> dict[str, list[float]]:
-    """Return the seconds of calls of each candidate.
+def order_of(number: int, count: int) -> list[int]:
+    """Return the order of candidates in a round.
 
-    Load of the machine that comes and goes, and the state in which one call leaves the processor for the next, thus affect all
-    candidates alike: in as many rounds as there are candidates, each is called once in every position.
+    In as many rounds as there are candidates, twice as many for an odd number, each has every position and follows every other
+    one equally often: what a call leaves in the caches of the processor affects all alike.
+
+    Source: E. J. Williams, Experimental designs balanced for the estimation of residual effects of treatments, Australian
+    Journal of Scientific Research A 2 (1949).
+
+    Args:
+        number: number of the round.
+        count: number of candidates.
+
+    >>> [order_of(number, 4) for number in range(4)]
+    [[0, 3, 1, 2], [1, 0, 2, 3], [2, 1, 3, 0], [3, 2, 0, 1]]
+    """
+    outwards = [at // 2 if at % 2 == 0 else count - 1 - at // 2 for at in range(count)]
+    turned = [(at + number) % count for at in outwards]
+    return turned[::-1] if number // count % 2 else turned
+
+
+def in_turns(candidates: Mapping[str, Prepare], calls: int, warm_up: int) -> dict[str, list[float]]:
+    """Return the seconds of calls of each candidate, which take turns in the order of `order_of`.
+
+    Load of the machine that comes and goes affects all candidates alike.
 
     Args:
         candidates: name -> its calls.
@@ -47,14 +67,13 @@ def in_turns(candidates: Mapping[str, Prepare], calls: int, warm_up: int) -> dic
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(warm_up + calls):
-        first = number % len(names)
-        for name in [*names[first:], *names[:first]]:
-            call = candidates[name](number)
+        for at in order_of(number, len(names)):
+            call = candidates[names[at]](number)
             began = time.perf_counter()
             call()
             taken = time.perf_counter() - began
             if number >= warm_up:
-                seconds[name].append(taken)
+                seconds[names[at]].append(taken)
     return seconds
 
 

@@ -90,7 +90,8 @@ def settings_of(arguments: argparse.Namespace) -> "Settings":
         if not (text.isascii() and text.isdigit() and 2 <= int(text) <= 10**9):
             raise InputError(f"{key}={text} must be a whole number, at least 2", key)
         counts.append(int(text))
-    return Settings(arguments.split, parts, *counts, vectors=arguments.vectors)
+    examples, train_examples, part_examples = counts
+    return Settings(arguments.split, parts, examples, train_examples, part_examples, arguments.vectors)
 
 
 def probe(arguments: argparse.Namespace) -> None:

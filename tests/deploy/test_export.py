@@ -51,7 +51,7 @@ def test_the_folder_has_the_layout_of_the_hub(exported: Path, finished: Run) -> 
     assert files == {
         "README.md",
         "config.json",
-        "kd.json",
+        "deployment.json",
         "model.safetensors",
         "onnx/model.onnx",
         "onnx/model_quantized.onnx",
@@ -68,7 +68,7 @@ def test_the_folder_has_the_layout_of_the_hub(exported: Path, finished: Run) -> 
 
 
 def test_figures_of_the_record_and_the_card_are_those_of_the_files(exported: Path, finished: Run, reviews: Path) -> None:
-    record = json.loads((exported / "kd.json").read_text())
+    record = json.loads((exported / "deployment.json").read_text())
     examples = rows_of(reviews / "validation.csv")
     labels = np.array([row["label"] == "positive" for row in examples])
     card = (exported / "README.md").read_text()
@@ -182,7 +182,7 @@ def test_a_regression_of_pairs_with_shared_layers_and_small_embeddings(
     formats = "onnx,int8,openvino"
     ended = ends(kd.deploy.export, run.directory, "--out", out, "--formats", formats, "--max-drop", 20)
     assert ended.status == 0, ended.errors
-    record = json.loads((out / "kd.json").read_text())
+    record = json.loads((out / "deployment.json").read_text())
     assert (record["text"], record["labels"]) == (["one", "two"], None)
     checks = {name: about["check"] for name, about in record["files"].items()}
     assert list(checks) == ["onnx", "int8", "openvino"]
@@ -200,7 +200,7 @@ def test_one_of_several_students_is_chosen_by_its_name(small: Small, tmp_path: P
     other = next(name for name in record["students"] if name != record["headline"])
     ended = ends(kd.deploy.export, run.directory, "--student", other, "--out", tmp_path / "x", "--formats", "onnx")
     assert ended.status == 0, ended.errors
-    value = json.loads((tmp_path / "x" / "kd.json").read_text())["files"]["onnx"]["check"]["value"]
+    value = json.loads((tmp_path / "x" / "deployment.json").read_text())["files"]["onnx"]["check"]["value"]
     assert value == record["students"][other]["metrics"]["validation"]["accuracy"]
     ended = ends(kd.deploy.export, run.directory, "--student", "none", "--out", tmp_path / "y")
     assert f"has no student 'none', but {names}" in ended.errors

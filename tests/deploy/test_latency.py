@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 import kd.deploy.latency
 from kd.deploy import timing
-from kd.deploy.timing import Latency, checked_load, in_turns, usable_cores
+from kd.deploy.timing import Latency, checked_load, in_turns, order_of, usable_cores
 from kd.errors import InputError
 from kd.runs.run import Run
 
@@ -23,13 +24,22 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getloadavg", lambda: (0.25, 9.0, 9.0))
 
 
-def test_every_candidate_is_called_once_a_round_in_every_position() -> None:
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 10, 5])
+def test_every_candidate_has_every_position_and_follows_every_other_equally_often(count: int) -> None:
+    rounds = [order_of(number, count) for number in range(2 * count)]
+    assert all(sorted(order) == list(range(count)) for order in rounds)
+    positions = Counter((at, candidate) for order in rounds for at, candidate in enumerate(order))
+    assert set(positions.values()) == {2}
+    neighbours = Counter(pair for order in rounds for pair in itertools.pairwise(order))
+    assert neighbours == dict.fromkeys(itertools.permutations(range(count), 2), 2)
+
+
+def test_every_candidate_is_called_once_a_round() -> None:
     called: list[tuple[str, int]] = []
     candidates = {name: (lambda number, name=name: lambda: called.append((name, number))) for name in "abc"}
     seconds = in_turns(candidates, calls=6, warm_up=3)
-    rounds = [[name for name, at in called if at == number] for number in range(9)]
-    assert [sorted(names) for names in rounds] == [list("abc")] * 9
-    assert rounds[:4] == [list("abc"), list("bca"), list("cab"), list("abc")]
+    rounds = ["".join(name for name, at in called if at == number) for number in range(9)]
+    assert rounds == ["".join("abc"[at] for at in order_of(number, 3)) for number in range(9)]
     assert {name: len(taken) for name, taken in seconds.items()} == {"a": 6, "b": 6, "c": 6}
 
 

@@ -281,7 +281,7 @@ def test_folders_that_cannot_be_run_are_named(finished: Run, exported: Path, rev
         '{"version": 9}': "has version 9",
         '{"version": 1}': "cannot be read (KeyError: 'name')",
     }.items():
-        (copy / "kd.json").write_text(name)
+        (copy / "deployment.json").write_text(name)
         ended = ends(kd.deploy.predict, copy, reviews / "test.csv", "--out", tmp_path / "out.csv")
         assert (ended.status, content in ended.errors) == (2, True), ended.errors
     for folder, message in {
