@@ -1,5 +1,6 @@
 """kd-latency: turns, percentiles, the load of the machine, and the rows of a run. No test depends on a speed."""
 
+import itertools
 import json
 import os
 from collections import Counter
