@@ -38,8 +38,9 @@ def test_logits_of_onnx_and_openvino_are_torchs(family: str, tmp_path: Path) -> 
     model = model_of(family)
     example = example_of(model)
     write_onnx(model, example, tmp_path / "model.onnx")
+    assert not model.training, "torch.onnx left dropout on"
     write_openvino(model, example, tmp_path / "model.xml")
-    assert not model.training, "an exporter left dropout on"
+    assert not model.training, "OpenVINO left dropout on"
     for runtime in (OnnxRuntime(tmp_path / "model.onnx"), OpenVinoRuntime(tmp_path / "model.xml")):
         assert sorted(runtime.names) == sorted(example)
         shapes = shapes_of(runtime, TorchRuntime(model), list(example), model.config, 60)
