@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.errors import InputError
-from kd.results.finished import load_results as load_results
+from kd.results.folder import load_results as load_results
 from kd.results.tables import UNITS, console, protocol, report_table
 from kd.system.files import write_text, writing
 from kd.system.hardware import version_line

@@ -16,6 +16,7 @@ import torch
 from kd.build.data import build_data, build_examples, teacher_cache
 from kd.build.models import BuiltModels, build_models
 from kd.config.schema import cache_limit
+from kd.data import tokenized
 from kd.data.datamodule import KDDataModule
 from kd.errors import InputError
 from kd.forward import Needs, Outputs, UndeclaredRead
@@ -25,7 +26,6 @@ from kd.system import hardware
 from kd.system import model_sources as sources
 from kd.system.model_sources import recorded_files
 from kd.teacher_cache import cache as caching
-from kd.teacher_cache import precompute as passes
 from kd.training import execute
 from processes import Command
 from whole_runs import Small, broken_off, last_weights, made, planned, pool, same_weights, torchrun
@@ -498,10 +498,10 @@ def test_batches_of_the_pass_hold_every_example_once_and_are_bounded() -> None:
     lengths = np.random.default_rng(0).integers(3, 600, 200)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     for span in ((0, 200), (50, 51), (120, 200)):
-        found = list(passes.batches_by_length(offsets, span))
+        found = list(tokenized.batches_by_length(offsets, span))
         assert sorted(row for rows in found for row in rows) == list(range(*span))
-        assert all(len(rows) * lengths[rows].max() <= passes.BATCH_TOKENS or len(rows) == 1 for rows in found)
-    assert list(passes.batches_by_length(offsets, (7, 7))) == []
+        assert all(len(rows) * lengths[rows].max() <= tokenized.BATCH_TOKENS or len(rows) == 1 for rows in found)
+    assert list(tokenized.batches_by_length(offsets, (7, 7))) == []
 
 
 # Interruptions and company

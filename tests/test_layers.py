@@ -10,7 +10,7 @@ ROOT = Path(kd.__file__).parent
 
 LAYERS = (
     "errors system schedules functional config data forward models methods engines runs teacher_cache build results training "
-    "bench launch table tune report probe clean sweeps train api plugins"
+    "bench launch table tune report probe deploy clean sweeps train api plugins"
 ).split()
 """Folders and top-level modules of the package, each above those that it may import."""
 

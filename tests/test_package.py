@@ -37,12 +37,15 @@ def test_wheel_carries_the_configuration_and_works_from_any_folder(tmp_path: Pat
     assert "layers: 4" in found
 
 
-@pytest.mark.parametrize("command", ["train", "bench", "table", "tune", "clean", "probe"])
+@pytest.mark.parametrize(
+    "command", ["train", "bench", "table", "tune", "clean", "probe", "deploy.export", "deploy.latency", "deploy.predict"]
+)
 def test_help_imports_nothing_heavy(command: str) -> None:
+    name = command.rpartition(".")[2]
     show = f"try: kd.{command}.main()\nexcept SystemExit: pass\nprint(sorted(sys.modules))"
-    code = f"import sys; sys.argv = ['kd-{command}', '--help']; import kd.{command}\n{show}"
+    code = f"import sys; sys.argv = ['kd-{name}', '--help']; import kd.{command}\n{show}"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert f"kd-{command}" in shown
+    assert f"kd-{name}" in shown
     for module in ("torch", "lightning", "transformers", "wandb", "optuna"):
         assert f"'{module}'" not in shown
 

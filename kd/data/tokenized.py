@@ -39,6 +39,8 @@ PIECE = 1 << 22
 AT_ONCE = 4096
 """Number of texts tokenised at a time: an encoding of 20 words takes 2 kB of memory. It has no effect on the tokens."""
 
+BATCH_TOKENS = 2048
+"""Tokens of a batch, padding included. Our choice: enough to keep the kernels busy, little memory."""
 
 KINDS: Mapping[str, type[np.integer[Any]]] = {"input_ids": np.int32, "token_type_ids": np.int8}
 """Input of a model -> type of its numbers."""
@@ -433,3 +435,33 @@ class Tokens(Padding):
         values = self.columns[name]
         for start in range(0, len(values), PIECE):  # an index takes 8 bytes
             yield values[start : start + PIECE]
+
+
+def batches_by_length(offsets: np.ndarray, span: tuple[int, int]) -> Iterator[list[int]]:
+    """Yield the examples of a span in batches of similar length, of at most `BATCH_TOKENS` tokens."""
+    lengths = np.diff(offsets)[span[0] : span[1]]
+    batch: list[int] = []
+    for index in np.argsort(lengths, kind="stable"):
+        if batch and (len(batch) + 1) * lengths[index] > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(span[0] + int(index))
+    if batch:
+        yield batch
+
+
+def in_order(tokens: Tokens, compute: Callable[[dict[str, Tensor]], np.ndarray]) -> np.ndarray:
+    """Return what a function computes for each example, in their order, (examples, ...), from batches of similar length.
+
+    Args:
+        tokens: the examples, at least one.
+        compute: function from the inputs of a batch, each (batch, tokens), to values, (batch, ...).
+    """
+    found: np.ndarray | None = None
+    for rows in batches_by_length(tokens.offsets, (0, len(tokens))):
+        values = compute(tokens.pad(rows))
+        if found is None:
+            found = np.empty((len(tokens), *values.shape[1:]), dtype=values.dtype)
+        found[rows] = values
+    assert found is not None
+    return found

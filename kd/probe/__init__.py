@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kd.errors import InputError, one_of
-from kd.system.command import ended
+from kd.system.command import ended, split_words
 from kd.system.hardware import configure_openmp, version_line
 
 if TYPE_CHECKING:
@@ -93,22 +93,6 @@ def settings_of(arguments: argparse.Namespace) -> "Settings":
     return Settings(arguments.split, parts, vectors=arguments.vectors, **counts)
 
 
-def directories_of(words: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """Return the directories of runs among the words of a command, each once, and the overrides.
-
-    Raises:
-        InputError: for an override that changes more than where files are, or without a run.
-    """
-    overrides = [word for word in words if "=" in word and not Path(word).expanduser().exists()]
-    for word in overrides:
-        if not word.startswith("paths."):
-            raise InputError(f"{word} would change what the runs are of; kd-probe takes paths.glue=<folder> alone", "RUN")
-    runs = list(dict.fromkeys(Path(word).expanduser() for word in words if word not in overrides))
-    if not runs:
-        raise InputError("name the directory of a finished run: kd-probe runs/<run>", "RUN")
-    return runs, overrides
-
-
 def probe(arguments: argparse.Namespace) -> None:
     """Analyse runs, write the files, and print a table.
 
@@ -116,12 +100,12 @@ def probe(arguments: argparse.Namespace) -> None:
         InputError: for an error that the user can correct.
     """
     settings = settings_of(arguments)
-    directories, overrides = directories_of(arguments.words)
+    directories, overrides = split_words(arguments.words, "kd-probe")
 
     from kd.probe.analysis import Analysis
     from kd.probe.output_files import write_files
-    from kd.probe.runs import finished_tasks
     from kd.probe.summary import summaries_of
+    from kd.results.finished import finished_tasks
 
     runs = [run for directory in directories for run in finished_tasks(directory, overrides)]
     given = None if arguments.teacher is None else finished_tasks(arguments.teacher.expanduser(), overrides)

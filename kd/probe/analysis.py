@@ -13,13 +13,13 @@ from kd.probe.ablation import Ablation, ablated_logits, ablation_of
 from kd.probe.attention import attention_similarity
 from kd.probe.control import control_command, controls_beside
 from kd.probe.differences import differences
-from kd.probe.models import LOADED, ModelSource, load, shape_of, student_source, teacher_source
+from kd.probe.models import LOADED, load, shape_of
 from kd.probe.outputs import logits_of, same_tokens, vectors_of
 from kd.probe.representations import Probed, alignment_of, probes_of
 from kd.probe.result import PARTS, About, Case, Settings
-from kd.probe.runs import KEY, Finished, finished_tasks
 from kd.probe.subjects import Chosen, Subject, check_scores, choose, stored_predictions
 from kd.results.comparison import BASELINE
+from kd.results.finished import KEY, Finished, ModelSource, finished_tasks, student_source, teacher_source
 from kd.results.tables import differences as differences_of
 from kd.results.tables import grouped
 from kd.runs.digest import digest_of

@@ -10,9 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from kd.config.compose import compose, quoted
 from kd.errors import InputError
-from kd.probe.runs import Finished
 from kd.report import load_results
 from kd.results.comparison import BASELINE, budget_of, entries_of_records, pairs_of
+from kd.results.finished import Finished
 from kd.runs.identity import NOT_IN_DIGEST, backbone_of
 from kd.runs.plan import plan
 from kd.runs.run import is_record

@@ -5,13 +5,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kd.data.tokenized import Tokens, tokenizer_fingerprint
+from kd.data.tokenized import Tokens, batches_by_length, tokenizer_fingerprint
 from kd.errors import one_of
 from kd.forward import Needs, Outputs
 from kd.functional.geometry import mean_of_tokens
 from kd.models import FrozenTeacher
 from kd.system import distributed
-from kd.teacher_cache.precompute import batches_by_length
 
 VECTORS = ("mean", "cls")
 """Vector of an example in a layer: the mean state of its real tokens, or the first token's."""

@@ -12,9 +12,8 @@ from kd.data.tasks import Task
 from kd.data.texts import Texts
 from kd.errors import InputError, one_of
 from kd.probe.differences import counted, predictions
-from kd.probe.models import ModelSource
 from kd.probe.result import Settings
-from kd.probe.runs import KEY, Finished, examples_of
+from kd.results.finished import KEY, Finished, ModelSource, examples_of
 from kd.results.predictions import SplitPredictions, read_predictions
 from kd.runs.run import predictions_file
 

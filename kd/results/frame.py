@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from kd.errors import InputError
-from kd.results.finished import load_results
+from kd.results.folder import load_results
 
 if TYPE_CHECKING:
     from pandas import DataFrame

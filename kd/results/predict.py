@@ -8,14 +8,13 @@ import numpy as np
 import torch
 
 from kd.data.texts import Texts
-from kd.data.tokenized import Tokens
+from kd.data.tokenized import Tokens, in_order
 from kd.errors import InputError
 from kd.forward import Needs
 from kd.models import Encoder
 from kd.models.pretrained import load_config, load_model, load_tokenizer
 from kd.system import hardware
 from kd.system.model_sources import damaged_file
-from kd.teacher_cache.precompute import batches_by_length
 
 
 def check_export(directory: Path, folder: Path, files: Mapping[str, Any], key: str) -> None:
@@ -60,9 +59,9 @@ def logits_over(student: Encoder, texts: Texts, max_length: int, device: torch.d
         device: device on which it runs.
     """
     student.to(device)
-    tokens = Tokens(student.tokenizer, texts, max_length)
-    logits: dict[int, np.ndarray] = {}
-    for rows in batches_by_length(tokens.offsets, (0, len(texts))):
-        inputs = {name: hardware.to_device(tensor, device) for name, tensor in tokens.pad(rows).items()}
-        logits |= dict(zip(rows, student(inputs, Needs()).logits.float().cpu().numpy(), strict=True))
-    return np.stack([logits[row] for row in range(len(texts))])
+
+    def logits(batch: dict[str, torch.Tensor]) -> np.ndarray:
+        inputs = {name: hardware.to_device(tensor, device) for name, tensor in batch.items()}
+        return student(inputs, Needs()).logits.float().cpu().numpy()  # type: ignore[no-any-return]
+
+    return in_order(Tokens(student.tokenizer, texts, max_length), logits)

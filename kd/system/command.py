@@ -1,9 +1,10 @@
-"""Ends of the commands that execute runs and can be repeated: their messages and exit statuses."""
+"""Words and ends of commands: the runs that they name, their messages and exit statuses."""
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from kd.errors import DISK_FULL, InputError, disk_is_full
 
@@ -37,3 +38,23 @@ def ended(name: str) -> Iterator[None]:
             raise
         print(f"{name}: {DISK_FULL}\n  change: paths.runs", file=sys.stderr)
         sys.exit(2)
+
+
+def split_words(words: Sequence[str], command: str) -> tuple[list[Path], list[str]]:
+    """Return the directories of runs among the words of a command, each once, and the overrides.
+
+    Args:
+        words: the words.
+        command: name of the command, for messages.
+
+    Raises:
+        InputError: for an override that changes more than where files are, or without a run.
+    """
+    overrides = [word for word in words if "=" in word and not Path(word).expanduser().exists()]
+    for word in overrides:
+        if not word.startswith("paths."):
+            raise InputError(f"{word} would change what the runs are of; {command} takes paths.glue=<folder> alone", "RUN")
+    runs = list(dict.fromkeys(Path(word).expanduser() for word in words if word not in overrides))
+    if not runs:
+        raise InputError(f"name the directory of a finished run: {command} runs/<run>", "RUN")
+    return runs, overrides

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kd.data.tokenized import batches_by_length
 from kd.forward import Needs
 from kd.forward.kinds import by_token
 from kd.models.compiled import uncompiled
@@ -18,8 +19,6 @@ from kd.models.teachers import FrozenTeacher
 from kd.system import distributed, hardware
 from kd.teacher_cache.store import Entry, Share, TensorStore, stored_as
 
-BATCH_TOKENS = 2048
-"""Tokens of a batch, padding included. Our choice: enough to keep the kernels busy, little memory."""
 PROBE_EXAMPLES = 32
 """Number of examples that are run to estimate sizes and speed."""
 AUTOCAST_TYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -205,19 +204,6 @@ def logits_over(teacher: FrozenTeacher, tokens: Any, precision: str, device: tor
     teacher.examples += len(logits)
     shares = distributed.gather(torch.stack([logits[row] for row in range(*span)]) if logits else None)
     return torch.cat([share for share in shares if share is not None])
-
-
-def batches_by_length(offsets: np.ndarray, span: tuple[int, int]) -> Iterator[list[int]]:
-    """Yield the examples of a span in batches of similar length, of at most `BATCH_TOKENS` tokens."""
-    lengths = np.diff(offsets)[span[0] : span[1]]
-    batch: list[int] = []
-    for index in np.argsort(lengths, kind="stable"):
-        if batch and (len(batch) + 1) * lengths[index] > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(span[0] + int(index))
-    if batch:
-        yield batch
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""Students outside of their runs: exported folders, the runtimes that execute them, predictions of files, and latencies."""
