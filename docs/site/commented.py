@@ -44,8 +44,7 @@ def keys(path: Path) -> list[Key]:
         return []
     comments = _comments(text)
     lines = text.split("\n")
-    first = len([line for line in lines[: _leading(lines)]])
-    return list(_keys(root, "", text, comments, first))
+    return list(_keys(root, "", text, comments, _leading(lines)))
 
 
 def _leading(lines: list[str]) -> int:

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from commented import header, keys
+from kd.config.compose import conf_folder
 from markup import cell, code
 from method_pages import comment
-
-from kd.config.compose import conf_folder
 
 FILE = "reference/configuration.md"
 NOT_CHOSEN = {"hydra", "table", "tune"}
@@ -25,9 +24,9 @@ def page() -> str:
     lines = [
         "# Configuration reference",
         "",
-        "Every group, every option and every key, with its default and the comment that stands beside it in `conf`. What the groups "
-        "are for is on the page [Configuration](../configuration.md). A file whose `defaults` name `/base/...` has the keys of that "
-        "file too.",
+        "Every group, every option and every key, with its default and the comment that stands beside it in `conf`. What the "
+        "groups are for is on the page [Configuration](../configuration.md). A file that begins with `/base/...` "
+        "has the keys of that file too.",
         "",
         "## Keys without a group",
         "",

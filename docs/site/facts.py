@@ -1,12 +1,15 @@
 """Facts about methods that their code declares, read from each method bound to models that have shapes and no weights.
 
-Methods are built and bound as `kd-train` does it, so that a page says of a combination what the command does, with its refusals.
+Methods are built and bound as `kd-train` does it, so that a page says of a combination what the command does.
 """
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, BertConfig, PreTrainedTokenizerFast
 
+import kd
 from kd.build.instantiate import bind_method, build_method
 from kd.build.models import check_prefit
 from kd.build.surgeries import check_aid_vocabularies, check_vocabularies
@@ -28,6 +32,9 @@ from kd.models import Encoder, FrozenTeacher
 from kd.runs.run import RunInputs
 from kd.runs.stages import before_config
 from kd.schedules import Schedule, extremes
+from kd.system.files import atomic_write
+
+PACKAGE = Path(kd.__file__).parent
 
 STUDENT = {"layers": 3, "width": 384, "heads": 12}
 NARROW = {"layers": 3, "width": 192, "heads": 6}
@@ -112,9 +119,15 @@ def _model(layers: int, width: int, heads: int, outputs: int, masked: bool) -> A
         return (AutoModelForMaskedLM if masked else AutoModelForSequenceClassification).from_config(config)
 
 
-def encoder(shape: Mapping[str, int], outputs: int, words: int = 3, masked: bool = False) -> Encoder:
-    """Return a model without weights."""
-    return Encoder(copy.deepcopy(_model(**shape, outputs=outputs, masked=masked)), tokenizer(words))
+def encoder(shape: Mapping[str, int], outputs: int, words: int = 3) -> Encoder:
+    """Return a student without weights, which its method may change."""
+    return Encoder(copy.deepcopy(_model(**shape, outputs=outputs, masked=False)), tokenizer(words))
+
+
+@cache
+def frozen(outputs: int, masked: bool = False) -> Encoder:
+    """Return a teacher or an aid without weights. It is shared: methods leave frozen models as they are."""
+    return Encoder(_model(**TEACHER, outputs=outputs, masked=masked), tokenizer(3))
 
 
 def task_of(regression: bool = False) -> Task:
@@ -139,7 +152,12 @@ def stages(name: str) -> list[RunSpec]:
 
 
 def bound(
-    spec: RunSpec, *, student: Mapping[str, int] = STUDENT, words: int = 3, regression: bool = False, teachers: int | None = None
+    spec: RunSpec,
+    *,
+    student: Mapping[str, int] = STUDENT,
+    words: int = 3,
+    regression: bool = False,
+    teachers: int | None = None,
 ) -> Method:
     """Return the method of a specification, bound.
 
@@ -159,13 +177,11 @@ def bound(
         raise InputError(f"method={spec.method['name']} takes {method.teachers} teacher(s) without a pool", "teacher")
     outputs, task = 1 if regression else 2, task_of(regression)
     pupil = encoder(student, outputs, words)
-    teaching = [FrozenTeacher(encoder(TEACHER, outputs), name) for name in names]
+    teaching = [FrozenTeacher(frozen(outputs), name) for name in names]
     nodes = list(spec.teacher.values())
     for number, teacher in enumerate(teaching if nodes else ()):
-        teacher.kept = kept_by(nodes[min(number, len(nodes) - 1)].method, task)
-    aids = {
-        name: FrozenTeacher(encoder(TEACHER, outputs, masked=head == "masked_lm"), name) for name, head in method.aids.items()
-    }
+        teacher.kept = kept_by(nodes[min(number, len(nodes) - 1)].method)
+    aids = {name: FrozenTeacher(frozen(outputs, head == "masked_lm"), name) for name, head in method.aids.items()}
     bind_method(method, spec.method, Bound(pupil, teaching, task, aids))
     run: Any = Planned(spec)
     check_vocabularies(run, task, method, pupil, [teacher.encoder for teacher in teaching])
@@ -174,12 +190,13 @@ def bound(
     return method
 
 
-def kept_by(name: str, task: Task) -> dict[str, Tensor]:
+@cache
+def kept_by(name: str) -> dict[str, Tensor]:
     """Return the state that the method which trains a teacher keeps for its student's method."""
     method, _ = build_method(reference(f"method={name}", "teacher=[]").method)
     if not method.keeps:
         return {}
-    method.bind(Bound(encoder(TEACHER, 2), [], task))
+    method.bind(Bound(encoder(TEACHER, 2), [], task_of()))
     return method.kept()
 
 
@@ -220,7 +237,9 @@ def facts_of(name: str) -> Facts:
     counting = [build_method(spec.method, spec.pool, spec.cohort, _chances(spec))[1] for spec in runs]
     reasons = [why for method in methods if (why := method.label_dependence()) is not None]
     last = set(_counting(counting[0]))
-    labels = "needed" if reasons or last == {"task"} else "used" if any("task" in _counting(one) for one in counting) else "none"
+    labels = (
+        "needed" if reasons or last == {"task"} else "used" if any("task" in _counting(one) for one in counting) else "none"
+    )
     several = max((len(spec.teacher) for spec in runs), default=0) > 1
     reads = any(method.uses_teachers and method.teachers for method in methods)
     refusals: dict[str, str] = {}
@@ -278,7 +297,23 @@ def method_names() -> list[str]:
     return sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))
 
 
+CACHE = Path(__file__).resolve().parent.parent.parent / "build"
+"""Folder of the facts of earlier builds, which hold while neither the code nor the configuration changes."""
+
+
 @cache
 def all_facts() -> Mapping[str, Facts]:
-    """Return the facts about all methods."""
-    return {name: facts_of(name) for name in method_names()}
+    """Return the facts about all methods; those of the same sources are read from an earlier build."""
+    digest = hashlib.sha256()
+    for path in sorted([*PACKAGE.rglob("*.py"), *conf_folder().rglob("*.yaml"), *Path(__file__).parent.glob("*.py")]):
+        digest.update(path.read_bytes())
+    file = CACHE / f"facts-{digest.hexdigest()[:16]}.json"
+    if file.is_file():
+        return {name: Facts(**found) for name, found in json.loads(file.read_text(encoding="utf-8")).items()}
+    facts = {name: facts_of(name) for name in method_names()}
+    CACHE.mkdir(exist_ok=True)
+    for old in CACHE.glob("facts-*.json"):
+        old.unlink()
+    with atomic_write(file) as opened:
+        json.dump({name: asdict(one) for name, one in facts.items()}, opened)
+    return facts

@@ -5,13 +5,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-import config_pages
-import method_pages
-from facts import method_names
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+import config_pages
+import method_pages
+from facts import method_names
 from papers import entries, methods_of
 
 ROOT = method_pages.ROOT
@@ -27,7 +28,10 @@ _sources: dict[str, str] = {}
 """Page of the site -> file of the repository that its links are relative to."""
 
 REFERENCE = {
-    "reference/methods.md": ("Interface of a method", ("kd.methods.base", "kd.methods.options", "kd.forward.needs", "kd.schedules")),
+    "reference/methods.md": (
+        "Interface of a method",
+        ("kd.methods.base", "kd.methods.options", "kd.forward.needs", "kd.schedules"),
+    ),
     "reference/losses.md": ("Losses", ()),
     "reference/classes.md": ("Classes of the methods", ()),
 }
@@ -114,8 +118,17 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     source = _sources.get(page.file.src_uri)
     if source is None:
         return markdown
+    if source == "docs/methods.md":  # whose rows have pages on the site
+        markdown = re.sub(r"^\| `(\w+)` \|(?=.*\|)", _linked, markdown, flags=re.MULTILINE)
     parts = FENCE.split(markdown)
-    return "".join(part if n % 2 else LINK.sub(lambda m: m[1] + _target(m[2], source, page) + m[3], part) for n, part in enumerate(parts))
+    return "".join(
+        part if n % 2 else LINK.sub(lambda m: m[1] + _target(m[2], source, page) + m[3], part) for n, part in enumerate(parts)
+    )
+
+
+def _linked(row: re.Match[str]) -> str:
+    """Return the beginning of a row of a table, with the method that it names as a link to its page."""
+    return f"| [`{row[1]}`](methods/{row[1]}.md) |" if row[1] in method_names() else row[0]
 
 
 def _target(link: str, source: str, page: Page) -> str:

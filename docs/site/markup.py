@@ -1,4 +1,4 @@
-"""Docstrings in Google style with reST mathematics as Markdown, with equations as MathML, which browsers render without scripts."""
+"""Docstrings in Google style as Markdown, with equations as MathML, which browsers render without scripts."""
 
 import html
 import re

@@ -7,21 +7,22 @@ import json
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from bibtexparser.model import Entry as Citation
+from omegaconf import OmegaConf
+
 from commented import Key, header, keys
 from facts import STUDENT, TEACHER, Facts, all_facts
-from markup import Docstring, cell, code, one_line, read
-from omegaconf import OmegaConf
-from papers import address, bibtex, cited
-
 from kd.config.compose import conf_folder
 from kd.results.columns import gap, ours, paper, seeds
 from kd.results.comparison import Entry
 from kd.results.gathering import compare_table
 from kd.table.definition import load_table, table_names
+from markup import Docstring, cell, code, one_line, read
+from papers import address, bibtex, cited
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SECTIONS = ("Idea", "Loss terms", "Options", "What composes", "Cost of a step", "Figures", "Citation")
@@ -29,8 +30,6 @@ SECTIONS = ("Idea", "Loss terms", "Options", "What composes", "Cost of a step", 
 
 FOLDER = "methods"
 """Folder of the pages."""
-
-LEVELS = ("kd.methods.wrappers",)
 
 
 def summaries() -> dict[str, str]:
@@ -128,7 +127,7 @@ def idea(name: str, documented: Mapping[type, Docstring]) -> Iterator[str]:
 
 def terms(documented: Mapping[type, Docstring]) -> Iterator[str]:
     """Yield the table of the loss terms."""
-    yield "A term's weight is `method.weights.<term>`, or `method.before.weights.<term>` in a first run; each may be a schedule."
+    yield "A term's weight is `method.weights.<term>`, or `method.before.weights.<term>` in a first run, and may be a schedule."
     yield ""
     for kind, parts in documented.items():
         yield f"`{kind.__name__}`:"
@@ -263,18 +262,26 @@ def cost(name: str, facts: Facts) -> Iterator[str]:
             )
 
 
+@cache
+def tables() -> Mapping[str, tuple[str, Sequence[Entry]]]:
+    """Return the tables of papers: name -> title, and entries with our figures beside the paper's."""
+    found = {}
+    for table in table_names():
+        folder = ROOT / "experiments" / table
+        compared = compare_table(folder, "local", [], [], folder, title=table, protocol="")
+        found[table] = (load_table(table).title, compared.entries)
+    return found
+
+
 def figures(name: str) -> Iterator[str]:
     """Yield our rows beside the paper's, and our rows of the table of all methods."""
     nothing = True
-    for table in table_names():
-        folder = ROOT / "experiments" / table
-        definition = load_table(table)
-        compared = compare_table(folder, "local", [], [], folder, title=table, protocol="")
-        mine = [entry for entry in compared.entries if entry.method == name and (entry.values or entry.paper)]
+    for table, (title, entries) in tables().items():
+        mine = [entry for entry in entries if entry.method == name and (entry.values or entry.paper)]
         if not mine:
             continue
         nothing = False
-        yield f"**[{definition.title}](../experiments/{table}/README.md)**"
+        yield f"**[{title}](../experiments/{table}/README.md)**"
         yield ""
         yield from rows(mine)
         if not any(entry.values for entry in mine):
@@ -283,8 +290,8 @@ def figures(name: str) -> Iterator[str]:
     own = our_rows(name)
     if own:
         nothing = False
-        yield "**[One student and one budget](../experiments/methods/README.md)**, `rotten_tomatoes`, 3,000 training examples, the "
-        yield "student `3l` and MiniLM as teacher, best epoch by validation. There is no figure of a paper for it."
+        yield "**[One student and one budget](../experiments/methods/README.md)**, `rotten_tomatoes`, 3,000 training examples, "
+        yield "the student `3l` and MiniLM as teacher, best epoch by validation. There is no figure of a paper for it."
         yield ""
         yield "| validation accuracy | test accuracy | seeds |"
         yield "|---|---|---|"
@@ -303,7 +310,7 @@ def rows(entries: Sequence[Entry]) -> Iterator[str]:
         values = (paper(entry), ours(entry), gap(entry), seeds(entry), entry.selection)
         yield f"| {' | '.join(cell(escaped(text)) for text in (*what, *values))} |"
     yield ""
-    yield "In percent, mean ± standard deviation over seeds; a paper's figure that was not read in print has its origin beside it."
+    yield "In percent, mean ± standard deviation over seeds; a paper's figure that was not read in print is marked."
     yield ""
 
 
@@ -353,15 +360,19 @@ def index() -> str:
     lines = [
         "# Choosing a method",
         "",
-        "Made from what the methods declare in code, with their default options; options change some of it. Each links to its page.",
+        "Made from what the methods declare in code, with their default options; options change some of it.",
         "",
     ]
     for title, words, test in CHOICES:
         chosen = [one for one in facts if test(one)]
         lines += [f"## {title}", "", words, ""]
-        lines += [f"- [`{one.name}`]({one.name}.md): {re.sub(r'[][]', '', re.sub(r'[(]http[^)]*[)]', '', plain(short[one.name])))}" for one in chosen]
+        lines += [f"- [`{one.name}`]({one.name}.md): {plain(short[one.name])}" for one in chosen]
         lines.append("")
-    lines += ["## All at a glance", "", "| method | teachers | labels | runs | vocabulary of its own | other heads | regression | several students |"]
+    lines += [
+        "## All at a glance",
+        "",
+        "| method | teachers | labels | runs | vocabulary of its own | other heads | regression | several students |",
+    ]
     lines.append("|---|---|---|---|---|---|---|---|")
     for one in facts:
         answers = ("surgery=[cut_vocabulary]", "student=bert_3l_192", "task=stsb", "cohort=mutual")
@@ -390,8 +401,8 @@ CHOICES = (
     ),
     (
         "Several teachers",
-        "These read several as they are. A method of one teacher takes several through a [pool](../methods.md#pools-of-teachers), "
-        "where its page says so.",
+        "These read several as they are. A method of one teacher takes several through a "
+        "[pool](../methods.md#pools-of-teachers), where its page says so.",
         lambda facts: facts.teachers == "several",
     ),
     (
@@ -401,8 +412,8 @@ CHOICES = (
     ),
     (
         "A vocabulary to cut, or another tokenizer",
-        "Student and teacher may have different tokens, because logits, [CLS] states or pooled vectors are compared. This is what "
-        "[small embeddings](../models.md#surgeries) need.",
+        "Student and teacher may have different tokens, because logits, [CLS] states or pooled vectors are compared. This is "
+        "what [small embeddings](../models.md#surgeries) need.",
         lambda facts: facts.teachers != "none" and not facts.refusals["surgery=[cut_vocabulary]"],
     ),
     (
@@ -417,7 +428,7 @@ CHOICES = (
     ),
     (
         "A teacher that is expensive to run",
-        "The teacher runs once over the training set, and what it gives is cached; this excludes methods in which it runs at every step.",
+        "The teacher runs once over the training set, and its outputs are cached.",
         lambda facts: facts.teachers != "none" and not facts.live,
     ),
 )

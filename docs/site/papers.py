@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import bibtexparser
+from bibtexparser.entrypoint import parse_string
 from bibtexparser.model import Entry
 
 FIELD = "methods"
@@ -15,9 +15,9 @@ def entries(path: Path) -> list[Entry]:
     Raises:
         ValueError: for a part that is no BibTeX, or a key that is there twice.
     """
-    library = bibtexparser.parse_string(path.read_text(encoding="utf-8"))
+    library = parse_string(path.read_text(encoding="utf-8"))
     if library.failed_blocks:
-        raise ValueError(f"{path}: {library.failed_blocks[0].raw[:100]!r} is no BibTeX, or its key is there twice")
+        raise ValueError(f"{path}: {str(library.failed_blocks[0].raw)[:100]!r} is no BibTeX, or its key is there twice")
     return list(library.entries)
 
 
