@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install mpnet demo test test-fast next method named check lint types format clean
+.PHONY: help install mpnet demo test test-fast next method named check docs lint types format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,18 +80,21 @@ named:
 	@test -n "$(NAME)" -a -f "conf/method/$(NAME).yaml" || \
 	{ echo "make method NAME=<name>: one of" $(sort $(basename $(notdir $(wildcard conf/method/*.yaml)))); exit 2; }
 
-check: lint types test ## checks that must pass before a commit: ruff, mypy, all tests (about 15 minutes on two cores)
+check: lint types docs test ## checks that must pass before a commit: ruff, mypy, site, all tests (about 15 minutes on two cores)
+
+docs: .venv/developing ## the documentation as a site, build/site/index.html (about a minute the first time)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lint: .venv/developing
-	$(BIN)/ruff check kd tests
-	$(BIN)/ruff format --check kd tests
+	$(BIN)/ruff check kd tests docs
+	$(BIN)/ruff format --check kd tests docs
 
 types: .venv/developing
 	$(BIN)/mypy
 
 format: .venv/developing ## fix and format the code
-	$(BIN)/ruff check --fix kd tests
-	$(BIN)/ruff format kd tests
+	$(BIN)/ruff check --fix kd tests docs
+	$(BIN)/ruff format kd tests docs
 
 clean: ## remove the environment and caches; runs stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist

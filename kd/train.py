@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kd.config.compose import FROM_HYDRA, ROOT, check_overrides, compose, conf_folder, explain, typed
 from kd.config.failure import Failure
+from kd.config.help import help_text
 from kd.config.mixture import expand
 from kd.errors import DISK_FULL, InputError, disk_is_full
 from kd.runs.plan import plan
@@ -177,6 +178,10 @@ def main() -> None:
     leave_out_working_folder()
     if "--version" in sys.argv[1:]:  # Hydra would print its version
         print(version_line())
+        return
+    if {"--help", "-h"} & set(sys.argv[1:]):  # Hydra would print the whole configuration, some 200 lines
+        with plain_errors():
+            print(help_text(), flush=True)
         return
     configure_openmp()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints its report and exits with 1

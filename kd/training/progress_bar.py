@@ -1,5 +1,6 @@
 """Progress bar and progress lines of training."""
 
+import shutil
 import sys
 import time
 from typing import NoReturn
@@ -13,6 +14,30 @@ from kd.results.tables import score
 
 PLAIN_SECONDS = 20.0
 """Seconds between lines if the output is not a terminal."""
+
+FORMAT = "{desc} {percentage:3.0f}%|{bar:6}| {n_fmt}/{total_fmt} {remaining} left {rate_fmt}{postfix}"
+BESIDE_LABEL = 47
+"""Format of the bar, and characters of it beside label and terms: a bar is one line, and is cut where a terminal ends."""
+
+
+def shortened(label: str, room: int) -> str:
+    """Return a label that fits into a number of characters, without its middle.
+
+    >>> shortened("pkd-3l-rte-s0-0123456789ab", 15), shortened("pkd", 15)
+    ('pkd-3l-…456789ab', 'pkd')
+    """
+    return label if len(label) <= room else f"{label[: room // 2]}…{label[len(label) - (room - room // 2) :]}"
+
+
+def fitting(words: str, room: int) -> str:
+    """Return as many words as fit into a number of characters, whole: a number that is cut would be another one.
+
+    >>> fitting("task=0.51 hidden=0.127", 15)
+    'task=0.51'
+    """
+    while words and len(words) > room:
+        words = words.rpartition(" ")[0]
+    return words
 
 
 class ProgressBar(pl.Callback):
@@ -40,8 +65,9 @@ class ProgressBar(pl.Callback):
             self.bar = tqdm(
                 total=int(trainer.estimated_stepping_batches),
                 initial=trainer.global_step,
-                desc=self.label,
-                unit="step",
+                desc=shortened(self.label, self._columns() // 4),
+                unit=" steps",
+                bar_format=FORMAT,
                 dynamic_ncols=True,
                 smoothing=0.05,
             )
@@ -57,7 +83,9 @@ class ProgressBar(pl.Callback):
             self.bar.update(trainer.global_step - self.bar.n)
             if now - self._shown > 0.5:
                 self._shown = now
-                self.bar.set_postfix_str(self._words(trainer))
+                label = shortened(self.label, self._columns() // 4)
+                self.bar.set_description_str(label, refresh=False)
+                self.bar.set_postfix_str(fitting(self._words(trainer), self._columns() - len(label) - BESIDE_LABEL))
         elif now - self._shown > PLAIN_SECONDS:
             self._shown = now
             total = int(trainer.estimated_stepping_batches)
@@ -90,6 +118,11 @@ class ProgressBar(pl.Callback):
     def _close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+    @staticmethod
+    def _columns() -> int:
+        """Return the width of the terminal."""
+        return shutil.get_terminal_size().columns
 
     def _words(self, trainer: pl.Trainer) -> str:
         shown = {k.removeprefix("train/"): v for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
