@@ -113,8 +113,8 @@ def _model(layers: int, width: int, heads: int, outputs: int, masked: bool) -> A
         hidden_size=width,
         num_attention_heads=heads,
         intermediate_size=4 * width,
-        num_labels=outputs,
     )
+    config.num_labels = outputs
     with torch.device("meta"):
         return (AutoModelForMaskedLM if masked else AutoModelForSequenceClassification).from_config(config)
 

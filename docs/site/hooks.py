@@ -65,8 +65,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         PluginError: for a method without a paper, or a paper of no method.
     """
     _sources.clear()
-    for page in files.documentation_pages():
-        _sources[page.src_uri] = f"docs/{page.src_uri}"
+    for file in files.documentation_pages():
+        _sources[file.src_uri] = f"docs/{file.src_uri}"
     citations = entries(ROOT / "kd" / "methods" / "papers.bib")
     named = {name for entry in citations for name in methods_of(entry)}
     if wrong := (set(method_names()) - {"finetune"}) ^ named:

@@ -40,7 +40,7 @@ def summaries() -> dict[str, str]:
 
 def node_of(name: str) -> Mapping[str, Any]:
     """Return the node of a method, as its file has it."""
-    node: Any = OmegaConf.to_container(OmegaConf.load(conf_folder() / "method" / f"{name}.yaml"), resolve=False)
+    node: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(conf_folder() / "method" / f"{name}.yaml"), resolve=False)  # type: ignore[assignment]
     return node
 
 
