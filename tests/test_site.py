@@ -1,5 +1,6 @@
 """The documentation as a site: a strict build, a page for each method, links, and the commands of its pages."""
 
+import dataclasses
 import importlib.util
 import os
 import posixpath
@@ -8,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -248,8 +250,6 @@ def test_loss_of_the_first_page_trains_a_student(tmp_path: Path, monkeypatch: py
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setitem(sys.modules, "kd.methods.last_state", module)
-    import dataclasses
-
     kd_spec = bench.specification("kd")
     monkeypatch.setitem(bench.SPECIFICATIONS, ("last_state", ()), dataclasses.replace(kd_spec, method=node))
     one = bench.Bench("last_state")
@@ -267,7 +267,7 @@ def lines_of(page: Path) -> list[str]:
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PARSERS = ("report", "clean", "bench", "table", "tune", "probe")
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 
 
 def test_commands_of_pages_exist_with_their_options() -> None:
@@ -285,14 +285,14 @@ def test_commands_of_pages_exist_with_their_options() -> None:
                 counted["make"] += 1
                 assert words[1] in targets, f"{page.name}: {line}"
             elif first.startswith("kd-"):
-                name = first.removeprefix("kd-")
                 counted["kd-"] += 1
-                if name not in helps:
-                    main = f"import sys; sys.argv = ['{first}', '--help']; import kd.{name}; kd.{name}.main()"
-                    helps[name] = subprocess.run([sys.executable, "-c", main], cwd=ROOT, capture_output=True, text=True).stdout
+                if first not in helps:
+                    module, _, function = SCRIPTS[first].partition(":")
+                    main = f"import sys; sys.argv = ['{first}', '--help']; from {module} import {function}; {function}()"
+                    helps[first] = subprocess.run([sys.executable, "-c", main], cwd=ROOT, capture_output=True, text=True).stdout
                 for word in words:
                     option = word.partition("=")[0]
-                    assert not re.fullmatch(r"--[a-z-]+", option) or option in helps[name], f"{page.name}: {line}"
+                    assert not re.fullmatch(r"--[a-z-]+", option) or option in helps[first], f"{page.name}: {line}"
             else:
                 counted["others"] += 1
     assert counted["kd-train"] >= 60
