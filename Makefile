@@ -83,7 +83,7 @@ named:
 check: lint types docs test ## checks that must pass before a commit: ruff, mypy, site, all tests (about 15 minutes on two cores)
 
 docs: .venv/developing ## the documentation as a site, build/site/index.html (about a minute the first time)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict # --quiet would hide warnings from the count of --strict
 
 lint: .venv/developing
 	$(BIN)/ruff check kd tests docs

@@ -182,6 +182,12 @@ def test_equations_are_mathml_that_markdown_leaves_alone() -> None:
     assert "<math" in parts.idea[0]
 
 
+def test_doctests_are_code_and_nothing_else_is() -> None:
+    text = "Twice.\n\nReturns:\n    The list [1, 2].\n\n>>> twice([1])\n[1, 1]\n>>> 'a'\n'a'\n\nNot code: [1]."
+    found = markup.with_examples(text)
+    assert found == text.replace(">>> twice", "```pycon\n>>> twice").replace("\n'a'\n", "\n'a'\n```\n")
+
+
 def test_every_citation_names_the_arxiv_id_of_its_method() -> None:
     for entry in papers.entries(BIB):
         assert {"title", "author", "year"} <= set(entry.fields_dict)

@@ -33,6 +33,14 @@ def with_equations(text: str) -> str:
     return ROLE.sub(lambda role: mathml(role[1]), text)
 
 
+EXAMPLE = re.compile(r"^( *)>>> .*(?:\n\1 *\S.*)*", re.MULTILINE)
+
+
+def with_examples(text: str) -> str:
+    """Return a text whose doctests are blocks of code: Markdown would read a printed list as a link."""
+    return EXAMPLE.sub(lambda found: f"{found[1]}```pycon\n{found[0]}\n{found[1]}```", text)
+
+
 def one_line(text: str) -> str:
     """Return a paragraph on one line, with equations as MathML."""
     return with_equations(" ".join(text.split()))
