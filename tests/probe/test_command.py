@@ -23,6 +23,7 @@ from kd.probe import analysis
 from kd.results.predictions import Predictions, SplitPredictions, read_predictions, write_predictions
 from kd.runs.plan import plan
 from kd.runs.run import Run, read_record, write_record
+from kd.system.command import split_words
 from whole_runs import Small, made
 
 QUICK = ("--only", "differences")
@@ -500,6 +501,6 @@ def test_masked_language_models_are_refused(
 
 def test_a_command_names_a_run() -> None:
     with pytest.raises(InputError, match="name the directory of a finished run"):
-        kd.probe.directories_of(["paths.glue=somewhere"])
+        split_words(["paths.glue=somewhere"], "kd-probe")
     run = Path("runs/a")
-    assert kd.probe.directories_of(["runs/a", "paths.glue=b", "runs/a"]) == ([run], ["paths.glue=b"])
+    assert split_words(["runs/a", "paths.glue=b", "runs/a"], "kd-probe") == ([run], ["paths.glue=b"])
