@@ -51,8 +51,8 @@ demo:: .venv/installed
 	$(BIN)/kd-train --multirun experiment=demo_quick method=finetune,kd,pkd
 	$(BIN)/kd-report runs --task rotten_tomatoes
 
-test: .venv/developing ## all tests that need no accelerator (about 13 minutes on two cores)
-	@echo "make test: about 13 minutes on two cores; make test-fast takes a few."
+test: .venv/developing ## all tests that need no accelerator (about 30 minutes on two cores)
+	@echo "make test: about 30 minutes on two cores; make test-fast takes a few."
 	$(BIN)/python -m pytest $(WORKERS) --verbosity 0 --durations 15 -m "not gpu and not next"
 
 test-fast: .venv/developing ## formulas, contracts, data, configurations; no whole runs (a few minutes)
@@ -80,7 +80,7 @@ named:
 	@test -n "$(NAME)" -a -f "conf/method/$(NAME).yaml" || \
 	{ echo "make method NAME=<name>: one of" $(sort $(basename $(notdir $(wildcard conf/method/*.yaml)))); exit 2; }
 
-check: lint types docs test ## checks that must pass before a commit: ruff, mypy, site, all tests (about 15 minutes on two cores)
+check: lint types docs test ## checks that must pass before a commit: ruff, mypy, site, all tests (about 35 minutes on two cores)
 
 docs: .venv/developing ## the documentation as a site, build/site/index.html (about a minute the first time)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict # --quiet would hide warnings from the count of --strict

@@ -112,6 +112,8 @@ def test_the_tasks_keys_reach_its_source() -> None:
         "quoted": True,
         "format": None,
         "delimiter": None,
+        "pattern": None,
+        "encoding": None,
         "columns": None,
     }
     assert spec("task=rte", "paths.glue=/glue").task.source["root"] == "/glue"
