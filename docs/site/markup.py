@@ -11,11 +11,11 @@ from latex2mathml.converter import convert
 LONG = 36
 """Characters of LaTeX from which an equation has a line of its own, which scrolls where it is wider than the screen."""
 
-ROLE = re.compile(r":math:`([^`]+)`")
+ROLE = re.compile(r":math:`([^`]+)`([.,:;]?)")
 
 
-def mathml(latex: str) -> str:
-    r"""Return an equation as MathML on one line, safe inside Markdown, a table included.
+def mathml(latex: str, mark: str = "") -> str:
+    r"""Return an equation and the punctuation mark behind it as MathML on one line, safe inside Markdown, a table included.
 
     >>> mathml(r"a_1")
     '<math ... display="inline">...'
@@ -25,12 +25,12 @@ def mathml(latex: str) -> str:
     marks = {"*": "&#x2A;", "_": "&#x5F;", "|": "&#x7C;", "`": "&#x60;", "\\": "&#x5C;", "[": "&#x5B;", "~": "&#x7E;"}
     tags = re.split(r"(<[^>]*>)", text)
     safe = "".join(part if part.startswith("<") else re.sub(r"[*_|`\\\[~]", lambda m: marks[m[0]], part) for part in tags)
-    return f'<span class="equation">{safe}</span>' if block else safe
+    return f'<span class="equation">{safe}{mark}</span>' if block else safe + mark
 
 
 def with_equations(text: str) -> str:
     """Return a text whose roles `:math:` are MathML."""
-    return ROLE.sub(lambda role: mathml(role[1]), text)
+    return ROLE.sub(lambda role: mathml(role[1], role[2]), text)
 
 
 EXAMPLE = re.compile(r"^( *)>>> .*(?:\n\1 *\S.*)*", re.MULTILINE)
