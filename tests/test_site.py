@@ -175,7 +175,7 @@ def test_equations_are_mathml_that_markdown_leaves_alone() -> None:
     assert "<mi>" in markup.mathml(r"\alpha_1")
     assert "|" not in re.sub(r"<[^>]*>", "", markup.mathml(r"KL(p \| q) | x"))
     long = markup.with_equations(r":math:`L = (1 - \alpha) L_{CE} + \alpha L_{DS} + \beta L_{PT}`: terms")
-    assert long.endswith("</math>:</span> terms"), "a mark stays on the line of its equation"
+    assert long.endswith("<mtext>:</mtext></math></span> terms"), "a mark stays on the line of its equation"
     parts = markup.read(
         "Title.\n\n:math:`L = a`, a loss.\n\nTerms:\n    `task`: hard\n        loss.\n\nArgs:\n    tau: T > 0.\n"
     )

@@ -25,7 +25,12 @@ def mathml(latex: str, mark: str = "") -> str:
     marks = {"*": "&#x2A;", "_": "&#x5F;", "|": "&#x7C;", "`": "&#x60;", "\\": "&#x5C;", "[": "&#x5B;", "~": "&#x7E;"}
     tags = re.split(r"(<[^>]*>)", text)
     safe = "".join(part if part.startswith("<") else re.sub(r"[*_|`\\\[~]", lambda m: marks[m[0]], part) for part in tags)
-    return f'<span class="equation">{safe}{mark}</span>' if block else safe + mark
+    if not block:
+        return safe + mark
+    inner = safe.removesuffix("</math>") + (
+        f"<mtext>{mark}</mtext>" if mark else ""
+    )  # behind the equation it would begin a line
+    return f'<span class="equation">{inner}</math></span>'
 
 
 def with_equations(text: str) -> str:
