@@ -173,9 +173,10 @@ def latency(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: for an error that the user can correct.
     """
-    from kd.deploy.timing import checked_load, usable_cores
+    from kd.deploy.timing import checked_load
+    from kd.launch import places
 
-    cores = usable_cores()
+    cores = places.cores()
     settings = settings_of(arguments, cores)
     directories, overrides = split_words(arguments.words, "kd-latency")
     if len(directories) > 1:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from kd.errors import InputError
-from kd.system.hardware import cpu_quota
 
 Call = Callable[[], object]
 """Function whose time is taken."""
@@ -75,12 +74,6 @@ def in_turns(candidates: Mapping[str, Prepare], calls: int, warm_up: int) -> dic
             if number >= warm_up:
                 seconds[names[at]].append(taken)
     return seconds
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use, by its affinity and its control group's quota."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, int(min(cpu_quota(), allowed)))
 
 
 def checked_load(cores: int, own: int = 0) -> float:

@@ -9,7 +9,8 @@ from kd.system.hardware import cpu_quota, threads_asked_for
 
 def cores() -> int:
     """Return the number of processors that this process may use: its affinity, or the quota of its control group if less."""
-    return max(1, int(min(len(os.sched_getaffinity(0)), cpu_quota())))
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(allowed, cpu_quota())))
 
 
 def gpus() -> int:
