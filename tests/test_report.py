@@ -293,6 +293,22 @@ def test_a_table_of_many_configurations_looks_at_each_once(monkeypatch: pytest.M
     assert looked.count("") == 40
 
 
+def test_rows_that_differ_in_files_or_inputs_alone_are_told_apart() -> None:
+    """Compare runs of one command with other data: nothing but digests tells them apart."""
+    plain = record(0, "f0", {"data": {"train": "aa"}, "inputs": {"teacher minilm": "t0"}})
+    more = record(0, "f1", {"data": {"train": "aa", "unlabelled": "bb"}, "inputs": {"teacher minilm": "t0"}})
+    other = record(0, "f2", {"data": {"train": "aa"}, "inputs": {"teacher minilm": "t1"}})
+    words = tables.differences(tables.grouped([plain, more, other]))
+    assert words == [
+        "inputs.teacher minilm=t0",
+        "data.unlabelled=bb inputs.teacher minilm=t0",
+        "inputs.teacher minilm=t1",
+    ]
+    settings = [{"optimizer": {"lr": n}, "data": {"train": str(n)}} for n in range(2)]
+    told = [record(0, f"f{n}", identity) for n, identity in enumerate(settings)]
+    assert tables.differences(tables.grouped(told)) == ["optimizer.lr=0", "optimizer.lr=1"]
+
+
 def test_a_setting_that_some_rows_lack_tells_those_that_have_it() -> None:
     old, new = record(0, "f0"), record(0, "f1", {"optimizer": {"lr": 1}})
     same = record(0, "f2", {"trainer": {"max_epochs": 3.0}, "optimizer": {"lr": None}})  # equal to the first

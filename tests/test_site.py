@@ -116,6 +116,14 @@ def test_a_dead_link_and_a_method_without_a_paper_fail_the_build(tmp_path: Path)
     assert "gone.md" in done.stderr
 
 
+def test_every_method_tells_its_idea_in_three_sentences() -> None:
+    for name in METHODS:
+        idea, settings = commented.idea_and_settings(commented.header(ROOT / "conf" / "method" / f"{name}.yaml"))
+        assert len(re.findall(r"[.](?= [A-Z]|$)", idea)) == 3, f"{name}: {idea}"
+        assert "arXiv" not in idea, name
+        assert settings, name
+
+
 def test_choices_follow_from_what_methods_declare() -> None:
     facts = site_facts.all_facts()
     assert set(facts) == set(METHODS)

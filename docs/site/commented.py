@@ -36,6 +36,12 @@ def header(path: Path) -> list[str]:
     return lines
 
 
+def idea_and_settings(lines: list[str]) -> tuple[str, list[str]]:
+    """Return the first paragraph of a header, and the lines after the empty one that ends it."""
+    end = lines.index("") if "" in lines else len(lines)
+    return " ".join(lines[:end]), lines[end + 1 :]
+
+
 def keys(path: Path) -> list[Key]:
     """Return the keys of a file in their order; `defaults`, which choose other files, are left out."""
     text = path.read_text(encoding="utf-8")

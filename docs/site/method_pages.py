@@ -14,7 +14,7 @@ from typing import Any
 from bibtexparser.model import Entry as Citation
 from omegaconf import OmegaConf
 
-from commented import Key, header, keys
+from commented import Key, header, idea_and_settings, keys
 from facts import STUDENT, TEACHER, Facts, all_facts
 from kd.config.compose import conf_folder
 from kd.results.columns import gap, ours, paper, seeds
@@ -103,9 +103,12 @@ def command(name: str, facts: Facts) -> str:
 
 
 def idea(name: str, documented: Mapping[type, Docstring]) -> Iterator[str]:
-    """Yield the idea, with its equations, by class."""
+    """Yield the idea by the head of the file, and with its equations by class."""
     node = node_of(name)
-    for kind, parts in documented.items():
+    first, _ = idea_and_settings(header(conf_folder() / "method" / f"{name}.yaml"))
+    yield first
+    yield ""
+    for kind, about in documented.items():
         role = ""
         if node.get("before") and f"{kind.__module__}.{kind.__name__}" == node["before"]["_target_"]:
             role = "First run, `method.before`. "
@@ -113,12 +116,12 @@ def idea(name: str, documented: Mapping[type, Docstring]) -> Iterator[str]:
             role = "Second run. "
         elif kind.__module__.startswith("kd.methods.wrappers"):
             role = "Around it. "
-        yield f"**{role}{one_line(parts.title)}**"
+        yield f"**{role}{one_line(about.title)}**"
         yield ""
-        for paragraph in parts.idea:
+        for paragraph in about.idea:
             yield paragraph
             yield ""
-        for paragraph in parts.closing:
+        for paragraph in about.closing:
             yield paragraph
             yield ""
         yield f"Code: [`{kind.__module__}.{kind.__name__}`][]."
@@ -141,12 +144,11 @@ def options(name: str, documented: Mapping[type, Docstring]) -> Iterator[str]:
     """Yield the options: default, values and comment of the YAML, meaning of the docstring; and the paper's values."""
     path = conf_folder() / "method" / f"{name}.yaml"
     node = node_of(name)
-    yield "The paper's settings, from the head of the file:"
-    yield ""
-    yield "```text"
-    yield from header(path)
-    yield "```"
-    yield ""
+    _, settings = idea_and_settings(header(path))
+    if settings:
+        yield "The paper's settings, from the head of the file:"
+        yield ""
+        yield from ("```text", *settings, "```", "")
     yield "| option | default | values, and where they are from | meaning |"
     yield "|---|---|---|---|"
     first = located(node["before"]["_target_"]) if node.get("before") else None

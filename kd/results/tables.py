@@ -3,7 +3,7 @@
 import json
 import statistics
 import sys
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +181,11 @@ def settings(identity: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-TOLD = ("method.name", "method._target_", "student.name", "task.name", "seed", "inputs.", "teachers.", "data.", "format")
+TOLD = ("method.name", "method._target_", "student.name", "task.name", "seed", "format")
 """Settings that a row shows already, or that are not meaningful to a reader."""
+
+DIGESTS = ("inputs.", "teachers.", "data.")
+"""Settings that are mostly digests of files and of other runs. A row shows them if nothing else tells it from others."""
 
 
 def models(result: Mapping[str, Any]) -> list[str]:
@@ -191,19 +194,32 @@ def models(result: Mapping[str, Any]) -> list[str]:
 
 
 def differences(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
-    """Return a text per group: the settings in which it differs from groups of the same task, method, teachers and students."""
-    alike: dict[str, list[dict[str, Any]]] = {}
-    for group in groups:
-        alike.setdefault(_kind(group[0]), []).append(settings(group[0]["identity"]))
-    varied = {kind: _varied(of_kind) for kind, of_kind in alike.items()}
-    remaining = {kind: iter(of_kind) for kind, of_kind in alike.items()}
-    words = []
-    for group in groups:
-        kind = _kind(group[0])
-        shown = {name: value for name, value in next(remaining[kind]).items() if name in varied[kind]}
-        words.append(" ".join(f"{name.removeprefix('method.')}={value}" for name, value in shown.items()))
+    """Return a text per group: the settings in which it differs from groups of the same task, method, teachers and students.
+
+    Digests of files and of other runs are among them where two such groups differ in nothing else.
+    """
     firsts = [group[0] for group in groups]
-    return with_selections(words, [_kind(first) for first in firsts], [selection_words(first) for first in firsts])
+    kinds, selections = [_kind(first) for first in firsts], [selection_words(first) for first in firsts]
+    identities = [settings(first["identity"]) for first in firsts]
+    words = _told_apart(kinds, identities, lambda name: not name.startswith((*TOLD, *DIGESTS)))
+    alike = list(zip(kinds, words, selections, strict=True))
+    digests = _told_apart(alike, identities, lambda name: name.startswith(DIGESTS))
+    return with_selections([" ".join(filter(None, pair)) for pair in zip(words, digests, strict=True)], kinds, selections)
+
+
+def _told_apart(kinds: Sequence[Hashable], identities: Sequence[Mapping[str, Any]], counts: Callable[[str], bool]) -> list[str]:
+    """Return a text per identity: the settings in which it differs from others of its kind, of the names that count.
+
+    A name counts without `before.`, the prefix of what is about a first run. A missing name counts as None, and is not shown.
+    """
+    of_kind: dict[Hashable, list[Mapping[str, Any]]] = {}
+    for kind, identity in zip(kinds, identities, strict=True):
+        of_kind.setdefault(kind, []).append(identity)
+    varied = {kind: _varied(mappings, counts) for kind, mappings in of_kind.items()}
+    return [
+        " ".join(f"{name.removeprefix('method.')}={identity[name]}" for name in varied[kind] if name in identity)
+        for kind, identity in zip(kinds, identities, strict=True)
+    ]
 
 
 def with_selections(settings: Sequence[str], kinds: Sequence[Hashable], selections: Sequence[str]) -> list[str]:
@@ -231,10 +247,10 @@ def _kind(result: Mapping[str, Any]) -> str:
     return json.dumps([result["task"], result["method"], result["teacher"], models(result)])
 
 
-def _varied(mappings: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Return the names whose values differ between mappings; a missing name counts as None."""
-    names = {name for mapping in mappings for name in mapping if not name.removeprefix("before.").startswith(TOLD)}
-    return {name for name in names if any(mapping.get(name) != mappings[0].get(name) for mapping in mappings)}
+def _varied(mappings: Sequence[Mapping[str, Any]], counts: Callable[[str], bool]) -> list[str]:
+    """Return the names that count and whose values differ between mappings, in their order."""
+    names = dict.fromkeys(name for mapping in mappings for name in mapping if counts(name.removeprefix("before.")))
+    return [name for name in names if any(mapping.get(name) != mappings[0].get(name) for mapping in mappings)]
 
 
 def _spread(values: Sequence[float | None], scale: float = 100.0) -> str:
