@@ -86,15 +86,15 @@ docs: .venv/developing ## the documentation as a site, build/site/index.html (ab
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict # --quiet would hide warnings from the count of --strict
 
 lint: .venv/developing
-	$(BIN)/ruff check kd tests docs
-	$(BIN)/ruff format --check kd tests docs
+	$(BIN)/ruff check kd tests docs experiments
+	$(BIN)/ruff format --check kd tests docs experiments
 
 types: .venv/developing
 	$(BIN)/mypy
 
 format: .venv/developing ## fix and format the code
-	$(BIN)/ruff check --fix kd tests docs
-	$(BIN)/ruff format kd tests docs
+	$(BIN)/ruff check --fix kd tests docs experiments
+	$(BIN)/ruff format kd tests docs experiments
 
 clean: ## remove the environment and caches; runs stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist

@@ -2,9 +2,10 @@
 
     python experiments/growth/measure.py 100000 300000 1000000 > growth.jsonl
 
-A row has a label and 20 words drawn from the backbone's vocabulary. Each size is a process of its own that plans, checks, reads, tokenises,
-builds and runs the preflight checks of `method=finetune teacher=[] student=1l`, and stops where training would begin. One JSON line a size:
-seconds of wall and of processor time, the largest resident memory (of the process and its children), and what is still held at the end.
+A row has a label and 20 words drawn from the backbone's vocabulary. Each size is a process of its own that plans, checks,
+reads, tokenises, builds and runs the preflight checks of `method=finetune teacher=[] student=1l`, and stops where training
+would begin. One JSON line a size: seconds of wall and of processor time, the largest resident memory (of the process and its
+children), and what is still held at the end.
 """
 
 import json

@@ -3,8 +3,9 @@
     python experiments/published_cost/cost.py
 
 prints a CSV. Students are trained for the epochs of their cells and of the first runs of their methods; a teacher that several
-cells need is trained once and its outputs are computed once for each cell that it teaches. Sequences count with the full length
-of `task.max_length`, to which the papers' code pads; batches here are padded to their longest sequence, so that this is an upper bound.
+cells need is trained once and its outputs are computed once for each cell that it teaches. Sequences count with the full
+length of `task.max_length`, to which the papers' code pads; batches here are padded to their longest sequence, so that this is
+an upper bound.
 """
 
 import csv
@@ -19,8 +20,20 @@ from kd.config.schema import RunSpec
 from kd.table.definition import Cell, load_table, table_names
 
 EXAMPLES = {
-    **{"cola": 8551, "sst2": 67349, "mrpc": 3668, "stsb": 5749, "qqp": 363846, "mnli": 392702, "qnli": 104743, "rte": 2490},
-    **{"wnli": 635, "fiction": 77348, "government": 77350, "slate": 77306, "telephone": 83348, "travel": 77350},
+    "cola": 8551,
+    "sst2": 67349,
+    "mrpc": 3668,
+    "stsb": 5749,
+    "qqp": 363846,
+    "mnli": 392702,
+    "qnli": 104743,
+    "rte": 2490,
+    "wnli": 635,
+    "fiction": 77348,
+    "government": 77350,
+    "slate": 77306,
+    "telephone": 83348,
+    "travel": 77350,
 }
 """Examples of GLUE's training sets (Wang et al., ICLR 2019) and of MNLI's genres (Williams et al., NAACL 2018, table 3)."""
 
@@ -46,6 +59,7 @@ Shape = tuple[int, int, int]
 
 
 def shape_of(source: str | None) -> Shape | None:
+    """Return the shape of a model by its name; None if it is not known."""
     return next((shape for name, shape in SHAPES.items() if source is not None and name.lower() in source.lower()), None)
 
 
@@ -56,6 +70,7 @@ def forward(shape: Shape, tokens: int) -> float:
 
 
 def student_shape(spec: RunSpec, backbone: Shape) -> Shape:
+    """Return the shape of a student."""
     student = spec.student
     own = shape_of(student.checkpoint) if student.init == "checkpoint" else None
     layers, width, intermediate = own or shape_of(student.backbone) or backbone
@@ -65,6 +80,7 @@ def student_shape(spec: RunSpec, backbone: Shape) -> Shape:
 
 @cache
 def spec_of(overrides: tuple[str, ...]) -> RunSpec:
+    """Return the settings of a command."""
     return typed(compose(overrides))
 
 
@@ -73,7 +89,9 @@ def work(cell: Cell) -> tuple[float, dict[tuple[Any, ...], float]]:
     spec = spec_of(tuple(word for word in cell.overrides if not word.startswith("seed=")))
     rows = EXAMPLES.get(cell.labels.get("task", ""), 0) * copies(spec)
     tokens, teachers, passes = spec.task.max_length, {}, 0.0
-    backbones = [shape for teacher in spec.teacher.values() if (shape := shape_of(teacher.backbone or teacher.model)) is not None]
+    backbones = [
+        shape for teacher in spec.teacher.values() if (shape := shape_of(teacher.backbone or teacher.model)) is not None
+    ]
     backbone = shape_of(spec.student.backbone) or (backbones[0] if backbones else shape_of(spec.backbone))
     if backbone is None:
         raise SystemExit(f"no shape is known for the backbone of {cell}")
@@ -90,6 +108,7 @@ def work(cell: Cell) -> tuple[float, dict[tuple[Any, ...], float]]:
 
 
 def nested(node: Any, *keys: str) -> Any:
+    """Return a value below a node by its keys; 0 if it is not there."""
     for key in keys:
         node = node.get(key) if isinstance(node, Mapping) else None
     return node or 0
@@ -101,6 +120,7 @@ def copies(spec: RunSpec) -> int:
 
 
 def rows_of(name: str) -> dict[str, Any]:
+    """Return the row of a table."""
     cells: Sequence[Cell] = load_table(name).cells("published")
     students, teachers, unknown = 0.0, {}, defaultdict(int)
     for cell in cells:
@@ -122,6 +142,7 @@ def rows_of(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Print the rows of all tables as CSV."""
     writer = None
     for name in table_names():
         row = rows_of(name)

@@ -35,6 +35,7 @@ def weighted_cka(first: Array, second: Array, counts: Array) -> Array:
 
 
 def main() -> None:
+    """Print the table of coverage."""
     print("| examples | width | noise | CKA | jackknife covers | bootstrap covers | mean CKA of bootstrap samples |")
     print("|---|---|---|---|---|---|---|")
     for n, width, noise in CASES:
