@@ -52,7 +52,7 @@ def main() -> None:
             publish_dashboard(arguments.wandb, arguments.group, Path(arguments.target).expanduser(), results)
         elif arguments.json:
             write(json.dumps(results, indent=2, ensure_ascii=False) + "\n", arguments.out)
-        elif arguments.format is None:
+        elif arguments.format is None and arguments.baseline is None:
             print_tables(results, arguments)
         else:
             left_out = {result["run"] for result in first_runs(results)} if not arguments.method else set()
@@ -60,7 +60,8 @@ def main() -> None:
 
             shown = [result for result in results if result["run"] not in left_out]
             folder = Path(arguments.target).expanduser()
-            deliver(compare_runs(shown, f"Runs in {arguments.target}", folder), arguments)
+            compared = compare_runs(shown, f"Runs in {arguments.target}", folder, **baseline_of(arguments))
+            deliver(compared, arguments)
     except InputError as error:
         print(f"kd-report: {error}", file=sys.stderr)
         sys.exit(2)
@@ -73,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--task", help="only this task")
     found.add_argument("--method", help="only these methods, separated by commas")
     found.add_argument("--format", choices=CHOICES, help="compare with a baseline, in this format")
+    found.add_argument("--baseline", metavar="METHOD", help="method that the others are compared with (default: finetune)")
     found.add_argument("--out", type=Path, metavar="FILE", help="write to this file; default: standard output")
     found.add_argument("--scale", default="local", help="of a table: whose cells are looked for (default local)")
     found.add_argument(
@@ -83,6 +85,11 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--wandb", metavar="ENTITY/PROJECT", help="make a dashboard in this project of Weights & Biases")
     found.add_argument("--group", help="group of its runs, as logger.group; with --wandb")
     return found
+
+
+def baseline_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """Return the argument of a comparison that the option `--baseline` is, if it is there."""
+    return {} if arguments.baseline is None else {"baseline": arguments.baseline}
 
 
 def is_table(target: str) -> bool:
@@ -128,7 +135,9 @@ def table_comparison(arguments: argparse.Namespace) -> "Comparison":
     runs = arguments.runs.expanduser()
     records = load_results(runs) if runs.is_dir() else []
     folder = Path("experiments") / table.name
-    comparison = compare_table(folder, arguments.scale, labels, records, runs, title=table.title, protocol=table.protocol)
+    comparison = compare_table(
+        folder, arguments.scale, labels, records, runs, title=table.title, protocol=table.protocol, **baseline_of(arguments)
+    )
     methods = arguments.method.split(",") if arguments.method else None
     chosen = [
         entry

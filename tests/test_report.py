@@ -301,7 +301,7 @@ def test_rows_that_differ_in_files_or_inputs_alone_are_told_apart() -> None:
     words = tables.differences(tables.grouped([plain, more, other]))
     assert words == [
         "inputs.teacher minilm=t0",
-        "data.unlabelled=bb inputs.teacher minilm=t0",
+        "inputs.teacher minilm=t0 data.unlabelled=bb",
         "inputs.teacher minilm=t1",
     ]
     settings = [{"optimizer": {"lr": n}, "data": {"train": str(n)}} for n in range(2)]

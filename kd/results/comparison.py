@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kd.data.direction import higher_is_better
+from kd.errors import InputError
 from kd.results.figures import Figure
 from kd.results.statistics import (
     ExampleDifference,
@@ -272,6 +273,7 @@ def compare(
     *,
     title: str = "",
     protocol: str = "",
+    baseline: str = BASELINE,
 ) -> Comparison:
     """Return entries beside the paper's figures and beside a baseline of the same budget and initialisation.
 
@@ -284,7 +286,14 @@ def compare(
         paper: the paper's figures.
         title: heading.
         protocol: sentence about the protocol.
+        baseline: method that the others are compared with.
+
+    Raises:
+        InputError: if there is no figure of ours of the baseline, and it is not the usual one.
     """
+    if baseline != BASELINE and not any(entry.method == baseline and entry.values for entry in entries):
+        methods = ", ".join(dict.fromkeys(entry.method for entry in entries if entry.values))
+        raise InputError(f"there is no run of '{baseline}' to compare with; there are {methods}", "--baseline")
     printed: dict[tuple[str, str, Column], list[Figure]] = {}
     for figure in paper:
         printed.setdefault((figure.method, figure.student, column_of(figure)), []).append(figure)
@@ -296,8 +305,8 @@ def compare(
         if key not in met
         for figure in figures
     ]
-    compared = with_differences(joined, BASELINE)
-    return Comparison(title, protocol, [*compared, *alone], over_tasks=over_tasks(compared))
+    compared = with_differences(joined, baseline)
+    return Comparison(title, protocol, [*compared, *alone], baseline, over_tasks(compared))
 
 
 Family = tuple[Any, ...]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kd.results.by_example import with_tests_by_example
-from kd.results.comparison import Comparison, Entry, compare, entries_of, entries_of_records, with_details
+from kd.results.comparison import BASELINE, Comparison, Entry, compare, entries_of, entries_of_records, with_details
 from kd.results.figures import Figure, read_figures
 from kd.results.row_labels import row_label
 
@@ -15,15 +15,19 @@ UNKNOWN_COLUMN = ("", "")
 """Split and metric of cells of a task that nobody has a figure of."""
 
 
-def compare_runs(records: Sequence[Mapping[str, Any]], title: str, runs: Path) -> Comparison:
+def compare_runs(records: Sequence[Mapping[str, Any]], title: str, runs: Path, *, baseline: str = BASELINE) -> Comparison:
     """Return the comparison of finished runs.
 
     Args:
         records: contents of `result.json`, with the names of the runs' folders as `run`.
         title: heading.
         runs: folder of the runs.
+        baseline: method that the others are compared with.
+
+    Raises:
+        InputError: if there is no run of that method.
     """
-    return with_runs(compare(entries_of_records(records), title=title), records, runs)
+    return with_runs(compare(entries_of_records(records), title=title, baseline=baseline), records, runs)
 
 
 def with_runs(comparison: Comparison, records: Sequence[Mapping[str, Any]], runs: Path) -> Comparison:
@@ -41,6 +45,7 @@ def compare_table(
     *,
     title: str,
     protocol: str,
+    baseline: str = BASELINE,
 ) -> Comparison:
     """Return the comparison of a table: our figures beside the paper's, and what the runs that are at hand add.
 
@@ -52,13 +57,14 @@ def compare_table(
         runs: folder of these runs.
         title: heading.
         protocol: sentence about the protocol.
+        baseline: method that the others are compared with.
 
     Raises:
-        InputError: if a file of figures is damaged.
+        InputError: if a file of figures is damaged, or there is no figure of that method.
     """
     ours, paper = (read_figures(folder / name) if (folder / name).is_file() else [] for name in ("ours.csv", "paper.csv"))
     entries = with_expected(entries_of(figure for figure in ours if figure.scale == scale), labels, paper)
-    return with_runs(compare(entries, paper, title=title, protocol=protocol), records, runs)
+    return with_runs(compare(entries, paper, title=title, protocol=protocol, baseline=baseline), records, runs)
 
 
 Group = tuple[str, str, str | None, str]

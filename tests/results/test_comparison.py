@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from kd.errors import InputError
 from kd.results.columns import gap, ours, paper, seeds
 from kd.results.comparison import Entry, budget_of, compare, details_of, entries_of, with_details, with_settings
 from kd.results.figures import OF_RUNS, Figure, read_figures, write_figures
@@ -94,6 +95,20 @@ def test_a_method_is_paired_with_the_baseline_by_seed_and_corrected_over_methods
     assert found["finetune"].difference is None
     alone = by_method(OURS[:12])["kd"].difference
     assert (alone.verdict, alone.test, alone.p) == (Verdict.BETTER, SeedTest.SIGN_FLIP, 2 / 64)
+
+
+def test_another_method_may_be_the_baseline() -> None:
+    compared = compare(entries_of(OURS), baseline="kd")
+    found = {entry.method: entry for entry in compared.entries}
+    assert found["kd"].difference is None
+    assert found["finetune"].difference.mean == pytest.approx(-statistics.mean(GAIN), abs=1e-12)
+    assert compared.baseline == "kd"
+    rows = {line.split("|")[1].split()[0]: line for line in markdown(compared).splitlines() if line.startswith("| ")}
+    assert "baseline" in rows["kd"]
+    assert "worse" in rows["finetune"]
+    assert "Baseline: kd with the same student" in markdown(compared)
+    with pytest.raises(InputError, match="no run of 'rkd' to compare with; there are finetune, kd, pkd"):
+        compare(entries_of(OURS), baseline="rkd")
 
 
 @pytest.mark.parametrize(
