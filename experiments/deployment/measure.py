@@ -16,9 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-RUNTIMES = {"torch": "torch", "bf16": "torch", "onnx": "onnx", "int8": "int8"}
-"""Runtime of kd-latency -> format of kd-export whose size and score belong to it; those of bf16 are not measured."""
-
 COLUMNS = (
     "task run model runtime threads texts tokens megabytes metric score drop median_ms p95_ms p99_ms load "
     "times_faster_than_teacher times_smaller_than_teacher"
@@ -44,18 +41,16 @@ def rows_of(run: Path, work: Path, overrides: list[str], more: list[str]) -> Ite
 
     teachers = [row for row in timed["rows"] if row["model"] != "student" and row["runtime"] == "torch"]
     base = {settings(row): row["median"] for row in reversed(teachers)}  # the first teacher, in float32
+    large = record["megabytes"].get(next(iter(record["metrics_teacher"]), None))  # of the first teacher too
     for row in timed["rows"]:
         teacher = row["model"].removeprefix("teacher ")
-        form = RUNTIMES.get(row["runtime"])
         size = score = drop = None
-        if row["model"] == "student" and form is not None:
-            size = sum(file["bytes"] for file in about["files"][form]["files"].values()) / 1e6
-            if row["runtime"] != "bf16":
-                score, drop = (about["files"][form]["check"][name] for name in ("value", "drop"))
+        if row["model"] == "student" and (exported_as := about["files"].get(row["runtime"])):
+            size = sum(file["bytes"] for file in exported_as["files"].values()) / 1e6
+            score, drop = (exported_as["check"][name] for name in ("value", "drop"))
         elif row["runtime"] == "torch":
             size, score = record["megabytes"][teacher], record["metrics_teacher"][teacher]["validation"][metric]
-        first = next(iter(record["metrics_teacher"]), None)
-        slow, large = base.get(settings(row)), record["megabytes"].get(first)
+        slow = base.get(settings(row))
         values = [
             *(record["task"], run.name, row["model"], row["runtime"], *settings(row)),
             *(
@@ -68,7 +63,7 @@ def rows_of(run: Path, work: Path, overrides: list[str], more: list[str]) -> Ite
                 row["p99"],
                 row["load"],
             ),
-            rounded(slow / row["median"], 2) if slow and form else None,
+            rounded(slow / row["median"], 2) if slow and row["runtime"] != "tokenizer" else None,
             rounded(large / size, 2) if large and size else None,
         ]
         yield dict(zip(COLUMNS, values, strict=True))

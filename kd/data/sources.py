@@ -218,8 +218,8 @@ def pieces_of_file(
         InputError: if the file cannot be read, or lacks a column.
     """
     kind = layout.kind(file, key)
-    if kind == "lines":
-        for numbers, lines in line_pieces(file, key):
+    if kind == "lines" and layout.pattern is None:
+        for numbers, lines in line_pieces(file, key, layout.codec()):
             if numbers and (lacking := [name for name in columns if name != "text"]):
                 raise no_column(lacking[0], {"text": lines[0]}, f"'{file}', line {numbers[0]}", columns[lacking[0]])
             yield numbers, {"text": lines}

@@ -70,7 +70,7 @@ class Check:
             max_drop: largest drop that passes, in points.
         """
         found = [
-            f"logits differ from torch's by {shape.difference:.2g} for {shape.batch} texts of {shape.tokens} tokens"
+            f"logits differ from torch's by {shape.difference:.2g} for {shape.batch} text(s) of {shape.tokens} tokens"
             for shape in self.shapes
             if (exact and not shape.agrees) or not np.isfinite(shape.difference)
         ]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.errors import InputError, one_of
-from kd.system.command import ended, split_words
+from kd.system.command import ended, one_run
 from kd.system.hardware import configure_openmp, version_line
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def main() -> None:
     """Run the command `kd-export`: status 1 for a missed gate, 2 for an error of the command, 130 on an interrupt."""
     arguments = parser().parse_intermixed_args()
     configure_openmp()
-    with ended("kd-export"):
+    with ended("kd-export", "--out", resumes=False):
         status = export(arguments)
     sys.exit(status)
 
@@ -113,17 +113,15 @@ def export(arguments: argparse.Namespace) -> int:
     from kd.deploy.source import student_of
 
     word(arguments.exporter, EXPORTERS, "--exporter")
-    directories, overrides = split_words(arguments.words, "kd-export")
-    if len(directories) > 1:
-        raise InputError(f"name one run, not {len(directories)}: {', '.join(map(str, directories))}", "RUN")
-    student = student_of(directories[0], arguments.student, overrides)
+    directory, overrides = one_run(arguments.words, "kd-export")
+    student = student_of(directory, arguments.student, overrides)
     out = (arguments.out or Path("exported") / student.deployed.name).expanduser()
     check_out(out)
     checks, failed = write_folder(student, out, formats, max_drop, arguments.exporter)
     print_table(student, checks, failed, max_drop)
     if failed:
         print(f"kd-export: kept aside in '{aside_of(out)}': {', '.join(failed)}", file=sys.stderr)
-    if out.is_dir():
+    if len(failed) < len(checks):
         print(out)
     return 1 if failed else 0
 
@@ -137,13 +135,15 @@ def check_out(out: Path) -> None:
     """Check that a folder may be written, or replaced because an earlier export wrote it.
 
     Raises:
-        InputError: if something else is there.
+        InputError: if something else is there, or the path has no name, as that of this folder.
     """
     from kd.deploy.folder import is_exported
 
-    if (out.exists() or out.is_symlink()) and not is_exported(out):
+    if out.name in ("", ".."):
+        raise InputError(f"'{out}' must be a folder with a name", "--out")
+    if os.path.lexists(out) and not is_exported(out):
         raise InputError(f"'{out}' is there already, and no folder that kd-export wrote: it is not replaced", "--out")
-    if (aside := aside_of(out)).exists() and not (aside / FIGURES).is_file():
+    if os.path.lexists(aside := aside_of(out)) and not (aside / FIGURES).is_file():
         raise InputError(f"'{aside}' is there already, and none of kd-export's: it is not replaced", "--out")
 
 
@@ -169,38 +169,40 @@ def write_folder(
     Raises:
         InputError: for data that cannot be read, a model that an exporter refuses, or a folder that cannot be written.
     """
+    from kd.deploy.exporters import scratch
     from kd.deploy.folder import FORMATS
     from kd.results.finished import examples_of
-    from kd.system.files import remove, writing
+    from kd.system.files import made_by_success, writing
 
     examples = examples_of(student.run)
-    draft, aside = out.with_name(f"{out.name}.part"), out.with_name(f"{out.name}.rejected.part")
-    try:
-        with writing(out, "--out"):
-            for folder in (draft, aside):
-                remove(folder)
-            draft.mkdir(parents=True)
+    with made_by_success(out.parent), writing(out, "--out"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with scratch(out) as temporary:
+            draft, aside = temporary / "folder", temporary / "rejected"
+            draft.mkdir()
             copy_plain(student.deployed.folder, draft)
-            checks = write_files(student, draft, formats, exporter, examples)
+            checks = write_files(student, draft, temporary, formats, exporter, examples)
             failed = {
                 name: why
                 for name, check in checks.items()
                 if (why := check.failures(exact=FORMATS[name].exact, max_drop=max_drop))
             }
-            passed = [name for name in checks if name not in failed]
+            passed = {name: check for name, check in checks.items() if name not in failed}
             if failed:
                 keep_aside(student, draft, aside, {name: checks[name] for name in failed}, failed)
-            remove(aside_of(out))
-            if failed:
-                os.replace(aside, aside_of(out))
-            if not failed or any(name != "torch" for name in passed):
-                write_record(student, draft, {name: checks[name] for name in passed}, failed, max_drop)
-                remove(out)
-                os.replace(draft, out)
-    finally:
-        for folder in (draft, aside):
-            remove(folder)
+            if passed:
+                write_record(student, draft, passed, failed, max_drop)
+                put_in_place(draft, out, temporary / "earlier")
+            put_in_place(aside, aside_of(out), temporary / "earlier rejected")
     return checks, failed
+
+
+def put_in_place(draft: Path, out: Path, earlier: Path) -> None:
+    """Rename a draft to a folder, if there is one; what was in its place is moved away whole, to where it is removed later."""
+    if os.path.lexists(out):
+        os.replace(out, earlier)
+    if draft.exists():
+        os.replace(draft, out)
 
 
 def copy_plain(source: Path, target: Path) -> None:
@@ -210,15 +212,25 @@ def copy_plain(source: Path, target: Path) -> None:
     shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
 
 
-def write_files(student: "Student", folder: Path, formats: Sequence[str], exporter: str, examples: Any) -> "dict[str, Check]":
-    """Write the files of a student in some formats to a folder; return the check of each, torch's first.
+def write_files(
+    student: "Student", folder: Path, temporary: Path, formats: Sequence[str], exporter: str, examples: Any
+) -> "dict[str, Check]":
+    """Write the files of a student in some formats; return the check of each, torch's first.
+
+    Args:
+        student: the student.
+        folder: folder of the files.
+        temporary: folder for files that others are made from.
+        formats: see `write_folder`.
+        exporter: see `write_folder`.
+        examples: the task's examples, of which those of validation are scored.
 
     Raises:
         InputError: if an exporter refuses the model, or the data are not those of the run.
     """
     from kd.data.tokenized import Tokens
     from kd.deploy.check import check_of, random_batch, shapes_of, validation_score
-    from kd.deploy.exporters import scratch, write_int8, write_onnx, write_openvino
+    from kd.deploy.exporters import write_int8, write_onnx, write_openvino
     from kd.deploy.folder import FORMATS, KEY
     from kd.deploy.runtimes import TorchRuntime, input_names, load_classifier, open_file
     from kd.models.pretrained import load_tokenizer
@@ -231,21 +243,20 @@ def write_files(student: "Student", folder: Path, formats: Sequence[str], export
     config: Any = model.config
     names = input_names(config.model_type, list(tokens.pad([0])))
     example = dict(random_batch(names, config, 2, min(16, deployed.max_length), seed=7))
-    with scratch(folder) as temporary:
-        onnx = folder / FORMATS["onnx"].path if "onnx" in formats else temporary / "model.onnx"
-        for name in formats:
-            path = folder / FORMATS[name].path
-            path.parent.mkdir(exist_ok=True)
-            print(f"writing {FORMATS[name].path} ({FORMATS[name].words})", file=sys.stderr, flush=True)
-            if name == "torch":
-                shutil.copyfile(deployed.folder / path.name, path)
-            elif name == "openvino":
-                write_openvino(model, example, path)
-            else:
-                if not onnx.is_file():
-                    write_onnx(model, example, onnx, exporter)
-                if name == "int8":
-                    write_int8(onnx, path)
+    onnx = folder / FORMATS["onnx"].path if "onnx" in formats else temporary / "model.onnx"
+    for name in formats:
+        path = folder / FORMATS[name].path
+        path.parent.mkdir(exist_ok=True)
+        print(f"writing {FORMATS[name].path} ({FORMATS[name].words})", file=sys.stderr, flush=True)
+        if name == "torch":
+            shutil.copyfile(deployed.folder / path.name, path)
+        elif name == "openvino":
+            write_openvino(model, example, path)
+        else:
+            if not onnx.is_file():
+                write_onnx(model, example, onnx, exporter)
+            if name == "int8":
+                write_int8(onnx, path)
     print(f"scoring {len(labels):,} examples of validation by each", file=sys.stderr, flush=True)
     value = validation_score(torchs, tokens, task, labels)
     check_data(student, task.monitor, value)

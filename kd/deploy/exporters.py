@@ -24,7 +24,6 @@ OPSET = 17
 EXPORTERS = ("torchscript", "dynamo")
 """Values of `--exporter`: how torch writes ONNX. `torchscript` traces the model, in seconds; torch calls it deprecated."""
 
-
 OPERATOR = re.compile(r"\baten::\w+")
 """Name of an operator of torch in the messages of libraries, which may be pages long."""
 
@@ -164,7 +163,7 @@ def exporting(library: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def scratch(beside: Path) -> Iterator[Path]:
-    """Yield a temporary folder on the disk of a folder, for files that another one is made from."""
-    with tempfile.TemporaryDirectory(dir=beside, prefix=".scratch.") as name:
+def scratch(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder of this process alone beside a file or folder, for what it is made from; it is removed."""
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.part.") as name:
         yield Path(name)

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from kd.data.columnar import COLUMNAR
-from kd.data.readers import Layout, check_file
+from kd.data.readers import Layout
 from kd.data.sources import LINES, SAY_AFTER, in_file, keys_of_columns, no_examples, pieces_of_file, table_of
 from kd.data.texts import Table
 from kd.errors import InputError
@@ -70,16 +70,16 @@ def layout_of(path: Path, layout: Layout, text: Sequence[str]) -> Layout:
     Raises:
         InputError: for lines where a task has pairs of texts, and for a `.txt` that looks like a table.
     """
-    if layout == Layout() and path.suffix.lower() == LINES:
-        layout = Layout("lines")
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
+    if layout == Layout(encoding=layout.encoding) and path.suffix.lower() == LINES:
+        layout = replace(layout, format="lines")
+        with path.open(encoding=layout.codec(), errors="replace") as file:
             fields = file.readline().rstrip("\r\n").split("\t")
         if set(text) <= set(fields):
             raise InputError(
                 f"'{path}' begins with names of columns: format=tsv reads it as a table, format=lines a text on each line",
                 "format",
             )
-    if layout.format == "lines" and len(text) > 1:
+    if layout.format == "lines" and layout.pattern is None and len(text) > 1:
         raise InputError(
             f"the task has pairs of texts, {' and '.join(text)}, and '{path}' has one text on each line: give a table", FILE
         )
@@ -153,6 +153,9 @@ def rendered(predicted: Predicted, delimiter: str | None) -> str:
 class Draft:
     """The draft of a file of predictions, with a note of how many rows it holds.
 
+    It is left for a command that goes on there, but for an input error that is not about the file that is written: what has
+    to be corrected determines the content.
+
     Args:
         out: the file.
         identity: everything that determines its content.
@@ -165,7 +168,7 @@ class Draft:
         self.out, self.path, self.note = out, Path(f"{out}.part"), Path(f"{out}.part.json")
         self.digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16).hexdigest()
         self.lock = FileLock(f"{out}.part.lock")
-        self.rows = self.bytes = 0
+        self.rows = 0
 
     def __enter__(self) -> "Draft":
         with writing(self.out, OUT):
@@ -176,28 +179,31 @@ class Draft:
             try:
                 self.file = self.opened()
             except BaseException:
-                self.lock.release()
+                self.unlock()
                 raise
         return self
 
     def opened(self) -> io.BufferedRandom:
         """Return the draft, opened where its note says that it ends."""
-        try:
-            note = json.loads(self.note.read_text(encoding="utf-8"))
-            digest, self.rows, self.bytes = str(note["digest"]), int(note["rows"]), int(note["bytes"])
-        except FileNotFoundError:
-            digest = self.digest
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"'{self.note}' is damaged: remove it and '{self.path.name}'", OUT) from error
-        if digest != self.digest or (self.rows and not self.path.is_file()):
+        digest, rows, size = self.digest, 0, 0
+        if self.path.is_file() and self.note.is_file():
+            try:
+                note = json.loads(self.note.read_text(encoding="utf-8"))
+                digest, rows, size = str(note["digest"]), int(note["rows"]), int(note["bytes"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"'{self.note}' is damaged: remove it and '{self.path.name}'", OUT) from error
+            if size > self.path.stat().st_size:
+                raise InputError(f"'{self.path}' is shorter than it was: remove it and '{self.note.name}'", OUT)
+        if digest != self.digest:
             raise InputError(
                 f"'{self.path}' was begun with another model, file or option: remove it and '{self.note.name}', or write to "
                 "another file",
                 OUT,
             )
-        file = self.path.open("r+b" if self.rows else "w+b")
-        file.truncate(self.bytes)
-        file.seek(self.bytes)
+        file = self.path.open("r+b" if rows else "w+b")
+        file.truncate(size)
+        file.seek(size)
+        self.rows = rows
         return file
 
     def add(self, text: str, rows: int) -> None:
@@ -206,8 +212,9 @@ class Draft:
             self.file.write(text.encode())
             self.file.flush()
             os.fsync(self.file.fileno())
-            self.rows, self.bytes = self.rows + rows, self.file.tell()
-            write_text(self.note, json.dumps({"digest": self.digest, "rows": self.rows, "bytes": self.bytes}))
+            rows += self.rows
+            write_text(self.note, json.dumps({"digest": self.digest, "rows": rows, "bytes": self.file.tell()}))
+            self.rows = rows
 
     def finish(self) -> None:
         """Make the draft the file."""
@@ -215,12 +222,17 @@ class Draft:
             os.replace(self.path, self.out)
             remove(self.note)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         self.file.close()
-        if not self.rows:  # nothing to go on from
+        if not self.rows or (isinstance(error, InputError) and error.key != OUT):  # nothing to go on from
             remove(self.path)
-        self.lock.release()
+            remove(self.note)
+        self.unlock()
+
+    def unlock(self) -> None:
+        """Remove the lock while it is held, because later another process might hold it."""
         remove(Path(self.lock.lock_file))
+        self.lock.release()
 
 
 def checked_out(out: Path) -> str | None:
@@ -238,6 +250,23 @@ def checked_out(out: Path) -> str | None:
     return SUFFIXES[out.suffix.lower()]
 
 
+def count_texts(path: Path, text: Sequence[str], layout: Layout, say: Callable[[str], None]) -> int:
+    """Return the number of the texts of a file, which is read as a whole; arguments as for `predict_file`.
+
+    Raises:
+        InputError: see `tables_in`; and for a file without texts.
+    """
+    count, said = 0, time.monotonic()
+    for table in tables_in(path, text, layout):
+        count += len(table)
+        if time.monotonic() - said > SAY_AFTER:
+            said = time.monotonic()
+            say(f"  read {count:,} texts")
+    if not count:
+        raise no_examples([path], FILE)
+    return count
+
+
 def predict_file(
     path: Path,
     out: Path,
@@ -250,8 +279,11 @@ def predict_file(
 ) -> int:
     """Predict the texts of a file, write the predictions, and return their number.
 
+    The whole file is read once before, which takes far less time than its predictions, so that an error in its last line is
+    found before any.
+
     Args:
-        path: the file.
+        path: the file, which exists.
         out: the file to write, which must not be there.
         text: text columns.
         layout: layout of the file.
@@ -264,13 +296,13 @@ def predict_file(
         InputError: see `layout_of`, `tables_in`, `Draft` and `checked_out`.
     """
     delimiter = checked_out(out)
-    check_file(path, FILE)
     layout = layout_of(path, layout, text)
+    count = count_texts(path, text, layout, say)
     whole = {**identity, "text": list(text), "layout": str(layout), "file": file_fingerprint(path), "at_once": AT_ONCE}
     with Draft(out, {**whole, "delimiter": delimiter}) as draft:
         done = draft.rows
         if done:
-            say(f"going on after the {done:,} texts that are done")
+            say(f"going on after the {done:,} of {count:,} texts that are done")
         seen, began, said = 0, time.monotonic(), time.monotonic()
         for table in tables_in(path, text, layout):
             seen += len(table)
@@ -288,8 +320,6 @@ def predict_file(
             draft.add(lines, len(table))
             if time.monotonic() - said > SAY_AFTER:
                 said = time.monotonic()
-                say(f"  {seen:,} texts, {(seen - done) / (said - began):,.0f} a second")
-        if not seen:
-            raise no_examples([path], FILE)
+                say(f"  {seen:,} of {count:,} texts, {(seen - done) / (said - began):,.0f} a second")
         draft.finish()
-    return seen
+    return count

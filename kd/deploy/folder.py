@@ -28,14 +28,12 @@ class Format:
         words: name in tables and cards.
         beside: further files that belong to it.
         exact: whether its logits are torch's up to rounding.
-        extra: extra of the package `kd` that has what writes and runs it; None if nothing is needed.
     """
 
     path: str
     words: str
     beside: tuple[str, ...] = ()
     exact: bool = True
-    extra: str | None = "onnx"
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -44,7 +42,7 @@ class Format:
 
 
 FORMATS: Mapping[str, Format] = {
-    "torch": Format("model.safetensors", "PyTorch, float32", extra=None),
+    "torch": Format("model.safetensors", "PyTorch, float32"),
     "onnx": Format("onnx/model.onnx", "ONNX, float32"),
     "int8": Format("onnx/model_quantized.onnx", "ONNX, int8", exact=False),
     "openvino": Format("openvino/openvino_model.xml", "OpenVINO, float32", beside=("openvino/openvino_model.bin",)),
@@ -86,11 +84,6 @@ class Deployed:
     labels: Sequence[str] | None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    @property
-    def outputs(self) -> int:
-        """Number of outputs of the model."""
-        return 1 if self.labels is None else len(self.labels)
-
     def path(self, format: str) -> Path:
         """Return the path of the file of a format, after a check that it is as it was written.
 
@@ -100,8 +93,8 @@ class Deployed:
         if format not in self.files:
             raise one_of(format, tuple(self.files), "--format")
         recorded = self.files[format].get("files", {})
-        if why := damaged_file(self.folder, recorded, thorough=True):
-            raise InputError(f"'{self.folder}' is not as it was exported: {why.replace('result.json', RECORD)}", KEY)
+        if why := damaged_file(self.folder, recorded, thorough=True, record=RECORD):
+            raise InputError(f"'{self.folder}' is not as it was exported: {why}", KEY)
         return self.folder / FORMATS[format].path
 
 
@@ -150,7 +143,7 @@ def why_none(folder: Path) -> str:
             return (
                 f"'{folder}' is a folder of {framework} ({found[0].name}); name a run of kd, or a folder that kd-export wrote"
             )
-    runs = [parent for parent in (folder.parent, *list(folder.parents)[1:3]) if (parent / "result.json").is_file()]
+    runs = [parent for parent in list(folder.parents)[:3] if (parent / "result.json").is_file()]
     if runs:
         return f"'{folder}' does not say which columns are its text; name the run that it is of: {runs[0]}"
     if (folder / "config.json").is_file():

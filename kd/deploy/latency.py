@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd.errors import InputError, one_of
-from kd.system.command import ended, split_words
+from kd.system.command import ended, one_run
 from kd.system.hardware import configure_openmp, version_line
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def main() -> None:
     """Run the command `kd-latency`: status 2 for an error of the command, 130 on an interrupt."""
     arguments = parser().parse_intermixed_args()
     configure_openmp()
-    with ended("kd-latency"):
+    with ended("kd-latency", "--out", resumes=False):
         latency(arguments)
 
 
@@ -178,20 +178,19 @@ def latency(arguments: argparse.Namespace) -> None:
 
     cores = places.cores()
     settings = settings_of(arguments, cores)
-    directories, overrides = split_words(arguments.words, "kd-latency")
-    if len(directories) > 1:
-        raise InputError(f"name one run, not {len(directories)}: {', '.join(map(str, directories))}", "RUN")
+    directory, overrides = one_run(arguments.words, "kd-latency")
     out = arguments.out.expanduser()
-    if not out.parent.is_dir():
-        raise InputError(f"there is no folder '{out.parent}' for '{out.name}'", "--out")
+    check_out(out)
     load = checked_load(cores)
 
+    from kd.deploy.exporters import scratch
     from kd.deploy.source import student_of
     from kd.system.files import write_text, writing
     from kd.system.hardware import cpu_has_bf16, hardware, versions
 
-    student = student_of(directories[0], arguments.student, overrides)
-    rows, absent = measured(student, settings, cores, out.parent)
+    student = student_of(directory, arguments.student, overrides)
+    with scratch(out) as temporary:
+        rows, absent = measured(student, settings, cores, temporary)
     content = {
         "name": student.deployed.name,
         "task": student.deployed.task,
@@ -212,6 +211,21 @@ def latency(arguments: argparse.Namespace) -> None:
     print(out)
 
 
+def check_out(out: Path) -> None:
+    """Check that a file can be written, before anything is measured.
+
+    Raises:
+        InputError: if its folder is not there or cannot be written to, or it is a folder itself.
+    """
+    from kd.system.files import check_writable
+
+    if not out.parent.is_dir():
+        raise InputError(f"there is no folder '{out.parent}' for '{out.name}'", "--out")
+    if out.is_dir():
+        raise InputError(f"'{out}' is a folder; name a file in it", "--out")
+    check_writable(out.parent, "--out")
+
+
 def measured(student: "Student", settings: Settings, cores: int, folder: Path) -> tuple[list[Row], dict[str, str]]:
     """Return the latencies of a student and of its teachers; and name of a teacher -> why it is not measured.
 
@@ -219,14 +233,13 @@ def measured(student: "Student", settings: Settings, cores: int, folder: Path) -
         student: the student.
         settings: the settings.
         cores: number of cores.
-        folder: folder for files of models, which are removed.
+        folder: folder for files of models.
 
     Raises:
-        InputError: if the machine is busy, a model cannot be exported, or the data cannot be read.
+        InputError: if the machine is busy, a model cannot be exported or read so many tokens, or the data cannot be read.
     """
     import torch
 
-    from kd.deploy.exporters import scratch
     from kd.results.finished import ModelSource, examples_of, teacher_source
 
     sources = {"student": ModelSource(str(student.deployed.folder))}
@@ -240,17 +253,29 @@ def measured(student: "Student", settings: Settings, cores: int, folder: Path) -
     texts = examples_of(student.run).texts["validation"] if None in settings.tokens else None
     before = torch.get_num_threads()
     try:
-        with scratch(folder) as temporary:
-            models = {
-                name: Timed(place, temporary / str(number), settings.runtimes, student.deployed.max_length, texts)
-                for number, (name, place) in enumerate(sources.items())
-            }
-            rows = list(
-                itertools.chain.from_iterable(rows_of(models, threads, settings, cores) for threads in settings.threads)
-            )
+        models = {
+            name: Timed(place, folder / str(number), settings.runtimes, student.deployed.max_length, texts)
+            for number, (name, place) in enumerate(sources.items())
+        }
+        check_tokens(models, settings)
+        for model in models.values():
+            model.export()
+        rows = [row for threads in settings.threads for row in rows_of(models, threads, settings, cores)]
     finally:
         torch.set_num_threads(before)
     return rows, absent
+
+
+def check_tokens(models: "Mapping[str, Timed]", settings: Settings) -> None:
+    """Check that all models read texts of the chosen numbers of tokens.
+
+    Raises:
+        InputError: if one does not.
+    """
+    most = max((tokens for tokens in settings.tokens if tokens is not None), default=0)
+    for name, model in models.items():
+        if most > model.positions:
+            raise InputError(f"--tokens={most}: the {name} reads at most {model.positions} tokens", "--tokens")
 
 
 class Timed:
@@ -273,29 +298,38 @@ class Timed:
         texts: Sequence[tuple[str, ...]] | None,
     ) -> None:
         from kd.data.tokenized import Tokens, encode, rules_of
-        from kd.deploy.check import random_batch
-        from kd.deploy.exporters import write_int8, write_onnx, write_openvino
         from kd.deploy.folder import FORMATS
         from kd.deploy.runtimes import input_names, load_classifier
+        from kd.models import Encoder
         from kd.models.pretrained import load_tokenizer
 
-        self.place, self.runtimes, self.max_length, self.texts = place, runtimes, max_length, texts
+        self.runtimes, self.texts = runtimes, texts
         self.load = lambda: load_classifier(place.source, place.key)
         model = self.load()
-        config: Any = model.config
-        self.config = config
-        self.tokenizer = load_tokenizer(place.source, place.key)
-        self.rules, self.encode = rules_of(self.tokenizer, max_length), encode
-        self.tokens = Tokens(self.tokenizer, [("a",)] if texts is None else texts, max_length)
+        self.config: Any = model.config
+        tokenizer = load_tokenizer(place.source, place.key)
+        self.positions = Encoder(model).positions
+        self.rules, self.encode = rules_of(tokenizer, max_length), encode
+        self.tokens = Tokens(tokenizer, [("a",)] if texts is None else texts, max_length)
         self.names = input_names(str(self.config.model_type), list(self.tokens.pad([0])))
         self.files = {name: folder / Path(FORMATS[name].path).name for name in FORMATS}
         folder.mkdir()
-        example = dict(random_batch(self.names, self.config, 2, 16, seed=7))
-        if {"onnx", "int8"} & set(runtimes):
+
+    def export(self) -> None:
+        """Write the files of its runtimes.
+
+        Raises:
+            InputError: if an exporter refuses the model.
+        """
+        from kd.deploy.check import random_batch
+        from kd.deploy.exporters import write_int8, write_onnx, write_openvino
+
+        model, example = self.load(), dict(random_batch(self.names, self.config, 2, 16, seed=7))
+        if {"onnx", "int8"} & set(self.runtimes):
             write_onnx(model, example, self.files["onnx"])
-        if "int8" in runtimes:
+        if "int8" in self.runtimes:
             write_int8(self.files["onnx"], self.files["int8"])
-        if "openvino" in runtimes:
+        if "openvino" in self.runtimes:
             write_openvino(model, example, self.files["openvino"])
 
     def opened(self, threads: int) -> "dict[str, Runtime]":
@@ -310,12 +344,6 @@ class Timed:
             for name in self.runtimes
         }
 
-    @property
-    def positions(self) -> int:
-        """Largest number of tokens of a text."""
-        taken = 0 if self.config.model_type in ("bert", "distilbert") else int(self.config.pad_token_id) + 1
-        return int(self.config.max_position_embeddings) - taken
-
     def rows(self, number: int, batch: int) -> list[int]:
         """Return the indices of the texts of a round: other ones in each, until all were read."""
         assert self.texts is not None
@@ -327,7 +355,7 @@ class Timed:
 
         if tokens is None:
             return self.tokens.pad(self.rows(number, batch))
-        return random_batch(self.names, self.config, batch, min(tokens, self.positions), seed=number, padded=False)
+        return random_batch(self.names, self.config, batch, tokens, seed=number, padded=False)
 
     def tokenise(self, batch: int, number: int) -> Any:
         """Return the call that makes the tokens of a round from texts."""
@@ -349,10 +377,10 @@ def rows_of(models: Mapping[str, Timed], threads: int, settings: Settings, cores
 
     torch.set_num_threads(threads)
     parallel = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
-    opened = {name: model.opened(threads) for name, model in models.items()}
     found: list[Row] = []
     try:
+        os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+        opened = {name: model.opened(threads) for name, model in models.items()}
         for tokens, batch in itertools.product(settings.tokens, settings.batches):
             candidates: dict[tuple[str, str], Prepare] = {
                 (name, runtime): prepared(models[name], opened[name][runtime], batch, tokens)
@@ -362,19 +390,17 @@ def rows_of(models: Mapping[str, Timed], threads: int, settings: Settings, cores
             if tokens is None:
                 candidates |= {(name, "tokenizer"): partial(model.tokenise, batch) for name, model in models.items()}
             load = checked_load(cores, own=max(settings.threads))
-            keys = list(candidates)
-            seconds = in_turns({str(at): candidates[key] for at, key in enumerate(keys)}, settings.calls, settings.warm_up)
-            for at, (name, runtime) in enumerate(keys):
-                rounds = range(settings.warm_up, settings.warm_up + settings.calls)
+            rounds = range(settings.warm_up, settings.warm_up + settings.calls)
+            for (name, runtime), seconds in in_turns(candidates, settings.calls, settings.warm_up).items():
                 lengths = [models[name].inputs(number, batch, tokens)["input_ids"].shape[1] for number in rounds]
                 length = round(float(np.mean(lengths)), 1)
-                taken = asdict(Latency.of(seconds[str(at)]))
+                taken = asdict(Latency.of(seconds))
                 found.append(Row(name, runtime, threads, batch, length, tokens is None, load=load, **taken))
             shown = "the task's lengths" if tokens is None else f"{tokens} tokens"
             print(f"measured {batch} text(s) of {shown}, {threads} thread(s)", file=sys.stderr, flush=True)
     finally:
         if parallel is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
+            os.environ.pop("TOKENIZERS_PARALLELISM", None)
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = parallel
     return found

@@ -6,11 +6,12 @@ trains is imported.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd.errors import InputError, one_of, prefix_error_keys
+from kd.errors import InputError, one_of, prefix_error_keys, with_keys
 from kd.system.command import ended
 from kd.system.hardware import configure_openmp, version_line
 
@@ -25,21 +26,25 @@ EPILOG = """words:
   RUN                    directory of a finished run, or a folder that kd-export wrote
   FILE                   .csv, .tsv, .jsonl, .parquet or .arrow with the text columns of training; .txt with a text on each line
   task.text=[a,b]        other names of the text columns
-  task.delimiter=pipe    as are task.format, task.columns and task.quoted, as for kd-train task=file
+  task.delimiter=pipe    as are task.format, task.columns, task.quoted, task.pattern and task.encoding, as for
+                         kd-train task=file
 
 examples:
   kd-predict runs/kd-3l-rotten_tomatoes-s0-* reviews.csv
   kd-predict exported/kd-3l-rte-s0-* pairs.jsonl --format int8 --out predictions.jsonl"""
 
-LAYOUT = ("format", "delimiter", "columns", "quoted")
-"""Options of a file, as `task.<option>`."""
+LAYOUT = ("format", "delimiter", "columns", "quoted", "pattern", "encoding")
+"""Options of a file, as `task.<option>`: the attributes of `Layout`, in its order."""
+
+LITERAL = ("delimiter", "pattern", "encoding")
+"""Options whose values are read as they are, perhaps in quotes, not as YAML."""
 
 
 def main() -> None:
     """Run the command `kd-predict`: status 2 for an error of the command, 130 on an interrupt."""
     arguments = parser().parse_intermixed_args()
     configure_openmp()
-    with ended("kd-predict"):
+    with ended("kd-predict", "--out"):
         predict(arguments)
 
 
@@ -55,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         "--format", metavar="NAME", help="torch, onnx, int8 or openvino (default: torch if it is there, else onnx)"
     )
     found.add_argument(
-        "--out", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl to write (default: <name of FILE>.predictions.csv)"
+        "--out", type=Path, metavar="FILE", help=".csv, .tsv or .jsonl to write (default: <name>.predictions.csv beside FILE)"
     )
     found.add_argument("--version", action="version", version=version_line())
     return found
@@ -80,14 +85,24 @@ def overrides_of(words: Sequence[str]) -> "tuple[list[str] | None, Layout]":
         if not equals or option == name or option not in ("text", *LAYOUT):
             raise one_of(word, tuple(f"task.{option}=..." for option in ("text", *LAYOUT)), "FILE")
         try:
-            values[option] = value if option == "delimiter" else yaml.safe_load(value)
+            values[option] = unquoted(value) if option in LITERAL else yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise InputError(f"{word} is not YAML: {one_line(error)}", name) from error
-    text, columns = as_names(values.get("text")), as_names(values.get("columns"))
     if values.get("quoted") is not None:
         switch(values["quoted"], "task.quoted")
-    text, columns = ([one] if isinstance(one, str) else one for one in (text, columns))
-    return text, Layout(values.get("format"), values.get("delimiter"), columns, values.get("quoted"))
+    for option in ("text", "columns"):
+        names = as_names(values.get(option))
+        values[option] = [names] if isinstance(names, str) else names
+    return values.pop("text"), Layout(**values)
+
+
+def unquoted(value: str) -> str:
+    """Return a value without the quotes around it, which Hydra needs around some and takes off.
+
+    >>> unquoted('"(?P<text>.+)"'), unquoted(";"), unquoted('"')
+    ('(?P<text>.+)', ';', '"')
+    """
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
 
 
 def predict(arguments: argparse.Namespace) -> None:
@@ -98,10 +113,13 @@ def predict(arguments: argparse.Namespace) -> None:
     """
     text, layout = overrides_of(arguments.words)
 
-    from kd.deploy.files import checked_out
+    from kd.data.readers import check_file
+    from kd.deploy.files import FILE, checked_out
     from kd.deploy.folder import is_exported, read_folder
 
-    out = (arguments.out or Path(f"{arguments.file.stem}.predictions.csv")).expanduser()
+    path = arguments.file.expanduser()
+    check_file(path, FILE)
+    out = (arguments.out or path.with_name(f"{path.stem}.predictions.csv")).expanduser()
     checked_out(out)
     folder = arguments.run.expanduser()
     if is_exported(folder) and arguments.student is None:
@@ -114,7 +132,7 @@ def predict(arguments: argparse.Namespace) -> None:
         columns = "two columns" if len(deployed.text) == 2 else "one column"
         raise InputError(f"task.text={text}: the texts of '{deployed.task}' are in {columns}", "task.text")
     format = arguments.format or next((name for name in ("torch", "onnx") if name in deployed.files), None)
-    count = predict_with(deployed, format or next(iter(deployed.files)), arguments.file.expanduser(), out, text, layout)
+    count = predict_with(deployed, format or next(iter(deployed.files)), path, out, text, layout)
     say(f"{count:,} texts")
     print(out)
 
@@ -135,7 +153,7 @@ def predict_with(deployed: "Deployed", format: str, path: Path, out: Path, text:
     """
     from kd.data.tokenized import Tokens, in_order, tokenizer_fingerprint
     from kd.deploy.files import predict_file
-    from kd.deploy.folder import KEY
+    from kd.deploy.folder import FORMATS, KEY
     from kd.deploy.runtimes import open_student
     from kd.models.pretrained import load_tokenizer
     from kd.system.distributed import device
@@ -144,7 +162,7 @@ def predict_with(deployed: "Deployed", format: str, path: Path, out: Path, text:
     runtime = open_student(deployed, format, device("auto"))
     tokenizer = load_tokenizer(str(deployed.folder), KEY)
     identity = {
-        "model": file_fingerprint(deployed.path(format)),
+        "model": [file_fingerprint(deployed.folder / name) for name in ("config.json", *FORMATS[format].paths)],
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "max_length": deployed.max_length,
         "labels": None if deployed.labels is None else list(deployed.labels),
@@ -154,8 +172,27 @@ def predict_with(deployed: "Deployed", format: str, path: Path, out: Path, text:
     def logits(table: Any) -> Any:
         return in_order(Tokens(tokenizer, table.texts, deployed.max_length), runtime.logits)
 
-    with prefix_error_keys("task", ["text", *LAYOUT]):
+    with options_named():
         return predict_file(path, out, text or deployed.text, layout, deployed.labels, logits, identity, say)
+
+
+@contextmanager
+def options_named() -> Iterator[None]:
+    """Put `task.` before the options that errors name, also in errors about FILE.
+
+    Raises:
+        InputError: in place of one that names an option.
+    """
+    from kd.deploy.files import FILE
+
+    names = ("text", *LAYOUT)
+    try:
+        with prefix_error_keys("task", names):
+            yield
+    except InputError as error:
+        if error.key != FILE:
+            raise
+        raise InputError(with_keys(error.message, "task", names), FILE) from error
 
 
 def say(words: str) -> None:

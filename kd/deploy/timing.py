@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +15,8 @@ Call = Callable[[], object]
 
 Prepare = Callable[[int], Call]
 """Function from the number of a round to its call; what it does itself is not timed."""
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def order_of(number: int, count: int) -> list[int]:
     return turned[::-1] if number // count % 2 else turned
 
 
-def in_turns(candidates: Mapping[str, Prepare], calls: int, warm_up: int) -> dict[str, list[float]]:
+def in_turns(candidates: Mapping[Name, Prepare], calls: int, warm_up: int) -> dict[Name, list[float]]:
     """Return the seconds of calls of each candidate, which take turns in the order of `order_of`.
 
     Load of the machine that comes and goes affects all candidates alike.
@@ -64,7 +67,7 @@ def in_turns(candidates: Mapping[str, Prepare], calls: int, warm_up: int) -> dic
         warm_up: number of rounds before that.
     """
     names = list(candidates)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[Name, list[float]] = {name: [] for name in names}
     for number in range(warm_up + calls):
         for at in order_of(number, len(names)):
             call = candidates[names[at]](number)

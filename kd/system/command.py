@@ -13,11 +13,13 @@ INTERRUPTED = 130
 
 
 @contextmanager
-def ended(name: str) -> Iterator[None]:
+def ended(name: str, out: str = "paths.runs", *, resumes: bool = True) -> Iterator[None]:
     """End the process with a message for an error that the user can correct, a full disk, or an interrupt.
 
     Args:
         name: name of the command.
+        out: key or option that says where it writes.
+        resumes: whether the same command goes on where it was interrupted.
 
     Raises:
         SystemExit: with status 2 for such an error and a full disk, 130 for an interrupt, 1 if nobody reads the output.
@@ -28,7 +30,7 @@ def ended(name: str) -> Iterator[None]:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; the same command goes on where it was", file=sys.stderr)
+        print(f"\n{name}: interrupted{'; the same command goes on where it was' if resumes else ''}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -36,7 +38,7 @@ def ended(name: str) -> Iterator[None]:
     except OSError as error:
         if not disk_is_full(error):
             raise
-        print(f"{name}: {DISK_FULL}\n  change: paths.runs", file=sys.stderr)
+        print(f"{name}: {DISK_FULL}\n  change: {out}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -58,3 +60,17 @@ def split_words(words: Sequence[str], command: str) -> tuple[list[Path], list[st
     if not runs:
         raise InputError(f"name the directory of a finished run: {command} runs/<run>", "RUN")
     return runs, overrides
+
+
+def one_run(words: Sequence[str], command: str) -> tuple[Path, list[str]]:
+    """Return the directory of the one run among the words of a command, and the overrides.
+
+    Arguments and errors as for `split_words`.
+
+    Raises:
+        InputError: for several runs.
+    """
+    runs, overrides = split_words(words, command)
+    if len(runs) > 1:
+        raise InputError(f"name one run, not {len(runs)}: {', '.join(map(str, runs))}", "RUN")
+    return runs[0], overrides

@@ -48,23 +48,24 @@ def recorded_files(directory: Path, paths: Iterable[Path]) -> dict[str, dict[str
     }
 
 
-def damaged_file(directory: Path, files: object, *, thorough: bool) -> str | None:
+def damaged_file(directory: Path, files: object, *, thorough: bool, record: str = "result.json") -> str | None:
     """Return a description of the first recorded file that is missing or has changed; None if all are intact.
 
     Args:
         directory: directory of the run.
         files: records as returned by `recorded_files`; entries that a record lacks are not compared.
         thorough: whether to compare digests as well as sizes.
+        record: name of the file that holds the records, for the description.
     """
-    if not isinstance(files, Mapping) or not all(isinstance(record, Mapping) for record in files.values()):
-        return "result.json does not list its exported files"
-    for name, record in files.items():
+    if not isinstance(files, Mapping) or not all(isinstance(recorded, Mapping) for recorded in files.values()):
+        return f"{record} does not list its exported files"
+    for name, recorded in files.items():
         path = directory / name
         try:
-            if path.stat().st_size != record.get("bytes", path.stat().st_size) or not path.is_file():
-                return f"{name} has another size than recorded in result.json"
-            if thorough and "digest" in record and file_fingerprint(path) != record["digest"]:
-                return f"{name} is damaged: its digest is not the one in result.json"
+            if path.stat().st_size != recorded.get("bytes", path.stat().st_size) or not path.is_file():
+                return f"{name} has another size than recorded in {record}"
+            if thorough and "digest" in recorded and file_fingerprint(path) != recorded["digest"]:
+                return f"{name} is damaged: its digest is not the one in {record}"
         except (OSError, ValueError):
             return f"{name} is missing"
     return None

@@ -1,8 +1,10 @@
 """kd-export on whole runs: the folder, its figures, the gate, students that are not plain, and what is refused."""
 
 import csv
+import errno
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,13 +131,23 @@ def test_a_missed_gate_ends_with_1_and_keeps_the_file_aside(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student"], "an export that passes removes what was aside"
 
 
-def test_without_a_file_that_passes_no_folder_is_written(
-    finished: Run, tmp_path: Path, ends: Ends, monkeypatch: pytest.MonkeyPatch
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_without_a_file_that_passes_no_folder_is_written_and_an_earlier_one_stays(
+    finished: Run, exported: Path, tmp_path: Path, ends: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporters, "write_int8", of_another_model)
-    ended = ends(kd.deploy.export, finished.directory, "--out", tmp_path / "student", "--formats", "int8")
-    assert ended.status == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["student.rejected"]
+    out = tmp_path / "student"
+    for earlier in (False, True):
+        if earlier:
+            shutil.copytree(exported, out)
+        ended = ends(kd.deploy.export, finished.directory, "--out", out, "--formats", "int8")
+        assert ended.status == 1
+        assert str(out) not in ended.output.splitlines(), "a folder is named that was not written"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["student"] * earlier + ["student.rejected"]
+    assert content(out) == content(exported)
 
 
 def test_a_wrong_mask_misses_the_gate_although_the_metric_is_kept(
@@ -150,6 +162,7 @@ def test_a_wrong_mask_misses_the_gate_although_the_metric_is_kept(
     ended = ends(kd.deploy.export, finished.directory, "--out", tmp_path / "student", "--formats", "torch,onnx")
     assert ended.status == 1
     assert "logits differ from torch's by 0.01" in ended.output
+    assert list(read_folder(tmp_path / "student").files) == ["torch"], "the others are written"
 
 
 def write_pairs(path: Path, count: int, seed: int) -> None:
@@ -278,6 +291,7 @@ def test_folders_of_something_else_are_named(tmp_path: Path, finished: Run, expo
         (["--exporter", "optimum"], "'optimum' is not one of torchscript, dynamo"),
         (["task.limit_validation=3"], "kd-export takes paths.glue=<folder> alone"),
         (["other"], "name one run, not 2"),
+        (["--out", "."], "'.' must be a folder with a name"),
     ],
 )
 def test_options_that_there_are_not(words: list[str], message: str, finished: Run, tmp_path: Path, ends: Ends) -> None:
@@ -299,11 +313,29 @@ def test_a_refused_operator_leaves_nothing_and_an_earlier_export_as_it_was(
         return torch.linalg.eigvalsh(forward(self, *inputs)[:, :1, None])
 
     monkeypatch.setattr(exporters.Logits, "forward", refused)
-    ended = ends(kd.deploy.export, finished.directory, "--out", out)
-    assert ended.status == 2
-    assert "torch.onnx (torchscript) does not export this model" in ended.errors
+    (tmp_path / "x.part").write_text("of the user")
+    for target in (out, tmp_path / "new" / "folder" / "x"):
+        ended = ends(kd.deploy.export, finished.directory, "--out", target)
+        assert ended.status == 2
+        assert "torch.onnx (torchscript) does not export this model" in ended.errors
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.part"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_full_disk_and_an_interrupt_leave_nothing(
+    error: BaseException, finished: Run, tmp_path: Path, ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(exporters, "write_onnx", stopped)
+    ended = ends(kd.deploy.export, finished.directory, "--out", tmp_path / "x")
+    if isinstance(error, OSError):
+        assert (ended.status, "the disk is full" in ended.errors, "change: --out" in ended.errors) == (2, True, True)
+    else:
+        assert (ended.status, ended.errors.splitlines()[-1]) == (130, "kd-export: interrupted")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_of_something_else_is_not_replaced(finished: Run, tmp_path: Path, ends: Ends) -> None:
@@ -313,6 +345,9 @@ def test_a_folder_of_something_else_is_not_replaced(finished: Run, tmp_path: Pat
     assert ended.status == 2
     assert "no folder that kd-export wrote: it is not replaced" in ended.errors
     assert (tmp_path / "x" / "mine.txt").read_text() == "mine"
+    (tmp_path / "y.rejected").symlink_to(tmp_path / "x")
+    ended = ends(kd.deploy.export, finished.directory, "--out", tmp_path / "y")
+    assert "none of kd-export's: it is not replaced" in ended.errors
 
 
 def test_other_data_than_the_runs_are_refused(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from conftest import tiny_model
 from kd.deploy import exporters
-from kd.deploy.check import ROUNDING, SHAPES, Check, Shape, random_batch, shapes_of
+from kd.deploy.check import ROUNDING, SHAPES, Check, Shape, drop_of, random_batch, shapes_of
 from kd.deploy.exporters import Logits, write_int8, write_onnx, write_openvino
 from kd.deploy.runtimes import OnnxRuntime, OpenVinoRuntime, TorchRuntime, input_names
 from kd.errors import InputError
@@ -157,6 +157,15 @@ def test_the_gate_refuses_a_drop_a_difference_and_an_undefined_metric() -> None:
     (drop,) = check(0.89, 1.0, 1e-6).failures(exact=True, max_drop=0.5)
     assert "drops by 1.00 points, more than --max-drop 0.5" in drop
     (rounding,) = check(0.9, 0.0, 1e-6, 3 * ROUNDING).failures(exact=True, max_drop=0.5)
-    assert "differ from torch's by 0.0003 for 1 texts of 8 tokens" in rounding
+    assert "differ from torch's by 0.0003 for 1 text(s) of 8 tokens" in rounding
     assert len(check(0.9, 0.0, float("nan")).failures(exact=False, max_drop=0.5)) == 1
     assert len(check(None, None, 0.1).failures(exact=False, max_drop=0.5)) == 1
+
+
+def test_a_drop_is_positive_where_a_file_is_worse_for_scores_and_for_errors() -> None:
+    assert drop_of("accuracy", 0.75, 0.8) == pytest.approx(5)
+    assert drop_of("matthews_corrcoef", 0.6, 0.5) == pytest.approx(-10)
+    assert drop_of("mse", 3.0, 2.0) == pytest.approx(50)
+    assert drop_of("mse", 1.5, 2.0) == pytest.approx(-25)
+    assert (drop_of("mse", 0.0, 0.0), drop_of("mse", 0.1, 0.0)) == (0.0, float("inf"))
+    assert drop_of("f1", None, 0.5) is drop_of("f1", 0.5, None) is None

@@ -1,11 +1,13 @@
 """kd-latency: turns, percentiles, the load of the machine, and the rows of a run. No test depends on a speed."""
 
+import csv
 import itertools
 import json
 import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 
 import kd.deploy.latency
 from kd.deploy import timing
+from kd.deploy.latency import Timed, prepared
 from kd.deploy.timing import Latency, checked_load, in_turns, order_of
 from kd.errors import InputError
 from kd.runs.run import Run
@@ -58,6 +61,24 @@ def test_calls_are_timed_without_their_preparation_and_the_warm_up(monkeypatch: 
     assert in_turns({"a": prepare}, calls=3, warm_up=2)["a"] == [2, 3, 4]
 
 
+def test_inputs_and_texts_are_made_before_the_call() -> None:
+    done: list[str] = []
+
+    def inputs(number: int, batch: int, tokens: int | None) -> str:
+        done.append(f"inputs {number}")
+        return f"{batch} texts"
+
+    model: Any = SimpleNamespace(inputs=inputs, texts=[("a",), ("b",)], rules=None)
+    model.rows = lambda number, batch: [done.append(f"rows {number}") or number % 2] * batch
+    model.encode = lambda rules, texts: done.append(f"encodes {texts}")
+    runtime: Any = SimpleNamespace(logits=lambda given: done.append(f"computes {given}"))
+    calls = [prepared(model, runtime, 2, None)(0), Timed.tokenise(model, 2, 1)]
+    assert done == ["inputs 0", "rows 1"]
+    for call in calls:
+        call()
+    assert done[2:] == ["computes 2 texts", "encodes [('b',), ('b',)]"]
+
+
 def test_percentiles_are_numpys_in_milliseconds() -> None:
     seconds = np.random.default_rng(0).gamma(2, size=200).tolist()
     found = Latency.of(seconds)
@@ -78,7 +99,9 @@ def test_a_load_above_the_cores_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
                 checked_load(cores, own)
 
 
-def test_rows_of_student_and_teacher_stand_side_by_side(finished: Run, tmp_path: Path, ends: Ends, idle: None) -> None:
+def test_rows_of_student_and_teacher_stand_side_by_side(
+    finished: Run, reviews: Path, tmp_path: Path, ends: Ends, idle: None
+) -> None:
     out = tmp_path / "latency.json"
     words = ["--threads", "1", "--batch", "1,3", "--tokens", "own,8", "--calls", "3", "--warm-up", "1"]
     ended = ends(kd.deploy.latency, finished.directory, "--out", out, *words)
@@ -97,6 +120,9 @@ def test_rows_of_student_and_teacher_stand_side_by_side(finished: Run, tmp_path:
     assert all(0 < row["median"] <= row["p95"] <= row["p99"] for row in rows)
     assert {row["calls"] for row in rows} == {3}
     assert {row["tokens"] for row in rows if not row["own"]} == {8}
+    with (reviews / "validation.csv").open() as file:  # the first round warms up
+        lengths = [len(row["text"].split()) + 2 for row in csv.DictReader(file)][1:4]
+    assert {row["tokens"] for row in rows if row["own"] and row["batch"] == 1} == {round(sum(lengths) / 3, 1)}
     assert {row["load"] for row in rows} == {found["load"]["before"]} == {0.25}
     assert "ONNX, int8" in ended.output
     assert "teacher minilm" in ended.output
@@ -111,6 +137,19 @@ def test_a_busy_machine_is_refused_before_anything_is_read(tmp_path: Path, ends:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_machine_that_becomes_busy_is_refused_and_nothing_is_left(
+    finished: Run, tmp_path: Path, ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = itertools.chain([0.25, 0.25], itertools.repeat(1e4))
+    monkeypatch.setattr(os, "getloadavg", lambda: (next(loads), 0.0, 0.0))
+    words = ["--threads", "1", "--batch", "1,3", "--tokens", "8", "--calls", "2", "--warm-up", "0", "--formats", "torch"]
+    ended = ends(kd.deploy.latency, finished.directory, "--out", tmp_path / "x.json", *words)
+    assert ended.status == 2
+    assert "measured 1 text(s) of 8 tokens" in ended.errors
+    assert "the load of this machine is 10000.0" in ended.errors
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -121,6 +160,8 @@ def test_a_busy_machine_is_refused_before_anything_is_read(tmp_path: Path, ends:
         (["--tokens", "1"], "--tokens=1 must be a whole number, at least 4"),
         (["--calls", "1"], "--calls=1 must be a whole number, at least 2"),
         (["--out", "no/x.json"], "there is no folder 'no'"),
+        (["--out", "."], "'.' is a folder; name a file in it"),
+        (["--tokens", "32,65"], "--tokens=65: the student reads at most 64 tokens"),
         (["more"], "name one run, not 2"),
     ],
 )

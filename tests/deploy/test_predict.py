@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -62,11 +63,13 @@ def test_a_run_predicts_as_its_exported_folder_does(
     finished: Run, exported: Path, reviews: Path, tmp_path: Path, ends: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    ended = ends(kd.deploy.predict, finished.directory, reviews / "test.csv")
+    Path("data").mkdir()
+    shutil.copy(reviews / "test.csv", "data")
+    ended = ends(kd.deploy.predict, finished.directory, "data/test.csv")
     assert ended.status == 0, ended.errors
-    assert ended.output.strip() == "test.predictions.csv"
-    ends(kd.deploy.predict, exported, reviews / "test.csv", "--out", "other.csv")
-    assert Path("other.csv").read_bytes() == Path("test.predictions.csv").read_bytes()
+    assert ended.output.strip() == "data/test.predictions.csv", "it is not beside the file"
+    ends(kd.deploy.predict, exported, "data/test.csv", "--out", "other.csv")
+    assert Path("other.csv").read_bytes() == Path("data/test.predictions.csv").read_bytes()
 
 
 def write(path: Path, texts: list[str], kind: str) -> Path:
@@ -116,6 +119,24 @@ def test_words_describe_the_file_as_in_training(exported: Path, texts: list[str]
     assert "the texts of 'file' are in one column" in ended.errors
 
 
+def test_other_encodings_and_lines_with_a_form_are_read_as_in_training(exported: Path, tmp_path: Path, ends: Ends) -> None:
+    (tmp_path / "a.txt").write_bytes("a fine film\nthe café is bad\n".encode("latin-1"))
+    ended = ends(kd.deploy.predict, exported, tmp_path / "a.txt", "--out", tmp_path / "out.csv")
+    assert "line 2: not UTF-8 text; task.encoding=latin-1" in ended.errors
+    words = ["task.encoding=latin-1", "--out", tmp_path / "out.csv"]
+    ended = ends(kd.deploy.predict, exported, tmp_path / "a.txt", *words)
+    assert ended.status == 0, ended.errors
+    labels = [(row["line"], row["label"]) for row in table(tmp_path / "out.csv")]
+    (tmp_path / "b.dat").write_bytes("LOC:city a fine film\nNUM:count the café is bad\n".encode("latin-1"))
+    pattern = r'task.pattern="(?P<label>\w+):\S+ (?P<text>.+)"'
+    ended = ends(kd.deploy.predict, exported, tmp_path / "b.dat", "task.encoding=latin-1", pattern)
+    assert ended.status == 0, ended.errors
+    assert [(row["line"], row["label"]) for row in table(tmp_path / "b.predictions.csv")] == labels
+    (tmp_path / "c.dat").write_text("LOC:city a fine film\n\nNUM:count bad\n")
+    ended = ends(kd.deploy.predict, exported, tmp_path / "c.dat", pattern)
+    assert "line 2: the text is missing" in ended.errors
+
+
 # Files in pieces
 
 
@@ -154,7 +175,27 @@ def test_a_file_is_read_in_pieces_as_it_is_predicted(
         return shares_of(rows)
 
     assert predicted(write(tmp_path / "a.csv", texts, "csv"), tmp_path / "out.csv", predict) == len(texts) == 32
-    assert sizes == [(5, 5), (5, 10), (5, 15), (5, 20), (5, 25), (5, 30), (2, 32)]
+    # once as a whole before, then piece by piece
+    assert sizes == [(5, 37), (5, 42), (5, 47), (5, 52), (5, 57), (5, 62), (2, 64)]
+
+
+def test_an_error_in_the_last_line_is_found_before_anything_is_predicted(texts: list[str], tmp_path: Path, pieces: int) -> None:
+    def never(rows: Table) -> np.ndarray:
+        raise AssertionError("predicted")
+
+    with pytest.raises(InputError, match="line 34: 'text' is blank"):
+        predicted(write(tmp_path / "a.csv", [*texts, " "], "csv"), tmp_path / "out.csv", never)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_progress_says_how_many_texts_there_are(
+    texts: list[str], tmp_path: Path, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(files, "SAY_AFTER", -1.0)
+    file = write(tmp_path / "a.csv", texts, "csv")
+    predict_file(file, tmp_path / "out.csv", ["text"], Layout(), ["no", "yes"], shares_of, {}, said.append)
+    assert [line.split(",")[0].strip() for line in said][6:9] == ["read 32 texts", "5 of 32 texts", "10 of 32 texts"]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
@@ -200,7 +241,46 @@ def test_a_draft_of_another_model_or_file_is_not_gone_on_with(texts: list[str], 
     with pytest.raises(InputError, match="begun with another model, file or option"):
         predicted(file, out, model="a")
     write(file, texts, "csv")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "out.csv.part", "out.csv.part.json"]
+    draft, note = Path(f"{out}.part"), Path(f"{out}.part.json")
+    kept, noted = draft.read_bytes(), note.read_text()
+    draft.write_bytes(kept[:-1])
+    with pytest.raises(InputError, match="is shorter than it was: remove it"):
+        predicted(file, out, model="a")
+    draft.write_bytes(kept)
+    note.write_text("{}")
+    with pytest.raises(InputError, match="is damaged: remove it"):
+        predicted(file, out, model="a")
+    note.write_text(noted)
     assert predicted(file, out, model="a") == 32
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "out.csv"]
+
+
+def test_a_note_without_its_draft_is_no_draft(texts: list[str], tmp_path: Path, pieces: int) -> None:
+    out = tmp_path / "out.csv"
+    Path(f"{out}.part.json").write_text(json.dumps({"digest": "of another", "rows": 5, "bytes": 99}))
+    assert predicted(write(tmp_path / "a.csv", texts, "csv"), out) == 32
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "out.csv"]
+
+
+@pytest.mark.parametrize("format", ["torch", "openvino"])
+def test_a_draft_of_other_weights_is_not_gone_on_with(
+    format: str, exported: Path, reviews: Path, tmp_path: Path, ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identities: list[Any] = []
+    monkeypatch.setattr(files, "predict_file", lambda *given: identities.append(given[6]) or 0)
+    copy = tmp_path / "copy"
+    shutil.copytree(exported, copy)
+    record = json.loads((copy / "deployment.json").read_text())
+    for changed in (None, "config.json", FORMATS[format].paths[-1]):
+        if changed is not None:
+            content = (copy / changed).read_bytes()
+            (copy / changed).write_bytes(content + b"\n" if changed == "config.json" else content[:-1] + b"\1")
+        record["files"][format]["files"] = {}  # as if it had been exported so
+        (copy / "deployment.json").write_text(json.dumps(record))
+        ended = ends(kd.deploy.predict, copy, reviews / "test.csv", "--format", format, "--out", tmp_path / "x.csv")
+        assert ended.status == 0, ended.errors
+    assert identities[0] != identities[1] != identities[2] != identities[0]
 
 
 def test_two_commands_do_not_write_the_same_file(texts: list[str], tmp_path: Path, pieces: int) -> None:
@@ -231,7 +311,8 @@ CASES = {
     "no rows": ("csv", "text,id\n", "has no examples"),
     "an empty file": ("csv", "", "is empty"),
     "a table as lines": ("txt", "id\ttext\n1\ta fine film\n", "begins with names of columns: task.format=tsv"),
-    "an unknown suffix": ("dat", "text\n", "is not a .csv, .tsv, .jsonl, .parquet or .arrow file"),
+    "an unknown suffix": ("dat", "text\n", "is not a .csv, .tsv, .jsonl, .parquet or .arrow file; set task.format=csv|"),
+    "an open quote": ("csv", 'text\n"a fine film\n', "line 2: a quote is opened and never closed; task.quoted=false"),
 }
 
 
@@ -260,6 +341,8 @@ def test_a_blank_line_at_the_end_is_no_text(exported: Path, tmp_path: Path, ends
         (["--out", "there.csv"], "'there.csv' is there already"),
         (["--out", "no/out.csv"], "there is no folder 'no'"),
         (["--student", "a"], "is an exported folder; name the run"),
+        (["task.text=[a"], "task.text=[a is not YAML"),
+        (["task.quoted=7"], "'7' is not one of true, false"),
     ],
 )
 def test_options_that_there_are_not(
@@ -292,9 +375,13 @@ def test_folders_that_cannot_be_run_are_named(finished: Run, exported: Path, rev
         assert (ended.status, message in ended.errors) == (2, True), ended.errors
 
 
-def test_a_changed_file_of_an_exported_folder_is_refused(exported: Path, reviews: Path, tmp_path: Path, ends: Ends) -> None:
-    import shutil
+def test_a_file_that_is_not_there_is_named_before_the_model_is_read(tmp_path: Path, ends: Ends) -> None:
+    for file, message in {"no/a.csv": "does not exist", ".": "is a folder, not a file"}.items():
+        ended = ends(kd.deploy.predict, tmp_path, tmp_path / file)
+        assert (ended.status, message in ended.errors, "change: FILE" in ended.errors) == (2, True, True), ended.errors
 
+
+def test_a_changed_file_of_an_exported_folder_is_refused(exported: Path, reviews: Path, tmp_path: Path, ends: Ends) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(exported, copy)
     file = copy / "onnx" / "model.onnx"
@@ -307,11 +394,12 @@ def test_a_changed_file_of_an_exported_folder_is_refused(exported: Path, reviews
 def test_outputs_that_are_not_finite_are_refused(texts: list[str], tmp_path: Path, pieces: int) -> None:
     def broken(rows: Table) -> np.ndarray:
         logits = shares_of(rows)
-        logits[np.array(rows.numbers) == 4] = np.nan
+        logits[np.array(rows.numbers) == 12] = np.nan
         return logits
 
-    with pytest.raises(InputError, match="line 4: the model's outputs are not finite"):
+    with pytest.raises(InputError, match="line 12: the model's outputs are not finite"):
         predicted(write(tmp_path / "a.csv", texts, "csv"), tmp_path / "out.csv", broken)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"], "something is half written"
 
 
 TRAINING = (
