@@ -544,6 +544,8 @@ def test_the_trainer_counts_optimiser_steps_and_finishes_each_batch(tmp_path: Pa
     assert method.after == [step for step, _, _ in method.seen]
     saved = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
     assert saved["method.count"] == 6, "a checkpoint has what follows from its last batch"
+    kd.DistillationTrainer(distillation, arguments(tmp_path, max_steps=1), train_dataset=rows()).train()
+    assert len(method.after) == 9, "also the last batch, without a checkpoint"
 
 
 def test_the_trainer_resumes_with_what_the_method_trains(tmp_path: Path) -> None:
