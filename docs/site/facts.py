@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,7 +32,7 @@ from kd.config.compose import compose, conf_folder, typed
 from kd.config.schema import RunSpec
 from kd.data.batch import Batch
 from kd.data.tasks import Classification, Regression, Task
-from kd.engines.base import Engine
+from kd.engines.distiller import Distiller
 from kd.engines.models import Models
 from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError
@@ -305,9 +305,10 @@ class Products(TorchDispatchMode):
 def operations(call: Callable[[], object]) -> int:
     """Return the operations of a call. Attention is two products and a softmax: fused kernels compute scores twice."""
     autocast: Any = torch.autocast
+    counter = Products()
     with (
         patch.object(torch, "autocast", lambda _, **more: autocast("cpu", **more)),  # the meta device has none, and it is off
-        Products() as counter,
+        counter,
         sdpa_kernel(SDPBackend.MATH),
     ):
         call()
@@ -319,13 +320,14 @@ def operations_of_step(spec: RunSpec) -> tuple[int, int]:
     sgd = OptimizerFactory(torch.optim.SGD, lr=0.1, weight_decay=0.0, schedule="constant", warmup=0.0)
     with torch.device("meta"):
         models = models_of(spec)
-        engine: Engine = instantiate(dict(spec.engine), _partial_=True)(models=models, task=task_of(), optimizer=sgd)
-        batch, optimizer = batch_of(models), engine.train().optimizer()
+        engine: Distiller = instantiate(dict(spec.engine), _partial_=True)(models=models, task=task_of(), optimizer=sgd)
+        engine.train()
+        batch, optimizer = batch_of(models), engine.optimizer()
         step = operations(lambda: engine.update(batch, optimizer, Progress(0, 100)))
         needs, passes = needs_of_teachers(models.methods.values(), len(models.teachers)), 0
         for teacher, own in zip(models.teachers, needs, strict=True):
             if used := teacher.batches_used:
-                passes += used * operations(lambda one=teacher, own=own: one.run(batch.student, own))
+                passes += used * operations(partial(teacher.run, batch.student, own))
     return step, passes
 
 

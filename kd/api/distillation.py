@@ -309,7 +309,8 @@ def weights_of(method: Method) -> Mapping[str, Any]:
     kind = type(method)
     path = conf_folder() / "method" / f"{kind.__module__.rpartition('.')[2]}.yaml"
     content: Any = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
-    for node in (content, content.get("before") or {}):
+    nodes: list[Any] = [content, content.get("before") or {}]
+    for node in nodes:
         if node.get("_target_") == f"{kind.__module__}.{kind.__qualname__}" and set(node.weights) == set(method.names):
             weights: Mapping[str, Any] = OmegaConf.to_container(node.weights)  # type: ignore[assignment]
             return weights
