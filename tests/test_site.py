@@ -102,6 +102,10 @@ def test_a_dead_link_and_a_method_without_a_paper_fail_the_build(tmp_path: Path)
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, tmp_path / name)
+    site_facts.all_facts()
+    (tmp_path / "build").mkdir()
+    for path in site_facts.CACHE.glob("facts-*.json"):  # those of the same sources, so that they are not made again
+        shutil.copy(path, tmp_path / "build" / path.name)
     bib = tmp_path / "kd" / "methods" / "papers.bib"
     text = bib.read_text()
     bib.write_text(text.replace("{pkd}", "{kd}"))
@@ -147,6 +151,41 @@ def test_refusals_are_those_of_the_command(name: str) -> None:
     except InputError as error:
         found = " ".join(error.message.split())
     assert found == refusals["cohort=mutual"]
+
+
+def forward_by_hand(layers: int, width: int, heads: int) -> int:
+    """Operations of a forward pass of a BERT, two for each product of numbers: its linear layers and its attention.
+
+    A block has four maps of the width and two to and from four times the width; scores and contexts are the products of each
+    token with each. The pooler and two classes read the first token.
+    """
+    rows = site_facts.EXAMPLES * site_facts.TOKENS
+    block = 2 * rows * (4 + 2 * 4) * width**2 + 2 * 2 * rows * site_facts.TOKENS * width
+    return layers * block + 2 * site_facts.EXAMPLES * (width**2 + 2 * width)
+
+
+def test_counted_products_are_those_of_the_formula() -> None:
+    """A backward pass has two products for each one of the forward pass; a teacher has none."""
+    student, teacher = forward_by_hand(**site_facts.STUDENT), forward_by_hand(**site_facts.TEACHER)
+    assert site_facts.products("finetune", site_facts.stages("finetune")) == [[3 * student]]
+    assert site_facts.products("kd", site_facts.stages("kd")) == [[3 * student, 3 * student + teacher]]
+    assert site_facts.products("dml", site_facts.stages("dml")) == [[2 * 3 * student]]
+
+
+@pytest.mark.parametrize("name", sorted(site_facts.VALUES))
+def test_methods_without_a_count_read_values(name: str) -> None:
+    with pytest.raises((RuntimeError, NotImplementedError, ValueError), match=r"(?i)meta|medians"):
+        _ = [site_facts.operations_of_step(spec) for spec in site_facts.stages(name)]
+    assert site_facts.products(name, []) == []
+
+
+def test_every_other_method_has_a_count() -> None:
+    found = {name: [len(counts) for counts in one.products] for name, one in site_facts.all_facts().items()}
+    assert {name for name, counts in found.items() if not counts} == set(site_facts.VALUES)
+    for name, one in site_facts.all_facts().items():
+        if name not in site_facts.VALUES:
+            assert len(one.products) == one.runs, name
+            assert one.teachers != "none" or found[name] == [1] * one.runs, name
 
 
 def test_index_lists_each_method_where_its_facts_say(monkeypatch: pytest.MonkeyPatch) -> None:

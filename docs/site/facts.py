@@ -8,13 +8,19 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import transformers
+from hydra.utils import instantiate
 from tokenizers import Tokenizer, models
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, BertConfig, PreTrainedTokenizerFast
 
 import kd
@@ -24,10 +30,14 @@ from kd.build.surgeries import check_aid_vocabularies, check_vocabularies
 from kd.config.cohort import check_cohort, students_of
 from kd.config.compose import compose, conf_folder, typed
 from kd.config.schema import RunSpec
+from kd.data.batch import Batch
 from kd.data.tasks import Classification, Regression, Task
+from kd.engines.distiller import Distiller
+from kd.engines.models import Models
+from kd.engines.optimizer import OptimizerFactory
 from kd.errors import InputError
 from kd.forward import Needs
-from kd.methods.base import Bound, Method
+from kd.methods.base import Bound, Method, Progress, needs_of_teachers
 from kd.models import Encoder, FrozenTeacher
 from kd.runs.run import RunInputs
 from kd.runs.stages import before_config
@@ -40,6 +50,18 @@ STUDENT = {"layers": 3, "width": 384, "heads": 12}
 NARROW = {"layers": 3, "width": 192, "heads": 6}
 TEACHER = {"layers": 6, "width": 384, "heads": 12}
 """Shapes of the models that methods are bound to: the default student and teacher, and `student=bert_3l_192`."""
+
+EXAMPLES, TOKENS, HELD = 32, 128, 8
+"""Examples of a batch whose step is counted, tokens of each, and examples that are held for rewards."""
+
+VALUES = {
+    "backward_kd": "the map between the tables of word embeddings is solved from them",
+    "bert_emd": "the transport between layers is computed on the CPU",
+    "bss": "which examples are moved, and how often, depends on what the models predict",
+    "pea_kd": "the medians of the teacher's confidence come before the first step",
+    "text_smoothing": "the masked language model predicts at the tokens that are words",
+}
+"""Methods of which no step is counted, because it reads values, and models without weights have none."""
 
 WORDS = {"hidden": "hidden states", "cls": "[CLS] states", "attention": "attention", "value": "values of attention"}
 WORDS |= {"words": "word embeddings", "pooled": "input of the classifier", "derived": "derived tensors"}
@@ -67,6 +89,9 @@ class Facts:
         trained: parameters that are trained beside the student's, for the shapes above.
         columns: whether it reads a column of domains.
         terms: names of its loss terms, of both runs.
+        products: for each run, the first one first, floating-point operations of the matrix products of a training step: with
+            cached outputs of the teachers, and with teachers that run; one number if these are equal, or the teachers always
+            run. Empty for the methods of `VALUES`.
         refusals: combination -> reason of its refusal, empty if it composes; see `combinations`.
     """
 
@@ -86,6 +111,7 @@ class Facts:
     trained: int
     columns: bool
     terms: list[str]
+    products: list[list[int]]
     refusals: dict[str, str]
 
 
@@ -159,7 +185,20 @@ def bound(
     regression: bool = False,
     teachers: int | None = None,
 ) -> Method:
-    """Return the method of a specification, bound.
+    """Return the method of a specification, bound; arguments and errors as for `models_of`."""
+    found = models_of(spec, student=student, words=words, regression=regression, teachers=teachers)
+    return next(iter(found.methods.values()))
+
+
+def models_of(
+    spec: RunSpec,
+    *,
+    student: Mapping[str, int] = STUDENT,
+    words: int = 3,
+    regression: bool = False,
+    teachers: int | None = None,
+) -> Models:
+    """Return the models of a specification, without weights, each student with its method, bound.
 
     Args:
         spec: the specification.
@@ -172,31 +211,34 @@ def bound(
         InputError: if these do not fit each other.
     """
     names = list(spec.teacher) if teachers is None else [f"teacher_{n}" for n in range(teachers)]
-    method, _ = build_method(spec.method, spec.pool, spec.cohort, [1 / max(len(names), 1)] * len(names))
+    method, weights = build_method(spec.method, spec.pool, spec.cohort, [1 / max(len(names), 1)] * len(names))
     if method.teachers is not None and method.teachers != len(names) and teachers is not None:
         raise InputError(f"method={spec.method['name']} takes {method.teachers} teacher(s) without a pool", "teacher")
     outputs, task = 1 if regression else 2, task_of(regression)
-    pupil = encoder(student, outputs, words)
+    students = {name: encoder(student, outputs, words) for name in students_of(spec)}
+    methods = {name: copy.deepcopy(method) for name in students}
     teaching = [FrozenTeacher(frozen(outputs), name) for name in names]
     nodes = list(spec.teacher.values())
     for number, teacher in enumerate(teaching if nodes else ()):
-        teacher.kept = kept_by(nodes[min(number, len(nodes) - 1)].method)
+        teacher.kept = kept_by(nodes[min(number, len(nodes) - 1)].method, torch.get_default_device().type)
     aids = {name: FrozenTeacher(frozen(outputs, head == "masked_lm"), name) for name, head in method.aids.items()}
-    bind_method(method, spec.method, Bound(pupil, teaching, task, aids))
     run: Any = Planned(spec)
-    check_vocabularies(run, task, method, pupil, [teacher.encoder for teacher in teaching])
-    check_aid_vocabularies(run, pupil, aids)
-    check_prefit(run, task, method, online=False)
-    return method
+    for name, pupil in students.items():
+        bind_method(methods[name], spec.method, Bound(pupil, teaching, task, aids))
+        check_vocabularies(run, task, methods[name], pupil, [teacher.encoder for teacher in teaching])
+        check_aid_vocabularies(run, pupil, aids)
+        check_prefit(run, task, methods[name], online=False)
+    return Models(students, methods, teaching, None, weights, aids)
 
 
 @cache
-def kept_by(name: str) -> dict[str, Tensor]:
-    """Return the state that the method which trains a teacher keeps for its student's method."""
+def kept_by(name: str, device: str) -> dict[str, Tensor]:
+    """Return the state, on a device, that the method which trains a teacher keeps for its student's method."""
     method, _ = build_method(reference(f"method={name}", "teacher=[]").method)
     if not method.keeps:
         return {}
-    method.bind(Bound(encoder(TEACHER, 2), [], task_of()))
+    with torch.device(device):
+        method.bind(Bound(encoder(TEACHER, 2), [], task_of()))
     return method.kept()
 
 
@@ -227,6 +269,83 @@ def combinations(spec: RunSpec) -> dict[str, Callable[[], object]]:
         "student=bert_3l_192": lambda: bound(spec, student=NARROW),
         "task=stsb": lambda: bound(spec, regression=True),
     }
+
+
+def batch_of(models: Models, examples: int = EXAMPLES) -> Batch:
+    """Return a batch without values, with a held one if a method holds a part of train."""
+    with torch.device("meta"):
+        ids, index = torch.zeros(examples, TOKENS, dtype=torch.long), torch.zeros(examples, dtype=torch.long)
+        columns = {"domain": index, "transferability": torch.zeros(examples)}
+    inputs = {"input_ids": ids, "attention_mask": ids, "token_type_ids": ids}
+    of_teachers, of_peers = (inputs,) * len(models.teachers), (inputs,) * (len(models.students) - 1)
+    holds = examples == EXAMPLES and any(method.holds for method in models.methods.values())
+    held = batch_of(models, HELD) if holds else None
+    return Batch(inputs, of_teachers, index, index, peers=of_peers, held=held, columns=columns)
+
+
+class Products(TorchDispatchMode):
+    """Counts the floating-point operations of matrix products, backward passes and further derivatives included.
+
+    `FlopCounterMode` of torch, whose formulas these are, follows modules too, which `torch.autograd.grad` of leaves does not
+    support.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call an operator and count it."""
+        result = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.operations += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def operations(call: Callable[[], object]) -> int:
+    """Return the operations of a call. Attention is two products and a softmax: fused kernels compute scores twice."""
+    autocast: Any = torch.autocast
+    counter = Products()
+    with (
+        patch.object(torch, "autocast", lambda _, **more: autocast("cpu", **more)),  # the meta device has none, and it is off
+        counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        call()
+    return counter.operations
+
+
+def operations_of_step(spec: RunSpec) -> tuple[int, int]:
+    """Return the operations of the first training step of a run, and how many of them are passes of its frozen teachers."""
+    sgd = OptimizerFactory(torch.optim.SGD, lr=0.1, weight_decay=0.0, schedule="constant", warmup=0.0)
+    with torch.device("meta"):
+        models = models_of(spec)
+        engine: Distiller = instantiate(dict(spec.engine), _partial_=True)(models=models, task=task_of(), optimizer=sgd)
+        engine.train()
+        batch, optimizer = batch_of(models), engine.optimizer()
+        step = operations(lambda: engine.update(batch, optimizer, Progress(0, 100)))
+        needs, passes = needs_of_teachers(models.methods.values(), len(models.teachers)), 0
+        for teacher, own in zip(models.teachers, needs, strict=True):
+            if used := teacher.batches_used:
+                passes += used * operations(partial(teacher.run, batch.student, own))
+    return step, passes
+
+
+def products(name: str, runs: Sequence[RunSpec]) -> list[list[int]]:
+    """Return `Facts.products`.
+
+    Args:
+        name: name of the method.
+        runs: specifications of its runs, the last one first, as `stages` returns them.
+    """
+    if name in VALUES:
+        return []
+    found = []
+    for spec in reversed(runs):
+        step, passes = operations_of_step(spec)
+        live = any(needs.uncacheable_reason for needs in bound(spec).needs()[1])
+        found.append([step] if live or not passes else [step - passes, step])
+    return found
 
 
 def facts_of(name: str) -> Facts:
@@ -265,6 +384,7 @@ def facts_of(name: str) -> Facts:
         trained=sum(parameter.numel() for method in methods for parameter in method.parameters() if parameter.requires_grad),
         columns=any("domain" in spec.method and spec.method["domain"] for spec in runs),
         terms=list(dict.fromkeys(term for method in methods[::-1] for term in method.names)),
+        products=products(name, runs),
         refusals=refusals,
     )
 
@@ -304,9 +424,10 @@ CACHE = Path(__file__).resolve().parent.parent.parent / "build"
 @cache
 def all_facts() -> Mapping[str, Facts]:
     """Return the facts about all methods; those of the same sources are read from an earlier build."""
-    digest = hashlib.sha256()
-    for path in sorted([*PACKAGE.rglob("*.py"), *conf_folder().rglob("*.yaml"), *Path(__file__).parent.glob("*.py")]):
-        digest.update(path.read_bytes())
+    digest = hashlib.sha256(f"{torch.__version__} {transformers.__version__}".encode())
+    for files in (PACKAGE.rglob("*.py"), conf_folder().rglob("*.yaml"), Path(__file__).parent.glob("*.py")):
+        for path in sorted(files):
+            digest.update(path.read_bytes())
     file = CACHE / f"facts-{digest.hexdigest()[:16]}.json"
     if file.is_file():
         return {name: Facts(**found) for name, found in json.loads(file.read_text(encoding="utf-8")).items()}

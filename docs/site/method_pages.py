@@ -15,7 +15,7 @@ from bibtexparser.model import Entry as Citation
 from omegaconf import OmegaConf
 
 from commented import Key, header, idea_and_settings, keys
-from facts import STUDENT, TEACHER, Facts, all_facts
+from facts import EXAMPLES, STUDENT, TEACHER, TOKENS, VALUES, Facts, all_facts
 from kd.config.compose import conf_folder
 from kd.results.columns import gap, ours, paper, seeds
 from kd.results.comparison import Entry
@@ -246,6 +246,7 @@ def cost(name: str, facts: Facts) -> Iterator[str]:
     if facts.aids:
         yield f"- {', '.join(f'`{aid}`' for aid in facts.aids)} runs at every step."
     yield f"- Parameters that are trained beside the student's: {facts.trained:,}."
+    yield counted(name, facts)
     measured = ROOT / "experiments" / "methods" / "cost" / f"{name}.json"
     if not measured.is_file():
         yield f"- Its time is not on record here; `kd-bench method={name} student=3l` measures it on your machine."
@@ -262,6 +263,24 @@ def cost(name: str, facts: Facts) -> Iterator[str]:
                 f"{record['batch_size']}, CPU, {record['precision']}, {record['hardware']['cores']} cores "
                 f"([protocol](../experiments/methods/README.md))."
             )
+
+
+def counted(name: str, facts: Facts) -> str:
+    """Return the matrix products of a step, counted, relative to fine-tuning."""
+    if name in VALUES:
+        return f"- Not counted: a step reads values, and models without weights have none ({VALUES[name]})."
+    ((finetune,),) = all_facts()["finetune"].products
+    parts = []
+    for number, counts in enumerate(facts.products):
+        run = ("first run ", "second run ")[number] if len(facts.products) > 1 else ""
+        ratios = [f"{count / finetune:.2f}" for count in counts]
+        cached = f" with cached outputs, {ratios[1]} with teachers that run at every step" if len(ratios) > 1 else ""
+        parts.append(f"{run}{ratios[0]}{cached}")
+    return (
+        f"- Counted, times a step of [fine-tuning](finetune.md): {'; '.join(parts)}. These are floating-point operations of "
+        "matrix products, forward and backward; embeddings, elementwise operations and the optimiser are not counted. A step "
+        f"of fine-tuning has {finetune / 1e9:.0f} billion, for {EXAMPLES} examples of {TOKENS} tokens."
+    )
 
 
 @cache

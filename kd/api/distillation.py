@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import yaml
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
@@ -18,9 +18,11 @@ from kd.engines.distiller import Distiller
 from kd.engines.models import Models
 from kd.errors import InputError
 from kd.methods.base import Bound, Method, Progress
+from kd.methods.wrappers.mutual import Mutual
 from kd.models import Encoder, FrozenTeacher
 from kd.models.labels import columns
 from kd.schedules import Schedule, ScheduleNode, extremes
+from kd.system import distributed
 
 
 @dataclass
@@ -43,8 +45,11 @@ class Distillation(nn.Module):
 
     It computes what a step of a run computes: `kd.engines.distiller.Distiller` makes the loss. The student and what the method
     trains, such as projections between widths, are its parameters, so that one optimiser and DDP see both; the student alone
-    is exported, `distillation.student.save_pretrained(folder)`. Teachers are neither parameters nor in `state_dict()`, but
-    move with the module. They are put into eval mode, and their parameters need no gradients afterwards.
+    is exported, `distillation.export().save_pretrained(folder)`. Teachers are neither parameters nor in `state_dict()`, but
+    move with the module. They are put into eval mode, and their parameters need no gradients afterwards. The student is put
+    into training mode, which `from_pretrained` leaves; `eval()` ends it.
+
+    `state_dict()` has the number of steps too. It first does what `after_step` does, so that a checkpoint has all of a step.
 
     >>> distillation = Distillation(PKD(), student, teacher)  # doctest: +SKIP
     >>> output = distillation(**tokenizer(texts, return_tensors="pt", padding=True), labels=labels)  # doctest: +SKIP
@@ -81,6 +86,7 @@ class Distillation(nn.Module):
             raise InputError(
                 f"{type(method).__name__} takes {method.teachers} teacher(s), and {len(listed)} are given", "teachers"
             )
+        check_apart(student, listed)
         self.encoder = Encoder(student)
         self.method = method
         task, frozen = task_of(student), [frozen_teacher(student, teacher, f"teacher {n}") for n, teacher in enumerate(listed)]
@@ -97,11 +103,12 @@ class Distillation(nn.Module):
         self._engine = (Distiller(models, task, optimizer=None, seed=seed),)  # type: ignore[arg-type]
         self._pending: Any = None
         self.step = 0
-        """Number of training steps so far; set it when training is resumed."""
+        """Number of training steps so far; part of `state_dict()`."""
+        self.train()
 
     @property
     def student(self) -> PreTrainedModel:
-        """The student, a model of transformers."""
+        """The student, a model of transformers, as it is trained: the method may have put modules of its own into it."""
         model: PreTrainedModel = self.encoder.model
         return model
 
@@ -109,6 +116,10 @@ class Distillation(nn.Module):
     def teachers(self) -> list[PreTrainedModel]:
         """The teachers, frozen."""
         return [teacher.encoder.model for teacher in self._engine[0].teachers]
+
+    def export(self) -> PreTrainedModel:
+        """Return a copy of the student of modules of transformers and torch alone, which `from_pretrained` loads once saved."""
+        return self.encoder.plain()
 
     def forward(
         self,
@@ -132,19 +143,24 @@ class Distillation(nn.Module):
             token_type_ids: (batch, tokens).
             teacher_inputs: output of each teacher's tokenizer for the same examples, if it is not the student's. A method that
                 compares states of tokens takes none.
-            index: (batch,), numbers of the examples, which random draws of examples depend on; by default from 0.
+            index: (batch,), numbers of the examples, which random draws of examples depend on; by default from 0, through the
+                batches of all ranks, which are then of one size.
             progress: progress of training; by default that of `step` and `total_steps`. Pass it if gradients are accumulated.
 
         Raises:
-            InputError: for a teacher whose vocabulary is another and that gets no inputs of its own, or the reverse.
+            InputError: for labels of another shape, a teacher whose vocabulary is another and that gets no inputs of its own,
+                or the reverse.
         """
+        if labels.shape != input_ids.shape[:1]:  # a column of scores would be compared with every prediction of the batch
+            raise InputError(f"there is one label for each of {len(input_ids)} examples, not {tuple(labels.shape)}", "labels")
         if self.training:
             self.after_step()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
         own = self._teacher_inputs(inputs, teacher_inputs)
-        numbers = torch.arange(len(labels), device=labels.device) if index is None else index
+        first = distributed.rank() * len(labels)
+        numbers = torch.arange(first, first + len(labels), device=labels.device) if index is None else index
         now = Progress(self.step, self.total_steps or max(self.step, 1)) if progress is None else progress
         loss = self._engine[0].loss(Batch(inputs, own, labels, numbers), now)
         ((_, step, _),) = loss.steps
@@ -159,6 +175,19 @@ class Distillation(nn.Module):
         pending, self._pending = self._pending, None
         if pending is not None:
             self._engine[0].after_step(pending)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the state of student and method after the last step, `after_step` included."""
+        self.after_step()
+        return super().state_dict(*args, **kwargs)
+
+    def get_extra_state(self) -> Tensor:
+        """Return the number of steps, for `state_dict()`: a tensor, because files of safetensors have no others."""
+        return torch.tensor(self.step)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Set the number of steps, for `load_state_dict()`."""
+        self.step = int(state)
 
     def _teacher_inputs(
         self, inputs: dict[str, Tensor], given: Sequence[Mapping[str, Tensor]] | None
@@ -199,11 +228,29 @@ def check_is_a_step(method: Method) -> None:
         f"a share of {method.holds:g} of train that is held out for its reward": bool(method.holds),
         "its teachers' outputs over all of train before it begins": method.prefits,
         f"frozen models besides teachers ({', '.join(method.aids)})": bool(method.aids),
+        "other students, which learn at the same time": any(isinstance(module, Mutual) for module in method.modules()),
     }
     for reason, holds in reasons.items():
         if holds:
             raise InputError(
                 f"{name} is more than the loss of a step, it needs {reason}; kd.run or kd-train trains it", "method"
+            )
+
+
+def check_apart(student: PreTrainedModel, teachers: Sequence[PreTrainedModel]) -> None:
+    """Check that no parameter of the student is a teacher's: it would be frozen with it.
+
+    Raises:
+        InputError: naming the first one that is.
+    """
+    trained = dict(student.named_parameters())
+    for number, teacher in enumerate(teachers):
+        theirs = set(teacher.parameters())
+        if shared := [name for name, parameter in trained.items() if parameter in theirs]:
+            raise InputError(
+                f"teacher {number} has {len(shared)} of the student's parameters, the first of them {shared[0]}, and would "
+                "freeze them; make the student from a copy, copy.deepcopy(teacher)",
+                "teachers",
             )
 
 
@@ -251,19 +298,25 @@ def frozen_teacher(student: PreTrainedModel, teacher: PreTrainedModel, name: str
 
 
 def weights_of(method: Method) -> Mapping[str, Any]:
-    """Return the weights of a method's file in `conf/method`.
+    """Return the weights of a method's file in `conf/method`: of the run, its own or the first one, that has these terms.
+
+    Args:
+        method: the method, bound, which has its terms.
 
     Raises:
-        InputError: if there is no such file, or it is of another class.
+        InputError: if there is no such file, or none of its runs has this class with these terms.
     """
     kind = type(method)
     path = conf_folder() / "method" / f"{kind.__module__.rpartition('.')[2]}.yaml"
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for node in (content, content.get("before") or {}):
-        if node.get("_target_") == f"{kind.__module__}.{kind.__qualname__}":
-            weights: Mapping[str, Any] = node["weights"]
+    content: Any = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
+    nodes: list[Any] = [content, content.get("before") or {}]
+    for node in nodes:
+        if node.get("_target_") == f"{kind.__module__}.{kind.__qualname__}" and set(node.weights) == set(method.names):
+            weights: Mapping[str, Any] = OmegaConf.to_container(node.weights)  # type: ignore[assignment]
             return weights
-    raise InputError(f"{kind.__name__} has no file in conf/method: give the weights of {', '.join(method.names)}", "weights")
+    raise InputError(
+        f"conf/method has no weights of {kind.__name__} for the terms {', '.join(method.names)}: give them", "weights"
+    )
 
 
 def build_schedule_of(name: str, weight: Any) -> Schedule:

@@ -30,7 +30,7 @@ def override_of(key: str, value: object) -> str:
     >>> override_of("task.labels", None), override_of("task.labels", ["no", "1", 1])
     ('task.labels=null', "task.labels=['no','1',1]")
     """
-    if not re.fullmatch(r"[+~]*\w[\w.@/]*", key):
+    if not re.fullmatch(r"[+~]*\w[\w.@/-]*", key):
         raise InputError(f"{shown(key)!r} is no key of the configuration", key)
     override = f"{key}={_word(value, key)}"
     try:

@@ -4,7 +4,7 @@ import importlib.util
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from kd.api.distillation import Distillation
 from kd.errors import InputError
@@ -15,7 +15,7 @@ class DistillationTrainer(Trainer):
     """Trainer of transformers for a `Distillation`: it passes the progress of training, and logs the terms beside the loss.
 
     The loss is the mean over a batch, which the Trainer divides by `gradient_accumulation_steps`. Checkpoints have the student
-    and what the method trains; `trainer.distillation.student.save_pretrained(folder)` is the student alone.
+    and what the method trains; `trainer.distillation.export().save_pretrained(folder)` is the student alone.
 
     Args:
         model: the loss, with student and teachers.
@@ -31,11 +31,12 @@ class DistillationTrainer(Trainer):
             raise InputError("the Trainer of transformers needs accelerate, which is not installed: pip install 'kd[trainer]'")
         if more.get("compute_loss_func") is not None or (args is not None and args.label_smoothing_factor):
             raise InputError("the loss is the method's: leave compute_loss_func and label_smoothing_factor out", "args")
-        if args is not None and args.n_gpu > 1:
+        super().__init__(model=model, args=args, **more)
+        if self.args.n_gpu > 1:
             raise InputError(
                 "several GPUs need a process each, as torchrun starts them: frozen teachers are no replicas", "args"
             )
-        super().__init__(model=model, args=args, **more)
+        self.add_callback(AfterStep(model))
         self._sums: dict[str, Tensor] = {}
         self._counts = 0
 
@@ -63,8 +64,28 @@ class DistillationTrainer(Trainer):
         return (output.loss, {"loss": output.loss, "logits": output.logits}) if return_outputs else output.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the mean of each term since the last log."""
+        """Log, with the mean of each term since the last log, over all ranks as the loss is."""
         if "loss" in logs and self._counts:
-            logs |= {name: float(total / self._counts) for name, total in self._sums.items()}
+            means = {name: total / self._counts for name, total in self._sums.items()}
+            logs |= {name: float(mean) for name, mean in self.accelerator.reduce(means, "mean").items()}
             self._sums, self._counts = {}, 0
         super().log(logs, start_time)
+
+
+class AfterStep(TrainerCallback):
+    """Callback that lets the method update what follows from a batch when it is over, before anything is written.
+
+    Args:
+        distillation: the loss.
+    """
+
+    def __init__(self, distillation: Distillation) -> None:
+        self.distillation = distillation
+
+    def on_substep_end(self, *_: Any, **__: Any) -> None:
+        """Finish a batch whose gradients are accumulated."""
+        self.distillation.after_step()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Finish the batch of an optimiser step."""
+        self.distillation.after_step()

@@ -59,6 +59,9 @@ MAGIC_OF_COLUMNAR: Mapping[bytes, str] = {b"PAR1": "parquet", b"ARROW1": "arrow"
 UTF8 = "utf-8-sig"
 """Encoding of text by default: UTF-8 with or without a byte-order mark."""
 
+WITH_ENCODING = ("train", "validation", "test")
+"""Keys of files whose encoding can be configured."""
+
 PIECE_BYTES = 1 << 20
 """Number of characters that are read at a time."""
 
@@ -108,7 +111,7 @@ class Layout:
         return kind
 
     def codec(self) -> str:
-        """Return the encoding of text.
+        """Return the encoding of text; UTF-8 by its name is read as it is by default.
 
         Raises:
             InputError: for one that Python does not have.
@@ -120,7 +123,7 @@ class Layout:
             "".encode(name)
         except (LookupError, ValueError) as error:  # a codec of bytes, as base64, is no encoding of text
             raise InputError(f"encoding={literal(self.encoding)} is no encoding of text; latin-1 is one", "encoding") from error
-        return name
+        return UTF8 if name == "utf-8" else name
 
     def expression(self) -> re.Pattern[str]:
         """Return the pattern, compiled.
@@ -302,7 +305,10 @@ def _not_text(path: Path, key: str | None, encoding: str) -> InputError:
     line = _undecodable_line(path, encoding)
     if encoding != UTF8:
         return InputError(f"'{path}', line {line}: not {encoding} text", "encoding")
-    return InputError(f"'{path}', line {line}: not UTF-8 text; encoding=latin-1 reads text of that encoding", key)
+    cure = "encoding=latin-1 reads text of that encoding"
+    if key not in WITH_ENCODING:
+        cure = "iconv -f latin-1 -t UTF-8 converts text of that encoding"
+    return InputError(f"'{path}', line {line}: not UTF-8 text; {cure}", key)
 
 
 def _matched(path: Path, key: str | None, pattern: re.Pattern[str], encoding: str) -> Iterator[tuple[int, Row]]:

@@ -1,7 +1,8 @@
 """Finished runs as a table of pandas."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,8 @@ def results(folder: str | Path = "runs") -> "DataFrame":
         keys of the configuration that differ between the runs, as `optimizer.lr`; lists as JSON. Paths, loggers and launchers
             are left out.
 
+    Runs that have begun and are not finished, as failed ones, have no row; a warning names them.
+
     Args:
         folder: folder of runs.
 
@@ -57,6 +60,9 @@ def results(folder: str | Path = "runs") -> "DataFrame":
     if not path.is_dir():
         raise InputError(f"'{path}' is no folder of runs", "paths.runs")
     records = load_results(path)
+    if missing := unfinished(path, [record["run"] for record in records]):
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        warnings.warn(f"{len(missing)} of the runs in '{path}' are not finished and have no row: {shown}", stacklevel=3)
     settings = {record["run"]: settings_of(path / record["run"]) for record in records}
     varied = differing(list(settings.values()))
     rows = []
@@ -66,6 +72,12 @@ def results(folder: str | Path = "runs") -> "DataFrame":
     metrics = dict.fromkeys(name for row in rows for name in row["metrics"])
     columns = [*FIRST, *metrics, *LAST, *varied]
     return DataFrame([{**row, **row["metrics"]} for row in rows], columns=columns)
+
+
+def unfinished(folder: Path, finished: Container[str]) -> list[str]:
+    """Return the names of runs that have begun, and so have a configuration, and are not among the finished ones."""
+    begun = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
+    return [name for name in begun if name not in finished]
 
 
 def rows_of(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

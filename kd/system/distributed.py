@@ -29,14 +29,26 @@ _alone = False
 """True on rank 0 inside `on_rank_zero`: the other ranks wait, so collectives must be skipped."""
 
 
+def _group() -> Any:
+    """Return `torch.distributed` if there is a process group, else None; torch is not imported for it.
+
+    A group may be of others than torchrun, which set none or only some of its variables: Lightning's launcher leaves `RANK`
+    out, and processes that a script starts need none.
+    """
+    module = sys.modules.get("torch.distributed")
+    return module if module is not None and module.is_available() and module.is_initialized() else None
+
+
 def world() -> int:
-    """Return the number of processes of this job."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return the number of processes of this job: of the process group, or, before there is one, of the environment."""
+    group = _group()
+    return int(os.environ.get("WORLD_SIZE", "1")) if group is None else int(group.get_world_size())
 
 
 def rank() -> int:
-    """Return the rank of this process, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    """Return the rank of this process, from 0; as `world`."""
+    group = _group()
+    return int(os.environ.get("RANK", "0")) if group is None else int(group.get_rank())
 
 
 def local_rank() -> int:

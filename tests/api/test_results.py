@@ -66,12 +66,24 @@ def test_a_mixture_has_a_row_for_each_task_and_the_mean(tmp_path: Path) -> None:
     finished(tmp_path, "one", students=mean, tasks=tasks, task="mixture")
     rows = kd.results(tmp_path)[["task", "f1", "mse", "mean"]].fillna(-1).values.tolist()
     assert rows == [["a", 0.5, -1, -1], ["b", -1, 0.1, -1], ["mixture", -1, -1, 0.3]]
+    assert not [column for column in kd.results(tmp_path).columns if "/" in column]
 
 
-def test_runs_that_are_not_finished_are_left_out(tmp_path: Path) -> None:
-    (tmp_path / "begun").mkdir()
+def test_runs_that_are_not_finished_have_no_row_and_are_named(tmp_path: Path) -> None:
+    """A failed run has a configuration and no record; folders of other things have neither."""
+    (tmp_path / "cache").mkdir()
     table = kd.results(tmp_path)
     assert (len(table), list(table.columns)) == (0, [*FIRST, *LAST])
+    finished(tmp_path, "one", "seed: 0\n")
+    for name, record in (("failed", None), ("damaged", "{"), ("of another program", "{}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("seed: 0\n")
+        if record is not None:
+            (tmp_path / name / "result.json").write_text(record)
+    with pytest.warns(UserWarning, match="3 of the runs in .* have no row: damaged, failed, of another program$") as warned:
+        table = kd.results(tmp_path)
+    assert [warning.filename for warning in warned] == [__file__]
+    assert set(table["run"]) == {"one"}
 
 
 def test_the_table_of_real_runs(small: Callable[..., list[str]]) -> None:

@@ -159,6 +159,12 @@ def plain(value: Any) -> Any:
     return getattr(value, "text", value)
 
 
+@pytest.mark.parametrize("key", ["seed", "teacher.my-own.run.seed", "task.train", "+teacher.minilm.run.a", "logger@b"])
+def test_a_key_is_one_of_the_grammar(key: str) -> None:
+    """Names of files, as those of teachers, may have hyphens."""
+    assert parsed_override(override_of(key, 1)).key_or_group == key.strip("+").partition("@")[0]
+
+
 def test_importing_kd_imports_nothing_large() -> None:
     code = "import sys, kd; dir(kd); print([name for name in ('torch', 'hydra', 'lightning', 'pandas') if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -196,6 +196,52 @@ def test_a_line_that_does_not_match_the_pattern_is_named(tmp_path: Path, monkeyp
     assert caught.value.key == "task.pattern"
 
 
+def test_further_groups_of_a_pattern_are_read_only_where_they_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group is a column: neither a part of the text nor a class, and a further column with `task.extra`."""
+    monkeypatch.chdir(tmp_path)
+    trec()
+    words = [word for word in command("TREC, coarse") if not word.startswith("task.pattern")]
+    words.append('task.pattern="(?P<label>\\w+):(?P<fine>\\S+) (?P<text>(?P<first>\\w+) .+)"')
+    one = read(words)
+    assert (("Who was number 1 : the first ?",), "HUM") in [row for split in one.texts for row in rows_of(one, split)]
+    assert one.task.labels == ["DESC", "HUM"]
+    assert not one.task.columns
+    other = read([*words, "task.extra={fine: classes}"])
+    assert other.task.column_classes == {"fine": ["ind", "manner"]}
+    assert [rows_of(other, split) for split in other.texts] == [rows_of(one, split) for split in one.texts]
+
+
+def test_utf8_by_its_name_is_read_as_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with a byte-order mark, which would be part of the first text, and with line separators of Unicode."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("pos", "neg"):
+        lines = [f"{name} text {n}\u2028{name} more {n}" for n in range(SIZE)]
+        write(f"{name}.txt", lines, "utf-8-sig" if name == "pos" else "utf-8")
+    words = ["task=file", "task.train={pos: pos.txt, neg: neg.txt}"]
+    expected = read(words)
+    for encoding in ("utf-8", "UTF8", "utf-8-sig"):
+        found = read([*words, f"task.encoding={encoding}"])
+        assert [rows_of(found, split) for split in found.texts] == [rows_of(expected, split) for split in expected.texts]
+    texts = {texts[0] for split in expected.texts for texts, _ in rows_of(expected, split)}
+    assert {"pos text 0", "neg more 39"} <= texts
+
+
+def test_unlabelled_text_in_another_encoding_is_refused_with_its_cure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone: Path
+) -> None:
+    """`task.encoding` is that of the labelled files."""
+    monkeypatch.chdir(tmp_path)
+    trec()
+    write("more.txt", ["caf\xe9"], "latin-1")
+    words = [*command("TREC, coarse"), "task.unlabelled=more.txt", "method=kd", "student=2l"]
+    run = planned([*words, f"backbone={backbone}", f"teacher.minilm.backbone={backbone}"])
+    with pytest.raises(InputError, match=r"line 1: not UTF-8 text; iconv -f latin-1 -t UTF-8 converts") as caught:
+        examples_of(run)
+    assert caught.value.key == "task.unlabelled"
+
+
 def test_text_in_another_encoding_is_refused_with_the_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     trec()
@@ -231,3 +277,17 @@ def test_keys_that_are_not_given_are_not_in_the_digest(tmp_path: Path, monkeypat
     assert (given["task"]["encoding"], given["data"]["encoding"]) == ("latin-1", "latin-1")
     assert not {"encoding", "pattern"} & {*planned([w for w in words if "encoding" not in w]).digest_inputs["task"]}
     assert not {"encoding", "pattern"} & {*planned([w for w in words if "encoding" not in w]).digest_inputs["data"]}
+
+
+def test_runs_of_other_encodings_or_patterns_are_other_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes are other texts."""
+    monkeypatch.chdir(tmp_path)
+    trec()
+    words = [word for word in command("TREC, coarse") if not word.startswith(("task.pattern", "task.encoding"))]
+    given = [
+        (encoding, f'task.pattern="{pattern}"')
+        for encoding in ("task.encoding=latin-1", "task.encoding=cp1252")
+        for pattern in (r"(?P<label>\w+):\S+ (?P<text>.+)", r"(?P<label>\S+) (?P<text>.+)")
+    ]
+    runs = [planned([*words, *more, "teacher=[]", "method=finetune", "student=full"]) for more in given]
+    assert len({run.digest for run in runs}) == len({run.family for run in runs}) == 4
