@@ -12,6 +12,7 @@ import sys
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -135,6 +136,7 @@ def test_choices_follow_from_what_methods_declare() -> None:
     assert {name for name, one in facts.items() if one.peers} == {"dml", "p2p_mutual"}
     assert {name for name, one in facts.items() if one.aids} == {"text_smoothing"}
     assert {name for name, one in facts.items() if one.needs_unlabelled} == {"l2a"}
+    assert {"backward_kd", "bss"} <= {name for name, one in facts.items() if one.live}, "they take gradients of the teacher"
     two = {name for name in METHODS if yaml.safe_load((ROOT / "conf" / "method" / f"{name}.yaml").read_text()).get("before")}
     assert {name for name, one in facts.items() if one.runs == 2} == two
     heads = {name for name, one in facts.items() if "attention is compared" in one.refusals["student=bert_3l_192"]}
@@ -314,6 +316,11 @@ def test_loss_of_the_first_page_trains_a_student(tmp_path: Path, monkeypatch: py
     assert all(float(term) > 0 for term in terms.values())
     one.engine.train()
     assert any("project" in name for name in one.gradients(batch))
+    (block,) = [block for block in blocks("python") if "def test_" in block]
+    names: dict[str, Any] = {}
+    exec(block, names)
+    (name,) = [name for name in names if name.startswith("test_")]
+    names[name]()
 
 
 def lines_of(page: Path) -> list[str]:

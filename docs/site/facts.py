@@ -379,7 +379,7 @@ def facts_of(name: str) -> Facts:
         teacher=tensors(teacher),
         aids=sorted({aid for method in methods for aid in method.aids}),
         holds=max(method.holds for method in methods),
-        live="; ".join(dict.fromkeys(needs.uncacheable_reason for needs in teacher if needs.uncacheable_reason)),
+        live="; ".join(dict.fromkeys(needs.reason_to_run for needs in teacher if needs.reason_to_run)),
         batch="; ".join(dict.fromkeys(why for method in methods if (why := method.batch_dependence()))),
         trained=sum(parameter.numel() for method in methods for parameter in method.parameters() if parameter.requires_grad),
         columns=any("domain" in spec.method and spec.method["domain"] for spec in runs),

@@ -21,6 +21,9 @@ COPIED = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGE
 
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 FENCE = re.compile(r"(^ *```.*?^ *```)", re.MULTILINE | re.DOTALL)
+CHOICE = f"Which one fits what you have: [Choosing a method]({method_pages.FOLDER}/index.md)."
+"""Sentence below the heading of `docs/methods.md`, whose target is a page of the site alone."""
+
 METHODS, MORE = "Methods", "More"
 """Sections of the navigation that pages are added to: a page for each method, and pages of `docs` that `mkdocs.yml` lacks."""
 
@@ -30,7 +33,15 @@ _sources: dict[str, str] = {}
 REFERENCE = {
     "reference/methods.md": (
         "Interface of a method",
-        ("kd.methods.base", "kd.methods.options", "kd.forward.needs", "kd.schedules"),
+        (
+            "kd.methods.base",
+            "kd.forward.needs",
+            "kd.forward.outputs.Outputs",
+            "kd.data.batch.Batch",
+            "kd.data.tasks.Task",
+            "kd.methods.options",
+            "kd.schedules",
+        ),
     ),
     "reference/losses.md": ("Losses", ()),
     "reference/classes.md": ("Classes of the methods", ()),
@@ -120,6 +131,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return markdown
     if source == "docs/methods.md":  # whose rows have pages on the site
         markdown = re.sub(r"^\| `(\w+)` \|(?=.*\|)", _linked, markdown, flags=re.MULTILINE)
+        markdown = markdown.replace("\n\n", f"\n\n{CHOICE}\n\n", 1)
     parts = FENCE.split(markdown)
     return "".join(
         part if n % 2 else LINK.sub(lambda m: m[1] + _target(m[2], source, page) + m[3], part) for n, part in enumerate(parts)

@@ -93,8 +93,13 @@ def page(name: str, citations: Sequence[Citation]) -> str:
 
 def sentence(text: str) -> str:
     """Return a phrase as a sentence, with links relative to the folder of the pages."""
-    text = re.sub(r"\]\((?!https?:)([^)#]+)", r"](../\1", text)
+    text = relative(text)
     return f"{text[0].upper()}{text[1:].rstrip('.')}."
+
+
+def relative(text: str) -> str:
+    """Return a text of `docs` with links relative to the folder of the pages."""
+    return re.sub(r"\]\((?!https?:)([^)#]+)", r"](../\1", text)
 
 
 def command(name: str, facts: Facts) -> str:
@@ -387,7 +392,7 @@ def index() -> str:
     for title, words, test in CHOICES:
         chosen = [one for one in facts if test(one)]
         lines += [f"## {title}", "", words, ""]
-        lines += [f"- [`{one.name}`]({one.name}.md): {plain(short[one.name])}" for one in chosen]
+        lines += [f"- [`{one.name}`]({one.name}.md): {relative(short[one.name])}" for one in chosen]
         lines.append("")
     lines += [
         "## All at a glance",
@@ -401,11 +406,6 @@ def index() -> str:
         lines.append(f"| [`{one.name}`]({one.name}.md) | {one.teachers} | {one.labels} | {one.runs} | {' | '.join(marks)} |")
     lines += ["", "Labels: *needed* of every example, *used* where an example has one, *none* read by default."]
     return "\n".join(lines) + "\n"
-
-
-def plain(text: str) -> str:
-    """Return a text without links."""
-    return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
 
 
 CHOICES = (
@@ -423,7 +423,9 @@ CHOICES = (
     (
         "Several teachers",
         "These read several as they are. A method of one teacher takes several through a "
-        "[pool](../methods.md#pools-of-teachers), where its page says so.",
+        "[pool](../methods.md#pools-of-teachers), where its page says so; the plainest is "
+        "`method=kd pool=wkd`, the mean of their soft labels. Text without labels may be added to all that do not need labels "
+        "by the table below. How to name two models of your own: [teachers](../models.md#teachers).",
         lambda facts: facts.teachers == "several",
     ),
     (
@@ -432,14 +434,19 @@ CHOICES = (
         lambda facts: facts.peers,
     ),
     (
-        "A vocabulary to cut, or another tokenizer",
+        "A small vocabulary, or another tokenizer",
         "Student and teacher may have different tokens, because logits, [CLS] states or pooled vectors are compared. This is "
-        "what [small embeddings](../models.md#surgeries) need.",
+        "what [small embeddings](../models.md#surgeries) need: `surgery=[cut_vocabulary]` keeps the tokens of the training "
+        "text, `surgery=[learned_vocabulary]` learns new ones, with any of these methods. [`mixed_vocab`](mixed_vocab.md), "
+        "which reads no teacher, pre-trains a student with a small vocabulary.",
         lambda facts: facts.teachers != "none" and not facts.refusals["surgery=[cut_vocabulary]"],
     ),
     (
         "A student of another width or number of heads",
-        "A narrower student meets a wide teacher without further options.",
+        "A narrower student meets a wide teacher without further options: `student=bert_3l_192` has half of MiniLM's width, "
+        "and `student=3l student.width=192 student.init=random` the same width with the teacher's number of heads. No layer of "
+        "the teacher fits into it, so that it begins at random. The methods that are missing here compare attention head by "
+        "head: they take a narrower student too, if its number of heads is the teacher's.",
         lambda facts: facts.teachers != "none" and not facts.refusals["student=bert_3l_192"],
     ),
     (

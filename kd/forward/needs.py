@@ -110,6 +110,19 @@ class Needs:
             uncacheable_reason="; ".join(reasons) or None,
         )
 
+    @property
+    def reason_to_run(self) -> str | None:
+        """Reason why a frozen model with these needs runs at every step; None if its outputs may be computed once.
+
+        >>> Needs(gradient=True).reason_to_run
+        'the method takes gradients through it'
+        """
+        if self.uncacheable_reason is not None:
+            return self.uncacheable_reason
+        if self.gradient:
+            return "the method takes gradients through it"
+        return "word embeddings are not stored" if self.words else None
+
     def available_from(self, start: int | None) -> "Needs":
         """Return the needs without the tensors that a pass does not have which starts at the states of a layer.
 

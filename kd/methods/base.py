@@ -46,10 +46,15 @@ class Step:
     """Inputs of a method in one training step. Forward passes run when their outputs are first read."""
 
     student: Forward[Encoder]
+    """Forward pass of the student; `step.student.outputs` has what `Method.needs` declares (`kd.forward.outputs.Outputs`)."""
     teachers: Sequence[Forward[Model]]
+    """Forward passes of the teachers, in the order of `Bound.teachers`; of a method of one teacher it is `step.teacher`."""
     batch: Batch
+    """Inputs and labels of the examples (`kd.data.batch.Batch`)."""
     task: Task
+    """The task, whose losses against labels and soft labels are `step.task.hard` and `step.task.soft`."""
     progress: Progress
+    """Progress of training, which schedules read."""
     peers: Sequence[Forward[Encoder]] = ()
     """Forward passes of the other students over the same examples, detached; empty unless several students train together."""
     seed: int = 0

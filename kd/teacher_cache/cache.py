@@ -159,12 +159,8 @@ class TeacherCache:
             return "cache=off"
         if changes is not None:
             return changes
-        if needs is not None and needs.uncacheable_reason is not None:
-            return needs.uncacheable_reason
-        if needs is not None and needs.gradient:
-            return "the method takes gradients through it"
-        if needs is not None and needs.words:
-            return "word embeddings are not stored"
+        if needs is not None and (why := needs.reason_to_run) is not None:
+            return why
         if needs is not None and needs.attention and teacher.shape.family.score_bias is not None:
             return f"the positional bias of {teacher.shape.config.model_type}'s attention is not stored"
         return "the commit of its weights on the hub is unknown" if self.weights is None else None

@@ -28,8 +28,8 @@ SMALL = ["task.max_length=32", "trainer.max_epochs=6", "trainer.batch_size=16", 
 
 def commands() -> list[list[str]]:
     """The commands of the page, as words."""
-    blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    return [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(encoding="utf-8").replace("\\\n", " "), re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.splitlines()]
 
 
 @pytest.fixture(scope="module")
