@@ -306,12 +306,13 @@ class Timed:
         self.runtimes, self.texts = runtimes, texts
         self.load = lambda: load_classifier(place.source, place.key)
         model = self.load()
-        self.config: Any = model.config
+        config: Any = model.config
+        self.config = config
         tokenizer = load_tokenizer(place.source, place.key)
         self.positions = Encoder(model).positions
         self.rules, self.encode = rules_of(tokenizer, max_length), encode
         self.tokens = Tokens(tokenizer, [("a",)] if texts is None else texts, max_length)
-        self.names = input_names(str(self.config.model_type), list(self.tokens.pad([0])))
+        self.names = input_names(str(config.model_type), list(self.tokens.pad([0])))
         self.files = {name: folder / Path(FORMATS[name].path).name for name in FORMATS}
         folder.mkdir()
 

@@ -126,7 +126,7 @@ def test_a_missed_gate_ends_with_1_and_keeps_the_file_aside(
     assert sorted(read_folder(out).files) == ["onnx", "torch"]
     assert not (out / "onnx" / "model_quantized.onnx").exists()
     assert "Not in this folder: ONNX, int8" in (out / "README.md").read_text()
-    ended = ends(kd.deploy.export, finished.directory, "--out", out, "--max-drop", 50)
+    ended = ends(kd.deploy.export, finished.directory, "--out", out, "--formats", "torch")
     assert ended.status == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["student"], "an export that passes removes what was aside"
 
@@ -192,13 +192,12 @@ def test_a_regression_of_pairs_with_shared_layers_and_small_embeddings(
 ) -> None:
     run, _ = pairs
     out = tmp_path / "student"
-    formats = "onnx,int8,openvino"
-    ended = ends(kd.deploy.export, run.directory, "--out", out, "--formats", formats, "--max-drop", 20)
+    ended = ends(kd.deploy.export, run.directory, "--out", out, "--formats", "onnx,int8", "--max-drop", 20)
     assert ended.status == 0, ended.errors
     record = json.loads((out / "deployment.json").read_text())
     assert (record["text"], record["labels"]) == (["one", "two"], None)
     checks = {name: about["check"] for name, about in record["files"].items()}
-    assert list(checks) == ["onnx", "int8", "openvino"]
+    assert list(checks) == ["onnx", "int8"]
     assert {check["metric"] for check in checks.values()} == {"mse"}
     assert checks["onnx"]["value"] == pytest.approx(run.metrics["validation"]["mse"], rel=1e-4)
     assert not (out / "model.safetensors").exists()

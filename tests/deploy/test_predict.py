@@ -87,8 +87,10 @@ def write(path: Path, texts: list[str], kind: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "txt", "parquet"])
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [("csv", ".tsv"), ("tsv", ".csv"), ("jsonl", ".csv"), ("txt", ".jsonl"), ("parquet", ".jsonl")],
+)
 def test_every_kind_of_file_gives_the_same(
     kind: str, suffix: str, finished: Run, exported: Path, texts: list[str], tmp_path: Path, ends: Ends
 ) -> None:
