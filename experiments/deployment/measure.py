@@ -37,7 +37,7 @@ def rows_of(run: Path, work: Path, overrides: list[str], more: list[str]) -> Ite
     metric = about["files"]["torch"]["check"]["metric"]
 
     def settings(row: dict[str, Any]) -> tuple[Any, ...]:
-        return (row["threads"], row["batch"], "own" if row["own"] else row["tokens"])
+        return (row["threads"], row["batch"], "own" if row["own"] else f"{row['tokens']:g}")
 
     teachers = [row for row in timed["rows"] if row["model"] != "student" and row["runtime"] == "torch"]
     base = {settings(row): row["median"] for row in reversed(teachers)}  # the first teacher, in float32
