@@ -1,7 +1,7 @@
 """Runs from Python: `kd.run` is the command `kd-train` as a function."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ class RunResult:
     """
 
     directory: Path
-    record: Mapping[str, Any]
+    record: Mapping[str, Any] = field(repr=False)
 
     @property
     def metrics(self) -> Scores:
