@@ -59,8 +59,8 @@ MAGIC_OF_COLUMNAR: Mapping[bytes, str] = {b"PAR1": "parquet", b"ARROW1": "arrow"
 UTF8 = "utf-8-sig"
 """Encoding of text by default: UTF-8 with or without a byte-order mark."""
 
-WITH_ENCODING = ("train", "validation", "test")
-"""Keys of files whose encoding can be configured."""
+WITH_ENCODING = ("train", "validation", "test", "FILE")
+"""Keys of files whose encoding can be configured; `FILE` is that of `kd-predict`."""
 
 PIECE_BYTES = 1 << 20
 """Number of characters that are read at a time."""
