@@ -88,8 +88,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     made |= {page: reference(page) for page in REFERENCE}
     for page, text in made.items():
         files.append(File.generated(config, page, content=text))
-    readmes = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "experiments").glob("**/README.md"))]
-    for source in [*COPIED, *readmes]:
+    experiments = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "experiments").glob("**/*.md"))]
+    for source in [*COPIED, *experiments]:
         page = COPIED.get(source, source)
         _sources[page] = source
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
