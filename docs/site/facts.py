@@ -343,7 +343,7 @@ def products(name: str, runs: Sequence[RunSpec]) -> list[list[int]]:
     found = []
     for spec in reversed(runs):
         step, passes = operations_of_step(spec)
-        live = any(needs.uncacheable_reason for needs in bound(spec).needs()[1])
+        live = any(needs.reason_to_run for needs in bound(spec).needs()[1])
         found.append([step] if live or not passes else [step - passes, step])
     return found
 
