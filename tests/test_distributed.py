@@ -329,7 +329,9 @@ def test_point_that_one_rank_cannot_plan_ends_the_sweep_with_its_reason(
     uneven: Callable[[Path], list[str]], tmp_path: Path
 ) -> None:
     overrides = uneven(tmp_path)
-    process = start(["--multirun", "seed=1,2", *overrides], trouble=("plan", tmp_path))
+    # torchrun ends all ranks once it has seen one end, so it looks seldom: each has the time to end by itself.
+    place = ("--nproc-per-node=2", f"--master-port={free_port()}", "--monitor-interval=10")
+    process = start(["--multirun", "seed=1,2", *overrides], *place, trouble=("plan", tmp_path))
     output = output_of(process)
     assert output.count("point 1 of 2: seed=1:\n  rank 1 fails: a file that this machine lacks\n  rank 0 plans ") == 1, output
     assert output.count("change: task.train") == 1
