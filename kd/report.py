@@ -17,7 +17,7 @@ from kd.system.hardware import version_line
 if TYPE_CHECKING:
     from kd.results.comparison import Comparison
 
-CHOICES = ("markdown", "csv", "latex", "json", "html")
+CHOICES = ("markdown", "csv", "latex", "json", "html", "svg")
 """Formats of comparisons, whose modules are imported only where they are used."""
 
 
@@ -151,6 +151,11 @@ def table_comparison(arguments: argparse.Namespace) -> "Comparison":
 
 def deliver(comparison: "Comparison", arguments: argparse.Namespace) -> None:
     """Write a comparison in the format that is asked for."""
+    if arguments.format == "svg":
+        from kd.results.page import picture
+
+        write(picture(comparison), arguments.out)
+        return
     if arguments.format != "html":
         from kd.results.renderings import FORMATS
 

@@ -8,14 +8,16 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
+from kd.errors import InputError
 from kd.results.comparison import compare, entries_of, with_details
 from kd.results.figures import Figure
 from kd.results.gathering import validation_curve, with_expected
 from kd.results.maps import LayerMap
-from kd.results.page import labels_of, page, svg
+from kd.results.page import labels_of, page, picture, svg
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: apt-get install chromium")
@@ -268,6 +270,45 @@ def test_ticks_are_few_and_inside(ends: tuple[float, float]) -> None:
 def test_labels_do_not_cover_one_another() -> None:
     moved = sorted(svg.apart([30.0, 10.0, 11.0, 31.0, 30.5]))
     assert all(after - before >= 13.0 - 1e-9 for before, after in pairwise(moved))
+
+
+@pytest.mark.parametrize("count", [2, 40])
+def test_every_label_of_a_chart_is_inside_it(count: int) -> None:
+    points = [svg.Point(7.0, 50 + value / 100, f"method{value}") for value in range(count)]
+    series = {f"method{value}": [(1.0, 0.0), (2.0, value / 100)] for value in range(count)}
+    for chart in (svg.scatter(points, "size", "accuracy", "a"), svg.lines(series, "epoch", "accuracy", "b")):
+        height = float(re.findall(r'viewBox="0 0 \S+ (\S+)"', chart)[0])
+        places = sorted(float(y) for y in re.findall(r'<text class="label[^>]* y="(.*?)"', chart))
+        assert len(places) == count
+        assert places[0] > 0
+        assert places[-1] <= height - svg.BOTTOM + 4
+        assert all(after - before >= svg.LINE - 0.11 for before, after in pairwise(places))  # of printed tenths of a pixel
+
+
+def test_a_picture_is_a_file_of_its_own_with_a_chart_of_the_test_split_if_there_is_one() -> None:
+    figures = [*FIGURES, figure("kd", 0.62, 0, split="test"), figure("finetune", 0.52, 0, split="test")]
+    sizes = {"kd0": record("kd0", 17.0), "finetune0": record("finetune0", 12.0), "m0": record("m0", 17.0)}
+    text = picture(with_details(compare(entries_of(figures)), sizes))
+    root = ElementTree.fromstring(text)
+    names = {"svg": "http://www.w3.org/2000/svg"}
+    assert [found.text for found in root.findall("svg:text", names)] == ["mrpc: validation accuracy", "rte: test accuracy"]
+    first, second = root.findall("svg:svg", names)
+    titles = [title.text for title in second.iterfind(".//svg:title", names)]
+    assert titles == ["kd: 62.00 at 17.00", "finetune: 52.00 at 12.00"]
+    assert float(second.attrib["y"]) >= float(first.attrib["y"]) + float(first.attrib["height"])
+    assert float(root.attrib["height"]) == float(second.attrib["y"]) + float(second.attrib["height"])
+    assert not re.search(r"@import|url\(|href", text)
+
+
+def test_a_method_has_one_colour_in_a_chart_of_sizes() -> None:
+    comparison = with_details(compare(entries_of(ALIKE)), {digest: record(digest, 17.0) for digest in "abcde"})
+    validation = page(comparison).partition("Size against quality")[2].partition("</figure>")[0]
+    assert re.findall(r'<circle class="(s\d)"', validation) == ["s0", "s0", "s0", "s0", "s1"]
+
+
+def test_a_picture_of_runs_without_sizes_is_refused() -> None:
+    with pytest.raises(InputError, match=r"size of no run is known: --runs"):
+        picture(compare(entries_of(FIGURES)))
 
 
 def test_a_curve_is_read_from_the_history_of_a_run(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from kd.errors import InputError
 from kd.results.columns import COLUMNS, gap_of, notes, p_of, used_columns
 from kd.results.comparison import Comparison, Entry
 from kd.results.maps import LayerMap
@@ -12,6 +13,7 @@ from kd.results.published import compared_with
 from kd.results.tables import in_own_units
 
 FOLDER = Path(__file__).parent
+"""Folder of the style sheets and of the script: `charts.css` has the colours too, and is all that a picture needs."""
 
 Curves = Mapping[str, Sequence[tuple[float, float]]]
 """Digest of a run -> epoch and validation score, as in its `metrics.csv`."""
@@ -73,7 +75,7 @@ def document(title: str, sections: Iterable[str], script: str = "") -> str:
         script: JavaScript at its end; empty for none.
     """
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    style = (FOLDER / "style.css").read_text(encoding="utf-8")
+    style = "".join((FOLDER / name).read_text(encoding="utf-8") for name in ("charts.css", "style.css"))
     body = "\n".join([*filter(None, sections), *([f"<script>\n{script}</script>"] if script else [])])
     return f'<!doctype html>\n<html lang="en"><head>{head}<style>\n{style}</style></head>\n<body>\n{body}</body></html>\n'
 
@@ -198,24 +200,45 @@ def by_column(comparison: Comparison) -> dict[str, list[Entry]]:
 
 
 def quality_charts(comparison: Comparison) -> list[tuple[str, str]]:
-    """Return a chart of size against quality for each column of which sizes are known."""
+    """Return a chart of size against quality for each column of which sizes are known; a method has one colour."""
     found = []
     for caption, entries in by_column(comparison).items():
         labels = labels_of(entries)
+        colours = {method: number for number, method in enumerate(dict.fromkeys(entry.method for entry in entries))}
         points = [
             svg.Point(
                 entry.details["parameters"] / 1e6,
                 scaled(entry, entry.mean),
                 labels[series_of(entry)],
-                number,
+                colours[entry.method],
                 None if entry.std is None else scaled(entry, entry.std),
             )
-            for number, entry in enumerate(entries)
+            for entry in entries
             if "parameters" in entry.details and entry.mean is not None and entry.higher_is_better
         ]
         if points:
             found.append((caption, svg.scatter(points, "million parameters", entries[0].metric, caption)))
     return found
+
+
+def picture(comparison: Comparison) -> str:
+    """Return size against quality as one SVG picture, which loads nothing.
+
+    It has a chart for each task, of its test split if it has one.
+
+    Raises:
+        InputError: if the size of no entry is known.
+    """
+    found = quality_charts(comparison)
+    tested = {entry.task for entry in comparison.entries if entry.split == "test"}
+    shown = [
+        (caption, chart)
+        for caption, chart in found
+        if (task := caption.partition(": ")[0]) not in tested or caption.startswith(f"{task}: test ")
+    ]
+    if not shown:
+        raise InputError("the size of no run is known: --runs is the folder of the runs that the figures are of", "--format")
+    return svg.stacked(shown, (FOLDER / "charts.css").read_text(encoding="utf-8"))
 
 
 def curve_charts(comparison: Comparison, curves: Curves) -> list[tuple[str, str]]:

@@ -1,13 +1,19 @@
 """Charts as inline SVG; colours are variables of the page's style sheet, so that they follow light and dark themes."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 560, 320
+"""Size of a chart in pixels; one with more labels than that takes is higher."""
+
 LEFT, RIGHT, TOP, BOTTOM = 56, 130, 16, 44
-"""Margins in pixels; labels of lines stand in the right one."""
+"""Margins in pixels; labels of points and lines stand in the right one."""
+
+LINE = 13.0
+"""Distance in pixels between the labels of a chart."""
 
 COLOURS = 8
 """Number of colours of the style sheet; further series repeat them, and are told apart by their labels."""
@@ -64,32 +70,48 @@ def padded(values: Sequence[float], share: float = 0.08) -> tuple[float, float]:
     return low - extra, high + extra
 
 
+def height_of(labels: int) -> float:
+    """Return the height in pixels of a chart with a number of labels, one below the other."""
+    return max(HEIGHT, TOP + BOTTOM + LINE * labels)
+
+
 def frame(x: Scale, y: Scale, across: str, up: str, body: Sequence[str], name: str) -> str:
     """Return a chart: axes with ticks and titles around a body."""
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">']
+    bottom = y.start
+    whole = bottom + BOTTOM
+    parts = [f'<svg viewBox="0 0 {WIDTH} {whole:g}" role="img" aria-label="{escape(name)}">']
     for value in y.ticks():
         at = y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{value:g}</text>')
     for value in x.ticks():
         at = x(value)
-        parts.append(f'<text class="tick" x="{at:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:g}</text>')
+        parts.append(f'<text class="tick" x="{at:.1f}" y="{bottom + 16:g}" text-anchor="middle">{value:g}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="axis" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{escape(across)}</text>')
-    height = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(f'<text class="axis" transform="translate(14 {height}) rotate(-90)" text-anchor="middle">{escape(up)}</text>')
+    parts.append(f'<text class="axis" x="{middle}" y="{whole - 8:g}" text-anchor="middle">{escape(across)}</text>')
+    turned = f'transform="translate(14 {(TOP + bottom) / 2:g}) rotate(-90)"'
+    parts.append(f'<text class="axis" {turned} text-anchor="middle">{escape(up)}</text>')
     return "".join([*parts, *body, "</svg>"])
 
 
-def apart(heights: Sequence[float], least: float = 13.0) -> list[float]:
+def apart(heights: Sequence[float], end: float = math.inf) -> list[float]:
     """Return heights of labels moved so that none covers another, in the order given.
+
+    Args:
+        heights: heights of what the labels are of, in pixels from the top.
+        end: the lowest label's lowest height, if there is room for all above it.
 
     >>> apart([10.0, 12.0, 50.0])
     [10.0, 23.0, 50.0]
+    >>> apart([40.0, 48.0, 50.0], end=50.0)
+    [24.0, 37.0, 50.0]
     """
-    moved, last = [0.0] * len(heights), -math.inf
-    for index in sorted(range(len(heights)), key=heights.__getitem__):
-        last = moved[index] = max(heights[index], last + least)
+    moved, last, order = [0.0] * len(heights), -math.inf, sorted(range(len(heights)), key=heights.__getitem__)
+    for index in order:
+        last = moved[index] = max(heights[index], last + LINE)
+    for index in reversed(order):
+        end = moved[index] = min(moved[index], end)
+        end -= LINE
     return moved
 
 
@@ -111,10 +133,11 @@ def scatter(points: Sequence[Point], across: str, up: str, name: str) -> str:
     xs = [point.x for point in points]
     ends = [end for point in points for end in (point.y - (point.spread or 0), point.y + (point.spread or 0))]
     low, high = min(xs) * 0.9, max(xs) * 1.1
-    x, y = Scale(low, high, LEFT, WIDTH - RIGHT), Scale(*padded(ends), HEIGHT - BOTTOM, TOP)
+    bottom = height_of(len(points)) - BOTTOM
+    x, y = Scale(low, high, LEFT, WIDTH - RIGHT), Scale(*padded(ends), bottom, TOP)
     front = [f"{x(point.x):.1f},{y(point.y):.1f}" for point in pareto(points)]
     body = [f'<polyline class="front" points="{" ".join(front)}"/>'] if len(front) > 1 else []
-    heights = apart([y(point.y) for point in points])
+    heights = apart([y(point.y) for point in points], bottom)
     for point, height in zip(points, heights, strict=True):
         across_at, up_at, colour = x(point.x), y(point.y), point.colour % COLOURS
         tooltip = f"<title>{escape(point.label)}: {point.y:.2f} at {point.x:.2f}</title>"
@@ -128,13 +151,37 @@ def scatter(points: Sequence[Point], across: str, up: str, name: str) -> str:
     return frame(x, y, across, up, body, name)
 
 
+CAPTION = 24
+"""Height in pixels of the caption of a chart in a picture of several."""
+
+
+def stacked(charts: Sequence[tuple[str, str]], style: str) -> str:
+    """Return charts with captions, one below the other, as the text of an SVG file.
+
+    Args:
+        charts: captions and charts, as `scatter` and `lines` return them.
+        style: style sheet; its colours of a page hold for the picture, whose ground is transparent.
+    """
+    parts, top = [], 0.0
+    for caption, chart in charts:
+        found = re.match(r'<svg viewBox="0 0 (\S+) (\S+)"', chart)
+        assert found is not None
+        wide, high = float(found[1]), float(found[2])
+        parts.append(f'<text class="caption" x="{LEFT}" y="{top + 16:g}">{escape(caption)}</text>')
+        parts.append(chart.replace("<svg", f'<svg y="{top + CAPTION:g}" width="{wide:g}" height="{high:g}"', 1))
+        top += CAPTION + high
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top:g}" width="{WIDTH}" height="{top:g}">'
+    return "\n".join([opening, f"<style>\n{style}</style>", *parts, "</svg>"]) + "\n"
+
+
 def lines(series: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str, name: str) -> str:
     """Return a line chart of series by name, each a sequence of x and y."""
     every = [point for points in series.values() for point in points]
     xs = [point[0] for point in every]
     x = Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT, whole=all(value == round(value) for value in xs))
-    y = Scale(*padded([p[1] for p in every]), HEIGHT - BOTTOM, TOP)
-    heights = apart([y(points[-1][1]) for points in series.values()])
+    bottom = height_of(len(series)) - BOTTOM
+    y = Scale(*padded([p[1] for p in every]), bottom, TOP)
+    heights = apart([y(points[-1][1]) for points in series.values()], bottom)
     body = []
     for number, ((label, points), height) in enumerate(zip(series.items(), heights, strict=True)):
         colour = number % COLOURS
