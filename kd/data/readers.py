@@ -59,9 +59,6 @@ MAGIC_OF_COLUMNAR: Mapping[bytes, str] = {b"PAR1": "parquet", b"ARROW1": "arrow"
 UTF8 = "utf-8-sig"
 """Encoding of text by default: UTF-8 with or without a byte-order mark."""
 
-WITH_ENCODING = ("train", "validation", "test", "FILE")
-"""Keys of files whose encoding can be configured; `FILE` is that of `kd-predict`."""
-
 PIECE_BYTES = 1 << 20
 """Number of characters that are read at a time."""
 
@@ -79,6 +76,7 @@ class Layout:
         quoted: whether fields may be quoted; by default in CSV, not in TSV (as GLUE ships it).
         pattern: regular expression that matches each line of a file of lines, whose named groups are the columns.
         encoding: encoding of text; by default UTF-8 with or without a byte-order mark.
+        configurable: whether these are options of the configuration, so that an error about text can name `encoding`.
     """
 
     format: str | None = None
@@ -87,6 +85,7 @@ class Layout:
     quoted: bool | None = None
     pattern: str | None = None
     encoding: str | None = None
+    configurable: bool = False
 
     def kind(self, path: Path, key: str | None) -> str:
         """Return the format of a file.
@@ -219,7 +218,6 @@ def rows(
     key: str | None,
     columns: Sequence[str] | None = None,
     quoted: bool | None = None,
-    encoding: str = UTF8,
     *,
     skip_broken: bool = False,
     layout: Layout | None = None,
@@ -233,9 +231,8 @@ def rows(
         key: the configuration key that an error names.
         columns: names, for a file without a header.
         quoted: whether fields may be quoted; by default in CSV, not in TSV (as GLUE ships it).
-        encoding: by default UTF-8 with or without a byte-order mark.
         skip_broken: leave out lines with a wrong number of fields, with a warning that counts them.
-        layout: replaces `columns` and `quoted`, and gives format and delimiter.
+        layout: replaces `columns` and `quoted`, and gives format, delimiter and encoding.
         wanted: columns that are read -> the configuration key that an error about the column names. Parquet and Arrow need it;
             in other formats all columns are read.
 
@@ -248,36 +245,35 @@ def rows(
     if kind in COLUMNAR:
         yield from columnar_rows(path, key, kind, wanted or {})
         return
-    if layout.encoding is not None:
-        encoding = layout.codec()
+    encoding = layout.codec()
     _check_beginning(path, key)
     try:
         if kind in ("csv", "tsv"):
             yield from _delimited(path, key, layout, kind, encoding, skip_broken=skip_broken)
         elif layout.pattern is not None:
-            yield from _matched(path, key, layout.expression(), encoding)
+            yield from _matched(path, key, layout)
         elif kind == "lines":
-            for number, line in nonblank_lines(path, key, encoding):
+            for number, line in nonblank_lines(path, key, layout):
                 yield number, {"text": line}
         else:
             yield from _json_rows(path, key, encoding)
     except UnicodeDecodeError as error:
-        raise _not_text(path, key, encoding) from error
+        raise _not_text(path, key, layout) from error
     except OSError as error:
         raise InputError(f"the file '{path}' cannot be read ({error.strerror})", key) from error
 
 
-def nonblank_lines(path: Path, key: str | None, encoding: str = UTF8) -> Iterator[tuple[int, str]]:
+def nonblank_lines(path: Path, key: str | None, layout: Layout) -> Iterator[tuple[int, str]]:
     """Yield the lines of a file that are not blank, with their numbers.
 
     Raises:
         InputError: if the file is missing, empty or not text.
     """
-    for numbers, lines in line_pieces(path, key, encoding):
+    for numbers, lines in line_pieces(path, key, layout):
         yield from zip(numbers, lines, strict=True)
 
 
-def line_pieces(path: Path, key: str | None, encoding: str = UTF8) -> Iterator[tuple[list[int], list[str]]]:
+def line_pieces(path: Path, key: str | None, layout: Layout) -> Iterator[tuple[list[int], list[str]]]:
     """Yield the lines of a file that are not blank, about `PIECE_BYTES` at a time: their numbers, and their texts.
 
     Raises:
@@ -285,7 +281,7 @@ def line_pieces(path: Path, key: str | None, encoding: str = UTF8) -> Iterator[t
     """
     check_file(path, key)
     _check_beginning(path, key)
-    number = 0
+    number, encoding = 0, layout.codec()
     try:
         with path.open(encoding=encoding, newline="") as file:
             while parts := file.readlines(PIECE_BYTES):
@@ -297,23 +293,24 @@ def line_pieces(path: Path, key: str | None, encoding: str = UTF8) -> Iterator[t
                 yield numbers, [lines[at - number - 1] for at in numbers] if len(numbers) < len(lines) else lines
                 number += len(lines)
     except UnicodeDecodeError as error:
-        raise _not_text(path, key, encoding) from error
+        raise _not_text(path, key, layout) from error
 
 
-def _not_text(path: Path, key: str | None, encoding: str) -> InputError:
-    """Return the error for a file that is not text in an encoding."""
+def _not_text(path: Path, key: str | None, layout: Layout) -> InputError:
+    """Return the error for a file that is not text in the encoding of its layout."""
+    encoding = layout.codec()
     line = _undecodable_line(path, encoding)
     if encoding != UTF8:
         return InputError(f"'{path}', line {line}: not {encoding} text", "encoding")
-    cure = "encoding=latin-1 reads text of that encoding"
-    if key not in WITH_ENCODING:
-        cure = "iconv -f latin-1 -t UTF-8 converts text of that encoding"
+    cure = "encoding=latin-1 reads" if layout.configurable else "iconv -f latin-1 -t UTF-8 converts"
+    cure += " text of that encoding"
     return InputError(f"'{path}', line {line}: not UTF-8 text; {cure}", key)
 
 
-def _matched(path: Path, key: str | None, pattern: re.Pattern[str], encoding: str) -> Iterator[tuple[int, Row]]:
+def _matched(path: Path, key: str | None, layout: Layout) -> Iterator[tuple[int, Row]]:
     """Yield the named groups of each line that is not blank."""
-    for number, line in nonblank_lines(path, key, encoding):
+    pattern = layout.expression()
+    for number, line in nonblank_lines(path, key, layout):
         found = pattern.fullmatch(line)
         if found is None:
             raise InputError(

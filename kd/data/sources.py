@@ -219,7 +219,7 @@ def pieces_of_file(
     """
     kind = layout.kind(file, key)
     if kind == "lines" and layout.pattern is None:
-        for numbers, lines in line_pieces(file, key, layout.codec()):
+        for numbers, lines in line_pieces(file, key, layout):
             if numbers and (lacking := [name for name in columns if name != "text"]):
                 raise no_column(lacking[0], {"text": lines[0]}, f"'{file}', line {numbers[0]}", columns[lacking[0]])
             yield numbers, {"text": lines}
@@ -519,6 +519,7 @@ class Files:
         layout = Layout(
             *(as_names(self.format), as_names(self.delimiter), as_names(self.columns), self.quoted),
             *(as_names(self.pattern), as_names(self.encoding)),
+            configurable=True,
         )
         layout.codec()
         files = shards_of(path, key, any_suffix=self._any_suffix)
@@ -534,7 +535,7 @@ class Files:
         suffix = files[0].suffix.lower()
         is_lines = layout.format == "lines" or (layout.format is None and (suffix == LINES or suffix not in SUFFIXES))
         if is_lines and layout.pattern is None:
-            layout = Layout("lines", encoding=layout.encoding)
+            layout = Layout("lines", encoding=layout.encoding, configurable=True)
         found = read_shards(files, text, None, key, layout, extra=self.extra)
         found.labels = [name] * len(found)
         return found

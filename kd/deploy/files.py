@@ -70,7 +70,7 @@ def layout_of(path: Path, layout: Layout, text: Sequence[str]) -> Layout:
     Raises:
         InputError: for lines where a task has pairs of texts, and for a `.txt` that looks like a table.
     """
-    if layout == Layout(encoding=layout.encoding) and path.suffix.lower() == LINES:
+    if layout == Layout(encoding=layout.encoding, configurable=layout.configurable) and path.suffix.lower() == LINES:
         layout = replace(layout, format="lines")
         with path.open(encoding=layout.codec(), errors="replace") as file:
             fields = file.readline().rstrip("\r\n").split("\t")

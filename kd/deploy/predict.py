@@ -93,7 +93,7 @@ def overrides_of(words: Sequence[str]) -> "tuple[list[str] | None, Layout]":
     for option in ("text", "columns"):
         names = as_names(values.get(option))
         values[option] = [names] if isinstance(names, str) else names
-    return values.pop("text"), Layout(**values)
+    return values.pop("text"), Layout(**values, configurable=True)
 
 
 def unquoted(value: str) -> str:

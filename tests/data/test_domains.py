@@ -119,6 +119,15 @@ def test_a_folder_without_its_files_is_refused(folder: Path) -> None:
         loaded(folder)
 
 
+def test_a_file_in_another_encoding_is_refused_with_a_cure_that_folders_have(folder: Path) -> None:
+    """The task has no `task.encoding`."""
+    file = folder / "dvd" / "train.tsv"
+    file.write_bytes(file.read_bytes() + "caf\xe9\tpositive\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"not UTF-8 text; iconv -f latin-1 -t UTF-8 converts") as refusal:
+        loaded(folder)
+    assert refusal.value.key == "task.train"
+
+
 def test_tasks_without_a_selection_are_identified_as_before(folder: Path) -> None:
     spec = typed(compose(["task=amazon4", f"task.train={folder}"])).task
     assert not {"where", "where_evaluated"} & set(task_identity(spec)[0])

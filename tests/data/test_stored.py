@@ -954,7 +954,7 @@ def test_lines_read_by_the_piece_are_those_read_one_by_one(tmp_path: Path, seed:
     (tmp_path / "a.txt").write_bytes(content.encode())
     lines = content.removeprefix("\ufeff").splitlines()
     expected = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    assert list(nonblank_lines(tmp_path / "a.txt", "unlabelled")) == expected
+    assert list(nonblank_lines(tmp_path / "a.txt", "unlabelled", Layout())) == expected
     tables = [table for _, table in sources.tables_of([tmp_path / "a.txt"], ["text"], "unlabelled", Layout("lines"))]
     assert len(tables) > 1
     found = [(int(number), text) for table in tables for number, (text,) in zip(table.numbers, table.texts, strict=True)]

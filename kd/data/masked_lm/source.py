@@ -67,10 +67,10 @@ class TextFiles:
     def _read(self, path: Path, key: str) -> Table:
         files = shards_of(path, key, any_suffix=self.format is not None)
         names = as_names(self.format), as_names(self.delimiter), as_names(self.columns)
-        layout = Layout(*names, self.quoted, encoding=as_names(self.encoding))
+        layout = Layout(*names, self.quoted, encoding=as_names(self.encoding), configurable=True)
         layout.codec()
         if self.format == "lines" or (self.format is None and files[0].suffix.lower() == LINES and self.delimiter is None):
-            layout = Layout("lines", encoding=layout.encoding)
+            layout = Layout("lines", encoding=layout.encoding, configurable=True)
         return read_shards(files, as_names(self.text), None, key, layout, blank=True)
 
     def fingerprint(self) -> dict[str, str]:
