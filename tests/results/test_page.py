@@ -274,10 +274,12 @@ def test_labels_do_not_cover_one_another() -> None:
 
 @pytest.mark.parametrize("count", [2, 40])
 def test_every_label_of_a_chart_is_inside_it(count: int) -> None:
-    points = [svg.Point(7.0, 50 + value / 100, f"method{value}") for value in range(count)]
-    series = {f"method{value}": [(1.0, 0.0), (2.0, value / 100)] for value in range(count)}
+    points = [svg.Point(7.0, 50 + value / 100, f"a method with a long name {value}") for value in range(count)]
+    series = {f"a method with a long name {value}": [(1.0, 0.0), (2.0, value / 100)] for value in range(count)}
     for chart in (svg.scatter(points, "size", "accuracy", "a"), svg.lines(series, "epoch", "accuracy", "b")):
-        height = float(re.findall(r'viewBox="0 0 \S+ (\S+)"', chart)[0])
+        width, height = map(float, re.findall(r'viewBox="0 0 (\S+) (\S+)"', chart)[0])
+        ends = [float(x) + 6 * len(label) for x, label in re.findall(r'<text class="label[^>]* x="(.*?)".*?>(.*?)<', chart)]
+        assert max(ends) <= width
         places = sorted(float(y) for y in re.findall(r'<text class="label[^>]* y="(.*?)"', chart))
         assert len(places) == count
         assert places[0] > 0
@@ -307,8 +309,9 @@ def test_a_method_has_one_colour_in_a_chart_of_sizes() -> None:
 
 
 def test_a_picture_of_runs_without_sizes_is_refused() -> None:
-    with pytest.raises(InputError, match=r"size of no run is known: --runs"):
+    with pytest.raises(InputError, match=r"size of no run is known") as refusal:
         picture(compare(entries_of(FIGURES)))
+    assert refusal.value.key == "--runs"
 
 
 def test_a_curve_is_read_from_the_history_of_a_run(tmp_path: Path) -> None:

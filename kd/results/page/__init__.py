@@ -237,7 +237,7 @@ def picture(comparison: Comparison) -> str:
         if (task := caption.partition(": ")[0]) not in tested or caption.startswith(f"{task}: test ")
     ]
     if not shown:
-        raise InputError("the size of no run is known: --runs is the folder of the runs that the figures are of", "--format")
+        raise InputError("the size of no run is known: --runs is the folder of the runs that the figures are of", "--runs")
     return svg.stacked(shown, (FOLDER / "charts.css").read_text(encoding="utf-8"))
 
 

@@ -2,18 +2,18 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 560, 320
-"""Size of a chart in pixels; one with more labels than that takes is higher."""
+"""Size of a chart in pixels; one with more labels than that takes is higher, one with longer labels is wider."""
 
 LEFT, RIGHT, TOP, BOTTOM = 56, 130, 16, 44
 """Margins in pixels; labels of points and lines stand in the right one."""
 
-LINE = 13.0
-"""Distance in pixels between the labels of a chart."""
+LINE, LETTER = 13.0, 6.5
+"""Distance in pixels between the labels of a chart, and the width of a letter of them: an upper mean of common fonts."""
 
 COLOURS = 8
 """Number of colours of the style sheet; further series repeat them, and are told apart by their labels."""
@@ -75,11 +75,16 @@ def height_of(labels: int) -> float:
     return max(HEIGHT, TOP + BOTTOM + LINE * labels)
 
 
-def frame(x: Scale, y: Scale, across: str, up: str, body: Sequence[str], name: str) -> str:
-    """Return a chart: axes with ticks and titles around a body."""
-    bottom = y.start
+def margin_of(labels: Iterable[str]) -> float:
+    """Return the width in pixels of the margin that labels stand in."""
+    return max(RIGHT, 12 + LETTER * max(map(len, labels), default=0))
+
+
+def frame(x: Scale, y: Scale, across: str, up: str, body: Sequence[str], name: str, margin: float) -> str:
+    """Return a chart: axes with ticks and titles around a body, and a right margin."""
+    bottom, wide = y.start, x.end + margin
     whole = bottom + BOTTOM
-    parts = [f'<svg viewBox="0 0 {WIDTH} {whole:g}" role="img" aria-label="{escape(name)}">']
+    parts = [f'<svg viewBox="0 0 {wide:g} {whole:g}" role="img" aria-label="{escape(name)}">']
     for value in y.ticks():
         at = y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
@@ -148,7 +153,7 @@ def scatter(points: Sequence[Point], across: str, up: str, name: str) -> str:
         edge = WIDTH - RIGHT + 8
         body.append(f'<line class="lead" x1="{across_at + 6:.1f}" x2="{edge - 2}" y1="{up_at:.1f}" y2="{height:.1f}"/>')
         body.append(f'<text class="label" x="{edge}" y="{height + 4:.1f}">{escape(point.label)}</text>')
-    return frame(x, y, across, up, body, name)
+    return frame(x, y, across, up, body, name, margin_of(point.label for point in points))
 
 
 CAPTION = 24
@@ -162,15 +167,16 @@ def stacked(charts: Sequence[tuple[str, str]], style: str) -> str:
         charts: captions and charts, as `scatter` and `lines` return them.
         style: style sheet; its colours of a page hold for the picture, whose ground is transparent.
     """
-    parts, top = [], 0.0
+    parts, top, widest = [], 0.0, 0.0
     for caption, chart in charts:
         found = re.match(r'<svg viewBox="0 0 (\S+) (\S+)"', chart)
         assert found is not None
         wide, high = float(found[1]), float(found[2])
         parts.append(f'<text class="caption" x="{LEFT}" y="{top + 16:g}">{escape(caption)}</text>')
         parts.append(chart.replace("<svg", f'<svg y="{top + CAPTION:g}" width="{wide:g}" height="{high:g}"', 1))
-        top += CAPTION + high
-    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top:g}" width="{WIDTH}" height="{top:g}">'
+        top, widest = top + CAPTION + high, max(widest, wide)
+    size = f'viewBox="0 0 {widest:g} {top:g}" width="{widest:g}" height="{top:g}"'
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
     return "\n".join([opening, f"<style>\n{style}</style>", *parts, "</svg>"]) + "\n"
 
 
@@ -191,7 +197,7 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], across: str, up: 
             tooltip = f"<title>{escape(label)}: {up_at:.2f} at {across_at:g}</title>"
             body.append(f'<circle class="s{colour}" cx="{x(across_at):.1f}" cy="{y(up_at):.1f}" r="3">{tooltip}</circle>')
         body.append(f'<text class="label s{colour}" x="{WIDTH - RIGHT + 8}" y="{height + 4:.1f}">{escape(label)}</text>')
-    return frame(x, y, across, up, body, name)
+    return frame(x, y, across, up, body, name, margin_of(series))
 
 
 def bars(values: Mapping[str, float], unit: str, name: str) -> str:
