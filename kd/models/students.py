@@ -367,6 +367,9 @@ def plan_student(
         notes, asides = list(weights.notes), list(weights.asides)
         if not needed and not (backbone_alone and HEADS[head].labelled):
             notes.append("head drawn afresh")
+        from_teacher = spec.init_from == "teacher" and not whole
+        if from_teacher and layers == list(range(1, initial_config.num_hidden_layers + 1)):
+            asides.append("all layers of the fine-tuned teacher; fewer student.layers are smaller than it")
     if copied is not None and copied.head_needed:
         start = None
     if start is not None:

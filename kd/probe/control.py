@@ -48,7 +48,7 @@ def control_command(run: Finished) -> str:
     """
     spec = run.spec
     teacher = "teacher=[]"
-    if spec.student.init_from == "teacher":
+    if run.record["identity"]["student"]["init_from"] == "teacher":
         teacher = f"teacher=[{','.join(spec.teacher)}]"
     words = [f"method={BASELINE}", teacher, f"student={spec.student.name}", f"task={spec.task.name}", f"seed={spec.seed}"]
     try:

@@ -8,11 +8,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from kd.config import compose as composition
-from kd.config.cohort import SHARED_HEAD, alone, check_cohort
+from kd.config.cohort import SHARED_HEAD, alone, check_cohort, students_of
 from kd.config.frozen import aids_of
 from kd.config.loggers import check_loggers
 from kd.config.mixture import check_tasks, is_mixture, named, rename_task_error_keys, tasks_of
-from kd.config.pool import RANKED, check_pool
+from kd.config.nodes import nested
+from kd.config.pool import RANKED, check_pool, teachers_of
 from kd.config.schema import RunSpec, TrainerSpec, check_values, compile_mode, padding_multiple
 from kd.errors import InputError
 from kd.runs.digest import digest_of
@@ -45,6 +46,7 @@ def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teac
     spec = replace(spec, trainer=resolved(spec.trainer))
     check_cohort(spec)
     spec = alone(spec)
+    spec = replace(spec, student=replace(spec.student, init_from=beginning(spec)))
     check_pool(spec)
     if is_mixture(spec.task) and spec.pool.distribution in RANKED:
         raise InputError(
@@ -97,6 +99,26 @@ def resolved(trainer: TrainerSpec) -> TrainerSpec:
         compile=compile_mode(trainer.compile),
         pad_multiple=padding_multiple(trainer),
     )
+
+
+def beginning(spec: RunSpec) -> str:
+    """Return `student.init_from`; `auto` is `teacher` where the layers of the fine-tuned teacher fit, else `pretrained`.
+
+    They fit one student with fewer layers than a teacher that learns the same task and has the student's backbone and sizes.
+    """
+    student = spec.student
+    if student.init_from != "auto":
+        return student.init_from
+    if len(students_of(spec)) > 1 or not spec.teacher or student.init in ("random", "checkpoint", "run"):
+        return "pretrained"
+    teacher = spec.teacher[teachers_of(spec)[0]]
+    theirs = nested(teacher.run, "student") or {}
+    alike = all(getattr(student, key) == theirs.get(key) for key in ("width", "heads", "intermediate", "family"))
+    shared = student.backbone in (None, teacher.backbone or teacher.model) and teacher.student_backbone is None
+    depth = theirs.get("layers")
+    shallower = student.layers is not None and (depth is None or student.layers < depth)
+    other = teacher.tasks is not None or teacher.member is not None  # its run is of further tasks or models
+    return "teacher" if alike and shared and shallower and not other else "pretrained"
 
 
 def further_stages(spec: RunSpec) -> Iterator[tuple[Role, Any]]:

@@ -89,6 +89,13 @@ def test_tables_of_the_package_are_valid() -> None:
         load_table(name)
 
 
+def test_tables_of_the_package_say_what_students_begin_with() -> None:
+    for name in table_names():
+        for scale, cells in load_table(name).scales.items():
+            silent = [cell for cell in cells if not any(word.startswith("student.init_from=") for word in cell.overrides)]
+            assert not silent, (name, scale)
+
+
 def test_rows_are_methods_of_the_table_and_others_in_the_cells_of_one_that_it_names() -> None:
     product = {"student": ["3l", "2l"], "method": ["finetune", "kd", {"pkd_last": ["method=pkd", "method.layers=last"]}]}
     table = parse_table("t", content(product, overrides=("task=rte",), new_rows="kd"))
