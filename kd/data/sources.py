@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -36,7 +36,8 @@ class Source(Protocol):
     """Interface of a source of examples. Splits are `train`, `validation`, `test`, and any further ones to evaluate on.
 
     A source with an argument `extra`, names of further columns, can serve tasks that read some (`task.extra`); their values
-    are in `Example.columns`.
+    are in `Example.columns`. A source of files that the user chose, for which no setting is published, may have an attribute
+    `own_data` that is true: `student.init_from=auto` is another start there.
     """
 
     def splits(self) -> Splits:
@@ -469,6 +470,8 @@ class Files:
         pattern: see `quoted`.
         encoding: see `quoted`.
     """
+
+    own_data: ClassVar[bool] = True
 
     train: Any
     text: Sequence[str]

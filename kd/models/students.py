@@ -31,7 +31,7 @@ from kd.models.pretrained import (
 )
 
 INITS = ("random", "first", "every", "last", "checkpoint", "run")
-INIT_FROM = ("pretrained", "teacher")
+INIT_FROM = ("pretrained", "teacher", "auto")
 
 
 def chosen_layers(init: str | Sequence[int], student: int, source: int) -> list[int]:
@@ -354,7 +354,7 @@ def plan_student(
         if whole:  # a checkpoint's vocabulary may differ from the backbone's, and its weights belong to it
             config.vocab_size, config.pad_token_id = initial_config.vocab_size, initial_config.pad_token_id
         check_copy(config, initial_config, spec, given if whole else "init", deepened=deepened)
-        backbone_alone = spec.init_from == "pretrained" and not whole
+        backbone_alone = spec.init_from != "teacher" and not whole
         rows = head_rows(config, initial_config, head, given, initial_labels, pretrained=backbone_alone)
         weights = check_weights(initial, given, initial_config, head)
         # If the configuration names no architecture, the weights may have no head.

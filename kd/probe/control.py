@@ -1,7 +1,7 @@
 """The control of a run: fine-tuning of the same student, without which a loss by distillation looks like one by size."""
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from kd.runs.plan import plan
 from kd.runs.run import is_record
 
 PARTS = ("student", "surgery", "task", "optimizer", "trainer", "paths", "backbone")
-"""Parts of a configuration that a run shares with its control."""
+"""Parts of a configuration that a run shares with its control; with a student that starts from its teacher also that."""
 
 
 def controls_beside(directory: Path) -> dict[str, Path]:
@@ -47,13 +47,15 @@ def control_command(run: Finished) -> str:
         run: a run that has no control.
     """
     spec = run.spec
-    teacher = "teacher=[]"
-    if run.record["identity"]["student"]["init_from"] == "teacher":
-        teacher = f"teacher=[{','.join(spec.teacher)}]"
+    taught = run.record["identity"]["student"]["init_from"] == "teacher"  # by initialisation
+    teacher = f"teacher=[{','.join(spec.teacher)}]" if taught else "teacher=[]"
     words = [f"method={BASELINE}", teacher, f"student={spec.student.name}", f"task={spec.task.name}", f"seed={spec.seed}"]
     try:
-        backbone = backbone_of(spec)[0]
-        command = [*words, *options(run.config, compose(words), backbone)]
+        default = compose(words)
+        own = leaves(parts_of(run.config, [*PARTS, "teacher"] if taught else PARTS))
+        if not taught and backbone_of(spec)[0] != default.backbone:  # which the first teacher determines if no option does
+            own["student.backbone"] = backbone_of(spec)[0]
+        command = [*words, *options(own, leaves(parts_of(default, [*PARTS, "teacher"])))]
         planned = plan(compose(command))
         made = {"identity": planned.digest_inputs, "teacher": list(planned.spec.teacher)}
         if budget_of(made) == budget_of(run.record):
@@ -63,27 +65,24 @@ def control_command(run: Finished) -> str:
     return f"{shlex.join(['kd-train', *words])} ..."
 
 
-def options(config: DictConfig, default: DictConfig, backbone: str) -> Iterator[str]:
-    """Yield the overrides that turn the parts of a default configuration, which a run shares with its control, into its own.
+def options(own: Mapping[str, Any], default: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the overrides that turn the values of a default configuration into those that a run shares with its control.
 
     Args:
-        config: configuration of the run.
-        default: configuration of the control without options.
-        backbone: source of the student's backbone, which the first teacher determines if no option does.
+        own: dotted key -> value, of the run.
+        default: the same, of the control without options.
     """
-    own, other = (leaves(parts_of(given)) for given in (config, default))
-    own |= {"student.backbone": backbone} if backbone != other.get("backbone") else {}
     for key, value in own.items():
         machine = key.startswith("trainer.") and key.removeprefix("trainer.") in NOT_IN_DIGEST
-        if not machine and not (key in other and other[key] == value):
+        if not machine and not (key in default and default[key] == value):
             text = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
-            yield quoted(f"{'' if key in other else '+'}{key}={text}")
+            yield quoted(f"{'' if key in default else '+'}{key}={text}")
 
 
-def parts_of(config: DictConfig) -> dict[str, Any]:
-    """Return the parts of a configuration that a run shares with its control, with interpolations as they are written."""
+def parts_of(config: DictConfig, parts: Sequence[str]) -> dict[str, Any]:
+    """Return some parts of a configuration, with interpolations as they are written."""
     values: Any = OmegaConf.to_container(config, resolve=False)
-    return {part: values[part] for part in PARTS if part in values}
+    return {part: values[part] for part in parts if part in values}
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

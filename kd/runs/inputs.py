@@ -76,6 +76,7 @@ def teacher_configs(config: DictConfig, spec: RunSpec) -> Iterator[tuple[Role, D
             OmegaConf.update(pilot, "task.holdout", spec.pool.holdout, force_add=True)
             if of_student:  # all pilots train the same student
                 OmegaConf.update(pilot, "student.backbone", backbone_of(spec)[0], force_add=True)
+                OmegaConf.update(pilot, "student.init_from", spec.student.init_from)
             yield Role("pilot", name), pilot
 
 
@@ -253,7 +254,7 @@ def teacher_config(parent: DictConfig, spec: RunSpec, name: str, teacher: Teache
             f"teacher.{name}.run.student.init",
         )
     choose: dict[str, str | list[str]] = {"method": teacher.method, "teacher": [], "student": "full"}
-    own: dict[str, object] = {"student": {"backbone": teacher.backbone}}
+    own: dict[str, object] = {"student": {"backbone": teacher.backbone, "init_from": "pretrained"}}
     try:
         config = inherit(parent, choose, ["task"], own, f"teacher.{name}")
     except InputError as error:

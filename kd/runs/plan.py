@@ -1,6 +1,7 @@
 """A run from its configuration, with the runs that it needs first. Nothing is trained, loaded or written."""
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,18 @@ from kd.config.cohort import SHARED_HEAD, alone, check_cohort, students_of
 from kd.config.frozen import aids_of
 from kd.config.loggers import check_loggers
 from kd.config.mixture import check_tasks, is_mixture, named, rename_task_error_keys, tasks_of
-from kd.config.nodes import nested
-from kd.config.pool import RANKED, check_pool, teachers_of
+from kd.config.pool import RANKED, check_pool
 from kd.config.schema import RunSpec, TrainerSpec, check_values, compile_mode, padding_multiple
 from kd.errors import InputError
 from kd.runs.digest import digest_of
 from kd.runs.edits import models_of_edits
 from kd.runs.error_keys import rename_error_keys, stage_key
-from kd.runs.identity import digest_inputs
+from kd.runs.identity import backbone_of, digest_inputs, source_of
 from kd.runs.inputs import is_student, pilot_overrides, teacher_config, teacher_configs, with_member
 from kd.runs.run import Role, Run, RunInputs
 from kd.runs.stages import before_config, stage_config
 from kd.system.hardware import resolve_precision
+from kd.system.model_sources import stated_depth
 
 
 def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teaching: RunInputs | None = None) -> Run:
@@ -102,23 +103,26 @@ def resolved(trainer: TrainerSpec) -> TrainerSpec:
 
 
 def beginning(spec: RunSpec) -> str:
-    """Return `student.init_from`; `auto` is `teacher` where the layers of the fine-tuned teacher fit, else `pretrained`.
+    """Return `student.init_from`; `auto` is `teacher` for a user's own data where the teacher's layers fit, else `pretrained`.
 
-    They fit one student with fewer layers than a teacher that learns the same task and has the student's backbone and sizes.
+    They fit where one student learns from one teacher of the same task, both have the sizes of one backbone, and the student
+    has fewer layers.
     """
     student = spec.student
     if student.init_from != "auto":
         return student.init_from
-    if len(students_of(spec)) > 1 or not spec.teacher or student.init in ("random", "checkpoint", "run"):
+    together = len(students_of(spec)) > 1 or len(spec.teacher) != 1 or is_mixture(spec.task)
+    if together or student.init in ("random", "checkpoint", "run") or not getattr(source_of(spec.task), "own_data", False):
         return "pretrained"
-    teacher = spec.teacher[teachers_of(spec)[0]]
-    theirs = nested(teacher.run, "student") or {}
-    alike = all(getattr(student, key) == theirs.get(key) for key in ("width", "heads", "intermediate", "family"))
-    shared = student.backbone in (None, teacher.backbone or teacher.model) and teacher.student_backbone is None
-    depth = theirs.get("layers")
-    shallower = student.layers is not None and (depth is None or student.layers < depth)
-    other = teacher.tasks is not None or teacher.member is not None  # its run is of further tasks or models
-    return "teacher" if alike and shared and shallower and not other else "pretrained"
+    (teacher,) = spec.teacher.values()
+    theirs = teacher.run.get("student", {})
+    resized = any(getattr(student, size) is not None for size in ("width", "heads", "intermediate", "family"))
+    changed = "cohort" in teacher.run or not isinstance(theirs, Mapping) or not theirs.keys() <= {"layers", "dropout"}
+    if resized or changed or teacher.tasks is not None or backbone_of(spec)[0] != (teacher.model or teacher.backbone):
+        return "pretrained"
+    depth = theirs.get("layers") or stated_depth(*backbone_of(spec)) or sys.maxsize
+    shallower = student.layers is not None and isinstance(depth, int) and student.layers < depth
+    return "teacher" if shallower else "pretrained"
 
 
 def further_stages(spec: RunSpec) -> Iterator[tuple[Role, Any]]:

@@ -218,6 +218,25 @@ def pretrained(source: str, key: str) -> tuple[str, dict[str, str]]:
     return name, {"revision": revision} if revision else {}
 
 
+def stated_depth(source: str, key: str) -> int | None:
+    """Return the number of blocks that a source's `config.json` states; None if it states none, or is on the hub.
+
+    Nothing is downloaded. What this machine happens to have of the hub is not read, so that a plan does not depend on it.
+
+    Raises:
+        InputError: if the source is a folder that is missing or holds no model.
+    """
+    path = _local(source, key)
+    if path is None:
+        return None
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None  # which the build reports
+    stated = config.get("num_hidden_layers", config.get("n_layers")) if isinstance(config, dict) else None
+    return stated if isinstance(stated, int) else None
+
+
 def source_name(source: str) -> str:
     """Return a source as cards and records show it: as given, but of a path on this machine the last folder alone."""
     public = source.startswith(("hf:", "package:", archives.PREFIX))

@@ -34,8 +34,8 @@ LOOK = 256
 BARELY = 0.1
 """Fraction of the gain from the constant prediction to a perfect one below which a teacher is flagged. Our choice."""
 LOUD = 20
-"""Times the labels' term above which another weighted term is flagged. Our choice: with the weights published for images `hidden` of
-`fitnets` and `similarity` of `sp` are 24 to 200 times it on small students of MiniLM, whose students learnt little."""
+"""Times the labels' term above which another weighted term is flagged. Our choice: with the weights published for images
+`hidden` of `fitnets` and `similarity` of `sp` are 24 to 200 times it on small students of MiniLM, which learnt little."""
 
 
 @dataclass

@@ -207,6 +207,19 @@ def test_the_command_that_makes_the_missing_control_is_of_the_same_budget(
     assert plan(compose(words)).digest == plan(compose(small("method=finetune", "teacher=[]", "seed=1", *STUDENT))).digest
 
 
+def test_the_command_of_a_control_that_starts_from_the_teacher_has_the_teachers_options(
+    small: Small, backbone: Path, tmp_path: Path
+) -> None:
+    teacher = ("teacher=[hub]", f"teacher.hub.backbone={backbone}", "teacher.hub.run.trainer.max_epochs=1")
+    begins = ("student.init_from=auto", f"paths.runs={tmp_path / 'runs'}")
+    run, _ = made(small("method=kd", *teacher, *begins, *STUDENT))
+    found = probed(tmp_path / "out", run.directory, *QUICK)
+    command = found["cases"][0]["about"]["without_control"]
+    words = shlex.split(command)[1:]
+    assert {"method=finetune", *teacher} <= set(words)
+    assert plan(compose(words)).digest == plan(compose(small("method=finetune", *teacher, *begins, *STUDENT))).digest
+
+
 def test_a_student_beside_itself_has_lost_nothing(seeds: list[tuple[Run, dict]], tmp_path: Path) -> None:
     (run, _), _ = seeds
     words = (run.directory, "--teacher", run.directory, "--examples", 12, "--train-examples", 30, "--part-examples", 8)
