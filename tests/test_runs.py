@@ -233,6 +233,7 @@ HUB = ("teacher=[hub]", "teacher.hub.backbone=BACKBONE")
         (("+teacher.minilm.run.student.backbone=BACKBONE",), "pretrained"),
         (("+teacher.minilm.run.student.init=checkpoint", "+teacher.minilm.run.student.checkpoint=BACKBONE"), "pretrained"),
         (("+teacher.minilm.run.cohort={name: joint, students: [3l, 3l], share: head}",), "pretrained"),
+        (("teacher.minilm.tasks=[file,rotten_tomatoes]", "task.max_length=128"), "pretrained"),
         (("student.width=8",), "pretrained"),
         (("student.intermediate=8",), "pretrained"),
         (("student.heads=1",), "pretrained"),
