@@ -99,9 +99,9 @@ def mixed(files: Path, backbone: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def alone(name: str, overrides: list[str]) -> list[str]:
-    """The overrides of a mixture of one task, as a run of that task alone."""
+    """The overrides of a mixture of one task, as a run of that task alone, whose student begins as that of a mixture does."""
     own = [word.replace(f"task.of.{name}.", "task.") for word in overrides if not word.startswith("+task@")]
-    return ["task=file" if word == "task=mixture" else word for word in own]
+    return ["student.init_from=pretrained", *("task=file" if word == "task=mixture" else word for word in own)]
 
 
 def test_a_mixture_trains_one_body_and_a_head_for_each_task(mixed: Mixed, capsys: pytest.CaptureFixture[str]) -> None:

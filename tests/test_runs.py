@@ -222,6 +222,7 @@ HUB = ("teacher=[hub]", "teacher.hub.backbone=BACKBONE")
         (("+teacher.minilm.run.student.layers=3",), "teacher"),
         (("cohort.students=[3l]",), "teacher"),
         (HUB, "teacher"),
+        (("teacher.minilm.tasks=each",), "teacher"),
         (("teacher=[hub]", "teacher.hub.model=BACKBONE"), "teacher"),
         (("teacher=[]", "method=finetune"), "pretrained"),
         (("student=full",), "pretrained"),

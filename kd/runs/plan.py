@@ -20,7 +20,7 @@ from kd.runs.digest import digest_of
 from kd.runs.edits import models_of_edits
 from kd.runs.error_keys import rename_error_keys, stage_key
 from kd.runs.identity import backbone_of, digest_inputs, source_of
-from kd.runs.inputs import is_student, pilot_overrides, teacher_config, teacher_configs, with_member
+from kd.runs.inputs import EACH, is_student, pilot_overrides, teacher_config, teacher_configs, with_member
 from kd.runs.run import Role, Run, RunInputs
 from kd.runs.stages import before_config, stage_config
 from kd.system.hardware import resolve_precision
@@ -118,7 +118,7 @@ def beginning(spec: RunSpec) -> str:
     theirs = teacher.run.get("student", {})
     resized = any(getattr(student, size) is not None for size in ("width", "heads", "intermediate", "family"))
     changed = "cohort" in teacher.run or not isinstance(theirs, Mapping) or not theirs.keys() <= {"layers", "dropout"}
-    if resized or changed or teacher.tasks is not None or backbone_of(spec)[0] != (teacher.model or teacher.backbone):
+    if resized or changed or teacher.tasks not in (None, EACH) or backbone_of(spec)[0] != (teacher.model or teacher.backbone):
         return "pretrained"
     depth = theirs.get("layers") or stated_depth(*backbone_of(spec)) or sys.maxsize
     shallower = student.layers is not None and isinstance(depth, int) and student.layers < depth
