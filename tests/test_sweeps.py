@@ -85,7 +85,8 @@ def test_options_with_values_keep_them_wherever_they_stand(tmp_path: Path, capsy
 
 def test_points_that_cannot_be_planned_are_told_before_the_first_is_made(sweep: Sweep) -> None:
     """One fails in its composition, which ends Hydra's own sweep; another's file is missing."""
-    status, out, err = sweep("student=2l,nosuch", "task.train=nowhere.csv," + sweep.small()[2].partition("=")[2])
+    train = next(word.partition("=")[2] for word in sweep.small() if word.startswith("task.train="))
+    status, out, err = sweep("student=2l,nosuch", f"task.train=nowhere.csv,{train}")
     assert status == 2
     told, _, end = err.partition("kd-train: 1 done, 3 failed:")
     assert "point 1 of 4: student=2l task.train=nowhere.csv\n  failed: " in told
