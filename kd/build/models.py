@@ -401,7 +401,7 @@ def initial_source(run: Run, spec: StudentSpec, inputs: InputModels) -> tuple[st
 
 def initial_labels(run: Run, spec: StudentSpec) -> list[str] | None:
     """Return `teacher.<name>.labels` of the classifier that a student starts from; None if it starts from another source."""
-    if spec.init in ("random", "checkpoint", "run") or spec.init_from != "teacher" or not run.spec.teacher:
+    if not spec.copies_layers or spec.init_from != "teacher" or not run.spec.teacher:
         return None
     teacher = run.spec.teacher[teachers_of(run.spec)[0]]
     return None if teacher.model is None else teacher.labels

@@ -30,6 +30,11 @@ class StudentSpec:
     run: Any = None
     dropout: float | None = None
 
+    @property
+    def copies_layers(self) -> bool:
+        """Whether it starts from some layers of a backbone or a teacher, which `init_from` names."""
+        return self.init not in ("random", "checkpoint", "run")
+
 
 @dataclass(frozen=True)
 class TeacherSpec:

@@ -47,7 +47,7 @@ def control_command(run: Finished) -> str:
         run: a run that has no control.
     """
     spec = run.spec
-    taught = run.record["identity"]["student"]["init_from"] == "teacher"  # by initialisation
+    taught = run.record["identity"]["student"].get("init_from") == "teacher"  # by initialisation
     teacher = f"teacher=[{','.join(spec.teacher)}]" if taught else "teacher=[]"
     words = [f"method={BASELINE}", teacher, f"student={spec.student.name}", f"task={spec.task.name}", f"seed={spec.seed}"]
     try:

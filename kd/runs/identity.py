@@ -137,7 +137,7 @@ def digest_inputs(spec: RunSpec, inputs: RunInputs) -> dict[str, Any]:
         student["checkpoint"] = fingerprint(spec.student.checkpoint, "student.checkpoint")
     else:
         student["checkpoint"] = None
-    if spec.student.init in ("random", "checkpoint", "run"):
+    if not spec.student.copies_layers:
         student["init_from"] = None
     student.pop("run")
     surgeries = [  # a list, because the order of application matters

@@ -150,7 +150,7 @@ def check_one_start(spec: RunSpec, key: str) -> None:
     Raises:
         InputError: if it does.
     """
-    if spec.student.init_from == "teacher" and spec.student.init not in ("random", "checkpoint", "run"):
+    if spec.student.init_from == "teacher" and spec.student.copies_layers:
         raise InputError(
             f"student.init_from=teacher copies the layers of one teacher, and {key}={EACH} has one for each task; use "
             "student.init_from=pretrained",

@@ -112,7 +112,7 @@ def beginning(spec: RunSpec) -> str:
     if student.init_from != "auto":
         return student.init_from
     together = len(students_of(spec)) > 1 or len(spec.teacher) != 1 or is_mixture(spec.task)
-    if together or student.init in ("random", "checkpoint", "run") or not getattr(source_of(spec.task), "own_data", False):
+    if together or not student.copies_layers or not getattr(source_of(spec.task), "own_data", False):
         return "pretrained"
     (teacher,) = spec.teacher.values()
     theirs = teacher.run.get("student", {})

@@ -125,7 +125,7 @@ def check_held_part(report: Report, run: Run, engine: Engine, data: KDDataModule
         report.warn("the method's first run, from whose student this one starts, trained on the held part of train too")
     elif student.init in ("run", "checkpoint") and before is None:
         report.note("the weights that the student starts from may have been trained on the held part of train")
-    elif student.init not in ("random", "run", "checkpoint") and student.init_from == "teacher":
+    elif student.copies_layers and student.init_from == "teacher":
         report.note("the student starts from layers of its teacher, which was trained on the held part of train too")
 
 

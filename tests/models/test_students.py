@@ -122,6 +122,13 @@ def test_full_depth_copy_is_the_teacher(make: Make) -> None:
     built = student(make(), teacher, init_from="teacher").eval()
     expected = AutoModelForSequenceClassification.from_pretrained(teacher).eval()(**batch()).logits
     torch.testing.assert_close(built(batch(), Needs()).logits, expected)
+    told = {
+        "teacher": student(make(), teacher, init_from="teacher").asides,
+        "part of it": student(make(), teacher, init_from="teacher", layers=2).asides,
+        "backbone": student(make(), make(), init_from="pretrained").asides,
+    }
+    whole = "all layers of the fine-tuned teacher"
+    assert [whose for whose, asides in told.items() if any(whole in text for text in asides)] == ["teacher"]
 
 
 @pytest.mark.parametrize(
