@@ -32,7 +32,7 @@ class StudentSpec:
 
     @property
     def copies_layers(self) -> bool:
-        """Whether it starts from some layers of a backbone or a teacher, which `init_from` names."""
+        """True if it starts from some layers of a backbone or a teacher, which `init_from` names."""
         return self.init not in ("random", "checkpoint", "run")
 
 

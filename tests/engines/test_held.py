@@ -16,6 +16,7 @@ from engines.reward import CASES, SEEN, Rewarded, held_mask, save_rank, trained
 from kd.build.data import build_data, build_examples, check_held, share_held
 from kd.build.models import build_models
 from kd.config.compose import compose
+from kd.config.schema import StudentSpec
 from kd.data.examples import Examples
 from kd.errors import InputError
 from kd.forward import Forward, Needs
@@ -203,7 +204,7 @@ def test_preflight_warns_of_a_first_run_that_trained_on_the_held_part(share: flo
     node = dict(compose(["method=kd"]).method) if share is None else {"holds": share, "_target_": "engines.reward.Rewarded"}
     node["weights"] = dict.fromkeys(("task", "logits") if share is None else Rewarded.names, 1.0)
     before = SimpleNamespace(spec=SimpleNamespace(method=node))
-    student = SimpleNamespace(init="run", init_from="pretrained")
+    student = StudentSpec(name="student", init="run", init_from="pretrained")
     run: Any = SimpleNamespace(inputs=SimpleNamespace(before=before), spec=SimpleNamespace(student=student))
     engine: Any = SimpleNamespace(learners={"student": SimpleNamespace(method=Rewarded(0.25))})
     of_train = SimpleNamespace(texts={"train": range(20)})
