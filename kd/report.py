@@ -52,7 +52,7 @@ def main() -> None:
             publish_dashboard(arguments.wandb, arguments.group, Path(arguments.target).expanduser(), results)
         elif arguments.json:
             write(json.dumps(results, indent=2, ensure_ascii=False) + "\n", arguments.out)
-        elif arguments.format is None and arguments.baseline is None:
+        elif arguments.format is None and arguments.baseline is None and not arguments.any_budget:
             print_tables(results, arguments)
         else:
             left_out = {result["run"] for result in first_runs(results)} if not arguments.method else set()
@@ -75,6 +75,11 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--method", help="only these methods, separated by commas")
     found.add_argument("--format", choices=CHOICES, help="compare with a baseline, in this format")
     found.add_argument("--baseline", metavar="METHOD", help="method that the others are compared with (default: finetune)")
+    found.add_argument(
+        "--any-budget",
+        action="store_true",
+        help="compare with a baseline of another budget too, where there is none of the same",
+    )
     found.add_argument("--out", type=Path, metavar="FILE", help="write to this file; default: standard output")
     found.add_argument("--scale", default="local", help="of a table: whose cells are looked for (default local)")
     found.add_argument(
@@ -87,9 +92,9 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def baseline_of(arguments: argparse.Namespace) -> dict[str, str]:
-    """Return the argument of a comparison that the option `--baseline` is, if it is there."""
-    return {} if arguments.baseline is None else {"baseline": arguments.baseline}
+def baseline_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of a comparison that options give."""
+    return {"any_budget": arguments.any_budget, **({} if arguments.baseline is None else {"baseline": arguments.baseline})}
 
 
 def is_table(target: str) -> bool:

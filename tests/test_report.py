@@ -388,3 +388,37 @@ def test_a_folder_of_runs_that_is_none_is_told(tmp_path: Path, monkeypatch, caps
     err = capsys.readouterr().err
     assert "cannot read" in err
     assert "change: paths.runs" in err
+
+
+def test_options_of_the_baseline_reach_runs_and_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {"student": {}, "task": {}, "optimizer": {}, "teachers": [], "pool": {}}
+    records = [
+        record(0, method=method, family=method, digest=method, settings={**parts, "trainer": {"max_epochs": epochs}})
+        for method, epochs in (("finetune", 5), ("kd", 3), ("dml", 3))
+    ]
+    folder = write(tmp_path / "runs", *records)
+
+    def verdicts(*words: str, student: str = "2l") -> dict[str, str]:
+        capsys.readouterr()
+        command(monkeypatch, *words, "--format=json")
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        return {row["method"]: row["verdict"] for row in rows if (row["split"], row["student"]) == ("test", student)}
+
+    none, few = "no baseline of this budget and selection", "too few seeds to decide"
+    assert verdicts(str(folder)) == {"finetune": "baseline", "kd": none, "dml": none}
+    assert verdicts(str(folder), "--baseline=kd") == {"finetune": none, "kd": "baseline", "dml": few}
+    other = f"{few}; another budget"
+    assert verdicts(str(folder), "--any-budget") == {"finetune": "baseline", "kd": other, "dml": other}
+    capsys.readouterr()
+    command(monkeypatch, str(folder), "--any-budget")
+    assert other in capsys.readouterr().out
+    table = ("local_bench", "--task=few", "--method=finetune,kd,dml", "--runs", str(tmp_path / "none"))
+    strict = verdicts(*table, student="bert_3l_192")
+    compared = verdicts(*table, "--any-budget", student="bert_3l_192")
+    assert (strict["finetune"], strict["dml"]) == ("baseline", none)
+    assert compared["dml"].endswith("; another selection and budget")
+    assert none not in (strict["kd"], compared["kd"])
+    assert "another" not in compared["kd"]
+    assert verdicts(*table, "--baseline=kd", student="bert_3l_192")["kd"] == "baseline"

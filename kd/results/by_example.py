@@ -105,7 +105,8 @@ def with_tests_by_example(comparison: Comparison, records: Sequence[Mapping[str,
     kept, entries = KeptPredictions(records, folder), list(comparison.entries)
     bootstrap: dict[Family, dict[str, ExampleDifference]] = {}
     exact: dict[Family, dict[str, McNemar]] = {}
-    for index, (family, baseline) in pairs_of(entries, comparison.baseline).items():
+    pairs = pairs_of(entries, comparison.baseline, any_budget=comparison.any_budget)
+    for index, (family, baseline) in pairs.items():
         try:
             difference, test = tests_of(entries[index], baseline, kept)
         except InputError as error:

@@ -111,7 +111,9 @@ def verdict(entry: Entry, baseline: str) -> str:
         return "baseline" if entry.values else ""
     if entry.difference is not None:
         unpaired = entry.difference.unpaired
-        return str(entry.difference.verdict) + (f"; seeds without a pair: {_list(unpaired)}" if unpaired else "")
+        words = [f"another {' and '.join(entry.unlike)}"] if entry.unlike else []
+        words += [f"seeds without a pair: {_list(unpaired)}"] if unpaired else []
+        return "; ".join([str(entry.difference.verdict), *words])
     return "no baseline of this budget and selection" if entry.values else ""
 
 
@@ -170,6 +172,11 @@ def notes(comparison: Comparison) -> list[str]:
         "pairs suffice for so many methods, else the paired t-test, which supposes that they are normal. Fewer than six pairs "
         "decide nothing."
     )
+    if any(entry.unlike for entry in own):
+        lines.append(
+            "Where a verdict names another selection, initialisation or budget, that of the baseline is another, and the "
+            "difference is not one of the method alone. p is corrected over all methods that are compared with one baseline."
+        )
     compared = [entry.column for entry in own if entry.difference is not None]
     if any(entry.missing and entry.column in compared for entry in comparison.entries):
         lines.append(

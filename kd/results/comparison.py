@@ -31,6 +31,9 @@ BUDGET = ("student", "surgery", "cohort", "task", "data", "held", "optimizer", "
 STARTS = ("stage", "surgery", "edit")
 """Roles of needed runs that a student's initial weights or its data come from."""
 
+SHARED = ("selection", "initialisation", "budget")
+"""What a method and its baseline share, so that the method alone is another, unless any budget is asked for."""
+
 Column = tuple[str, str, str]
 """Task, split and metric."""
 
@@ -55,6 +58,7 @@ class Entry:
         commands: seed -> overrides of `kd-train` that make the run.
         paper: figures of the paper for the same method, student, task, split and metric.
         difference: difference from the baseline, with p corrected over the methods; None without a baseline.
+        unlike: what the baseline does not share, of `SHARED`; empty without a baseline, and where it shares all.
         by_example: difference of the trained models from the baseline's, over examples; None if predictions are not at hand.
         mcnemar: McNemar's test of the same two models; None where several seeds have a pair, or the metric is not accuracy.
         incomparable: reason why predictions that are at hand are not compared; empty without such.
@@ -79,6 +83,7 @@ class Entry:
     commands: Mapping[int, str] = field(default_factory=dict)
     paper: tuple[Figure, ...] = ()
     difference: PairedDifference | None = None
+    unlike: tuple[str, ...] = ()
     by_example: ExampleDifference | None = None
     mcnemar: McNemar | None = None
     incomparable: str = ""
@@ -119,6 +124,11 @@ class Entry:
         """Labels and settings of the row."""
         return (self.row, self.method, self.student, self.teacher, self.settings)
 
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """What a baseline shares, in the order of `SHARED`."""
+        return (self.selection, self.init, self.budget)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -130,6 +140,7 @@ class Comparison:
         entries: the entries, in the order of the rows.
         baseline: label of the method that others are compared with.
         over_tasks: (method, student, teacher, split) -> comparison with the baseline over the tasks.
+        any_budget: whether entries without a baseline of their selection, initialisation and budget have another one.
     """
 
     title: str
@@ -137,6 +148,7 @@ class Comparison:
     entries: Sequence[Entry]
     baseline: str = BASELINE
     over_tasks: Mapping[tuple[str, str, str, str], TaskSummary] = field(default_factory=dict)
+    any_budget: bool = False
 
     @property
     def columns(self) -> list[Column]:
@@ -274,6 +286,7 @@ def compare(
     title: str = "",
     protocol: str = "",
     baseline: str = BASELINE,
+    any_budget: bool = False,
 ) -> Comparison:
     """Return entries beside the paper's figures and beside a baseline of the same budget and initialisation.
 
@@ -287,6 +300,7 @@ def compare(
         title: heading.
         protocol: sentence about the protocol.
         baseline: method that the others are compared with.
+        any_budget: compare entries that have no such baseline with one of another selection, initialisation or budget.
 
     Raises:
         InputError: if there is no figure of ours of the baseline, and it is not the usual one.
@@ -305,50 +319,58 @@ def compare(
         if key not in met
         for figure in figures
     ]
-    compared = with_differences(joined, baseline)
-    return Comparison(title, protocol, [*compared, *alone], baseline, over_tasks(compared))
+    compared = with_differences(joined, baseline, any_budget=any_budget)
+    return Comparison(title, protocol, [*compared, *alone], baseline, over_tasks(compared), any_budget)
 
 
 Family = tuple[Any, ...]
-"""Labels that entries share whose p are corrected together: of one student, column, selection, start and budget."""
+"""What entries share whose p are corrected together: student, column, and what the baseline shares."""
 
 
-def pairs_of(entries: Sequence[Entry], baseline: str) -> dict[int, tuple[Family, Entry]]:
+def pairs_of(entries: Sequence[Entry], baseline: str, *, any_budget: bool = False) -> dict[int, tuple[Family, Entry]]:
     """Return the baseline of each entry that has one: that of the same student, column, selection, start and budget.
 
     Of several, which may start from another backbone, that of the same teacher is taken, or none.
 
+    Args:
+        entries: our figures.
+        baseline: method of the baselines.
+        any_budget: where there is no such baseline, take one of the same student and column.
+
     Returns:
         Index of the entry -> its family, and its baseline.
     """
-
-    def family(entry: Entry) -> Family:
-        return (entry.student, entry.column, entry.selection, entry.init, entry.budget)
-
-    baselines: dict[Family, list[Entry]] = {}
+    baselines: dict[tuple[str, Column], list[Entry]] = {}
     for entry in entries:
         if entry.method == baseline and entry.values:
-            baselines.setdefault(family(entry), []).append(entry)
+            baselines.setdefault((entry.student, entry.column), []).append(entry)
     pairs = {}
     for index, entry in enumerate(entries):
         if entry.method == baseline or not entry.values:
             continue
-        found = baselines.get(family(entry), [])
+        others = baselines.get((entry.student, entry.column), [])
+        found = [other for other in others if other.shared == entry.shared] or (others if any_budget else [])
         found = [other for other in found if other.teacher == entry.teacher] or found
         if len(found) == 1:
-            pairs[index] = (family(entry), found[0])
+            pairs[index] = ((entry.student, entry.column, *found[0].shared), found[0])
     return pairs
 
 
-def with_differences(entries: Sequence[Entry], baseline: str) -> list[Entry]:
-    """Return entries with their differences from their baselines over pairs of seeds."""
-    families: dict[Family, dict[str, PairedDifference]] = {}
-    for index, (family, other) in pairs_of(entries, baseline).items():
+def with_differences(entries: Sequence[Entry], baseline: str, *, any_budget: bool = False) -> list[Entry]:
+    """Return entries with their differences from their baselines over pairs of seeds; the options are those of `pairs_of`."""
+    families: dict[Family, dict[int, PairedDifference]] = {}
+    pairs = pairs_of(entries, baseline, any_budget=any_budget)
+    for index, (family, other) in pairs.items():
         entry = entries[index]
         difference = seed_difference(entry.values, other.values, higher_is_better=entry.higher_is_better)
-        families.setdefault(family, {})[str(index)] = difference
-    differences = {name: difference for family in families.values() for name, difference in corrected(family).items()}
-    return [replace(entry, difference=differences.get(str(index))) for index, entry in enumerate(entries)]
+        families.setdefault(family, {})[index] = difference
+    found = list(entries)
+    for of_family in families.values():
+        for name, difference in corrected({str(index): difference for index, difference in of_family.items()}).items():
+            entry, (_, other) = entries[int(name)], pairs[int(name)]
+            unlike = tuple(word for word, own, its in zip(SHARED, entry.shared, other.shared, strict=True) if own != its)
+            found[int(name)] = replace(entry, difference=difference, unlike=unlike)
+    return found
 
 
 def over_tasks(entries: Sequence[Entry]) -> dict[tuple[str, str, str, str], TaskSummary]:

@@ -15,7 +15,14 @@ UNKNOWN_COLUMN = ("", "")
 """Split and metric of cells of a task that nobody has a figure of."""
 
 
-def compare_runs(records: Sequence[Mapping[str, Any]], title: str, runs: Path, *, baseline: str = BASELINE) -> Comparison:
+def compare_runs(
+    records: Sequence[Mapping[str, Any]],
+    title: str,
+    runs: Path,
+    *,
+    baseline: str = BASELINE,
+    any_budget: bool = False,
+) -> Comparison:
     """Return the comparison of finished runs.
 
     Args:
@@ -23,11 +30,13 @@ def compare_runs(records: Sequence[Mapping[str, Any]], title: str, runs: Path, *
         title: heading.
         runs: folder of the runs.
         baseline: method that the others are compared with.
+        any_budget: as of `kd.results.comparison.compare`.
 
     Raises:
         InputError: if there is no run of that method.
     """
-    return with_runs(compare(entries_of_records(records), title=title, baseline=baseline), records, runs)
+    compared = compare(entries_of_records(records), title=title, baseline=baseline, any_budget=any_budget)
+    return with_runs(compared, records, runs)
 
 
 def with_runs(comparison: Comparison, records: Sequence[Mapping[str, Any]], runs: Path) -> Comparison:
@@ -46,6 +55,7 @@ def compare_table(
     title: str,
     protocol: str,
     baseline: str = BASELINE,
+    any_budget: bool = False,
 ) -> Comparison:
     """Return the comparison of a table: our figures beside the paper's, and what the runs that are at hand add.
 
@@ -58,13 +68,15 @@ def compare_table(
         title: heading.
         protocol: sentence about the protocol.
         baseline: method that the others are compared with.
+        any_budget: as of `kd.results.comparison.compare`.
 
     Raises:
         InputError: if a file of figures is damaged, or there is no figure of that method.
     """
     ours, paper = (read_figures(folder / name) if (folder / name).is_file() else [] for name in ("ours.csv", "paper.csv"))
     entries = with_expected(entries_of(figure for figure in ours if figure.scale == scale), labels, paper)
-    return with_runs(compare(entries, paper, title=title, protocol=protocol, baseline=baseline), records, runs)
+    compared = compare(entries, paper, title=title, protocol=protocol, baseline=baseline, any_budget=any_budget)
+    return with_runs(compared, records, runs)
 
 
 Group = tuple[str, str, str | None, str]

@@ -5,6 +5,7 @@ import io
 import json
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,16 @@ def test_p_is_corrected_over_the_methods_of_a_baseline(runs: Runs) -> None:
     raw = [test.p for test in tests if test is not None]
     assert [test.adjusted for test in tests if test is not None] == holm(raw) != raw
     assert runs.entry("finetune").by_example is None
+
+
+def test_any_budget_has_the_pairs_of_the_test_by_seed(one_seed: Runs) -> None:
+    figures = [replace(one, budget="long") if one.method == "pkd" else one for one in one_seed.figures]
+    tested = {}
+    for any_budget in (False, True):
+        compared = compare(entries_of(figures), any_budget=any_budget)
+        found = with_tests_by_example(compared, one_seed.records, one_seed.folder).entries
+        tested[any_budget] = {entry.method for entry in found if entry.by_example is not None and entry.mcnemar is not None}
+    assert tested == {False: {"kd"}, True: {"kd", "pkd"}}
 
 
 def test_mcnemar_is_of_one_seed_alone_and_corrected_too(runs: Runs, one_seed: Runs) -> None:

@@ -130,6 +130,47 @@ def test_a_baseline_of_another_start_budget_or_column_is_none(change: dict[str, 
     assert "no baseline of this budget" in markdown(compare(entries_of(figures)))
 
 
+def test_any_budget_compares_methods_without_a_baseline_of_their_budget_and_corrects_all_together() -> None:
+    dml = [
+        figure("dml", value + 2 * gain, seed, budget="two students")
+        for seed, (value, gain) in enumerate(zip(BASE, GAIN, strict=True))
+    ]
+    entries = entries_of([*OURS, *dml])
+    strict, any_budget = ({e.method: e for e in compare(entries, any_budget=choice).entries} for choice in (False, True))
+    assert strict["dml"].difference is None
+    found = any_budget["dml"].difference
+    assert found.mean == pytest.approx(2 * statistics.mean(GAIN), abs=1e-12)
+    assert (any_budget["dml"].unlike, any_budget["kd"].unlike) == (("budget",), ())
+    raw = {name: any_budget[name].difference.p for name in ("kd", "pkd", "dml")}
+    for name, p in zip(raw, holm(list(raw.values())), strict=True):
+        assert any_budget[name].difference.adjusted == pytest.approx(p, rel=1e-9)
+    text = markdown(compare(entries, any_budget=True))
+    assert "| better; another budget |" in text
+    assert "not one of the method alone" in text
+    assert "not one of the method alone" not in markdown(compare(entries))
+
+
+def test_any_budget_prefers_the_baseline_of_the_same_budget_and_chooses_none_of_several_others() -> None:
+    same, other = figure("finetune", 0.5), figure("finetune", 0.7, budget="rte, 9 epochs", family="longer")
+    for order in ([same, other], [other, same]):
+        entries = compare(
+            entries_of([*order, figure("kd", 0.55), figure("dml", 0.6, budget="two students")]), any_budget=True
+        ).entries
+        found = {entry.method: entry.difference for entry in entries}
+        assert found["kd"].mean == pytest.approx(0.05)
+        assert found["dml"] is None
+    kd = compare(
+        entries_of([figure("finetune", 0.5, init="random", selection="last"), figure("kd", 0.6)]), any_budget=True
+    ).entries[1]
+    assert kd.unlike == ("selection", "initialisation")
+
+
+def test_any_budget_keeps_students_and_columns_apart() -> None:
+    for change in ({"student": "2l"}, {"split": "test"}, {"metric": "f1"}, {"task": "mrpc"}):
+        entries = entries_of([figure("finetune", 0.5, **change), figure("kd", 0.6)])
+        assert all(entry.difference is None for entry in compare(entries, any_budget=True).entries)
+
+
 def test_of_several_baselines_that_of_the_same_teacher_counts_or_none() -> None:
     """A student may start from its teacher's backbone, which the words about its start do not name."""
     scores = {("a", "finetune"): 0.5, ("a", "kd"): 0.55, ("b", "finetune"): 0.7, ("b", "kd"): 0.75}
