@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from conftest import tiny_model
 from kd.config.cohort import students_of
 from kd.config.compose import compose, conf_folder
 from kd.errors import InputError
@@ -219,6 +220,9 @@ HUB = ("teacher=[hub]", "teacher.hub.backbone=BACKBONE")
         (("method=finetune",), "teacher"),
         (("student.init=[1,3]",), "teacher"),
         (("student.backbone=BACKBONE",), "teacher"),
+        (("student.backbone=BACKBONE/.",), "teacher"),  # the same weights
+        (("student.backbone=COPY",), "teacher"),
+        (("student.backbone=OTHER",), "pretrained"),
         (("+teacher.minilm.run.student.layers=3",), "teacher"),
         (("cohort.students=[3l]",), "teacher"),
         (HUB, "teacher"),
@@ -250,9 +254,13 @@ HUB = ("teacher=[hub]", "teacher.hub.backbone=BACKBONE")
     ids=" ".join,
 )
 def test_a_student_of_ones_own_data_begins_with_the_teachers_layers_where_they_fit(
-    overrides: tuple[str, ...], begins: str, small: Callable[..., list[str]], backbone: Path
+    overrides: tuple[str, ...], begins: str, small: Callable[..., list[str]], backbone: Path, tmp_path: Path
 ) -> None:
-    given = [word.replace("BACKBONE", str(backbone)) for word in overrides]
+    models = {"BACKBONE": backbone, "COPY": tmp_path / "copy", "OTHER": tmp_path / "other"}
+    shutil.copytree(backbone, models["COPY"])
+    shutil.copytree(backbone, models["OTHER"])
+    tiny_model(seed=2).save_pretrained(models["OTHER"])
+    given = [re.sub("|".join(models), lambda found: str(models[found[0]]), word) for word in overrides]
     run, other = (plan(compose(small(*given, f"student.init_from={value}"))) for value in ("auto", begins))
     assert run.spec.student.init_from == begins
     assert run.digest == other.digest

@@ -24,7 +24,7 @@ from kd.runs.inputs import EACH, is_student, pilot_overrides, teacher_config, te
 from kd.runs.run import Role, Run, RunInputs
 from kd.runs.stages import before_config, stage_config
 from kd.system.hardware import resolve_precision
-from kd.system.model_sources import stated_depth
+from kd.system.model_sources import fingerprint, stated_depth
 
 
 def plan(config: DictConfig, overrides: Sequence[str] = (), depth: int = 0, teaching: RunInputs | None = None) -> Run:
@@ -114,13 +114,17 @@ def beginning(spec: RunSpec) -> str:
     together = len(students_of(spec)) > 1 or len(spec.teacher) != 1 or is_mixture(spec.task)
     if together or not student.copies_layers or not getattr(source_of(spec.task), "own_data", False):
         return "pretrained"
-    (teacher,) = spec.teacher.values()
+    ((name, teacher),) = spec.teacher.items()
     theirs = teacher.run.get("student", {})
     resized = any(getattr(student, size) is not None for size in ("width", "heads", "intermediate", "family"))
     changed = "cohort" in teacher.run or not isinstance(theirs, Mapping) or not theirs.keys() <= {"layers", "dropout"}
-    if resized or changed or teacher.tasks not in (None, EACH) or backbone_of(spec)[0] != (teacher.model or teacher.backbone):
+    source, kind = (teacher.backbone, "backbone") if teacher.model is None else (teacher.model, "model")
+    if resized or changed or source is None or teacher.tasks not in (None, EACH):
         return "pretrained"
-    depth = theirs.get("layers") or stated_depth(*backbone_of(spec)) or sys.maxsize
+    own, key = backbone_of(spec)
+    if own != source and fingerprint(own, key) != fingerprint(source, f"teacher.{name}.{kind}"):
+        return "pretrained"
+    depth = theirs.get("layers") or stated_depth(own, key) or sys.maxsize
     shallower = student.layers is not None and isinstance(depth, int) and student.layers < depth
     return "teacher" if shallower else "pretrained"
 
