@@ -23,7 +23,7 @@ Axis = list[tuple[str, str, list[str]]]
 OURS = {"what_is_lost", "local_bench"}
 """Papers that are no methods, and no figure of which is known: an analysis of students of any method, and our own benchmark."""
 
-LOCAL = {"local_bench"}
+LOCAL = {"local_bench", "local_bench_weights"}
 """Tables that have no published scale."""
 
 tables = pytest.mark.parametrize("name", NAMES)
