@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("target", nargs="?", default="runs", help="folder of runs (default: runs), or a table, as pkd_dev")
     found.add_argument("--task", help="only this task")
     found.add_argument("--method", help="only these methods, separated by commas")
+    found.add_argument("--student", help="only these students, separated by commas")
     found.add_argument("--format", choices=CHOICES, help="compare with a baseline, in this format")
     found.add_argument("--baseline", metavar="METHOD", help="method that the others are compared with (default: finetune)")
     found.add_argument(
@@ -119,8 +120,10 @@ def chosen_results(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         results = [result for result in results if result["task"] == arguments.task]
     if arguments.method:
         results = [result for result in results if result["method"] in arguments.method.split(",")]
+    if arguments.student:
+        results = [result for result in results if result["student"] in arguments.student.split(",")]
     if not results:
-        chosen = "".join(f", {key}={value}" for key in ("task", "method") if (value := getattr(arguments, key)))
+        chosen = "".join(f", {key}={value}" for key in ("task", "method", "student") if (value := getattr(arguments, key)))
         raise InputError(f"no finished runs in '{folder}'" + (f" with{chosen[1:]}" if chosen else ""))
     return results
 
@@ -143,11 +146,13 @@ def table_comparison(arguments: argparse.Namespace) -> "Comparison":
     comparison = compare_table(
         folder, arguments.scale, labels, records, runs, title=table.title, protocol=table.protocol, **baseline_of(arguments)
     )
-    methods = arguments.method.split(",") if arguments.method else None
+    methods, students = (given.split(",") if given else None for given in (arguments.method, arguments.student))
     chosen = [
         entry
         for entry in comparison.entries
-        if (arguments.task in (None, entry.task)) and (methods is None or entry.method in methods)
+        if arguments.task in (None, entry.task)
+        and (methods is None or entry.method in methods)
+        and (students is None or entry.student in students)
     ]
     if not chosen:
         raise InputError(f"table {table.name} has no such figures: '{folder}' has no paper.csv and no ours.csv with them")

@@ -189,3 +189,28 @@ def test_a_copy_to_a_gpu_starts_from_locked_memory_and_nothing_waits_for_it(monk
     )
     hardware.to_device(values, torch.device("cuda", 1))
     assert done == ["pinned", (torch.device("cuda", 1), True)]
+
+
+def test_other_code_or_configuration_marks_a_run_and_figures_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("kd/system", "conf", "experiments"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "file").write_text("1")
+    options = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    for words in (["init", "-q"], ["add", "."], [*options, "commit", "-qm", "first"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(hardware, "__file__", str(tmp_path / "kd" / "system" / "hardware.py"))
+
+    def dirty() -> bool:
+        found = hardware.git()
+        assert found is not None
+        assert len(found["commit"]) == 40
+        return found["dirty"]
+
+    (tmp_path / "experiments" / "ours.csv").write_text("a row")
+    assert not dirty()
+    for changed in ("conf/file", "kd/method.py"):
+        (tmp_path / changed).write_text("2")
+        assert dirty()
+        subprocess.run(["git", "clean", "-qfd"], cwd=tmp_path, check=True)
+        subprocess.run(["git", "checkout", "-q", "."], cwd=tmp_path, check=True)
+        assert not dirty()

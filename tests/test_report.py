@@ -422,3 +422,9 @@ def test_options_of_the_baseline_reach_runs_and_tables(
     assert none not in (strict["kd"], compared["kd"])
     assert "another" not in compared["kd"]
     assert verdicts(*table, "--baseline=kd", student="bert_3l_192")["kd"] == "baseline"
+    assert not verdicts(*table, "--student=2l,3l", student="bert_3l_192")
+    assert verdicts(*table, "--student=2l,bert_3l_192", student="bert_3l_192") == strict
+    assert verdicts(str(folder), "--student=2l")
+    with pytest.raises(SystemExit):
+        command(monkeypatch, str(folder), "--student=3l")
+    assert "with student=3l" in capsys.readouterr().err

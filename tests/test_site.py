@@ -114,6 +114,13 @@ def test_a_dead_link_and_a_method_without_a_paper_fail_the_build(tmp_path: Path)
     assert done.returncode != 0
     assert "differ in pkd" in done.stderr
     bib.write_text(text)
+    listed = tmp_path / "docs" / "methods.md"
+    lines = listed.read_text()
+    listed.write_text(lines.replace("| `pkd` |", "| pkd |"))
+    done = build(tmp_path / "out", tmp_path)
+    assert done.returncode != 0
+    assert "docs/methods.md has no line for pkd" in done.stderr
+    listed.write_text(lines)
     with (tmp_path / "docs" / "concepts.md").open("a") as page:
         page.write("\n[gone](gone.md)\n")
     done = build(tmp_path / "out", tmp_path)

@@ -73,7 +73,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made: of methods, of the configuration, of the code, and copies of pages outside `docs`.
 
     Raises:
-        PluginError: for a method without a paper, or a paper of no method.
+        PluginError: for a method without a paper or a line in the table of methods, or a paper of no method.
     """
     _sources.clear()
     for file in files.documentation_pages():
@@ -82,6 +82,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     named = {name for entry in citations for name in methods_of(entry)}
     if wrong := (set(method_names()) - {"finetune"}) ^ named:
         raise PluginError(f"kd/methods/papers.bib and conf/method differ in {', '.join(sorted(wrong))}")
+    if unlisted := set(method_names()) - method_pages.summaries().keys():
+        raise PluginError(f"docs/methods.md has no line for {', '.join(sorted(unlisted))}")
     made = {f"{method_pages.FOLDER}/{name}.md": method_pages.page(name, citations) for name in method_names()}
     made[f"{method_pages.FOLDER}/index.md"] = method_pages.index()
     made[config_pages.FILE] = config_pages.page()

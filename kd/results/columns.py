@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from kd.results.comparison import Column, Comparison, Entry
 from kd.results.figures import Figure
 from kd.results.published import aggregate, compared_with, is_best_run
-from kd.results.statistics import ExampleDifference, McNemar, PairedDifference
+from kd.results.statistics import ALPHA, ExampleDifference, McNemar, PairedDifference
 from kd.results.statistics.examples import EXAMPLE_DRAWS, SEED
 from kd.results.tables import UNITS, in_own_units
 
@@ -95,9 +95,11 @@ def p_of(test: PairedDifference | ExampleDifference | McNemar | None) -> float |
 
 
 def probability(test: PairedDifference | ExampleDifference | McNemar | None) -> str:
-    """Return the p of a test as text, corrected where it is."""
+    """Return the p of a test as text, corrected where it is; near .05 with a digit more, so that it fits its verdict."""
     p = p_of(test)
-    return "" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"
+    if p is None or p < 0.001:
+        return "" if p is None else "< 0.001"
+    return f"{p:.4f}" if f"{p:.3f}" == f"{ALPHA:.3f}" else f"{p:.3f}"
 
 
 def seed_test_name(entry: Entry) -> str:
@@ -168,9 +170,9 @@ def notes(comparison: Comparison) -> list[str]:
         f"Baseline: {comparison.baseline} with the same student, initialisation, selection, budget and seeds. Differences are "
         "means over pairs of seeds, from six pairs on with Student's 95 % interval, which supposes normal differences and is "
         "not corrected. p is that of the test beside it, corrected by Holm over the methods that share student and budget in "
-        "a column: the sign-flip test, which supposes that differences are symmetric about 0 if there is no true one, where "
-        "pairs suffice for so many methods, else the paired t-test, which supposes that they are normal. Fewer than six pairs "
-        "decide nothing."
+        f"a column, shown here or not{corrected_for(own)}: the sign-flip test, which supposes that differences are symmetric "
+        "about 0 if there is no true one, where pairs suffice for so many methods, else the paired t-test, which supposes that "
+        "they are normal. Fewer than six pairs decide nothing."
     )
     if any(entry.unlike for entry in own):
         lines.append(
@@ -197,6 +199,13 @@ def notes(comparison: Comparison) -> list[str]:
         of_teacher = f" of {teacher}" if teacher else ""
         lines.append(f"{method} {student}{of_teacher} on {split}, over tasks: {counts}{p}: {summary.verdict}.")
     return lines
+
+
+def corrected_for(entries: Sequence[Entry]) -> str:
+    """Return the numbers of tests that entries' p are corrected for, in parentheses; empty where there is none."""
+    tests = [entry.difference for entry in entries if entry.difference is not None]
+    found = sorted({test.comparisons for test in tests if test.adjusted is not None})
+    return f" ({', '.join(map(str, found))})" if found else ""
 
 
 def notes_by_example(comparison: Comparison) -> list[str]:

@@ -43,7 +43,8 @@ class Figure:
         confidence: one of `CONFIDENCES`.
         aggregate: of a paper's value one of `AGGREGATES`; empty for a run of ours.
         digest: digest of the run; empty for a paper's value.
-        commit: commit of this repository that made the run; empty for a paper's value.
+        commit: commit of this repository that made the run, with `-dirty` if code or configuration differed from it; empty for
+            a paper's value.
         command: overrides of `kd-train` that make the run, without paths, quoted as in a shell; empty for a paper's value.
         family: digest of everything but the seed, which runs that may be averaged share; empty for a paper's value.
         budget: digest that runs of one student, initialisation, data and budget share; empty for a paper's value.

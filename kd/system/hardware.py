@@ -221,13 +221,17 @@ def version_line() -> str:
 
 
 def git() -> dict[str, Any] | None:
-    """Return the commit of the checkout that kd runs from, and whether it is modified; None for an installed wheel."""
+    """Return the commit of the checkout that kd runs from, and whether its code or configuration is modified.
+
+    None for an installed wheel.
+    """
     folder = Path(__file__).parent.parent.parent
     if not (folder / ".git").exists():
         return None
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
-        changes = subprocess.run(["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=True)
+        status = ["git", "status", "--porcelain", "--", "kd", "conf"]  # not the figures, which a table adds to
+        changes = subprocess.run(status, cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}

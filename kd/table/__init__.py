@@ -231,7 +231,7 @@ def run_table(arguments: argparse.Namespace) -> int:
 
 
 def show_rows(planned: "PlannedTable", rows: Sequence[str], figures: Path) -> None:
-    """Print the rows of some methods beside the baseline, with their verdicts."""
+    """Print the rows of some methods beside the baseline, of the cells' students and tasks, with their verdicts."""
     from kd.results.comparison import BASELINE, compare, entries_of
     from kd.results.figures import read_figures
     from kd.results.renderings import markdown
@@ -239,7 +239,8 @@ def show_rows(planned: "PlannedTable", rows: Sequence[str], figures: Path) -> No
     scale = planned.cells[0].cell.scale
     ours = [figure for figure in read_figures(figures) if figure.scale == scale]
     compared = compare(entries_of(ours), title=planned.table.title, protocol=planned.table.protocol)
-    shown = [entry for entry in compared.entries if entry.method in (*rows, BASELINE)]
+    made = {(cell.label("student"), cell.label("task")) for cell in planned.cells}
+    shown = [entry for entry in compared.entries if entry.method in (*rows, BASELINE) and (entry.student, entry.task) in made]
     print(f"\n{markdown(replace(compared, entries=shown))}", end="")
 
 

@@ -72,7 +72,7 @@ class PlannedCell:
                 source=f"kd {record['versions'].get('kd', '')}".strip(),
                 confidence="measured",
                 digest=record["digest"],
-                commit=((record.get("git") or {}).get("commit") or "")[:7],
+                commit=commit_of(record),
                 command=words,
                 family=record["family"],
                 budget=budget_of(record),
@@ -81,6 +81,13 @@ class PlannedCell:
             for split, metrics in record["metrics"].items()
             for metric, value in metrics.items()
         ]
+
+
+def commit_of(record: Mapping[str, Any]) -> str:
+    """Return the short commit of a run, marked as git does if code or configuration differed from it; empty for a wheel."""
+    found = record.get("git") or {}
+    commit = (found.get("commit") or "")[:7]
+    return f"{commit}-dirty" if commit and found.get("dirty") else commit
 
 
 @dataclass

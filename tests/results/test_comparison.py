@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from kd.errors import InputError
-from kd.results.columns import gap, ours, paper, seeds
+from kd.results.columns import gap, ours, paper, probability, seeds
 from kd.results.comparison import Entry, budget_of, compare, details_of, entries_of, with_details, with_settings
 from kd.results.figures import OF_RUNS, Figure, read_figures, write_figures
 from kd.results.gathering import compare_table, with_expected
 from kd.results.page import page
 from kd.results.published import compared_with
 from kd.results.renderings import FORMATS, as_rows, markdown, ranks, tex
-from kd.results.statistics import SeedTest, Verdict, holm, sign_flip_p, t_p
+from kd.results.statistics import ExampleDifference, SeedTest, Verdict, holm, sign_flip_p, t_p
 
 
 def figure(method: str, value: float | None, seed: int = 0, **more: Any) -> Figure:
@@ -97,6 +97,14 @@ def test_a_method_is_paired_with_the_baseline_by_seed_and_corrected_over_methods
     assert (alone.verdict, alone.test, alone.p) == (Verdict.BETTER, SeedTest.SIGN_FLIP, 2 / 64)
 
 
+@pytest.mark.parametrize(
+    ("p", "text"), [(0.0496, "0.0496"), (0.0504, "0.0504"), (0.04, "0.040"), (0.0004, "< 0.001"), (1.0, "1.000")]
+)
+def test_a_p_near_the_level_has_a_digit_more(p: float, text: str) -> None:
+    assert probability(ExampleDifference(100, 10, 0.1, 0.0, 0.2, p, Verdict.BETTER)) == text
+    assert probability(None) == ""
+
+
 def test_another_method_may_be_the_baseline() -> None:
     compared = compare(entries_of(OURS), baseline="kd")
     found = {entry.method: entry for entry in compared.entries}
@@ -148,6 +156,8 @@ def test_any_budget_compares_methods_without_a_baseline_of_their_budget_and_corr
     assert "| better; another budget |" in text
     assert "not one of the method alone" in text
     assert "not one of the method alone" not in markdown(compare(entries))
+    assert "in a column, shown here or not (3):" in text
+    assert "in a column, shown here or not (2):" in markdown(compare(entries))
 
 
 def test_any_budget_prefers_the_baseline_of_the_same_budget_and_chooses_none_of_several_others() -> None:

@@ -21,7 +21,7 @@ from kd.errors import InputError
 from kd.launch import fan_out, processes
 from kd.launch.slurm import RESTARTS
 from kd.results.figures import read_figures
-from kd.table.cells import plan_table
+from kd.table.cells import commit_of, plan_table
 from kd.table.definition import parse_table
 
 STAND_IN = Path(__file__).parent.parent / "launch" / "stand_in.py"
@@ -124,6 +124,27 @@ def test_a_method_that_is_not_listed_gets_its_row_and_verdict_by_one_command(tab
     assert "2 done, 2 missing" in out
     status, _, err = tables("rows=nosuch")
     assert (status, "method=nosuch" in err) == (1, True)
+
+
+def test_rows_are_printed_of_the_students_and_tasks_that_are_chosen(tables: Tables) -> None:
+    tables.write(seeds(0, method=["finetune", "kd"], student=["2l", "3l"]))
+    tables("rows=kd")
+    status, out, _ = tables("rows=kd", "--only", "student=3l")
+    table = out[out.index("# A table") :]
+    assert status == 0
+    assert Counter(re.findall(r"^\| (\w+ \dl) ", table, re.MULTILINE)) == {"finetune 3l": 2, "kd 3l": 2}
+
+
+@pytest.mark.parametrize(
+    ("git", "commit"),
+    [
+        ({"commit": "0123456789", "dirty": False}, "0123456"),
+        ({"commit": "0123456789", "dirty": True}, "0123456-dirty"),
+        (None, ""),
+    ],
+)
+def test_the_commit_of_a_row_says_if_the_code_was_another(git: dict[str, Any] | None, commit: str) -> None:
+    assert commit_of({"git": git}) == commit
 
 
 def test_broken_and_failed_cells_are_listed_and_the_rest_is_made(tables: Tables) -> None:

@@ -55,6 +55,7 @@ class PairedDifference:
         sign_flip: two-sided p of `sign_flip_p`; None without pairs.
         t: two-sided p of `t_p`; None where that is undefined.
         spread: standard deviation of the differences, with n - 1; None with fewer than two pairs.
+        comparisons: number of tests that `adjusted` is corrected for; 1 if it is not corrected.
     """
 
     n: int
@@ -70,6 +71,7 @@ class PairedDifference:
     sign_flip: float | None = None
     t: float | None = None
     spread: float | None = None
+    comparisons: int = 1
 
     @property
     def gain(self) -> float:

@@ -98,7 +98,9 @@ def corrected(
     tested = {name: differences[name].tested(len(counted)) for name in counted}
     adjusted = correction([1.0 if difference.p is None else difference.p for difference in tested.values()])
     decisions = {
-        name: difference if difference.p is None else replace(difference, adjusted=p, verdict=decided(difference.gain, p))
+        name: difference
+        if difference.p is None
+        else replace(difference, adjusted=p, verdict=decided(difference.gain, p), comparisons=len(counted))
         for (name, difference), p in zip(tested.items(), adjusted, strict=True)
     }
     return {name: decisions.get(name, difference) for name, difference in differences.items()}
