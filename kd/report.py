@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,12 +46,14 @@ def main() -> None:
         if is_table(arguments.target):
             deliver(table_comparison(arguments), arguments)
             return
+        if arguments.any_budget:
+            raise InputError("runs of a folder may have other data and students of one name; compare a table", "--any-budget")
         results = chosen_results(arguments)
         if arguments.wandb or arguments.group:
             publish_dashboard(arguments.wandb, arguments.group, Path(arguments.target).expanduser(), results)
         elif arguments.json:
             write(json.dumps(results, indent=2, ensure_ascii=False) + "\n", arguments.out)
-        elif arguments.format is None and arguments.baseline is None and not arguments.any_budget:
+        elif arguments.format is None and arguments.baseline is None:
             print_tables(results, arguments)
         else:
             left_out = {result["run"] for result in first_runs(results)} if not arguments.method else set()
@@ -79,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--any-budget",
         action="store_true",
-        help="compare with a baseline of another budget too, where there is none of the same",
+        help="of a table: where no baseline has the same budget, initialisation and selection, compare with another one",
     )
     found.add_argument("--out", type=Path, metavar="FILE", help="write to this file; default: standard output")
     found.add_argument("--scale", default="local", help="of a table: whose cells are looked for (default local)")
@@ -93,9 +94,9 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def baseline_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of a comparison that options give."""
-    return {"any_budget": arguments.any_budget, **({} if arguments.baseline is None else {"baseline": arguments.baseline})}
+def baseline_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """Return the argument of a comparison that the option `--baseline` is, if it is there."""
+    return {} if arguments.baseline is None else {"baseline": arguments.baseline}
 
 
 def is_table(target: str) -> bool:
@@ -138,25 +139,31 @@ def table_comparison(arguments: argparse.Namespace) -> "Comparison":
     from kd.table.definition import load_table
 
     table = load_table(arguments.target)
-    cells = table.cells(arguments.scale)
-    labels = [cell.labels if cell.row is None else {**cell.labels, "row": cell.row} for cell in cells]
     runs = arguments.runs.expanduser()
     records = load_results(runs) if runs.is_dir() else []
     folder = Path("experiments") / table.name
     comparison = compare_table(
-        folder, arguments.scale, labels, records, runs, title=table.title, protocol=table.protocol, **baseline_of(arguments)
+        folder,
+        arguments.scale,
+        table.labels(arguments.scale),
+        records,
+        runs,
+        title=table.title,
+        protocol=table.protocol,
+        any_budget=arguments.any_budget,
+        **baseline_of(arguments),
     )
     methods, students = (given.split(",") if given else None for given in (arguments.method, arguments.student))
-    chosen = [
-        entry
-        for entry in comparison.entries
-        if arguments.task in (None, entry.task)
-        and (methods is None or entry.method in methods)
-        and (students is None or entry.student in students)
-    ]
-    if not chosen:
+    chosen = comparison.only(
+        lambda entry: (
+            arguments.task in (None, entry.task)
+            and (methods is None or entry.method in methods)
+            and (students is None or entry.student in students)
+        )
+    )
+    if not chosen.entries:
         raise InputError(f"table {table.name} has no such figures: '{folder}' has no paper.csv and no ours.csv with them")
-    return replace(comparison, entries=chosen)
+    return chosen
 
 
 def deliver(comparison: "Comparison", arguments: argparse.Namespace) -> None:

@@ -201,11 +201,14 @@ def test_other_code_or_configuration_marks_a_run_and_figures_do_not(tmp_path: Pa
     monkeypatch.setattr(hardware, "__file__", str(tmp_path / "kd" / "system" / "hardware.py"))
 
     def dirty() -> bool:
+        hardware.git.cache_clear()
         found = hardware.git()
+        assert hardware.git() is found
         assert found is not None
         assert len(found["commit"]) == 40
         return found["dirty"]
 
+    monkeypatch.setattr(hardware, "git", hardware.cache(hardware.git.__wrapped__))  # what is read here is not kept
     (tmp_path / "experiments" / "ours.csv").write_text("a row")
     assert not dirty()
     for changed in ("conf/file", "kd/method.py"):

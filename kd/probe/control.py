@@ -30,10 +30,10 @@ def controls_beside(directory: Path) -> dict[str, Path]:
     records = [record for record in load_results(directory.parent) if is_record(record)]
     names = {record["digest"]: str(record["run"]) for record in records}
     entries, controls = entries_of_records(records), {}
-    for index, (_, baseline) in pairs_of(entries, BASELINE).items():
+    for index, pair in pairs_of(entries, BASELINE).items():
         for seed, digest in entries[index].digests.items():
-            if baseline.digests.get(seed) in names:
-                controls[digest] = directory.parent / names[baseline.digests[seed]]
+            if pair.baseline.digests.get(seed) in names:
+                controls[digest] = directory.parent / names[pair.baseline.digests[seed]]
     return controls
 
 

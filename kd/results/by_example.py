@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd.errors import InputError
-from kd.results.comparison import Comparison, Entry, Family, pairs_of
+from kd.results.comparison import Comparison, Entry, corrected_of_pairs, pairs_of
 from kd.results.predictions import Predictions, read_predictions
 from kd.results.statistics import (
     COUNTED,
@@ -103,24 +103,23 @@ def with_tests_by_example(comparison: Comparison, records: Sequence[Mapping[str,
         folder: folder of these runs.
     """
     kept, entries = KeptPredictions(records, folder), list(comparison.entries)
-    bootstrap: dict[Family, dict[str, ExampleDifference]] = {}
-    exact: dict[Family, dict[str, McNemar]] = {}
+    bootstrap: dict[int, ExampleDifference] = {}
+    exact: dict[int, McNemar] = {}
     pairs = pairs_of(entries, comparison.baseline, any_budget=comparison.any_budget)
-    for index, (family, baseline) in pairs.items():
+    for index, pair in pairs.items():
         try:
-            difference, test = tests_of(entries[index], baseline, kept)
+            difference, test = tests_of(entries[index], pair.baseline, kept)
         except InputError as error:
             entries[index] = replace(entries[index], incomparable=error.message)
             continue
         if difference is not None:
-            bootstrap.setdefault(family, {})[str(index)] = difference
+            bootstrap[index] = difference
         if test is not None:
-            exact.setdefault(family, {})[str(index)] = test
-    differences = {name: one for tests in bootstrap.values() for name, one in corrected_by_example(tests).items()}
-    counts = {name: one for tests in exact.values() for name, one in corrected_by_example(tests).items()}
+            exact[index] = test
+    differences = corrected_of_pairs(pairs, bootstrap, corrected_by_example)
+    counts = corrected_of_pairs(pairs, exact, corrected_by_example)
     tested = [
-        replace(entry, by_example=differences.get(str(index)), mcnemar=counts.get(str(index)))
-        for index, entry in enumerate(entries)
+        replace(entry, by_example=differences.get(index), mcnemar=counts.get(index)) for index, entry in enumerate(entries)
     ]
     return replace(comparison, entries=tested)
 

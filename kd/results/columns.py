@@ -95,11 +95,12 @@ def p_of(test: PairedDifference | ExampleDifference | McNemar | None) -> float |
 
 
 def probability(test: PairedDifference | ExampleDifference | McNemar | None) -> str:
-    """Return the p of a test as text, corrected where it is; near .05 with a digit more, so that it fits its verdict."""
+    """Return the p of a test as text, corrected where it is; near .05 with more digits, so that it fits its verdict."""
     p = p_of(test)
     if p is None or p < 0.001:
         return "" if p is None else "< 0.001"
-    return f"{p:.4f}" if f"{p:.3f}" == f"{ALPHA:.3f}" else f"{p:.3f}"
+    texts = (f"{p:.{digits}f}" for digits in (3, 4, 5, 6))
+    return next((text for text in texts if (float(text) <= ALPHA) == (p <= ALPHA) and float(text) != ALPHA), f"{p:.9f}")
 
 
 def seed_test_name(entry: Entry) -> str:
@@ -113,7 +114,7 @@ def verdict(entry: Entry, baseline: str) -> str:
         return "baseline" if entry.values else ""
     if entry.difference is not None:
         unpaired = entry.difference.unpaired
-        words = [f"another {' and '.join(entry.unlike)}"] if entry.unlike else []
+        words = [f"another {enumerated(entry.differs_in)}"] if entry.differs_in else []
         words += [f"seeds without a pair: {_list(unpaired)}"] if unpaired else []
         return "; ".join([str(entry.difference.verdict), *words])
     return "no baseline of this budget and selection" if entry.values else ""
@@ -170,17 +171,17 @@ def notes(comparison: Comparison) -> list[str]:
         f"Baseline: {comparison.baseline} with the same student, initialisation, selection, budget and seeds. Differences are "
         "means over pairs of seeds, from six pairs on with Student's 95 % interval, which supposes normal differences and is "
         "not corrected. p is that of the test beside it, corrected by Holm over the methods that share student and budget in "
-        f"a column, shown here or not{corrected_for(own)}: the sign-flip test, which supposes that differences are symmetric "
+        f"a column{corrected_for(own)}: the sign-flip test, which supposes that differences are symmetric "
         "about 0 if there is no true one, where pairs suffice for so many methods, else the paired t-test, which supposes that "
         "they are normal. Fewer than six pairs decide nothing."
     )
-    if any(entry.unlike for entry in own):
+    if comparison.any_budget:
         lines.append(
-            "Where a verdict names another selection, initialisation or budget, that of the baseline is another, and the "
-            "difference is not one of the method alone. p is corrected over all methods that are compared with one baseline."
+            "A verdict that names another selection, initialisation or budget is beside a baseline that differs in these, so "
+            "that the difference is not one of the method alone. Its p is corrected over these methods and all others of that "
+            "baseline. In the column of the split that selects, none has another selection."
         )
-    compared = [entry.column for entry in own if entry.difference is not None]
-    if any(entry.missing and entry.column in compared for entry in comparison.entries):
+    if comparison.incomplete:
         lines.append(
             "Seeds are missing: with them, numbers of pairs and methods change, and so may tests, corrections and verdicts, "
             "none of which is final."
@@ -202,10 +203,19 @@ def notes(comparison: Comparison) -> list[str]:
 
 
 def corrected_for(entries: Sequence[Entry]) -> str:
-    """Return the numbers of tests that entries' p are corrected for, in parentheses; empty where there is none."""
+    """Return how many tests p are corrected for, where p are shown; empty where there is none."""
     tests = [entry.difference for entry in entries if entry.difference is not None]
     found = sorted({test.comparisons for test in tests if test.adjusted is not None})
-    return f" ({', '.join(map(str, found))})" if found else ""
+    return f" (of six pairs or more: {', '.join(map(str, found))})" if found else ""
+
+
+def enumerated(words: Sequence[str]) -> str:
+    """Return words as a list in a sentence.
+
+    >>> enumerated(["budget"]), enumerated(["selection", "initialisation", "budget"])
+    ('budget', 'selection, initialisation and budget')
+    """
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def notes_by_example(comparison: Comparison) -> list[str]:

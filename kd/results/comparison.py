@@ -2,9 +2,9 @@
 
 import shlex
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from kd.data.direction import higher_is_better
 from kd.errors import InputError
@@ -31,8 +31,11 @@ BUDGET = ("student", "surgery", "cohort", "task", "data", "held", "optimizer", "
 STARTS = ("stage", "surgery", "edit")
 """Roles of needed runs that a student's initial weights or its data come from."""
 
-SHARED = ("selection", "initialisation", "budget")
-"""What a method and its baseline share, so that the method alone is another, unless any budget is asked for."""
+CONDITIONS = ("selection", "initialisation", "budget")
+"""What a method shares with its baseline, so that they differ in the method alone, unless any budget is asked for."""
+
+SELECTS = "validation"
+"""Split by which checkpoints, and the better of several students, are selected."""
 
 Column = tuple[str, str, str]
 """Task, split and metric."""
@@ -58,7 +61,7 @@ class Entry:
         commands: seed -> overrides of `kd-train` that make the run.
         paper: figures of the paper for the same method, student, task, split and metric.
         difference: difference from the baseline, with p corrected over the methods; None without a baseline.
-        unlike: what the baseline does not share, of `SHARED`; empty without a baseline, and where it shares all.
+        differs_in: conditions, of `CONDITIONS`, in which it differs from its baseline; empty without one.
         by_example: difference of the trained models from the baseline's, over examples; None if predictions are not at hand.
         mcnemar: McNemar's test of the same two models; None where several seeds have a pair, or the metric is not accuracy.
         incomparable: reason why predictions that are at hand are not compared; empty without such.
@@ -83,7 +86,7 @@ class Entry:
     commands: Mapping[int, str] = field(default_factory=dict)
     paper: tuple[Figure, ...] = ()
     difference: PairedDifference | None = None
-    unlike: tuple[str, ...] = ()
+    differs_in: tuple[str, ...] = ()
     by_example: ExampleDifference | None = None
     mcnemar: McNemar | None = None
     incomparable: str = ""
@@ -125,8 +128,8 @@ class Entry:
         return (self.row, self.method, self.student, self.teacher, self.settings)
 
     @property
-    def shared(self) -> tuple[str, ...]:
-        """What a baseline shares, in the order of `SHARED`."""
+    def conditions(self) -> tuple[str, ...]:
+        """What it shares with its baseline, in the order of `CONDITIONS`."""
         return (self.selection, self.init, self.budget)
 
 
@@ -140,7 +143,8 @@ class Comparison:
         entries: the entries, in the order of the rows.
         baseline: label of the method that others are compared with.
         over_tasks: (method, student, teacher, split) -> comparison with the baseline over the tasks.
-        any_budget: whether entries without a baseline of their selection, initialisation and budget have another one.
+        any_budget: whether entries without a baseline of their conditions are compared with one of others.
+        incomplete: whether seeds are missing in a column with comparisons, so that verdicts are not final.
     """
 
     title: str
@@ -149,6 +153,7 @@ class Comparison:
     baseline: str = BASELINE
     over_tasks: Mapping[tuple[str, str, str, str], TaskSummary] = field(default_factory=dict)
     any_budget: bool = False
+    incomplete: bool = False
 
     @property
     def columns(self) -> list[Column]:
@@ -159,6 +164,12 @@ class Comparison:
     def rows(self) -> list[tuple[str, ...]]:
         """Keys of the rows in the order in which they first occur."""
         return list(dict.fromkeys(entry.key for entry in self.entries))
+
+    def only(self, keep: Callable[[Entry], bool]) -> "Comparison":
+        """Return the comparison with some entries alone; p stay corrected for all."""
+        entries = [entry for entry in self.entries if keep(entry)]
+        kept = {summarised(entry) for entry in entries}
+        return replace(self, entries=entries, over_tasks={key: one for key, one in self.over_tasks.items() if key in kept})
 
     def of_row(self, key: tuple[str, ...]) -> dict[Column, Entry]:
         """Return the entries of a row by column."""
@@ -300,7 +311,8 @@ def compare(
         title: heading.
         protocol: sentence about the protocol.
         baseline: method that the others are compared with.
-        any_budget: compare entries that have no such baseline with one of another selection, initialisation or budget.
+        any_budget: compare entries that have no such baseline with one of another selection, initialisation or budget. The
+            verdicts of the others stay.
 
     Raises:
         InputError: if there is no figure of ours of the baseline, and it is not the usual one.
@@ -320,14 +332,30 @@ def compare(
         for figure in figures
     ]
     compared = with_differences(joined, baseline, any_budget=any_budget)
-    return Comparison(title, protocol, [*compared, *alone], baseline, over_tasks(compared), any_budget)
+    columns = {entry.column for entry in compared if entry.difference is not None}
+    incomplete = any(entry.missing and entry.column in columns for entry in compared)
+    return Comparison(title, protocol, [*compared, *alone], baseline, over_tasks(compared), any_budget, incomplete)
 
 
 Family = tuple[Any, ...]
-"""What entries share whose p are corrected together: student, column, and what the baseline shares."""
+"""What entries share whose p are corrected together: student, column, and the conditions of the baseline."""
 
 
-def pairs_of(entries: Sequence[Entry], baseline: str, *, any_budget: bool = False) -> dict[int, tuple[Family, Entry]]:
+class Pair(NamedTuple):
+    """The baseline of an entry.
+
+    Attributes:
+        family: see `Family`.
+        baseline: the entry of the baseline.
+        differs_in: conditions in which the two differ.
+    """
+
+    family: Family
+    baseline: Entry
+    differs_in: tuple[str, ...] = ()
+
+
+def pairs_of(entries: Sequence[Entry], baseline: str, *, any_budget: bool = False) -> dict[int, Pair]:
     """Return the baseline of each entry that has one: that of the same student, column, selection, start and budget.
 
     Of several, which may start from another backbone, that of the same teacher is taken, or none.
@@ -335,10 +363,11 @@ def pairs_of(entries: Sequence[Entry], baseline: str, *, any_budget: bool = Fals
     Args:
         entries: our figures.
         baseline: method of the baselines.
-        any_budget: where there is no such baseline, take one of the same student and column.
+        any_budget: where there is no such baseline, take one of the same student and column; but none that was selected
+            otherwise in the column of the split that selects, where the best of more candidates looks better than it is.
 
     Returns:
-        Index of the entry -> its family, and its baseline.
+        Index of the entry -> its baseline.
     """
     baselines: dict[tuple[str, Column], list[Entry]] = {}
     for entry in entries:
@@ -349,37 +378,71 @@ def pairs_of(entries: Sequence[Entry], baseline: str, *, any_budget: bool = Fals
         if entry.method == baseline or not entry.values:
             continue
         others = baselines.get((entry.student, entry.column), [])
-        found = [other for other in others if other.shared == entry.shared] or (others if any_budget else [])
+        found = [other for other in others if other.conditions == entry.conditions]
+        if any_budget and not found:
+            found = [other for other in others if entry.split != SELECTS or other.selection == entry.selection]
         found = [other for other in found if other.teacher == entry.teacher] or found
         if len(found) == 1:
-            pairs[index] = ((entry.student, entry.column, *found[0].shared), found[0])
+            (other,) = found
+            both = zip(CONDITIONS, entry.conditions, other.conditions, strict=True)
+            differs_in = tuple(condition for condition, own, its in both if own != its)
+            pairs[index] = Pair((entry.student, entry.column, *other.conditions), other, differs_in)
     return pairs
+
+
+Test = TypeVar("Test")
+
+
+def corrected_of_pairs(
+    pairs: Mapping[int, Pair], tests: Mapping[int, Test], correct: Callable[[Mapping[str, Test]], Mapping[str, Test]]
+) -> dict[int, Test]:
+    """Return tests with p corrected by families.
+
+    Those of entries that share all conditions with their baseline are corrected together, as if there were no others; those
+    that do not are corrected together with them all.
+
+    Args:
+        pairs: as `pairs_of` returns them.
+        tests: index of the entry -> its test, not corrected.
+        correct: correction of the tests of a family.
+    """
+    families: dict[Family, dict[str, Test]] = {}
+    for index, test in tests.items():
+        families.setdefault(pairs[index].family, {})[str(index)] = test
+    found: dict[str, Test] = {}
+    for family in families.values():
+        alike = {index: test for index, test in family.items() if not pairs[int(index)].differs_in}
+        found |= {**(correct(family) if len(alike) < len(family) else {}), **correct(alike)}
+    return {int(index): test for index, test in found.items()}
 
 
 def with_differences(entries: Sequence[Entry], baseline: str, *, any_budget: bool = False) -> list[Entry]:
     """Return entries with their differences from their baselines over pairs of seeds; the options are those of `pairs_of`."""
-    families: dict[Family, dict[int, PairedDifference]] = {}
     pairs = pairs_of(entries, baseline, any_budget=any_budget)
-    for index, (family, other) in pairs.items():
-        entry = entries[index]
-        difference = seed_difference(entry.values, other.values, higher_is_better=entry.higher_is_better)
-        families.setdefault(family, {})[index] = difference
+    differences = {
+        index: seed_difference(entries[index].values, pair.baseline.values, higher_is_better=entries[index].higher_is_better)
+        for index, pair in pairs.items()
+    }
     found = list(entries)
-    for of_family in families.values():
-        for name, difference in corrected({str(index): difference for index, difference in of_family.items()}).items():
-            entry, (_, other) = entries[int(name)], pairs[int(name)]
-            unlike = tuple(word for word, own, its in zip(SHARED, entry.shared, other.shared, strict=True) if own != its)
-            found[int(name)] = replace(entry, difference=difference, unlike=unlike)
+    for index, difference in corrected_of_pairs(pairs, differences, corrected).items():
+        found[index] = replace(entries[index], difference=difference, differs_in=pairs[index].differs_in)
     return found
 
 
+def summarised(entry: Entry) -> tuple[str, str, str, str]:
+    """Return the key of an entry in `Comparison.over_tasks`."""
+    return (entry.method, entry.student, entry.teacher, entry.split)
+
+
 def over_tasks(entries: Sequence[Entry]) -> dict[tuple[str, str, str, str], TaskSummary]:
-    """Return comparisons with the baseline over tasks, by method, student, teacher and split, with each task's first metric."""
+    """Return comparisons with the baseline over tasks, by method, student, teacher and split, with each task's first metric.
+
+    Only differences from baselines of the same conditions count.
+    """
     groups: dict[tuple[str, str, str, str], dict[str, PairedDifference]] = {}
     for entry in entries:
-        if entry.difference is not None and not entry.settings:
-            key = (entry.method, entry.student, entry.teacher, entry.split)
-            groups.setdefault(key, {}).setdefault(entry.task, entry.difference)
+        if entry.difference is not None and not entry.settings and not entry.differs_in:
+            groups.setdefault(summarised(entry), {}).setdefault(entry.task, entry.difference)
     return {key: task_summary(differences) for key, differences in groups.items()}
 
 

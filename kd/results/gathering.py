@@ -15,14 +15,7 @@ UNKNOWN_COLUMN = ("", "")
 """Split and metric of cells of a task that nobody has a figure of."""
 
 
-def compare_runs(
-    records: Sequence[Mapping[str, Any]],
-    title: str,
-    runs: Path,
-    *,
-    baseline: str = BASELINE,
-    any_budget: bool = False,
-) -> Comparison:
+def compare_runs(records: Sequence[Mapping[str, Any]], title: str, runs: Path, *, baseline: str = BASELINE) -> Comparison:
     """Return the comparison of finished runs.
 
     Args:
@@ -30,13 +23,11 @@ def compare_runs(
         title: heading.
         runs: folder of the runs.
         baseline: method that the others are compared with.
-        any_budget: as of `kd.results.comparison.compare`.
 
     Raises:
         InputError: if there is no run of that method.
     """
-    compared = compare(entries_of_records(records), title=title, baseline=baseline, any_budget=any_budget)
-    return with_runs(compared, records, runs)
+    return with_runs(compare(entries_of_records(records), title=title, baseline=baseline), records, runs)
 
 
 def with_runs(comparison: Comparison, records: Sequence[Mapping[str, Any]], runs: Path) -> Comparison:

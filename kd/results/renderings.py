@@ -54,6 +54,7 @@ def as_rows(comparison: Comparison) -> list[dict[str, Any]]:
             **row_of_paper(entry),
             **fields_of(entry.difference, BY_SEED),
             "verdict": verdict(entry, comparison.baseline),
+            "baseline_differs_in": " ".join(entry.differs_in),
             **fields_of(entry.by_example, BY_EXAMPLE, "by_example"),
             **fields_of(entry.mcnemar, MCNEMAR, "mcnemar"),
             "by_example_note": entry.incomparable,
@@ -77,6 +78,7 @@ BY_SEED = {
     "test": "test",
     "sign_flip": "p_sign_flip",
     "t": "p_t",
+    "comparisons": "comparisons",
 }
 BY_EXAMPLE = {
     "n": "n",

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,17 +220,19 @@ def version_line() -> str:
     )
 
 
+@cache
 def git() -> dict[str, Any] | None:
     """Return the commit of the checkout that kd runs from, and whether its code or configuration is modified.
 
-    None for an installed wheel.
+    None for an installed wheel. It is read once, and first when a run begins, so that a later commit is not taken for its own.
     """
     folder = Path(__file__).parent.parent.parent
     if not (folder / ".git").exists():
         return None
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
-        status = ["git", "status", "--porcelain", "--", "kd", "conf"]  # not the figures, which a table adds to
+        # Figures, which a table adds to, and documents are left out.
+        status = ["git", "status", "--porcelain", "--untracked-files=normal", "--", "kd", "conf"]
         changes = subprocess.run(status, cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None

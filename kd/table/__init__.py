@@ -6,7 +6,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -234,14 +233,16 @@ def show_rows(planned: "PlannedTable", rows: Sequence[str], figures: Path) -> No
     """Print the rows of some methods beside the baseline, of the cells' students and tasks, with their verdicts."""
     from kd.results.comparison import BASELINE, compare, entries_of
     from kd.results.figures import read_figures
+    from kd.results.gathering import with_expected
     from kd.results.renderings import markdown
 
     scale = planned.cells[0].cell.scale
     ours = [figure for figure in read_figures(figures) if figure.scale == scale]
-    compared = compare(entries_of(ours), title=planned.table.title, protocol=planned.table.protocol)
+    entries = with_expected(entries_of(ours), planned.table.labels(scale))
+    compared = compare(entries, title=planned.table.title, protocol=planned.table.protocol)
     made = {(cell.label("student"), cell.label("task")) for cell in planned.cells}
-    shown = [entry for entry in compared.entries if entry.method in (*rows, BASELINE) and (entry.student, entry.task) in made]
-    print(f"\n{markdown(replace(compared, entries=shown))}", end="")
+    shown = compared.only(lambda entry: entry.method in (*rows, BASELINE) and (entry.student, entry.task) in made)
+    print(f"\n{markdown(shown)}", end="")
 
 
 def submit(arguments: argparse.Namespace) -> int:

@@ -97,6 +97,10 @@ class Table:
             raise InputError(f"table {self.name} has no scale={scale}; it has {', '.join(self.scales)}", "scale")
         return self.scales[scale]
 
+    def labels(self, scale: str) -> list[Mapping[str, str]]:
+        """Return the labels of each cell of a scale, with that of its row, as `row`, where it has one of its own."""
+        return [cell.labels if cell.row is None else {**cell.labels, "row": cell.row} for cell in self.cells(scale)]
+
     def rows(self, scale: str, methods: Sequence[str]) -> Sequence[Cell]:
         """Return the cells of some methods, in the order of the table; those that it does not list come last.
 

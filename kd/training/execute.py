@@ -12,6 +12,7 @@ from kd.runs.retention import with_model, write_uses
 from kd.runs.run import Role, Run, keep_of
 from kd.system import distributed
 from kd.system.files import made_by_success, writes_to
+from kd.system.hardware import git
 from kd.system.startup import without_collection
 from kd.training.reduce import reduce_run
 
@@ -73,6 +74,7 @@ def execute(
             record = result
             return distributed.on_rank_zero(lambda: conclude_done(run, record, first=first, model=model, has_lock=True))
         distributed.on_rank_zero(lambda: write_uses(run))
+        git()  # of the code that this process has loaded; it is kept for the record
         for part, needed in run.inputs:
             with rename_error_keys(part, run.spec, run.config):
                 execute(needed, part, first=False, model=reads_model(part))

@@ -124,6 +124,8 @@ def test_any_budget_has_the_pairs_of_the_test_by_seed(one_seed: Runs) -> None:
         found = with_tests_by_example(compared, one_seed.records, one_seed.folder).entries
         tested[any_budget] = {entry.method for entry in found if entry.by_example is not None and entry.mcnemar is not None}
     assert tested == {False: {"kd"}, True: {"kd", "pkd"}}
+    kd = next(entry for entry in found if entry.method == "kd")
+    assert (kd.mcnemar.adjusted, kd.by_example.adjusted) == (kd.mcnemar.p, kd.by_example.p)
 
 
 def test_mcnemar_is_of_one_seed_alone_and_corrected_too(runs: Runs, one_seed: Runs) -> None:

@@ -144,8 +144,8 @@ def test_the_script_reads_spreads_of_a_table(
     path = ROOT / "experiments" / "pkd_dev" / "ours.csv"
     entries = entries_of(read_figures(path))
     spreads = []
-    for index, (_, other) in pairs_of(entries, "finetune").items():
-        entry = entries[index]
+    for index, pair in pairs_of(entries, "finetune").items():
+        entry, other = entries[index], pair.baseline
         if entry.column == ("rte", "validation", "accuracy"):
             spreads.append(100 * np.std([entry.values[seed] - other.values[seed] for seed in entry.values], ddof=1))
     assert len(spreads) == 4

@@ -87,7 +87,7 @@ class PairedDifference:
         test = seed_test(self.n, comparisons)
         p = self.sign_flip if test is SeedTest.SIGN_FLIP else self.t
         verdict = Verdict.TOO_FEW_SEEDS if self.n < MIN_SEEDS else Verdict.NO_SPREAD if p is None else decided(self.gain, p)
-        return replace(self, test=test, p=p, adjusted=None, verdict=verdict)
+        return replace(self, test=test, p=p, adjusted=None, verdict=verdict, comparisons=1)
 
 
 def seeds_needed(comparisons: int = 1) -> int:
