@@ -32,7 +32,7 @@ STARTS = ("stage", "surgery", "edit")
 """Roles of needed runs that a student's initial weights or its data come from."""
 
 CONDITIONS = ("selection", "initialisation", "budget")
-"""What a method shares with its baseline, so that they differ in the method alone, unless any budget is asked for."""
+"""Conditions that a method shares with its baseline, so that they differ in the method alone, without `any_budget`."""
 
 SELECTS = "validation"
 """Split by which checkpoints, and the better of several students, are selected."""
@@ -129,7 +129,7 @@ class Entry:
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        """What it shares with its baseline, in the order of `CONDITIONS`."""
+        """Return what it shares with its baseline, in the order of `CONDITIONS`."""
         return (self.selection, self.init, self.budget)
 
 
@@ -338,7 +338,7 @@ def compare(
 
 
 Family = tuple[Any, ...]
-"""What entries share whose p are corrected together: student, column, and the conditions of the baseline."""
+"""Student, column, and the conditions of the baseline: entries that share them have their p corrected together."""
 
 
 class Pair(NamedTuple):
