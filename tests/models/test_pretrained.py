@@ -73,7 +73,7 @@ def plans(reviews: Path, whole: Path, tmp_path_factory: pytest.TempPathFactory) 
         "backbone": ([*finetune], "backbone"),
         "student": ([*finetune, f"backbone={whole}"], "student.backbone"),
         "checkpoint": ([*finetune, f"backbone={whole}", "student.init=checkpoint", "student.layers=4"], "student.checkpoint"),
-        "teacher": ([*kd, f"student.backbone={whole}"], "teacher.hub.model"),
+        "teacher": ([*kd, f"student.backbone={whole}", "student.init_from=pretrained"], "teacher.hub.model"),
         "start": ([*kd, "student.init_from=teacher"], "teacher.hub.model"),
         "made": ([*mixed, f"student.backbone={whole}"], "teacher.minilm.backbone"),
     }
