@@ -107,20 +107,16 @@ def test_a_dead_link_and_a_method_without_a_paper_fail_the_build(tmp_path: Path)
     (tmp_path / "build").mkdir()
     for path in site_facts.CACHE.glob("facts-*.json"):  # those of the same sources, so that they are not made again
         shutil.copy(path, tmp_path / "build" / path.name)
-    bib = tmp_path / "kd" / "methods" / "papers.bib"
-    text = bib.read_text()
-    bib.write_text(text.replace("{pkd}", "{kd}"))
-    done = build(tmp_path / "out", tmp_path)
-    assert done.returncode != 0
-    assert "differ in pkd" in done.stderr
-    bib.write_text(text)
-    listed = tmp_path / "docs" / "methods.md"
-    lines = listed.read_text()
-    listed.write_text(lines.replace("| `pkd` |", "| pkd |"))
-    done = build(tmp_path / "out", tmp_path)
-    assert done.returncode != 0
-    assert "docs/methods.md has no line for pkd" in done.stderr
-    listed.write_text(lines)
+    for name, own, other, told in (
+        ("kd/methods/papers.bib", "{pkd}", "{kd}", "differ in pkd"),
+        ("docs/methods.md", "| `pkd` |", "| pkd |", "docs/methods.md has no line for pkd"),
+    ):
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text.replace(own, other))
+        done = build(tmp_path / "out", tmp_path)
+        assert done.returncode != 0
+        assert told in done.stderr
+        (tmp_path / name).write_text(text)
     with (tmp_path / "docs" / "concepts.md").open("a") as page:
         page.write("\n[gone](gone.md)\n")
     done = build(tmp_path / "out", tmp_path)

@@ -172,8 +172,8 @@ def test_every_format_says_that_a_baseline_differs() -> None:
     assert (rows["kd"]["baseline_differs_in"], rows["kd"]["comparisons"]) == ("", 2)
     assert "better; another budget" in FORMATS["latex"](more)
     assert "better; another budget" in page(more)
-    for compared, said in ((more, True), (more.only(lambda entry: entry.method == "kd"), True)):
-        assert ("not one of the method alone" in markdown(compared)) == said
+    for compared in (more, more.only(lambda entry: entry.method == "kd")):
+        assert "not one of the method alone" in markdown(compared)
     assert "not one of the method alone" not in markdown(compare(entries_of([*OURS, *LONGER])))
 
 
