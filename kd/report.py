@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,28 @@ if TYPE_CHECKING:
 
 CHOICES = ("markdown", "csv", "latex", "json", "html", "svg")
 """Formats of comparisons, whose modules are imported only where they are used."""
+
+CHOOSE = ("task", "method", "student")
+"""Options that choose what is shown."""
+
+USED: Mapping[str, Sequence[str]] = {
+    "a dashboard": ("wandb", "group"),
+    "the records": (*CHOOSE, "json", "out"),
+    "tables on the terminal": CHOOSE,
+    "a picture": (*CHOOSE, "format", "out", "scale", "runs"),
+    "a comparison": (*CHOOSE, "format", "out", "scale", "runs", "baseline", "any_budget"),
+}
+"""What the command makes -> the options that change it."""
+
+OF_TABLES = {
+    "scale": "the cells of a table have a scale, runs of a folder have none",
+    "runs": "the folder of the runs is the target itself",
+    "any_budget": "runs of a folder may have other data and students of one name; compare a table",
+}
+"""Options about tables alone -> why they do not apply to a folder of runs."""
+
+OF_FOLDERS = ("the records", "a dashboard")
+"""What is made of a folder of runs alone."""
 
 
 def first_runs(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -41,28 +63,24 @@ def publish_dashboard(target: str | None, group: str | None, folder: Path, resul
 
 def main() -> None:
     """Run the command `kd-report`."""
-    arguments = parser().parse_args()
+    found = parser()
+    arguments = found.parse_args()
     try:
-        if is_table(arguments.target):
+        table = is_table(arguments.target)
+        kind = made_by(arguments, table)
+        given = [name for name, value in vars(arguments).items() if name != "target" and value != found.get_default(name)]
+        check_options(given, kind, table)
+        if table:
             deliver(table_comparison(arguments), arguments)
-            return
-        if arguments.any_budget:
-            raise InputError("runs of a folder may have other data and students of one name; compare a table", "--any-budget")
-        results = chosen_results(arguments)
-        if arguments.wandb or arguments.group:
-            publish_dashboard(arguments.wandb, arguments.group, Path(arguments.target).expanduser(), results)
-        elif arguments.json:
-            write(json.dumps(results, indent=2, ensure_ascii=False) + "\n", arguments.out)
-        elif arguments.format is None and arguments.baseline is None:
-            print_tables(results, arguments)
-        else:
-            left_out = {result["run"] for result in first_runs(results)} if not arguments.method else set()
-            from kd.results.gathering import compare_runs
-
-            shown = [result for result in results if result["run"] not in left_out]
+        elif kind == "a comparison" or kind == "a picture":
+            deliver(folder_comparison(arguments), arguments)
+        elif kind == "a dashboard":
             folder = Path(arguments.target).expanduser()
-            compared = compare_runs(shown, f"Runs in {arguments.target}", folder, **baseline_of(arguments))
-            deliver(compared, arguments)
+            publish_dashboard(arguments.wandb, arguments.group, folder, chosen_results(arguments))
+        elif kind == "the records":
+            write(json.dumps(chosen_results(arguments), indent=2, ensure_ascii=False) + "\n", arguments.out)
+        else:
+            print_tables(chosen_results(arguments), arguments)
     except InputError as error:
         print(f"kd-report: {error}", file=sys.stderr)
         sys.exit(2)
@@ -94,6 +112,39 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def made_by(arguments: argparse.Namespace, table: bool) -> str:
+    """Return what the options ask for, a key of `USED`."""
+    if arguments.wandb or arguments.group:
+        return "a dashboard"
+    if arguments.json:
+        return "the records"
+    if arguments.format == "svg":
+        return "a picture"
+    return "a comparison" if table or arguments.format or arguments.baseline else "tables on the terminal"
+
+
+def check_options(given: Sequence[str], kind: str, table: bool) -> None:
+    """Check that each option changes what is made.
+
+    Args:
+        given: names of the options that are given.
+        kind: what is made, a key of `USED`.
+        table: whether it is made of a table, and not of a folder of runs.
+
+    Raises:
+        InputError: naming an option that would be ignored.
+    """
+    if table and kind in OF_FOLDERS:
+        first = next(name for name in USED[kind] if name in given and name not in CHOOSE)
+        raise InputError(f"{kind} are of finished runs: name their folder in place of the table", f"--{first}")
+    for name in given:
+        option = f"--{name.replace('_', '-')}"
+        if name in OF_TABLES and not table:
+            raise InputError(OF_TABLES[name], option)
+        if name not in USED[kind]:
+            raise InputError(f"{option} changes nothing in {kind}: leave it out, or choose another --format", option)
+
+
 def baseline_of(arguments: argparse.Namespace) -> dict[str, str]:
     """Return the argument of a comparison that the option `--baseline` is, if it is there."""
     return {} if arguments.baseline is None else {"baseline": arguments.baseline}
@@ -106,27 +157,69 @@ def is_table(target: str) -> bool:
     return not Path(target).expanduser().is_dir() and (target in table_names() or target.endswith((".yaml", ".yml")))
 
 
+def all_results(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of a folder's finished runs.
+
+    Raises:
+        InputError: if the folder cannot be read.
+    """
+    try:
+        return load_results(folder)
+    except OSError as error:
+        raise InputError(f"cannot read '{folder}': {error.strerror}", "paths.runs") from error
+
+
 def chosen_results(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the records that the options choose.
 
     Raises:
         InputError: if the folder cannot be read, or there is none.
     """
+    results = all_results(Path(arguments.target).expanduser())
+    found = [one for one in results if is_chosen(arguments, one["task"], one["method"], one["student"])]
+    if not found:
+        raise no_runs(arguments)
+    return found
+
+
+def no_runs(arguments: argparse.Namespace) -> InputError:
+    """Return the error that the options choose no run."""
+    chosen = "".join(f", {key}={value}" for key in CHOOSE if (value := getattr(arguments, key)))
+    return InputError(f"no finished runs in '{Path(arguments.target).expanduser()}'" + (f" with{chosen[1:]}" if chosen else ""))
+
+
+def is_chosen(arguments: argparse.Namespace, task: str, method: str, student: str) -> bool:
+    """Return whether the options choose something of this task, method and student."""
+    methods, students = (given.split(",") if given else None for given in (arguments.method, arguments.student))
+    return (
+        arguments.task in (None, task) and (methods is None or method in methods) and (students is None or student in students)
+    )
+
+
+def chosen_entries(comparison: "Comparison", arguments: argparse.Namespace) -> "Comparison":
+    """Return a comparison with the entries that the options choose, compared as in the whole."""
+    return comparison.only(lambda entry: is_chosen(arguments, entry.task, entry.method, entry.student))
+
+
+def folder_comparison(arguments: argparse.Namespace) -> "Comparison":
+    """Return the comparison of a folder of runs with the options' tasks, methods and students.
+
+    Runs that others begin with are left out, but for those of methods that are asked for.
+
+    Raises:
+        InputError: if the folder cannot be read, or nothing is chosen.
+    """
+    from kd.results.gathering import compare_runs
+
     folder = Path(arguments.target).expanduser()
-    try:
-        results = load_results(folder)
-    except OSError as error:
-        raise InputError(f"cannot read '{folder}': {error.strerror}", "paths.runs") from error
-    if arguments.task:
-        results = [result for result in results if result["task"] == arguments.task]
-    if arguments.method:
-        results = [result for result in results if result["method"] in arguments.method.split(",")]
-    if arguments.student:
-        results = [result for result in results if result["student"] in arguments.student.split(",")]
-    if not results:
-        chosen = "".join(f", {key}={value}" for key in ("task", "method", "student") if (value := getattr(arguments, key)))
-        raise InputError(f"no finished runs in '{folder}'" + (f" with{chosen[1:]}" if chosen else ""))
-    return results
+    results = all_results(folder)
+    asked = (arguments.method or "").split(",")
+    left_out = {result["run"] for result in first_runs(results) if result["method"] not in asked}
+    shown = [result for result in results if result["run"] not in left_out]
+    if not any(is_chosen(arguments, one["task"], one["method"], one["student"]) for one in shown):
+        raise no_runs(arguments)
+    compared = compare_runs(shown, f"Runs in {arguments.target}", folder, **baseline_of(arguments))
+    return chosen_entries(compared, arguments)
 
 
 def table_comparison(arguments: argparse.Namespace) -> "Comparison":
@@ -135,34 +228,26 @@ def table_comparison(arguments: argparse.Namespace) -> "Comparison":
     Raises:
         InputError: if the table or its files are not valid, or nothing is chosen.
     """
-    from kd.results.gathering import compare_table
+    from kd.results.gathering import compare_table, with_runs
     from kd.table.definition import load_table
 
     table = load_table(arguments.target)
     runs = arguments.runs.expanduser()
     records = load_results(runs) if runs.is_dir() else []
-    folder = Path("experiments") / table.name
+    ours, paper = table.folder / "ours.csv", table.folder / "paper.csv"
     comparison = compare_table(
-        folder,
+        ours,
+        paper,
         arguments.scale,
         table.labels(arguments.scale),
-        records,
-        runs,
         title=table.title,
         protocol=table.protocol,
         any_budget=arguments.any_budget,
         **baseline_of(arguments),
     )
-    methods, students = (given.split(",") if given else None for given in (arguments.method, arguments.student))
-    chosen = comparison.only(
-        lambda entry: (
-            arguments.task in (None, entry.task)
-            and (methods is None or entry.method in methods)
-            and (students is None or entry.student in students)
-        )
-    )
+    chosen = chosen_entries(with_runs(comparison, records, runs), arguments)
     if not chosen.entries:
-        raise InputError(f"table {table.name} has no such figures: '{folder}' has no paper.csv and no ours.csv with them")
+        raise InputError(f"table {table.name} has no such figures: '{table.folder}' has no paper.csv and no ours.csv with them")
     return chosen
 
 

@@ -426,3 +426,71 @@ def test_options_of_the_baseline_reach_runs_and_tables(
     with pytest.raises(SystemExit):
         command(monkeypatch, str(folder), "--student=3l")
     assert "with student=3l" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "key"),
+    [
+        (["runs", "--json", "--baseline=kd"], "--baseline changes nothing in the records", "--baseline"),
+        (["runs", "--json", "--format=csv"], "--format changes nothing in the records", "--format"),
+        (["runs", "--format=svg", "--baseline=kd"], "--baseline changes nothing in a picture", "--baseline"),
+        (["runs", "--out=tables.txt"], "--out changes nothing in tables on the terminal", "--out"),
+        (["runs", "--wandb=team/kd", "--group=a", "--task=rte"], "--task changes nothing in a dashboard", "--task"),
+        (["runs", "--format=csv", "--any-budget"], "compare a table", "--any-budget"),
+        (["runs", "--scale=published"], "runs of a folder have none", "--scale"),
+        (["runs", "--runs=other"], "the target itself", "--runs"),
+        (["pkd_dev", "--json"], "name their folder in place of the table", "--json"),
+        (["pkd_dev", "--wandb=team/kd", "--task=rte"], "name their folder in place of the table", "--wandb"),
+        (["pkd_dev", "--format=svg", "--any-budget"], "--any-budget changes nothing in a picture", "--any-budget"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_option_that_would_be_ignored_is_refused(
+    tmp_path: Path, monkeypatch, capsys, words: list[str], message: str, key: str
+) -> None:
+    folder = str(write(tmp_path / "runs", record(0)))
+    with pytest.raises(SystemExit) as caught:
+        command(monkeypatch, *(folder if word == "runs" else word for word in words))
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert f"change: {key}\n" in captured.err
+
+
+def test_every_option_is_used_by_something() -> None:
+    options = vars(report.parser().parse_args([])).keys() - {"target"}
+    assert {name for used in report.USED.values() for name in used} == options
+    assert set(report.OF_TABLES) < options
+    assert set(report.OF_FOLDERS) < set(report.USED)
+
+
+def test_rows_of_a_folder_are_chosen_after_all_were_compared(tmp_path: Path, monkeypatch, capsys) -> None:
+    """As those of a table: which rows are shown changes no verdict, and the baseline need not be among them."""
+    parts = {"student": {}, "task": {}, "optimizer": {}, "teachers": [], "pool": {}}
+    gains = {"finetune": 0.0, "kd": 0.02, "pkd": 0.01}
+    records = [
+        record(
+            seed,
+            *(method, parts),
+            method=method,
+            digest=f"{method}{seed}",
+            inputs={"before": "first-2l-rte-s0-b0"} if method == "pkd" else {},
+            metrics={"test": {"accuracy": 0.6 + gain * (1 + seed % 3)}},
+        )
+        for method, gain in gains.items()
+        for seed in range(6)
+    ]
+    folder = write(tmp_path, *records, record(0, "first", parts, method="first", digest="b0", inputs={}))
+
+    def rows(*words: str) -> dict[str, dict[str, Any]]:
+        command(monkeypatch, folder, "--format=json", *words)
+        return {row["method"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+
+    everything = rows()
+    assert everything.keys() == gains.keys()
+    assert everything["kd"]["comparisons"] == 2
+    assert everything["kd"]["difference"] == pytest.approx(0.04)
+    assert rows("--method=kd") == {"kd": everything["kd"]}
+    assert rows("--student=2l", "--task=rte") == everything
+    assert rows("--method=first").keys() == {"first"}

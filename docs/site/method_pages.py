@@ -294,7 +294,7 @@ def tables() -> Mapping[str, tuple[str, Sequence[Entry]]]:
     found = {}
     for table in table_names():
         folder = ROOT / "experiments" / table
-        compared = compare_table(folder, "local", [], [], folder, title=table, protocol="")
+        compared = compare_table(folder / "ours.csv", folder / "paper.csv", "local", [], title=table, protocol="")
         found[table] = (load_table(table).title, compared.entries)
     return found
 

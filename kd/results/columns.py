@@ -114,10 +114,14 @@ def verdict(entry: Entry, baseline: str) -> str:
         return "baseline" if entry.values else ""
     if entry.difference is not None:
         unpaired = entry.difference.unpaired
-        words = [f"another {enumerated(entry.differs_in)}"] if entry.differs_in else []
-        words += [f"seeds without a pair: {_list(unpaired)}"] if unpaired else []
-        return "; ".join([str(entry.difference.verdict), *words])
+        words = [f"seeds without a pair: {_list(unpaired)}"] if unpaired else []
+        return "; ".join(filter(None, [str(entry.difference.verdict), unlike(entry), *words]))
     return "no baseline of this budget and selection" if entry.values else ""
+
+
+def unlike(entry: Entry) -> str:
+    """Return the conditions in which an entry differs from its baseline, in words; empty if they are the same."""
+    return f"another {enumerated(entry.differs_in)}" if entry.differs_in else ""
 
 
 def _list(seeds: Sequence[int]) -> str:

@@ -31,31 +31,35 @@ def compare_runs(records: Sequence[Mapping[str, Any]], title: str, runs: Path, *
 
 
 def with_runs(comparison: Comparison, records: Sequence[Mapping[str, Any]], runs: Path) -> Comparison:
-    """Return a comparison with what the runs at hand add: sizes and costs, and tests by example."""
+    """Return a comparison with what the runs at hand add: sizes and costs, and tests by example.
+
+    Args:
+        comparison: the comparison.
+        records: contents of `result.json` of the runs at hand, with the names of the runs' folders as `run`.
+        runs: folder of these runs.
+    """
     detailed = with_details(comparison, {record["digest"]: record for record in records})
     return with_tests_by_example(detailed, records, runs)
 
 
 def compare_table(
-    folder: Path,
+    ours: Path,
+    paper: Path,
     scale: str,
     labels: Sequence[Mapping[str, str]],
-    records: Sequence[Mapping[str, Any]],
-    runs: Path,
     *,
     title: str,
     protocol: str,
     baseline: str = BASELINE,
     any_budget: bool = False,
 ) -> Comparison:
-    """Return the comparison of a table: our figures beside the paper's, and what the runs that are at hand add.
+    """Return the comparison of a table: our figures beside the paper's.
 
     Args:
-        folder: folder with `paper.csv` and `ours.csv`, each of which may be missing.
+        ours: file of our figures, `ours.csv`, which may be missing.
+        paper: file of the paper's figures, `paper.csv`, which may be missing.
         scale: name of a scale of the table, whose figures are ours.
         labels: labels of each cell of the scale, by configuration key.
-        records: contents of `result.json` of runs, with the names of their folders as `run`.
-        runs: folder of these runs.
         title: heading.
         protocol: sentence about the protocol.
         baseline: method that the others are compared with.
@@ -64,10 +68,9 @@ def compare_table(
     Raises:
         InputError: if a file of figures is damaged, or there is no figure of that method.
     """
-    ours, paper = (read_figures(folder / name) if (folder / name).is_file() else [] for name in ("ours.csv", "paper.csv"))
-    entries = with_expected(entries_of(figure for figure in ours if figure.scale == scale), labels, paper)
-    compared = compare(entries, paper, title=title, protocol=protocol, baseline=baseline, any_budget=any_budget)
-    return with_runs(compared, records, runs)
+    figures, printed = (read_figures(path) if path.is_file() else [] for path in (ours, paper))
+    entries = with_expected(entries_of(figure for figure in figures if figure.scale == scale), labels, printed)
+    return compare(entries, printed, title=title, protocol=protocol, baseline=baseline, any_budget=any_budget)
 
 
 Group = tuple[str, str, str | None, str]

@@ -23,6 +23,7 @@ from kd.results.columns import (
     seed_test_name,
     seeds,
     title_of,
+    unlike,
     used_columns,
     verdict,
 )
@@ -228,8 +229,9 @@ def lines_by_example(comparison: Comparison) -> list[str]:
     for entry in comparison.entries:
         if entry.by_example is not None:
             mcnemar = "" if entry.mcnemar is None else f"; McNemar p {equals(probability(entry.mcnemar))}"
-            where = f"{label(entry)} on {title_of(entry.column)}"
-            lines.append(f"By example, {where}: {by_example(entry)}, p {equals(probability(entry.by_example))}{mcnemar}.")
+            where, p = f"{label(entry)} on {title_of(entry.column)}", equals(probability(entry.by_example))
+            words = filter(None, [f"{by_example(entry)}, p {p}{mcnemar}", unlike(entry)])
+            lines.append(f"By example, {where}: {'; '.join(words)}.")
     return lines
 
 

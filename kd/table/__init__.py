@@ -99,7 +99,7 @@ def planned_of(arguments: argparse.Namespace) -> "PlannedTable":
     scale, rows, more = chosen(arguments.overrides)
     cells = cells_of(table, scale, rows, arguments.only or "")
     with shown_count() as show:
-        return plan_table(table, cells, more, figures_file(arguments, table.name), show)
+        return plan_table(table, cells, more, figures_file(arguments, table), show)
 
 
 def chosen(words: Sequence[str]) -> tuple[str, list[str], list[str]]:
@@ -142,10 +142,10 @@ def cells_of(table: "Table", scale: str, rows: Sequence[str], labels: str) -> "l
     return found
 
 
-def figures_file(arguments: argparse.Namespace, table: str) -> Path:
+def figures_file(arguments: argparse.Namespace, table: "Table") -> Path:
     """Return the file that the figures of a table are added to."""
     given: Path | None = arguments.figures
-    return Path("experiments") / table / "ours.csv" if given is None else given.expanduser()
+    return table.folder / "ours.csv" if given is None else given.expanduser()
 
 
 @contextmanager
@@ -222,7 +222,7 @@ def run_table(arguments: argparse.Namespace) -> int:
     missing = planned.missing()
     broken = f"; {len(planned.broken)} cannot be planned" if planned.broken else ""
     print(f"{planned.table.title}\n{len(planned.cells)} cells, {len(missing)} to make{broken}", flush=True)
-    figures = figures_file(arguments, planned.table.name)
+    figures = figures_file(arguments, planned.table)
     status = make(planned, missing, launcher_of(arguments), figures, needed_alone=arguments.needed)
     if (rows := chosen(arguments.overrides)[1]) and not arguments.needed and not planned.missing():
         show_rows(planned, rows, figures)
@@ -231,15 +231,13 @@ def run_table(arguments: argparse.Namespace) -> int:
 
 def show_rows(planned: "PlannedTable", rows: Sequence[str], figures: Path) -> None:
     """Print the rows of some methods beside the baseline, of the cells' students and tasks, with their verdicts."""
-    from kd.results.comparison import BASELINE, compare, entries_of
-    from kd.results.figures import read_figures
-    from kd.results.gathering import with_expected
+    from kd.results.comparison import BASELINE
+    from kd.results.gathering import compare_table
     from kd.results.renderings import markdown
 
-    scale = planned.cells[0].cell.scale
-    ours = [figure for figure in read_figures(figures) if figure.scale == scale]
-    entries = with_expected(entries_of(ours), planned.table.labels(scale))
-    compared = compare(entries, title=planned.table.title, protocol=planned.table.protocol)
+    table, scale = planned.table, planned.cells[0].cell.scale
+    paper, labels = table.folder / "paper.csv", table.labels(scale)
+    compared = compare_table(figures, paper, scale, labels, title=table.title, protocol=table.protocol)
     made = {(cell.label("student"), cell.label("task")) for cell in planned.cells}
     shown = compared.only(lambda entry: entry.method in (*rows, BASELINE) and (entry.student, entry.task) in made)
     print(f"\n{markdown(shown)}", end="")

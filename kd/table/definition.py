@@ -25,6 +25,7 @@ import itertools
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from kd.config.choices import choice, definition_names, entries, mapping, read_definition, words
@@ -86,6 +87,11 @@ class Table:
     scales: Mapping[str, Sequence[Cell]]
     not_run: Mapping[str, str]
     new_rows: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the paper's figures, `paper.csv`, and of ours, `ours.csv`, relative to the working directory."""
+        return Path("experiments") / self.name
 
     def cells(self, scale: str) -> Sequence[Cell]:
         """Return the cells of a scale.

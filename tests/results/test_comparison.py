@@ -375,7 +375,7 @@ def test_a_report_of_a_table_shows_the_figures_of_one_scale(tmp_path: Path) -> N
     write_figures(tmp_path / "ours.csv", [figure("kd", 0.5, row="kd 3l"), published])
     labels = [{"method": "kd", "student": "3l", "task": "rte", "seed": str(seed)} for seed in (0, 1)]
     for scale, values in (("local", {0: 0.5}), ("published", {0: 0.7})):
-        found = compare_table(tmp_path, scale, labels, [], tmp_path, title="", protocol="")
+        found = compare_table(tmp_path / "ours.csv", tmp_path / "paper.csv", scale, labels, title="", protocol="")
         assert [(entry.values, entry.missing, paper(entry)) for entry in found.entries] == [(values, [1], "55.0")]
 
 

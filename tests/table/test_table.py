@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from kd import table as command
 from kd.errors import InputError
 from kd.launch import fan_out, processes
 from kd.launch.slurm import RESTARTS
-from kd.results.figures import read_figures
+from kd.results.figures import OF_RUNS, read_figures, write_figures
 from kd.table.cells import commit_of, plan_table
 from kd.table.definition import parse_table
 
@@ -133,6 +134,20 @@ def test_rows_are_printed_of_the_students_and_tasks_that_are_chosen(tables: Tabl
     table = out[out.index("# A table") :]
     assert status == 0
     assert Counter(re.findall(r"^\| (\w+ \dl) ", table, re.MULTILINE)) == {"finetune 3l": 2, "kd 3l": 2}
+
+
+def test_printed_rows_have_the_figures_of_the_paper(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tables.folder)
+    tables.write(seeds(0, method=["finetune", "kd"]))
+    tables("rows=kd")
+    ours = next(figure for figure in read_figures(tables.figures) if (figure.method, figure.split) == ("kd", "test"))
+    source = {"confidence": "printed", "aggregate": "one run", "source": "Table 1"}
+    of_paper = replace(ours, value=0.123, seeds="", **dict.fromkeys(OF_RUNS, ""), **source)
+    paper = tables.folder / "experiments" / "mine" / "paper.csv"
+    paper.parent.mkdir(parents=True)
+    write_figures(paper, [of_paper, replace(of_paper, method="pkd", value=0.456)])
+    status, out, _ = tables("rows=kd")
+    assert (status, "| 12.3 |" in out, "45.6" in out) == (0, True, False)
 
 
 @pytest.mark.parametrize(
