@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,23 @@ CHOICES = ("markdown", "csv", "latex", "json", "html", "svg")
 CHOOSE = ("task", "method", "student")
 """Options that choose what is shown."""
 
-USED: Mapping[str, Sequence[str]] = {
-    "a dashboard": ("wandb", "group"),
-    "the records": (*CHOOSE, "json", "out"),
-    "tables on the terminal": CHOOSE,
-    "a picture": (*CHOOSE, "format", "out", "scale", "runs"),
-    "a comparison": (*CHOOSE, "format", "out", "scale", "runs", "baseline", "any_budget"),
+
+class Output(StrEnum):
+    """What the command makes."""
+
+    DASHBOARD = "a dashboard"
+    RECORDS = "the records"
+    TABLES = "tables on the terminal"
+    PICTURE = "a picture"
+    COMPARISON = "a comparison"
+
+
+USED: Mapping[Output, Sequence[str]] = {
+    Output.DASHBOARD: ("wandb", "group"),
+    Output.RECORDS: (*CHOOSE, "json", "out"),
+    Output.TABLES: CHOOSE,
+    Output.PICTURE: (*CHOOSE, "format", "out", "scale", "runs"),
+    Output.COMPARISON: (*CHOOSE, "format", "out", "scale", "runs", "baseline", "any_budget"),
 }
 """What the command makes -> the options that change it."""
 
@@ -38,7 +50,7 @@ OF_TABLES = {
 }
 """Options about tables alone -> why they do not apply to a folder of runs."""
 
-OF_FOLDERS = ("the records", "a dashboard")
+OF_FOLDERS = (Output.RECORDS, Output.DASHBOARD)
 """What is made of a folder of runs alone."""
 
 
@@ -67,17 +79,17 @@ def main() -> None:
     arguments = found.parse_args()
     try:
         table = is_table(arguments.target)
-        kind = made_by(arguments, table)
+        output = output_of(arguments, table)
         given = [name for name, value in vars(arguments).items() if name != "target" and value != found.get_default(name)]
-        check_options(given, kind, table)
+        check_options(given, output, table)
         if table:
             deliver(table_comparison(arguments), arguments)
-        elif kind == "a comparison" or kind == "a picture":
+        elif output in (Output.COMPARISON, Output.PICTURE):
             deliver(folder_comparison(arguments), arguments)
-        elif kind == "a dashboard":
+        elif output == Output.DASHBOARD:
             folder = Path(arguments.target).expanduser()
             publish_dashboard(arguments.wandb, arguments.group, folder, chosen_results(arguments))
-        elif kind == "the records":
+        elif output == Output.RECORDS:
             write(json.dumps(chosen_results(arguments), indent=2, ensure_ascii=False) + "\n", arguments.out)
         else:
             print_tables(chosen_results(arguments), arguments)
@@ -112,37 +124,42 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def made_by(arguments: argparse.Namespace, table: bool) -> str:
-    """Return what the options ask for, a key of `USED`."""
+def output_of(arguments: argparse.Namespace, table: bool) -> Output:
+    """Return what the options ask for.
+
+    Args:
+        arguments: the options.
+        table: whether it is made of a table, and not of a folder of runs.
+    """
     if arguments.wandb or arguments.group:
-        return "a dashboard"
+        return Output.DASHBOARD
     if arguments.json:
-        return "the records"
+        return Output.RECORDS
     if arguments.format == "svg":
-        return "a picture"
-    return "a comparison" if table or arguments.format or arguments.baseline else "tables on the terminal"
+        return Output.PICTURE
+    return Output.COMPARISON if table or arguments.format or arguments.baseline else Output.TABLES
 
 
-def check_options(given: Sequence[str], kind: str, table: bool) -> None:
+def check_options(given: Sequence[str], output: Output, table: bool) -> None:
     """Check that each option changes what is made.
 
     Args:
         given: names of the options that are given.
-        kind: what is made, a key of `USED`.
+        output: what is made.
         table: whether it is made of a table, and not of a folder of runs.
 
     Raises:
         InputError: naming an option that would be ignored.
     """
-    if table and kind in OF_FOLDERS:
-        first = next(name for name in USED[kind] if name in given and name not in CHOOSE)
-        raise InputError(f"{kind} are of finished runs: name their folder in place of the table", f"--{first}")
+    if table and output in OF_FOLDERS:
+        first = next(name for name in USED[output] if name in given and name not in CHOOSE)
+        raise InputError(f"{output} can only be made of finished runs: name their folder in place of the table", f"--{first}")
     for name in given:
         option = f"--{name.replace('_', '-')}"
         if name in OF_TABLES and not table:
             raise InputError(OF_TABLES[name], option)
-        if name not in USED[kind]:
-            raise InputError(f"{option} changes nothing in {kind}: leave it out, or choose another --format", option)
+        if name not in USED[output]:
+            raise InputError(f"{option} changes nothing in {output}: leave it out, or choose another --format", option)
 
 
 def baseline_of(arguments: argparse.Namespace) -> dict[str, str]:
