@@ -159,7 +159,7 @@ def check_options(given: Sequence[str], output: Output, table: bool) -> None:
         if name in OF_TABLES and not table:
             raise InputError(OF_TABLES[name], option)
         if name not in USED[output]:
-            raise InputError(f"{option} changes nothing in {output}: leave it out, or choose another --format", option)
+            raise InputError(f"{option} changes nothing in {output}: leave it out", option)
 
 
 def baseline_of(arguments: argparse.Namespace) -> dict[str, str]:
