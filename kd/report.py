@@ -15,7 +15,7 @@ from kd.system.files import write_text, writing
 from kd.system.hardware import version_line
 
 if TYPE_CHECKING:
-    from kd.results.comparison import Comparison
+    from kd.results.comparison import Comparison, Entry
 
 CHOICES = ("markdown", "csv", "latex", "json", "html", "svg")
 """Formats of comparisons, whose modules are imported only where they are used."""
@@ -48,7 +48,10 @@ OF_TABLES = {
     "runs": "the folder of the runs is the target itself",
     "any_budget": "runs of a folder may have other data and students of one name; compare a table",
 }
-"""Options about tables alone -> why they do not apply to a folder of runs."""
+"""Options about tables alone -> reason why they do not apply to a folder of runs."""
+
+REASONS = {(Output.DASHBOARD, name): "a dashboard shows all runs of its group" for name in CHOOSE}
+"""Reasons why an option does not apply to what is made, where they are not plain."""
 
 OF_FOLDERS = (Output.RECORDS, Output.DASHBOARD)
 """What is made of a folder of runs alone."""
@@ -75,17 +78,14 @@ def publish_dashboard(target: str | None, group: str | None, folder: Path, resul
 
 def main() -> None:
     """Run the command `kd-report`."""
-    found = parser()
-    arguments = found.parse_args()
+    arguments = parser().parse_args()
     try:
         table = is_table(arguments.target)
         output = output_of(arguments, table)
-        given = [name for name, value in vars(arguments).items() if name != "target" and value != found.get_default(name)]
-        check_options(given, output, table)
-        if table:
-            deliver(table_comparison(arguments), arguments)
-        elif output in (Output.COMPARISON, Output.PICTURE):
-            deliver(folder_comparison(arguments), arguments)
+        if table or Path(arguments.target).expanduser().is_dir():
+            check_options(arguments, output, table)
+        if output in (Output.COMPARISON, Output.PICTURE):
+            deliver(comparison_of(arguments, table), arguments, runs_of(arguments, table))
         elif output == Output.DASHBOARD:
             folder = Path(arguments.target).expanduser()
             publish_dashboard(arguments.wandb, arguments.group, folder, chosen_results(arguments))
@@ -113,10 +113,8 @@ def parser() -> argparse.ArgumentParser:
         help="of a table: where no baseline has the same budget, initialisation and selection, compare with another one",
     )
     found.add_argument("--out", type=Path, metavar="FILE", help="write to this file; default: standard output")
-    found.add_argument("--scale", default="local", help="of a table: whose cells are looked for (default local)")
-    found.add_argument(
-        "--runs", type=Path, default=Path("runs"), help="of a table: runs with sizes, costs, curves and predictions"
-    )
+    found.add_argument("--scale", help="of a table: whose cells are looked for (default local)")
+    found.add_argument("--runs", type=Path, help="of a table: runs with sizes, costs, curves and predictions (default runs)")
     found.add_argument("--version", action="version", version=version_line())
     found.add_argument("--json", action="store_true", help="the records themselves, as JSON")
     found.add_argument("--wandb", metavar="ENTITY/PROJECT", help="make a dashboard in this project of Weights & Biases")
@@ -131,7 +129,7 @@ def output_of(arguments: argparse.Namespace, table: bool) -> Output:
         arguments: the options.
         table: whether it is made of a table, and not of a folder of runs.
     """
-    if arguments.wandb or arguments.group:
+    if arguments.wandb is not None or arguments.group is not None:
         return Output.DASHBOARD
     if arguments.json:
         return Output.RECORDS
@@ -140,31 +138,30 @@ def output_of(arguments: argparse.Namespace, table: bool) -> Output:
     return Output.COMPARISON if table or arguments.format or arguments.baseline else Output.TABLES
 
 
-def check_options(given: Sequence[str], output: Output, table: bool) -> None:
-    """Check that each option changes what is made.
+def check_options(arguments: argparse.Namespace, output: Output, table: bool) -> None:
+    """Check that each option that is given changes what is made.
 
     Args:
-        given: names of the options that are given.
+        arguments: the options; one that is not given is None or False.
         output: what is made.
         table: whether it is made of a table, and not of a folder of runs.
 
     Raises:
-        InputError: naming an option that would be ignored.
+        InputError: naming an option that is empty or would be ignored.
     """
+    given = {name: value for name, value in vars(arguments).items() if name != "target" and value not in (None, False)}
     if table and output in OF_FOLDERS:
         first = next(name for name in USED[output] if name in given and name not in CHOOSE)
         raise InputError(f"{output} can only be made of finished runs: name their folder in place of the table", f"--{first}")
-    for name in given:
+    for name, value in given.items():
         option = f"--{name.replace('_', '-')}"
+        if value == "":
+            raise InputError(f"{option} is empty: leave it out, or name something", option)
         if name in OF_TABLES and not table:
             raise InputError(OF_TABLES[name], option)
         if name not in USED[output]:
-            raise InputError(f"{option} changes nothing in {output}: leave it out", option)
-
-
-def baseline_of(arguments: argparse.Namespace) -> dict[str, str]:
-    """Return the argument of a comparison that the option `--baseline` is, if it is there."""
-    return {} if arguments.baseline is None else {"baseline": arguments.baseline}
+            reason = REASONS.get((output, name), f"{option} changes nothing in {output}")
+            raise InputError(f"{reason}: leave it out", option)
 
 
 def is_table(target: str) -> bool:
@@ -201,75 +198,120 @@ def chosen_results(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def no_runs(arguments: argparse.Namespace) -> InputError:
     """Return the error that the options choose no run."""
-    chosen = "".join(f", {key}={value}" for key in CHOOSE if (value := getattr(arguments, key)))
-    return InputError(f"no finished runs in '{Path(arguments.target).expanduser()}'" + (f" with{chosen[1:]}" if chosen else ""))
+    folder = Path(arguments.target).expanduser()
+    chosen = "".join(f", {key}={value}" for key in CHOOSE if (value := getattr(arguments, key)) is not None)
+    why = f" with{chosen[1:]}" if chosen else ""
+    return InputError(
+        f"no finished runs in '{folder}'{why}" + ("" if folder.is_dir() else "; there is no such folder or table")
+    )
 
 
 def is_chosen(arguments: argparse.Namespace, task: str, method: str, student: str) -> bool:
     """Return whether the options choose something of this task, method and student."""
-    methods, students = (given.split(",") if given else None for given in (arguments.method, arguments.student))
+    methods, students = (None if given is None else given.split(",") for given in (arguments.method, arguments.student))
     return (
         arguments.task in (None, task) and (methods is None or method in methods) and (students is None or student in students)
     )
 
 
-def chosen_entries(comparison: "Comparison", arguments: argparse.Namespace) -> "Comparison":
-    """Return a comparison with the entries that the options choose, compared as in the whole."""
-    return comparison.only(lambda entry: is_chosen(arguments, entry.task, entry.method, entry.student))
-
-
-def folder_comparison(arguments: argparse.Namespace) -> "Comparison":
-    """Return the comparison of a folder of runs with the options' tasks, methods and students.
-
-    Runs that others begin with are left out, but for those of methods that are asked for.
+def runs_of(arguments: argparse.Namespace, table: bool) -> Path:
+    """Return the folder of the runs that a comparison is of, or that add sizes and tests to that of a table.
 
     Raises:
-        InputError: if the folder cannot be read, or nothing is chosen.
+        InputError: if `--runs` is no folder.
     """
-    from kd.results.gathering import compare_runs
+    if not table:
+        return Path(arguments.target).expanduser()
+    found: Path = (arguments.runs or Path("runs")).expanduser()
+    if arguments.runs is not None and not found.is_dir():
+        raise InputError(f"there is no folder '{found}'", "--runs")
+    return found
 
-    folder = Path(arguments.target).expanduser()
-    results = all_results(folder)
-    asked = (arguments.method or "").split(",")
-    left_out = {result["run"] for result in first_runs(results) if result["method"] not in asked}
-    shown = [result for result in results if result["run"] not in left_out]
-    if not any(is_chosen(arguments, one["task"], one["method"], one["student"]) for one in shown):
-        raise no_runs(arguments)
-    compared = compare_runs(shown, f"Runs in {arguments.target}", folder, **baseline_of(arguments))
-    return chosen_entries(compared, arguments)
+
+def comparison_of(arguments: argparse.Namespace, table: bool) -> "Comparison":
+    """Return the comparison of a table or of a folder of runs, with the tasks, methods and students that the options choose.
+
+    They are chosen after all were compared, so that no verdict depends on them.
+
+    Raises:
+        InputError: if the table, its files or the folder cannot be read, or nothing is chosen.
+    """
+    from kd.results.comparison import with_details
+    from kd.results.gathering import with_runs
+
+    def chosen(entry: "Entry") -> bool:
+        return is_chosen(arguments, entry.task, entry.method, entry.student)
+
+    folder = runs_of(arguments, table)
+    records = all_results(folder) if folder.is_dir() or not table else []
+    compared = table_comparison(arguments) if table else folder_comparison(arguments, records)
+    groups = {(entry.task, entry.student) for entry in compared.entries if chosen(entry)}
+    if not groups:
+        raise no_figures(arguments.target) if table else no_runs(arguments)
+    whole_groups = compared.only(lambda entry: (entry.task, entry.student) in groups)  # p is corrected in these
+    if arguments.format == "svg":  # a picture shows no test
+        return with_details(whole_groups.only(chosen), {record["digest"]: record for record in records})
+    return with_runs(whole_groups, records, folder).only(chosen)
+
+
+def no_figures(name: str) -> InputError:
+    """Return the error that the options choose no figure of a table."""
+    from kd.table.definition import load_table
+
+    table = load_table(name)
+    return InputError(f"table {table.name} has no such figures: '{table.folder}' has no paper.csv and no ours.csv with them")
 
 
 def table_comparison(arguments: argparse.Namespace) -> "Comparison":
-    """Return the comparison of a table with the options' tasks and methods.
+    """Return the comparison of a table.
 
     Raises:
-        InputError: if the table or its files are not valid, or nothing is chosen.
+        InputError: if the table or its files are not valid.
     """
-    from kd.results.gathering import compare_table, with_runs
+    from kd.results.comparison import BASELINE
+    from kd.results.gathering import compare_table
     from kd.table.definition import load_table
 
-    table = load_table(arguments.target)
-    runs = arguments.runs.expanduser()
-    records = load_results(runs) if runs.is_dir() else []
-    ours, paper = table.folder / "ours.csv", table.folder / "paper.csv"
-    comparison = compare_table(
-        ours,
-        paper,
-        arguments.scale,
-        table.labels(arguments.scale),
+    table, scale = load_table(arguments.target), arguments.scale or "local"
+    return compare_table(
+        table.folder / "ours.csv",
+        table.folder / "paper.csv",
+        scale,
+        table.labels(scale),
         title=table.title,
         protocol=table.protocol,
         any_budget=arguments.any_budget,
-        **baseline_of(arguments),
+        baseline=arguments.baseline or BASELINE,
     )
-    chosen = chosen_entries(with_runs(comparison, records, runs), arguments)
-    if not chosen.entries:
-        raise InputError(f"table {table.name} has no such figures: '{table.folder}' has no paper.csv and no ours.csv with them")
-    return chosen
 
 
-def deliver(comparison: "Comparison", arguments: argparse.Namespace) -> None:
-    """Write a comparison in the format that is asked for."""
+def folder_comparison(arguments: argparse.Namespace, records: Sequence[dict[str, Any]]) -> "Comparison":
+    """Return the comparison of a folder of runs, without those that others begin with.
+
+    Raises:
+        InputError: if there is none, or none of the baseline.
+    """
+    from kd.results.comparison import BASELINE, compare, entries_of_records
+
+    first = first_runs(records)
+    compared = [record for record in records if record not in first]
+    asked = arguments.method.split(",") if arguments.method else []
+    if begun := [record["method"] for record in first if record["method"] in asked]:
+        words = f"runs of {', '.join(dict.fromkeys(begun))} that others begin with are not compared"
+        raise InputError(f"{words}; tables without --format and --baseline show them", "--method")
+    if not compared:
+        raise no_runs(arguments)
+    return compare(entries_of_records(compared), title=f"Runs in {arguments.target}", baseline=arguments.baseline or BASELINE)
+
+
+def deliver(comparison: "Comparison", arguments: argparse.Namespace, folder: Path) -> None:
+    """Write a comparison in the format that is asked for.
+
+    Args:
+        comparison: the comparison.
+        arguments: the options.
+        folder: folder of the runs, whose curves and maps of layers a page shows.
+    """
     if arguments.format == "svg":
         from kd.results.page import picture
 
@@ -284,8 +326,6 @@ def deliver(comparison: "Comparison", arguments: argparse.Namespace) -> None:
     from kd.results.maps import read_maps
     from kd.results.page import page
 
-    folder = arguments.runs if is_table(arguments.target) else Path(arguments.target)
-    folder = folder.expanduser()
     directories = {path.name.rpartition("-")[2]: path for path in folder.iterdir()} if folder.is_dir() else {}
     metrics = {digest: entry.metric for entry in reversed(comparison.entries) for digest in entry.digests.values()}
     curves = {
@@ -307,6 +347,8 @@ def write(text: str, out: Path | None) -> None:
         sys.stdout.write(text)
         return
     out = out.expanduser()
+    if out.is_dir():
+        raise InputError(f"'{out}' is a folder: name a file", "--out")
     with writing(out, "--out"):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, text)

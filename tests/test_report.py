@@ -239,7 +239,8 @@ def test_no_runs_is_said_and_exits_with_two(tmp_path: Path, monkeypatch, capsys,
     captured = capsys.readouterr()
     asked = {"--task": " with task=mrpc", "--method": " with method=nothing"}
     chosen = "".join(text for word, text in asked.items() if word in words)
-    assert captured.err == f"kd-report: no finished runs in '{folder}'{chosen}\n"
+    missing = "" if words else "; there is no such folder or table"
+    assert captured.err == f"kd-report: no finished runs in '{folder}'{chosen}{missing}\n"
     assert captured.out == ""
 
 
@@ -412,6 +413,7 @@ def test_options_of_the_baseline_reach_runs_and_tables(
     with pytest.raises(SystemExit):
         command(monkeypatch, str(folder), "--any-budget")
     assert "compare a table" in capsys.readouterr().err
+    (tmp_path / "none").mkdir()
     table = ("local_bench", "--task=few", "--method=finetune,kd,dml", "--runs", str(tmp_path / "none"))
     strict = verdicts(*table, student="bert_3l_192")
     compared = verdicts(*table, "--any-budget", student="bert_3l_192")
@@ -435,10 +437,16 @@ def test_options_of_the_baseline_reach_runs_and_tables(
         (["runs", "--json", "--format=csv"], "--format changes nothing in the records", "--format"),
         (["runs", "--format=svg", "--baseline=kd"], "--baseline changes nothing in a picture", "--baseline"),
         (["runs", "--out=tables.txt"], "--out changes nothing in tables on the terminal", "--out"),
-        (["runs", "--wandb=team/kd", "--group=a", "--task=rte"], "--task changes nothing in a dashboard", "--task"),
+        (["runs", "--wandb=team/kd", "--group=a", "--task=rte"], "shows all runs of its group", "--task"),
         (["runs", "--format=csv", "--any-budget"], "compare a table", "--any-budget"),
         (["runs", "--scale=published"], "runs of a folder have none", "--scale"),
-        (["runs", "--runs=other"], "the target itself", "--runs"),
+        (["runs", "--scale=local"], "runs of a folder have none", "--scale"),
+        (["runs", "--runs=runs"], "the target itself", "--runs"),
+        (["pkd_dev", "--runs=nowhere"], "there is no folder 'nowhere'", "--runs"),
+        (["runs", "--method="], "--method is empty", "--method"),
+        (["runs", "--format=csv", "--task="], "--task is empty", "--task"),
+        (["runs", "--json", "--out="], "'.' is a folder: name a file", "--out"),
+        (["runs", "--wandb="], "--wandb is empty", "--wandb"),
         (["pkd_dev", "--json"], "name their folder in place of the table", "--json"),
         (["pkd_dev", "--wandb=team/kd", "--task=rte"], "name their folder in place of the table", "--wandb"),
         (["pkd_dev", "--format=svg", "--any-budget"], "--any-budget changes nothing in a picture", "--any-budget"),
@@ -459,14 +467,19 @@ def test_an_option_that_would_be_ignored_is_refused(
 
 
 def test_every_option_is_used_by_something() -> None:
-    options = vars(report.parser().parse_args([])).keys() - {"target"}
+    defaults = vars(report.parser().parse_args([]))
+    options = defaults.keys() - {"target"}
+    assert {defaults[name] for name in options} == {None, False}, "an option that is given is told by its value"
     assert {name for used in report.USED.values() for name in used} == options
     assert set(report.OF_TABLES) < options
     assert set(report.OF_FOLDERS) < set(report.USED)
 
 
 def test_rows_of_a_folder_are_chosen_after_all_were_compared(tmp_path: Path, monkeypatch, capsys) -> None:
-    """As those of a table: which rows are shown changes no verdict, and the baseline need not be among them."""
+    """As those of a table: which rows are shown changes no verdict, and the baseline need not be among them.
+
+    Runs that others begin with are never compared, which would change the correction.
+    """
     parts = {"student": {}, "task": {}, "optimizer": {}, "teachers": [], "pool": {}}
     gains = {"finetune": 0.0, "kd": 0.02, "pkd": 0.01}
     records = [
@@ -481,7 +494,9 @@ def test_rows_of_a_folder_are_chosen_after_all_were_compared(tmp_path: Path, mon
         for method, gain in gains.items()
         for seed in range(6)
     ]
-    folder = write(tmp_path, *records, record(0, "first", parts, method="first", digest="b0", inputs={}))
+    other = record(0, "other", parts, method="kd", digest="o0", task="sst2", metrics={"test": {}})
+    begun = record(0, "first", parts, method="first", digest="b0", inputs={})
+    folder = write(tmp_path, *records, begun, other)
 
     def rows(*words: str) -> dict[str, dict[str, Any]]:
         command(monkeypatch, folder, "--format=json", *words)
@@ -493,4 +508,12 @@ def test_rows_of_a_folder_are_chosen_after_all_were_compared(tmp_path: Path, mon
     assert everything["kd"]["difference"] == pytest.approx(0.04)
     assert rows("--method=kd") == {"kd": everything["kd"]}
     assert rows("--student=2l", "--task=rte") == everything
-    assert rows("--method=first").keys() == {"first"}
+    for words, told in (
+        (["--method=kd,first"], "runs of first that others begin with are not compared"),
+        (["--method=dml"], "no finished runs in"),
+        (["--task=sst2"], "no finished runs in"),
+        (["--baseline=first"], "no run of 'first' to compare with"),
+    ):
+        with pytest.raises(SystemExit):
+            rows(*words)
+        assert told in capsys.readouterr().err

@@ -124,6 +124,11 @@ def read_figures(path: Path) -> list[Figure]:
         raise InputError(f"'{path}' is no CSV file in UTF-8: {error}") from error
 
 
+def figures_if_there(path: Path) -> list[Figure]:
+    """Return the figures of a file, as `read_figures` does; none if there is no such file."""
+    return read_figures(path) if path.is_file() else []
+
+
 def _check_header(header: Sequence[str], place: str) -> None:
     """Check the names of the columns.
 

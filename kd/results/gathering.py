@@ -7,27 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from kd.results.by_example import with_tests_by_example
-from kd.results.comparison import BASELINE, Comparison, Entry, compare, entries_of, entries_of_records, with_details
-from kd.results.figures import Figure, read_figures
+from kd.results.comparison import BASELINE, Comparison, Entry, compare, entries_of, with_details
+from kd.results.figures import Figure, figures_if_there
 from kd.results.row_labels import row_label
 
 UNKNOWN_COLUMN = ("", "")
 """Split and metric of cells of a task that nobody has a figure of."""
-
-
-def compare_runs(records: Sequence[Mapping[str, Any]], title: str, runs: Path, *, baseline: str = BASELINE) -> Comparison:
-    """Return the comparison of finished runs.
-
-    Args:
-        records: contents of `result.json`, with the names of the runs' folders as `run`.
-        title: heading.
-        runs: folder of the runs.
-        baseline: method that the others are compared with.
-
-    Raises:
-        InputError: if there is no run of that method.
-    """
-    return with_runs(compare(entries_of_records(records), title=title, baseline=baseline), records, runs)
 
 
 def with_runs(comparison: Comparison, records: Sequence[Mapping[str, Any]], runs: Path) -> Comparison:
@@ -68,7 +53,7 @@ def compare_table(
     Raises:
         InputError: if a file of figures is damaged, or there is no figure of that method.
     """
-    figures, printed = (read_figures(path) if path.is_file() else [] for path in (ours, paper))
+    figures, printed = figures_if_there(ours), figures_if_there(paper)
     entries = with_expected(entries_of(figure for figure in figures if figure.scale == scale), labels, printed)
     return compare(entries, printed, title=title, protocol=protocol, baseline=baseline, any_budget=any_budget)
 

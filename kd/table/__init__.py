@@ -216,15 +216,18 @@ def launcher_of(arguments: argparse.Namespace) -> "LauncherSpec":
 
 def run_table(arguments: argparse.Namespace) -> int:
     """Make the missing cells, or write what a cluster's queue needs to make them."""
+    from kd.results.figures import figures_if_there
     from kd.table.make import make
 
     planned = planned_of(arguments)
     missing = planned.missing()
     broken = f"; {len(planned.broken)} cannot be planned" if planned.broken else ""
     print(f"{planned.table.title}\n{len(planned.cells)} cells, {len(missing)} to make{broken}", flush=True)
-    figures = figures_file(arguments, planned.table)
+    figures, rows = figures_file(arguments, planned.table), chosen(arguments.overrides)[1]
+    if rows:
+        figures_if_there(planned.table.folder / "paper.csv")  # a damaged file is told before anything is trained
     status = make(planned, missing, launcher_of(arguments), figures, needed_alone=arguments.needed)
-    if (rows := chosen(arguments.overrides)[1]) and not arguments.needed and not planned.missing():
+    if rows and planned.cells and not arguments.needed and not planned.missing():
         show_rows(planned, rows, figures)
     return status
 

@@ -11,7 +11,7 @@ from kd.config.failure import Failure
 from kd.errors import InputError
 from kd.launch.jobs import Job, jobs_of, plan_command
 from kd.results.comparison import budget_of
-from kd.results.figures import Figure, read_figures
+from kd.results.figures import Figure, figures_if_there
 from kd.results.row_labels import row_label
 from kd.results.tuned import selection_words
 from kd.runs.run import Run
@@ -161,6 +161,6 @@ def plan_table(
             )
         seen[run.digest] = cell
         planned.append(PlannedCell(cell, run, command))
-    ours = read_figures(figures) if figures is not None and figures.is_file() else []
+    ours = [] if figures is None else figures_if_there(figures)
     recorded = {(figure.digest, figure.scale) for figure in ours}
     return PlannedTable(table, planned, broken, recorded)

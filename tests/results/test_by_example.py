@@ -126,6 +126,11 @@ def test_any_budget_has_the_pairs_of_the_test_by_seed(one_seed: Runs) -> None:
     assert tested == {False: {"kd"}, True: {"kd", "pkd"}}
     kd = next(entry for entry in found if entry.method == "kd")
     assert (kd.mcnemar.adjusted, kd.by_example.adjusted) == (kd.mcnemar.p, kd.by_example.p)
+    text = FORMATS["latex"](replace(compared, entries=found))
+    told = {line.split()[3]: line for line in text.splitlines() if line.startswith("% By example, ")}
+    assert told.keys() == {"kd", "pkd"}
+    assert told["pkd"].endswith("; another budget.")
+    assert "another" not in told["kd"]
 
 
 def test_mcnemar_is_of_one_seed_alone_and_corrected_too(runs: Runs, one_seed: Runs) -> None:

@@ -309,9 +309,8 @@ def test_a_method_has_one_colour_in_a_chart_of_sizes() -> None:
 
 
 def test_a_picture_of_runs_without_sizes_is_refused() -> None:
-    with pytest.raises(InputError, match=r"size of no run is known") as refusal:
+    with pytest.raises(InputError, match=r"nothing to draw: .* which --runs names"):
         picture(compare(entries_of(FIGURES)))
-    assert refusal.value.key == "--runs"
 
 
 def test_a_curve_is_read_from_the_history_of_a_run(tmp_path: Path) -> None:

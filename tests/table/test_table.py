@@ -148,6 +148,12 @@ def test_printed_rows_have_the_figures_of_the_paper(tables: Tables, monkeypatch:
     write_figures(paper, [of_paper, replace(of_paper, method="pkd", value=0.456)])
     status, out, _ = tables("rows=kd")
     assert (status, "| 12.3 |" in out, "45.6" in out) == (0, True, False)
+    paper.write_text("rubbish,x\n1,2\n")
+    status, out, err = tables("rows=kd")
+    assert (status, "missing column" in err, "# A table" in out) == (2, True, False)
+    paper.unlink()
+    status, out, _ = tables("rows=kd", "nonsense.key=1")
+    assert (status, "2 cannot be planned" in out) == (1, True)
 
 
 @pytest.mark.parametrize(

@@ -228,13 +228,14 @@ def picture(comparison: Comparison) -> str:
     It has a chart for each task, of its test split if it has one.
 
     Raises:
-        InputError: if the size of no entry is known.
+        InputError: if there is no entry of which the size is known and more is better.
     """
     tested = {entry.task for entry in comparison.entries if entry.split == "test"}
     entries = [entry for entry in comparison.entries if entry.split == "test" or entry.task not in tested]
     shown = quality_charts(replace(comparison, entries=entries))
     if not shown:
-        raise InputError("the size of no run is known: --runs is the folder of the runs that the figures are of", "--runs")
+        words = "sizes are those of runs at hand, which --runs names for a table, and there is no chart of errors"
+        raise InputError(f"there is nothing to draw: {words}")
     return svg.stacked(shown, (FOLDER / "charts.css").read_text(encoding="utf-8"))
 
 
