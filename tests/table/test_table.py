@@ -149,8 +149,11 @@ def test_printed_rows_have_the_figures_of_the_paper(tables: Tables, monkeypatch:
     status, out, _ = tables("rows=kd")
     assert (status, "| 12.3 |" in out, "45.6" in out) == (0, True, False)
     paper.write_text("rubbish,x\n1,2\n")
+    tables.write(seeds(0, 1, method=["finetune", "kd"]))
+    made = tables.events()
     status, out, err = tables("rows=kd")
     assert (status, "missing column" in err, "# A table" in out) == (2, True, False)
+    assert tables.events() == made, "a file that cannot be read is told before anything is trained"
     paper.unlink()
     status, out, _ = tables("rows=kd", "nonsense.key=1")
     assert (status, "2 cannot be planned" in out) == (1, True)
