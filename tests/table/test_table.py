@@ -156,7 +156,7 @@ def test_printed_rows_have_the_figures_of_the_paper(tables: Tables, monkeypatch:
     assert tables.events() == made, "a file that cannot be read is told before anything is trained"
     paper.unlink()
     status, out, _ = tables("rows=kd", "nonsense.key=1")
-    assert (status, "2 cannot be planned" in out) == (1, True)
+    assert (status, "4 cannot be planned" in out) == (1, True)
 
 
 @pytest.mark.parametrize(
