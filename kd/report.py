@@ -25,7 +25,7 @@ CHOOSE = ("task", "method", "student")
 
 
 class Output(StrEnum):
-    """What the command makes."""
+    """Outputs of the command."""
 
     DASHBOARD = "a dashboard"
     RECORDS = "the records"
