@@ -41,7 +41,7 @@ USED: Mapping[Output, Sequence[str]] = {
     Output.PICTURE: (*CHOOSE, "format", "out", "scale", "runs"),
     Output.COMPARISON: (*CHOOSE, "format", "out", "scale", "runs", "baseline", "any_budget"),
 }
-"""What the command makes -> the options that change it."""
+"""Output -> the options that change it."""
 
 OF_TABLES = {
     "scale": "the cells of a table have a scale, runs of a folder have none",
@@ -54,7 +54,7 @@ REASONS = {(Output.DASHBOARD, name): "a dashboard shows all runs of its group" f
 """Reasons why an option does not apply to what is made, where they are not plain."""
 
 OF_FOLDERS = (Output.RECORDS, Output.DASHBOARD)
-"""What is made of a folder of runs alone."""
+"""Outputs that are made of a folder of runs alone."""
 
 
 def first_runs(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
